@@ -21,7 +21,6 @@ from mora_ds.common.version import __version__
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from mora_ds.adapters.alignment import Alignment
     from mora_ds.adapters.config import MoRAConfig
     from mora_ds.adapters.domains import domains_of
     from mora_ds.adapters.inject import InjectionReport, inject, mora_layers
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from mora_ds.train.run import Run, with_vectors
 
 _HOME = {
-    "Alignment": "adapters.alignment",
     "MoRAConfig": "adapters.config",
     "domains_of": "adapters.domains",
     "initialize": "engine.initialize",
@@ -62,7 +60,6 @@ _HOME = {
 }
 
 __all__ = [
-    "Alignment",
     "InjectionReport",
     "Ledger",
     "Mix",

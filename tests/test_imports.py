@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "deploy": {"adapters", "models", "remora", "checkpoint"},
     "eval": {"adapters", "data", "models", "runtime", "remora", "checkpoint", "deploy"},
 }
-MAY_IMPORT["train"] = set(MAY_IMPORT)
+MAY_IMPORT["train"] = set(MAY_IMPORT) - {"eval"}
 MAY_IMPORT["commands"] = {
     "adapters", "data", "runtime", "models", "engine", "planning", "checkpoint", "config", "deploy", "eval", "train",
 }  # fmt: skip
@@ -44,7 +44,10 @@ MAY_IMPORT["commands"] = {
 MAY_IMPORT["__main__"] = {"commands"}
 MAY_IMPORT["hf"] = {"adapters", "checkpoint", "deploy", "engine", "models", "remora", "runtime", "train"}
 MAY_IMPORT["peft"] = {"adapters"}
-MAY_IMPORT["research"] = {"adapters", "checkpoint", "commands", "data", "eval", "models", "runtime"}
+MAY_IMPORT["research"] = {
+    "adapters", "checkpoint", "commands", "config", "data", "engine", "eval", "models", "planning", "runtime", "train",
+}  # fmt: skip
+
 """Nothing may import research: `common/research.py` loads one of its modules by name, when it is asked for."""
 
 ROOT_ENTRIES = 21

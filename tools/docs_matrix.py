@@ -9,7 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 _PLAIN = ["--train_files", "a.txt"]
-_SOURCES = ["--train_files", "a=a.txt:1", "b=b.txt:1"]
 OPTIONS: dict[str, list[str]] = {
     "ReMoRA (`--merge_every`)": ["--merge_every", "100"],
     "`--adapter lora`": ["--adapter", "lora"],
@@ -19,10 +18,7 @@ OPTIONS: dict[str, list[str]] = {
     "`--operator decouple`": ["--operator", "decouple"],
     "`--operator rotate`": ["--operator", "rotate"],
     "`--operator subspace`": ["--operator", "subspace"],
-    "`--alignment_weight`": ["--alignment_weight", "0.1"],
-    "`--targets auto`": ["--targets", "auto", "--trainable_budget", "1%"],
     "`--target_modules experts`": ["--target_modules", "all-linear", "experts"],
-    "`--domain_adapters`": ["--domain_adapters"],
     "`--train_embeddings`, `--train_head`": ["--train_embeddings", "--train_head"],
     "`--train_new_embeddings`": ["--train_new_embeddings"],
     "`--train_embedding_rank`": ["--train_embedding_rank", "16"],
@@ -48,7 +44,6 @@ COLUMNS: dict[str, list[str]] = {
     **{name: ["--deepspeed", str(ROOT / "configs" / file)] for name, file in STAGES.items()},
     "Muon": OPTIONS["`--optimizer muon`"],
     "LoRA": OPTIONS["`--adapter lora`"],
-    "domains": OPTIONS["`--domain_adapters`"],
     "tensor parallel": OPTIONS["`--tensor_parallel_size`"],
     "sequence parallel": OPTIONS["`--sequence_parallel_size`"],
     "8-bit base": OPTIONS["`--base_bits 8`"],
@@ -58,7 +53,7 @@ COLUMNS: dict[str, list[str]] = {
 }
 README_ROWS = (
     "ReMoRA (`--merge_every`)", "`--adapter lora`", "`--adapter full`", "`--operator share`", "`--operator rotate`",
-    "`--optimizer muon`", "`--domain_adapters`", "`--targets auto`", "`--train_embeddings`, `--train_head`",
+    "`--optimizer muon`", "`--train_embeddings`, `--train_head`",
     "`--target_modules experts`", "`--base_bits 8`", "`--base_bits 4`", "`--base_device host`",
     "`--tensor_parallel_size`",
     "`--sequence_parallel_size`",
@@ -79,9 +74,8 @@ def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
     from mora_ds.engine.initialize import check_splittable
 
     flags = [*row, *column]
-    text = _SOURCES if "--domain_adapters" in flags else _PLAIN
     try:
-        arguments = parse([*flags, "--model_name_or_path", "model", "--max_steps", "1000", *text])
+        arguments = parse([*flags, "--model_name_or_path", "model", "--max_steps", "1000", *_PLAIN])
         validate(arguments)
         config = resolve_ds_config(arguments.training.deepspeed, arguments.training.engine_settings(), 2)
         check_splittable(config, arguments.training.tensor_parallel_size)

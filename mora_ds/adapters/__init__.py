@@ -6,12 +6,9 @@ layer              the adapted layers
 domains            layers with one MoRA matrix for each domain, added to the shared one
 target_modules     which layers are adapted, by patterns (`target_patterns`)
 experts            experts of a mixture: which tensors they are, and how they are computed with a MoRA matrix each
-target_plan        which layers are adapted, by a file with a size for each (targets.yaml)
-rank_allocation    a budget of parameters divided among layers
 tp_plan            which layers tensor parallelism splits, from the model's own plan
 new_embeddings     training of added vocabulary rows only
 low_rank_embeddings    a trained product that is added to embeddings and head
-alignment          the alignment loss
 nf4                frozen weights in 4 bits, with the terms of merged cycles
 quantized          which layers hold their weight in 8 or 4 bits, and its bytes
 merge_layer        the frozen weight of a layer, formed anew at a merge

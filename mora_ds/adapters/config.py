@@ -209,12 +209,12 @@ class MoRAConfig(AdapterConfig):
     that it belongs to the run and not to the number of processes."""
 
     vectors: str = ""
-    """Name of the file of the base's singular vectors (`VectorsRecord.name`), for the subspace operator and the
-    alignment loss. `train.vectors` sets it."""
+    """Name of the file of the base's singular vectors (`VectorsRecord.name`), for the subspace operator.
+    `train.vectors` sets it."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
     """(layer name, r_hat) of exactly the layers that are adapted, in place of `target_modules` and of the sizes that
-    `rank` stands for (`target_plan`). Given as a mapping or pairs, kept sorted by name. Empty: no plan."""
+    `rank` stands for (a plan of targets). Given as a mapping or pairs, kept sorted by name. Empty: no plan."""
 
     domains: tuple[str, ...] = ()
     """Names of the domains; in every layer each has its own MoRA matrix, added to the shared one."""
@@ -234,7 +234,7 @@ class MoRAConfig(AdapterConfig):
         odd = [(name, size) for name, size in self.layer_sizes if size < 1 or size % self.step]
         for name, size in odd[:1]:
             even = ", and even for rotate" if self.step == 2 else ""
-            yield f"--targets: the side of {name} must be at least 1{even}, got {size}"
+            yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
         yield from domain_complaints(self.domains, self.freeze)
         operators = ["auto", *(kind.value for kind in OperatorKind), SUBSPACE]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
@@ -339,11 +339,11 @@ class MoRAConfig(AdapterConfig):
             return self.square_size(d_in, d_out)
         size = dict(self.layer_sizes).get(layer)
         if size is None:
-            raise UserError(f"--targets: the plan gives {layer} no MoRA matrix")
+            raise UserError(f"research.targets: the plan gives {layer} no MoRA matrix")
         if size > (largest := self.largest_size(d_in, d_out)):
             raise UserError(
-                f"--targets: a MoRA matrix of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger than it "
-                f"can use: give {largest} at most"
+                f"research.targets: a MoRA matrix of side {size} on {layer}, a layer of {d_in} x {d_out}, is larger "
+                f"than it can use: give {largest} at most"
             )
         return size
 

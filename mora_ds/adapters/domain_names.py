@@ -24,13 +24,13 @@ def domain_complaints(domains: Sequence[str], freeze: str) -> Iterator[str]:
     """One message for each field of `MoRAConfig` on domains that is wrong."""
     if len(set(domains)) < len(domains) or SHARED in domains:
         yield (
-            f"--domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA matrix; "
-            f"got {', '.join(domains)}"
+            f"research.domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA "
+            f"matrix; got {', '.join(domains)}"
         )
     if unfit := [name for name in domains if refusal(file_name, name, "")]:
-        yield f"--domain_adapters: {unfit[0]!r} cannot be a domain's name, which is also the name of a folder"
+        yield f"research.domain_adapters: {unfit[0]!r} cannot be a domain's name, which is also the name of a folder"
     kinds = [kind.value for kind in Freeze]
     if freeze not in kinds:
-        yield unknown("--freeze", freeze, kinds)
+        yield unknown("research.freeze", freeze, kinds)
     elif freeze != Freeze.NONE.value and not domains:
-        yield f"--freeze {freeze} is for --domain_adapters"
+        yield f"research.freeze {freeze} is for research.domain_adapters"

@@ -371,7 +371,7 @@ def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, dom
     cannot have domains."""
     if isinstance(base, ExpertStack):
         if domains is not None:
-            raise UserError(f"--domain_adapters: {name} are experts, which can have no domains: leave them out")
+            raise UserError(f"research.domain_adapters: {name} are experts, which can have no domains: leave them out")
         assert isinstance(spec, StackSpec)
         return MoRAExperts(base, spec, config.dropout)
     if domains is None:
@@ -379,7 +379,7 @@ def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, dom
         return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
     if not (isinstance(config, MoRAConfig) and isinstance(spec, OperatorSpec)):
         raise UserError(
-            "--domain_adapters is for --operator truncate, share, decouple or rotate: "
+            "research.domain_adapters is for --operator truncate, share, decouple or rotate: "
             f"{name} would get {spec.describe()}"
         )
     return DomainLinear(base, spec, domains, config.dropout, Freeze(config.freeze))

@@ -29,7 +29,7 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     if missing := sorted(planned - known.keys()):
         more = f"\nand {len(missing) - 3} more" if len(missing) > 3 else ""
         named = "".join(f"\n{name}.{nearest(name, known)}" for name in missing[:3])
-        raise UserError(f"--targets: the plan names linear layers that the model does not have:{named}{more}")
+        raise UserError(f"research.targets: the plan names linear layers that the model does not have:{named}{more}")
     return _chosen(model, known, planned)
 
 

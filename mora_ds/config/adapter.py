@@ -8,12 +8,10 @@ from enum import Enum
 from typing import Any
 
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_patterns import names_experts
-from mora_ds.adapters.target_plan import AUTO, parse_budget
-from mora_ds.common.errors import COUNT, NOT_NEGATIVE, POSITIVE, refusal, wrong_values
+from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, refusal, wrong_values
 from mora_ds.config.flags import documented
 from mora_ds.remora.optimizer_reset import OptimizerReset
 
@@ -60,20 +58,9 @@ class AdapterArguments:
     grouping: str = "permuted"
     """permuted (new permutations in every cycle), alternate (the paper's for share: strided and contiguous in turn),
     plain, or one for share only: strided, contiguous, contiguous-strided, strided-contiguous."""
-    alignment_weight: float = 0.0
-    """Adds the alignment loss with this weight: minus the share of the squared norm of each layer's update that lies in
-    the leading subspaces of its frozen weight (mean over layers). 0 turns it off."""
-    alignment_rank: int = 16
-    """Number of left and of right singular vectors that span these subspaces."""
     target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
     """Modules that are adapted: names, globs, regular expressions after re:, all-linear (all but the head), experts
     (all projections of a mixture's experts, which no pattern without this word reaches)."""
-    targets: str | None = None
-    """Which of these get a MoRA matrix, and its side: the file of a plan (mora-ds analyze --write), or auto
-    (by how their weights use their rank, within --trainable_budget). The plan is written to OUTPUT_DIR/targets.yaml;
-    --mora_rank then only chooses the operator."""
-    trainable_budget: str | None = None
-    """With --targets auto: parameters of all MoRA matrices, as a share of the model's (0.5%) or a number."""
     compute: str = "auto"
     """activation (the update is applied to the activations), weight (a weight W0 + update is formed, rounded to the
     run's dtype) or auto: weight for each layer where d_in * d_out <= 2 * tokens * (d_in + d_out), of the tokens of a
@@ -107,18 +94,6 @@ class AdapterArguments:
     optimizer_reset: str = OptimizerReset.ZERO.value
     """What a merge does to the optimizer's state: zero (moments and step count), magnitude (zeroes the smallest 90% of
     each moment), random (a random 99%), or keep."""
-    domain_adapters: bool = False
-    """Give every layer a MoRA matrix for each source of --mixture or --train_files in addition to the shared one. Each
-    row of a batch uses the matrix of its source; a merge merges the shared ones."""
-    freeze: str = Freeze.NONE.value
-    """With --domain_adapters: shared or domains freezes these MoRA matrices; none trains all."""
-    init_adapter: str | None = None
-    """With --domain_adapters: start from the MoRA matrices of this checkpoint or adapter, which must have no merges;
-    matrices of domains are matched by name."""
-    eval_domains: list[str] = field(default_factory=list)
-    """With --domain_adapters: SET=DOMAIN evaluates a set with the MoRA matrices of that domain, SET=shared with the
-    shared ones alone. Default: the domain with the set's name (or held_out_DOMAIN), the shared ones where there is
-    none."""
 
     @property
     def is_control(self) -> bool:
@@ -143,10 +118,6 @@ class AdapterArguments:
     def adapts_experts(self) -> bool:
         """Whether the targets name experts of a mixture."""
         return any(names_experts(pattern) for pattern in self.target_modules)
-
-    def alignment_identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share for its loss to be the same function."""
-        return {"alignment": [self.alignment_weight, self.alignment_rank]} if self.alignment_weight else {}
 
     def config(self, seed: int) -> AdapterConfig:
         """The adapter's own config. Raises `UserError` for invalid settings."""
@@ -186,15 +157,14 @@ class AdapterArguments:
                 "adapter": AdapterKind,
                 "lora_alpha": POSITIVE,
                 "tp_grouping": TPGrouping,
-                "alignment_weight": NOT_NEGATIVE,
-                "alignment_rank": COUNT,
                 "merge_every": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
                 "optimizer_reset": OptimizerReset,
                 "train_embedding_rank": NOT_NEGATIVE,
             },
         )
-        yield from self._target_problems()
+        if self.adapts_experts:
+            yield from self._expert_problems()
         for flag in self.rows_flags:
             if self.train_embeddings or self.train_head:
                 yield (
@@ -209,21 +179,6 @@ class AdapterArguments:
         given = {
             f"--adapter {self.adapter}": self.adapter == AdapterKind.LORA.value,
             "--operator subspace": self.operator == SUBSPACE,
-            "--alignment_weight": self.alignment_weight != 0,
-            "--domain_adapters": self.domain_adapters,
-            "--targets auto": self.targets == AUTO,
         }
         for flag in (flag for flag, is_given in given.items() if is_given):
             yield f"{flag} is for linear layers, and --target_modules names experts: leave out one of them"
-
-    def _target_problems(self) -> Iterator[str]:
-        if self.targets == AUTO and self.trainable_budget is None:
-            yield "--targets auto: give --trainable_budget, such as 0.5%"
-        if self.trainable_budget is not None:
-            yield from refusal(parse_budget, self.trainable_budget)
-        if self.adapts_experts:
-            yield from self._expert_problems()
-        if self.targets in (None, AUTO):
-            return
-        if self.target_modules != [ALL_LINEAR]:
-            yield f"--targets {self.targets} names the layers itself: leave out --target_modules"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mora_ds.common.files import shipped
@@ -18,7 +18,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
-from mora_ds.config.flags import parse_flat
+from mora_ds.config.flags import RESEARCH, parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.ds_config import load_ds_config
 from mora_ds.engine.ds_keys import degree_in
@@ -36,6 +36,8 @@ class Arguments:
     adapter: AdapterArguments
     data: DataArguments
     training: TrainingArguments
+    research: dict[str, Any] = field(default_factory=dict)
+    """The settings that the block `research:` of the recipe sets; without one empty, as nearly always."""
     given: frozenset[str] = frozenset()
     """Names of the fields that flags or recipe set; the rest are defaults."""
     left_out: tuple[str, ...] = ()
@@ -106,11 +108,11 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
     for name, group in _GROUPS.items():
         names = {entry.name for entry in dataclasses.fields(group)}
         groups[name] = group(**{key: value for key, value in settings.items() if key in names})
-    return Arguments(**groups, given=frozenset(settings))
+    return Arguments(**groups, research=settings.get(RESEARCH, {}), given=frozenset(settings))
 
 
 def dump(arguments: Arguments) -> dict[str, Any]:
     """{field: value} in plain types for `run.yaml`: a recipe that repeats the run. Without what differs by rank."""
     flat = {key: value for name in _GROUPS for key, value in dataclasses.asdict(getattr(arguments, name)).items()}
     del flat["local_rank"]
-    return flat
+    return {**flat, RESEARCH: arguments.research} if arguments.research else flat

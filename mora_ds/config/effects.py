@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterKind
-from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
 if TYPE_CHECKING:
@@ -42,17 +41,16 @@ def _decays(arguments: Arguments, kind: ScheduleKind | None = None) -> bool:
 
 
 def _trains_others(arguments: Arguments) -> bool:
-    """Whether parameters are trained that --embedding_learning_rate is for. Under Muon the matrices of domains are."""
+    """Whether parameters are trained that --embedding_learning_rate is for."""
     adapter = arguments.adapter
-    by_muon = arguments.training.optimizer == OptimizerKind.MUON.value
-    return not adapter.is_control and (adapter.trains_others or (adapter.domain_adapters and by_muon))
+    return not adapter.is_control and (adapter.trains_others or bool(arguments.research))
 
 
 EFFECTS = (
     Effect(
         "MoRA matrices (--adapter mora)",
         lambda run: run.adapter.adapter == AdapterKind.MORA.value,
-        "r_hat_multiple operator grouping compute tp_grouping alignment_weight targets domain_adapters",
+        "r_hat_multiple operator grouping compute tp_grouping",
     ),
     Effect("LoRA (--adapter lora)", lambda run: run.adapter.adapter == AdapterKind.LORA.value, "lora_alpha"),
     Effect(
@@ -72,9 +70,6 @@ EFFECTS = (
         _trains_others,
         "embedding_learning_rate",
     ),
-    Effect("--alignment_weight", lambda run: run.adapter.alignment_weight != 0, "alignment_rank"),
-    Effect("--targets auto", lambda run: run.adapter.targets == "auto", "trainable_budget"),
-    Effect("--domain_adapters", lambda run: run.adapter.domain_adapters, "freeze eval_domains init_adapter"),
     Effect("an --lr_scheduler_type that decays", _decays, "min_lr_ratio"),
     Effect(
         "--lr_scheduler_type warmup_stable_decay",

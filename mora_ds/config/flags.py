@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, ge
 
 from transformers import HfArgumentParser
 
+from mora_ds.common import research
 from mora_ds.common.errors import UserError, empty_words, nearest, refuse
 from mora_ds.common.files import load_yaml, shipped
 
@@ -51,6 +52,9 @@ def documented(cls: Class) -> Class:
             setattr(cls, name, dataclasses.field(default=default, metadata=metadata))
     return cls
 
+
+RESEARCH = "research"
+"""The key of a recipe that holds the settings of `mora_ds.research`."""
 
 _RESEARCH = "moved to the block `research:` of a recipe (docs/research.md)"
 _LONGER_MERGES = "was removed, since no run gained by it: merge at fixed intervals, --merge_every"
@@ -166,8 +170,11 @@ def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] =
     """The settings of a YAML recipe, checked against the fields of `groups`; one `UserError` lists all wrong ones."""
     content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    settings = {key: value for key, value in content.items() if key not in ignored_keys}
-    return typed_values(settings, hints, path)
+    settings = {key: value for key, value in content.items() if key not in (*ignored_keys, RESEARCH)}
+    values = typed_values(settings, hints, path)
+    if RESEARCH in content:
+        values[RESEARCH] = research.load("settings").read(content[RESEARCH], path)
+    return values
 
 
 def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str = "") -> dict[str, Any]:

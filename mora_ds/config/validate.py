@@ -2,7 +2,7 @@
 
     settings without effect     effects.py
     own values of a group       `problems()` of its class
-    several groups at once      validate_adapter.py (adapter and run), domains.py, validate_run.py (model, text and run)
+    several groups at once      validate_adapter.py (adapter and run), validate_run.py (model, text and run)
 
 Files, tokenizers and models are checked where they are read; DeepSpeed's JSON file by `engine/ds_config.py`.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mora_ds.common import research
 from mora_ds.common.errors import refuse
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.domains import domain_problems
 from mora_ds.config.effects import idle_settings
 from mora_ds.config.validate_adapter import adapter_problems
 from mora_ds.config.validate_run import run_problems
@@ -34,7 +34,7 @@ def validate(arguments: Arguments) -> None:
             *adapter.problems(),
             *training.problems(),
             *adapter_problems(adapter, training),
-            *domain_problems(adapter, data, training),
+            *(research.load("settings").problems(arguments) if arguments.research else ()),
             *run_problems(model, data, training),
             *_schedule_problems(arguments),
         ]

@@ -19,12 +19,6 @@ def adapter_problems(adapter: AdapterArguments, training: TrainingArguments) -> 
         yield "--optimizer muon is for MoRA matrices: use --adapter mora, or --optimizer adamw"
     if training.optimizer == OptimizerKind.MUON.value and adapter.adapts_experts:
         yield "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw"
-    by_muon = training.optimizer == OptimizerKind.MUON.value
-    if training.embedding_learning_rate is not None and adapter.domain_adapters and not by_muon:
-        yield (
-            "--embedding_learning_rate would hold for the domains' MoRA matrices too: leave it out with "
-            "--domain_adapters"
-        )
     yield from _tensor_parallel(adapter, training)
 
 
@@ -36,8 +30,6 @@ def _tensor_parallel(adapter: AdapterArguments, training: TrainingArguments) -> 
         dropout={"--mora_dropout": adapter.mora_dropout},
         segments=SEGMENTS if adapter.tp_grouping == TPGrouping.ALIGNED.value else 0,
         base_bits=adapter.base_bits,
-        alignment_weight=adapter.alignment_weight,
-        domains=adapter.domain_adapters,
         sequence=training.sequence_parallel_size,
         experts=adapter.adapts_experts,
         muon=training.optimizer == OptimizerKind.MUON.value,

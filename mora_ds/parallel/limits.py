@@ -29,7 +29,6 @@ def tensor_parallel_problems(
     dropout: Mapping[str, float] | None = None,
     segments: int = 0,
     base_bits: int | None = None,
-    alignment_weight: float = 0.0,
     domains: bool = False,
     sequence: int = 1,
     experts: bool = False,
@@ -49,7 +48,7 @@ def tensor_parallel_problems(
     limits = {
         f"splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
         f"does not divide the {segments} segments of --tp_grouping aligned": segments % degree > 0,
-        "splits a layer's shared MoRA matrix, not those of --domain_adapters": domains,
+        "splits one MoRA matrix a layer, not those of research.domain_adapters": domains,
         "splits linear layers, and --target_modules names experts: leave it at 1": experts,
         f"and {SEQUENCE} {sequence}: use one of them": sequence > 1,
         "needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
@@ -58,9 +57,6 @@ def tensor_parallel_problems(
     yield from (f"{flag} {limit}" for limit, holds in limits.items() if holds)
     limits = {
         "--operator subspace reads unsplit inputs, which no rank of a group has: leave it at 1": operator == "subspace",
-        "--alignment_weight needs unsharded MoRA matrices, which no rank of a group has: leave it at 1": (
-            alignment_weight != 0
-        ),
         f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
         "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
         f"--base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),

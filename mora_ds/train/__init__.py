@@ -7,9 +7,7 @@ output_folder   --output_dir: which run may write into it, and what of it is a r
 data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes
 base            the base model on this process; node_room: whether a node has room for what its processes share
-targets         --targets: which layers have a MoRA matrix, and of which size
 vectors         singular vectors of the base for the operators that read them
-init_adapter    --init_adapter: MoRA matrices to start from
 job             the interface of the three kinds of job, full and bare ones; adapter_job: MoRA and LoRA
 run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users
 preflight       every check of the live model before the first step

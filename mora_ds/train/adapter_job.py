@@ -15,16 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.config import AdapterConfig, MoRAConfig
-from mora_ds.adapters.domain_names import SHARED
-from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.checkpoint.state import TrainerState, run_identity
-from mora_ds.config.domains import adapter_config
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.base_ring import ring_of
@@ -36,10 +32,8 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.planning.costs import costs
 from mora_ds.remora.merge import MergeReport
 from mora_ds.remora.optimizer_reset import OptimizerReset
-from mora_ds.train.init_adapter import InitialAdapter
 from mora_ds.train.job import Job
 from mora_ds.train.run import Run, RunDetails
-from mora_ds.train.targets import RunTargets
 from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
@@ -56,7 +50,8 @@ class AdapterJob(Job):
         fingerprint = self.loaded.base.fingerprint(ranks=self.place.ranks)
         common = self.common_identity()
         self.check_checkpoint(run_identity(fingerprint, self.config, common))
-        first = self._initial_adapter(fingerprint)
+        if self.place.checkpoint is None:
+            self.place.hooks.fit(self.loaded.model, fingerprint, self.place.ranks)
         degree = training.tensor_parallel_size
         self.place.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
@@ -74,8 +69,8 @@ class AdapterJob(Job):
         tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
         self._log_paths(tokens, self.state.micro_batch_tokens)
         self.state.micro_batch_tokens = tokens
-        if first is not None:
-            logger.info(first.put(self.engine))
+        if self.place.checkpoint is None:
+            self.place.hooks.begin(self.engine)
 
     def merge(self, step: int, probe: Callable[[], float]) -> MergeReport:
         return self.run.merge(step, probe)
@@ -93,14 +88,14 @@ class AdapterJob(Job):
         self.run.wait(timeout_s)
 
     def export(self, checkpoint: Path, target: Path) -> None:
-        """Write one merged model; for a run with domains, one per domain and the shared one, in folders by name."""
-        domains = domains_of(self.engine.module).names
+        """Write the merged model, or each of those that the hooks name, in a folder of its name."""
+        variants = self.place.hooks.variants
 
         def export() -> None:
-            if not domains:
+            if not variants:
                 export_merged(checkpoint, target, overwrite=True)
-            for domain in (SHARED, *domains) if domains else ():
-                export_merged(checkpoint, target / domain, overwrite=True, domain=domain)
+            for variant in variants:
+                export_merged(checkpoint, target / variant, overwrite=True, domain=variant)
 
         self.place.ranks.on_first("export of the merged model", export, long=True)
 
@@ -117,21 +112,20 @@ class AdapterJob(Job):
         return self.arguments.training.base_device == BaseDevice.HOST.value
 
     def _planned_config(self) -> AdapterConfig:
-        """The adapter's config with the layers and sizes of --targets."""
+        """The adapter's config with what the hooks add to it."""
         arguments, loaded, place = self.arguments, self.loaded, self.place
-        config = adapter_config(arguments.adapter, arguments.data, arguments.training.seed)
+        config = place.hooks.config(arguments.adapter.config(arguments.training.seed))
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
-        targets = RunTargets(arguments.adapter, place.targets, place.folder, place.checkpoint, place.ranks)
-        return targets.planned(config, loaded.model, loaded.base, loaded.keys)
+        return place.hooks.plan(config, loaded, place.folder, place.checkpoint, place.ranks)
 
     def _with_vectors(self, config: AdapterConfig) -> AdapterConfig:
-        """The config that names the base's singular vectors, where the operator or the alignment loss reads them."""
-        adapter, loaded, place = self.arguments.adapter, self.loaded, self.place
-        rank = adapter.alignment_rank if adapter.alignment_weight else 0
-        if not isinstance(config, MoRAConfig) or not (config.is_subspace or rank):
+        """The config that names the base's singular vectors, where the operator or a hook reads them."""
+        loaded, place = self.loaded, self.place
+        leading = place.hooks.vectors
+        if not isinstance(config, MoRAConfig) or not (config.is_subspace or leading):
             return config
-        wanted = wanted_vectors(loaded.model, config, loaded.keys, rank)
+        wanted = wanted_vectors(loaded.model, config, loaded.keys, leading)
         if place.checkpoint is None:
             exact = sum(each.is_exact for each in wanted.values())
             logger.info(
@@ -145,14 +139,13 @@ class AdapterJob(Job):
 
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""
-        adapter, training = self.arguments.adapter, self.arguments.training
+        training = self.arguments.training
         model, base, keys = self.loaded.model, self.loaded.base, self.loaded.keys
         device = torch.device("cpu") if self._streams else current_device()
         report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
         self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
         logger.info(report)
-        if adapter.alignment_weight and isinstance(self.config, MoRAConfig):
-            self.alignment = Alignment(model, self.config.vectors, adapter.alignment_weight, adapter.alignment_rank)
+        self.place.hooks.injected(model, self.config)
         degree = training.tensor_parallel_size
         if degree > 1:
             logger.info(plan_of(model, degree))
@@ -177,13 +170,6 @@ class AdapterJob(Job):
                 f"--compute: up to the checkpoint it was {counted(before)}, with {before:,} tokens in a micro-batch; "
                 "from here on results differ by rounding from those of the same micro-batches as before"
             )
-
-    def _initial_adapter(self, fingerprint: str) -> InitialAdapter | None:
-        """The adapter of --init_adapter, checked against the model; None where there is none, or a checkpoint."""
-        path, model = self.arguments.adapter.init_adapter, self.loaded.model
-        if path is None or self.place.checkpoint is not None:
-            return None
-        return self.place.ranks.agree("--init_adapter", lambda: InitialAdapter.open(Path(path), model, fingerprint))
 
     def _open_run(self, identity: Mapping[str, Any]) -> Run:
         adapter, training, train_data = self.arguments.adapter, self.arguments.training, self.data.train

@@ -210,7 +210,7 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         engine_config(job.training, job.adapter.adapter, world)
 
     plain = with_flags(settings, given)
-    if not arguments.adapter.domain_adapters:
+    if not arguments.research:
         (text,) = paths.train_files("general")
         job = with_flags({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}, given)
         if not (reasons := refusal(check, job)):

@@ -13,21 +13,17 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.alignment import factor_bytes
-from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import frozen_values
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
-from mora_ds.config.data import DataArguments
-from mora_ds.config.domains import adapter_config
 from mora_ds.engine import device
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
-from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
@@ -38,9 +34,8 @@ from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.train.attention import check_precision, implementation_of
+from mora_ds.train.hooks import hooks_of
 from mora_ds.train.setup import engine_config
-from mora_ds.train.targets import planned_config
-from mora_ds.train.vectors import check_alignment_rank
 
 
 def dry_run(arguments: Arguments) -> dict[str, Any]:
@@ -70,15 +65,13 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
     if adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
-    if adapter.domain_adapters and training.optimizer == OptimizerKind.MUON.value:
-        raise UserError("--dry_run cannot plan Muon's state with --domain_adapters: plan it with --optimizer adamw")
     planner = planner_of(arguments, config, ds_config, world, implementation)
     place = BaseDevice(training.base_device)
     if place is not BaseDevice.AUTO or not device.is_cpu():
         planner = place_base(planner, place)
     layers = _layer_lines(planner.work, world)
-    if adapter.alignment_weight:
-        layers.append(_alignment_line(planner.work, adapter.alignment_rank))
+    model = planned_model(replace(planner.work, adapter=None, tensor_parallel=1))
+    layers += hooks_of(arguments).dry_lines(model, planner.work.adapter)
     return planner.plan(), layers
 
 
@@ -95,11 +88,11 @@ def planner_of(
 ) -> Planner:
     """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model;
     `implementation`: of `train.attention`."""
-    adapter, training, model = arguments.adapter, arguments.training, arguments.model
+    training, model = arguments.training, arguments.model
     name, _ = _model_of(arguments)
     work = Work(
         config=config,
-        adapter=_adapter_config(adapter, arguments.data, training.seed, name, model.trust_remote_code),
+        adapter=_adapter_config(arguments, name),
         seq_len=arguments.data.seq_len,
         micro_batch=training.per_device_train_batch_size,
         dtype=getattr(torch, compute_dtype(ds_config)),
@@ -116,28 +109,18 @@ def planner_of(
     return Planner(work, cluster, ds_config, training.gradient_accumulation_steps, device.is_cpu())
 
 
-def _adapter_config(
-    adapter: AdapterArguments, data: DataArguments, seed: int, model: str, trust_remote_code: bool
-) -> AdapterConfig | None:
+def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     """None for full training. `model`: the model's folder, hub name or config.json."""
+    adapter = arguments.adapter
     if adapter.adapter == AdapterKind.FULL.value:
         return None
-    config = planned_config(adapter, adapter_config(adapter, data, seed), model, trust_remote_code)
+    hooks = hooks_of(arguments)
+    config = hooks.config(adapter.config(arguments.training.seed))
+    config = hooks.dry_plan(config, model, arguments.model.trust_remote_code)
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)
     return replace(config, new_rows_from=first_new_row(path if path.is_dir() else path.parent))
-
-
-def _alignment_line(work: Work, rank: int) -> str:
-    model = planned_model(replace(work, adapter=None, tensor_parallel=1))
-    assert isinstance(work.adapter, MoRAConfig)
-    check_alignment_rank(model, work.adapter, rank)
-    inject(model, work.adapter)
-    return (
-        f"--alignment_weight: {factor_bytes(model, rank) / 1e6:,.2f} MB of factors on each rank, which the figures "
-        "below leave out"
-    )
 
 
 def _layer_lines(work: Work, world: int) -> list[str]:

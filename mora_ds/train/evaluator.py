@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mora_ds.adapters.domains import Domains
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.models.loss import perplexity
+from mora_ds.train.hooks import Hooks
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.replicas import Replica, require_finite
 from mora_ds.train.tasks import TaskSuite
@@ -35,9 +35,7 @@ class Evaluator:
     """Batches per evaluation set, over all replicas; None for all."""
     watch: Watch = field(default_factory=lambda: Watch({}, {}))
     """What --stop_when_forgotten and --best_by ask for."""
-    domains: Domains = field(default_factory=lambda: Domains(()))
-    set_domains: Mapping[str, str | None] = field(default_factory=dict)
-    """Evaluation set -> the domain whose MoRA matrices read it; None for the shared ones alone."""
+    hooks: Hooks = field(default_factory=Hooks)
     tasks: TaskSuite | None = None
     """The tasks of --eval_tasks."""
     tasks_steps: int = 0
@@ -47,7 +45,7 @@ class Evaluator:
         """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""
         step, perplexities = self.state.step, {}
         for name, data in self.sets.items():
-            with self.domains.using(self.set_domains.get(name)):
+            with self.hooks.reading(name):
                 nll = self.replica.mean_nll(self._batches(data, before_batch))
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mora_ds.adapters.target_plan import AUTO
 from mora_ds.checkpoint.layout import BASE_FOLDER
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
+from mora_ds.train.hooks import hooks_of
 from mora_ds.train.output_folder import NAMES, TARGETS
 from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
@@ -43,13 +43,12 @@ def check_inputs(arguments: Arguments, folder: Path, names: Iterable[str] = NAME
 
 def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
     """(flag, path) of every file and folder that validated settings name; names on the Hub are among them."""
-    model, adapter, training = arguments.model, arguments.adapter, arguments.training
+    model, training = arguments.model, arguments.training
     named = [
         ("--model_name_or_path", model.model_name_or_path),
         ("--model_config", model.model_config),
         ("--tokenizer_name", model.tokenizer_name),
-        ("--init_adapter", adapter.init_adapter),
-        ("--targets", None if adapter.targets == AUTO else adapter.targets),
+        *hooks_of(arguments).inputs(),
         ("--deepspeed", training.deepspeed),
         *_texts(arguments.data),
         ("--cache_dir", arguments.data.cache_dir),

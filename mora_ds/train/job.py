@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.alignment import Alignment
 from mora_ds.adapters.inject import count_parameters
 from mora_ds.checkpoint.contents import save_full_model
 from mora_ds.checkpoint.layout import CHECKPOINTS
@@ -48,8 +47,6 @@ class Job(ABC):
     """A new state, or that of the checkpoint which the run resumes from."""
     trainable_parameters: int
     total_parameters: int
-    alignment: Alignment | None = None
-    """The additional loss of --alignment_weight; not part of the reported loss."""
 
     def __init__(
         self, arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
@@ -115,7 +112,7 @@ class Job(ABC):
             "seed": training.seed,
             "global_batch_size": training.rows_per_step(self.place.ranks.world),
             "merge_every": adapter.merge_every,
-            **adapter.alignment_identity(),
+            **self.place.hooks.identity(),
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if attends_by_documents(self.loaded.model) else "dense",
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),

@@ -186,10 +186,10 @@ class MetricsLog:
                 f"step {step}  {name}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
             )
 
-    def alignment(self, step: int, share: float) -> None:
-        """The share of the updates' energy in the weights' leading subspaces, at the beginning of `step`."""
-        self._write({"step": step, "alignment": share})
-        self._log({"9_subspace/alignment": share}, step)
+    def loss_term(self, step: int, name: str, value: float) -> None:
+        """The value of a hook's term of the loss, at the beginning of `step`."""
+        self._write({"step": step, name: value})
+        self._log({f"9_research/{name}": value}, step)
 
     def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
         """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or

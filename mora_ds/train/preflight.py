@@ -2,7 +2,7 @@
 
 document mask           do documents packed into one row see each other?              --no_document_mask
 chunked loss            are the head and a known scale or cap all of the logits?      --chunked_loss
-domains                 does every adapted layer read complete rows?                  --domain_adapters
+hooks                   what a block `research:` asks of the model
 sequence parallelism    do split rows give the logits of complete rows?               --sequence_parallel_size
 
 What a model does is measured, not looked up in a list of architectures. No check draws from torch's global generator.
@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.adapters.domains import domains_of
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import Arguments
 from mora_ds.data.documents import Documents
 from mora_ds.models import loss
@@ -63,32 +62,10 @@ def preflight(job: Job, arguments: Arguments) -> None:
             logger.info(f"loss: from the logits of complete batches, because {problem}")
             loss.whole_loss(model)
             job.state.chunked_loss = False
-        if domains_of(model).names:
-            check_domain_rows(job.engine, vocab_size)
+        job.place.hooks.check(job.engine, _random_ids(job.engine, vocab_size, 3, 8))
         check_attention(job.engine, vocab_size, sizes, document_mask, advice)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
-
-
-@torch.no_grad()
-def check_domain_rows(engine: Any, vocab_size: int) -> None:
-    """Raise `UserError` for a model with an adapted layer that does not read complete rows, as `token_nll` runs it.
-
-    Collective: a forward pass of three short rows.
-    """
-    domains = domains_of(engine.module)
-    ids = _random_ids(engine, vocab_size, 3, 8)
-    engine.eval()
-    domains.set([domains.names[0], domains.names[1], domains.names[0]])
-    try:
-        loss.token_nll(
-            engine, {"input_ids": ids, "position_ids": torch.arange(8).expand_as(ids).to(ids), "labels": ids}
-        )
-    except RunError as error:
-        raise UserError(f"--domain_adapters: {error}") from error
-    finally:
-        domains.set_all(None)
-        engine.train()
 
 
 def check_attention(

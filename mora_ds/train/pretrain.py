@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 from mora_ds.adapters.config import AS_LOADED
-from mora_ds.adapters.domain_names import SHARED
-from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
 from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
 from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
@@ -30,7 +28,6 @@ from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
-from mora_ds.config.domains import eval_domains
 from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
@@ -53,7 +50,7 @@ from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
-from mora_ds.train.init_adapter import check_same_files
+from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import BareJob, FullJob, Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
@@ -72,7 +69,6 @@ from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
 from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
-from mora_ds.train.targets import plan_of_file
 from mora_ds.train.tasks import TaskSuite, check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
@@ -116,8 +112,8 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks) as place:
-        if adapter.init_adapter is not None and place.checkpoint is None:
-            check_same_files(Path(adapter.init_adapter), ranks)
+        if place.checkpoint is None:
+            place.hooks.check_files(ranks)
         folder, config = find_model(model, place)
         implementation = implementation_of(model, config)
         check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
@@ -126,6 +122,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         check_node_base(arguments, config, dtype, ranks)
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
+        place.hooks.check_sets(list(data.evaluation))
         cast = adapter.is_control or adapter.base_bits != AS_LOADED  # else `initialize` casts, on the device
         loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place, cast)
         if reason := why_dense(config, model.implementation):
@@ -165,7 +162,8 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
     """
     training = arguments.training
     root = expanded(training.output_dir)
-    targets = ranks.on_first("--targets", lambda: plan_of_file(arguments.adapter))  # it may lie in the folder
+    hooks = hooks_of(arguments)
+    hooks.read_files(ranks)  # they may lie in the folder
     reservations: list[Reservation] = []  # of rank 0
 
     def reserve_folder() -> Path | None:
@@ -178,7 +176,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
-        yield Place(ranks, root, checkpoint, targets)
+        yield Place(ranks, root, checkpoint, hooks)
     except BaseException:
         for reservation in reservations:
             reservation.rollback()
@@ -215,13 +213,12 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
 
 
 def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
-    """Raise `UserError` for flags that name an evaluation set, a task or a domain which the run does not have."""
-    sets, adapter, tasks = list(data.evaluation), arguments.adapter, task_names(arguments.training.eval_tasks)
+    """Raise `UserError` for flags that name an evaluation set or a task which the run does not have."""
+    sets = list(data.evaluation)
+    tasks = task_names(arguments.training.eval_tasks)
     if both := sorted({*sets} & {*tasks}):
         raise UserError(f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name")
     _watch(arguments.training).check_names([*sets, *tasks])
-    if adapter.domain_adapters and isinstance(data.train, Mixture):
-        eval_domains(adapter.eval_domains, sets, data.train.names)
 
 
 def _watch(training: TrainingArguments) -> Watch:
@@ -316,21 +313,16 @@ def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], star
 
 
 def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog) -> Evaluator:
-    training, domains, sets = arguments.training, domains_of(job.loaded.model), job.data.evaluation
-    set_domains = eval_domains(arguments.adapter.eval_domains, list(sets), domains.names)
-    if domains.names and set_domains:
-        read_as = ", ".join(f"{name}: {domain or SHARED}" for name, domain in set_domains.items())
-        logger.info(f"evaluation sets are read as: {read_as}")
+    training = arguments.training
     return Evaluator(
         replica=replica,
-        sets=sets,
+        sets=job.data.evaluation,
         state=job.state,
         log=log,
         batch_size=training.per_device_eval_batch_size,
         max_batches=training.max_eval_batches,
         watch=_watch(training),
-        domains=domains,
-        set_domains=set_domains,
+        hooks=job.place.hooks,
         tasks=_tasks(training, job, replica),
         tasks_steps=training.eval_tasks_steps,
     )

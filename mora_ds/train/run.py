@@ -232,17 +232,16 @@ def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mappi
             )
 
 
-def with_vectors(
-    config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, alignment_rank: int = 0
-) -> MoRAConfig:
-    """The config with the name of the base's singular vectors, which the subspace operator and the alignment loss read.
+def with_vectors(config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, leading: int = 0) -> MoRAConfig:
+    """The config with the name of the base's singular vectors, which the subspace operator reads.
 
     Call it before `inject`, on all processes. `model`: a transformers model as it was loaded from the folder `base`.
     Rank 0 decomposes its weights once, into a file in `folder`: the folder of the later `Run`, which all processes
-    must see. Raises `UserError` for a base that cannot be opened and an `alignment_rank` beyond a layer's shorter side.
+    must see. `leading`: how many vectors there are at least. Raises `UserError` for a base that cannot be opened and a
+    layer with fewer vectors.
     """
     start_distributed()
     opened = BaseCheckpoint.open(base, "base")
     names = [f"{name}.weight" for name in targets_of(model, config)]
-    wanted = wanted_vectors(model, config, map_model(opened, model, names), alignment_rank)
+    wanted = wanted_vectors(model, config, map_model(opened, model, names), leading)
     return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current())

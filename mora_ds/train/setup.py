@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
@@ -26,6 +25,7 @@ from mora_ds.engine.initialize import (
 from mora_ds.parallel.limits import check_world
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.agreement import check_settings
+from mora_ds.train.hooks import Hooks
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Place:
     """The run's folder, which all ranks see."""
     checkpoint: Path | None
     """The checkpoint that the run resumes from."""
-    targets: TargetPlan | None
-    """The plan of --targets FILE: which layers have a MoRA matrix, and its side."""
+    hooks: Hooks = field(default_factory=Hooks)
+    """What the run does besides MoRA."""
 
 
 def meet(arguments: Arguments) -> None:

@@ -60,7 +60,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         job = self.job
-        self.engine, self.state, self.domains = job.engine, job.state, self.evaluator.domains
+        self.engine = job.engine
+        self.state = job.state
+        self.hooks = job.place.hooks
         self.train_data: TrainData = job.data.train
         self.last_checkpoint = job.place.checkpoint
         self.loader = BatchLoader(self.train_data, self.replica, self.training, self.total_steps)
@@ -160,14 +162,15 @@ class Trainer:
         # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.
         scale = self.training.gradient_accumulation_steps * self.replica.world / total_labels
         nll = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
-        alignment = self.job.alignment
+        term = self.hooks.term
         self.engine.train()
         self._source_losses.reset()
         for micro_batch in batch:
-            with nullcontext() if alignment is None else alignment.recording():
-                batch_nll = self._nll(micro_batch)
-            loss = batch_nll * scale
-            self.engine.backward(loss if alignment is None else loss + alignment.loss())
+            with self.hooks.rows(self._sources(micro_batch)):
+                with nullcontext() if term is None else term.recording():
+                    batch_nll = self._nll(micro_batch)
+                loss = batch_nll * scale
+                self.engine.backward(loss if term is None else loss + term.loss())
             self.engine.step()
             nll += batch_nll.detach()
 
@@ -188,13 +191,15 @@ class Trainer:
         self.log.advance(step)
         self._after_step()
 
+    def _sources(self, micro_batch: MicroBatch) -> list[str]:
+        """The source of each row of a micro-batch; empty without a mixture."""
+        return [] if self._mixture is None else [self._mixture.names[source] for source in micro_batch.sources]
+
     def _nll(self, micro_batch: MicroBatch) -> Tensor:
         """The summed loss of a micro-batch, recorded by source for a mixture."""
         rows = self.replica.on_device(micro_batch.rows)
         if self._mixture is None:
             return token_nll(self.engine, rows)
-        if self.domains.names:  # until the next micro-batch: activation checkpointing reads them again in backward
-            self.domains.set([self._mixture.names[source] for source in micro_batch.sources])
         losses = row_nll(self.engine, rows)
         self._source_losses.add(micro_batch.sources, losses, micro_batch.labels)
         return losses.sum()
@@ -240,8 +245,8 @@ class Trainer:
         if self._mixture is not None:
             source_tokens = self._mixture.tokens(step)
             self.log.record("sources", step, self._source_losses.facts(source_sums, source_tokens))
-        if self.job.alignment is not None:
-            self.log.alignment(step, self.job.alignment.share.item())
+        if self.hooks.term is not None:
+            self.log.loss_term(step, self.hooks.term.name, self.hooks.term.value.item())
 
     # -- what follows a step -----------------------------------------------------------------------------------------
 
@@ -353,7 +358,7 @@ class Trainer:
     def _probe_loss(self) -> float:
         """Mean loss of the probe batch (of a mixture: of the first source), the same in every replica.
 
-        A NaN in any MoRA matrix makes it NaN, whichever domain the matrix belongs to.
+        A NaN in any MoRA matrix makes it NaN.
         """
-        with self.domains.using(self.domains.names[0] if self.domains.names else None):
+        with self.hooks.probing():
             return self.replica.replica_nll(self.train_data.first_rows(PROBE_ROWS))

@@ -1,6 +1,6 @@
-"""The singular vectors that the subspace operator and the alignment loss read: on every process the same bits.
+"""The singular vectors that the subspace operator reads, or a hook of the run: on every process the same bits.
 
-    neither of the two                           nothing is done
+    nobody reads any                             nothing is done
     a new run                                    rank 0 decomposes the base into OUTPUT_DIR/subspace, once; the merge
                                                  ledger takes a hard link, and with it every checkpoint and adapter
     a resumed run                                the file of the checkpoint's ledger is used
@@ -33,30 +33,21 @@ FOLDER = "subspace"
 
 
 def wanted_vectors(
-    model: nn.Module, config: MoRAConfig, keys: Mapping[str, str], alignment_rank: int = 0
+    model: nn.Module, config: MoRAConfig, keys: Mapping[str, str], leading: int = 0
 ) -> dict[str, Wanted]:
-    """Module -> what to decompose, before injection. Raises `UserError` as `check_alignment_rank` does."""
-    check_alignment_rank(model, config, alignment_rank)
+    """Module -> what to decompose, before injection: as many singular vectors as the operator reads, and at least
+    `leading`. Raises `UserError` for experts, and for a layer that has fewer than `leading`."""
     wanted = {}
     for name, module in targets_of(model, config).items():
-        d_in, d_out = linear_shape(module)
-        for_operator = config.size_of(name, d_in, d_out) if config.is_subspace else 0
-        count = max(min(for_operator, d_in, d_out), alignment_rank)
-        wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
-    return wanted
-
-
-def check_alignment_rank(model: nn.Module, config: MoRAConfig, alignment_rank: int) -> None:
-    """Raise `UserError` naming a layer with fewer singular vectors. Before injection; a planned model will do."""
-    for name, module in targets_of(model, config).items():
-        d_in, d_out = linear_shape(module)
         if isinstance(module, ExpertStack):
             raise UserError(f"--target_modules includes {name}, experts, whose singular vectors are not computed")
-        if alignment_rank > min(d_in, d_out):
-            raise UserError(
-                f"--alignment_rank {alignment_rank}: {name} is {d_out} x {d_in}, so it has {min(d_in, d_out)} singular "
-                "vectors: take fewer, or leave it out of --target_modules"
-            )
+        d_in, d_out = linear_shape(module)
+        if leading > min(d_in, d_out):
+            raise UserError(f"{name} is {d_out} x {d_in}: it has fewer than {leading} singular vectors")
+        for_operator = config.size_of(name, d_in, d_out) if config.is_subspace else 0
+        count = max(min(for_operator, d_in, d_out), leading)
+        wanted[name] = Wanted(keys[f"{name}.weight"], isinstance(module, Conv1D), d_in, d_out, count)
+    return wanted
 
 
 def prepare_vectors(

@@ -290,7 +290,7 @@ def test_adapters_that_experts_cannot_have_are_refused() -> None:
     for config, named in (
         (LoRAConfig(rank=4, target_modules=("experts",)), "not lora"),
         (MoRAConfig(rank=4, operator="subspace", vectors="a", target_modules=("experts",)), "not subspace"),
-        (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "--domain_adapters"),
+        (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "research.domain_adapters"),
     ):
         with pytest.raises(UserError, match=named):
             inject(tiny_model("mixtral"), config)

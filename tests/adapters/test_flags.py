@@ -9,7 +9,6 @@ from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 
 SUBSPACE = "--operator subspace "
-AUTO = "--targets auto --trainable_budget 1% "
 DEGREE_2 = "--tensor_parallel_size 2 "
 ALIGNED = "--tp_grouping aligned "
 
@@ -20,18 +19,6 @@ REFUSED = [
     (SUBSPACE + DEGREE_2, "--operator subspace reads unsplit inputs"),
     (SUBSPACE + ALIGNED, "--tp_grouping aligned belongs to --operator share"),
     ("--operator subspce", "Did you mean 'subspace'"),
-    ("--alignment_weight -1", "--alignment_weight must be at least 0"),
-    ("--alignment_weight inf", "--alignment_weight must be at least 0"),
-    ("--alignment_rank 0", "--alignment_rank must be at least 1"),
-    ("--alignment_rank 4", "--alignment_rank is for --alignment_weight"),
-    ("--alignment_weight 1 --adapter full", "--alignment_weight is for MoRA matrices"),
-    ("--alignment_weight 1 " + DEGREE_2, "--alignment_weight needs unsharded"),
-    ("--targets auto", "--targets auto: give --trainable_budget"),
-    ("--trainable_budget 1%", "--trainable_budget is for --targets auto"),
-    ("--targets f.yaml --trainable_budget 1%", "--trainable_budget is for --targets auto"),
-    (AUTO + "--adapter lora", "--targets is for MoRA matrices"),
-    ("--targets auto --trainable_budget x", "--trainable_budget must be like"),
-    ("--targets f.yaml --target_modules q_proj", "f.yaml names the layers itself"),
     ("--tensor_parallel_size 0", "--tensor_parallel_size must be at least 1"),
     (DEGREE_2 + "--sequence_parallel_size 2", "use one of them"),
     (DEGREE_2 + "--adapter lora", "--adapter lora has none: leave it at 1"),

@@ -112,7 +112,6 @@ def test_damaged_vectors_are_refused(whole: Path, tmp_path: Path) -> None:
         ("--bf16",),
         ("--optimizer", "muon"),
         ("--gradient_checkpointing",),
-        ("--targets", "auto", "--trainable_budget", "5%", "--alignment_weight", 0.1),
     ],
     ids=str,
 )

@@ -88,8 +88,6 @@ LAUNCHES = r"""
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
 --merge_every 3 --restart_warmup_steps 0 | --restart_warmup_steps must be at least 1
 --optimizer_reset none | --optimizer_reset 'none'
---alignment_weight -1 | --alignment_weight must be at least 0
---alignment_weight 0.1 --alignment_rank 100000 | --alignment_rank 100000 | 32 singular vectors
 --held_out_share 1 | --held_out_share must be at least 0 and below 1
 --document_start nothing | --document_start 'nothing' is no token of the tokenizer | '</s>'
 --preprocessing_workers 0 | --preprocessing_workers must be at least 1
@@ -107,15 +105,8 @@ LAUNCHES = r"""
 --mora_rnk 3 | --mora_rnk | Did you mean '--mora_rank'
 stray | 'stray'
 # -- flags that contradict each other
---freeze both | --freeze is for --domain_adapters
---init_adapter /nowhere | --init_adapter is for --domain_adapters
 --push_to_hub a/b/c | --push_to_hub a/b/c
 --adapter full --push_to_hub a/b | --push_to_hub | --export_merged
---adapter lora --alignment_weight 0.1 | --alignment_weight is for MoRA matrices
---adapter lora --targets t.yaml | --targets is for MoRA matrices
---eval_domains held=law | --eval_domains is for --domain_adapters
---embedding_learning_rate 1 --train_norms --domain_adapters --train_files a=a:1 b=b:1 | would hold for the domains'
---domain_adapters | --domain_adapters needs several named sources
 --bf16 --fp16 | --bf16 and --fp16
 --overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint
 --stop_when_forgotten general | --stop_when_forgotten general: must be NAME:NUMBER
@@ -127,8 +118,6 @@ stray | 'stray'
 --best_by held:0 --eval_steps 1 | --best_by | one must be above 0
 --best_by :1 --eval_steps 1 | --best_by :1: must be NAME:NUMBER
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
---targets auto | --targets auto: give --trainable_budget
---targets auto --trainable_budget much | --trainable_budget | much
 --optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
 --base_bits 4 --operator subspace | --base_bits 4: --operator subspace
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
@@ -161,8 +150,6 @@ stray | 'stray'
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora is for linear layers
 --target_modules all-linear experts.down_proj --operator subspace | --operator subspace is for linear layers
---target_modules experts --alignment_weight 0.1 | --alignment_weight is for linear layers
---target_modules experts --targets auto --trainable_budget 1% | --targets auto is for linear layers
 --target_modules experts --tensor_parallel_size 2 | --tensor_parallel_size 2 splits linear layers
 --target_modules experts --optimizer muon | --optimizer muon is for single MoRA matrices
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'
@@ -178,7 +165,6 @@ stray | 'stray'
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
---targets ~nobody5/x | --targets ~nobody5/x: no home
 --node_base ~nobody5/x | --node_base ~nobody5/x: no home
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
 --tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: no home
@@ -209,12 +195,6 @@ stray | 'stray'
 --tokenizer_name {bad}/emptydir | --tokenizer_name | holds no tokenizer
 --deepspeed {bad}/emptydir | --deepspeed | Is a directory
 --deepspeed {bad}/gone.json | --deepspeed | gone.json
---targets /nowhere | --targets /nowhere
---targets {bad}/targets/list.yaml | list.yaml must hold
---targets {bad}/targets/empty.yaml | --targets | empty.yaml | format
---targets {bad}/targets/other.yaml | --targets | other.yaml: unknown key 'seed'
---targets {bad}/targets/format.yaml | --targets | format.yaml: format is 99
---targets {bad}/targets/binary.yaml | --targets | binary.yaml
 # -- DeepSpeed files
 --deepspeed {bad}/ds/live.json | live.json: stage3_max_live_parameters | got -5
 --deepspeed {bad}/ds/bucket.json | bucket.json: reduce_bucket_size | "large"
@@ -342,7 +322,6 @@ Answer = tuple[int, str, bool, bool]
 NEED_WEIGHTS = (
     "--model_name_or_path {bad}",
     "--target_modules",
-    "--alignment_weight 0.1",
     "--attn_implementation",
     "--max_steps -1 --w",
 )

@@ -73,11 +73,6 @@ def test_adapter_settings_become_the_adapters_config() -> None:
     assert parse(given.split()).adapter.config(seed=5) == wanted
 
 
-def test_a_run_resumes_with_its_alignment_loss() -> None:
-    given = parse(["--alignment_weight", "0.1", "--alignment_rank", "4"]).adapter
-    assert given.alignment_identity() == {"alignment": [0.1, 4]} and not parse([]).adapter.alignment_identity()
-
-
 @pytest.mark.parametrize(
     ("flags", "adapter", "others"),
     [

@@ -27,11 +27,9 @@ import psutil
 import pytest
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.commands import dispatch
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.config.adapter import AdapterArguments
-from mora_ds.train.targets import plan_of_file
+from mora_ds.research.targets import TargetPlan, read_plan
 from tests.helpers.adapters import Maker
 from tests.helpers.crafted import reseal, whole_checkpoint
 from tests.helpers.damage import change_json
@@ -56,7 +54,7 @@ class Subject:
 
 
 def targets(case: Path, _: Path) -> None:
-    plan_of_file(AdapterArguments(targets=str(case / "targets" / "targets.yaml")))
+    read_plan(case / "targets" / "targets.yaml")
 
 
 def _tool(name: str, *flags: str) -> Tool:
@@ -106,7 +104,7 @@ def subjects(folder: Path) -> list[Subject]:
         change_json(bank / "bank" / name / "base.json", lambda content: content.update(folder="../../base"))
         reseal(bank / "bank" / name)
     (folder / "plan" / "targets").mkdir(parents=True)
-    plan = TargetPlan("m", "f", {f"model.layers.{i}.mlp.up_proj": 2 * i for i in range(4)}, "100", "hand", "rotate")
+    plan = TargetPlan("m", "f", {f"model.layers.{i}.mlp.up_proj": 2 * i for i in range(4)}, "100", "weights", "rotate")
     plan.write(folder / "plan" / "targets" / "targets.yaml")
     sets = ("--sets", "a={case}/held.txt")
     fast = (

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
@@ -80,6 +81,14 @@ def playground(root: Path) -> Playground:
     held.write_text(sources[1][20_000:21_200], encoding="utf-8")
     other.write_text("def f(x):\n    return x\n", encoding="utf-8")
     return Playground(root, root / "model", train, held, other)
+
+
+def research(flags: list[str], folder: Path, **settings: Any) -> list[str]:
+    """The flags after a recipe in `folder` with a block `research:` of these settings."""
+    path = folder / "research.yaml"
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    path.write_text(yaml.safe_dump({"research": values}), encoding="utf-8")
+    return [str(path), *flags]
 
 
 def job(argv: list[str]) -> dict[str, Any]:

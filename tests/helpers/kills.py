@@ -29,7 +29,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 import mora_ds.data.cache
 import mora_ds.data.inspection
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.adapters.target_plan import TargetPlan
 from mora_ds.checkpoint import contents, writer
 from mora_ds.common import files
 from mora_ds.deploy import export
@@ -217,8 +216,6 @@ SUBSPACE = ("--operator", "subspace")
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Flags for an evaluation after each step, most of which make a new best checkpoint."""
 
-PLANNED = ("--targets", "auto", "--trainable_budget", "3%")
-
 MOMENTS: dict[str, Moment] = {
     # a step
     "before_the_optimizer_step": Moment(lambda: before(DeepSpeedEngine, "step", 4), Passes.ALL),
@@ -307,9 +304,6 @@ MOMENTS: dict[str, Moment] = {
     "vectors_half_way_into_a_checkpoint": Moment(
         lambda: within(ledger.Ledger, "copy_to", 3, lambda: after(ledger, "link_or_copy")),
         more=SUBSPACE, only_heavy=True,
-    ),
-    "plan_before_its_rename": Moment(
-        lambda: within(TargetPlan, "write", 1, lambda: before(os, "replace")), more=PLANNED
     ),
     "before_the_run_is_begun": Moment(lambda: before(output_folder.Reservation, "commit")),
     "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(os, "replace"))),

@@ -21,7 +21,7 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.runtime.signals import EXIT_USER_ERROR
 from mora_ds.train import agreement, pretrain
 from tests.helpers.gloo import free_port, run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, refused, run
+from tests.helpers.jobs import REPOSITORY, Playground, environment, refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 
 pytestmark = pytest.mark.gloo
@@ -198,9 +198,11 @@ AT_EACH = pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0),
 @pytest.mark.heavy
 @AT_EACH
 def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
-    more = (*MERGES, "--operator", "subspace", "--targets", "auto", "--trainable_budget", "3%")
-    names = run_ranks(world, checks_of, user.flags(tmp_path / "healthy", *more))[0]
-    assert_all_fail(world, user.flags(tmp_path / "out", *more), list(range(len(names))), failing)
+    more = (*MERGES, "--operator", "subspace")
+    block = {"targets": "auto", "trainable_budget": "3%"}
+    names = run_ranks(world, checks_of, research(user.flags(tmp_path / "healthy", *more), tmp_path, **block))[0]
+    argv = research(user.flags(tmp_path / "out", *more), tmp_path, **block)
+    assert_all_fail(world, argv, list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,7 @@ from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, run
+from tests.helpers.jobs import Playground, refused, research, run
 from tests.helpers.models import FAMILIES
 from tests.helpers.resume import MERGING, assert_same_run, interrupted_job
 
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> No
         ("--base_bits", 8, "--operator", "share"),
         ("--adapter", "lora"),
         ("--optimizer", "muon", "--chunked_loss", "--attn_implementation", "sdpa"),
-        ("--operator", "subspace", "--alignment_weight", "0.1", "--mora_dropout", "0.1"),
+        ("--operator", "subspace", "--mora_dropout", "0.1"),
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
@@ -101,8 +101,8 @@ def test_with_sequence_parallelism(user: Playground) -> None:
 def test_domains_work(user: Playground) -> None:
     sources = [f"a={user.train}:1", f"b={user.other}:1"]
     for out, more in (("domains", ()), ("domains-streamed", HOST)):
-        argv = deep(user, out, "--domain_adapters", "--train_files", *sources, *more)
-        run(2, argv)
+        argv = deep(user, out, "--train_files", *sources, *more)
+        run(2, research(argv, user.root, domain_adapters=True))
     assert_same_run(user.root / "domains-streamed", user.root / "domains")
 
 

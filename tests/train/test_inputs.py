@@ -37,8 +37,8 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "evaluation text": ({"eval_files": ["held=out/ledger/a.txt"]}, "--eval_files out/ledger/a.txt"),
     "a task": ({"eval_tasks": ["piqa", "out/ledger/task.yaml"]}, "--eval_tasks out/ledger/task.yaml"),
     "cache": ({"cache_dir": "out/checkpoints/tokens"}, "--cache_dir out/checkpoints/tokens"),
-    "adapter": ({"init_adapter": "out/checkpoints/latest"}, "--init_adapter"),
-    "plan": ({"targets": "out/targets.yaml"}, "--targets out/targets.yaml"),
+    "adapter": ({"research": {"init_adapter": "out/checkpoints/latest"}}, "research.init_adapter"),
+    "plan": ({"research": {"targets": "out/targets.yaml"}}, "research.targets out/targets.yaml"),
     "DeepSpeed's file": ({"deepspeed": "out/base/ds.json"}, "--deepspeed out/base/ds.json"),
 }
 
@@ -85,7 +85,7 @@ def test_an_input_within_the_output_is_named(home: Path, case: str) -> None:
         {},
         {"train_files": ["out/corpus.txt"]},
         {"cache_dir": "out/cache"},
-        {"targets": "auto"},
+        {"research": {"targets": "auto"}},
         {"train_files": ["no*"]},
     ],
 )
@@ -98,7 +98,9 @@ def test_other_inputs_pass(home: Path, changes: dict[str, Any]) -> None:
 def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path) -> None:
     (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {owns: []}\n")
     again = {"resume_from_checkpoint": "auto", "deepspeed": None}
-    check_inputs(settings({"model_name_or_path": "out/base", "targets": "out/targets.yaml", **again}), Path("out"))
+    check_inputs(
+        settings({"model_name_or_path": "out/base", "research": {"targets": "out/targets.yaml"}, **again}), Path("out")
+    )
     with pytest.raises(UserError, match="--tokenizer_name"):
         check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))
 

@@ -20,6 +20,7 @@ from mora_ds.common.errors import RunError
 from mora_ds.models.loss import perplexity
 from mora_ds.train import metrics as metrics_module
 from mora_ds.train import trainer as trainer_module
+from mora_ds.train.hooks import Hooks
 from mora_ds.train.metrics import (
     STEP_TAGS,
     MetricsLog,
@@ -56,12 +57,12 @@ def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=True)
     log.step(metrics(1))
     log.tasks(1, {"quiz": {"acc": 0.5}})
-    log.alignment(1, 0.25)
+    log.loss_term(1, "alignment", 0.25)
     assert [row.get("loss") for row in rows(tmp_path)] == [2.0, None, None]
     assert rows(tmp_path)[1:] == [{"step": 1, "tasks": {"quiz": {"acc": 0.5}}}, {"step": 1, "alignment": 0.25}]
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.value for event in board.Scalars("9_subspace/alignment")] == [0.25]
+    assert [event.value for event in board.Scalars("9_research/alignment")] == [0.25]
     assert [event.value for event in board.Scalars("2_evaluation/tasks/quiz/acc")] == [0.5]
 
 
@@ -72,7 +73,7 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
     vars(trainer).update(
         state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
         replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
-        job=SimpleNamespace(alignment=None), _mixture=None, training=SimpleNamespace(logging_steps=3),
+        hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3),
         schedule=SimpleNamespace(total_steps=8),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)

@@ -1,4 +1,4 @@
-"""Files of singular vectors of the base's weights, by name, for the subspace operator and the alignment loss.
+"""Files of singular vectors of the base's weights, by name, for the subspace operator.
 
     models.svd -> a safetensors file -> register(name, path) -> read(name, module, first, count)
                                                            -> norm(name, module)

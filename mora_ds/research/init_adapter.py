@@ -1,4 +1,4 @@
-"""--init_adapter: a run with domains starts from the MoRA matrices of an earlier run, in place of zero.
+"""`research.init_adapter`: a run with domains starts from the MoRA matrices of an earlier run, in place of zero.
 
 The shared matrices are taken as they are, those of domains by the domain's name; a new domain begins at zero. The
 earlier run must have the same base, layers and operators, and no merged cycle: what is merged is part of its base.
@@ -21,7 +21,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.engine import zero
 from mora_ds.runtime.ranks import Ranks
 
-FLAG = "--init_adapter"
+FLAG = "research.init_adapter"
 
 
 def check_same_files(path: Path, ranks: Ranks) -> None:
@@ -64,8 +64,8 @@ class InitialAdapter:
         its_names = () if facts.domains is None else facts.domains.names
         if set(names).isdisjoint(its_names) and any(OWN in layer.frozen_values for layer in layers.values()):
             raise UserError(
-                f"{FLAG} {path}: --freeze domains would keep the MoRA matrices of {', '.join(names)} at zero: that run "
-                + (f"has those of {', '.join(its_names)}" if its_names else "has no domains")
+                f"{FLAG} {path}: research.freeze domains would keep the MoRA matrices of {', '.join(names)} at zero: "
+                + (f"that run has those of {', '.join(its_names)}" if its_names else "that run has no domains")
             )
         if different := sorted(set(layers) ^ set(facts.layers)):
             raise UserError(f"{FLAG} {path} adapts other layers (--target_modules), e.g. {different[0]}")

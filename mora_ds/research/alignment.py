@@ -28,15 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.layer import AdaptedLinear, linear_shape
 from mora_ds.adapters.ops import singular_vectors
 from mora_ds.adapters.ops.gather import rotate
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress_transpose, input_columns
 from mora_ds.adapters.ops.spec import OperatorKind, SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
-from mora_ds.common.errors import RunError
+from mora_ds.adapters.target_modules import targets_of
+from mora_ds.common.errors import RunError, UserError
 
 FLOOR = 1e-3
 """Share of the weight's norm whose square is added to that of the delta's norm."""
@@ -45,13 +47,15 @@ FLOOR = 1e-3
 class Alignment:
     """The alignment loss of a model with MoRA matrices. Construct it after `inject` and before `initialize`."""
 
+    name = "alignment"
+
     def __init__(self, model: nn.Module, vectors: str, weight: float, rank: int) -> None:
         """`vectors`: name of the file of the base's singular vectors (`ops.singular_vectors`), of which the first
         `rank` on each side span the leading subspaces."""
         layers = mora_layers(model)
         self.weight, self.layers = weight, len(layers)
-        self.share = torch.zeros(())
-        """The mean over layers at the latest `loss`, for logs."""
+        self.value = torch.zeros(())
+        """The mean share over layers at the latest `loss`, for logs."""
         self._shares: dict[str, Tensor] = {}
         self._recording = False
         for name, layer in layers.items():
@@ -67,9 +71,6 @@ class Alignment:
         finally:
             self._recording = False
 
-    hearing = recording
-    """The name of `recording` in version 0.2."""
-
     def record(self, name: str, share: Tensor) -> None:
         """The share of one layer in this forward."""
         if self._recording:
@@ -82,8 +83,20 @@ class Alignment:
             raise RunError("no layer recorded its share: run the model in training mode, within Alignment.recording()")
         mean = torch.stack(list(self._shares.values())).sum() / self.layers
         self._shares.clear()
-        self.share = mean.detach()
+        self.value = mean.detach()
         return -self.weight * mean
+
+
+def check_rank(model: nn.Module, config: MoRAConfig, rank: int) -> None:
+    """Raise `UserError` naming a layer with fewer singular vectors than `rank`. Before injection; a planned model will
+    do."""
+    for name, module in targets_of(model, config).items():
+        d_in, d_out = linear_shape(module)
+        if rank > min(d_in, d_out):
+            raise UserError(
+                f"research.alignment_rank {rank}: {name} is {d_out} x {d_in}, so it has {min(d_in, d_out)} singular "
+                "vectors: take fewer, or leave it out of --target_modules"
+            )
 
 
 def factor_bytes(model: nn.Module, rank: int) -> int:

@@ -1,0 +1,119 @@
+"""What a run does besides MoRA: nothing, unless its recipe has a block `research:`.
+
+plan              which layers get a MoRA matrix, and of what side
+term              a term that is added to the loss
+rows, reading     what layers compute besides their MoRA matrix: it may depend on the source of a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mora_ds.adapters.config import AdapterConfig
+from mora_ds.common import research
+from mora_ds.config.arguments import Arguments
+from mora_ds.models.load import LoadedBase
+from mora_ds.runtime.ranks import Ranks
+
+
+class LossTerm(Protocol):
+    """A term of the loss that is not part of the reported loss."""
+
+    name: str
+    """Of its value in metrics.jsonl."""
+    value: Tensor
+    """Of the latest `loss`, for logs."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Surrounds a forward pass whose `loss` is wanted."""
+
+    def loss(self) -> Tensor:
+        """What the latest forward pass adds to its loss."""
+
+
+class Hooks:
+    """The hooks of a run without a block `research:`; `mora_ds.research.run` derives those of one with it."""
+
+    term: LossTerm | None = None
+    vectors = 0
+    """How many leading singular vectors of every adapted weight are read, besides those of --operator subspace."""
+
+    def inputs(self) -> Iterator[tuple[str, str | None]]:
+        """(setting, path) of every file and folder that is read."""
+        yield from ()
+
+    def read_files(self, ranks: Ranks) -> None:
+        """Read what may lie in the output folder, before that is touched. Collective. Raises `UserError`."""
+
+    def config(self, config: AdapterConfig) -> AdapterConfig:
+        """The adapter's config with what layers compute besides their MoRA matrix."""
+        return config
+
+    def plan(
+        self, config: AdapterConfig, loaded: LoadedBase, folder: Path, checkpoint: Path | None, ranks: Ranks
+    ) -> AdapterConfig:
+        """The adapter's config with its plan of targets. Collective. Raises `UserError`."""
+        return config
+
+    def dry_plan(self, config: AdapterConfig, model: str, trust_remote_code: bool) -> AdapterConfig:
+        """`plan` of a dry run, which reads no weights that it can do without. `model`: folder, Hub name or config."""
+        return config
+
+    def dry_lines(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
+        """Further lines of a dry run. `model`: on the meta device, before injection."""
+        return []
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with its checkpoint for its loss to be the same function."""
+        return {}
+
+    def injected(self, model: nn.Module, config: AdapterConfig) -> None:
+        """The model has its adapter; no engine has it yet."""
+
+    def rows(self, sources: Sequence[str]) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of a micro-batch whose rows come from these sources of the mixture; without a
+        mixture there are none. Every other forward pass reads its rows as `reading` says, or as of no source."""
+        return nullcontext()
+
+    def check_sets(self, sets: Sequence[str]) -> None:
+        """Raise `UserError` for a setting that names an evaluation set which is not among these."""
+
+    def check_files(self, ranks: Ranks) -> None:
+        """Raise `UserError` for files that a new run starts from and that ranks do not share. Collective."""
+
+    def fit(self, model: nn.Module, fingerprint: str, ranks: Ranks) -> None:
+        """Raise `UserError` where what a new run starts from is not for the injected model. Collective."""
+
+    def begin(self, engine: Any) -> None:
+        """The engine of a new run is there: put what it starts from into it. Collective."""
+
+    def check(self, engine: Any, ids: Tensor) -> None:
+        """A check of the live model before the first step, by a forward pass of `ids` (3, T). Collective. Raises
+        `UserError`."""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the merged models that the run stands for; empty for one model without a name."""
+        return ()
+
+    def probing(self) -> AbstractContextManager[None]:
+        """Surrounds a forward pass over the first training rows, whose loss tells whether all trained numbers are
+        finite."""
+        return nullcontext()
+
+    def reading(self, name: str) -> AbstractContextManager[None]:
+        """Surrounds forward passes over the evaluation set of this name."""
+        return nullcontext()
+
+
+def hooks_of(arguments: Arguments) -> Hooks:
+    """The hooks of a run. Raises `UserError` as `Arguments` do."""
+    if not arguments.research:
+        return Hooks()
+    hooks: Hooks = research.load("run").ResearchHooks(arguments)
+    return hooks

@@ -1,0 +1,665 @@
+"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete runs, frozen matrices."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.domain_names import Freeze
+from mora_ds.adapters.domains import Domains, domain_layers, domains_of, squares_of_rows, update_rows
+from mora_ds.adapters.inject import inject, layer_for, mora_layers, set_cycle
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.config.arguments import from_flat, parse
+from mora_ds.config.validate import validate
+from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine import zero
+from mora_ds.engine.initialize import initialize
+from mora_ds.eval.perplexity import load_target
+from mora_ds.models.loss import chunk_loss
+from mora_ds.research.init_adapter import InitialAdapter
+from mora_ds.research.run import ResearchHooks
+from mora_ds.train.run_file import RUN_FILE
+from mora_ds.train.trainer import Trainer
+from tests.helpers.adapters import Maker
+from tests.helpers.engines import ACCUMULATION, CLIP, EPSILON, LEARNING_RATE, STEPS, ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job, losses, printed, refusal, refused, research, run
+from tests.helpers.mixtures import mixture_flags, write_mixture
+from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.resume import assert_same_run, checkpoint_tensors, interrupted_job, stop_and_resume
+
+NAMES = ("law", "code", "news", "prose")
+
+
+def filled(model: nn.Module, seed: int = 0) -> None:
+    """Squares that are not zero, so that every path carries a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in domain_layers(model).values():
+        for value in (layer.square, layer.domain_squares):
+            value.data = 0.02 * torch.randn(value.shape, generator=generator)
+
+
+def domain_model(operator: str, family: str = "llama", cycle: int = 0, names: Any = NAMES, **config: Any) -> Any:
+    model = tiny_model(family)
+    wanted = MoRAConfig(rank=4, operator=operator, domains=names, **config)
+    inject(model, wanted)
+    set_cycle(model, wanted, cycle)
+    filled(model)
+    return model
+
+
+KINDS = tuple(kind.value for kind in OperatorKind)
+ROWS = ("code", "law", "prose", "code", "news", "law", "law", "prose")
+
+
+def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(rows,) summed next-token losses."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return nll.view(len(ids), -1).sum(dim=1)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    """To within `tolerance` of the largest element."""
+    assert (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
+
+
+def plain_of(model: Any, operator: str, family: str, cycle: int, domain: int) -> Any:
+    """A model without domains whose matrices are M + M_k of one domain."""
+    plain = tiny_model(family)
+    inject(plain, MoRAConfig(rank=4, operator=operator, compute="activation"))
+    for name, layer in mora_layers(plain).items():
+        both = domain_layers(model)[name]
+        assert both.own_spec == layer.spec == both.spec or cycle
+        layer.square.data = both.square.data + both.domain_squares.data[domain]
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("operator", "family"), [("truncate", "gpt2"), ("share", "llama"), ("decouple", "llama"), ("rotate", "gpt2")]
+)
+def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str) -> None:
+    """Losses of every row and gradients of every matrix, against one model for each domain with matrices M + M_k."""
+    model, ids = domain_model(operator, family), tokens(len(ROWS), 12)
+    domains_of(model).set(ROWS)
+    found = row_losses(model, ids)
+    found.sum().backward()
+    mine = gradients(model)
+    shared = {name: torch.zeros_like(layer.square) for name, layer in domain_layers(model).items()}
+    for index, domain in enumerate(NAMES):
+        chosen = torch.tensor([name == domain for name in ROWS])
+        plain = plain_of(model, operator, family, 0, index)
+        losses = row_losses(plain, ids[chosen])
+        losses.sum().backward()
+        assert torch.allclose(found[chosen], losses, rtol=1e-6)
+        for name, layer in mora_layers(plain).items():
+            assert_close(mine[f"{name}.domain_squares"][index], layer.square.grad)
+            shared[name] += layer.square.grad
+    for name, total in shared.items():
+        assert_close(mine[f"{name}.square"], total)
+        assert total.abs().max() > 1e-3
+
+
+def test_checkpointing_computes_again_with_the_same_domains() -> None:
+    """In backward, before and after a merge has changed the operator of the shared matrix."""
+    ids = tokens(len(ROWS), 12)
+    for cycle in (0, 1):
+        found = []
+        for checkpointing in (False, True):
+            model = domain_model("rotate", cycle=cycle).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            domains_of(model).set(ROWS)
+            row_losses(model, ids).sum().backward()
+            found.append(gradients(model))
+        assert found[0].keys() == found[1].keys()
+        for name, gradient in found[0].items():
+            assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("operator", ["share", "rotate"])
+def test_after_a_merge_rows_still_have_what_their_own_batches_have(operator: str) -> None:
+    """Each row then takes two products: against batches of one domain, and against dense deltas."""
+    rows = [name.replace("news", "code") for name in ROWS]
+    model, ids = domain_model(operator, cycle=3), tokens(len(rows), 12)
+    assert operator == "truncate" or all(layer.spec != layer.own_spec for layer in domain_layers(model).values())
+    domains_of(model).set(rows)
+    found = row_losses(model, ids)
+    found.sum().backward()
+    mixed = gradients(model)
+    summed = {name: torch.zeros_like(gradient) for name, gradient in mixed.items()}
+    for index, domain in enumerate(NAMES):
+        chosen = torch.tensor([name == domain for name in rows])
+        if not chosen.any():
+            continue
+        model.zero_grad()
+        domains_of(model).set_all(domain)
+        losses = row_losses(model, ids[chosen])
+        losses.sum().backward()
+        assert torch.allclose(found[chosen], losses, rtol=1e-6)
+        for name, gradient in gradients(model).items():
+            summed[name] += gradient
+            if name.endswith("domain_squares"):
+                others = [other for other in range(len(NAMES)) if other != index]
+                assert not gradient[others].any(), "a domain's rows reach its own square alone"
+        dense = copy.deepcopy(model)
+        for layer in domain_layers(dense).values():
+            update = delta_weight(layer.spec, layer.square.data)
+            layer.write(layer.weight + update + delta_weight(layer.own_spec, layer.domain_squares.data[index]))
+            layer.square.data.zero_()
+        domains_of(dense).set_all(None)
+        with torch.no_grad():
+            assert torch.allclose(row_losses(dense.eval(), ids[chosen]), losses, rtol=1e-5)
+    for name, gradient in mixed.items():
+        assert torch.allclose(gradient, summed[name], rtol=1e-5, atol=1e-6), name
+    assert not mixed[f"{next(iter(domain_layers(model)))}.domain_squares"][NAMES.index("news")].any(), "no row is of it"
+
+
+def rows_of(spec: OperatorSpec, rows: torch.Tensor, squares: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`update_rows` with a matrix for each row by its index; a negative index stands for none."""
+    choice = (rows.unsqueeze(1) == torch.arange(len(squares))).to(squares.dtype)
+    return update_rows(spec, squares_of_rows(squares, choice), x)
+
+
+@pytest.mark.parametrize("kind", OperatorKind)
+def test_gradients_of_rows(kind: OperatorKind) -> None:
+    """By finite differences, also where r_hat is larger than a side, or divides none."""
+    for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
+        spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=3)
+        generator = torch.Generator().manual_seed(0)
+        squares = torch.randn(3, r_hat, r_hat, dtype=torch.float64, generator=generator, requires_grad=True)
+        x = torch.randn(3, 2, d_in, dtype=torch.float64, generator=generator, requires_grad=True)
+        rows = torch.tensor([2, -1, 2])
+        assert torch.autograd.gradcheck(lambda *each, spec=spec, rows=rows: rows_of(spec, rows, *each), (squares, x))
+
+
+def test_a_row_without_a_square_is_refused_by_name() -> None:
+    model, ids = domain_model("share"), tokens(2, 8)
+    domains = domains_of(model)
+    with pytest.raises(UserError, match=r"unknown domain 'lwa'; known: law, code, news, prose.*'law'"):
+        domains.set(["code", "lwa"])
+    with pytest.raises(UserError, match="unknown domain 'cooking'"):
+        domains.set_all("cooking")
+    with pytest.raises(RunError, match="training needs the domain of each row"):
+        row_losses(model.train(), ids)
+    domains.set(["law", "law", "code"])
+    with pytest.raises(RunError, match="domains are set for 3 rows, but a layer reads"):
+        row_losses(model, ids)
+    with domains.using("law"):
+        row_losses(model, ids)
+    with pytest.raises(RunError, match="domains are set for 3 rows"):
+        row_losses(model, ids)
+    domains.set(["law", "code"])
+    before = row_losses(model, ids)
+    with domains.using("prose"):
+        assert not torch.equal(row_losses(model, ids), before)
+    assert torch.equal(row_losses(model, ids), before), "as it was set before"
+
+
+@pytest.mark.parametrize("cycle", [0, 1])
+def test_dropout_is_on_the_input_of_rows_squares_while_training(cycle: int) -> None:
+    model, ids = domain_model("share", cycle=cycle, dropout=0.5), tokens(2, 8)
+    domains_of(model).set(["law", "code"])
+    for layer in domain_layers(model).values():
+        layer.square.data.zero_()
+    assert torch.equal(row_losses(model.eval(), ids), row_losses(model, ids))
+    assert not torch.equal(row_losses(model.train(), ids), row_losses(model, ids))
+
+
+class Wrapped:
+    """The parts of an engine that the check uses."""
+
+    device = "cpu"
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.eval, self.train = module, module.eval, module.train
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+
+def test_a_layer_that_does_not_see_complete_rows_is_refused() -> None:
+    hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
+    hooks.injected(good := domain_model("rotate"), MoRAConfig())
+    hooks.check(Wrapped(good), tokens(3, 8))
+    model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
+    chunk_loss(model)
+    hooks.injected(model, MoRAConfig())
+    with pytest.raises(UserError, match=r"domains are set for 3 rows, but a layer reads .*--target_modules"):
+        hooks.check(Wrapped(model), tokens(3, 8))
+
+
+@pytest.mark.parametrize("name", ["..", "", "a/b", "a\\b", "a\nb", "x" * 300])
+def test_a_name_that_no_checkpoint_could_be_read_with_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"--domain_adapters: .* cannot be a domain's name"):
+        MoRAConfig(domains=("law", name))
+
+
+def test_an_update_that_is_no_square_is_refused() -> None:
+    config = MoRAConfig(domains=NAMES)
+    with pytest.raises(UserError, match="q_proj would get lora"):
+        layer_for(config, nn.Linear(4, 4), LoRASpec(4, 4, 2, 1.0), "q_proj", Domains(NAMES))
+
+
+def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> None:
+    """Those of a run that trained other parameters too, and domains whose matrices would stay at zero."""
+    maker = Maker(tiny_model("llama"), tmp_path / "base")
+    shared = MoRAConfig(rank=4)
+    maker.write(tmp_path / "plain", shared)
+    maker.write(tmp_path / "other", shared, domains=("cooking",))
+    maker.write(tmp_path / "norm", shared, trained={"model.norm.weight": torch.ones(32)})
+
+    def opened(name: str, freeze: str, names: tuple[str, ...] = NAMES) -> InitialAdapter:
+        model = tiny_model("llama")
+        inject(model, MoRAConfig(rank=4, domains=names, freeze=freeze))
+        return InitialAdapter.open(tmp_path / name, model, maker.reference.fingerprint)
+
+    opened("plain", "shared")
+    opened("other", "domains", ("law", "cooking"))
+    with pytest.raises(UserError, match=r"research.init_adapter .*norm: that run also trained model.norm.weight"):
+        opened("norm", "none")
+    for name, there in (("plain", "no domains"), ("other", "those of cooking")):
+        with pytest.raises(UserError, match=f"matrices of law, code, news, prose at zero: that run has {there}"):
+            opened(name, "domains")
+
+
+@pytest.mark.parametrize("freeze", [Freeze.SHARED, Freeze.DOMAINS])
+def test_frozen_squares_act_and_are_no_parameters(freeze: Freeze) -> None:
+    free, ids = domain_model("rotate"), tokens(len(ROWS), 12)
+    model = tiny_model("llama")
+    report = inject(model, MoRAConfig(rank=4, operator="rotate", domains=NAMES, freeze=freeze.value))
+    filled(model)
+    gone = "square" if freeze is Freeze.SHARED else "domain_squares"
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    assert names == {"square", "domain_squares"} - {gone}
+    assert report.trainable_params == sum(parameter.numel() for parameter in model.parameters())
+    assert "frozen" in str(report) and "law, code, news, prose" in str(report)
+    for each in (free, model):
+        domains_of(each).set(ROWS)
+    assert torch.equal(row_losses(free, ids), row_losses(model, ids))
+    assert getattr(next(iter(domain_layers(model.to(torch.bfloat16)).values())), gone).dtype is torch.float32
+
+
+# -- real ranks --------------------------------------------------------------------------------------------------------
+
+SOURCES = ("new", "old", "third")
+MICRO = 3
+CONFIG = MoRAConfig(rank=4, operator="share", domains=SOURCES)
+
+
+def row_domains(step: int, count: int) -> list[str]:
+    """The domain of each row of a step; the last domain has no row in the first step."""
+    return [SOURCES[(row * row + step) % (3 if step else 2)] for row in range(count)]
+
+
+def merge(engine: Any, layers: dict[str, Any], whole: Any) -> None:
+    """A merge of the shared MoRA matrices, written out. `whole`: gives the complete fp32 value of a parameter."""
+    for layer in layers.values():
+        layer.weight += delta_weight(layer.spec, whole(layer.square))
+    if engine is not None:
+        zero.reset_group(engine, 0, [layer.square for layer in layers.values()], lambda key, value: value.zero_())
+
+
+def plain_run(world: int) -> dict[str, torch.Tensor]:
+    """One process, the whole global batch at once; a merge after the second step."""
+    model, rows = domain_model("share", names=SOURCES), MICRO * world * ACCUMULATION
+    layers, found = domain_layers(model), {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
+    for step in range(STEPS):
+        domains_of(model).set(row_domains(step, rows))
+        loss = causal_loss(model, tokens(rows, seed=step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        found[f"loss {step}"] = loss.detach()
+        if step == 1:
+            merge(None, layers, lambda square: square.data)
+            for layer in layers.values():
+                layer.square.data.zero_()
+                optimizer.state.pop(layer.square)
+            set_cycle(model, CONFIG, 1)
+    return found | {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def sharded_run(stage: int) -> dict[str, torch.Tensor]:
+    """The same on this rank of several, with accumulation and checkpointing."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = domain_model("share", names=SOURCES)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine, *_ = initialize(model=model, config=ds_config(stage, MICRO), node_base="private")  # each merges by hand
+    layers, found = domain_layers(model), {}
+    for step in range(STEPS):
+        ids = tokens(MICRO * world * ACCUMULATION, seed=step).view(ACCUMULATION, world, MICRO, -1)
+        names = row_domains(step, MICRO * world * ACCUMULATION)
+        total = torch.zeros(())
+        for index in range(ACCUMULATION):
+            first = (index * world + rank) * MICRO
+            domains_of(model).set(names[first : first + MICRO])
+            loss = causal_loss(engine, ids[index, rank])
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / ACCUMULATION
+        dist.all_reduce(total)
+        found[f"loss {step}"] = total / world
+        if step == 1:
+            merge(engine, layers, lambda square: zero.full_fp32(engine, square))
+            set_cycle(model, CONFIG, 1)
+    if stage == 3:
+        whole = sum(layer.domain_squares.ds_tensor.numel() for layer in layers.values())  # type: ignore[attr-defined]
+        assert whole < sum(layer.domain_squares.ds_numel for layer in layers.values()), "sharded"  # type: ignore[attr-defined]
+    return found | {name: zero.full_fp32(engine, value) for name, value in model.named_parameters()}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(2, 3), *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((3, 3), (2, 0), (2, 1), (2, 2)))],
+)
+def test_sharded_ranks_follow_one_process(world: int, stage: int) -> None:
+    expected = plain_run(world)
+    for found in run_ranks(world, sharded_run, stage):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+# -- complete runs -----------------------------------------------------------------------------------------------------
+
+
+def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings: Any) -> list[str]:
+    """Flags after a recipe with domains; each set of `settings` has a recipe of its own."""
+    flags = mixture_flags(user, out, mix, *more)
+    folder = mix.parent / f"recipe-{len(list(mix.parent.glob('recipe-*')))}"
+    folder.mkdir()
+    return research(flags, folder, **{"domain_adapters": True, "eval_domains": ["held=old"], **settings})
+
+
+MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
+
+
+@pytest.mark.gloo
+def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path) -> None:
+    """Two ranks, a merge, stopped in step 5, resumed on one rank; every domain's model is the live one."""
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    files = (f"{name}={user.held}" for name in ("old", "other", "plain"))
+    sets = ("--eval_files", *files)
+    summary = run(2, domain_flags(user, whole, mix, *MERGING, *sets, eval_domains=["other=old"]))
+    assert summary["merges"] == 1
+    block = yaml.safe_load((whole / RUN_FILE).read_text())["research"]
+    assert block == {"domain_adapters": True, "eval_domains": ["other=old"]}, "run.yaml repeats the block"
+    after = summary["perplexity_after"]
+    assert after["old"] == after["other"] != after["plain"], "one text, read with two domains and with none"
+    argv = domain_flags(user, out, mix, *MERGING, *sets, "--resume_from_checkpoint", "auto", eval_domains=["other=old"])
+    run_ranks(2, interrupted_job, argv, 5)
+    run(1, [*argv, "--per_device_train_batch_size", "4"])
+    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    resumed = checkpoint_tensors(out)
+    for name, tensor in checkpoint_tensors(whole).items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    assert all(verdict.is_good for verdict in verify(whole)), [verdict.lines() for verdict in verify(whole)]
+
+    latest = whole / "checkpoints" / "latest"
+    facts = json.loads((latest / "adapter.json").read_text())
+    assert facts["domains"]["names"] == ["new", "old"] and facts["cycle"] == 1
+    probe, live = load_file(latest / "probe.safetensors"), {}
+    for domain in ("shared", "new", "old"):
+        report = export_merged(latest, tmp_path / domain, verify=True, domain=domain)
+        assert report.comparison is not None and report.merged == 14
+        recorded = probe["logits" if domain == "shared" else f"logits.{domain}"]
+        with torch.no_grad():
+            model: Any = load_adapter(user.model, latest, domain=domain)
+            live[domain] = model(input_ids=probe["input_ids"], use_cache=False).logits
+            plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / domain)
+            exported = plain(input_ids=probe["input_ids"], use_cache=False).logits
+        torch.testing.assert_close(live[domain], recorded, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(exported, recorded, rtol=1e-5, atol=1e-5)
+    assert (live["new"] - live["old"]).abs().max() > 1e-3 < (live["new"] - live["shared"]).abs().max()
+    assert "| domain | old |" in (tmp_path / "old" / "README.md").read_text()
+    assert_choices_are_named(user, whole, tmp_path)
+
+    assert "1 merged cycle(s)" in refusal(domain_flags(user, tmp_path / "new", mix, init_adapter=whole))
+    mix.write_text(mix.read_text().replace("  old:", "  older:"))
+    other = domain_flags(
+        user, out, mix, *MERGING, *sets, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", "4",
+        eval_domains=["plain=new"],
+    )  # fmt: skip
+    message = refusal(other)
+    assert "research.domain_adapters" in message and "['new', 'old'] there, ['new', 'older'] here" in message
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path) -> None:
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(2, domain_flags(user, whole, mix, *MERGING))
+    stop_and_resume(2, domain_flags(user, out, mix, *MERGING), 5)
+    assert_same_run(out, whole)
+
+
+def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--domain: name a domain; there are the domains new, old, and shared"):
+        export_merged(out, tmp_path / "never")
+    with pytest.raises(UserError, match=r"--domain nwe: there are the domains new, old.* Did you mean 'new'"):
+        export_merged(out, tmp_path / "never", domain="nwe")
+    with pytest.raises(UserError, match="domain third: there are the domains new, old"):
+        load_adapter(user.model, out, domain="third")
+    with pytest.raises(UserError, match=r"--domain: name a domain"):
+        load_target(out)
+    target = load_target(out, domain="old")
+    assert target.model.get_submodule("model.layers.0.mlp.up_proj").domains is domains_of(target.model)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
+def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, freeze: str) -> None:
+    """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    first, out, whole = tmp_path / "first", tmp_path / "out", tmp_path / "whole"
+    run(1, domain_flags(user, first, mix, "--max_steps", 2))
+    mix.write_text(mix.read_text() + f"  fresh: {{files: '{user.other}', weight: 0.5}}\n")
+    block = {"freeze": freeze, "init_adapter": first}
+    more = ("--save_steps", 2, "--max_steps", 4, "--no_eval_on_start")
+    told = run_ranks(1, printed, domain_flags(user, whole, mix, *more, **block))[0]
+    assert "the shared ones, new, old; fresh: from zero" in told and "held: old, short: shared" in told
+    argv = domain_flags(user, out, mix, *more, "--resume_from_checkpoint", "auto", **block)
+    run_ranks(2, interrupted_job, [*argv, "--per_device_train_batch_size", "1"], 3)
+    run(1, argv)
+    before, after = (load_file(folder / "checkpoints/latest/adapter.safetensors") for folder in (first, out))
+    own = "domain_squares"
+    for name, tensor in before.items():
+        kept = (freeze == "domains") is name.endswith(own)
+        now = after[name][:2] if name.endswith(own) else after[name]
+        assert torch.equal(now, tensor) is kept, name
+    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
+    export_merged(out, tmp_path / "merged", verify=True, domain="fresh")
+    probe = load_file(out / "checkpoints/latest/probe.safetensors")
+    with torch.no_grad():
+        model: Any = load_adapter(user.model, out, domain="fresh")
+        logits = model(input_ids=probe["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(logits, probe["logits.fresh"], rtol=1e-5, atol=1e-5)
+
+    never = tmp_path / "never"
+    assert "no evaluation set is called 'hled'" in refusal(domain_flags(user, never, mix, eval_domains=["hled=old"]))
+    other = domain_flags(user, never, mix, "--mora_rank", 3, init_adapter=first)
+    assert "means something else there (--mora_rank" in refusal(other)
+    assert "is neither an adapter" in refusal(domain_flags(user, never, mix, init_adapter=tmp_path / "nowhere"))
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+    (tmp_path / "rank0" / "earlier").symlink_to(first)  # as where another node does not see the folder
+    argv = domain_flags(user, never, mix, init_adapter="earlier")
+    for kind, message in run_ranks(2, refused_here, argv, tmp_path):
+        assert kind == "UserError" and "earlier is neither an adapter" in message
+    copy_of = Path(shutil.copytree(first / "checkpoints/latest", tmp_path / "rank1" / "earlier"))
+    (copy_of / "manifest.json").unlink()
+    tensors = bytearray((copy_of / "adapter.safetensors").read_bytes())
+    tensors[-1] ^= 1
+    (copy_of / "adapter.safetensors").write_bytes(tensors)
+    for kind, message in run_ranks(2, refused_here, argv, tmp_path):
+        assert kind == "UserError" and "research.init_adapter: not the same on all ranks" in message
+        assert "sha256 of adapter.safetensors: " in message and "sha256 of adapter.json" not in message
+    assert not (never / "checkpoints").exists()
+
+
+def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
+    """`refused`, in a working directory of each rank's own."""
+    os.chdir(folder / f"rank{dist.get_rank()}")
+    return refused(argv)
+
+
+def job_with_passes(argv: list[str]) -> list[bool]:
+    """Whether a forward pass between two steps reads rows of no domain, after each step. For `run_ranks`."""
+    found = []
+    step = Trainer.train_step
+
+    def watched(trainer: Trainer) -> None:
+        step(trainer)
+        domains = domains_of(trainer.engine.module)
+        found.append(domains.choice(torch.zeros(5, 2, 3)) is None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", watched)
+        job(argv)
+    return found
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("checkpointing", [(), ("--gradient_checkpointing",)])
+def test_no_other_forward_pass_inherits_the_domains_of_training(
+    user: Playground, tmp_path: Path, checkpointing: tuple[str, ...]
+) -> None:
+    """Such as that of a task of --eval_tasks, whose batches have rows of their own, as many or not."""
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    argv = domain_flags(user, tmp_path / "out", mix, "--max_steps", 2, *checkpointing)
+    assert run_ranks(1, job_with_passes, argv) == [[True, True]]
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "one source": ({"train_files": ["x.txt"]}, "needs several named sources"),
+    "lora": ({"adapter": "lora"}, "research.domain_adapters is for MoRA matrices, and --adapter is lora"),
+    "full": ({"adapter": "full"}, "research.domain_adapters is for MoRA matrices, and --adapter is full"),
+    "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
+    "budget": (
+        {"targets": "auto", "trainable_budget": "1%"},
+        "research.trainable_budget counts one MoRA matrix a layer",
+    ),
+    "subspace": ({"operator": "subspace"}, "--operator subspace has no MoRA matrices for single rows"),
+    "alignment": ({"alignment_weight": 0.1}, "research.alignment_weight aligns one update a layer"),
+    "tensor parallel": ({"tensor_parallel_size": 2}, "leave --tensor_parallel_size at 1"),
+    "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' stands for the shared MoRA matrix"),
+    "called like a folder's own": ({"train_files": ["..=x:1", "b=y:1"]}, "'..' cannot be a domain's name"),
+    "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "there is no domain 'lwa'"),
+    "twice": ({"eval_domains": ["held=a", "held=b"]}, "research.eval_domains: held is given twice"),
+    "no pair": ({"eval_domains": ["held"]}, "research.eval_domains held: must be SET=DOMAIN"),
+    "freeze what": ({"freeze": "all"}, "'all'; known: none, shared, domains"),
+    "freeze and merge": ({"freeze": "shared", "merge_every": 3}, "a merge would merge the shared matrices"),
+    "freeze zeros": ({"freeze": "domains"}, "research.freeze domains keeps the domains' MoRA matrices at zero"),
+    "freeze and muon": ({"freeze": "shared", "optimizer": "muon"}, "--optimizer muon trains the shared matrices"),
+    "without": ({"domain_adapters": False, "freeze": "shared"}, "research.freeze is for research.domain_adapters"),
+}
+RESEARCH = ("domain_adapters", "freeze", "eval_domains", "targets", "trainable_budget", "alignment_weight")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_go_together_is_named(case: str) -> None:
+    changes, part = WRONG[case]
+    given = {"model_name_or_path": "m", "train_files": ["a=x:1", "b=y:1"], "domain_adapters": True, **changes}
+    block = {name: given.pop(name) for name in RESEARCH if name in given}
+    with pytest.raises(UserError) as error:
+        validate(from_flat({**given, "research": block}))
+    assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("{domain_adaptors: true}", "unknown key 'research.domain_adaptors'. Did you mean 'domain_adapters'?"),
+        ("{domain_adapters: 1}", "research.domain_adapters must be true or false, got 1"),
+        ("{alignment_rank: many}", "research.alignment_rank must be a whole number"),
+        ("[targets]", "research must be `key: value` lines"),
+    ],
+)
+def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"research: {block}\n")
+    with pytest.raises(UserError) as caught:
+        parse([str(path)])
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of() -> None:
+    block = {"domain_adapters": True, "eval_domains": ["general=law", "code=shared"]}
+    hooks = ResearchHooks(from_flat({"train_files": ["code=x:1", "law=y:1"], "research": block}))
+    hooks.check_sets(["law", "held_out_code", "held_out", "general", "code"])
+    assert hooks.read_as == {
+        "law": "law", "held_out_code": "code", "held_out": None, "general": "law", "code": None,
+    }  # fmt: skip
+
+
+WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "muon": (2, ("--optimizer", "muon")),
+    "8 bits": (1, ("--base_bits", 8, "--bf16")),
+    "streaming": (2, ("--streaming",)),
+    "chunked loss": (1, ("--chunked_loss",)),
+    "checkpointing": (2, ("--gradient_checkpointing",)),
+    "sequence parallel": (2, ("--sequence_parallel_size", 2)),
+    "aligned": (1, ("--operator", "share", "--tp_grouping", "aligned")),
+    "norms and embeddings": (2, ("--train_norms", "--train_embeddings", "--train_head")),
+}
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+@pytest.mark.parametrize("way", WAYS)
+def test_domains_with_other_options(user: Playground, tmp_path: Path, way: str) -> None:
+    """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
+    world, more = WAYS[way]
+    mix, out = write_mixture(user, tmp_path / "mix.yaml"), tmp_path / "out"
+    argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
+    assert run(world, argv)["merges"] == 1
+    assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
+    own = {n: t for n, t in load_file(out / "checkpoints/latest/adapter.safetensors").items() if "domain_sq" in n}
+    assert own and all(tensor[index].any() for tensor in own.values() for index in range(2))
+    assert {path.name for path in (out / "merged").iterdir()} == {"shared", "new", "old"}
+    for domain in ("shared", "old"):
+        export_merged(out, tmp_path / domain, verify=True, domain=domain)
+
+
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_ranks_that_share_rows_know_their_domains(user: Playground, tmp_path: Path) -> None:
+    mix, found = write_mixture(user, tmp_path / "mix.yaml"), []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        run(size, domain_flags(user, out, mix, *MERGING, "--sequence_parallel_size", size))
+        found.append((losses(out), checkpoint_tensors(out)))
+    (loss, tensors), (shared_loss, shared) = found
+    torch.testing.assert_close(shared_loss, loss, rtol=1e-5, atol=0)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
