@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["train"] = set(MAY_IMPORT) - {"eval"}
 MAY_IMPORT["commands"] = {
-    "adapters", "data", "runtime", "models", "engine", "planning", "checkpoint", "config", "deploy", "eval", "train",
+    "data", "runtime", "models", "engine", "planning", "checkpoint", "config", "deploy", "eval", "train",
 }  # fmt: skip
 """A command stands above all that it calls: it reads flags, calls functions and prints what they return."""
 MAY_IMPORT["__main__"] = {"commands"}

@@ -4,12 +4,12 @@ dispatch        the table of commands; starts one of them
 pretrain        training, in this process or by DeepSpeed's launcher
 restart         runs a training again when it fails or was stopped
 recipes         the recipes and DeepSpeed files of the package
-plan, analyze                       before a run: memory, traffic and time; weights and target layers
+plan                                before a run: memory and traffic
 prepare_corpus, extend_vocab        text and vocabulary
 export, convert, evaluate           what a checkpoint is good for
 ledger, verify                      what a checkpoint holds
 
-`mora-ds spectrum` is in `mora_ds.research`.
+`mora-ds analyze`, `spectrum` and `evaluate-adapters` are in `mora_ds.research`.
 
 The programs in launch/ and tools/ call the same functions from a checkout.
 """

@@ -94,14 +94,6 @@ evaluate {user}/model --sets a={user}/held.txt --window 8 --stride 9 | --stride
 evaluate {user}/model --sets a={user}/held.txt --device warp | --device
 evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 | --delta_scale | {user}/model
 evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 nan | --delta_scale
-analyze_weights {bad}/gone | gone
-analyze_weights {bad}/models/string | config.json
-analyze_weights {bad}/models/index_numbers | index.json
-analyze_weights {user}/model --target_modules q_prj | q_prj | q_proj
-analyze_weights {user}/model --target_modules experts | 'experts' matches no linear layer
-analyze_weights {user}/model --device warp | --device
-analyze_weights {user}/model --probe {bad}/gone.txt | --probe
-analyze_weights {user}/model --probe {user}/held.txt --probe_batches 0 | --probe_batches
 extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
 extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces

@@ -119,8 +119,8 @@ def subjects(folder: Path) -> list[Subject]:
     )
     of_model = (
         _tool("evaluate", base, *sets),
-        _tool("analyze_weights", base),
-        _tool("analyze_weights", base, "--probe", "{case}/held.txt", "--probe_batches", "1", "--seq_len", "4"),
+        _command("analyze", base),
+        _command("analyze", base, "--probe", "{case}/held.txt", "--probe_batches", "1", "--seq_len", "4"),
         _tool("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
         _tool("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
     )
