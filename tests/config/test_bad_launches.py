@@ -157,7 +157,7 @@ stray | 'stray'
 --cache_dir /proc/nowhere | --cache_dir | /proc/nowhere
 --output_dir {user}/train.jsonl | --output_dir | is a file
 --output_dir /proc/nowhere | --output_dir | /proc/nowhere
---output_dir '' | --output_dir '': name a folder for the run alone
+--output_dir '' | --output_dir must not be empty
 --output_dir / | --output_dir '/': name a folder
 --output_dir out/.. | --output_dir 'out/..'
 --output_dir ~ | --output_dir '~'
