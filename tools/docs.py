@@ -4,9 +4,9 @@
     python tools/docs.py --check    exits with 1 if one of them is not what the code says
 
 Generated: reference/cli.md from the parsers, reference/yaml.md from the dataclasses, reference/api.md from the public
-names, reference/support-matrix.md and the README's part of it from the checks of settings, the table of packages in
-contributing.md from tests/test_imports.py, the tables of planned figures in results/memory.md and those of benchmarks
-from the JSON in results/data.
+names, reference/support-matrix.md from the checks of settings, the table of packages in contributing.md from
+tests/test_imports.py, the tables of planned figures in results/memory.md and those of benchmarks, the README's among
+them, from the JSON in results/data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from tools import docs_results
-from tools.docs_matrix import cell, matrix_lines, readme_lines, table_row
+from tools.docs_matrix import cell, matrix_lines, table_row
 from tools.docs_results import between
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,7 +307,7 @@ def pages() -> dict[Path, str]:
         reference / "yaml.md": yaml_page(),
         reference / "api.md": api_page(),
         reference / "support-matrix.md": _page(["# Support matrix", "", GENERATED, "", *matrix_lines()]),
-        readme: docs_results.learning(between(readme.read_text(encoding="utf-8"), "support matrix", readme_lines())),
+        readme: docs_results.learning(readme.read_text(encoding="utf-8")),
         memory: docs_results.results(docs_results.memory(memory.read_text(encoding="utf-8"))),
         contributing: _contributing(contributing.read_text(encoding="utf-8")),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,14 +50,6 @@ COLUMNS: dict[str, list[str]] = {
     "base on the host": OPTIONS["`--base_device host`"],
     "streaming": OPTIONS["`--streaming`"],
 }
-README_ROWS = (
-    "ReMoRA (`--merge_every`)", "`--adapter lora`", "`--adapter full`", "`--operator share`", "`--operator rotate`",
-    "`--optimizer muon`", "`--train_embeddings`, `--train_head`",
-    "`--target_modules experts`", "`--base_bits 8`", "`--base_bits 4`", "`--base_device host`",
-    "`--tensor_parallel_size`",
-    "`--sequence_parallel_size`",
-)  # fmt: skip
-README_COLUMNS = ("ReMoRA merges", "ZeRO 2", "ZeRO-3", "Muon", "tensor parallel", "sequence parallel", "8-bit base")
 
 
 def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
@@ -116,14 +107,6 @@ def matrix_lines() -> list[str]:
     lines += [table_row(row, *_cells(row, columns, reasons)) for row in OPTIONS]
     lines += ["", "## Messages", "", *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), ""]
     return lines
-
-
-def readme_lines() -> list[str]:
-    """The part of the matrix that the README shows."""
-    reasons: dict[str, int] = {}
-    rows = [table_row(row, *_cells(row, README_COLUMNS, reasons)) for row in README_ROWS]
-    head = [table_row("", *README_COLUMNS), table_row(*["---"] * (len(README_COLUMNS) + 1))]
-    return [*head, *(re.sub(r"no \(\d+\)", "no", row) for row in rows)]
 
 
 def cell(text: str) -> str:

@@ -9,15 +9,16 @@ from typing import Any
 
 from tools import figures
 from tools.docs_matrix import table_row
-from tools.figures_learning import Point, mean, points
+from tools.figures_learning import mean, points
 
 README_LEARNING = {
-    "before training": ("none", None, None, None),
-    "adapter alone": ("lora", "mora-rotate", "mora-muon", "full"),
-    "embeddings trained too": ("lora-embeddings", "mora-embeddings", "muon-embeddings", None),
-    "the same, 10% replay (default recipe)": (None, None, "recipe", None),
+    "before training": "none",
+    "LoRA, rank 8": "lora",
+    "MoRA, rank 8": "mora-rotate",
+    "MoRA with Muon, a product of rank 8 for the embeddings": "recipe-product",
+    "full training": "full",
 }
-"""Row of the README's table -> methods of data/learning.json for LoRA, MoRA, MoRA with Muon and full training."""
+"""Row of the README's table -> its method in data/learning_135m_replay.json."""
 
 
 def between(text: str, name: str, body: Sequence[str]) -> str:
@@ -80,20 +81,18 @@ def _machine(found: dict[str, Any]) -> str:
 
 # -- learning ----------------------------------------------------------------------------------------------------------
 def learning(text: str) -> str:
-    """The README with its table of what each adapter learned and kept."""
-    found = {point.method: point for point in points(figures.DATA / "learning.json")}
-    body = ["| | LoRA | MoRA | MoRA, Muon | full training |", "|---|---|---|---|---|"]
-    for name, methods in README_LEARNING.items():
-        cells = [_both(found.get(method)) if method else "" for method in methods]
-        if any(cells):
-            body.append(table_row(name, *cells))
+    """The README with its table of what each method learned and kept on the pretrained model."""
+    found = {point.method: point for point in points(figures.DATA / "learning_135m_replay.json")}
+    body = [table_row("", "trained", "new text", "old text", "seeds"), "|---|---:|---:|---:|---:|"]
+    for title, method in README_LEARNING.items():
+        point = found[method]
+        body.append(table_row(title, f"{point.trained:,}", _spread(point.new), _spread(point.old), str(len(point.new))))
     return between(text, "learning", body)
 
 
-def _both(point: Point | None) -> str:
-    """Perplexity on the new and on the old text, and how far seeds lie apart on the new one."""
-    if point is None:
-        return ""
-    centre = mean(point.new)
-    spread = f" ± {max(abs(each - centre) for each in point.new):.1f}" if len(point.new) > 1 else ""
-    return f"{centre:.1f}{spread}, {mean(point.old):.1f}"
+def _spread(perplexities: Sequence[float]) -> str:
+    """The mean over seeds, and how far the seed that lies farthest is from it; one seed has no spread."""
+    centre = mean(perplexities)
+    if len(perplexities) == 1:
+        return f"{centre:.1f}"
+    return f"{centre:.1f} ± {max(abs(seed - centre) for seed in perplexities):.1f}"
