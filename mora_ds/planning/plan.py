@@ -272,7 +272,7 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
 
     Without gradient checkpointing is simpler than with it, and both are simpler than groups of ranks that share rows
     (t, s), which are taken where nothing fits otherwise or where there are fewer rows than ranks. `rows`: of the global
-    batch, at least one a group of ranks. Raises `UserError` where the groups that the work names do not fill the cluster.
+    batch, at least one a group of ranks. Raises `UserError` where the work's own groups do not fill the cluster.
     """
     check_world(planner.cluster.ranks, planner.work.tensor_parallel, planner.work.sequence_parallel)
     if planner.base_bytes > USABLE * planner.cluster.memory:

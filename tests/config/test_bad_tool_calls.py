@@ -31,7 +31,7 @@ plan --gpus 0 --model {tiny} | --gpus must be above 0
 plan --gpus 8 --model {tiny} --seq_len -1 | --seq_len must be above 0
 plan --gpus 8 --model {tiny} --base_device host --adapter full | --base_device host is for a base
 plan --gpus 6 --model {tiny} --tensor_parallel_size 4 | --tensor_parallel_size 4 does not divide the 6
-plan --gpus 6 --model {tiny} --micro_batch 1 --sequence_parallel_size 4 | --sequence_parallel_size 4 does not divide the 6
+plan --gpus 6 --model {tiny} --micro_batch 1 --sequence_parallel_size 4 | --sequence_parallel_size 4 does not divide
 plan --gpus 8 --model {tiny} --micro_batch 0 | --micro_batch must be above 0
 plan --gpus 8 --model {tiny} --gpu_memory nan | --gpu_memory must be above 0
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/live.json | live.json | got -5
