@@ -18,7 +18,7 @@ import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from enum import Enum
 from pathlib import Path
@@ -85,7 +85,10 @@ def cli_page() -> str:
         "the commands for a checkout that is not installed.", "",
         "## mora-ds pretrain", "",
         "`mora-ds pretrain [RECIPE.yaml] [--flag value ...]`, or `deepspeed launch/pretrain.py` with the same flags:",
-        "the training program. The recipe may hold the same names as keys ([YAML](yaml.md)); flags win over it.", "",
+        "the training program. The recipe is a YAML file whose keys are the names of the flags; flags win over it.",
+        "`--no_NAME` is the key `NAME: false`. An unknown key, a key given twice and a value of another type are",
+        "errors, with the nearest known name. Every run writes its settings as a recipe, `OUTPUT_DIR/run.yaml`.",
+        "`mix.yaml` and `targets.yaml` are described in [file formats](formats.md).", "",
         "`mora-ds pretrain` hands these flags to DeepSpeed's launcher, which starts the processes: "
         + ", ".join(f"`--{name}`" for name in (*launcher.VALUES, *launcher.SWITCHES)) + ".",
         "Without any of them it starts one process for each visible GPU, or one process without a GPU.", "",
@@ -95,7 +98,8 @@ def cli_page() -> str:
     for name, group in arguments._GROUPS.items():
         lines += [f"### {name.capitalize()}", "", _first_line(group.__doc__), ""]
         fields = [actions[field.name] for field in dataclasses.fields(group) if field.name in actions]
-        lines += [*_flags(_with_negations(parser, fields)), ""]
+        types = {name: _type(hint) for name, hint in get_type_hints(group).items()}
+        lines += [*_flags(_with_negations(parser, fields), types), ""]
     for name, found in COMMANDS.items():
         if name == "prepare-corpus":
             doc = sys.modules[found.load().__module__].__doc__
@@ -129,19 +133,26 @@ def _with_negations(parser: argparse.ArgumentParser, fields: Sequence[argparse.A
         yield off if off is not None and action.default is True else action
 
 
-def _flags(actions: Sequence[argparse.Action] | Iterator[argparse.Action]) -> list[str]:
-    rows = [_flag(action) for action in actions if not isinstance(action, argparse._HelpAction)]
-    return ["| Flag | Default | Meaning |", "|---|---|---|", *rows] if rows else ["It takes no flags."]
+def _flags(actions: Iterable[argparse.Action], types: Mapping[str, str] | None = None) -> list[str]:
+    """A table of flags, with a column for what a recipe holds where `types` has it: {destination: type}."""
+    shown = [action for action in actions if not isinstance(action, argparse._HelpAction)]
+    if not shown:
+        return ["It takes no flags."]
+    if types is None:
+        return ["| Flag | Default | Meaning |", "|---|---|---|", *(table_row(*_flag(action)) for action in shown)]
+    rows = [table_row(name, types[action.dest], *rest) for action in shown for name, *rest in [_flag(action)]]
+    return ["| Flag | Type | Default | Meaning |", "|---|---|---|---|", *rows]
 
 
-def _flag(action: argparse.Action) -> str:
+def _flag(action: argparse.Action) -> tuple[str, str, str]:
+    """(its names, its default, its meaning)"""
     names = [name for name in action.option_strings if name.startswith("--")] or list(action.option_strings)
     snake = [name for name in names if "-" not in name[2:]] or names
     label = ", ".join(f"`{name}`" for name in snake) or f"`{action.metavar or action.dest}`"
     switch = action.nargs == 0 or isinstance(action.default, bool)
     default = "required" if action.required else "" if switch else _default(action.default)
     choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
-    return f"| {label} | {default} | {cell((action.help or '').replace('%%', '%'))}{choices} |"
+    return label, default, cell((action.help or "").replace("%%", "%")) + choices
 
 
 def _default(value: object) -> str:
@@ -150,44 +161,11 @@ def _default(value: object) -> str:
     return "" if empty else f"`{text.removeprefix(f'{ROOT}/')}`"  # a file of the checkout, wherever that is
 
 
-# -- YAML keys ---------------------------------------------------------------------------------------------------------
-def yaml_page() -> str:
-    """reference/yaml.md."""
-    from mora_ds.config import arguments
-
-    lines = [
-        "# YAML recipes", "", GENERATED, "",
-        "A recipe is a YAML file whose keys are the names of the flags, given as the first argument of",
-        "`mora-ds pretrain`. Flags win over it. An unknown key, a key given twice and a value of another type are",
-        "errors, with the nearest known name. Every run writes its settings as a recipe, `OUTPUT_DIR/run.yaml`.", "",
-        "[Command line](cli.md) says what each key means; `mix.yaml` and `targets.yaml` are described in",
-        "[file formats](formats.md).", "",
-    ]  # fmt: skip
-    for name, group in arguments._GROUPS.items():
-        lines += [f"## {name.capitalize()}", "", _first_line(group.__doc__), ""]
-        lines += ["| Key | Type | Default |", "|---|---|---|"]
-        hints = get_type_hints(group)
-        for field in dataclasses.fields(group):
-            if field.name == "local_rank":
-                continue
-            value = getattr(group(), field.name)
-            lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {_yaml(value)} |")
-        lines.append("")
-    return _page(lines)
-
-
 def _type(hint: Any) -> str:
     words = {str: "string", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
     if get_origin(hint) is list:
         return f"list of {words[get_args(hint)[0]]}s"
     return " or ".join(words[part] for part in get_args(hint) or (hint,))
-
-
-def _yaml(value: object) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=1000)
-    return f"`{text.strip().removesuffix('...').strip()}`"
 
 
 # -- Python ------------------------------------------------------------------------------------------------------------
@@ -249,36 +227,17 @@ def _summary(thing: object) -> str:
 
 # -- packages ----------------------------------------------------------------------------------------------------------
 def _contributing(text: str) -> str:
-    tree = ast.parse((ROOT / "tests" / "test_imports.py").read_text(encoding="utf-8"))
-    tables = [
-        ast.literal_eval(_sets_as_lists(node.value))
-        for node in tree.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "MAY_IMPORT"
-        if node.value is not None
-    ]
-    (table,) = tables
+    """contributing.md with its table of packages."""
+    from tests.test_imports import COMMON, MAY_IMPORT
+
     body = ["| Package | What it is | May import |", "|---|---|---|"]
-    for name, others in {**table, "train": ["everything"]}.items():
-        doc = ast.get_docstring(ast.parse((ROOT / "mora_ds" / name / "__init__.py").read_text(encoding="utf-8"))) or ""
-        body.append(
-            table_row(f"`{name}/`", cell(re.split(r"\n\n", doc)[0]), ", ".join(others) or "nothing of `mora_ds`")
-        )
+    for name in (COMMON, *MAY_IMPORT):
+        folder = ROOT / "mora_ds" / name
+        if folder.is_dir():
+            doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+            imported = ", ".join(sorted(MAY_IMPORT.get(name, ()))) or "nothing of `mora_ds`"
+            body.append(table_row(f"`{name}/`", cell(doc.split("\n\n")[0]), imported))
     return between(text, "packages", body)
-
-
-def _sets_as_lists(node: ast.expr) -> ast.expr:
-    """Sets as sorted lists, so that pages do not depend on hashes."""
-
-    class Lists(ast.NodeTransformer):
-        def visit_Call(self, call: ast.Call) -> ast.expr:
-            return ast.List(elts=[], ctx=ast.Load())
-
-        def visit_Set(self, found: ast.Set) -> ast.expr:
-            return ast.List(elts=sorted(found.elts, key=ast.unparse), ctx=ast.Load())
-
-    new = ast.fix_missing_locations(Lists().visit(node))
-    assert isinstance(new, ast.expr)
-    return new
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
@@ -304,7 +263,6 @@ def pages() -> dict[Path, str]:
     return {
         **results,
         reference / "cli.md": cli_page(),
-        reference / "yaml.md": yaml_page(),
         reference / "api.md": api_page(),
         reference / "support-matrix.md": _page(["# Support matrix", "", GENERATED, "", *matrix_lines()]),
         readme: docs_results.learning(readme.read_text(encoding="utf-8")),

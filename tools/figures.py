@@ -22,7 +22,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare checkout, not installed
 
 from tools import figures_learning
-from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, axes, save
+from tools.figures_style import BASE, INK, OURS, SECOND, axes, save
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, ASSETS = ROOT / "docs" / "results" / "data", ROOT / "docs" / "assets"
@@ -143,27 +143,6 @@ def draw_memory() -> None:
     save(figure, ASSETS / "memory.svg", "Planned memory of one GPU")
 
 
-def draw_traffic() -> None:
-    """traffic.svg: bytes that one GPU sends in a step, against the number of GPUs."""
-    figure, (axis,) = axes(1, 1, (5, 4.6))
-    looks = ((FOURTH, "-", 5), (SECOND, "-", -17), (OURS, "--", 6), (OURS, "-", 6), (THIRD, ":", -18))
-    for (name, values), (colour, style, above) in zip(traffic(plans()).items(), looks, strict=True):
-        axis.plot(GPUS, values, style, color=colour, linewidth=2.4)
-        axis.annotate(name, (GPUS[-1], values[-1]), textcoords="offset points", xytext=(0, above), ha="right",
-                      color=colour, fontsize=11)  # fmt: skip
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_ylim(0.02, 100)
-    axis.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
-    axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
-    axis.set_xlabel("GPUs, 4,096 tokens each")
-    axis.set_ylabel("GB sent by one GPU in a step")
-    axis.set_title("Llama 7B, bf16, planned", fontsize=12, color=INK)
-    axis.grid(True, which="major", color=FAINT, linewidth=0.6)
-    figure.tight_layout()
-    save(figure, ASSETS / "traffic.svg", "Planned bytes on the network")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument(
@@ -178,7 +157,6 @@ def main() -> None:
     if options.plan:
         write_plans()
     draw_memory()
-    draw_traffic()
     figures_learning.draw(DATA / "learning.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long.json", ASSETS)
     figures_learning.draw_long(DATA / "learning_long_13m.json", ASSETS)
