@@ -7,7 +7,6 @@ adapter             settings of the adapter and its merges
 data                settings of model, tokenizer and text
 training            settings of the run itself
 mixture             sources of text with weights: flags and mix.yaml
-domains             domains, and the domain that each evaluation set is read with
 forgetting          bounds and weights that are applied after every evaluation
 validate            all checks, reported together; validate_adapter and validate_run check several groups at once
 """

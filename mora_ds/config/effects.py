@@ -43,7 +43,7 @@ def _decays(arguments: Arguments, kind: ScheduleKind | None = None) -> bool:
 def _trains_others(arguments: Arguments) -> bool:
     """Whether parameters are trained that --embedding_learning_rate is for."""
     adapter = arguments.adapter
-    return not adapter.is_control and (adapter.trains_others or bool(arguments.research))
+    return not adapter.is_control and (adapter.trains_others or bool(arguments.research.get("domain_adapters")))
 
 
 EFFECTS = (

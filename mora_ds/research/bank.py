@@ -268,7 +268,6 @@ class AdapterBank:
         cache: int | None = None,
         dtype: str = "auto",
         device: str = "cpu",
-        attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> AdapterBank:
         """Load the base, in evaluation mode, and the headers of every adapter; MoRA matrices when they are used.
@@ -297,7 +296,7 @@ class AdapterBank:
         dtypes = {adapter.dtype for adapter in adapters.values()}
         common = dtypes.pop() if len(dtypes) == 1 else "float32"
         chosen = compute_dtype(common if dtype == "auto" else dtype)
-        model = load_model(opened.folder, chosen, attn_implementation, trust_remote_code, "MODEL")
+        model = load_model(opened.folder, chosen, None, trust_remote_code, "MODEL")
         model.requires_grad_(False).eval()
         layers = _replace_layers(model, adapters)
         bank = cls(

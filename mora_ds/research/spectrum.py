@@ -1,6 +1,6 @@
 """Measure the singular values and ranks of the merged update of a run, for each layer and cycle.
 
-    mora-ds spectrum out/checkpoints/latest --json spectrum.json --tensorboard out/tensorboard
+    mora-ds spectrum out/checkpoints/latest --json spectrum.json
 
 The argument is a ledger folder, a checkpoint (its current MoRA matrices come last), or the output folder of a run. Each
 delta is formed, (d_out, d_in) in float64, and decomposed: for wide layers, select some with --layers, or use a GPU with
@@ -10,7 +10,6 @@ delta is formed, (d_out, d_in) in float64, and decomposed: for wide layers, sele
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -43,20 +42,13 @@ def main() -> None:
     if not POSITIVE.allow(options.threshold):
         raise UserError(f"--threshold must be {POSITIVE}, got {options.threshold:g}")
     check_writable("--json", options.json)
-    check_writable("--png", options.png)
     check_device(options.device)
-    if options.png:
-        require_matplotlib()
     spectra = Spectra(find_ledger(options.path), options.layers)
     progress = tqdm(spectra.modules, unit="layer", disable=not sys.stderr.isatty())
     rows = [row for module in progress for row in spectra.rows(module, options.threshold, options.device)]
     if options.json:
         content = {"format": 1, "threshold": options.threshold, "rows": [row.to_dict() for row in rows]}
         write_json_atomic(options.json, content)
-    if options.tensorboard:
-        write_board(options.tensorboard, rows)
-    if options.png:
-        write_png(options.png, rows, options.threshold)
     print("\n".join(spectrum_lines(rows, options.threshold)))
 
 
@@ -66,8 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="count singular values above it")
     parser.add_argument("--layers", default="*", help="pattern over module names, such as '*.q_proj'")
     parser.add_argument("--json", type=Path, help="file for all measures of all layers and cycles")
-    parser.add_argument("--tensorboard", type=Path, help="folder for curves over steps")
-    parser.add_argument("--png", type=Path, help="file for the paper's figure 5; needs matplotlib")
     parser.add_argument("--device", default="cpu", help="where to decompose, such as cuda")
     return parser
 
@@ -91,20 +81,15 @@ class Measures:
     """exp of the entropy of s_i / sum of s_i (Roy & Vetterli 2007)."""
     rank: int
     """How many exceed s_1 * max(d_out, d_in) * eps of fp32, the precision in which M is stored."""
-    top_1: float
-    """Share of the energy (s_i^2) that s_1 holds."""
-    top_10_percent: float
-    """Share that the largest tenth (at least one) of all values holds."""
 
 
 def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> Measures:
     """The summary of `values`, all singular values, descending. `longest_side`: max(d_out, d_in)."""
     largest = values[0].item()
     if largest == 0.0:
-        return Measures(0.0, 0.0, 0, 0.0, 0.0, 0, 0.0, 0.0)
+        return Measures(0.0, 0.0, 0, 0.0, 0.0, 0)
     energy = (values / largest).square()
     shares = values / values.sum()
-    tenth = math.ceil(len(values) / 10)
     return Measures(
         norm=values.norm().item(),
         largest=largest,
@@ -112,8 +97,6 @@ def measure(values: Tensor, longest_side: int, threshold: float = THRESHOLD) -> 
         stable_rank=energy.sum().item(),
         effective_rank=torch.special.entr(shares).sum().exp().item(),
         rank=_rank(values, longest_side),
-        top_1=1.0 / energy.sum().item(),
-        top_10_percent=(energy[:tenth].sum() / energy.sum()).item(),
     )
 
 
@@ -307,73 +290,20 @@ def _cycle(row: Row) -> str:
 
 
 def _cells(rows: Sequence[Row]) -> list[str]:
-    means = _means(rows)
-    full = mean(min(row.d_in, row.d_out) for row in rows)
-    ranks = [means["rank"], full, means["values_above_threshold"], means["stable_rank"], means["effective_rank"]]
-    norms = [means["newest_norm"], means["norm"]]
-    shares = [means["newest_outside_span"], means["newest_outside_reach"]]
+    """The means over `rows` of what a table shows."""
+    spectra = [row.spectrum for row in rows]
+    sums = [spectrum.cumulative for spectrum in spectra]
+    ranks = [
+        mean(each.rank for each in sums),
+        mean(min(row.d_in, row.d_out) for row in rows),
+        mean(each.above for each in sums),
+        mean(each.stable_rank for each in sums),
+        mean(each.effective_rank for each in sums),
+    ]
+    norms = [mean(each.newest.norm for each in spectra), mean(each.norm for each in sums)]
+    shares = [mean(each.outside_span for each in spectra), mean(each.outside_reach for each in spectra)]
     return [
         *(f"{value:.1f}" for value in ranks),
         *(f"{value:.3e}" for value in norms),
         *(f"{value:.3f}" for value in shares),
     ]
-
-
-def _means(rows: Sequence[Row]) -> dict[str, float]:
-    figures = [_figures(row.spectrum) for row in rows]
-    return {name: mean(each[name] for each in figures) for name in figures[0]}
-
-
-def _figures(spectrum: LayerSpectrum) -> dict[str, float]:
-    """Name of the curve -> value, as plotted."""
-    total = spectrum.cumulative
-    return {
-        "values_above_threshold": total.above,
-        "stable_rank": total.stable_rank,
-        "effective_rank": total.effective_rank,
-        "rank": total.rank,
-        "norm": total.norm,
-        "newest_norm": spectrum.newest.norm,
-        "newest_outside_span": spectrum.outside_span,
-        "newest_outside_reach": spectrum.outside_reach,
-    }
-
-
-def write_board(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes TensorBoard curves over steps: means over layers in spectrum/, each layer in spectrum_of_layers/."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as board:
-        for row in rows:
-            for name, value in _figures(row.spectrum).items():
-                board.add_scalar(f"spectrum_of_layers/{name}/{row.module}", value, row.step)
-        for members in _by_cycle(rows).values():
-            for name, value in _means(members).items():
-                board.add_scalar(f"spectrum/{name}", value, members[0].step)
-
-
-def require_matplotlib() -> Any:
-    """matplotlib.pyplot, drawing to files only. Raises `UserError`, which names --png, where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--png needs matplotlib, which is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def write_png(path: Path, rows: Sequence[Row], threshold: float) -> None:
-    """Plots the MoRA paper's figure 5: singular values above the threshold, layer by layer, a curve a cycle."""
-    pyplot = require_matplotlib()
-    modules = list(dict.fromkeys(row.module for row in rows))
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.18 * len(modules)), 4.5), layout="constrained")
-    for cycle, members in _by_cycle(rows).items():
-        positions = [modules.index(row.module) for row in members]
-        axes.plot(positions, [row.spectrum.cumulative.above for row in members], marker=".", label=f"cycle {cycle}")
-    axes.set_xticks(range(len(modules)), modules, rotation=90, fontsize=6)
-    axes.set_ylabel(f"singular values > {threshold:g}")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

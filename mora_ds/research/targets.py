@@ -402,6 +402,11 @@ class RunTargets:
         if path.is_file():
             plan = read_plan(path)
             self._require_same(plan, str(path))
+            if plan.budget != budget:
+                raise UserError(
+                    f"research.{_BUDGET} {budget}: {self.checkpoint} was trained under {plan.budget}, and a resumed "
+                    f"run keeps its matrices: give {plan.budget}, or begin a new run"
+                )
             return plan
         sides = {name: saved.get(name, 0) for name in opened.weights}
         fingerprint = opened.base.fingerprint()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,22 +125,6 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None
                       "zero": 0}  # fmt: skip
 
 
-def test_rows_whose_adapters_have_one_operator_share_a_product(tmp_path: Path) -> None:
-    made = bench(tmp_path)
-    for name, scale in (("a", 0.05), ("b", -0.05), ("c", 0.1)):
-        made.add(name, MoRAConfig(rank=3), cycles=1, scale=scale)
-    bank = made.open()
-    names: list[str | None] = ["a", "b", None, "c", "a"]
-    check_rows(made, bank, names, tokens(5))
-    with bank.use(names):
-        terms = bank.layers["model.layers.0.mlp.up_proj"].terms
-    assert [(len(term.squares), term.rows.tolist()) for term in terms] == [(3, [0, 1, 3, 4])] * 2
-    with bank.use("c"):  # however many rows there are
-        for rows in (1, 3):
-            expected = logits(made.merged("c"), tokens(rows))
-            torch.testing.assert_close(logits(bank.model, tokens(rows)), expected, rtol=0, atol=1e-5)
-
-
 def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
     bank, ids = rotating.open(), tokens(2)
     weights = {name: weight.clone() for name, weight in bank.model.named_parameters()}
@@ -155,43 +138,6 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
     assert torch.equal(logits(bank.model, ids), logits(rotating.merged(None), ids))
     for name, weight in bank.model.named_parameters():
         assert torch.equal(weight, weights[name]) and not weight.requires_grad
-
-
-def test_gradients_reach_the_inputs(rotating: Bench) -> None:
-    """As for attributions: of every row through its own adapter, with one term a group and with several."""
-    bank, embedded = rotating.open(), rotating.maker.model.get_input_embeddings()(tokens(2)).detach()
-
-    def gradient(model: Any) -> Tensor:
-        inputs = embedded.clone().requires_grad_()
-        (found,) = torch.autograd.grad(model(inputs_embeds=inputs, use_cache=False).logits.square().sum(), inputs)
-        return found
-
-    for names in (["one", "three"], ["none", "none"]):
-        with bank.use(names):
-            found = gradient(bank.model)
-        for row, name in enumerate(names):
-            expected = gradient(rotating.merged(name))[row]
-            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_in_bf16_a_row_is_near_its_merged_model(rotating: Bench) -> None:
-    bank, ids = rotating.open(dtype="bfloat16"), tokens(3)
-    names = ["three", "none", "one"]
-    base = logits(rotating.merged(None), ids)
-    with bank.use(names):
-        found = logits(bank.model, ids).float()
-    for row, name in enumerate(names):
-        expected = logits(rotating.merged(name), ids)[row]
-        assert (found[row] - expected).norm() < 0.1 * (base[row] - expected).norm()
-
-
-def test_the_dtype_is_that_of_the_runs_where_they_have_one(tmp_path: Path) -> None:
-    made = bench(tmp_path)
-    made.add("a", MoRAConfig(rank=3), dtype="bfloat16")
-    assert made.open().model.dtype is torch.bfloat16
-    made.add("b", MoRAConfig(rank=3), dtype="float16")
-    assert made.open().model.dtype is torch.float32
-    assert made.open(dtype="float16").model.dtype is torch.float16
 
 
 def test_the_adapters_used_last_stay_in_memory(rotating: Bench) -> None:
@@ -230,8 +176,6 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) ->
         for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
             alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
             assert torch.equal(found[row * several : (row + 1) * several, -8:], alone[:, -8:]), (row, settings)
-    one = bank.generate(ids[:2], "one", attention_mask=mask[:2], max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert len(one) == 2
     with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
         bank.generate(ids, adapters=["one", "three"])
 
@@ -252,27 +196,18 @@ def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path) -> None:
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
     made = Bench(tmp_path, rotating.maker, rotating.updates)
-    for name in ("short", "flipped", "nothing", "nan", "json", "gone", "seed"):
+    for name in ("flipped", "nothing", "json"):
         shutil.copytree(tmp_path / "bank" / "one", tmp_path / "bank" / name)
-    bank_folder = tmp_path / "bank"
-    tensors = (bank_folder / "short" / ADAPTER_TENSORS).read_bytes()
-    (bank_folder / "short" / ADAPTER_TENSORS).write_bytes(tensors[:-5])
-    flipped = bank_folder / "flipped" / "ledger" / "cycle-00000.safetensors"
+    flipped = tmp_path / "bank" / "flipped" / "ledger" / "cycle-00000.safetensors"
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x77")
-    (bank_folder / "nothing" / ADAPTER_TENSORS).unlink()
-    (bank_folder / "json" / ADAPTER_JSON).write_text('{"format": 1, "layers')
-    (bank_folder / "gone" / ADAPTER_JSON).unlink()
-    text = (bank_folder / "seed" / ADAPTER_JSON).read_text()
-    (bank_folder / "seed" / ADAPTER_JSON).write_text(re.sub('"seed": [0-9]+', '"seed": 1000000000000', text))
-    shutil.rmtree(bank_folder / "nan")
-    made.updates["nan"] = made.maker.write(bank_folder / "nan", MoRAConfig(rank=3), scale=float("nan"))
+    (tmp_path / "bank" / "nothing" / ADAPTER_TENSORS).unlink()
+    (tmp_path / "bank" / "json" / ADAPTER_JSON).write_text('{"format": 1, "layers')
+    made.updates["nan"] = made.maker.write(tmp_path / "bank" / "nan", MoRAConfig(rank=3), scale=float("nan"))
     bank = made.open()
-    assert set(bank.damaged) == {"json", "gone", "seed"}
-    check_rows(made, bank, ["one", "three"], tokens(2))
+    assert set(bank.damaged) == {"json"}
     for name, message in (
-        ("short", ADAPTER_TENSORS), ("flipped", "cycle-00000.safetensors"), ("nothing", "is missing"),
-        ("nan", "q_proj is not finite"), ("json", "adapter.json is damaged"), ("gone", "adapter.json is missing"),
-        ("seed", "the seed of an operator"),
+        ("flipped", "cycle-00000.safetensors"), ("nothing", "is missing"), ("nan", "q_proj is not finite"),
+        ("json", "adapter.json is damaged"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"adapter '{name}' cannot be used: .*{message}"), bank.use(["one", name]):
             pass
@@ -280,26 +215,21 @@ def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_pa
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """Of another base, of another update, with other trained tensors, with several matrices a layer."""
     made = bench(tmp_path)
     made.add("a", MoRAConfig(rank=3), cycles=1)
-
-    def refused(message: str, config: Any, **more: Any) -> None:
+    norm = {"model.norm.weight": torch.ones(32)}
+    refusals: list[tuple[str, Any, dict[str, Any]]] = [
+        ("adapter 'odd' .* is of another base: fingerprint abc", MoRAConfig(rank=3), {"fingerprint": "abc"}),
+        ("q_proj has lora; the operators truncate, share, decouple and rotate", LoRAConfig(rank=3), {}),
+        ("'odd' .* also trained model.norm.weight", MoRAConfig(rank=3), {"trained": norm}),
+        ("'odd' .* has MoRA matrices of the domains law, code", MoRAConfig(rank=3), {"domains": ("law", "code")}),
+    ]
+    for message, config, more in refusals:
         made.add("team/odd", config, **more)
         with pytest.raises(UserError, match=message):
             made.open()
         shutil.rmtree(tmp_path / "bank" / "team")
-
-    refused("adapter 'odd' .* is of another base: fingerprint abc", MoRAConfig(rank=3), fingerprint="abc")
-    refused("q_proj has lora; the operators truncate, share, decouple and rotate", LoRAConfig(rank=3))
-    norm = {"model.norm.weight": torch.ones(32)}
-    refused("'odd' .* also trained model.norm.weight", MoRAConfig(rank=3), trained=norm)
-    refused("'odd' .* has MoRA matrices of the domains law, code", MoRAConfig(rank=3), domains=("law", "code"))
-    content = json.loads((tmp_path / "bank" / "a" / ADAPTER_JSON).read_text())
-    operator = next(iter(content["layers"].values()))
-    content["layers"]["model.layers.7.up"] = {**operator, "weight": "model.layers.7.up.weight"}
-    (tmp_path / "bank" / "a" / ADAPTER_JSON).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"'a': the base has no linear layer model.layers.7.up of 32 x 32"):
-        made.open()
 
 
 @pytest.mark.timeout(120)  # a search that does not end is noticed
@@ -310,9 +240,8 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_p
     with pytest.raises(UserError, match="no adapter is named"), bank.use([]):
         pass
     with bank.use(["one", "three"]):
-        for rows in (1, 3, 4):
-            with pytest.raises(UserError, match=rf"named for 2 row\(s\), but the batch has {rows}"):
-                logits(bank.model, tokens(rows))
+        with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
+            logits(bank.model, tokens(4))
         logits(bank.model, tokens(2))
         layer = bank.model.model.layers[0].mlp.up_proj
         layer(torch.zeros(2 * 16, 32))  # rows and tokens flattened, as some models do
@@ -371,11 +300,9 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
         assert found[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
         assert name == "(base)" or abs(expected.nats / found["(base)"]["held"]["nats"] - 1) > 1e-4
         maker.model.load_state_dict(maker.weights, strict=False)
-    (tmp_path / "bank" / "b" / "adapter.json").write_text("{")
     for more, message in (
         (["--adapters", "a", "d"], "--adapters: there is no adapter 'd'"),
         (["--cache", "0"], "--cache must be at least 1"),
-        ([], "adapter 'b' cannot be used: "),
     ):
         code, told = command("evaluate-adapters", [*flags, *more])
         assert code == 2 and message in told

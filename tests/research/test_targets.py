@@ -7,14 +7,13 @@ import math
 import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import mora_ds
-from mora_ds.adapters.config import MoRAConfig, config_from_dict
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import adjoint
 from mora_ds.checkpoint.verify import verify
@@ -23,7 +22,7 @@ from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.config.arguments import parse
 from mora_ds.data import Document
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.research.analyze import GradientMeasures, probe, report_lines, token_batches
+from mora_ds.research.analyze import probe, token_batches
 from mora_ds.research.targets import (
     Candidate,
     RunTargets,
@@ -34,7 +33,7 @@ from mora_ds.research.targets import (
     spend,
     with_sizes,
 )
-from mora_ds.research.weights import ESTIMATED, EXACT, Weight, WeightMeasures, analyse, measure_weight
+from mora_ds.research.weights import ESTIMATED, EXACT, Weight, analyse, measure_weight
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planned
 from tests.helpers.gloo import run_ranks
@@ -96,15 +95,6 @@ def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
         assert estimated.energy_ranks == pytest.approx(exact.energy_ranks, rel=0.1, abs=2)
 
 
-def test_a_weight_is_decomposed_exactly_up_to_the_side_that_is_given() -> None:
-    weight, place = torch.randn(300, 310), Weight("w", 310, 300)
-    assert [measure_weight("a", place, weight, exact_up_to=side).method for side in (300, 299)] == [EXACT, ESTIMATED]
-    base: Any = SimpleNamespace(read=lambda key: weight)
-    assert [each.method for each in analyse(base, {"a": place}, exact_up_to=299)] == [ESTIMATED]
-    small = measure_weight("a", Weight("w", 40, 30), torch.randn(30, 40), exact_up_to=1)
-    assert small.method == EXACT, "of fewer values than are estimated from, all are computed"
-
-
 def test_estimates_do_not_depend_on_the_random_state_nor_change_it() -> None:
     weight, place = torch.randn(300, 310), Weight("w", 310, 300)
     torch.manual_seed(1)
@@ -154,19 +144,6 @@ def test_the_probe_finds_the_gradients_that_autograd_finds(family: str, operator
         assert not layer.value.any() and layer.value.grad is None, "nothing is trained"
 
 
-def test_a_probe_leaves_no_hooks_and_names_a_gradient_that_is_not_finite() -> None:
-    model = tiny_model()
-    model.train()
-    measures = probe(model, MoRAConfig(rank=2), [tokens(2)])
-    assert not model.training and all(not layer._forward_hooks for layer in mora_layers(model).values())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert measures[0].to_dict()["score"] == measures[0].score > 0
-    broken = tiny_model()
-    broken.lm_head.weight.data.fill_(torch.inf)
-    with pytest.raises(RunError, match=r"model\.layers\.0\.self_attn\.q_proj: its gradient is not finite"):
-        probe(broken, MoRAConfig(rank=2), [tokens(2)])
-
-
 def root_mean(gradients: list[torch.Tensor]) -> float:
     return math.sqrt(sum(each.norm().item() ** 2 for each in gradients) / len(gradients))
 
@@ -181,44 +158,14 @@ class Letters:
 
 
 def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
-    documents = [Document("abc", "1"), Document("de", "2"), Document("fghij", "3")]
+    documents = [Document("abc", "1"), Document("d", "2", ends=False), Document("e", "2", begins=False)]
+    documents.append(Document("fghij", "3"))
     whole = token_batches(documents, Letters(), seq_len=3, count=2, rows=2)
     assert [each.tolist() for each in whole] == [[[1, 2, 3], [0, 4, 5]], [[0, 6, 7], [8, 9, 10]]]
     (short,) = token_batches(documents[:1], Letters(), seq_len=8, count=2, rows=2)
     assert short.tolist() == [[1, 2, 3]]
-    (exact,) = token_batches(documents[:1], Letters(), seq_len=3, count=2, rows=2)
-    (cut,) = token_batches([Document("abcd", "1")], Letters(), seq_len=3, count=2, rows=2)
-    assert exact.tolist() == cut.tolist() == [[1, 2, 3]]
-    (two,) = token_batches([Document("ab", "1")], Letters(), seq_len=8, count=1, rows=1)
-    assert two.tolist() == [[1, 2]]
-    chunks = [Document("ab", "1", ends=False), Document("cd", "1", begins=False), Document("e", "2")]
-    endless: Any = Letters()
-    for tokenizer, expected in ((Letters(), [1, 2, 3, 4, 0, 5]), (endless, [1, 2, 3, 4, 5])):
-        endless.eos_token_id = None
-        assert token_batches(chunks, tokenizer, seq_len=len(expected), count=1, rows=1)[0].tolist() == [expected]
     with pytest.raises(UserError, match="--probe: there are fewer than two tokens"):
         token_batches([Document("a", "1")], Letters(), seq_len=8, count=1, rows=1)
-
-
-def three_layers() -> tuple[list[WeightMeasures], dict[str, GradientMeasures]]:
-    """Two layers of a type and one of another, and what a probe found of them."""
-    rows = [
-        WeightMeasures("m.0.q", 8, 4, EXACT, 3.0, (2.0, 1.0), 1.5, 2.0, (1, 2, 3)),
-        WeightMeasures("m.1.q", 8, 4, EXACT, 5.0, (4.0, 1.0), 2.5, 3.0, (1, 3, 4)),
-        WeightMeasures("m.0.o", 4, 8, EXACT, 7.0, (6.0, 1.0), 3.5, 1.0, (2, 2, 2)),
-    ]
-    norms = {"m.0.q": (1.0, 10.0), "m.1.q": (3.0, 30.0), "m.0.o": (5.0, 50.0)}
-    return rows, {name: GradientMeasures(name, 8, 4, 2, *pair) for name, pair in norms.items()}
-
-
-def test_the_tables_have_a_line_a_layer_and_the_means_of_a_type() -> None:
-    lines = [line.split() for line in report_lines(*three_layers())]
-    titles = "d_in d_out norm s_1 stable effective of full 50% 90% 99% |dL/dM| |dL/dW|"
-    assert " ".join(lines[0]) == f"layer {titles}" and " ".join(lines[5]) == f"type layers {titles}"
-    first = "8 4 3.000e+00 2.000e+00 1.5 2.0 50.0% 1 2 3 1.000e+00 1.000e+01"
-    assert lines[1] == ["m.0.q", *first.split()]
-    mean = "8 4 4.000e+00 3.000e+00 2.0 2.5 62.5% 1 2 4 2.000e+00 2.000e+01"
-    assert lines[6] == ["q", "2", *mean.split()] and lines[7][:4] == ["o", "1", "4", "8"]
 
 
 def test_the_command_prints_writes_and_plans(
@@ -275,14 +222,11 @@ def test_budgets_are_read(text: str, parameters: int) -> None:
     ("text", "message"),
     [
         ("much", "must be like 0.5% or 250000, got 'much'"),
-        ("", "must be like 0.5% or 250000, got ''"),
         ("0", "must be above 0"),
         ("-1%", "must be above 0"),
         ("nan", "must be above 0"),
-        ("inf%", "must be above 0"),
         ("0.5", "did you mean 0.5%?"),
         ("1e999999", "below 9223372036854775808"),
-        ("1e999999%", "below 9223372036854775808"),
     ],
 )
 def test_budgets_that_are_none(text: str, message: str) -> None:
@@ -295,7 +239,7 @@ def used(sides: dict[str, int]) -> int:
     return sum(side**2 for side in sides.values())
 
 
-@pytest.mark.parametrize(("step", "multiple"), [(1, 1), (2, 1), (2, 16)])
+@pytest.mark.parametrize(("step", "multiple"), [(1, 1), (2, 16)])
 def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int) -> None:
     chance = random.Random(step)
     for _ in range(100):
@@ -305,33 +249,6 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int)
         sides = spend(candidates, budget, step, multiple)
         assert budget - 4 * 64 * step <= used(sides) <= budget
         assert all(side % step == 0 and side <= max(shape) for side, shape in zip(sides.values(), shapes, strict=True))
-
-
-def test_sides_are_multiples_where_such_sides_meet_the_budget() -> None:
-    """60 layers of a 7B Llama's shapes; of one layer, no multiple of 16 comes within 1%."""
-    shapes = [(4096, 4096), (4096, 11008), (11008, 4096)] * 20
-    candidates = [Candidate(f"l{n}", *shape, max(shape), 1 + n % 7) for n, shape in enumerate(shapes)]
-    for budget in (2_000_000, 20_000_000):
-        sides = spend(candidates, budget, smallest=2, multiple=16)
-        assert 0.99 * budget <= used(sides) <= budget
-        assert all(side % 16 == 0 for side in sides.values())
-    one = [Candidate("only", 512, 512, 512)]
-    assert [spend(one, side**2, 1, multiple=16)["only"] for side in (104, 105, 112)] == [104, 105, 112]
-
-
-def test_sizes_follow_scores_and_shapes() -> None:
-    candidates = [
-        Candidate("plain", 64, 64, 64, 0.4), Candidate("twice", 64, 64, 64, 0.8), Candidate("wide", 64, 192, 192, 0.4),
-    ]  # fmt: skip
-    sides = spend(candidates, 4_000)
-    assert sides["twice"] ** 2 == pytest.approx(2 * sides["plain"] ** 2, rel=0.1)
-    assert sides["wide"] ** 2 == pytest.approx(2 * sides["plain"] ** 2, rel=0.1)
-
-
-def test_a_layer_is_never_given_more_than_its_longer_side() -> None:
-    sides = spend([Candidate("a", 16, 16, 16, 1.0), Candidate("b", 64, 64, 64, 0.1)], 256 + 900)
-    assert sides == {"a": 16, "b": 30}
-    assert set(spend(PROJECTIONS, 16 * 64**2).values()) == {64}, "as much as all layers can hold"
 
 
 def test_a_small_budget_goes_to_the_best_layers() -> None:
@@ -390,6 +307,8 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("format: 1\nfingerprint: a\nlayers: {a: -2}", "the side of a must be a whole number, 0 for none, got -2"),
         ("format: 1\nfingerprint: a\nlayers: {a: 0}", "no layer has a side above 0"),
         ("format: 1\nfingerprint: a\nlayer: {a: 2}", "unknown key 'layer'. Did you mean 'layers'?"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ('format: 1\nfingerprint: f\nlayers: {"../a": 1}\n', "cannot be the name"),
     ],
 )
 def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str) -> None:
@@ -398,16 +317,6 @@ def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str) -> None
     with pytest.raises(UserError) as caught:
         read_plan(path)
     assert str(path) in str(caught.value) and message in str(caught.value)
-
-
-def test_a_config_keeps_its_sizes() -> None:
-    assert "layer_sizes" not in MoRAConfig().to_dict()
-    config = with_sizes(MoRAConfig(operator="share"), TargetPlan("m", "f", {"b": 3, "a": 5, "c": 0}))
-    assert config.planned_layers == ("a", "b") and config.size_of("b", 8, 8) == 3
-    assert config_from_dict(config.to_dict()) == config
-    assert config.to_dict()["layer_sizes"] == {"a": 5, "b": 3}
-    with pytest.raises(UserError, match="the plan gives c no MoRA matrix"):
-        config.size_of("c", 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -422,24 +331,6 @@ def test_sides_that_do_not_fit_are_named(sides: dict[str, int], message: str) ->
     with pytest.raises(UserError) as caught:
         inject(tiny_model(), with_sizes(MoRAConfig(rank=8), TargetPlan("m", "f", sides)))
     assert message in str(caught.value)
-
-
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (BOMB, "by anchors that are repeated"),
-        ("a: " + "[" * 5000, "nested too deeply"),
-        ("format: 1\nfingerprint: f\nlayers: {a: 1" + "0" * 40 + "}\n", "must be a whole number"),
-        ('format: 1\nfingerprint: f\nlayers: {"../a": 1}\n', "cannot be the name"),
-    ],
-)
-def test_a_file_by_a_stranger_is_refused_in_no_time(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "targets.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=words):
-        read_plan(tmp_path / "targets.yaml")
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -563,6 +454,8 @@ def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, fi
     changed = TargetPlan("model", kept.fingerprint, {**kept.sides, first: 2}, "3%")
     with pytest.raises(UserError, match=f"another plan than auto:\n  {first}: side {kept.sides[first]} there, 2 "):
         decided(user, tmp_path / "elsewhere", checkpoint, plan=changed)
+    with pytest.raises(UserError, match=r"research\.trainable_budget 4%: .* was trained under 3%"):
+        decided(user, finished, checkpoint, budget="4%")
     with pytest.raises(UserError, match=r"--target_modules leaves out model\.layers\.0\."):
         decided(user, tmp_path / "file", checkpoint, patterns=["q_proj"])
     state = {"identity": {"adapter": MoRAConfig(rank=2).to_dict()}}
@@ -590,10 +483,8 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        ("gpt_neox", ("--operator", "share")),
-        ("qwen2", ("--bf16", "--base_bits", 8)),
+        ("gpt_neox", ("--optimizer", "muon")),
         ("llama", ("--operator", "share", "--tp_grouping", "aligned", "--tensor_parallel_size", 2)),
-        ("llama", ("--optimizer", "muon")),
     ],
 )
 def test_planned_runs_of_every_kind(user: Playground, tmp_path: Path, family: str, more: tuple[str, ...]) -> None:
