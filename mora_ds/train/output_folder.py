@@ -1,10 +1,11 @@
 """The output folder of a run: which run may write into it, and what of it is a run's own.
 
-    reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written)
+    reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written, run.yaml last)
                                       -> commit, or rollback to how it was
 
-A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml, or the
-file `STARTING` until that is written. What a start-up may change of an earlier run is set aside until `commit`.
+A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml. Until
+`commit`, the file `STARTING` lists what the start-up may make, and what it may change of an earlier run is set aside:
+with both, the next start undoes one that was killed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import (
@@ -37,7 +38,7 @@ from mora_ds.train.trackers import TRACKERS
 
 ASIDE, DELETING = ".overwritten", ".deleting"
 STARTING = ".mora_ds-starting"
-"""Lists the names that a run which has no run.yaml yet may have made."""
+"""Lists the names that a run which has not begun may have made."""
 LOCK = ".lock"
 """An empty file, locked while processes write to the folder: byte 0 by rank 0, byte 1 by the others together. A lock
 ends with its process, however that ends."""
@@ -53,7 +54,8 @@ NAMES = (
 _FILES = (RUN_FILE, METRICS_FILE, SUMMARY_FILE, TARGETS)
 """Those of the names that are files; the others are folders."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS, VECTORS)
-"""What the start-up of a run writes, where its settings ask for it; what a resumed one may write again."""
+"""What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
+and the merge ledger."""
 
 
 @dataclass
@@ -66,12 +68,6 @@ class Reservation:
     made: tuple[Path, ...]
     """The folders that were made for this run, the innermost first."""
     had_lock_file: bool
-    kept: frozenset[str] = field(init=False)
-    """Those of the names that were there before and stay."""
-    is_prepared: bool = False
-
-    def __post_init__(self) -> None:
-        self.kept = frozenset(_present(self.folder, self.names))
 
     def prepare(self, overwrite: bool, resume: bool, exports: bool = False) -> None:
         """Set aside what the run may change. `exports`: whether it writes a merged model. The second call does nothing.
@@ -79,7 +75,7 @@ class Reservation:
         Raises `UserError` when the folder holds another run (unless `overwrite` or `resume`), something under the
         run's names that the run in the folder has not made, or something that the run could not write to.
         """
-        if self.is_prepared:
+        if (self.folder / STARTING).exists():
             return
         is_run = holds_run(self.folder)
         if is_run and not (overwrite or resume):
@@ -98,37 +94,36 @@ class Reservation:
             _check_kinds(self.folder, owned)
             if exports:
                 check_merged(self.folder / MERGED_FOLDER)
-        self.is_prepared = True
         with _writing(self.folder):
             if is_run:
                 (self.folder / ASIDE).mkdir()
                 if resume:
-                    _copy_aside(self.folder, [name for name in (*_AT_START, LEDGER_FOLDER) if name in owned])
+                    _copy_aside(self.folder, [name for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE) if name in owned])
                 else:
                     _set_aside(self.folder, owned)
-            if not (is_run and resume):
-                (self.folder / STARTING).write_text(json.dumps(self.names), encoding="utf-8")
-        self.kept = frozenset(_present(self.folder, self.names))
+            # What is there now is the earlier run's or the user's: the start-up makes none of it.
+            makes = [name for name in self.names if not os.path.lexists(self.folder / name)]
+            (self.folder / STARTING).write_text(json.dumps(makes), encoding="utf-8")
 
     def commit(self) -> None:
-        """Begin the run: delete what was set aside."""
+        """Begin the run, whose run.yaml is written: delete what was set aside.
+
+        Killed between the two steps, it leaves a resumed run as it was, and nothing of an overwritten one.
+        """
         if (self.folder / ASIDE).is_dir():
             (self.folder / ASIDE).rename(self.folder / DELETING)
-            shutil.rmtree(self.folder / DELETING)
+        (self.folder / STARTING).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / DELETING, ignore_errors=True)
         _open.pop(self.folder.resolve(), None)
 
     def rollback(self) -> None:
         """Give the run up: the folder is again as it was."""
-        _undo(self.folder, set(self.names) - self.kept)
+        _undo(self.folder)
         if not self.had_lock_file:
             (self.folder / LOCK).unlink(missing_ok=True)
-        file = _locks.pop(self.folder.resolve(), None)
-        if file is not None:
-            os.close(file)
+        leave(self.folder)
         _open.pop(self.folder.resolve(), None)
-        for folder in self.made:
-            with suppress(OSError):  # something else was put into it meanwhile
-                folder.rmdir()
+        _remove_empty(self.made)
 
     def _owned(self) -> list[str]:
         """What the run in the folder has made."""
@@ -150,20 +145,19 @@ def reserve(folder: Path, names: tuple[str, ...] = NAMES) -> Reservation:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
     _check_owned(folder, names)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = tuple(path for path in (folder, *folder.parents) if not path.exists())
     had_lock_file = (folder / LOCK).exists()
     try:
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             _lock(folder)
-            _recover(folder)
+            shutil.rmtree(folder / DELETING, ignore_errors=True)
+            _undo(folder)
     except UserError:
-        for path in made:
-            with suppress(OSError):  # it was not made
-                path.rmdir()
+        _remove_empty(made)
         raise
-    reservation = _open[folder.resolve()] = Reservation(folder, names, tuple(made), had_lock_file)
+    reservation = _open[folder.resolve()] = Reservation(folder, names, made, had_lock_file)
     return reservation
 
 
@@ -176,16 +170,16 @@ def give_up(folder: Path) -> None:
 def join(folder: Path) -> None:
     """Share the lock of `folder`, which rank 0 has reserved. Called by the other ranks, which may write there for some
     seconds after rank 0 has ended. Has no effect on a node that does not see rank 0's folder."""
-    if (path := folder.resolve() / LOCK) not in _shared and path.is_file():
+    path = folder.resolve() / LOCK
+    if path.parent not in _locks and path.is_file():
         with _writing(folder):
-            _shared[path] = os.open(path, os.O_RDWR)
-        with suppress(OSError):  # a file system without locks: the folder is used unlocked
-            fcntl.lockf(_shared[path], fcntl.LOCK_SH | fcntl.LOCK_NB, 1, 1)
+            file = _locks[path.parent] = os.open(path, os.O_RDWR)
+        _takes(file, fcntl.LOCK_SH, _OTHERS)
 
 
 def leave(folder: Path) -> None:
-    """Take `join` back."""
-    if (file := _shared.pop(folder.resolve() / LOCK, None)) is not None:
+    """Give this process's lock of `folder` up."""
+    if (file := _locks.pop(folder.resolve(), None)) is not None:
         os.close(file)
 
 
@@ -196,11 +190,6 @@ def names_of_run(folder: Path, exports: bool) -> list[str]:
     """
     made = {*owned_by_run(folder), *_present(folder, _AT_START), *((MERGED_FOLDER,) if exports else ())}
     return [name for name in NAMES if name in made or name not in (*_AT_START, MERGED_FOLDER)]
-
-
-def has_begun(folder: Path) -> None:
-    """From now on run.yaml, which has been written, is the mark of the run."""
-    (folder / STARTING).unlink(missing_ok=True)
 
 
 def check_merged(folder: Path) -> None:
@@ -261,8 +250,9 @@ _open: dict[Path, Reservation] = {}
 _locks: dict[Path, int] = {}
 """Folder -> lock file of this process. Closing a lock file gives the lock up, so they stay open to the end."""
 
-_shared: dict[Path, int] = {}
-"""The same for lock files that this process shares (`join`)."""
+_FIRST = 0
+"""The byte that rank 0 locks."""
+_OTHERS = 1
 
 
 def _lock(folder: Path) -> None:
@@ -276,57 +266,43 @@ def _lock(folder: Path) -> None:
     path = resolved / LOCK
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-        except (BlockingIOError, PermissionError):
+        if not _takes(file, fcntl.LOCK_EX, _FIRST):
             os.close(file)
-            raise UserError(
-                f"--output_dir {folder}: another run is writing to it at this moment; end that one first"
-            ) from None
-        except OSError:  # a file system without locks: the folder is used unlocked
-            pass
+            raise UserError(f"--output_dir {folder}: another run is writing to it at this moment; end that one first")
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
             break
         os.close(file)  # a run that was given up has deleted it since it was opened
-    try:
-        _wait_for_orphans(file, folder)
-    except UserError:
-        os.close(file)
-        raise
+    deadline = time.monotonic() + _ORPHANS_S
+    while not _takes(file, fcntl.LOCK_EX, _OTHERS):
+        if time.monotonic() > deadline:
+            os.close(file)
+            raise UserError(
+                f"--output_dir {folder}: ranks of an earlier run are left and may write to it, though its rank 0 "
+                "has ended; end them first"
+            )
+        time.sleep(0.1)
+    with suppress(OSError):  # a file system without locks
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, _OTHERS)  # the other ranks of this run share it
     _locks[resolved] = file
 
 
-def _wait_for_orphans(file: int, folder: Path) -> None:
-    """Raise `UserError` where other ranks of an earlier run do not leave."""
-    deadline = time.monotonic() + _ORPHANS_S
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
-            return fcntl.lockf(file, fcntl.LOCK_UN, 1, 1)
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--output_dir {folder}: ranks of an earlier run are left and may write to it, though its rank 0 "
-                    "has ended; end them first"
-                ) from None
-        except OSError:  # a file system without locks
-            return None
-        time.sleep(0.1)
+def _takes(file: int, kind: int, byte: int) -> bool:
+    """Lock a byte of a lock file. False where another process holds it. Where the file system has no locks, the folder
+    is used unlocked."""
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 # -- what is set aside -------------------------------------------------------------------------------------------------
 
 
-def _recover(folder: Path) -> None:
-    """After a run that was killed: bring back what was only set aside, finish deleting what was to be deleted."""
-    shutil.rmtree(folder / DELETING, ignore_errors=True)
-    if holds_run(folder):
-        has_begun(folder)
-    _undo(folder, _starting(folder))
-
-
 def _starting(folder: Path) -> list[str]:
-    """The names that a run which was killed before it had a run.yaml may have made."""
+    """The names that a start-up which was not committed may have made."""
     try:
         names = json.loads((folder / STARTING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -334,11 +310,12 @@ def _starting(folder: Path) -> list[str]:
     return [name for name in (*NAMES, DEMO) if name in names]
 
 
-def _undo(folder: Path, made: Iterable[str]) -> None:
-    """Remove what a start-up has made, then bring back what it had set aside."""
-    for name in made:
+def _undo(folder: Path) -> None:
+    """Remove what a start-up that was not committed has made, then bring back what it had set aside."""
+    for name in _starting(folder):
         _remove(folder / name)
-    has_begun(folder)
+    # From here on the names are the earlier run's again, which a second attempt must not remove.
+    (folder / STARTING).unlink(missing_ok=True)
     aside = folder / ASIDE
     for name in _present(aside, (*NAMES, DEMO)):
         _remove(folder / name)
@@ -379,3 +356,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # it was not made, or something else was put into it meanwhile
+            folder.rmdir()

@@ -59,7 +59,6 @@ from mora_ds.train.output_folder import (
     Reservation,
     check_trackers,
     give_up,
-    has_begun,
     join,
     leave,
     names_of_run,
@@ -140,7 +139,20 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
                 f"{place.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
             )
         ranks.barrier("end of all checks", long=True)
+        if ranks.is_first:
+            owns = names_of_run(place.folder, training.export_merged)
+            facts = {"world_size": ranks.world, "steps": _steps(job, schedule), **_facts(job)}
+            write_run_file(place.folder, dump(arguments), facts, owns)
     return job, schedule
+
+
+def _steps(job: Job, schedule: Schedule) -> int:
+    return schedule.total_steps if job.is_trained else 0
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What run.yaml and the trackers tell of a run besides its settings."""
+    return {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
 
 
 def _in_chunks(job: Job, training: TrainingArguments) -> bool:
@@ -246,12 +258,7 @@ def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> in
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
     folder, ranks, state = job.place.folder, job.place.ranks, job.state
-    steps = schedule.total_steps if job.is_trained else 0
-    facts = {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
-    if ranks.is_first:
-        owns = names_of_run(folder, arguments.training.export_merged)
-        write_run_file(folder, dump(arguments), {"world_size": ranks.world, "steps": steps, **facts}, owns)
-        has_begun(folder)
+    steps, facts = _steps(job, schedule), _facts(job)
     log = MetricsLog(folder, steps, ranks.is_first, state.step, lambda: _trackers(arguments, folder, facts, state.step))
     if job.place.checkpoint is not None:
         logger.info(_resumed(job.place.checkpoint, state, steps))

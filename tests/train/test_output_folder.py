@@ -17,11 +17,9 @@ from mora_ds.train import output_folder
 from mora_ds.train.output_folder import (
     DEMO,
     NAMES,
-    STARTING,
     check_merged,
     check_trackers,
     give_up,
-    has_begun,
     join,
     leave,
     names_of_run,
@@ -40,9 +38,8 @@ def a_run(folder: Path, *more: str) -> Path:
     reservation.prepare(False, False, True)
     for name in more:
         put(folder, name, "a run's")
-    reservation.commit()
     write_run_file(folder, {"seed": 1}, {"steps": 6}, names_of_run(folder, exports=True))
-    has_begun(folder)
+    reservation.commit()
     for name in ("metrics.jsonl", "checkpoints", "ledger"):
         put(folder, name, "a run's")
     forget(folder)
@@ -128,7 +125,7 @@ def test_overwriting_removes_what_the_run_has_made(tmp_path: Path) -> None:
     reservation = reserve(out)
     reservation.prepare(True, False)
     reservation.commit()
-    assert {path.name for path in out.iterdir()} == {"notes.txt", ".lock", STARTING}
+    assert {path.name for path in out.iterdir()} == {"notes.txt", ".lock"}
     forget(out)
 
 
@@ -153,6 +150,7 @@ def killed(folder: Path, work: Callable[[], None]) -> None:
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overwrite: bool) -> None:
     out = a_run(tmp_path / "out", "tokenizer")
+    put(out, "merged", "the user's, made from a checkpoint of a run that exports nothing")
     before = snapshot(out)
 
     def start() -> None:
@@ -207,7 +205,7 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path) -> N
     join(out)
     join(out)
     leave(out)
-    assert not output_folder._shared
+    assert not output_folder._locks
     join(tmp_path / "a node that does not see it")
 
 

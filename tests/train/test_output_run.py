@@ -59,7 +59,7 @@ def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path,
         "holds tokenizer, and no run": user.flags(tmp_path / "tokenizer"),
         "holds ledger, and no run": user.flags(tmp_path / "ledger", "--overwrite_output_dir"),
         "holds metrics.jsonl, and no run": user.flags(tmp_path / "metrics", "--resume_from_checkpoint", "auto"),
-        "--output_dir ''": user.flags(""),
+        "--output_dir must not be empty": user.flags(""),
     }
     with untouched(tmp_path), untouched(pickled):
         results = run_ranks(1, refused_each, list(cases.values()))[0]
