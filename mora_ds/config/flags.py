@@ -98,7 +98,7 @@ REMOVED: dict[str, str] = {
     "stream_retry_s": "was removed: reading a source is retried for two minutes",
     "subspace_cycles": "was removed: every cycle lies between the leading singular vectors",
     "targets": _RESEARCH,
-    "tp_inputs": "was removed: inputs are split over the ranks, but whole with --gradient_checkpointing",
+    "tp_inputs": "was removed: every rank saves the complete input of a block, which --gradient_checkpointing avoids",
     "tp_segments": "was removed: --tp_grouping aligned has 8 segments",
     "train_embedding_rows": "was removed: --train_embedding_rank learns more with fewer parameters",
     "train_tokenizer_type": "was removed: the tokenizer is trained as BPE",

@@ -9,12 +9,14 @@
 A process stores its share of M's rows, which ZeRO shards over the data-parallel processes. The split layers gather M
 within one autograd function, in forward and in backward, and scatter the sum of its gradient; with an aligned grouping
 (`OperatorSpec.in_segments`, `out_segments`) they need their own rows or columns only, and M is not communicated.
-No weight of the base is copied, gathered or reduced.
+No weight of the base is copied, gathered or reduced. For M's gradient a layer saves its input, which autograd shares
+among the layers of a block, or the folded input where that is smaller.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +33,6 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
-from mora_ds.parallel.saved_inputs import BlockInput, Saved, Saving, plan_inputs, smaller_of
 from mora_ds.parallel.topology import AllGather, Slice, Sum, SumGradient, Topology, mark_split, share_of
 from mora_ds.parallel.windows import Window
 
@@ -41,13 +42,10 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     plan. Raises `UserError` for what cannot be split: dropout, LoRA, matrices with fewer rows than processes."""
     _check(model, topology.degree)
     plan = plan_of(model, topology.degree)
-    layers, saved = mora_layers(model), plan_inputs(model, plan)
-    blocks = {name: BlockInput(topology) for name in plan.blocks}
+    layers = mora_layers(model)
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
-        block = blocks.get(name.rpartition(".")[0])
-        aligned_inside = layer.spec.in_segments > 1
-        layer.split = LayerSplit(topology, plan.styles[name], aligned_inside, saved.get(name, Saved.SMALLER), block)
+        layer.split = LayerSplit(topology, plan.styles[name], transposed=layer.spec.in_segments > 1)
         own = nn.Parameter(layer.split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
         mark_split(own, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
         layer.square = own
@@ -55,10 +53,8 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
         if style is not Style.WHOLE and name not in layers:
             module: Any = model.get_submodule(name)
             module.forward = _PlainSplit(module, topology, style)
-    for name, block in blocks.items():
-        module = model.get_submodule(name)
-        module.register_forward_pre_hook(_InputHook(topology, block), with_kwargs=True)
-        module.register_forward_hook(lambda *given, block=block: block.leave(), always_call=True)
+    for name in plan.blocks:
+        model.get_submodule(name).register_forward_pre_hook(partial(_sum_gradient, topology), with_kwargs=True)
     _keep_equal(model, plan, topology)
     return plan
 
@@ -111,10 +107,6 @@ class LayerSplit:
     style: Style
     transposed: bool
     """Whether the shares are columns of M, stored as rows of its transpose: for groupings aligned on the inputs."""
-    saved: Saved
-    """What a split layer saves of its input for M's gradient."""
-    block: BlockInput | None
-    """The input of the block that the layer is split with."""
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that this process computes."""
@@ -127,10 +119,7 @@ class LayerSplit:
         if self.style is Style.WHOLE:
             return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, own, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
-        part, saving = self._window(layer.spec), None
-        if self.block is not None and torch.is_grad_enabled():
-            saving = self.block.saving(self.saved, x)
-        y = _SplitLinear.apply(x, weight, bias, own, part, self, path, saving or smaller_of(part))
+        y = _SplitLinear.apply(x, weight, bias, own, self._window(layer.spec), self, path)
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
     def shard(self, matrix: Tensor) -> Tensor:
@@ -190,19 +179,11 @@ class _PlainSplit:
         return y if self.style is Style.COLWISE else _summed(self.topology, y, self.module.bias)
 
 
-@dataclass(frozen=True)
-class _InputHook:
-    """A forward pre-hook of a split block. Its processes' gradients are parts of a sum, and its layers share what they
-    save of the input."""
-
-    topology: Topology
-    block: BlockInput
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        del module
-        x = SumGradient.apply(args[0] if args else kwargs["hidden_states"], self.topology)
-        self.block.enter(x)
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+def _sum_gradient(topology: Topology, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A forward pre-hook of a split block, whose input's gradient on each process is a part of a sum."""
+    del module
+    x = SumGradient.apply(args[0] if args else kwargs["hidden_states"], topology)
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
 def _slices(topology: Topology, style: Style, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -223,20 +204,22 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _SplitLinear(torch.autograd.Function):
-    """A window of an adapted layer. Neither M nor anything of the size of W0 is saved for backward, only what `saving`
-    saves of the input."""
+    """A window of an adapted layer. Neither M nor anything of the size of W0 is saved for backward."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor, part: Window, split: LayerSplit,
-        path: Compute, saving: Saving,
+        path: Compute,
     ) -> Tensor:  # fmt: skip
-        by_weight = path is Compute.WEIGHT
-        ctx.part, ctx.split, ctx.weight, ctx.saving, ctx.by_weight = part, split, weight, saving, by_weight
+        ctx.part = part
+        ctx.split = split
+        ctx.weight = weight
+        ctx.by_weight = path is Compute.WEIGHT
+        ctx.saves_folded = not part.spec.blockwise and part.columns[1] - part.columns[0] < part.d_in
         matrix = split.for_compute(own, part)
-        z = part.fold(x) if saving.folds or not by_weight else x
-        ctx.save_for_backward(saving.save(z if saving.folds else x), own)
-        if by_weight:
+        z = part.fold(x) if ctx.saves_folded or not ctx.by_weight else x
+        ctx.save_for_backward(z if ctx.saves_folded else x, own)
+        if ctx.by_weight:
             return linear(x, part.delta(matrix).add_(weight), bias)
         update = part.deal(F.linear(part.rotate(z), part.used_rows(matrix)))
         return linear(x, weight, bias).add_(update)
@@ -256,14 +239,13 @@ class _SplitLinear(torch.autograd.Function):
                 g_z = part.rotate(collected @ part.used_rows(matrix), back=True)
                 g_x = g @ ctx.weight + part.unfold(g_z)
         if ctx.needs_input_grad[3]:
-            restored = ctx.saving.restore(saved)
             if in_blocks:
-                g_matrix = part.gradient(restored, g)
+                g_matrix = part.gradient(saved, g)
             else:
-                z = part.rotate(restored if ctx.saving.folds else part.fold(restored))
+                z = part.rotate(saved if ctx.saves_folded else part.fold(saved))
                 g_matrix = part.all_rows(collected.flatten(0, -2).T @ z.flatten(0, -2))
             g_own = split.gradient(g_matrix, part)
-        return g_x, None, None, g_own, None, None, None, None
+        return g_x, None, None, g_own, None, None, None
 
 
 class _Compress(torch.autograd.Function):

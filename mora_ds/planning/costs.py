@@ -24,7 +24,6 @@ from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.target_modules import output_head
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
-from mora_ds.parallel.saved_inputs import Saved, plan_inputs
 
 GATHERS_A_MICRO_BATCH = 2
 """ZeRO-3 gathers a MoRA matrix in forward and again in backward."""
@@ -128,7 +127,6 @@ def costs(model: nn.Module, degree: int, replicas: int, tokens: int) -> Costs:
         if isinstance(stack, ExpertStack):
             base += 2 * stack.in_features * stack.out_features * tokens * stack.experts_per_token
     traffic += _block_traffic(model, plan, tokens)
-    traffic += _input_traffic(model, plan, tokens)
     squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))
     frozen = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
     is_lora = any(layer.spec.value_name == "factors" for layer in layers.values())
@@ -178,21 +176,6 @@ def _block_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[
         )
         d_out = linear_shape(model.get_submodule(rowwise))[1]
         yield Traffic("activation", Collective.SUM, plan.degree, tokens * d_out, 2)
-
-
-def _input_traffic(model: nn.Module, plan: TensorPlan, tokens: int) -> Iterator[Traffic]:
-    """All-gathers in backward of inputs of which each rank saved its own tokens only."""
-    saved, padded = plan_inputs(model, plan), -(-tokens // plan.degree) * plan.degree
-    first_of_block: dict[str, str] = {}
-    for name, how in saved.items():
-        if how is Saved.INPUT_SHARD:
-            first_of_block.setdefault(name.rpartition(".")[0], name)
-    for name in first_of_block.values():
-        yield Traffic("activation", Collective.GATHER, plan.degree, padded * linear_shape(model.get_submodule(name))[0])
-    for name, how in saved.items():
-        if how is Saved.FOLDED_SHARD:
-            layer: Any = model.get_submodule(name)
-            yield Traffic("activation", Collective.GATHER, plan.degree, padded * layer.spec.r_hat)
 
 
 def _is_aligned(spec: OperatorSpec, style: Style, degree: int) -> bool:

@@ -134,7 +134,8 @@ class Planner:
     on_cpu: bool = False
 
     def __post_init__(self) -> None:
-        self._models: dict[tuple[int, bool], _MeasuredModel] = {}
+        self._models: dict[int, _MeasuredModel] = {}
+        """By the tensor-parallel degree."""
         self._steps: dict[tuple[Any, ...], StepMemory] = {}
 
     def plan(self, **changes: Any) -> Plan:
@@ -184,11 +185,9 @@ class Planner:
         return self._model(self.work).streamed()
 
     def _model(self, work: Work) -> _MeasuredModel:
-        # Of sizes, only those of what tensor-parallel ranks save of their inputs depend on checkpointing.
-        key = (work.tensor_parallel, work.tensor_parallel > 1 and work.checkpointing)
-        if key not in self._models:
-            self._models[key] = _MeasuredModel(work)
-        return self._models[key]
+        if work.tensor_parallel not in self._models:
+            self._models[work.tensor_parallel] = _MeasuredModel(work)
+        return self._models[work.tensor_parallel]
 
     def _step(self, work: Work) -> StepMemory:
         key = (work.micro_batch, work.checkpointing, work.tensor_parallel, work.sequence_parallel)

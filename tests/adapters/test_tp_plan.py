@@ -1,4 +1,4 @@
-"""Which layers tensor parallelism splits, which it does not and why, and what is saved of their inputs."""
+"""Which layers tensor parallelism splits, and which it does not and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.tp_plan import Style, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import check_world
-from mora_ds.parallel.saved_inputs import Saved, plan_inputs
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, share
 from tests.helpers.models import FAMILIES, tiny_model
@@ -105,42 +104,6 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
         UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
     ):
         check_world(4, tensor=3)
-
-
-# -- what is saved of inputs -------------------------------------------------------------------------------------------
-
-
-def saved(attention: str = "sdpa", **config: Any) -> dict[str, Saved]:
-    """How each layer of the first block of each kind saves its input."""
-    model = tiny_model("llama")
-    model.config._attn_implementation = attention
-    if config.pop("checkpointing", False):
-        model.gradient_checkpointing_enable()
-    inject(model, MoRAConfig(**{"rank": 4, "operator": "share", **config}))
-    found = plan_inputs(model, plan_of(model, 2))
-    return {name.rpartition(".")[2]: how for name, how in found.items() if ".layers.0." in name}
-
-
-def test_a_shared_input_is_saved_by_whichever_is_smaller() -> None:
-    """r_hat of q, k and v is 16, 13 and 13 at rank 4, and 8, 6 and 6 at rank 1, for 32 inputs."""
-    large, small, rotate = saved(), saved(rank=1), saved(rank=1, operator="rotate")
-    assert {large[name] for name in ("q_proj", "k_proj", "v_proj")} == {Saved.INPUT_SHARD}
-    assert {small[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")} == {Saved.FOLDED_SHARD}
-    assert {rotate[name] for name in ("q_proj", "gate_proj")} == {Saved.INPUT_SHARD}
-    assert saved(rank=2, target_modules=("q_proj", "o_proj"))["q_proj"] is Saved.FOLDED_SHARD
-
-
-def test_rowwise_layers_keep_what_a_rank_has_of_their_inputs() -> None:
-    assert saved()["o_proj"] is Saved.INPUT and saved()["down_proj"] is Saved.SMALLER
-    assert saved(attention="eager")["o_proj"] is Saved.SMALLER
-
-
-def test_inputs_are_not_split_where_they_are_recomputed() -> None:
-    found = saved(checkpointing=True)
-    assert found["q_proj"] is found["gate_proj"] is Saved.SMALLER
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4))
-    assert plan_inputs(model, plan_of(model, 1)) == {}, "nothing is shared by one rank"
 
 
 # -- segments are the run's -------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ CASES: dict[str, Case] = {
     "aligned": {"family": "llama", "segments": 4, "model": SHAPE},
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
-    "folded inputs": {"family": "llama", "rank": 1, "model": SHAPE},  # 8 and 10 rows: 24 and 20 columns of 32 in all
 }
 DEGREE, REPLICAS = 2, 2
 
