@@ -592,8 +592,8 @@ MUTATIONS = (
     Mutation(
         "layers that no file has are made",
         "models/load.py",
-        "    _check_depth(folder, folder_config(folder, trust_remote_code, flag), flag)\n",
-        "",
+        '"num_hidden_layers", 0)) > count:',
+        '"num_hidden_layers", 0)) > MAX_LAYERS:',
         ("config/test_bad_tool_calls.py",),
     ),
     Mutation(

@@ -25,7 +25,6 @@ def main() -> None:
         load_corpus(flags.corpus, text_column=flags.text_column, flag="--corpus"),
         flags.pieces,
         flags.output,
-        algorithm=flags.algorithm,
         trust_remote_code=flags.trust_remote_code,
     )
     print("\n".join(report.lines()))
@@ -38,8 +37,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
-    parser.add_argument(
-        "--algorithm", choices=["bpe", "unigram"], default="bpe", help="SentencePiece's, for the choice"
-    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser

@@ -24,6 +24,9 @@ from mora_ds.data.readers import Document, check_column, file_kind, has_known_su
 
 logger = logging.getLogger(__name__)
 
+SPLIT = "train"
+"""The part of a data set that is read."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -68,7 +71,6 @@ def load_corpus(
     patterns: Sequence[str] = (),
     *,
     dataset_name: str | None = None,
-    dataset_split: str = "train",
     text_column: str = "text",
     flag: str = "--train_files",
 ) -> Corpus:
@@ -83,7 +85,7 @@ def load_corpus(
         flag = "--dataset_name" if flag == "--train_files" else flag  # else a source of a mixture
         dataset = _saved_dataset if is_saved_dataset(Path(dataset_name)) else _named_dataset
         with _naming(flag):
-            parts: tuple[Part, ...] = (_dataset_part(dataset_name, dataset(dataset_name, dataset_split), text_column),)
+            parts: tuple[Part, ...] = (_dataset_part(dataset_name, dataset(dataset_name), text_column),)
     else:
         files = resolve_files(patterns, flag)
         with _naming(flag):
@@ -94,18 +96,13 @@ def load_corpus(
     return corpus
 
 
-def stream_dataset(name: str, text_column: str, flag: str, split: str = "train") -> Corpus:
+def stream_dataset(name: str, text_column: str, flag: str) -> Corpus:
     """The rows of a `datasets` name, read over the network while training.
 
     Raises `UserError`, which names `flag`, where there is no such dataset, or no text in it.
     """
-    import datasets  # not above: it is slow to import and most runs read files
-
-    try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{flag}: {name!r} (split {split!r}) cannot be streamed: {error}") from error
-    part = StreamedDatasetPart(name, rows, text_column)
+    with _naming(flag):
+        part = StreamedDatasetPart(name, _named_dataset(name, streaming=True), text_column)
     corpus = Corpus((part,), text_column, flag)
     next(corpus.documents_of(part))
     return corpus
@@ -171,7 +168,7 @@ def _is_empty(path: Path) -> bool:
 
 def _file_part(path: Path, text_column: str) -> Part:
     if path.is_dir():
-        return _dataset_part(str(path), _saved_dataset(str(path), "train"), text_column)
+        return _dataset_part(str(path), _saved_dataset(str(path)), text_column)
     file_kind(path)
     if not path.exists():
         raise UserError(f"{path} is a link to nothing")
@@ -188,16 +185,17 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _named_dataset(name: str, split: str) -> Any:
+def _named_dataset(name: str, streaming: bool = False) -> Any:
     import datasets  # not above: it is slow to import and most runs read files
 
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=SPLIT, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name!r} (split {split!r}) cannot be loaded: {error}") from error
+        done = "streamed" if streaming else "loaded"
+        raise UserError(f"{name!r} (split {SPLIT!r}) cannot be {done}: {error}") from error
 
 
-def _saved_dataset(folder: str, split: str) -> Any:
+def _saved_dataset(folder: str) -> Any:
     import datasets
 
     try:
@@ -208,9 +206,9 @@ def _saved_dataset(folder: str, split: str) -> Any:
         raise UserError(f"{folder} is no folder that datasets.save_to_disk has written: {error}") from error
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
-    if split not in dataset:
-        raise UserError(f"{folder} has no split {split!r}; there are: {', '.join(dataset)}")
-    return dataset[split]
+    if SPLIT not in dataset:
+        raise UserError(f"{folder} has no split {SPLIT!r}; there are: {', '.join(dataset)}")
+    return dataset[SPLIT]
 
 
 def _dataset_part(label: str, dataset: Any, text_column: str) -> DatasetPart:

@@ -1,6 +1,6 @@
 """Adds a domain's tokens to a tokenizer's vocabulary; the old tokens keep their ids and merges.
 
-    texts -> SentencePiece (BPE or unigram) -> candidate tokens, best first
+    texts -> SentencePiece (BPE) -> candidate tokens, best first
     candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it
     BPE        a token and the one merge that makes it of two tokens, after all older merges
     Unigram    a token and a score just above that of the tokens it replaces
@@ -49,7 +49,7 @@ class Extension:
     """The ids of the old tokens that each new one stands for."""
 
 
-def candidate_tokens(texts: Iterable[str], wanted: int, algorithm: str = "bpe") -> list[str]:
+def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
     """Candidates for `wanted` new tokens: the vocabulary of a SentencePiece model trained on `texts`, best first.
 
     Spaces are U+2581; digits stay apart. Raises `UserError` for a corpus without text.
@@ -59,7 +59,6 @@ def candidate_tokens(texts: Iterable[str], wanted: int, algorithm: str = "bpe") 
             texts,
             512 + _CANDIDATES_A_TOKEN * wanted,
             Path(folder),
-            algorithm=algorithm,
             flag="--pieces",
             hard_vocab_limit=False,
             split_digits=True,
@@ -145,8 +144,7 @@ def _grow_bpe(model: dict[str, Any], candidates: list[str], wanted: int, first_i
     away and is added. Where there is none, the first two parts of the best candidates are joined to a token first.
     """
     vocabulary, merges = model["vocab"], model["merges"]
-    ranks = {tuple(pair.split(" ") if isinstance(pair, str) else pair): rank for rank, pair in enumerate(merges)}
-    as_text = bool(merges) and isinstance(merges[0], str)
+    ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
     added: list[str] = []
 
     def add(token: str, parts: Sequence[str] = ()) -> None:
@@ -156,7 +154,7 @@ def _grow_bpe(model: dict[str, Any], candidates: list[str], wanted: int, first_i
         added.append(token)
         if parts:
             ranks[tuple(parts)] = len(ranks)
-            merges.append(" ".join(parts) if as_text else list(parts))
+            merges.append(list(parts))
 
     while candidates and len(added) < wanted:
         before, window = len(added), candidates[: wanted - len(added)]

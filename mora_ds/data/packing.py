@@ -79,8 +79,6 @@ class PackedDataset:
 
     def block(self, index: int) -> Block:
         """Block `index` of the stream, unshuffled."""
-        if not 0 <= index < self.n_blocks:
-            raise IndexError(f"block {index} of {self.n_blocks}")
         start = index * self.seq_len
         tokens = self.cache.tokens[start : start + self.seq_len + 1].astype(np.int64)
         first, last = np.searchsorted(self.cache.ends, (start + 1, start + len(tokens)))

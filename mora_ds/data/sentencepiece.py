@@ -28,10 +28,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
-ALGORITHMS = ("bpe", "unigram")
 _SPECIAL_TOKENS = 4  # <unk> <s> </s> <pad>, ids 0 to 3 of a tokenizer trained here
 
 _SPACE = "\u2581"
@@ -39,6 +38,9 @@ _PRIVATE_USE = 0x10F000
 """First of the private-use characters that stand for user-defined symbols while text is normalised."""
 
 _LINE_BYTES = 4096
+_SAMPLE_BYTES = 128 << 20
+"""Of a larger corpus a fixed random sample of about this size is trained on."""
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _UNIGRAM, _BPE = 1, 2
 _TEST_TEXTS = (
@@ -59,20 +61,16 @@ def train_sentencepiece(
     vocab_size: int,
     folder: Path,
     *,
-    algorithm: str = "bpe",
-    max_bytes: int = 128 << 20,
     flag: str = "--train_tokenizer_vocab",
     **settings: Any,
 ) -> Path:
-    """Trains a SentencePiece model (`algorithm`: bpe or unigram) on `texts`; returns the path `folder`/tokenizer.model.
+    """Trains a SentencePiece model (BPE) on `texts`; returns the path `folder`/tokenizer.model.
 
     `settings`: further settings of SentencePiece's trainer. Nothing is normalised (indentation, tabs and line ends are
     tokens like any other), and characters that are not in the vocabulary fall back to bytes, so decoding gives back
-    every text. The same texts give the same file. Of more than about `max_bytes` a fixed random sample of that size is
-    used. Raises `UserError`, which names `flag`, where the corpus does not yield that many tokens.
+    every text. The same texts give the same file. Raises `UserError`, which names `flag`, where the corpus does not
+    yield that many tokens.
     """
-    if algorithm not in ALGORITHMS:
-        raise UserError(unknown("SentencePiece algorithm", algorithm, ALGORITHMS))
     smallest = 256 + _SPECIAL_TOKENS + 1
     if vocab_size < smallest:
         raise UserError(f"{flag} must be at least {smallest} (256 bytes and the special tokens)")
@@ -81,7 +79,7 @@ def train_sentencepiece(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
             model_writer=model,
-            model_type=algorithm,
+            model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -90,7 +88,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             character_coverage=0.9995,
             max_sentence_length=4 * _LINE_BYTES,
-            input_sentence_size=max(max_bytes // _LINE_BYTES, 101),
+            input_sentence_size=max(_SAMPLE_BYTES // _LINE_BYTES, 101),
             shuffle_input_sentence=False,
             num_threads=1,  # sums of floats over threads would make the result depend on their number
             minloglevel=2,

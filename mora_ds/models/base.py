@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_FLAG = "--model_name_or_path"
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in total)."""
 
 
 class NotOneToOne(UserError):
@@ -127,6 +124,10 @@ class BaseCheckpoint:
         """Bytes of all tensors."""
         return sum(tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of)
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of all tensors, from the headers of the files."""
+        return {self.shape_dtype(key)[1] for key in self._file_of}
+
     def shape_dtype(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor, from the header of the file alone."""
         if not is_stack(key):
@@ -177,7 +178,7 @@ class BaseCheckpoint:
         again. Tensors that were read stay."""
         self._handles.clear()
 
-    def fingerprint(self, progress: Progress | None = None, ranks: Ranks | None = None) -> str:
+    def fingerprint(self, ranks: Ranks | None = None) -> str:
         """Hex sha256 of the tensors' names, dtypes, shapes and checksums; independent of shards and path.
 
         The first call reads every byte, at about memory speed; with `ranks` it is collective, and each rank reads a
@@ -187,7 +188,7 @@ class BaseCheckpoint:
             self._fingerprint = ranks.on_first("known fingerprint of the base", lambda: self._fingerprint)
         if self._fingerprint is None:
             if ranks is None:
-                lines = self._lines(self._file_of, progress)
+                lines = self._lines(self._file_of)
             else:
                 sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
                 slices = deal(sizes, ranks.width)
@@ -195,16 +196,13 @@ class BaseCheckpoint:
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint
 
-    def _lines(self, keys: Iterable[str], progress: Progress | None = None) -> list[str]:
+    def _lines(self, keys: Iterable[str]) -> list[str]:
         """A line with the checksum of each tensor."""
-        lines, done, total = [], 0, self.nbytes
+        lines = []
         for key in keys:
             tensor = self.read(key)
             shape = "x".join(map(str, tensor.shape))
             lines.append(f"{key} {dtype_name(tensor.dtype)} {shape} {tensor_checksum(tensor):016x}\n")
-            done += tensor.nbytes
-            if progress:
-                progress(done, total)
         return lines
 
     def map_parameters(

@@ -1,6 +1,6 @@
 """The decoder layers of a model, and the frozen weights that belong to each alone: what can be held layer by layer.
 
-decoder_layers(model)       name -> layer, in the order in which they run (`find_decoder_layers`: or nothing)
+find_decoder_layers(model)  name -> layer, in the order in which they run
 weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
 stored_bytes(tensors)       bytes of a buffer for them; `offsets` says where each lies in it
 """
@@ -21,20 +21,9 @@ _ALIGNMENT, _LINE = 256, 64
 its place within a cache line, the second: a matrix product may round otherwise at another one."""
 
 
-def decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The entries of the model's list of decoder layers: the `nn.ModuleList` with num_hidden_layers entries; of several
-    the one with most frozen elements. Raises `UserError` for a model that has none."""
-    layers = find_decoder_layers(model)
-    if not layers:
-        raise UserError(
-            f"--base_device host: {type(model).__name__} has no list of {_count(model)} decoder layers, whose weights "
-            "could be held in turn: use --base_device device"
-        )
-    return layers
-
-
 def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
-    """The same, but nothing for a model that has none."""
+    """The entries of the model's list of decoder layers: the `nn.ModuleList` with num_hidden_layers entries; of several
+    the one with most frozen elements. Nothing for a model that has none."""
     count = _count(model)
     lists = {
         name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
@@ -57,12 +46,18 @@ def _count(model: Any) -> int:
 def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
     """For each decoder layer in turn: its name -> (name in the model -> frozen tensor).
 
-    Left out: tensors that something outside of the layer uses, too. Raises `UserError` as `decoder_layers` does, and
-    for a model whose layers have no frozen weights of their own.
+    Left out: tensors that something outside of the layer uses, too. Raises `UserError` for a model without decoder
+    layers, or whose layers have no frozen weights of their own.
     """
+    layers = find_decoder_layers(model)
+    if not layers:
+        raise UserError(
+            f"--base_device host: {type(model).__name__} has no list of {_count(model)} decoder layers, whose weights "
+            "could be held in turn: use --base_device device"
+        )
     frozen = frozen_buffers(model)
     owners: dict[str, str] = {}
-    for layer in decoder_layers(model):
+    for layer in layers:
         owners.update({name: layer for name in frozen if name.startswith(f"{layer}.")})
     uses = Counter((id(tensor), owners.get(name, "")) for name, tensor in frozen.items())
     users = Counter(tensor for tensor, _ in uses)

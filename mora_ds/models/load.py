@@ -222,7 +222,16 @@ def load_model(
 ) -> Any:
     """The model of a folder on the CPU. Raises `UserError` naming `flag` where it cannot be loaded, and where weights
     are missing or do not fit the config."""
-    _check_depth(folder, folder_config(folder, trust_remote_code, flag), flag)
+    config = folder_config(folder, trust_remote_code, flag)
+    damage = ""
+    try:
+        count = len(BaseCheckpoint.open(folder).keys())
+    except NotOneToOne:  # pickled weights
+        count = MAX_LAYERS
+    except UserError as error:  # for the message below: transformers may not name the file
+        count, damage = MAX_LAYERS, str(error).removeprefix(f"{MODEL_FLAG}: ")
+    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:  # before they are made
+        raise UserError(f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -238,8 +247,7 @@ def load_model(
         why = reason(error)
         if "attn_implementation" in str(error) or "flash" in why.lower():
             raise UserError(f"--attn_implementation {attn_implementation}: {why}") from error
-        why = damaged_file(folder) or why
-        raise UserError(f"{flag} {folder}: cannot be loaded as a causal language model: {why}") from error
+        raise UserError(f"{flag} {folder}: cannot be loaded as a causal language model: {damage or why}") from error
     model, info = loaded
     problems = {"missing_keys": "weights are missing", "mismatched_keys": "weights do not fit the config"}
     for what, problem in problems.items():
@@ -247,27 +255,6 @@ def load_model(
             some = ", ".join(str(key) for key in list(info[what])[:3])
             raise UserError(f"{flag} {folder}: {problem} for {len(info[what])} tensors, e.g. {some}")
     return model
-
-
-def _check_depth(folder: Path, config: Any, flag: str) -> None:
-    """Raises `UserError` for a config with more layers than the files have tensors, before they are made."""
-    try:
-        count = len(BaseCheckpoint.open(folder).keys())
-    except UserError:  # pickled, or damaged, which is reported when it is loaded
-        return
-    if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:
-        raise UserError(f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files")
-
-
-def damaged_file(folder: Path) -> str:
-    """A message about the truncated or missing file of weights, which transformers may not name; "" for none."""
-    try:
-        BaseCheckpoint.open(folder)
-    except NotOneToOne:
-        return ""
-    except UserError as error:
-        return str(error).removeprefix(f"{MODEL_FLAG}: ")
-    return ""
 
 
 def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None:
@@ -315,10 +302,9 @@ def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the folder's files where casting their weights to `dtype` afterwards gives the model that loading in
     `dtype` gives: all files are in one dtype, and no other tensor of the model depends on it. Otherwise `dtype`."""
     try:
-        base = BaseCheckpoint.open(folder)
+        dtypes = BaseCheckpoint.open(folder).dtypes()
     except UserError:  # pickled, and so copied into memory in any case; or damaged, which loading reports
         return dtype
-    dtypes = {base.shape_dtype(key)[1] for key in base.keys()}  # noqa: SIM118  (a `BaseCheckpoint` is no mapping)
     if len(dtypes) != 1 or not dtypes <= set(COMPUTE_DTYPES.values()) or dtypes == {dtype}:
         return dtype
     (stored,) = dtypes
@@ -332,8 +318,7 @@ def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The smallest dtype that holds every floating-point weight of the folder's files without rounding."""
     try:
-        base = BaseCheckpoint.open(folder)
-        dtypes = {base.shape_dtype(key)[1] for key in base.keys()}  # noqa: SIM118  (a `BaseCheckpoint` is no mapping)
+        dtypes = BaseCheckpoint.open(folder).dtypes()
     except NotOneToOne:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):

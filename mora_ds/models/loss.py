@@ -56,12 +56,8 @@ def token_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     the `documents` that follow from them, keep attention inside each document. Computed in chunks where the model was
     given to `chunk_loss`.
     """
-    chunked = bound(model)
-    return whole_nll(model, batch) if chunked is None else chunked.token_losses(model, batch).sum()
-
-
-def whole_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
-    """(): the same from the logits of the complete batch."""
+    if (chunked := bound(model)) is not None:
+        return chunked.token_losses(model, batch).sum()
     return _cross_entropy(model, batch, "sum")
 
 
@@ -131,17 +127,12 @@ class ChunkedHead:
     def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
 
-    def losses_and_gradients(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
-        parts = [self._loss_and_gradient(*part) for part in self._chunks(hidden, labels)]
-        losses, gradients = zip(*parts, strict=True)
-        return torch.cat(losses), torch.cat(gradients)
-
     def _losses_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self._logits(hidden).float(), labels, ignore_index=IGNORED, reduction="none")
 
     @torch.enable_grad()
     def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
         logits = self._logits(hidden := hidden.detach().requires_grad_())
         values = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
         counts, label = (labels != IGNORED).unsqueeze(-1), labels.clamp(min=0).unsqueeze(-1)
@@ -170,9 +161,10 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
-        losses, gradients = head.losses_and_gradients(hidden, labels)
-        ctx.save_for_backward(gradients)
-        return losses
+        chunks = [head._loss_and_gradient(*chunk) for chunk in head._chunks(hidden, labels)]
+        losses, gradients = zip(*chunks, strict=True)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -200,7 +192,8 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(head, nn.Module):
         raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
-    numbers = CHUNK_NUMBERS if _device_of(head).type == "cpu" else GPU_CHUNK_NUMBERS
+    device = next((each.device for each in (*head.parameters(), *head.buffers())), torch.device("cpu"))
+    numbers = CHUNK_NUMBERS if device.type == "cpu" else GPU_CHUNK_NUMBERS
     chunked = ChunkedHead(head, finish_of(config), chunk_tokens or max(1, numbers // config.vocab_size))
     vars(model)[_ATTRIBUTE] = chunked
     return chunked
@@ -209,10 +202,6 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
 def whole_loss(model: Any) -> None:
     """Undoes `chunk_loss`."""
     vars(model).pop(_ATTRIBUTE).remove()
-
-
-def _device_of(head: nn.Module) -> torch.device:
-    return next((each.device for each in (*head.parameters(), *head.buffers())), torch.device("cpu"))
 
 
 def finish_of(config: Any) -> Callable[[Tensor], Tensor]:

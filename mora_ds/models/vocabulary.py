@@ -77,7 +77,6 @@ def extend_vocabulary(
     new_tokens: int,
     output: Path,
     *,
-    algorithm: str = "bpe",
     trust_remote_code: bool = False,
 ) -> VocabularyReport:
     """Writes the model in `folder` with `new_tokens` more tokens, learned from `corpus`, to the new folder `output`.
@@ -95,7 +94,7 @@ def extend_vocabulary(
     check_vocabulary(tokenizer, old_rows, FLAG)
     measured, held_out = _measured_texts(corpus)
     learned = (text for text in corpus.texts() if not (held_out and _is_measured(text)))
-    candidates = candidate_tokens(learned, new_tokens, algorithm)
+    candidates = candidate_tokens(learned, new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         extension = extend_tokenizer(tokenizer, candidates, new_tokens, Path(scratch))
         extended = check_extension(extension, config.model_type)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import tracemalloc
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import DocumentFilter, hashes_of, load_corpus, readers, resolve_files, stream_dataset
+from mora_ds.data import hashes_of, load_corpus, readers, resolve_files, stream_dataset
 from mora_ds.data.held_out import HASHED_CHARACTERS
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
@@ -77,12 +75,12 @@ def test_parquet_and_both_arrow_formats(tmp_path: Path) -> None:
 def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_list(records())
     dataset.save_to_disk(tmp_path / "plain")
-    datasets.DatasetDict({"train": dataset, "small": dataset.select([1])}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"small": dataset.select([1]), "train": dataset}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(tmp_path / "untrained")
     assert texts(tmp_path / "plain") == TEXTS == texts(tmp_path / "splits")
-    named = load_corpus(dataset_name=str(tmp_path / "splits"), dataset_split="small")
-    assert list(named.texts()) == TEXTS[1:2]
-    with pytest.raises(UserError, match=r"--dataset_name.*no split 'test'; there are: train, small"):
-        load_corpus(dataset_name=str(tmp_path / "splits"), dataset_split="test")
+    assert list(load_corpus(dataset_name=str(tmp_path / "splits")).texts()) == TEXTS
+    with pytest.raises(UserError, match=r"--dataset_name.*no split 'train'; there are: small, test"):
+        load_corpus(dataset_name=str(tmp_path / "untrained"))
     with pytest.raises(UserError, match=r"--dataset_name.*no field 'txt'; there are: text"):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
 
@@ -205,20 +203,6 @@ def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert f"{name}, line 3: not UTF-8 (byte 0xe9 at offset {offset}" in error(tmp_path / name)
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_records_too_long_to_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[..., bytes]) -> None:
-    suffix = ".gz" if pack is gzip.compress else ""
-    path, array = tmp_path / f"a.jsonl{suffix}", tmp_path / f"a.json{suffix}"
-    rows: list[object] = [{"text": "short"}, {"text": "x" * (1 << 20)}]
-    path.write_bytes(pack(lines(rows)))
-    array.write_bytes(pack(json.dumps(rows).encode()))
-    assert texts(path) == texts(array) == ["short", "x" * (1 << 20)]
-    monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
-    monkeypatch.setattr(readers, "ARRAY_BYTES", 1 << 20)
-    assert f"{path.name}, line 2: longer than 1 MiB" in error(path)
-    assert f"{array.name}: an array of more than 1 MiB" in error(array)
-
-
 def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
     """Unpacked too: 16 MiB of one letter are 16 KiB of gzip."""
     size = 16 << 20
@@ -298,29 +282,13 @@ def test_where_files_come_from_is_said_in_one_way(tmp_path: Path) -> None:
     assert error(tmp_path / "n*" / "a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
     (tmp_path / "void").mkdir()
     assert f"the folder '{tmp_path}/void' holds no file of a kind that is read" in error(tmp_path / "void")
-    with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'held'\) cannot be streamed"):
-        stream_dataset("/no/such/set", "text", "source 'law'", "held")
+    with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'train'\) cannot be streamed"):
+        stream_dataset("/no/such/set", "text", "source 'law'")
 
 
-def test_a_streamed_name_is_read_by_its_split(tmp_path: Path) -> None:
+def test_the_training_split_of_a_name_is_streamed(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
-    (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}, {"text": "c"}]))
-    assert list(stream_dataset(str(tmp_path), "text", "--dataset_name", "test").texts()) == ["b", "c"]
+    (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}]))
     assert list(stream_dataset(str(tmp_path), "text", "--dataset_name").texts()) == ["a"]
     with pytest.raises(UserError, match="no field 'body'"):
         stream_dataset(str(tmp_path), "body", "--dataset_name")
-
-
-def test_damage_in_the_middle_is_named_with_the_flag(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "a"}, {"text": 3}]))
-    corpus = load_corpus([str(tmp_path / "a.jsonl")], flag="--eval_files")
-    with pytest.raises(UserError, match=r"^--eval_files: .*a.jsonl, line 2: field 'text' holds int"):
-        list(corpus)
-
-
-def test_a_corpus_has_the_documents_that_it_keeps(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines(records()))
-    corpus = load_corpus([str(tmp_path / "a.jsonl")])
-    kept = replace(corpus, keep=DocumentFilter(excluded=hashes_of([readers.Document(TEXTS[1], "")])))
-    assert list(kept.texts()) == [TEXTS[0], TEXTS[2]]
-    assert [document.text for document in kept.documents_of(corpus.parts[0])] == TEXTS

@@ -29,7 +29,7 @@ from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
 from mora_ds.engine.host_copies import CpuCopies, CudaCopies, page_ranges
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.models.decoder_layers import decoder_layers, stored_bytes, weights_of_layers
+from mora_ds.models.decoder_layers import find_decoder_layers, stored_bytes, weights_of_layers
 from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config
@@ -134,7 +134,7 @@ class Seen:
     """Storages that hold the weights of linear layers within decoder layers while these run."""
 
     def __init__(self, model: Any) -> None:
-        prefix = next(iter(decoder_layers(model))).rpartition(".")[0]
+        prefix = next(iter(find_decoder_layers(model))).rpartition(".")[0]
         self.layers = [layer for name, layer in mora_layers(model).items() if name.startswith(prefix)]
         self.storages: set[int] = set()
 
@@ -269,7 +269,7 @@ def test_a_second_ring_takes_the_place_of_the_first() -> None:
 def test_tied_tensors_stay_on_the_device() -> None:
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4, target_modules=("q_proj",)))
-    layers = decoder_layers(model)
+    layers = find_decoder_layers(model)
     shared = model.model.layers[0].input_layernorm._buffers
     model.model.layers[2].input_layernorm._buffers["weight"] = shared["weight"]
     names = {name for own in weights_of_layers(model).values() for name in own}

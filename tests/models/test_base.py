@@ -1,4 +1,4 @@
-"""Original weights on disk: opening, mapping, fingerprints, checksums, safetensors files."""
+"""Original weights on disk: opening, mapping, fingerprints, checksums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,
@@ -27,7 +26,6 @@ from mora_ds.models.base import (
     write_own_base,
 )
 from mora_ds.models.stored_names import renamed_keys
-from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, write_safetensors_atomic
 from tests.helpers.models import tiny_model
 
 SHARD = "20KB"
@@ -73,25 +71,6 @@ def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
     assert one.fingerprint() == many.fingerprint()
 
 
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda folder: shutil.rmtree(folder), "no such folder"),
-        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 9_000), "model.safetensors is truncated or damaged"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 3), "model.safetensors is truncated or damaged"),
-        (lambda folder: (folder / "config.json").write_text('{"quantization_config": {}}'), "quantized"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-    ],
-)
-def test_bad_folder_is_named_with_the_flag(llama: Path, damage: Any, words: str) -> None:
-    damage(llama)
-    with pytest.raises(UserError, match=words) as caught:
-        BaseCheckpoint.open(llama)
-    assert "--model_name_or_path" in str(caught.value) and str(llama) in str(caught.value)
-
-
 def test_below_home_and_with_a_config_that_says_that_nothing_is_quantized(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,22 +79,6 @@ def test_below_home_and_with_a_config_that_says_that_nothing_is_quantized(
     content = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
     assert BaseCheckpoint.open(f"~/{llama.name}").keys()
-
-
-def test_missing_shard_is_named(sharded: Path) -> None:
-    shard = sorted(sharded.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing"):
-        BaseCheckpoint.open(sharded)
-
-
-def test_index_that_lies_is_named(sharded: Path) -> None:
-    index = json.loads((sharded / "model.safetensors.index.json").read_text())
-    index["weight_map"]["lm_head.weight"] = sorted(set(index["weight_map"].values()))[0]
-    index["weight_map"]["invented"] = index["weight_map"]["lm_head.weight"]
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="has no tensor"):
-        BaseCheckpoint.open(sharded)
 
 
 def test_pickled_weights_lead_to_an_own_base(tmp_path: Path) -> None:
@@ -193,12 +156,6 @@ def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, change
     mapping = mapping_of(model, base)
     assert set(mapping) == set(parameters(model))
     verify_against_model(base, mapping, parameters(model), mapping)
-
-
-def test_renamed_head_of_neox(tmp_path: Path) -> None:
-    model = tiny_model("gpt_neox")
-    model.save_pretrained(tmp_path)
-    assert mapping_of(model, BaseCheckpoint.open(tmp_path))["lm_head.weight"] == "embed_out.weight"
 
 
 def test_hub_files_without_the_prefix(tmp_path: Path) -> None:
@@ -287,11 +244,8 @@ def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
     assert len(set(prints)) == len(variants)
 
 
-def test_fingerprint_sees_one_flipped_bit_and_reports_progress(llama: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    base = BaseCheckpoint.open(llama)
-    before = base.fingerprint(lambda done, total: calls.append((done, total)))
-    assert calls[-1] == (base.nbytes, base.nbytes) and len(calls) == len(base.keys())
+def test_fingerprint_sees_one_flipped_bit(llama: Path) -> None:
+    before = BaseCheckpoint.open(llama).fingerprint()
     content = bytearray((llama / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (llama / "model.safetensors").write_bytes(content)
@@ -333,68 +287,3 @@ def test_checksum_sees_every_kind_of_change(size: int) -> None:
             changed = data.clone()
             changed[position] ^= 1 << bit
             assert tensor_checksum(changed) != original
-
-
-def test_checksum_sees_exchanges() -> None:
-    """Signs, equal halves and symmetric patterns are what weaker sums miss."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.ones(40_000, dtype=torch.float64)
-    signs[torch.randperm(40_000, generator=generator)[:20_000]] = -1
-    twos = torch.ones(80_000, dtype=torch.float32)
-    twos.view(-1, 2)[::3] = 2.0
-    weights = torch.randn(80_000, generator=generator)
-    for data in (signs, twos, weights):
-        words = data.view(torch.int64)
-        seen = {tensor_checksum(words)}
-        for distance in (1, 2, 3, 256, 4096, 32_768):
-            changed = words.clone()
-            changed[[0, distance]] = words[[distance, 0]]
-            if not torch.equal(changed, words):
-                assert tensor_checksum(changed) not in seen
-                seen.add(tensor_checksum(changed))
-    pattern = torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64)
-    assert tensor_checksum(pattern) != tensor_checksum(3 - pattern)
-
-
-def test_checksum_costs_a_few_passes_over_memory() -> None:
-    tensor = torch.ones(20_000_000)
-    checksum, one_pass = (min(timed(work) for _ in range(3)) for work in (lambda: tensor_checksum(tensor), tensor.sum))
-    assert checksum < 300 * one_pass  # about 20 where nothing else runs; a loop in Python takes thousands
-
-
-def timed(work: Any) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_streamed_file_reads_back(tmp_path: Path) -> None:
-    tensors = {
-        "odd": torch.arange(3, dtype=torch.uint8),
-        "half": torch.randn(3, 5).bfloat16(),
-        "wide": torch.randn(2, 3, dtype=torch.float64),
-        "flag": torch.tensor([True, False]),
-        "empty": torch.zeros(0, 4),
-        "scalar": torch.tensor(2.5),
-        "strided": torch.randn(4, 6).T,
-    }
-    write_safetensors_atomic(tmp_path / "t.safetensors", tensors, {"step": "3"})
-    read = load_file(tmp_path / "t.safetensors")
-    assert set(read) == set(tensors)
-    assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    assert open_safetensors(tmp_path / "t.safetensors").metadata() == {"format": "pt", "step": "3"}
-
-
-def test_writer_holds_to_its_layout(tmp_path: Path) -> None:
-    layout = {"a": ((2,), torch.float32), "b": ((1,), torch.float32)}
-    with (
-        pytest.raises(ValueError, match="not written: b"),
-        SafetensorsWriter(tmp_path / "t", layout, {}) as writer,
-    ):
-        writer.write("a", torch.zeros(2))
-        for name, tensor in (("a", torch.zeros(2)), ("c", torch.zeros(2)), ("b", torch.zeros(2))):
-            with pytest.raises(ValueError, match=f"'{name}'"):
-                writer.write(name, tensor)
