@@ -125,7 +125,9 @@ stray | 'stray'
 --base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host
 --embedding_learning_rate 0 --train_norms true | --embedding_learning_rate must be above
 --merge_every 2 --restart_warmup_steps 5 | --merge_every 2 must be more than --restart_warmup_steps 5
---streaming --max_steps -1 | --streaming | --max_steps
+--streaming --max_steps -1 | --streaming: the length of a stream is unknown | --max_steps
+--streaming --held_out_share 0.1 | --held_out_share reads the complete text
+--streaming --shuffle_buffer -1 | --shuffle_buffer must be at least 0
 --tokenizer_name x --train_tokenizer_vocab 300 | --tokenizer_name and --train_tokenizer_vocab
 --model_config x.json | --model_name_or_path and --model_config
 --dataset_name x | --train_files and --dataset_name
@@ -182,6 +184,7 @@ stray | 'stray'
 --train_files {bad}/text/column.jsonl | column.jsonl, line 1 | 'text' | txt | --text_column
 --train_files {bad}/text/short.txt | --train_files | shorter than one batch
 --train_files {bad}/text/*.nothing | no file matches | *.nothing
+--train_files a={user}/train.jsonl:0.5 b={bad}/text/torn.jsonl:0.5 | source 'b' | torn.jsonl, line 2 | broken JSON
 --train_files {bad}/text/torn.jsonl | torn.jsonl, line 2 | broken JSON
 --train_files {bad}/text/number.jsonl | number.jsonl, line 1 | --text_column
 --train_files {bad}/text/torn.parquet | torn.parquet cannot be read

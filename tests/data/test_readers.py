@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -81,29 +82,22 @@ def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPat
     assert list(readers.batched(items[:2], len)) == [["abc", "def"]] and not list(readers.batched([], len))
 
 
-def test_a_document_is_empty_as_a_whole() -> None:
-    made = readers.Document
-    assert made("", "a").is_empty and not made("x", "a").is_empty
-    assert not made("", "a", begins=False).is_empty and not made("", "a", ends=False).is_empty
-
-
-def test_a_line_and_an_array_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "a"}, {"text": "b"}]))
-    (tmp_path / "a.json").write_text('[{"text": "a"}]')
-    monkeypatch.setattr(readers, "LINE_BYTES", 14)
-    monkeypatch.setattr(readers, "ARRAY_BYTES", 15)
-    assert texts(tmp_path / "a.jsonl") == ["a", "b"] and texts(tmp_path / "a.json") == ["a"]
-    monkeypatch.setattr(readers, "LINE_BYTES", 13)
-    monkeypatch.setattr(readers, "ARRAY_BYTES", 14)
-    for name, message in (("a.jsonl", "line 1: longer"), ("a.json", "an array of more")):
-        with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("before", [b"", b" \n\t", codecs.BOM_UTF8])
+def test_a_line_and_an_array_may_be_as_long_as_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes], before: bytes
+) -> None:
+    suffix = "" if pack is bytes else ".gz"
+    contents = {"LINE_BYTES": b'{"text": "a"}\n', "ARRAY_BYTES": before + b'[{"text": "a"}]'}
+    said = {"LINE_BYTES": "line 1: longer", "ARRAY_BYTES": "an array of more"}
+    for limit, content in contents.items():
+        name = f"{limit}.{'jsonl' if limit == 'LINE_BYTES' else 'json'}{suffix}"
+        (tmp_path / name).write_bytes(pack(content))
+        monkeypatch.setattr(readers, limit, len(content))
+        assert texts(tmp_path / name) == ["a"]
+        monkeypatch.setattr(readers, limit, len(content) - 1)
+        with pytest.raises(UserError, match=f"{name}.*{said[limit]}"):
             texts(tmp_path / name)
-
-
-def test_an_array_may_begin_anywhere(tmp_path: Path) -> None:
-    for before in (b"", b" \n\t", codecs.BOM_UTF8):
-        (tmp_path / "a.json").write_bytes(before + b'[{"text": "a"}]')
-        assert texts(tmp_path / "a.json") == ["a"]
 
 
 @pytest.mark.parametrize(

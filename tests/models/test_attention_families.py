@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mora_ds.adapters.inject import mora_layers
+from mora_ds.models import document_attention
 from mora_ds.models.attention import (
     NAME,
     attention_of,
@@ -104,8 +105,9 @@ def test_documents_are_preferred_where_the_model_can() -> None:
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_padding_and_caches_are_as_in_the_models_own_attention(family: str) -> None:
+def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that attends by documents also generates: sinks, capped scores and windows included."""
+    monkeypatch.setattr(document_attention, "QUERIES", 20)
     own, model = tiny_model(family).eval(), tiny_model(family).eval()
     for each in (own, model):
         for name, parameter in each.named_parameters():
@@ -118,9 +120,12 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family: str) -> N
         found, wanted = (each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, own))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         whole = own(ids).logits
-        first = model(ids[:, :20], use_cache=True)
-        rest = model(ids[:, 20:], past_key_values=first.past_key_values, use_cache=True)
-        torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, rtol=1e-4, atol=1e-4)
+        cache, parts = None, []
+        for part in ids.split([4, 25, 1], dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 # -- FlashAttention ----------------------------------------------------------------------------------------------------

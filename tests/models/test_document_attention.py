@@ -172,22 +172,6 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
     assert cached is not None and cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
 
 
-@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_last_tokens_of_a_cache_see_all_before_them(
-    kind: str, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module_under_test, "QUERIES", 20)
-    query, key, value, sinks = parts(2, LENGTH, 2)
-    more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
-    positions = positions_of([[LENGTH]] * 2)
-    expected = reference(query, key, value, positions, 0.3, None, more["softcap"], more["s_aux"])
-    last = 50 if masked or kind != "plain" else 1  # of several plain ones transformers always makes a mask
-    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None, -last:] if masked else None
-    found, _ = document_attention(layer_of(2), query[:, :, -last:], key, value, mask, scaling=0.3, **more)
-    torch.testing.assert_close(found, expected[:, -last:], rtol=1e-6, atol=1e-6)
-
-
 def test_groups_hold_every_token_once() -> None:
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
     groups = groups_of(lengths)

@@ -158,15 +158,16 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> Non
     path, tensors = tmp_path / "t.safetensors", dict[str, torch.Tensor]()
     for number, dtype in enumerate(sorted(CODES, key=lambda dtype: dtype.itemsize)):
         tensors[f"é{number}"] = torch.tensor([0.0, 1.0, 2.0]).to(dtype)
-    write_safetensors_atomic(path, tensors, {})
+    tensors.update(empty=torch.zeros(0, 4), scalar=torch.tensor(2.5), strided=torch.arange(24.0).view(4, 6).T)
+    write_safetensors_atomic(path, tensors, {"step": "3"})
     read, raw, handle = load_file(path), path.read_bytes(), open_safetensors(path)
-    assert read.keys() == tensors.keys()
+    assert read.keys() == tensors.keys() and handle.metadata() == {"format": "pt", "step": "3"}
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     assert length % 8 == 0 and len(raw) == 8 + length + sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name].double(), tensor.double()), name
-        assert shape_dtype(handle, name) == ((len(tensor),), tensor.dtype)
+        assert shape_dtype(handle, name) == (tuple(tensor.shape), tensor.dtype)
         assert (8 + length + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0, name
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
 
@@ -187,6 +188,9 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> N
         for wrong in (torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)):
             with pytest.raises(ValueError, match="'large' is "):
                 writer.write("large", wrong)
+        for name in ("small", "unknown"):
+            with pytest.raises(ValueError, match=f"'{name}' is not in the layout, or was written before"):
+                writer.write(name, torch.zeros(3))
         size = os.stat(tmp_path / "t").st_size
         writer.write("none", torch.zeros(0, 4))
         writer.write("large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
@@ -197,6 +201,8 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> N
     )
     with pytest.raises(KeyError, match="mine"), SafetensorsWriter(tmp_path / "u", layout, {}):
         raise KeyError("mine")
+    with pytest.raises(ValueError, match="not written: large, none, small"):
+        SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
 
 
 def test_what_is_no_file_of_tensors_is_named(tmp_path: Path) -> None:
