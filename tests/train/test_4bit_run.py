@@ -194,7 +194,8 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(user: Playground, tmp_path: P
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
-ADAPTER = MoRAConfig(rank=8, operator="share", base_bits=4)
+ADAPTER = MoRAConfig(rank=8, operator="share", compute="activation", base_bits=4)
+"""Over activations, where nothing but index tables outlives a layer's call."""
 
 
 def plan_of(bits: int) -> Plan:

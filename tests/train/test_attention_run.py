@@ -20,6 +20,7 @@ from mora_ds.config.data import ModelArguments
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_documents
 from mora_ds.models.loss import token_nll
 from mora_ds.train.attention import implementation_of
+from mora_ds.train.hooks import Hooks
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
 from tests.helpers.jobs import Playground, losses, refusal, run
@@ -148,7 +149,10 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
 )
 def test_only_given_flags_that_would_help_are_to_be_left_out(kind: str, flags: dict[str, str], advice: str) -> None:
     model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
-    job: Any = SimpleNamespace(engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None)
+    place = SimpleNamespace(hooks=Hooks())
+    job: Any = SimpleNamespace(
+        engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None, place=place
+    )
     with pytest.raises(UserError, match=re.escape(advice)):
         preflight(job, from_flat(flags))
 
