@@ -129,63 +129,21 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert len(ran) == 6
     call("bench/learning", *flags, "--rank", 4)
     assert len(ran) == 12 and {each["per_device_train_batch_size"] for each in ran} == {8}
-    call("bench/learning", *flags, "--methods", "lora@0.01", "--batch", 2)
-    assert [each["per_device_train_batch_size"] for each in ran[12:]] == [2, 2]
-    call("bench/learning", *flags, "--methods", "lora@0.01", "mora-rotate@0.01", "--compute", "weight")
-    assert [each.get("compute") for each in ran[14:]] == ["weight", "weight"], "LoRA's runs are done"
-    call("bench/learning", *flags, "--methods", "none", "recipe@0.01", "--replay", 0.25)
-    assert [each.get("replay") for each in ran[16:]] == [None, *[[f"old={user.train}:0.25"]] * 2]
-    del ran[16:]
-    call("bench/learning", *flags)
-    for folder in (tmp_path / "work" / "results").glob("r8-40-relora-*"):
-        folder.unlink()
-    call("bench/learning", *flags)
-    assert len(ran) == 18
+    more = ["--batch", 2, "--compute", "weight", "--replay", 0.25]
+    call("bench/learning", *flags, "--methods", "none", "recipe@0.01", *more)
+    changed = [(each["per_device_train_batch_size"], each.get("compute"), each.get("replay")) for each in ran[12:]]
+    assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
 
 
 def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
-    plain, scored = tmp_path / "plain.json", tmp_path / "scored.json"
-    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--methods"]
-    call("bench/learning", *flags, "relora@0.01", "--json", plain)
-    for folder in ("here", "there"):
-        tasks = ["--tasks", tmp_path / folder / "quiz.yaml"]
-        call("bench/learning", *flags, "lora@0.01", "full@0.01", *tasks, "--json", scored)
-        assert [each.get("eval_tasks") for each in ran[2:]] == [[str(tmp_path / "here" / "quiz.yaml")]] * 4
-    head, *rows = json.loads(scored.read_text())["tables"]["learning"]
+    tasks = ["--tasks", tmp_path / "quiz.yaml"]
+    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--methods", "lora@0.01", "full@0.01", *tasks]
+    call("bench/learning", *flags, "--json", tmp_path / "scored.json")
+    assert [each["eval_tasks"] for each in ran] == [[str(tmp_path / "quiz.yaml")]] * 4
+    found = json.loads((tmp_path / "scored.json").read_text())
+    head, *rows = found["tables"]["learning"]
     assert head[-1] == "quiz" and [row[-1] for row in rows] == ["25.0%", "25.0%"]
-    assert [run["scores"]["quiz"] for run in json.loads(scored.read_text())["runs"]][:2] == [0.2, pytest.approx(0.3)]
-    assert json.loads(plain.read_text())["tables"]["learning"][0][-1] == "old, b/B"
-    runs = json.loads(plain.read_text())["runs"]
-    plain.write_text(json.dumps({"runs": [{key: run[key] for key in run if key != "scores"} for run in runs]}))
-    call("bench/learning", *flags, "relora@0.01", "--with", plain, "--json", scored)
-    assert json.loads(scored.read_text())["tables"]["learning"][1][0] == "relora", "of a version without scores"
-    with pytest.raises(UserError, match="not the same flags"):
-        call("bench/learning", *flags, "relora@0.01", *tasks, "--with", plain)
-
-
-def test_the_base_that_is_made(
-    user: Playground, tmp_path: Path, ran: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-    start = Path(shutil.copytree(user.model, tmp_path / "start"))
-
-    def warm_base(*given: Any, **settings: Any) -> SimpleNamespace:
-        made.extend((*given, settings))
-        for name in ("domain", "general"):
-            for part, path in (("train", user.train), ("eval", user.held)):
-                document = {"text": path.read_text(encoding="utf-8")}
-                (tmp_path / f"{name}_{part}.jsonl").write_text(json.dumps(document))
-        return SimpleNamespace(warm=user.model, start=start, corpus=tmp_path)
-
-    monkeypatch.setattr(tool("bench/learning"), "warm_base", warm_base)
-    flags = ["--base_config", "own.json", "--base_steps", 7, "--base_rate", 1e-4, "--bf16"]
-    call("bench/learning", "--work", tmp_path / "work", *FLAGS, *flags, "--methods", "full@0.01", "--jobs", 1)
-    warm = {"max_steps": 7, "learning_rate": 1e-4, "bf16": True}
-    assert made == [tmp_path / "work" / "base", 8, Path("own.json"), warm]
-    assert [each["bf16"] for each in ran] == [True, True]
-    scratch = ["--base_steps", 0, "--methods", "full@0.01", "--jobs", 1]
-    call("bench/learning", "--work", tmp_path / "work", *FLAGS, *scratch)
-    assert made[-1]["max_steps"] == 0 and {each["model_name_or_path"] for each in ran[2:]} == {start}
+    assert [run["scores"]["quiz"] for run in found["runs"]][:2] == [0.2, pytest.approx(0.3)]
 
 
 def test_a_table_grows_by_the_runs_of_an_earlier_one(
@@ -248,14 +206,3 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
     ]  # fmt: skip
     figures_learning.draw_long(tmp_path / "all.json", tmp_path)
     assert (tmp_path / "all.svg").is_file()
-
-
-def test_curves_from_scratch_leave_out_the_untrained_model(tmp_path: Path) -> None:
-    curve = [{"step": step, "new": value, "old": value} for step, value in ((10, 50.0), (20, 30.0))]
-    run = {"is_best": True, "trained": 1, "rank": 8, "curve": curve, "perplexity": {"new": 30.0, "old": 30.0}}
-    none = {**run, "method": "none", "rank": 0, "curve": [], "perplexity": {"new": 2100.0, "old": 2100.0}}
-    path = tmp_path / "from_here.json"
-    path.write_text(json.dumps({"runs": [none, {**run, "method": "lora"}]}))
-    for from_scratch in (False, True):
-        figures_learning.draw_long(path, tmp_path, from_scratch)
-        assert (">2000<" in (tmp_path / "from-here.svg").read_text()) is not from_scratch

@@ -55,12 +55,12 @@ def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
     assert set(found) == {"full", "lora", "mora", "remora"} and len(results) == 4
     assert found["mora"]["trained"] == found["remora"]["trained"] <= found["lora"]["trained"] < found["full"]["trained"]
     assert found["full"]["accuracy"][-1] >= 0.9 and found["mora"]["accuracy"][-1] > found["lora"]["accuracy"][-1]
-    assert "with 90% of each seed" in told and (tmp_path / "tensorboard" / "mora").is_dir()
+    assert "with 90% of each seed" in told
 
 
 @pytest.mark.heavy
-def test_rates_are_swept_once_and_the_best_one_repeated(tmp_path: Path, user: Playground) -> None:
+def test_the_best_rate_is_shown(tmp_path: Path, user: Playground) -> None:
     results, told = learned_by_heart(tmp_path, user, "--methods", "full", "--seeds", 2, "--rates", 1e-5, 1e-2)
-    assert [(each["rate"], each["seed"]) for each in results] == [(1e-5, 1), (1e-2, 1), (1e-2, 2)]
+    assert [(each["rate"], each["seed"]) for each in results] == [(1e-5, 1), (1e-5, 2), (1e-2, 1), (1e-2, 2)]
     row = next(line for line in told.splitlines() if line.split()[:1] == ["full"])
     assert " 0.01* " in row and row.rstrip().count("/") == 1  # steps to 90%, of each seed

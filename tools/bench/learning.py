@@ -124,7 +124,7 @@ def main() -> None:
     methods.change(options.bf16, options.batch, options.compute, options.tasks, options.replay)
     if options.methods is None:
         options.methods = list(methods.methods)
-    options.rates_of = methods.chosen(options.methods, options.rates)
+    options.rates_of = methods.chosen(options.methods)
     _check(options)
     texts = _texts(options)
     trials = partial(_trials, options, methods, texts)
@@ -168,13 +168,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences of a step. Default: those of --methods_file")
     parser.add_argument(
         "--compute", choices=("activation", "weight"),
-        help="how MoRA layers compute in all runs. Default: each run times the paths, which in bf16 round differently",
+        help="how MoRA layers compute in all runs. Default: by their shapes; in bf16 the paths round differently",
     )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, at the end of every run (--eval_tasks)")
     parser.add_argument("--replay", type=float, help="share of the old text in every batch. Default: each method's own")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
     parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
-    parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     parser.add_argument("--methods_file", type=Path, default=METHODS_FILE, help="YAML file that defines the methods")
     parser.add_argument(

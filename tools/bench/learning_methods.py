@@ -78,17 +78,17 @@ class Methods:
                 if "operator" in method.flags:
                     method.flags["compute"] = compute
 
-    def chosen(self, words: list[str], rates: list[float] | None) -> dict[str, tuple[float, ...]]:
-        """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates; `rates`: in
-        place of its own sweep. Raises `UserError` for an unknown name and for a rate that is no number."""
+    def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
+        """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates in place of its
+        own sweep. Raises `UserError` for an unknown name and for a rate that is no number."""
         found: dict[str, tuple[float, ...]] = {}
         for word in words:
             name, at, rate = word.partition("@")
             if name not in self.methods:
                 raise UserError(unknown("--methods", name, self.methods))
             try:
-                own = (float(rate),) if at else tuple(rates or ())
+                rates = (float(rate),) if at else self.methods[name].rates
             except ValueError:
                 raise UserError(f"--methods {word}: {rate!r} is no learning rate") from None
-            found[name] = (*found.get(name, ()), *(own or self.methods[name].rates))
+            found[name] = (*found.get(name, ()), *rates)
         return found

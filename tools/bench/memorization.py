@@ -4,7 +4,7 @@
 
 Full training, LoRA, MoRA and ReMoRA, at equal trainable parameters, on one engine (ZeRO, AdamW, a constant learning
 rate after a warm-up): each learns, of pairs of 32 hex digits, the second from the first, at every learning rate of
-its sweep with one seed, and at the best one with the others. At intervals the second is generated greedily; the share
+its sweep. At intervals the second is generated greedily; the share
 of right digits is the character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token
 here, so rows need no padding. Prints, at each method's best learning rate (largest mean accuracy over all intervals),
 the accuracy over steps, mean over seeds, and the steps to 90%; writes results.json. A trial that
@@ -103,20 +103,11 @@ def main() -> None:
         return
     _check(options)
     options.base = str(prepared_base(options.base, options.work, options.digit_steps))
-    swept = _results(list(_trials(options, range(1, min(options.sweep_seeds, options.seeds) + 1))), options)
-    rates = {name: _best([pair for pair in swept if pair[0].method == name]).rate for name in options.methods}
-    more = _trials(options, range(options.sweep_seeds + 1, options.seeds + 1))
-    results = swept + _results([trial for trial in more if trial.rate == rates[trial.method]], options)
-    at_best = [pair for pair in results if pair[0].rate == rates[pair[0].method]]
-    best = {name: _best([pair for pair in at_best if pair[0].method == name]) for name in options.methods}
-    write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
-    _show(best, options)
-
-
-def _results(trials: Sequence[Trial], options: argparse.Namespace) -> list[tuple[Trial, dict[str, Any]]]:
-    """Of every trial, run now where it has not been."""
+    trials = list(_trials(options))
     run_all(trials, lambda trial: _start(trial, options.work), options.jobs)
-    return [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
+    results = [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
+    write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
+    _show({name: _best([pair for pair in results if pair[0].method == name]) for name in options.methods}, options)
 
 
 def _options() -> argparse.Namespace:
@@ -133,8 +124,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
     parser.add_argument("--probe", type=int, default=32, help="pairs that are generated at each measurement")
     parser.add_argument("--cycles", type=int, default=4, help="of ReMoRA: merges, and one more")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
-    parser.add_argument("--sweep_seeds", type=int, default=1, help="of them at every learning rate of the sweep")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at every learning rate")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--stage", type=int, default=3, choices=range(4), help="of ZeRO; 0 costs a small model least")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
@@ -149,7 +139,7 @@ def _check(options: argparse.Namespace) -> None:
     if wrong:
         raise UserError(unknown("--methods", wrong[0], METHODS))
     counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
-    for name in (*counts, "seeds", "sweep_seeds", "jobs"):
+    for name in (*counts, "seeds", "jobs"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.batch % options.micro_batch:
@@ -160,11 +150,11 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _trials(options: argparse.Namespace, seeds: range) -> Iterator[Trial]:
+def _trials(options: argparse.Namespace) -> Iterator[Trial]:
     shared = ("base", "rank", "operator", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "stage")
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
-            for seed in seeds:
+            for seed in range(1, options.seeds + 1):
                 yield Trial(name, rate, seed, **{each: getattr(options, each) for each in shared})
 
 
