@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.figures_style import BASE, FAINT, FOURTH, INK, OURS, SECOND, THIRD, axes, save
+from tools.figures_style import FAINT, FOURTH, INK, OURS, SECOND, THIRD, axes, save
 
 LABELS = {
-    "none": "before", "lora": "LoRA", "relora": "ReLoRA", "mora-rotate": "MoRA", "remora-rotate": "ReMoRA",
-    "remora-10": "ReMoRA, ten cycles", "remora-30": "ReMoRA, thirty cycles",
-    "mora-scaled": "MoRA, delta divided by the side",
-    "mora-muon": "MoRA, Muon", "remora-muon": "ReMoRA, Muon", "replay-10": "MoRA, 10% replay",
-    "lora-embeddings": "LoRA, embeddings", "mora-embeddings": "MoRA, embeddings",
-    "muon-embeddings": "Muon, embeddings", "recipe": "default recipe", "remora-recipe": "recipe, merged",
-    "full": "full training", "token-bias": "a bias per token", "embeddings": "embeddings alone",
+    "lora": "LoRA", "relora": "ReLoRA", "mora-rotate": "MoRA", "remora-rotate": "ReMoRA",
+    "remora-10": "ReMoRA, 10 cycles", "remora-30": "ReMoRA, 30 cycles",
+    "mora-muon": "MoRA, Muon", "recipe": "default recipe", "full": "full training",
 }  # fmt: skip
-"""Method of tools/bench/learning.yaml -> its name in a figure; others have their own."""
+"""Method of tools/bench/learning.yaml -> its name in a figure."""
 CURVES = ("lora", "mora-rotate", "mora-muon", "recipe", "full")
-LONG_CURVES, LONG_RANK = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-30", "full"), 2
+LONG_CURVES = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-30", "full")
+LONG_RANK = 2
 SCRATCH_CURVES = ("lora", "relora", "mora-rotate", "remora-rotate", "remora-10", "full")
 """The methods whose curves are drawn, as far as they were run, and the rank of those of a long run."""
 
@@ -41,16 +38,18 @@ class Point:
 
     @property
     def label(self) -> str:
-        return LABELS.get(self.method, self.method)
+        return LABELS[self.method]
 
     @property
-    def is_dashed(self) -> bool:
-        """As it shares its colour with the method that it is a form of."""
-        return "muon" in self.method or self.method.startswith(("relora", "remora"))
+    def line(self) -> str:
+        """The style of its line: it shares its colour with the method that it is a form of."""
+        if self.method[-1].isdigit():
+            return ":"
+        return "--" if "muon" in self.method or self.method.startswith(("relora", "remora")) else "-"
 
     @property
     def colour(self) -> str:
-        kinds = {"full": FOURTH, "none": BASE, "token-bias": BASE, "embeddings": BASE, "recipe": THIRD}
+        kinds = {"full": FOURTH, "recipe": THIRD}
         return kinds.get(self.method, SECOND if "lora" in self.method else OURS)
 
 
@@ -66,12 +65,9 @@ def points(path: Path) -> list[Point]:
 
 
 def draw(path: Path, folder: Path) -> None:
-    """learning.svg and learning-curves.svg: nothing where there is no such JSON."""
-    if not path.is_file():
-        return
-    found = points(path)
-    _draw_both_domains(found, folder / "learning.svg")
-    _draw_curves(found, CURVES, folder / "learning-curves.svg")
+    """learning-curves.svg: nothing where there is no such JSON."""
+    if path.is_file():
+        _draw_curves(points(path), CURVES, folder / "learning-curves.svg")
 
 
 def draw_long(path: Path, folder: Path, from_scratch: bool = False) -> None:
@@ -87,39 +83,24 @@ def draw_long(path: Path, folder: Path, from_scratch: bool = False) -> None:
     _draw_curves([point for point in found if point.rank in shown], methods, curves)
 
 
-def _draw_both_domains(found: Sequence[Point], path: Path) -> None:
-    figure, (axis,) = axes(1, 1, (6, 4.6))
-    for point in found:
-        x, y = mean(point.old), mean(point.new)
-        bars = [[max(x - min(point.old), 0)], [max(point.old) - x]], [[y - min(point.new)], [max(point.new) - y]]
-        axis.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="o", color=point.colour, markersize=6, linewidth=1)
-    _logarithmic(axis, [value for point in found for value in point.new])
-    axis.set_xlabel("perplexity on the old text")
-    axis.set_ylabel("perplexity on the new text")
-    axis.set_title("Learning against forgetting (down and left is better)", fontsize=11, color=INK)
-    _label_beside(axis, [(mean(point.old), mean(point.new), point.label, point.colour) for point in found])
-    save(figure, path, "Learning against forgetting")
-
-
 def _draw_curves(found: Sequence[Point], methods: Sequence[str], path: Path) -> None:
     figure, panels = axes(2, 1, (6, 6.4))
     start = next((point for point in found if point.method == "none"), None)
     for axis, name, title in zip(panels, ("new", "old"), ("new text", "old text"), strict=True):
-        ends = []
         for point in (point for point in found if point.method in methods):
             steps = [row["step"] for row in point.curves[0]]
             seeds = list(zip(*([row[name] for row in curve] for curve in point.curves), strict=True))
             if start is not None:
                 steps, seeds = [0, *steps], [(mean(getattr(start, name)),), *seeds]
-            means = [mean(values) for values in seeds]
             axis.fill_between(steps, *zip(*((min(each), max(each)) for each in seeds), strict=True), color=point.colour,
                               alpha=0.2, linewidth=0)  # fmt: skip
-            axis.plot(steps, means, color=point.colour, linewidth=2, linestyle="--" if point.is_dashed else "-")
-            ends.append((steps[-1], means[-1], point.label, point.colour))
+            axis.plot(steps, [mean(values) for values in seeds], point.line, color=point.colour, linewidth=2,
+                      label=point.label)  # fmt: skip
         _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
         axis.set_ylabel(f"perplexity on the {title}")
-        _label_beside(axis, ends, apart=0.11)
     panels[1].set_xlabel("optimizer steps")
+    figure.subplots_adjust(left=0.12, right=0.65, top=0.92, bottom=0.12, hspace=0.25)
+    panels[0].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, labelcolor=INK, fontsize=10)
     save(figure, path, "Perplexity of the new and the old text during training")
 
 
@@ -139,27 +120,3 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.grid(True, axis="y", color=FAINT, linewidth=0.6)
-
-
-def _label_beside(axis: Any, labels: Sequence[tuple[float, float, str, str]], apart: float = 0.065) -> None:
-    """Names at the right of the axes, in the order of their points and never over one another, a thin line to each.
-
-    `labels`: (x, y, text, colour). `apart`: the least distance of two names, as a part of the height.
-    """
-    axis.figure.subplots_adjust(left=0.12, right=0.66, top=0.92, bottom=0.12, hspace=0.25)
-
-    def height(x: float, y: float) -> float:
-        return float(axis.transAxes.inverted().transform(axis.transData.transform((x, y)))[1])
-
-    ordered = sorted(labels, key=lambda label: height(label[0], label[1]))
-    places: list[float] = []
-    for x, y, *_ in ordered:
-        places.append(max(height(x, y), places[-1] + apart if places else 0.0))
-    over = max(0.0, places[-1] - 1.0) if places else 0.0
-    for number in reversed(range(len(places))):
-        above = places[number + 1] - apart if number + 1 < len(places) else places[number] - over
-        places[number] = min(places[number], above)
-    for (x, y, text, colour), place in zip(ordered, places, strict=True):
-        axis.annotate(text, (x, y), xycoords="data", xytext=(1.04, place), textcoords="axes fraction", va="center",
-                      color=colour, fontsize=10, arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7},
-                      annotation_clip=False)  # fmt: skip

@@ -16,7 +16,7 @@ from mora_ds.common.version import __version__
 from tests.helpers.gloo import free_port
 from tests.helpers.jobs import REPOSITORY, rows
 
-pytestmark = [pytest.mark.heavy(seconds=15), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.heavy(seconds=15), pytest.mark.timeout(600)]
 
 WATCH = """
 import os, sys
@@ -66,7 +66,7 @@ def call(programs: Path, folder: Path, *words: str | int) -> str:
     environment.pop("PYTHONPATH", None)
     program = programs / str(words[0])
     done = subprocess.run(
-        [str(program), *map(str, words[1:])], cwd=folder, env=environment, capture_output=True, text=True, timeout=1700
+        [str(program), *map(str, words[1:])], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

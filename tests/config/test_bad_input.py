@@ -20,7 +20,7 @@ from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, launch, losses, refused, run
+from tests.helpers.jobs import REPOSITORY, Playground, launch, refused, run
 from tests.helpers.models import tiny_model
 
 
@@ -160,30 +160,6 @@ def test_a_checkpoint_from_elsewhere_does_not_go_into_another_run(
     kind, message = run_ranks(1, refused, argv)[0]
     assert kind == "UserError" and "holds another run" in message
     assert contents(other_run) == before
-
-
-@pytest.mark.gloo
-def test_overwriting_leaves_what_is_not_a_runs(user: Playground, other_run: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
-    (out / "notes.txt").write_text("mine")
-    run(1, user.flags(out, "--overwrite_output_dir", "true", "--max_steps", 3))
-    assert (out / "notes.txt").read_text() == "mine"
-    assert len(losses(out)) == 3
-    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-000003"]
-    assert [path.name for path in out.glob(".*")] == [".lock"]
-
-
-@pytest.mark.gloo
-def test_a_run_killed_while_the_old_one_was_set_aside(user: Playground, other_run: Path, tmp_path: Path) -> None:
-    """The old run comes back with the next attempt, and is refused, or overwritten, as a whole."""
-    out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
-    before = contents(out)
-    (out / ".overwritten").mkdir()
-    for name in ("run.yaml", "metrics.jsonl", "checkpoints"):
-        (out / name).rename(out / ".overwritten" / name)
-    kind, message = run_ranks(1, refused, user.flags(out), True)[0]
-    assert kind == "UserError" and "holds another run" in message
-    assert contents(out) == before
 
 
 # -- while running -------------------------------------------------------------------------------------------------

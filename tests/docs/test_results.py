@@ -21,7 +21,6 @@ IMAGES = {
     "base-and-matrices.svg": "a diagram",
     "tensorboard.png": "a screenshot",
     "memory.svg": "plans.json",
-    "learning.svg": "learning.json",
     "learning-curves.svg": "learning.json",
     "learning-long.svg": "learning_long.json",
     "learning-long-13m.svg": "learning_long_13m.json",

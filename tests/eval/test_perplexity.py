@@ -68,20 +68,6 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
     assert one.documents == 1 and one.text_bytes == len(texts[0].encode())
 
 
-def test_a_long_document_in_chunks_is_scored_completely(
-    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "long.txt"
-    path.write_text("".join(json.loads(line)["text"] for line in user.train.read_text().splitlines()[:4]))
-    target = load_target(user.model)
-    windows = Windows.of(target.model, 32, 16)
-    whole = evaluate(target, load_corpus([str(path)]), windows)
-    monkeypatch.setattr("mora_ds.data.readers.CHUNK_CHARACTERS", 400)
-    chunked = evaluate(target, load_corpus([str(path)]), windows)
-    assert chunked.documents == whole.documents == 1 and chunked.text_bytes == whole.text_bytes
-    assert chunked.perplexity == pytest.approx(whole.perplexity, rel=0.05)  # other cuts, other contexts
-
-
 class Letters:
     """A tokenizer with a token a letter."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,98 +28,91 @@ class Mutator:
     """Changes one thing in a folder. The same seed makes the same changes."""
 
     def __init__(self, seed: int, case: Path) -> None:
-        self._random, self._case = random.Random(seed), case
+        self._random = random.Random(seed)
+        self._case = case
 
     def mutate(self, folder: Path) -> str:
-        """Returns what was done, for the report."""
+        """Change one file below `folder`. Returns its name and the kind of change, for the report."""
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         if not files:
             return "nothing left to change"
         path = self._random.choice(files)
-        name = path.relative_to(folder).as_posix()
+        (change,) = self._random.choices((self._replace, self._damage, self._rewrite), (12, 8, 80))
         try:
-            if self._random.random() < 0.12:
-                return f"{name}: {self._tree(path)}"
-            if self._random.random() < 0.08:
-                return f"{name}: {self._bytes(path)}"
-            return f"{name}: {self._content(path)}"
+            change(path)
+            outcome = change.__name__
         except Exception as error:  # of a file that an earlier change has broken
-            return f"{name}: unchanged, {type(error).__name__}"
+            outcome = f"unchanged, {type(error).__name__}"
+        return f"{path.relative_to(folder)}: {outcome}"
 
-    def _content(self, path: Path) -> str:
-        if path.suffix == ".json":
-            if self._random.random() < 0.05:
-                path.write_text(self._random.choice(TEXTS), encoding="latin-1")
-                return "other text"
-            content, done = self._changed(json.loads(path.read_text(encoding="utf-8")))
-            path.write_text(json.dumps(content), encoding="utf-8")
-            return done
-        if path.suffix == ".yaml":
-            content, done = self._changed(yaml.safe_load(path.read_text(encoding="utf-8")))
-            path.write_text(yaml.safe_dump(content), encoding="utf-8")
-            return done
-        if path.suffix == ".safetensors":
-            return self._header(path)
-        if path.suffix == ".pt":
-            made: list[str] = []
+    def _replace(self, path: Path) -> None:
+        """Take the file away, or put something else in its place."""
+        path.unlink()
+        replacements: tuple[Callable[[], object], ...] = (
+            lambda: None,
+            lambda: path.symlink_to(self._case / "canary"),
+            lambda: path.symlink_to(path.parent),
+            path.mkdir,
+            lambda: os.mkfifo(path),
+            lambda: path.write_text(self._random.choice(TEXTS), encoding="latin-1"),
+        )
+        self._random.choice(replacements)()
 
-            def change(content: Any) -> Any:
-                content, done = self._changed(content)
-                made.append(done)
-                return content
-
-            rewrite_pickle(path, change)
-            return made[0]
-        return self._bytes(path)
-
-    def _header(self, path: Path) -> str:
-        made: list[str] = []
-
-        def change(header: dict[str, Any]) -> None:
-            about = header.get("__metadata__", {})
-            if "layers" in about and self._random.random() < 0.7:
-                layers, done = self._changed(json.loads(about["layers"]))
-                about["layers"] = json.dumps(layers)
-            else:
-                content, done = self._changed(header)
-                if content is not header and isinstance(content, dict):
-                    header.clear()
-                    header.update(content)
-            made.append(done)
-
-        change_header(path, change)
-        return made[0]
-
-    def _changed(self, content: Any) -> tuple[Any, str]:
-        """(`content` with one change somewhere, what was done)."""
-        holders: list[tuple[Any, Any]] = []
-        waiting, seen = [content], set[int]()
-        while waiting:
-            value = waiting.pop()
-            if id(value) in seen:  # an earlier change may have made a list that contains itself
-                continue
-            if isinstance(value, (dict, list)):
-                seen.add(id(value))
-            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-            for key, child in items:
-                holders.append((value, key))
-                waiting.append(child)
-        if not holders or self._random.random() < 0.01:
-            return self._value(), "the whole"
-        holder, key = self._random.choice(holders)
-        way = self._random.choice(("value", "value", "value", "key", "drop", "twin", "wrap"))
-        if way == "drop":
-            del holder[key]
-        elif way == "key" and isinstance(holder, dict):
-            holder[str(self._value())] = holder.pop(key)
-        elif way == "twin":
-            other, place = self._random.choice(holders)
-            holder[key] = other[place] if other is not holder else self._value()
-        elif way == "wrap":
-            holder[key] = [holder[key]]
+    def _damage(self, path: Path) -> None:
+        """Cut the file off somewhere, or change some of its first bytes."""
+        content = bytearray(path.read_bytes())
+        if self._random.random() < 0.5:
+            content = content[: self._random.randrange(len(content) + 1)]
         else:
-            holder[key] = self._value(holder[key])
-        return content, f"{way} of {str(key)[:60]!r}"
+            for _ in range(self._random.choice((1, 20))):
+                content[self._random.randrange(min(len(content), 4096))] = self._random.randrange(256)
+        path.write_bytes(bytes(content))
+
+    def _rewrite(self, path: Path) -> None:
+        """Change one value of what the file holds, in its own format."""
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self._changed(json.loads(path.read_text("utf-8")))), encoding="utf-8")
+        elif path.suffix == ".yaml":
+            path.write_text(yaml.safe_dump(self._changed(yaml.safe_load(path.read_text("utf-8")))), encoding="utf-8")
+        elif path.suffix == ".safetensors":
+            change_header(path, self._change_header)
+        elif path.suffix == ".pt":
+            rewrite_pickle(path, self._changed)
+        else:
+            self._damage(path)
+
+    def _change_header(self, header: dict[str, Any]) -> None:
+        metadata = header.get("__metadata__", {})
+        if "layers" in metadata and self._random.random() < 0.7:
+            metadata["layers"] = json.dumps(self._changed(json.loads(metadata["layers"])))
+        else:
+            self._changed(header)
+
+    def _changed(self, content: Any) -> Any:
+        """`content` with one change somewhere: mostly in place, seldom another value instead of the whole."""
+        entries: list[tuple[Any, Any]] = []
+        waiting = [content]
+        while waiting:
+            container = waiting.pop()
+            if isinstance(container, dict):
+                keys: list[Any] = list(container)
+            else:
+                keys = list(range(len(container))) if isinstance(container, list) else []
+            entries += [(container, key) for key in keys]
+            waiting += [container[key] for key in keys]
+        if not entries or self._random.random() < 0.01:
+            return self._value()
+        container, key = self._random.choice(entries)
+        way = self._random.choice(("value", "value", "value", "rename", "drop", "wrap"))
+        if way == "drop":
+            del container[key]
+        elif way == "rename" and isinstance(container, dict):
+            container[str(self._value())] = container.pop(key)
+        elif way == "wrap":
+            container[key] = [container[key]]
+        else:
+            container[key] = self._value(container[key])
+        return content
 
     def _value(self, old: Any = None) -> Any:
         if isinstance(old, torch.Tensor) and self._random.random() < 0.6:
@@ -131,33 +123,3 @@ class Mutator:
             return self._random.choice(others)
         value = self._random.choice(VALUES)
         return value.replace("{case}", str(self._case)) if isinstance(value, str) else value
-
-    def _bytes(self, path: Path) -> str:
-        data = bytearray(path.read_bytes())
-        way = self._random.choice(("cut", "flip", "empty", "noise"))
-        if way == "cut":
-            data = data[: self._random.randrange(len(data) + 1)]
-        elif way == "empty":
-            data.clear()
-        else:
-            for _ in range(1 if way == "flip" else 20):
-                if data:
-                    data[self._random.randrange(min(len(data), 4096))] = self._random.randrange(256)
-        path.write_bytes(bytes(data))
-        return way
-
-    def _tree(self, path: Path) -> str:
-        files = [each for each in sorted(path.parent.glob("*.*")) if each.is_file()]
-        ways: dict[str, Callable[[], object]] = {
-            "gone": path.unlink,
-            "renamed": lambda: path.rename(path.with_name(path.name[1:] or "a")),
-            "linked": lambda: (path.unlink(), path.symlink_to(self._case / "canary")),
-            "loop": lambda: (path.unlink(), path.symlink_to(path.parent)),
-            "stray link": lambda: (path.parent / "stray").symlink_to(self._case / "canary"),
-            "a folder": lambda: (path.unlink(), path.mkdir()),
-            "a pipe": lambda: (path.unlink(), os.mkfifo(path)),
-            "another file": lambda: shutil.copyfile(self._random.choice(files), path),
-        }
-        way = self._random.choice(list(ways))
-        ways[way]()
-        return way

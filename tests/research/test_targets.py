@@ -16,6 +16,7 @@ import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import adjoint
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json, write_json_atomic
@@ -458,8 +459,8 @@ def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, fi
         decided(user, finished, checkpoint, budget="4%")
     with pytest.raises(UserError, match=r"--target_modules leaves out model\.layers\.0\."):
         decided(user, tmp_path / "file", checkpoint, patterns=["q_proj"])
-    state = {"identity": {"adapter": MoRAConfig(rank=2).to_dict()}}
-    write_json_atomic(tmp_path / "trainer_state.json", state)
+    state = TrainerState(identity={"adapter": MoRAConfig(rank=2).to_dict()})
+    write_json_atomic(tmp_path / "trainer_state.json", vars(state))
     with pytest.raises(UserError, match=r"has no plan of MoRA matrices: drop research\.targets"):
         decided(user, tmp_path / "out", tmp_path)
 

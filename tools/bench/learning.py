@@ -15,7 +15,7 @@ the command goes on where it was stopped. A table grows over days and machines: 
 earlier `--json` files, and refuses those of another base, other texts or other flags. Prints, at each method's best
 learning rate, both perplexities, mean and largest deviation over seeds, and the part of LoRA's distance to full
 training that is closed; `--json FILE` keeps all runs with their curves, of which `tools/figures.py --learning FILE
---output FOLDER` draws three figures.
+--output FOLDER` draws the curves.
 """
 
 from __future__ import annotations
