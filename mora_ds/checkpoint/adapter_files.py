@@ -25,6 +25,7 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
+from mora_ds.checkpoint.folder import ledger_problems
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_PARTS,
@@ -48,7 +49,7 @@ from mora_ds.common.files import (
 from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
-from mora_ds.remora.ledger import VECTORS_FILE, LayerEntry, Ledger, agree_on_layers, layers_from_dict, layers_to_dict
+from mora_ds.remora.ledger import LayerEntry, Ledger, agree_on_layers, layers_from_dict, layers_to_dict
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,11 @@ class AdapterFile:
         return shapes
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Raises `UserError` unless the layers are those of the ledger's cycles, and follow the last of them."""
+        """Raises `UserError` unless the layers are those of the ledger's cycles, and follow the last of them. The
+        ledger lies in the adapter's folder."""
         known: dict[str, LayerEntry] = dict(self.layers)
         for cycle in range(ledger.cycles):
             agree_on_layers(known, ledger.layers(cycle), ledger.folder / ledger.records[cycle].file)
-        self.check_cycle(ledger)
-
-    def check_cycle(self, ledger: Ledger) -> None:
-        """Raises `UserError` unless the adapter follows the last cycle of the ledger in its folder."""
         if ledger.cycles != self.cycle:
             path = ledger.folder.parent / ADAPTER_JSON
             raise UserError(f"{ledger.folder} has {ledger.cycles} cycles, but {path} was written in cycle {self.cycle}")
@@ -329,13 +327,6 @@ class BaseReference:
         self.require_base(base, checkpoint, flag)
         return base
 
-    def key_in(self, base: BaseCheckpoint, name: str, checkpoint: Path) -> str:
-        """What a parameter is called in the files of `base`. Raises `UserError` where they hold no such tensor."""
-        key = self.keys.get(name)
-        if key is None or key not in base:
-            raise UserError(f"{checkpoint / BASE_JSON} names no tensor of {base.folder} for {name}")
-        return key
-
     def require_base(self, base: BaseCheckpoint, checkpoint: Path, flag: str = MODEL_FLAG) -> None:
         """Raises `UserError` naming `flag` where `base` has another fingerprint, for which every byte is read."""
         if base.fingerprint() != self.fingerprint:
@@ -366,14 +357,17 @@ class Adapter:
         file = read_adapter(folder)
         reference = BaseReference.read(folder)
         ledger = Ledger.open(folder / LEDGER_FOLDER, reference.fingerprint, hashes=not hashes)
-        if hashes:  # of the same bytes: no file is read twice
-            _require_recorded(ledger, hashes)
+        if hashes and (differing := ledger_problems(folder)):  # of the same bytes: no file is read twice
+            raise UserError(f"the ledger is damaged: {differing[0]}")
         file.check_ledger(ledger)
         return cls(folder, file, AdapterTensors.open(folder, file), ledger, reference)
 
     def original_key(self, base: BaseCheckpoint, name: str) -> str:
         """What a parameter is called in the files of `base`. Raises `UserError` where they hold no such tensor."""
-        return self.reference.key_in(base, name, self.folder)
+        key = self.reference.keys.get(name)
+        if key is None or key not in base:
+            raise UserError(f"{self.folder / BASE_JSON} names no tensor of {base.folder} for {name}")
+        return key
 
 
 def _checked_hashes(folder: Path, damaged: type[Exception], adapter_only: bool) -> dict[str, str]:
@@ -389,13 +383,3 @@ def _checked_hashes(folder: Path, damaged: type[Exception], adapter_only: bool) 
     if problems:
         raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
     return hashes
-
-
-def _require_recorded(ledger: Ledger, hashes: dict[str, str]) -> None:
-    """Raises `UserError` where the manifest's `hashes` are not those that the ledger has of its files."""
-    recorded = {record.file: record.sha256 for record in ledger.records}
-    if ledger.vectors is not None:
-        recorded[VECTORS_FILE] = ledger.vectors.sha256
-    for name, sha256 in recorded.items():
-        if hashes.get(f"{LEDGER_FOLDER}/{name}") != sha256:
-            raise UserError(f"the ledger is damaged: {ledger.folder / name} is not the file that was recorded")

@@ -6,15 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
-from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.untrusted import Count, typed_fully
-
-Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
+from mora_ds.common.errors import UserError
+from mora_ds.common.untrusted import Count, Processes, typed_fully
 
 
 @dataclass
@@ -50,8 +48,7 @@ class TrainerState:
     stream: dict[str, Any] | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
     chunked_loss: bool = False
-    """Whether the loss is computed in chunks (`models.loss.chunk_loss`), which a run keeps when it resumes. Versions up
-    to 0.2 did so for --chunked_loss only, which their checkpoints do not say."""
+    """Whether the loss is computed in chunks (`models.loss.chunk_loss`), which a run keeps when it resumes."""
     world_size: Processes = 1
     """Number of ranks that wrote the checkpoint."""
     identity: dict[str, Any] = field(default_factory=dict)

@@ -42,7 +42,7 @@ from mora_ds.checkpoint.layout import (
     unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError, refuse
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.common.untrusted import expanded
 from mora_ds.engine.shard_reader import MASTER, EngineShards
@@ -163,18 +163,10 @@ def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
 def _run(verdict: Verdict, check: Callable[[], Iterator[str]]) -> None:
     try:
         verdict.facts.extend(check())
-    except _Problems as error:
-        verdict.problems.extend(error.problems)
-    except (UserError, RunError, SafetensorError, OSError) as error:
+    except UserError as error:
+        verdict.problems.extend(str(error).split("\n"))  # of `refuse`: one a line
+    except (RunError, SafetensorError, OSError) as error:
         verdict.problems.append(str(error))
-
-
-class _Problems(Exception):
-    """Several problems that one check has found."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__(*problems)
-        self.problems = problems
 
 
 def _is_adapter_alone(folder: Path) -> bool:
@@ -190,8 +182,7 @@ def _is_adapter_alone(folder: Path) -> bool:
 
 def _files(checkpoint: _Checkpoint) -> Iterator[str]:
     folder = checkpoint.folder
-    if problems := verify_manifest(folder):
-        raise _Problems(problems)
+    refuse(verify_manifest(folder))
     listed = listed_files(folder)
     nbytes = sum(facts.size for facts in listed.values())
     yield f"files: {len(listed)} as the manifest says, {nbytes / 2**20:,.2f} MiB"
@@ -237,8 +228,7 @@ def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
             if not torch.isfinite(shards.read(name, key)).all():
                 problems.append(f"{shards.folder}: {key} of {name} is not finite")
         shards.scalars(name)  # raises when the ranks do not agree
-    if problems:
-        raise _Problems(problems)
+    refuse(problems)
     what = f"{len(shards.shapes)} tensors ({', '.join(sorted(keys))})"
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"
 
@@ -252,8 +242,7 @@ def _adapter(checkpoint: _Checkpoint) -> Iterator[str]:
     ]
     if checkpoint.has_run:
         open_safetensors(checkpoint.folder / PROBE_FILE)
-    if problems:
-        raise _Problems(problems)
+    refuse(problems)
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
 
 
@@ -276,8 +265,7 @@ def _cycles(ledger: Ledger) -> Iterator[str]:
         for module in ledger.layers(record.cycle)
         if not torch.isfinite(ledger.square(record.cycle, module)).all()
     ]
-    if problems:
-        raise _Problems(problems)
+    refuse(problems)
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
 
@@ -297,6 +285,5 @@ def _agreement(checkpoint: _Checkpoint) -> Iterator[str]:
         for name, tensor in tensors.items()
         if not torch.equal(tensor, shards.whole(name, MASTER).float())
     ]
-    if problems:
-        raise _Problems(problems)
+    refuse(problems)
     yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"

@@ -191,7 +191,8 @@ class CheckpointWriter:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
         sync_folders(beside)
-        _stop_if_unsound(beside)
+        if problems := ledger_problems(beside):  # its cycles are older than the other files, and merges read them
+            raise RunError(f"the ledger was damaged during the run: {problems[0]}. Resume from an older checkpoint")
         _replace_folder(beside, final)
         files.fsync(self.root)
         if state["best_step"]:
@@ -295,12 +296,6 @@ def _replace_folder(beside: Path, final: Path) -> None:
         os.replace(final, old)
     os.replace(beside, final)
     delete(old)
-
-
-def _stop_if_unsound(beside: Path) -> None:
-    """The ledger's cycles are older than the other files, and later merges and exports read them."""
-    if problems := ledger_problems(beside):
-        raise RunError(f"the ledger was damaged during the run: {problems[0]}. Resume from an older checkpoint")
 
 
 # -- random states ---------------------------------------------------------------------------------------------------

@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import TypeVar
-
-Member = TypeVar("Member", bound=Enum)
 
 
 class UserError(ValueError):
@@ -85,14 +82,6 @@ def unknown(what: str, value: object, known: Iterable[str]) -> str:
     """The message for a `value` that is none of the `known` ones. `what` is a flag with its dashes, or a noun."""
     known = list(known)
     return f"unknown {what} {value!r}; known: {', '.join(known)}.{nearest(str(value), known)}"
-
-
-def member_named(enum: type[Member], flag: str, name: str) -> Member:
-    """The member of `enum` whose value is `name`. Raises `UserError` that names `--flag` and all values."""
-    try:
-        return enum(name)
-    except ValueError:
-        raise UserError(unknown(f"--{flag}", name, [member.value for member in enum])) from None
 
 
 @dataclass(frozen=True)

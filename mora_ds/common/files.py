@@ -95,9 +95,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync(path.parent)
 
 
-def write_json_atomic(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Writes UTF-8 JSON atomically, in one line where `indent` is None. Raises `RunError` on a full disk."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+def write_json_atomic(path: Path, content: Any) -> None:
+    """Writes UTF-8 JSON atomically. Raises `RunError` on a full disk."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -161,6 +161,7 @@ RelativePath = Annotated[str, relative_path]
 AnyPath = Annotated[str, any_path]
 Count = Annotated[int, Bounds(least=0, below=2**63)]
 Side = Annotated[int, Bounds(least=1, most=MAX_SIDE)]
+Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
 
 
 def typed(hint: Any, value: Any, where: object) -> Any:

@@ -11,15 +11,12 @@ a plain model instead. `load_adapter` takes a checkpoint as well as what `export
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
@@ -35,7 +32,6 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, copy_folder, require_new, write_manifest
-from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
 
@@ -84,13 +80,24 @@ def load_adapter(
     tensors = opened.tensors
     dtype = compute_dtype(facts.dtype)
     chosen = None if domain is None else chosen_domain(facts.domains, domain, "domain")
-    config = _config_of(facts)
+    config = facts.config
+    if any(pattern.startswith("re:") for pattern in config.target_modules):
+        # The layers are known: a regular expression, which may run for years, is not tried.
+        config = replace(config, target_modules=tuple(facts.layers))
     if isinstance(base, nn.Module):
-        model, original = base, _parameters_of(base)
+        model = base
+        parameters = dict(base.named_parameters(remove_duplicate=False))  # before injection
+
+        def original(weight: str) -> Tensor:
+            return parameters[weight].data
+
     else:
         files = opened.reference.open_base(folder, Path(base), "base")
         model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "base")
-        original = partial(_read_original, opened, files)
+
+        def original(weight: str) -> Tensor:
+            return files.read(opened.original_key(files, weight))
+
     inject(model, config)
     move_base(model, "cpu", dtype)
     _check_fit(folder, facts, tensors, model)
@@ -107,25 +114,6 @@ def load_adapter(
         trainable[name].data = tensors.trained(name).to(dtype)
     domains_of(model).set_all(chosen)
     return model.eval()
-
-
-def _config_of(facts: AdapterFile) -> AdapterConfig:
-    """The config to inject with. A regular expression for its targets, which may run for years, is not tried: the
-    layers are known."""
-    if any(pattern.startswith("re:") for pattern in facts.config.target_modules):
-        return replace(facts.config, target_modules=tuple(facts.layers))
-    return facts.config
-
-
-def _parameters_of(model: nn.Module) -> Callable[[str], Tensor]:
-    """Name of a weight -> its tensor, of the model before injection."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return lambda weight: parameters[weight].data
-
-
-def _read_original(adapter: Adapter, base: BaseCheckpoint, weight: str) -> Tensor:
-    """The tensor of `base` that the adapter names for a weight. Raises `UserError` where there is none."""
-    return base.read(adapter.original_key(base, weight))
 
 
 def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model: nn.Module) -> None:

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
 from mora_ds.adapters.ops.spec import SquareSpec
@@ -149,9 +148,9 @@ def combine_adapters(
     terms = _terms(opened)
     trained = _Trained(opened, None if base_folder is None else Path(base_folder))
     facts = [{"adapter": str(each.folder), "step": each.file.step, "weight": float(each.weight)} for each in opened]
-    adapter = replace(
-        last.file, cycle=len(terms) - 1, config=_config(opened), facts={**last.file.facts, COMBINED: facts}
-    )
+    rank = sum(source.file.config.embedding_rank for source in opened)  # products of low rank lie side by side
+    config = replace(last.file.config, embedding_rank=rank)
+    adapter = replace(last.file, cycle=len(terms) - 1, config=config, facts={**last.file.facts, COMBINED: facts})
     with atomic_folder(output.absolute()) as folder:
         vectors = next((path for each in opened if (path := each.ledger.vectors_path) is not None), None)
         ledger = Ledger.create(folder / LEDGER_FOLDER, last.reference.fingerprint, vectors)
@@ -196,12 +195,6 @@ def _check_pair(source: _Source, last: _Source) -> None:
         raise UserError(f"{pair} have different domains, or other operators for them")
     if None not in (source.ledger.vectors, last.ledger.vectors) and source.ledger.vectors != last.ledger.vectors:
         raise UserError(f"{pair} have different singular vectors of their base")
-
-
-def _config(sources: Sequence[_Source]) -> AdapterConfig:
-    """That of the last source, with the rank of all products of low rank, which lie side by side."""
-    configs = [source.file.config for source in sources]
-    return replace(configs[-1], embedding_rank=sum(config.embedding_rank for config in configs))
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------

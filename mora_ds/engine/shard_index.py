@@ -21,12 +21,11 @@ import torch
 
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, malformed, require_format
-from mora_ds.common.untrusted import MAX_SIDE, FileName, plain_json, typed
+from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, typed
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 
 INDEX_FILE = "layouts.safetensors"
 
-Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
 Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
 """Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
 
@@ -186,12 +185,7 @@ class ShardIndex:
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:
-    is_sorted = np.ones(max(len(rows) - 1, 0), bool)
-    for column in (RANK, START, NAME):  # the last one decides before the others
-        before, after = rows[:-1, column], rows[1:, column]
-        is_sorted = (before < after) | ((before == after) & is_sorted)
-    if is_sorted.all():  # as `ShardIndex.write` has left them
-        return rows
+    """By name, then by start, then by rank."""
     return rows[np.lexsort((rows[:, RANK], rows[:, START], rows[:, NAME]))]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,13 @@ class _Shard:
         self._parts = index.parts[index.parts[:, RANK] == rank]
         self._moments = index.moments[index.moments[:, RANK] == rank]
         self._names = list(index.shapes)
-        self._content: Any = None
 
-    @property
-    def _opened(self) -> Any:
-        if self._content is None:
-            self._content = load_pickled(self.path)
-        return self._content
+    @cached_property
+    def _content(self) -> Any:
+        return load_pickled(self.path)
 
     def _at(self, keys: list[str]) -> Any:
-        value = self._opened
+        value = self._content
         with malformed(self.path):
             for key in keys:
                 value = value[key]

@@ -52,17 +52,13 @@ def _names(engine: zero.Engine) -> Names:
 
 def _parts(spans: list[Span], names: Names) -> list[Part]:
     """The spans by the names of their parameters, counted in the complete parameter."""
-    return [
-        Part(names[id(span.parameter)], _first_element(span.parameter) + span.start, span.numel, span.offset)
-        for span in spans
-        if span.numel
-    ]
-
-
-def _first_element(parameter: Any) -> int:
-    """The index at which this process's tensor-parallel share of a parameter begins in the flattened parameter."""
-    share = share_of(parameter)
-    return 0 if share is None else share.start * share.r_hat
+    parts = []
+    for span in spans:
+        if span.numel:
+            share = share_of(span.parameter)
+            begin = 0 if share is None else share.start * share.r_hat  # of this process's tensor-parallel share
+            parts.append(Part(names[id(span.parameter)], begin + span.start, span.numel, span.offset))
+    return parts
 
 
 def _shapes(engine: zero.Engine) -> dict[str, tuple[int, ...]]:

@@ -89,7 +89,11 @@ class MoRATrainer(_Base):
         if isinstance(model, (str, Path)):
             model = load_model(model, **(getattr(args, "model_init_kwargs", None) or {}))
         self.mora, self._base_name = mora, _name_of_base(model, base)
-        _require_whole(model)
+        if is_sharded(model):
+            raise UserError(
+                "the model was loaded after TrainingArguments(deepspeed=...), so transformers has sharded its weights: "
+                "load it before, or by mora_ds.hf.load_model, or give MoRATrainer its path"
+            )
         self.injection = inject(model, mora)
         fill_config(args, trainable_numels(model))
         super().__init__(model, args, *arguments, **kwargs)
@@ -98,7 +102,7 @@ class MoRATrainer(_Base):
         """Merges the MoRA matrices of all layers now, between two optimizer steps, and logs it. `MoRACallback` calls
         it. Collective."""
         report = self._open_run.merge(self.state.global_step)
-        _set_learning_rate(self.lr_scheduler, optimizer_steps(self.deepspeed))
+        self._set_learning_rate()
         due = self.control.should_log
         self.log({f"merge_{name}": value for name, value in report.row().items() if value is not None})
         self.control.should_log = due  # `log` takes it back, and this step's loss is still to be logged
@@ -143,7 +147,18 @@ class MoRATrainer(_Base):
         if again is not None:
             self.run.remora.form_base()
         if resume is not None:
-            _set_learning_rate(self.lr_scheduler, optimizer_steps(self.deepspeed))
+            self._set_learning_rate()
+
+    def _set_learning_rate(self) -> None:
+        """Sets the `LambdaLR`, and its optimizer's learning rates, to the next optimizer step."""
+        step = optimizer_steps(self.deepspeed)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
+        factors: list[Callable[[int], float]] = schedule.lr_lambdas
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule.last_epoch = step
+        schedule._last_lr = rates
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' learning rate, with a re-warmup after every merge."""
@@ -228,21 +243,3 @@ def _name_of_base(model: Any, base: str | Path | None) -> str:
     if not name:
         raise UserError("MoRATrainer(base=...) is missing: the folder or Hub name that the model was loaded from")
     return name
-
-
-def _require_whole(model: Any) -> None:
-    if is_sharded(model):
-        raise UserError(
-            "the model was loaded after TrainingArguments(deepspeed=...), so transformers has sharded its weights: "
-            "load it before, or by mora_ds.hf.load_model, or give MoRATrainer its path"
-        )
-
-
-def _set_learning_rate(scheduler: Any, step: int) -> None:
-    """Sets a `LambdaLR`, and its optimizer's learning rates, to 0-based optimizer step `step`."""
-    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
-    factors: list[Callable[[int], float]] = inner.lr_lambdas
-    rates = [base * factor(step) for base, factor in zip(inner.base_lrs, factors, strict=True)]
-    for group, rate in zip(inner.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    inner.last_epoch, inner._last_lr = step, rates

@@ -21,15 +21,10 @@ def register(config: Any, model: Any) -> None:
     """Makes the method known to `get_peft_model` and `PeftModel.from_pretrained`, once a process."""
     if PEFT_TYPE in PeftType.__members__:
         return
-    _add_member(PEFT_TYPE)
+    member = str.__new__(PeftType, PEFT_TYPE)  # of an enum whose members are their own names: Python has no public way
+    member._name_ = member._value_ = PEFT_TYPE
+    setattr(PeftType, PEFT_TYPE, member)
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
     register_peft_method(name=PEFT_TYPE.lower(), config_cls=config, model_cls=model, prefix=PREFIX)
-
-
-def _add_member(name: str) -> None:
-    """Adds `name` to `PeftType`, whose members are their own names. Python's enums have no public way."""
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    setattr(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member

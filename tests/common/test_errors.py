@@ -19,7 +19,6 @@ from mora_ds.common.errors import (
     Bounds,
     Stopped,
     UserError,
-    member_named,
     nearest,
     out_of_bounds,
     reason,
@@ -49,9 +48,6 @@ def test_a_word_is_not_its_own_nearest() -> None:
 
 def test_an_unknown_name_is_told_with_the_known_ones() -> None:
     assert unknown("--kind", "tow", ["one", "two"]) == "unknown --kind 'tow'; known: one, two. Did you mean 'two'?"
-    assert member_named(Kind, "kind", "two") is Kind.TWO
-    with pytest.raises(UserError, match="unknown --kind 'three'; known: one, two"):
-        member_named(Kind, "kind", "three")
 
 
 def test_settings_that_are_not_allowed_are_told_as_flags() -> None:
