@@ -37,8 +37,7 @@ from mora_ds.models.node_base import NodeBase
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora import ledger, merge
 from mora_ds.remora.merge import ReMoRA
-from mora_ds.runtime.ranks import Ranks
-from mora_ds.train import metrics, output_folder, pretrain, vectors
+from mora_ds.train import metrics, output_folder, pretrain
 from mora_ds.train.run import Run
 from tests.helpers.gloo import start_ranks
 from tests.helpers.jobs import job
@@ -240,46 +239,34 @@ MOMENTS: dict[str, Moment] = {
     ),
     "before_the_manifest": Moment(lambda: before(files, "write_manifest", 3)),
     "before_the_rename": Moment(lambda: before(writer, "_replace_folder", 3)),
-    "before_latest": Moment(lambda: before(files, "replace_symlink", 3)),
     "before_the_first_latest": Moment(lambda: before(files, "replace_symlink", 1)),
     "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 6)),
-    "before_the_only_latest": Moment(lambda: before(files, "replace_symlink"), more=("--save_steps", 0)),
     "latest_made_and_not_moved": Moment(
         lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
     ),
-    "before_the_best": Moment(lambda: before(writer, "name_best", 3), more=BEST),
     "after_the_best": Moment(lambda: after(writer, "name_best", 6), more=BEST),
     "between_the_two_renames": Moment(
         lambda: within(writer, "_replace_folder", 1, lambda: after(os, "replace")), start=Start.UNNAMED
     ),
     "retention_half_done": Moment(lambda: half_deleted("step-000002")),
-    "last_retention_half_done": Moment(lambda: half_deleted("step-000004")),
     # a merge
     "before_a_merge": Moment(lambda: before(ReMoRA, "merge", 2), Passes.ALL),
-    "matrices_gathered_and_no_layer_merged": Moment(
-        lambda: within(ReMoRA, "merge", 2, lambda: before(merge, "merge_layer")), Passes.ALL, only_heavy=True
-    ),
     "base_half_copied_to_the_memory_of_the_node": Moment(lambda: after(NodeBase, "copy", 2), Passes.ALL),
     "a_layer_half_written": Moment(lambda: within(ReMoRA, "merge", 2, lambda: half_a_layer(2)), Passes.ALL),
     "some_layers_merged": Moment(
         lambda: within(ReMoRA, "merge", 2, lambda: after(merge, "merge_layer", 3)), Passes.ALL
-    ),
-    "own_layers_merged": Moment(
-        lambda: within(ReMoRA, "merge", 2, lambda: before(Ranks, "sum")), Passes.ALL, only_heavy=True
     ),
     "cycle_half_written": Moment(
         lambda: within(ledger, "_write_cycle", 2, lambda: after(SafetensorsWriter, "write", 5))
     ),
     "cycle_not_in_the_ledger": Moment(cycle_without_its_line),
     "before_the_reset": Moment(lambda: before(ReMoRA, "_start_cycle", 2), Passes.ALL),
-    "after_the_reset": Moment(lambda: after(ReMoRA, "_start_cycle", 2), Passes.ALL),
     "right_after_a_merge": Moment(lambda: after(ReMoRA, "merge", 2), Passes.ALL),
     # the end
     "before_the_summary": Moment(lambda: before(pretrain, "write_json_atomic")),
     "export_half_written": Moment(
         lambda: within(export, "write_shards", 1, lambda: after(SafetensorsWriter, "write", 5))
     ),
-    "export_before_its_rename": Moment(lambda: within(export, "write_companions", 1, lambda: before(os, "rename"))),
     "export_set_aside": Moment(
         lambda: within(export, "write_companions", 1, lambda: before(os, "rename", 2)), start=Start.FINISHED
     ),
@@ -292,17 +279,8 @@ MOMENTS: dict[str, Moment] = {
     "tokens_half_written": Moment(
         lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin")
     ),
-    "tokens_before_the_rename": Moment(lambda: before(mora_ds.data.cache, "_move_into_place")),
-    "vectors_half_written": Moment(
-        lambda: within(vectors, "write_vectors", 1, lambda: after(SafetensorsWriter, "write", 5)),
-        more=SUBSPACE, only_heavy=True,
-    ),
     "vectors_not_in_the_ledger": Moment(
         lambda: within(ledger.Ledger, "create", 1, lambda: before(ledger, "link_or_copy")),
-        more=SUBSPACE, only_heavy=True,
-    ),
-    "vectors_half_way_into_a_checkpoint": Moment(
-        lambda: within(ledger.Ledger, "copy_to", 3, lambda: after(ledger, "link_or_copy")),
         more=SUBSPACE, only_heavy=True,
     ),
     "before_the_run_is_begun": Moment(lambda: before(output_folder.Reservation, "commit")),
