@@ -152,7 +152,7 @@ class MoRATrainer(_Base):
     def _set_learning_rate(self) -> None:
         """Sets the `LambdaLR`, and its optimizer's learning rates, to the next optimizer step."""
         step = optimizer_steps(self.deepspeed)
-        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
         factors: list[Callable[[int], float]] = schedule.lr_lambdas
         rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, factors, strict=True)]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
