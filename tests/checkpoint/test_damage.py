@@ -27,7 +27,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.train.trainer import Trainer
 from tests.helpers.damage import HARMS, change_json, cut, flip, gone
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, golden_flags, refused, rows, run
+from tests.helpers.jobs import Playground, golden_flags, refused, refused_each, rows, run
 from tests.helpers.outcome import assert_same_outcome, tree
 
 
@@ -256,10 +256,6 @@ BASES: list[tuple[str, Callable[[Path], None], str]] = [
     ("tokenizer.json", cut, "--model_name_or_path"),
     ("tokenizer.json", gone, "--model_name_or_path"),
 ]
-
-
-def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
-    return [refused(argv) for argv in cases]
 
 
 @pytest.mark.gloo

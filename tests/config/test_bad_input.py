@@ -19,17 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
+from tests.helpers.exports import contents
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, launch, refused, run
+from tests.helpers.jobs import REPOSITORY, Playground, launch, refused, refused_each, run
 from tests.helpers.models import tiny_model
-
-
-def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
-    return [refused(argv) for argv in cases]
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:

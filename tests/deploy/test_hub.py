@@ -13,7 +13,7 @@ import pytest
 from mora_ds.commands import export
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.deploy.hub import push_folder
-from tests.helpers.exports import fake_run
+from tests.helpers.exports import contents, fake_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.hub import Hub, stand_in
 from tests.helpers.jobs import Playground, job, refusal
@@ -40,10 +40,6 @@ def turn_to(url: str, patch: pytest.MonkeyPatch, is_offline: bool = False) -> No
         original(self, *args, **{"endpoint": url, **kwargs})
 
     patch.setattr(huggingface_hub.HfApi, "__init__", at_the_stand_in)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path, hub: Hub) -> None:

@@ -124,13 +124,6 @@ def write_probe(checkpoint: Path, model: Any, dtype: str) -> None:
     write_safetensors_atomic(checkpoint / "probe.safetensors", {"input_ids": ids, "logits": logits}, {"dtype": dtype})
 
 
-def step_of(output: Path) -> Path:
-    return output / "checkpoints" / "step-000007"
-
-
 def contents(folder: Path) -> dict[str, bytes]:
+    """Relative name -> content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-class Killed(BaseException):
-    """Ends a write in the middle."""

@@ -128,6 +128,11 @@ def refused(argv: list[str], may_change: bool = False) -> tuple[str, str]:
     raise AssertionError("the run was not refused")
 
 
+def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
+    """`refused` of several runs, one after the other. For `run_ranks`."""
+    return [refused(argv) for argv in cases]
+
+
 def output_of(argv: list[str]) -> Path:
     """The output folder that a command line names, the default one where it names none."""
     named = [value for flag, value in pairwise(argv) if flag == "--output_dir"]

@@ -12,7 +12,7 @@ import torch
 
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, launch, losses, printed, refused, rows, run
+from tests.helpers.jobs import Playground, curve, job, launch, losses, printed, refused_each, rows, run
 
 pytestmark = pytest.mark.gloo
 
@@ -78,10 +78,6 @@ REFUSED: list[tuple[list[Any], list[str]]] = [
     (["--sequence_parallel_size", 2, "--attn_implementation", "eager"], ["--attn_implementation eager"]),
     (["--sequence_parallel_size", 2, "--attn_implementation", "flex_attention"], ["flex_attention attention cannot"]),
 ]
-
-
-def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
-    return [refused(argv) for argv in cases]
 
 
 def test_what_is_refused(user: Playground, tmp_path: Path) -> None:

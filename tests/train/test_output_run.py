@@ -19,7 +19,7 @@ from mora_ds.config.arguments import parse
 from mora_ds.train import demo, pretrain
 from mora_ds.train.output_folder import LOCK
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import ZERO3, Playground, job, output_of, refused
+from tests.helpers.jobs import ZERO3, Playground, job, output_of, refused_each
 from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import untouched
 
@@ -35,10 +35,6 @@ def pickled(user: Playground) -> Path:
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "notes.txt").write_text("mine")
     return folder
-
-
-def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
-    return [refused(argv) for argv in cases]
 
 
 @pytest.mark.gloo
