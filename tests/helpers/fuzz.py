@@ -1,6 +1,6 @@
 """Runs the tools on mutated, resealed files, each call bounded in time and memory, in processes that may die.
 
-subjects(folder)                  a small checkpoint, adapter, bank, model and targets file
+subjects(folder)                  a small checkpoint, adapter and model
 fuzz(subjects, seeds, scratch)    one call of a tool for each seed, and what it found
 """
 
@@ -23,12 +23,9 @@ from types import FrameType
 from typing import Any
 
 import psutil
-import pytest
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.commands import dispatch
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.research.targets import TargetPlan, read_plan
 from tests.helpers.adapters import Maker
 from tests.helpers.crafted import reseal, whole_checkpoint
 from tests.helpers.damage import change_json
@@ -52,10 +49,6 @@ class Subject:
     tools: tuple[Tool, ...]
 
 
-def targets(case: Path, _: Path) -> None:
-    read_plan(case / "targets" / "targets.yaml")
-
-
 def _tool(name: str, *flags: str) -> Tool:
     """`flags` with {case} and {out} filled in."""
 
@@ -65,19 +58,6 @@ def _tool(name: str, *flags: str) -> Tool:
         call(name, *(flag.format(case=case, out=out) for flag in flags))
 
     run.__name__ = name if flags[0][0] in "-{" else f"{name} {flags[0]}"
-    return run
-
-
-def _command(name: str, *flags: str) -> Tool:
-    """`mora-ds NAME` with {case} and {out} filled in."""
-    main = dispatch.COMMANDS[name].load()
-
-    def run(case: Path, out: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [name, *(flag.format(case=case, out=out) for flag in flags)])
-            main()
-
-    run.__name__ = name
     return run
 
 
@@ -91,20 +71,15 @@ def subjects(folder: Path) -> list[Subject]:
     made = whole_checkpoint(run)
     shutil.copytree(made.checkpoint / "ledger", made.output / "ledger")
     user = playground(folder / "user")
-    bank = folder / "bank"
-    shutil.copytree(user.model, bank / "base")
-    shutil.copyfile(user.held, bank / "held.txt")
-    (bank / "held.txt").write_text("a b c", encoding="utf-8")
+    model = folder / "model"
+    shutil.copytree(user.model, model / "base")
+    (model / "held.txt").write_text("a b c", encoding="utf-8")
     from transformers import AutoModelForCausalLM
 
-    maker = Maker(AutoModelForCausalLM.from_pretrained(bank / "base"), bank / "base")
-    for seed, name in enumerate(("one", "two")):
-        maker.write(bank / "bank" / name, MoRAConfig(rank=3, seed=seed), cycles=1)
-        change_json(bank / "bank" / name / "base.json", lambda content: content.update(folder="../../base"))
-        reseal(bank / "bank" / name)
-    (folder / "plan" / "targets").mkdir(parents=True)
-    plan = TargetPlan("m", "f", {f"model.layers.{i}.mlp.up_proj": 2 * i for i in range(4)}, "100", "weights", "rotate")
-    plan.write(folder / "plan" / "targets" / "targets.yaml")
+    maker = Maker(AutoModelForCausalLM.from_pretrained(model / "base"), model / "base")
+    maker.write(model / "adapter", MoRAConfig(rank=3), cycles=1)
+    change_json(model / "adapter" / "base.json", lambda content: content.update(folder="../base"))
+    reseal(model / "adapter")
     sets = ("--sets", "a={case}/held.txt")
     fast = (
         _tool("verify_checkpoint", _CHECKPOINT),
@@ -118,23 +93,19 @@ def subjects(folder: Path) -> list[Subject]:
     )
     of_model = (
         _tool("evaluate", base, *sets),
-        _command("analyze", base),
-        _command("analyze", base, "--probe", "{case}/held.txt", "--probe_batches", "1", "--seq_len", "4"),
         _tool("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
         _tool("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
     )
     return [
         Subject(run, "out/checkpoints/step-000007", fast),
         Subject(run, "base", (_tool("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base), _tool(*_EXPORT))),
-        Subject(folder / "plan", "targets", (targets,)),
-        Subject(bank, "bank", (_command("evaluate-adapters", base, "{case}/bank", *sets),)),
-        Subject(bank, "bank/one", (_tool("evaluate", "{case}/bank/one", *sets),)),
+        Subject(model, "adapter", (_tool("evaluate", "{case}/adapter", *sets),)),
         Subject(run, "out/checkpoints/step-000007", (_tool(*_EXPORT, "--verify"),)),
-        Subject(bank, "base", of_model),
+        Subject(model, "base", of_model),
     ]  # fmt: skip
 
 
-WEIGHTS = (60, 8, 10, 3, 3, 2, 8)
+WEIGHTS = (60, 8, 3, 2, 8)
 """How often each of the subjects is taken."""
 
 
