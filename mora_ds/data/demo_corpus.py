@@ -18,7 +18,7 @@ import json
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,18 +54,6 @@ class DemoDocument:
         return _hash(_SPLIT_SALT + self.source) % 100 < HELD_OUT_PERCENT
 
 
-@dataclass(frozen=True)
-class DemoCorpus:
-    """The four files that `write_demo_corpus` has written."""
-
-    general_train: Path
-    general_eval: Path
-    domain_train: Path
-    domain_eval: Path
-    text_bytes: Mapping[str, int]
-    """File stem -> UTF-8 bytes of its texts."""
-
-
 def general_documents() -> list[DemoDocument]:
     """Prose: every topic of the language reference, and one document of docstrings for each module that has some."""
     try:
@@ -88,8 +76,9 @@ def write_demo_corpus(
     general_bytes: int | None = None,
     domain_bytes: int | None = None,
     eval_bytes: int | None = None,
-) -> DemoCorpus:
-    """Writes the four corpora into `folder` as JSON lines ("text", "source").
+) -> dict[str, int]:
+    """Writes the four corpora into `folder` as JSON lines ("text", "source"): general_train.jsonl, general_eval.jsonl,
+    domain_train.jsonl, domain_eval.jsonl. Returns the UTF-8 bytes of text in each, by the name without its suffix.
 
     The limits are UTF-8 bytes of text: of each training file, and of either evaluation file; None for no limit.
     Documents are shuffled by a hash of their names, so that a limit takes an even sample.
@@ -104,7 +93,7 @@ def write_demo_corpus(
         for side, most in (("train", limit), ("eval", eval_bytes)):
             chosen = [document for document in documents if document.held_out == (side == "eval")]
             sizes[f"{name}_{side}"] = _write(folder / f"{name}_{side}.jsonl", chosen, most)
-    return DemoCorpus(text_bytes=sizes, **{name: folder / f"{name}.jsonl" for name in sizes})
+    return sizes
 
 
 def _write(path: Path, documents: Iterable[DemoDocument], limit: int | None) -> int:

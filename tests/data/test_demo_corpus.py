@@ -14,8 +14,10 @@ from mora_ds.data import demo_corpus, domain_documents, general_documents, load_
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> demo_corpus.DemoCorpus:
-    return write_demo_corpus(tmp_path_factory.mktemp("demo"))
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo_corpus(folder)
+    return folder
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -26,25 +28,28 @@ def sources(path: Path) -> set[str]:
     return {row["source"] for row in rows(path)}
 
 
-def test_the_files_are_corpora_of_some_size(written: demo_corpus.DemoCorpus) -> None:
-    for name, least in (("general_train", 600_000), ("general_eval", 10_000), ("domain_train", 3_000_000)):
-        path = getattr(written, name)
-        texts = list(load_corpus([str(path)]).texts())
-        assert written.text_bytes[name] == sum(len(text.encode()) for text in texts) > least
-    assert written.text_bytes["domain_eval"] > 50_000
+def test_the_files_are_corpora_of_some_size(written: Path) -> None:
+    for name, least in (
+        ("general_train", 600_000),
+        ("general_eval", 10_000),
+        ("domain_train", 3_000_000),
+        ("domain_eval", 50_000),
+    ):
+        texts = load_corpus([str(written / f"{name}.jsonl")]).texts()
+        assert sum(len(text.encode()) for text in texts) > least
 
 
-def test_a_module_is_held_out_of_both_or_of_neither(written: demo_corpus.DemoCorpus) -> None:
-    train = sources(written.general_train) | sources(written.domain_train)
-    held_out = sources(written.general_eval) | sources(written.domain_eval)
+def test_a_module_is_held_out_of_both_or_of_neither(written: Path) -> None:
+    train = sources(written / "general_train.jsonl") | sources(written / "domain_train.jsonl")
+    held_out = sources(written / "general_eval.jsonl") | sources(written / "domain_eval.jsonl")
     assert not train & held_out
     assert 0.02 < len(held_out) / len(train | held_out) < 0.09
     assert {"json.decoder", "topic:assert"} <= train | held_out
 
 
-def test_no_held_out_prose_is_trained_on(written: demo_corpus.DemoCorpus) -> None:
-    held_out = {part for row in rows(written.general_eval) for part in demo_corpus._paragraphs(row["text"])}
-    trained = {part for row in rows(written.general_train) for part in demo_corpus._paragraphs(row["text"])}
+def test_no_held_out_prose_is_trained_on(written: Path) -> None:
+    held_out = {part for row in rows(written / "general_eval.jsonl") for part in demo_corpus._paragraphs(row["text"])}
+    trained = {part for row in rows(written / "general_train.jsonl") for part in demo_corpus._paragraphs(row["text"])}
     assert held_out and not held_out & trained
 
 
@@ -78,15 +83,17 @@ def test_docstrings_are_dedented_and_in_order() -> None:
     ]
 
 
-def test_limits_hold_and_the_same_bytes_come_again(written: demo_corpus.DemoCorpus, tmp_path: Path) -> None:
+def test_limits_hold_and_the_same_bytes_come_again(written: Path, tmp_path: Path) -> None:
     limits = {"general_bytes": 200_000, "domain_bytes": 300_000, "eval_bytes": 30_000}
     first, second = (write_demo_corpus(tmp_path / name, **limits) for name in "ab")
-    assert 190_000 < first.text_bytes["general_train"] <= 200_000
-    assert 290_000 < first.text_bytes["domain_train"] <= 300_000
-    assert 0 < first.text_bytes["general_eval"] <= 30_000 and 0 < first.text_bytes["domain_eval"] <= 30_000
-    for name in first.text_bytes:
-        assert getattr(first, name).read_bytes() == getattr(second, name).read_bytes()
-        assert sources(getattr(first, name)) <= sources(getattr(written, name))
+    assert first == second
+    assert 190_000 < first["general_train"] <= 200_000
+    assert 290_000 < first["domain_train"] <= 300_000
+    assert 0 < first["general_eval"] <= 30_000 and 0 < first["domain_eval"] <= 30_000
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        assert sources(path) <= sources(written / path.name)
+        assert sum(len(row["text"].encode()) for row in rows(path)) == first[path.stem]
     with pytest.raises(UserError, match="no document of at most 3 bytes"):
         write_demo_corpus(tmp_path, general_bytes=3)
 
