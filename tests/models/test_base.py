@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.common.errors import RunError
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,
@@ -71,7 +71,7 @@ def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
     assert one.fingerprint() == many.fingerprint()
 
 
-def test_below_home_and_with_a_config_that_says_that_nothing_is_quantized(
+def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shell leaves the ~ of `--base=~/model` as it is."""
@@ -79,6 +79,9 @@ def test_below_home_and_with_a_config_that_says_that_nothing_is_quantized(
     content = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
     assert BaseCheckpoint.open(f"~/{llama.name}").keys()
+    (llama / "config.json").unlink()
+    with pytest.raises(UserError, match=r"--base: .*/llama is not a model folder: it has no config.json"):
+        BaseCheckpoint.open(llama, "--base")
 
 
 def test_pickled_weights_lead_to_an_own_base(tmp_path: Path) -> None:
