@@ -3,9 +3,7 @@
 topology             which processes form groups, and the collectives among them
 tensor_parallel      splits the layers of a model over a group
 windows              the part of a MoRA operator that one process computes
-saved_inputs         what a process saves of a split layer's input for backward
 ulysses              sequence parallelism; ulysses_checks: which models it serves
-softcap_attention    attention with capped scores that does not save them
 limits               what both cannot be used with
 """
 

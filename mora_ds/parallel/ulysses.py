@@ -11,9 +11,8 @@
 `UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the exchange. Of its surroundings:
 
 - `register_with_transformers` is not used: it needs a constant batch size and num_key_value_heads in the config, and
-  drops every mask. Here an instance is made for each shape of attention, sdpa and `capped_attention` get the mask of
-  the complete rows (documents, sliding window) from the positions that Ulysses gathers, and models that are not bound
-  are unchanged.
+  drops every mask. Here an instance is made for each shape of attention, sdpa gets the mask of the complete rows
+  (documents, sliding window) from the positions that Ulysses gathers, and models that are not bound are unchanged.
 - DeepSpeed gets no mpu (deepspeed/utils/groups.py): to ZeRO all processes are equal. The loss is a sum over tokens, so
   the gradient of the global batch is the sum over all processes, whichever tokens they hold; sharding, checkpoints and
   merges do not depend on s.
@@ -36,18 +35,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mora_ds.common.errors import UserError
 from mora_ds.models import document_attention
 from mora_ds.models.attention import attention_of
-from mora_ds.parallel import softcap_attention
 from mora_ds.parallel.limits import SEQUENCE
-from mora_ds.parallel.softcap_attention import caps_scores, use_capped_attention
 
-CORES = (
-    "sdpa", softcap_attention.NAME, document_attention.NAME,
-    "flash_attention_2", "flash_attention_3", "flash_attention_4",
-)  # fmt: skip
-_MASKED = CORES[:2]
+_MASKED = "sdpa"
+"""The attention that reads masks; that by documents reads the documents of the complete rows, which every process is
+given."""
+CORES = (_MASKED, document_attention.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Attention of transformers that Ulysses can run. Eager needs scores of (T, T) for every head, and DeepSpeed's Ulysses
-gives flex_attention a plain causal mask whatever the model asks for. Those in `_MASKED` read masks; attention by
-documents reads the documents of the complete rows, which every process is given."""
+gives flex_attention a plain causal mask whatever the model asks for."""
 
 _BOUND = "_mora_ds_sequence"
 _DOCUMENTS = "_mora_ds_documents"
@@ -68,7 +63,6 @@ def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> S
     """
     if size == 1:
         return None
-    use_capped_attention(model)
     core = attention_of(model)
     check_core(core)
     sequence = SequenceParallel(size, _group(size, timeout_s))
@@ -78,12 +72,6 @@ def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> S
         if _depends_on_length(module):
             _share_longest_position(module, sequence)
     return sequence
-
-
-def core_of(model: Any) -> str:
-    """The name of the attention for split rows: `capped_attention` in place of eager where a model caps its scores."""
-    name = attention_of(model)
-    return softcap_attention.NAME if name == "eager" and caps_scores(model.config.get_text_config()) else name
 
 
 def check_core(name: str) -> None:
@@ -275,7 +263,7 @@ def _dispatch(name: str) -> None:
         sequence = bound(module)
         if sequence is None or not sequence.splits:
             return core(module, query, key, value, attention_mask, **kwargs)
-        over_rows = sequence.masked(core) if name in _MASKED else core
+        over_rows = sequence.masked(core) if name == _MASKED else core
         return sequence.attend(over_rows, module, query, key, value, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, dispatched)

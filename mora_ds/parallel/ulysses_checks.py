@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from mora_ds.common.errors import UserError
+from mora_ds.models.attention import attention_of
 from mora_ds.models.load import make_model
 from mora_ds.parallel.limits import SEQUENCE
-from mora_ds.parallel.ulysses import check_core, check_heads, core_of
+from mora_ds.parallel.ulysses import check_core, check_heads
 
 
 def check_config(config: Any, size: int, attn_implementation: str | None, trust_remote_code: bool = False) -> None:
@@ -29,7 +30,7 @@ def check_config(config: Any, size: int, attn_implementation: str | None, trust_
     if attn_implementation is None:
         with torch.device("meta"):
             model = make_model(config, SEQUENCE, trust_remote_code=trust_remote_code)
-        attn_implementation = core_of(model)
+        attn_implementation = attention_of(model)
     check_core(attn_implementation)
 
 

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.config.data import ModelArguments
 from mora_ds.parallel import ulysses
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config, describe
+from mora_ds.train.attention import implementation_of
 from mora_ds.train.preflight import check_split
 from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
@@ -276,7 +278,7 @@ def test_what_a_config_tells(config: Any, size: int, attention: str | None, part
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_that_pass(family: str) -> None:
     for size in (2, 4):
-        check_config(config_of(family), size, None)
+        check_config(config_of(family), size, implementation_of(ModelArguments(), config_of(family)))
 
 
 def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
