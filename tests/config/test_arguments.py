@@ -146,21 +146,6 @@ def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"seed: 1\nseed: 2\n", "'seed' is given twice"),
-        (b"seed: [1\n", "no valid YAML"),
-        (b"- seed\n", "not a list"),
-        (b"\xff\xfe\x00seed", r"cannot read the recipe .*recipe\.yaml"),
-    ],
-)
-def test_broken_recipes(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "recipe.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        parse([str(tmp_path / "recipe.yaml")])
-
-
 def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
     assert parse([recipe(tmp_path, "# nothing yet\n")]).given == frozenset()
 

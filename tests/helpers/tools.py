@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 COMMANDS = {
-    "analyze_weights": "analyze",
     "convert_checkpoint": "convert",
     "export_hf": "export",
     "verify_checkpoint": "verify",
