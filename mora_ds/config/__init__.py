@@ -8,5 +8,5 @@ data                settings of model, tokenizer and text
 training            settings of the run itself
 mixture             sources of text with weights: flags and mix.yaml
 forgetting          bounds and weights that are applied after every evaluation
-validate            all checks, reported together; validate_adapter and validate_run check several groups at once
+validate            all checks, reported together
 """

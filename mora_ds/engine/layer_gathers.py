@@ -18,6 +18,7 @@ in a full backward hook, which runs too early where its input needs no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,24 +55,22 @@ class LayerGathers:
         self.coordinator.release_sub_module(self, forward=forward)
 
     def _before_forward(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._runs_again = is_running_again() and self.ds_id in self._named[0][1].ds_active_sub_modules
+        # Activation checkpointing runs a forward within a backward pass, for which the layer is gathered already.
+        in_backward_pass = torch._C._current_graph_task_id() != -1
+        self._runs_again = in_backward_pass and self.ds_id in self._named[0][1].ds_active_sub_modules
         if not self._runs_again:
             self.fetch(forward=True)
-        return marked((args, kwargs), _AfterBackward, self)
+        return marked((args, kwargs), partial(self.release, forward=False))
 
     def _after_forward(self, layer: nn.Module, args: Any, output: Any) -> Any:
         if not self._runs_again:
             self.release(forward=True)
-        return marked(output, _BeforeBackward, self)
+        return marked(output, partial(self.fetch, forward=False))
 
 
-def is_running_again() -> bool:
-    """Whether this forward runs within a backward pass, as activation checkpointing has it."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def marked(value: Any, mark: type[torch.autograd.Function], gathers: LayerGathers) -> Any:
-    """The value with all tensors in it that need a gradient passed through one call of `mark`."""
+def marked(value: Any, in_backward: Callable[[], None]) -> Any:
+    """The value, whose backward calls `in_backward` once the gradients of all tensors in it are there: at a layer's
+    outputs before the layer's own backward, at its inputs after it."""
     found: list[Tensor] = []
 
     def find(tensor: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ def marked(value: Any, mark: type[torch.autograd.Function], gathers: LayerGather
     value = _each_tensor(value, find)
     if not found or not torch.is_grad_enabled():
         return value
-    passed = iter(mark.apply(gathers, *found))
+    passed = iter(_Mark.apply(in_backward, *found))
     return _each_tensor(value, lambda tensor: next(passed))
 
 
@@ -117,27 +116,16 @@ def free_quickly(parameter: Any) -> None:
     parameter.partition = free
 
 
-class _BeforeBackward(torch.autograd.Function):
-    """The identity, at a layer's outputs."""
+class _Mark(torch.autograd.Function):
+    """The identity, whose backward makes a call first."""
 
     @staticmethod
-    def forward(ctx: Any, gathers: LayerGathers, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gathers = gathers
+    def forward(ctx: Any, in_backward: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.in_backward = in_backward
         ctx.set_materialize_grads(False)
         return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.gathers.fetch(forward=False)
-        return None, *gradients
-
-
-class _AfterBackward(torch.autograd.Function):
-    """The identity, at a layer's inputs. Its backward runs once the gradients of all of them are there."""
-
-    forward = _BeforeBackward.forward
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.gathers.release(forward=False)
+        ctx.in_backward()
         return None, *gradients

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
@@ -24,7 +23,6 @@ from mora_ds.engine.ds_config import (
     resolve_ds_config,
 )
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
-from tests.helpers.gloo import run_ranks
 
 SETTINGS = EngineSettings(
     micro_batch_size=4,
@@ -260,40 +258,3 @@ def test_every_known_top_level_key_is_named_in_deepspeeds_source() -> None:
     names = ("config.py", "constants.py", "config_utils.py", "precision_config.py", "aio_config.py")
     source = "".join(path.read_text(encoding="utf-8") for name in names for path in root.rglob(name))
     assert not [key for key in TOP_LEVEL if f'"{key}"' not in source and f"'{key}'" not in source]
-
-
-def loss_of_each(configs: list[tuple[dict[str, Any], str]]) -> list[tuple[float, float, str]]:
-    """(first loss, last loss, optimizer's class) of a tiny model trained under each config."""
-    import deepspeed
-
-    results = []
-    for config, dtype in configs:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)).to(getattr(torch, dtype))
-        engine, optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-        inputs = torch.randn(2, 8, dtype=getattr(torch, dtype))
-        losses = []
-        for _ in range(8):
-            loss = engine(inputs).float().pow(2).mean()
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-        results.append((losses[0], losses[-1], type(getattr(optimizer, "optimizer", optimizer)).__name__))
-        engine.destroy()
-    return results
-
-
-@pytest.mark.gloo
-def test_deepspeed_trains_under_every_stage_and_precision() -> None:
-    offloaded = {"offload_optimizer": {"device": "cpu"}}
-    configs = []
-    for bf16, fp16 in ((False, False), (True, False), (False, True)):
-        settings = replace(SETTINGS, learning_rate=2e-2, micro_batch_size=2, bf16=bf16, fp16=fp16)
-        for zero in [{"stage": stage} for stage in range(4)] + [{"stage": stage, **offloaded} for stage in (1, 2, 3)]:
-            config = resolve_ds_config({"zero_optimization": zero}, settings, 1, trainable_numels=[64, 8, 32, 4])
-            configs.append((config, compute_dtype(config)))
-    (results,) = run_ranks(1, loss_of_each, configs)
-    assert len(results) == 21
-    for (config, dtype), (first, last, optimizer) in zip(configs, results, strict=True):
-        assert last < 0.8 * first, (config["zero_optimization"], dtype)
-        assert optimizer == "AdamW", "torch's own: nothing is compiled, offloaded or not"

@@ -16,6 +16,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import initialize as start
 from mora_ds.engine.initialize import (
     check_compute_dtype,
+    check_splittable,
     initialize,
     parameter_groups,
     require_host,
@@ -159,6 +160,20 @@ def test_bucket_sizes_are_those_of_the_largest_share() -> None:
     for degree in (1, 2, 3):
         shares = [-(-each // degree) * each for each in rows]
         assert sorted(trainable_numels(model, degree)) == sorted([*norms, *shares])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": 2}, "--tensor_parallel_size 2 needs ZeRO stage 3"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "has not been tried with an optimizer on NVMe"),
+    ],
+)
+def test_what_tensor_parallelism_does_not_go_with(settings: dict[str, Any], message: str) -> None:
+    config = {"zero_optimization": settings}
+    check_splittable(config, degree=1)
+    with pytest.raises(UserError, match=message):
+        check_splittable(config, degree=2)
 
 
 def test_squares_have_a_parameter_group_of_their_own() -> None:

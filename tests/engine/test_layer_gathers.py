@@ -65,7 +65,7 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
     in_backward: bool, active: set[int], is_fetched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the backward pass of its own layer, which has fetched them."""
-    monkeypatch.setattr(layer_gathers, "is_running_again", lambda: in_backward)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 0 if in_backward else -1)
     coordinator = Coordinator(False)
     layer, _ = layer_with(coordinator, active)
     layer(torch.ones(2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.layer_gathers import _AfterBackward, _BeforeBackward, marked
+from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather, drop_idle_hooks
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
@@ -143,18 +144,18 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
     plain, ids = torch.randn(3), torch.arange(3)
     named = {"pair": Pair(inputs[1], ids), "list": [inputs[2], None], "name": "x", "more": inputs[3]}
     given = ((inputs[0], plain), named)
-    (first, same), others = marked(given, _AfterBackward, recorder)
+    (first, same), others = marked(given, partial(recorder.release, forward=False))
     assert same is plain and others["pair"].other is ids and others["list"][1] is None and others["name"] == "x"
     assert type(others["pair"]) is Pair and type(others["list"]) is list
     results = (first + others["pair"].one, {"sum": others["list"][0] * others["more"]})
-    outputs = marked(results, _BeforeBackward, recorder)
+    outputs = marked(results, partial(recorder.fetch, forward=False))
     assert recorder.calls == []
     (outputs[0].sum() + outputs[1]["sum"].sum()).backward()
     assert recorder.calls == ["fetch False", "release False"], "once each, however many tensors there are"
     assert [each.grad.tolist() for each in inputs[:2]] == [[1.0] * 3] * 2
     assert torch.equal(inputs[2].grad, inputs[3]) and torch.equal(inputs[3].grad, inputs[2])
     with torch.no_grad():
-        assert marked(given, _AfterBackward, recorder)[0][0] is inputs[0], "no graph, no mark"
+        assert marked(given, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
 
 
 def _injected(family: str) -> Any:

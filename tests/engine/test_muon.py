@@ -267,58 +267,7 @@ def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> 
     assert found == expected and len(found) == 2 and muon
 
 
-def saved_and_resumed(stage: int, changes: dict[str, Any], folder: str) -> bool:
-    """Whether masters and all optimizer state agree, bit for bit, with a run that was never stopped."""
-
-    def new() -> zero.Engine:
-        config = muon_config(stage, ROWS // dist.get_world_size(), **changes)
-        return initialize(model=small_model(), config=config)[0]
-
-    def everything(engine: zero.Engine) -> list[Tensor]:
-        states = [value for group in (0, 1) for _, value in zero.state_tensors(engine, group)]
-        return [*(zero.full_fp32(engine, parameter) for parameter in engine.module.parameters()), *states]
-
-    engine, resumed = new(), new()
-    train(engine, range(2))
-    engine.save_checkpoint(folder)
-    resumed.load_checkpoint(folder)
-    for one in (engine, resumed):
-        train(one, range(2, 4))
-    pairs = list(zip(everything(engine), everything(resumed), strict=True))
-    return len(pairs) > 20 and all(torch.equal(one, other) for one, other in pairs)
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize(("stage", "half"), [(0, False), (1, True), (3, False)])
-def test_a_checkpoint_holds_the_momentum(tmp_path: Path, stage: int, half: bool) -> None:
-    changes = {"bf16": {"enabled": True}} if half else {}
-    assert run_ranks(2, saved_and_resumed, stage, changes, str(tmp_path)) == [True, True]
-
-
 # -- merging -----------------------------------------------------------------------------------------------------------
-
-
-def all_resets(folder: str) -> dict[str, Any]:
-    return {
-        reset.value: merging_run(f"{folder}/{reset.value}", "float32", 1, reset=reset, config={"optimizer": MUON})
-        for reset in OptimizerReset
-    }
-
-
-@pytest.mark.gloo
-def test_each_reset_keeps_what_it_says(tmp_path: Path) -> None:
-    for found in run_ranks(2, all_resets, str(tmp_path)):
-        moments = {name: result["moments"]["momentum_buffer"] for name, result in found.items()}
-        assert all(list(result["moments"]) == ["momentum_buffer"] for result in found.values())
-        shares = {name: float((moment != 0).float().mean()) for name, moment in moments.items()}
-        assert shares["zero"] == 0.0 and shares["keep"] > 0.9
-        assert shares["magnitude"] == pytest.approx(0.1, abs=0.01)
-        assert 0.0 < shares["random"] < 0.05
-        for name in ("magnitude", "random"):
-            survivors = moments[name] != 0
-            assert torch.equal(moments[name][survivors], moments["keep"][survivors])
-        assert found["zero"]["reports"][0]["states_zeroed"] == 1.0
-        assert found["magnitude"]["reports"][0]["states_zeroed"] == pytest.approx(0.9, abs=0.02)
 
 
 def pruning_refused(folder: str, stage: int) -> str:

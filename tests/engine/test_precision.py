@@ -1,4 +1,4 @@
-"""Every precision, ZeRO stage, checkpointing and offload, with embeddings and norms trained too, across a merge.
+"""Every precision, ZeRO stage, operator, checkpointing and offload, with other parameters trained too, over a merge.
 
 In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge must change nothing but what rounding
 does, leave nothing of the old MoRA matrices behind, and touch nothing else that is trained.
@@ -77,14 +77,14 @@ OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
 PERSISTENT: dict[str, Any] = {"stage3_param_persistence_threshold": 10**6}
 
 EXACT_CASES = {
-    "checkpointing": Case(checkpointing=True),
+    "checkpointing, truncate": Case(checkpointing=True, adapter={"operator": "truncate"}),
     "squares kept gathered": Case(zero=PERSISTENT, accumulation=2),
-    "computed through activations": Case(adapter={"compute": "activation"}, checkpointing=True),
+    "activations, decouple": Case(adapter={"compute": "activation", "operator": "decouple"}, checkpointing=True),
     "weights, rotate": Case(adapter={"compute": "weight", "operator": "rotate"}, checkpointing=True),
     "tied embeddings, kept gathered": Case(**TIED, zero=PERSISTENT),
     "tied embeddings, all at once": Case(**TIED, accumulation=3, checkpointing=True, zero=OFFLOAD),
     "conv1d, tied": replace(Case(**TIED, checkpointing=True), family="gpt2"),
-    "untied embeddings and head": Case(adapter={"train_embeddings": True, "train_head": True}),
+    "untied embeddings and head": Case(adapter={"operator": "rotate", "train_embeddings": True, "train_head": True}),
     "stage 0": Case(**TIED, stage=0, accumulation=2),
     "stage 1": Case(**TIED, stage=1, accumulation=2),
     "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD, checkpointing=True),

@@ -14,14 +14,13 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from mora_ds.engine import optimizer_view, zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.remora.optimizer_reset import zero as zero_state
-from tests.helpers.engines import COMBINATIONS, Small, new_engine, one_step
+from tests.helpers.engines import new_engine, one_step
 from tests.helpers.gloo import run_ranks
 
 SYMBOLS = {
@@ -144,36 +143,6 @@ def test_only_zero_optimizers_get_a_scaled_loss() -> None:
 # -- behaviour, on two ranks -------------------------------------------------------------------------------------------
 
 
-def masters_and_state(stage: int, dtype: str) -> dict[str, Any]:
-    """What `zero` finds in a plain engine after one step, and after a reset of group 0."""
-    engine = new_engine(stage, dtype)
-    one_step(engine)
-    model, world = engine.module, dist.get_world_size()
-    first, second = (zero.full_fp32(engine, parameter).clone() for parameter in (model.first, model.second))
-    found = {
-        "optimizer": type(engine.optimizer).__name__,
-        "shapes": [tuple(first.shape), tuple(second.shape)],
-        "dtypes": {str(first.dtype), str(second.dtype)},
-        "moved": bool((first - Small(getattr(torch, dtype)).first.float()).abs().max() > 1e-3),
-        "states": [{key for key, _ in zero.state_tensors(engine, group)} for group in (0, 1)],
-        "buffer": (engine.module.base.dtype, hasattr(engine.module.base, "ds_id"), tuple(engine.module.base.shape)),
-        "saved": [name for name in engine.module_state_dict() if "base" in name],
-        "norm": engine.get_global_grad_norm(),
-    }
-    zero.reset_group(engine, 0, [model.first], zero_state)
-    found["reset"] = zero.full_fp32(engine, model.first).abs().max().item()
-    found["other kept"] = torch.equal(zero.full_fp32(engine, model.second), second)
-    found["states reset"] = [
-        max(value.abs().max().item() for _, value in zero.state_tensors(engine, group) if value.numel())
-        for group in (0, 1)
-    ]
-    one_step(engine)  # nothing of the old value is left anywhere
-    found["after"] = zero.full_fp32(engine, model.first).abs().max().item()
-    found["world"] = world
-    engine.destroy()
-    return found
-
-
 def stage3_attributes() -> list[str]:
     engine = new_engine(3, "bfloat16", stage3_param_persistence_threshold=0)
     one_step(engine)
@@ -261,13 +230,12 @@ def safe_getters() -> list[str]:
 CHECKS = (stage3_attributes, counting, collectives, stage_0_faults, safe_getters)
 
 
-def everything() -> dict[Any, Any]:
-    found: dict[Any, Any] = {combination: masters_and_state(*combination) for combination in COMBINATIONS}
-    return {**found, **{check.__name__: check() for check in CHECKS}}
+def everything() -> dict[str, list[str]]:
+    return {check.__name__: check() for check in CHECKS}
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[Any, Any]]:
+def ranks() -> list[dict[str, list[str]]]:
     return run_ranks(2, everything)
 
 
@@ -276,28 +244,3 @@ def ranks() -> list[dict[Any, Any]]:
 def test_attributes_and_behaviour(check: str, ranks: Any) -> None:
     for rank in ranks:
         assert rank[check] == [], f"no longer so in DeepSpeed {version('deepspeed')}: {rank[check]}"
-
-
-OPTIMIZERS = {
-    (0, "float32"): "AdamW",
-    (0, "bfloat16"): "FP16_UnfusedOptimizer",
-    (0, "float16"): "FP16_UnfusedOptimizer",
-    (1, "bfloat16"): "BF16_Optimizer",
-}
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize("combination", COMBINATIONS)
-def test_where_each_optimizer_keeps_its_masters(combination: tuple[int, str], ranks: Any) -> None:
-    stage = combination[0]
-    sharded = "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "DeepSpeedZeroOptimizer"
-    for found in (rank[combination] for rank in ranks):
-        assert found["optimizer"] == OPTIMIZERS.get(combination, sharded)
-        assert found["shapes"] == [(5, 5), (7,)] and found["dtypes"] == {"torch.float32"}
-        assert found["moved"]
-        assert all({"exp_avg", "exp_avg_sq"} <= keys for keys in found["states"])
-        assert found["buffer"] == (torch.float32, False, (5, 7)), "DeepSpeed has touched a buffer"
-        assert found["saved"] == [], "non-persistent buffers are saved"
-        assert (found["reset"], found["other kept"]) == (0.0, True)
-        assert found["states reset"][0] == 0.0 < max(rank[combination]["states reset"][1] for rank in ranks)
-        assert found["after"] == pytest.approx(1e-2, rel=0.02), "something of the old value came back"

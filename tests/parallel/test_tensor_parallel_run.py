@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import sha256_file
 from mora_ds.engine.shard_reader import EngineShards
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, launch, losses, playground, printed, refused, rows, run
+from tests.helpers.jobs import Playground, launch, losses, playground, printed, rows, run
 
 pytestmark = pytest.mark.gloo
 
@@ -113,30 +112,6 @@ def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], gro
 
 
 # -- before it begins --------------------------------------------------------------------------------------------------
-
-
-def refusals(argvs: list[list[str]]) -> list[tuple[str, str]]:
-    return [refused(argv) for argv in argvs]
-
-
-def test_what_is_refused_is_refused_before_anything_is_loaded(ground: Playground, tmp_path: Path) -> None:
-    zero2, nvme = tmp_path / "zero2.json", tmp_path / "nvme.json"
-    zero2.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    swapped = {"device": "nvme", "nvme_path": str(tmp_path)}
-    nvme.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": swapped}}))
-    out = tmp_path / "out"
-    cases = [
-        (["--tensor_parallel_size", 3], "--tensor_parallel_size 3 does not divide the 2 ranks"),
-        (["--tensor_parallel_size", 4], "--tensor_parallel_size 4 does not divide the 2 ranks"),
-        (["--tensor_parallel_size", 2, "--deepspeed", zero2], "needs ZeRO stage 3"),
-        (["--tensor_parallel_size", 2, "--deepspeed", nvme], "has not been tried with an optimizer on NVMe"),
-        (["--tensor_parallel_size", 2, "--mora_rank", 1, "--target_modules", "nothing"], "matches no linear layer"),
-    ]
-    argvs = [ground.flags(out, *map(str, more)) for more, _ in cases]
-    for results in run_ranks(2, refusals, argvs):
-        for (kind, message), (_, expected) in zip(results, cases, strict=True):
-            assert kind == "UserError" and expected in message
-    assert not out.exists()
 
 
 def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp_path: Path) -> None:
