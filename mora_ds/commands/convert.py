@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.peft_export import export_peft
+from mora_ds.runtime.cli import add_action, command_parser
 
 _ACTIONS = {
     "adapter": "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter",
@@ -32,10 +33,10 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     for name, text in _ACTIONS.items():
-        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action = add_action(actions, name, text)
         action.add_argument("path", type=Path, help="the checkpoint to convert")
         action.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     peft = actions.choices["peft"]

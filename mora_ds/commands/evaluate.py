@@ -31,7 +31,7 @@ from mora_ds.eval.perplexity import (
     named_sets,
 )
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
-from mora_ds.runtime.cli import check_device, check_writable, table
+from mora_ds.runtime.cli import check_device, check_writable, command_parser, table
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
     scoring_flags(parser)
     parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")

@@ -16,6 +16,7 @@ from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.hub import check_repository, push_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
+from mora_ds.runtime.cli import command_parser
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, link to one, or output folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")

@@ -14,6 +14,7 @@ from pathlib import Path
 from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus
 from mora_ds.models.vocabulary import extend_vocabulary
+from mora_ds.runtime.cli import command_parser
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
     parser.add_argument("--corpus", nargs="+", required=True, help="files, patterns or folders of the domain's text")
     parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")

@@ -14,6 +14,7 @@ from pathlib import Path
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.deploy.combine import combine_adapters
 from mora_ds.eval.ledger_summary import show_lines
+from mora_ds.runtime.cli import add_action, command_parser
 
 
 def main() -> None:
@@ -26,13 +27,11 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|combine")
-    text = "list the cycles with their norms"
-    show = actions.add_parser("show", help=text, description=text, allow_abbrev=False)
+    show = add_action(actions, "show", "list the cycles with their norms")
     show.add_argument("path", type=Path, help="ledger folder, checkpoint, or a run's output folder")
-    text = "write an adapter that is a weighted sum of others of the same base"
-    combine = actions.add_parser("combine", help=text, description=text, allow_abbrev=False)
+    combine = add_action(actions, "combine", "write an adapter that is a weighted sum of others of the same base")
     combine.add_argument("path", type=Path, nargs="+", help="checkpoints, exported adapters or output folders of runs")
     combine.add_argument("--weights", type=float, nargs="+", required=True, help="one for each, in the same order")
     combine.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import CONFIGS, copy_folder
+from mora_ds.runtime.cli import add_action, command_parser
 
 
 def main() -> None:
@@ -56,11 +57,10 @@ def _purpose(name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     actions = parser.add_subparsers(dest="action", metavar="show|copy")
-    show = actions.add_parser("show", help="print a file", description="print a file", allow_abbrev=False)
+    show = add_action(actions, "show", "print a file")
     show.add_argument("name", help="as listed, such as recipes/continual.yaml")
-    text = "write all files into a new folder"
-    copy = actions.add_parser("copy", help=text, description=text, allow_abbrev=False)
+    copy = add_action(actions, "copy", "write all files into a new folder")
     copy.add_argument("folder", type=Path, help="folder to write; must be new")
     return parser

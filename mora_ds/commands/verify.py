@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError
+from mora_ds.runtime.cli import command_parser
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("path", type=Path, help="a checkpoint, a link to one, or a run's output folder")
     parser.add_argument("--base", type=Path, help="the base's folder, to check that it is the right one")
     return parser

@@ -36,7 +36,7 @@ from mora_ds.eval.ledger_summary import mean
 from mora_ds.eval.perplexity import load_target
 from mora_ds.research.targets import BY_PROBE, BY_WEIGHTS, open_model, parse_budget
 from mora_ds.research.weights import ESTIMATED, EXACT_UP_TO, LEADING, SHARES, WeightMeasures, analyse
-from mora_ds.runtime.cli import check_device, check_writable, table
+from mora_ds.runtime.cli import check_device, check_writable, command_parser, table
 
 FLAG = "--probe"
 
@@ -91,7 +91,7 @@ def _probe(given: argparse.Namespace, config: MoRAConfig) -> dict[str, GradientM
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors")
     parser.add_argument("--target_modules", nargs="+", default=[ALL_LINEAR], help="which layers, as in training")
     parser.add_argument(

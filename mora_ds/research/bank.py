@@ -47,7 +47,7 @@ from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
-from mora_ds.runtime.cli import table
+from mora_ds.runtime.cli import command_parser, table
 
 BASE = "(base)"
 """The name of the base model in tables of adapters."""
@@ -451,7 +451,7 @@ def _rows(scores: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="the base of all adapters")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of adapters, checkpoints or runs")
     parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of them")

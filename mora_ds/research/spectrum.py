@@ -27,7 +27,7 @@ from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import POSITIVE, UserError, nearest
 from mora_ds.common.files import write_json_atomic
 from mora_ds.eval.ledger_summary import Update, histories, mean, modules_of, require_delta
-from mora_ds.runtime.cli import check_device, check_writable, table
+from mora_ds.runtime.cli import check_device, check_writable, command_parser, table
 
 THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("path", type=Path, help="ledger folder, checkpoint, or a run's output folder")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="count singular values above it")
     parser.add_argument("--layers", default="*", help="pattern over module names, such as '*.q_proj'")

@@ -6,6 +6,7 @@ Rank 0 prints the error message, once; a rank that fails because another one has
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import re
 import sys
@@ -14,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mora_ds.common.errors import FailedBeside, RunError, Stopped, UserError, empty_words, refuse
 from mora_ds.runtime import signals
@@ -95,6 +96,17 @@ def _lose_contact(error: RuntimeError) -> NoReturn:
 
 _NEGATIVE = re.compile(r"-(\d+\.|(\d+\.?\d*|\.\d+)e[+-]?\d+|inf|nan)", re.IGNORECASE)
 """Negative numbers that argparse (of Python up to 3.13) takes for flags: it knows no others than -1 and -0.5."""
+
+
+def command_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviated flags, described by the first line of a module's documentation."""
+    return argparse.ArgumentParser(description=(documentation or "").splitlines()[0], allow_abbrev=False)
+
+
+def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """The parser of one action of a command, among its `add_subparsers`."""
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+    return parser
 
 
 def negative_numbers(words: Sequence[str]) -> list[str]:

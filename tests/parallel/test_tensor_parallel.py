@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.gloo import run_ranks
+from tests.helpers.pairwise import pairwise_cases
 from tests.helpers.tensor_parallel import Case, assert_same_run, plain_run, split_run
 
 pytestmark = pytest.mark.gloo
@@ -74,31 +75,42 @@ def test_an_offloaded_optimizer_and_squares_that_stay_gathered() -> None:
 # -- everything --------------------------------------------------------------------------------------------------------
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
-OPERATORS = ("share", "rotate", "decouple", "truncate")
+RANKS = [(2, 2), (4, 4), (4, 2)]
+"""(ranks, tensor-parallel degree)"""
+OPERATORS: dict[str, Case] = {
+    **{operator: {"operator": operator} for operator in ("share", "rotate", "decouple", "truncate")},
+    "aligned, permuted": {**ALIGNED, "grouping": "permuted"},
+    "aligned, alternate": {**ALIGNED, "grouping": "alternate"},
+}
+FORMS: dict[str, Case] = {
+    "others trained": {"train_norms": True, "train_embeddings": True},
+    "over the weight": {"compute": "weight", "checkpointing": True},
+    "documents": {"documents": True, "checkpointing": True},
+}
+
+
+def has_heads(ranks: tuple[int, int], family: str, kv_heads: int | None, **others: str) -> bool:
+    """Four key-value heads, which four ranks can split, in place of two, where the attention falls back."""
+    return kv_heads is None or (ranks == (4, 4) and family not in ("gpt2", "gpt_neox"))
+
+
+EVERY_TWO = pairwise_cases(
+    {"family": FAMILIES, "ranks": RANKS, "operator": list(OPERATORS), "form": list(FORMS), "kv_heads": [None, 4]},
+    has_heads,
+)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), (4, 2)])
-def test_every_family_and_operator(world: int, degree: int, family: str) -> None:
-    """With all other trained parameters and no gradient checkpointing; MoRA matrices only, over the weight, with
-    checkpointing. At t = 4 with four key-value heads as well as with two, where the attention falls back."""
-    models: list[dict[str, Any]] = [{}]
-    if degree == 4 and family not in ("gpt2", "gpt_neox"):
-        models.append({"num_key_value_heads": 4})
-    cases: list[Case] = [
-        {"family": family, "operator": operator, "checkpointing": checkpointing, "model": model, **also}
-        for model in models
-        for operator in OPERATORS
-        for checkpointing, also in (
-            (False, {"train_norms": True, "train_embeddings": True}),
-            (True, {"compute": "weight"}),
-        )
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_two_of_family_operator_and_form(ranks: tuple[int, int]) -> None:
+    cases = [
+        {
+            "family": case["family"],
+            "model": {"num_key_value_heads": case["kv_heads"]} if case["kv_heads"] else {},
+            **OPERATORS[case["operator"]],
+            **FORMS[case["form"]],
+        }
+        for case in EVERY_TWO
+        if case["ranks"] == ranks
     ]
-    cases += [
-        {"family": family, **ALIGNED, "model": model, "grouping": g}
-        for model in models
-        for g in ("permuted", "alternate")
-    ]
-    cases += [{"family": family, "documents": True, "model": model, "checkpointing": True} for model in models]
-    compare(world, degree, cases)
+    compare(*ranks, cases)

@@ -55,6 +55,7 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from mora_ds.train.run import Run
 from tools.bench.measuring import llama_config, only_rank
 from tools.bench.report import Report, json_flag
@@ -340,7 +341,7 @@ def _name(device: torch.device) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("question", choices=list(QUESTIONS), help="what to measure")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where")
     parser.add_argument("--toy", action="store_true", help="toy sizes, which say nothing about speed")

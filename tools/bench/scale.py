@@ -42,6 +42,7 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.run import Run, RunDetails
 from tools.bench.measuring import llama_config, zero3_config
@@ -294,7 +295,7 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints; left as it was")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))

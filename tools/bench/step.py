@@ -38,6 +38,7 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import llama_config, seconds_of, zero3_config
 from tools.bench.report import Report, json_flag
 
@@ -189,7 +190,7 @@ def _speedup(seconds: list[float], others: list[float]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("--width", type=int, default=512, help="of the model")
     parser.add_argument("--layers", type=int, default=8, help="how many")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA; MoRA matrices have about as many parameters")
