@@ -115,20 +115,16 @@ def _unique(pairs: list[tuple[str, Any]], path: str | Path) -> dict[str, Any]:
 
 
 def resolve_ds_config(
-    config: dict[str, Any] | str | Path | None,
-    settings: EngineSettings,
-    world_size: int,
-    trainable_numels: Sequence[int] | None = None,
+    config: dict[str, Any] | str | Path | None, settings: EngineSettings, world_size: int
 ) -> dict[str, Any]:
     """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON file.
 
-    Without `trainable_numels`, ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a
-    model is loaded. Raises one `UserError` that lists all unknown and refused keys, all contradictions with
-    `settings`, and every "auto" that nothing fills.
+    ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded. Raises one
+    `UserError` that lists all unknown and refused keys, all contradictions with `settings`, and every "auto" that
+    nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
-    resolved = _resolve(config, source, settings.tensor_parallel_size, settings, world_size)
-    return resolved if trainable_numels is None else fill_bucket_sizes(resolved, trainable_numels)
+    return _resolve(config, source, settings.tensor_parallel_size, settings, world_size)
 
 
 def complete_ds_config(

@@ -31,14 +31,11 @@ class CollectiveCounter:
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
         """`base`: the frozen tensors. A collective on the memory of one of them counts into `base_bytes`."""
         self.bytes: Counter[str] = Counter()
-        self.calls = 0
-        """Number of gathers."""
         self.base_bytes = 0
         self._base_storages = {tensor.untyped_storage().data_ptr() for tensor in base}
 
     def reset(self) -> None:
         self.bytes.clear()
-        self.calls = 0
 
     @property
     def gathered_bytes(self) -> int:
@@ -61,7 +58,6 @@ class CollectiveCounter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
             self.bytes[kind] += max(nbytes_of(value) for value in values)
-            self.calls += kind in self._GATHERS
             base = (t for t in tensors_of(values) if t.untyped_storage().data_ptr() in self._base_storages)
             self.base_bytes += nbytes_of(list(base))
             return call(*args, **kwargs)

@@ -16,7 +16,7 @@ from mora_ds.config.flags import read_recipe
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.engine.ds_config import compute_dtype, resolve_ds_config
+from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes, resolve_ds_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEEPSPEED = sorted(CONFIGS.glob("*.json"))
@@ -40,7 +40,7 @@ def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype:
     training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
     assert training.tensor_parallel_size == (2 if path.stem.endswith("tp2") else 1)
     settings = training.engine_settings()
-    resolved = resolve_ds_config(path, settings, world_size=2, trainable_numels=[64, 128])
+    resolved = fill_bucket_sizes(resolve_ds_config(path, settings, world_size=2), [64, 128])
     assert compute_dtype(resolved) == dtype
     assert resolved["train_batch_size"] == 6
     assert '"auto"' not in json.dumps(resolved)

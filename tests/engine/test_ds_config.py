@@ -76,7 +76,7 @@ def test_the_users_config_is_not_touched_and_own_values_stay() -> None:
         "steps_per_print": 7,
     }
     before = json.dumps(config)
-    resolved = resolve_ds_config(config, SETTINGS, 1, trainable_numels=[100])
+    resolved = fill_bucket_sizes(resolve_ds_config(config, SETTINGS, 1), [100])
     assert json.dumps(config) == before
     assert resolved["optimizer"]["params"]["torch_adam"] is False
     assert resolved["zero_optimization"]["memory_efficient_linear"] is True
@@ -119,13 +119,15 @@ def test_persistence_budget_is_in_bytes_of_the_compute_dtype() -> None:
     numel = PERSIST_BUDGET_BYTES // 2
     kept = {}
     for bf16 in (True, False):
-        config = resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2, [numel])
+        config = fill_bucket_sizes(
+            resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2), [numel]
+        )
         kept[bf16] = config["zero_optimization"]["stage3_param_persistence_threshold"]
     assert kept == {True: numel, False: 0}
 
 
 def test_a_bucket_always_holds_the_largest_parameter() -> None:
-    config = resolve_ds_config({}, SETTINGS, 1, [REDUCE_BUCKET_NUMEL * 2, 10])
+    config = fill_bucket_sizes(resolve_ds_config({}, SETTINGS, 1), [REDUCE_BUCKET_NUMEL * 2, 10])
     assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL * 2
 
 
