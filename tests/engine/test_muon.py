@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
-from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel, uses_muon
@@ -268,22 +267,6 @@ def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> 
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
-
-
-def pruning_refused(folder: str, stage: int) -> str:
-    options = {"config": {"optimizer": MUON, "zero_optimization": {"stage": stage}}}
-    try:
-        merging_run(folder, "float32", 1, reset=OptimizerReset.RANDOM, **options)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize("stage", [1, 2])
-def test_pruning_is_refused_where_ranks_share_a_momentum(tmp_path: Path, stage: int) -> None:
-    (message,) = run_ranks(1, pruning_refused, str(tmp_path), stage)
-    assert "--optimizer_reset random" in message and "stage 3 or 0" in message
 
 
 def random_reset_without_zero(folder: str) -> list[Tensor]:
