@@ -71,16 +71,16 @@ class LayerGathers:
 def marked(value: Any, in_backward: Callable[[], None]) -> Any:
     """The value, whose backward calls `in_backward` once the gradients of all tensors in it are there: at a layer's
     outputs before the layer's own backward, at its inputs after it."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def find(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     value = _each_tensor(value, find)
-    if not found or not torch.is_grad_enabled():
+    if not tensors or not torch.is_grad_enabled():
         return value
-    passed = iter(_Mark.apply(in_backward, *found))
+    passed = iter(_Mark.apply(in_backward, *tensors))
     return _each_tensor(value, lambda tensor: next(passed))
 
 

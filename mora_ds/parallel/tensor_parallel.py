@@ -46,9 +46,9 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
         layer.split = LayerSplit(topology, plan.styles[name], transposed=layer.spec.in_segments > 1)
-        own = nn.Parameter(layer.split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
-        mark_split(own, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
-        layer.square = own
+        square_shard = nn.Parameter(layer.split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
+        mark_split(square_shard, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
+        layer.square = square_shard
     for name, style in plan.styles.items():
         if style is not Style.WHOLE and name not in layers:
             module: Any = model.get_submodule(name)
@@ -110,16 +110,16 @@ class LayerSplit:
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that this process computes."""
-        part = Window.of(spec) if self.style is Style.WHOLE else self._window(spec)
-        return part.d_in, part.d_out
+        window = Window.of(spec) if self.style is Style.WHOLE else self._window(spec)
+        return window.d_in, window.d_out
 
-    def __call__(self, layer: MoRALinear, x: Tensor, own: Tensor, path: Compute) -> Tensor:
+    def __call__(self, layer: MoRALinear, x: Tensor, square_shard: Tensor, path: Compute) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's output are this process's
-        slices. `own`: this process's share of M."""
+        slices. `square_shard`: this process's share of M."""
         if self.style is Style.WHOLE:
-            return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, own, x)
+            return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, square_shard, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
-        y = _SplitLinear.apply(x, weight, bias, own, self._window(layer.spec), self, path)
+        y = _SplitLinear.apply(x, weight, bias, square_shard, self._window(layer.spec), self, path)
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
     def shard(self, matrix: Tensor) -> Tensor:
@@ -127,22 +127,22 @@ class LayerSplit:
         start, stop = self.topology.share(len(matrix))
         return (matrix.T if self.transposed else matrix)[start:stop]
 
-    def unshard(self, own: Tensor) -> Tensor:
+    def unshard(self, square_shard: Tensor) -> Tensor:
         """M (r_hat, r_hat), from the shares of all processes of the group. Collective."""
-        matrix = self.topology.gather(own, own.shape[1])
+        matrix = self.topology.gather(square_shard, square_shard.shape[1])
         return matrix.T.contiguous() if self.transposed else matrix
 
-    def for_compute(self, own: Tensor, part: Window) -> Tensor:
+    def for_compute(self, square_shard: Tensor, window: Window) -> Tensor:
         """The rows and columns of M that the window may use."""
-        if self._is_aligned(part.spec):
-            return own.T if self.transposed else own
-        return self.unshard(own)
+        if self._is_aligned(window.spec):
+            return square_shard.T if self.transposed else square_shard
+        return self.unshard(square_shard)
 
-    def gradient(self, gradient: Tensor, part: Window) -> Tensor:
+    def gradient(self, gradient: Tensor, window: Window) -> Tensor:
         """The gradient of this process's share, from its gradient of what `for_compute` returned."""
         if self.transposed:
             gradient = gradient.T
-        return gradient.contiguous() if self._is_aligned(part.spec) else self.topology.sum_scatter(gradient)
+        return gradient.contiguous() if self._is_aligned(window.spec) else self.topology.sum_scatter(gradient)
 
     def _is_aligned(self, spec: OperatorSpec) -> bool:
         segments = spec.out_segments if self.style is Style.COLWISE else spec.in_segments
@@ -154,14 +154,14 @@ class LayerSplit:
             return Window.of(spec, outputs=self.topology.share(spec.d_out), rows=lanes)
         return Window.of(spec, inputs=self.topology.share(spec.d_in), columns=lanes)
 
-    def _unsplit_update(self, spec: OperatorSpec, own: Tensor, x: Tensor) -> Tensor:
-        part = Window.of(spec)
-        z = _Compress.apply(x, part)
+    def _unsplit_update(self, spec: OperatorSpec, square_shard: Tensor, x: Tensor) -> Tensor:
+        window = Window.of(spec)
+        z = _Compress.apply(x, window)
         if self.transposed:
-            u = Sum.apply(Slice.apply(z, self.topology) @ own, self.topology)
+            u = Sum.apply(Slice.apply(z, self.topology) @ square_shard, self.topology)
         else:
-            u = AllGather.apply(F.linear(SumGradient.apply(z, self.topology), own), self.topology, spec.r_hat)
-        return _Decompress.apply(u, part)
+            u = AllGather.apply(F.linear(SumGradient.apply(z, self.topology), square_shard), self.topology, spec.r_hat)
+        return _Decompress.apply(u, window)
 
 
 @dataclass(frozen=True)
@@ -208,67 +208,69 @@ class _SplitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, own: Tensor, part: Window, split: LayerSplit,
-        path: Compute,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square_shard: Tensor, window: Window,
+        split: LayerSplit, path: Compute,
     ) -> Tensor:  # fmt: skip
-        ctx.part = part
+        ctx.window = window
         ctx.split = split
         ctx.weight = weight
         ctx.by_weight = path is Compute.WEIGHT
-        ctx.saves_folded = not part.spec.blockwise and part.columns[1] - part.columns[0] < part.d_in
-        matrix = split.for_compute(own, part)
-        z = part.fold(x) if ctx.saves_folded or not ctx.by_weight else x
-        ctx.save_for_backward(z if ctx.saves_folded else x, own)
+        ctx.saves_folded = not window.spec.blockwise and window.columns[1] - window.columns[0] < window.d_in
+        matrix = split.for_compute(square_shard, window)
+        z = window.fold(x) if ctx.saves_folded or not ctx.by_weight else x
+        ctx.save_for_backward(z if ctx.saves_folded else x, square_shard)
         if ctx.by_weight:
-            return linear(x, part.delta(matrix).add_(weight), bias)
-        update = part.deal(F.linear(part.rotate(z), part.used_rows(matrix)))
+            return linear(x, window.delta(matrix).add_(weight), bias)
+        update = window.deal(F.linear(window.rotate(z), window.used_rows(matrix)))
         return linear(x, weight, bias).add_(update)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), part, split = gradients, ctx.part, ctx.split
-        saved, own = ctx.saved_tensors
-        in_blocks = ctx.by_weight and part.spec.blockwise
-        collected = g if in_blocks else part.collect(g)
-        g_x = g_own = None
+        (g,) = gradients
+        window: Window = ctx.window
+        split: LayerSplit = ctx.split
+        saved, square_shard = ctx.saved_tensors
+        in_blocks = ctx.by_weight and window.spec.blockwise
+        collected = g if in_blocks else window.collect(g)
+        g_x = g_shard = None
         if ctx.needs_input_grad[0]:
-            matrix = split.for_compute(own, part)
+            matrix = split.for_compute(square_shard, window)
             if ctx.by_weight:
-                g_x = g @ part.delta(matrix).add_(ctx.weight)
+                g_x = g @ window.delta(matrix).add_(ctx.weight)
             else:
-                g_z = part.rotate(collected @ part.used_rows(matrix), back=True)
-                g_x = g @ ctx.weight + part.unfold(g_z)
+                g_z = window.rotate(collected @ window.used_rows(matrix), back=True)
+                g_x = g @ ctx.weight + window.unfold(g_z)
         if ctx.needs_input_grad[3]:
             if in_blocks:
-                g_matrix = part.gradient(saved, g)
+                g_matrix = window.gradient(saved, g)
             else:
-                z = part.rotate(saved if ctx.saves_folded else part.fold(saved))
-                g_matrix = part.all_rows(collected.flatten(0, -2).T @ z.flatten(0, -2))
-            g_own = split.gradient(g_matrix, part)
-        return g_x, None, None, g_own, None, None, None
+                z = window.rotate(saved if ctx.saves_folded else window.fold(saved))
+                g_matrix = window.all_rows(collected.flatten(0, -2).T @ z.flatten(0, -2))
+            g_shard = split.gradient(g_matrix, window)
+        return g_x, None, None, g_shard, None, None, None
 
 
 class _Compress(torch.autograd.Function):
     """`mora.compress` made of gathers alone, in backward too, so that it is the same to the bit on all processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Window) -> Tensor:
-        ctx.part = part
-        return part.rotate(part.fold(x))
+    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
+        ctx.window = window
+        return window.rotate(window.fold(x))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.unfold(ctx.part.rotate(gradients[0], back=True)), None
+        return ctx.window.unfold(ctx.window.rotate(gradients[0], back=True)), None
 
 
 class _Decompress(torch.autograd.Function):
     """`mora.decompress`, likewise."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, part: Window) -> Tensor:
-        ctx.part = part
-        return part.deal(part.used_rows(u, dim=-1))
+    def forward(ctx: Any, u: Tensor, window: Window) -> Tensor:
+        ctx.window = window
+        return window.deal(window.used_rows(u, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.all_rows(ctx.part.collect(gradients[0]), dim=-1), None
+        return ctx.window.all_rows(ctx.window.collect(gradients[0]), dim=-1), None

@@ -64,10 +64,10 @@ class Topology:
         comm.broadcast(tensor, src=comm.get_global_rank(self.group, 0), group=self.group)
         return tensor
 
-    def gather(self, own: Tensor, size: int) -> Tensor:
+    def gather(self, shard: Tensor, size: int) -> Tensor:
         """Shares of the first dimension -> (size, ...), on every process of the group."""
-        padded = _padded(own, -(-size // self.degree))
-        whole = own.new_empty(len(padded) * self.degree, *own.shape[1:])
+        padded = _padded(shard, -(-size // self.degree))
+        whole = shard.new_empty(len(padded) * self.degree, *shard.shape[1:])
         comm.all_gather_into_tensor(whole, padded, group=self.group)
         if len(whole) == size:
             return whole
@@ -82,9 +82,9 @@ class Topology:
         if longest * self.degree != size:
             parts = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
             whole = torch.cat([_padded(part, longest) for part in parts])
-        own = whole.new_empty(longest, *whole.shape[1:])
-        comm.reduce_scatter_tensor(own, whole.contiguous(), group=self.group)
-        return own[: stop - start]
+        shard = whole.new_empty(longest, *whole.shape[1:])
+        comm.reduce_scatter_tensor(shard, whole.contiguous(), group=self.group)
+        return shard[: stop - start]
 
 
 def share(size: int, degree: int, index: int) -> tuple[int, int]:
@@ -153,9 +153,9 @@ class AllGather(torch.autograd.Function):
     """(..., share of R) -> (..., R); the gradient is this process's slice."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, topology: Topology, r_hat: int) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
         ctx.topology = topology
-        return topology.gather(own.movedim(-1, 0), r_hat).movedim(0, -1)
+        return topology.gather(shard.movedim(-1, 0), r_hat).movedim(0, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

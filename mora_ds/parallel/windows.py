@@ -146,16 +146,16 @@ class Window:
         return sum_of_blocks(spec, total.unflatten(1, (spec.r_hat, spec.r_hat)))
 
 
-def _delta_of_blocks(part: Window, matrix: Tensor) -> Tensor:
-    spec, tables = part.spec, _block_tables(part, matrix.device)
+def _delta_of_blocks(window: Window, matrix: Tensor) -> Tensor:
+    spec, tables = window.spec, _block_tables(window, matrix.device)
     inputs = tables.inputs
     values = block_squares(spec, matrix).gather(2, inputs.slots.unsqueeze(1).expand(-1, spec.r_hat, -1))
     values = values.masked_fill(inputs.padding.unsqueeze(1), 0).flatten(0, 1)  # (N * R, Li)
-    delta = values.new_zeros(part.d_out * part.d_in)
+    delta = values.new_zeros(window.d_out * window.d_in)
     for meeting in tables.meetings:
-        elements = (meeting.outputs * part.d_in).unsqueeze(1) + inputs.numbers.index_select(0, meeting.blocks)
+        elements = (meeting.outputs * window.d_in).unsqueeze(1) + inputs.numbers.index_select(0, meeting.blocks)
         delta.scatter_add_(0, elements.flatten(), values.index_select(0, meeting.rows).flatten())
-    return delta.view(part.d_out, part.d_in)
+    return delta.view(window.d_out, window.d_in)
 
 
 # -- tables of all slots ----------------------------------------------------------------------------------------------
@@ -183,15 +183,15 @@ def clear_tables() -> None:
 
 
 @lru_cache(maxsize=1024)
-def _tables(part: Window, device: torch.device) -> _Tables:
+def _tables(window: Window, device: torch.device) -> _Tables:
     with torch.inference_mode(False), torch.no_grad():
-        output_slots, outputs, used = _output_tables(part)
-        tables = _Tables(*_moved((*_input_tables(part), output_slots, outputs), device))
+        output_slots, outputs, used = _output_tables(window)
+        tables = _Tables(*_moved((*_input_tables(window), output_slots, outputs), device))
         return tables if used is None else tables._replace(used=used.to(device))
 
 
-def _input_tables(part: Window) -> tuple[Tensor, Tensor]:
-    spec, (start, stop), (first, last) = part.spec, part.inputs, part.columns
+def _input_tables(window: Window) -> tuple[Tensor, Tensor]:
+    spec, (start, stop), (first, last) = window.spec, window.inputs, window.columns
     numbers = _input_numbers(spec)[:, first:last]
     inside = (numbers >= start) & (numbers < stop)
     local, width = numbers - start, stop - start
@@ -204,17 +204,17 @@ def _input_tables(part: Window) -> tuple[Tensor, Tensor]:
     return inputs, _lists(local[inside], slots[inside], width, last - first)
 
 
-def _output_tables(part: Window) -> tuple[Tensor, Tensor, Tensor | None]:
-    spec, (start, stop) = part.spec, part.outputs
+def _output_tables(window: Window) -> tuple[Tensor, Tensor, Tensor | None]:
+    spec, (start, stop) = window.spec, window.outputs
     slots = output_slots(spec)[start:stop]
     if spec.blockwise:
         count, used = spec.blocks_out * spec.r_hat, None
     else:
-        slots = torch.where(slots < 0, slots, slots - part.rows[0])
+        slots = torch.where(slots < 0, slots, slots - window.rows[0])
         used = slots[slots >= 0].unique()
         count = len(used)
         slots = torch.where(slots < 0, slots, torch.searchsorted(used, slots))
-        used = None if count == part.rows[1] - part.rows[0] else used
+        used = None if count == window.rows[1] - window.rows[0] else used
     reads = slots >= 0
     outputs = _lists(slots[reads], torch.arange(stop - start)[reads], count, stop - start)
     return torch.where(reads, slots, count), outputs, used
@@ -290,11 +290,11 @@ class _BlockTables(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _block_tables(part: Window, device: torch.device) -> _BlockTables:
+def _block_tables(window: Window, device: torch.device) -> _BlockTables:
     """The same window for decouple and rotate without the slots that other windows have, so that its part of the delta
     and of M's gradient costs its share of the complete one."""
     with torch.inference_mode(False), torch.no_grad():
-        spec, (first, last), (start, stop) = part.spec, part.inputs, part.outputs
+        spec, (first, last), (start, stop) = window.spec, window.inputs, window.outputs
         numbers = _input_numbers(spec)
         in_blocks, in_slots = ((numbers >= first) & (numbers < last)).nonzero(as_tuple=True)
         inputs = _side(in_blocks, in_slots, numbers[in_blocks, in_slots] - first, spec.blocks_in)
