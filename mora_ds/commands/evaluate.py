@@ -35,62 +35,64 @@ from mora_ds.runtime.cli import check_device, check_writable, command_parser, ta
 
 
 def main() -> None:
-    given = _parser().parse_args()
-    check_scoring(given)
-    if not given.sets and not given.lm_eval:
+    options = _parser().parse_args()
+    check_scoring(options)
+    if not options.sets and not options.lm_eval:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
-    content = _model(given, read_sets(given))
-    if given.json is not None:
-        write_json_atomic(given.json, {"model": str(given.model), **content})
+    content = _model(options, read_sets(options))
+    if options.json is not None:
+        write_json_atomic(options.json, {"model": str(options.model), **content})
 
 
-def check_scoring(given: argparse.Namespace) -> None:
+def check_scoring(options: argparse.Namespace) -> None:
     """Raise `UserError` for wrong values of `scoring_flags`."""
-    check_writable("--json", given.json)
-    check_device(given.device)
-    if given.batch_size < 1 or (given.max_documents is not None and given.max_documents < 1):
+    check_writable("--json", options.json)
+    check_device(options.device)
+    if options.batch_size < 1 or (options.max_documents is not None and options.max_documents < 1):
         raise UserError("--batch_size and --max_documents must be at least 1")
 
 
-def read_sets(given: argparse.Namespace) -> dict[str, Corpus]:
+def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
     """The texts of --sets by their names."""
     return {
-        name: load_corpus([path], text_column=given.text_column, flag=f"--sets {name}")
-        for name, path in named_sets(given.sets).items()
+        name: load_corpus([path], text_column=options.text_column, flag=f"--sets {name}")
+        for name, path in named_sets(options.sets).items()
     }
 
 
-def _mixes(given: argparse.Namespace) -> list[Mix]:
+def _mixes(options: argparse.Namespace) -> list[Mix]:
     """What to make of the update, for each --delta_scale. Raises `UserError`."""
-    mixes = [Mix(scale, given.average_last, given.average_decay) for scale in dict.fromkeys(given.delta_scale)]
+    mixes = [Mix(scale, options.average_last, options.average_decay) for scale in dict.fromkeys(options.delta_scale)]
     for mix in mixes:
         mix.check()
     return mixes
 
 
-def _model(given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """Evaluate one model at each --delta_scale. Returns the content of the JSON file."""
-    found = {}
-    for mix in _mixes(given):
-        with mixed(given.model, mix, given.base) as path:
-            target = load_target(path, given.base, given.dtype, given.device, given.trust_remote_code, given.domain)
-        source = target.source if mix.is_plain else f"{given.model}, {mix}"
-        found[mix.scale] = _scores(target, source, given, sets)
-    return found.popitem()[1] if len(found) == 1 else {"delta_scales": found}
+    by_scale = {}
+    for mix in _mixes(options):
+        with mixed(options.model, mix, options.base) as path:
+            target = load_target(
+                path, options.base, options.dtype, options.device, options.trust_remote_code, options.domain
+            )
+        source = target.source if mix.is_plain else f"{options.model}, {mix}"
+        by_scale[mix.scale] = _scores(target, source, options, sets)
+    return by_scale.popitem()[1] if len(by_scale) == 1 else {"delta_scales": by_scale}
 
 
-def _scores(target: Target, source: str, given: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+def _scores(target: Target, source: str, options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """Print the scores of one model, and return them for the JSON file."""
-    windows = Windows.of(target.model, given.window, given.stride, given.document_start)
+    windows = Windows.of(target.model, options.window, options.stride, options.document_start)
     print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
-    scores = evaluate_sets(target, sets, windows, given.batch_size, given.max_documents)
+    scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
     if scores:
         print("\n".join(table([_TITLES, *(_row(*named) for named in scores.items())])))
-    tasks = harness(target, given.lm_eval, windows.window, given.batch_size) if given.lm_eval else {}
+    tasks = harness(target, options.lm_eval, windows.window, options.batch_size) if options.lm_eval else {}
     for task, metrics in tasks.items():
         print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
     return {
-        "domain": given.domain, "window": windows.window, "stride": windows.stride,
+        "domain": options.domain, "window": windows.window, "stride": windows.stride,
         "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
     }  # fmt: skip
 

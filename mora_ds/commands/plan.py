@@ -31,26 +31,26 @@ from mora_ds.train.attention import implementation_of
 
 
 def main() -> None:
-    given = _options()
-    cluster = Cluster(given.gpus, given.gpus_per_node, given.gpu_memory * 1e9)
-    planner = Planner(_work(given), cluster, _ds_config(given), given.accumulation, given.cpu)
-    device, chosen = BaseDevice(given.base_device), None
-    if given.micro_batch is None:
-        both = planner.work.adapter is not None and not given.cpu
+    options = _options()
+    cluster = Cluster(options.gpus, options.gpus_per_node, options.gpu_memory * 1e9)
+    planner = Planner(_work(options), cluster, _ds_config(options), options.accumulation, options.cpu)
+    device, chosen = BaseDevice(options.base_device), None
+    if options.micro_batch is None:
+        both = planner.work.adapter is not None and not options.cpu
         places = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
         for place in places if device is BaseDevice.AUTO else [device]:
             planner = place_base(planner, place)
-            if chosen := recommend(planner, given.rows):
+            if chosen := recommend(planner, options.rows):
                 break
     else:
         planner = place_base(planner, device)
     plan = chosen or planner.plan()
     sharding = recommend_sharding(planner, plan)
-    if given.json:
+    if options.json:
         facts = {"recommended": chosen is not None, "sharding": asdict(sharding)}
         print(json.dumps({**as_json(plan), **facts}, indent=2))
         return
-    if given.micro_batch is None:
+    if options.micro_batch is None:
         print("recommended:" if chosen else "nothing fits; the smallest there is:")
     print(report(plan, sharding=sharding))
 
@@ -85,48 +85,53 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--attn_implementation", default="auto")
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     for name in ("gpus", "gpus_per_node", "gpu_memory", "seq_len", "micro_batch", "accumulation", "rows",
                  "tensor_parallel_size", "sequence_parallel_size"):  # fmt: skip
-        value = getattr(given, name)
+        value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name} must be above 0, got {value}")
-    return given
+    return options
 
 
-def _work(given: argparse.Namespace) -> Work:
+def _work(options: argparse.Namespace) -> Work:
     adapter = AdapterArguments(
-        adapter=given.adapter, mora_rank=given.mora_rank, operator=given.operator, target_modules=given.target_modules,
-        train_embeddings=given.train_embeddings, train_embedding_rank=given.train_embedding_rank,
-        train_norms=given.train_norms, train_head=given.train_head,
-        base_bits=given.base_bits,
-    )  # fmt: skip
-    if given.adapter == AdapterKind.FULL.value and given.base_bits != AdapterArguments.base_bits:
-        raise UserError(f"--base_bits {given.base_bits}: --adapter full leaves no weight frozen")
-    config = named_config(shipped(given.model), given.trust_remote_code, "--model")
-    model = ModelArguments(attn_implementation=given.attn_implementation)
+        adapter=options.adapter,
+        mora_rank=options.mora_rank,
+        operator=options.operator,
+        target_modules=options.target_modules,
+        train_embeddings=options.train_embeddings,
+        train_embedding_rank=options.train_embedding_rank,
+        train_norms=options.train_norms,
+        train_head=options.train_head,
+        base_bits=options.base_bits,
+    )
+    if options.adapter == AdapterKind.FULL.value and options.base_bits != AdapterArguments.base_bits:
+        raise UserError(f"--base_bits {options.base_bits}: --adapter full leaves no weight frozen")
+    config = named_config(shipped(options.model), options.trust_remote_code, "--model")
+    model = ModelArguments(attn_implementation=options.attn_implementation)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return Work(
         config=config,
-        adapter=None if given.adapter == AdapterKind.FULL.value else adapter.config(seed=42),
-        seq_len=given.seq_len,
-        micro_batch=given.micro_batch or 1,
-        dtype=dtypes[given.dtype],
-        checkpointing=given.gradient_checkpointing or given.micro_batch is None,
-        tensor_parallel=given.tensor_parallel_size,
-        sequence_parallel=given.sequence_parallel_size,
-        document_mask=not given.no_document_mask,
+        adapter=None if options.adapter == AdapterKind.FULL.value else adapter.config(seed=42),
+        seq_len=options.seq_len,
+        micro_batch=options.micro_batch or 1,
+        dtype=dtypes[options.dtype],
+        checkpointing=options.gradient_checkpointing or options.micro_batch is None,
+        tensor_parallel=options.tensor_parallel_size,
+        sequence_parallel=options.sequence_parallel_size,
+        document_mask=not options.no_document_mask,
         attn_implementation=model.implementation,
         by_documents=implementation_of(model, config) == NAME,
-        trust_remote_code=given.trust_remote_code,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
-def _ds_config(given: argparse.Namespace) -> dict[str, object]:
+def _ds_config(options: argparse.Namespace) -> dict[str, object]:
     settings = TrainingArguments(
-        per_device_train_batch_size=given.micro_batch or 1, gradient_accumulation_steps=given.accumulation
+        per_device_train_batch_size=options.micro_batch or 1, gradient_accumulation_steps=options.accumulation
     )
-    flags = replace(settings.engine_settings(), bf16=given.dtype == "bf16", fp16=given.dtype == "fp16")
-    replicas = given.gpus // (given.tensor_parallel_size * given.sequence_parallel_size)
-    file = None if given.deepspeed is None else expanded(shipped(given.deepspeed), "--deepspeed")
+    flags = replace(settings.engine_settings(), bf16=options.dtype == "bf16", fp16=options.dtype == "fp16")
+    replicas = options.gpus // (options.tensor_parallel_size * options.sequence_parallel_size)
+    file = None if options.deepspeed is None else expanded(shipped(options.deepspeed), "--deepspeed")
     return resolve_ds_config(file, flags, max(1, replicas))

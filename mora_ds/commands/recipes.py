@@ -21,14 +21,14 @@ from mora_ds.runtime.cli import add_action, command_parser
 
 
 def main() -> None:
-    given = _parser().parse_args()
-    if given.action == "show":
-        print(_read(given.name), end="")
-    elif given.action == "copy":
-        if given.folder.is_symlink() or given.folder.exists():
-            raise UserError(f"{given.folder} exists already; name a new folder")
-        copy_folder(CONFIGS, given.folder)
-        print(f"wrote {given.folder}: {len(names())} files")
+    options = _parser().parse_args()
+    if options.action == "show":
+        print(_read(options.name), end="")
+    elif options.action == "copy":
+        if options.folder.is_symlink() or options.folder.exists():
+            raise UserError(f"{options.folder} exists already; name a new folder")
+        copy_folder(CONFIGS, options.folder)
+        print(f"wrote {options.folder}: {len(names())} files")
     else:
         width = max(map(len, names()))
         print("\n".join(f"configs/{name:<{width}}  {_purpose(name)}".rstrip() for name in names()))

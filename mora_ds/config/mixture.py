@@ -147,10 +147,10 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
         raise UserError("--replay: every source is replayed, and none is new")
     phases = []
     for step, weights in plan.phases:
-        given = {source.name: weight for source, weight in zip(plan.sources, weights, strict=True)}
-        new = sum(weight for name, weight in given.items() if name not in shares)
+        weight_of = {source.name: weight for source, weight in zip(plan.sources, weights, strict=True)}
+        new = sum(weight for name, weight in weight_of.items() if name not in shares)
         # to 12 digits: 0.05 of 1 leaves 0.95, not 0.950000000000000011
-        scaled = {name: round(weight / new * (1 - total), 12) if new else weight for name, weight in given.items()}
+        scaled = {name: round(weight / new * (1 - total), 12) if new else weight for name, weight in weight_of.items()}
         phases.append((step, tuple({**scaled, **shares}[source.name] for source in sources)))
     return MixturePlan(tuple(sources), tuple(phases))
 
@@ -187,8 +187,8 @@ def _read(path: str) -> MixturePlan:
         if phase["from_step"] <= phases[-1][0]:
             raise UserError(f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {phase['from_step']}")
         weights_of = {str(name): weight for name, weight in phase["weights"].items()}  # as the names of sources
-        given = typed_values(weights_of, dict.fromkeys(names, float), path, f"{where}.weights.")
-        phases.append((phase["from_step"], tuple(given.get(name, 0.0) for name in names)))
+        weight_of = typed_values(weights_of, dict.fromkeys(names, float), path, f"{where}.weights.")
+        phases.append((phase["from_step"], tuple(weight_of.get(name, 0.0) for name in names)))
     return MixturePlan(tuple(sources), tuple(phases))
 
 

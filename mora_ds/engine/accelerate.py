@@ -38,9 +38,9 @@ def allow_cpu() -> None:
     original = PartialState._prepare_backend
 
     def backend_of(self: Any, cpu: bool = False, *arguments: Any, **kwargs: Any) -> tuple[Any, Any]:
-        found = original(self, cpu, *arguments, **kwargs)
-        launched = not cpu and found[1] == DistributedType.NO and "LOCAL_RANK" in os.environ
-        return ("gloo", DistributedType.MULTI_CPU) if launched else found
+        backend, kind = original(self, cpu, *arguments, **kwargs)
+        launched = not cpu and kind == DistributedType.NO and "LOCAL_RANK" in os.environ
+        return ("gloo", DistributedType.MULTI_CPU) if launched else (backend, kind)
 
     PartialState._prepare_backend = backend_of
     setattr(PartialState, _OURS, True)

@@ -54,8 +54,8 @@ class _Layer:
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(view, tensor in host memory) of each tensor, as the modules hold them now."""
-        found = {id(view): (view.data, buffers[key]) for buffers, key, view in self.entries}
-        return list(found.values())
+        by_view = {id(view): (view.data, buffers[key]) for buffers, key, view in self.entries}
+        return list(by_view.values())
 
     def show(self) -> None:
         """Let the modules hold the views."""
@@ -82,7 +82,9 @@ class BaseRing:
         self.copied = 0
         """Bytes copied so far."""
         self._copies = copies
-        self._layers = [_Layer(model, own, self._slot(index)) for index, own in enumerate(weights.values())]
+        self._layers = [
+            _Layer(model, layer_weights, self._slot(index)) for index, layer_weights in enumerate(weights.values())
+        ]
         self._slot_at = {slot.untyped_storage().data_ptr(): number for number, slot in enumerate(self.slots)}
         self._held: list[int | None] = [None] * self.buffers
         """The layer that each buffer holds, or is to hold once its copy has ended."""
@@ -94,7 +96,7 @@ class BaseRing:
         """The layer whose forward is running, once for each of its modules that is."""
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
-        copies.pin(tensor for own in weights.values() for tensor in own.values())
+        copies.pin(tensor for layer_weights in weights.values() for tensor in layer_weights.values())
         self._handles: list[RemovableHandle] = []
         for module, index in self._index.items():
             self._handles.append(module.register_forward_pre_hook(partial(self._enter, index)))
@@ -218,7 +220,7 @@ def stream_base(model: Any, device: torch.device) -> BaseRing:
 
 def names_on_host(model: Any) -> set[str]:
     """Names of the frozen tensors that `stream_base` takes from host memory."""
-    return {name for own in weights_of_layers(model).values() for name in own}
+    return {name for layer_weights in weights_of_layers(model).values() for name in layer_weights}
 
 
 def ring_of(model: nn.Module) -> BaseRing | None:
@@ -233,10 +235,10 @@ def _modules_of_layers(model: nn.Module, weights: Mapping[str, Mapping[str, Tens
     transformers' checkpointing runs a layer's forward again without the hooks of the layer itself (modeling_layers.py,
     `GradientCheckpointingLayer`), but with those of the modules in it.
     """
-    found: dict[nn.Module, int] = {}
-    for index, (layer, own) in enumerate(weights.items()):
-        for name in own:
+    indices: dict[nn.Module, int] = {}
+    for index, (layer, layer_weights) in enumerate(weights.items()):
+        for name in layer_weights:
             while name != layer:
                 name = name.rpartition(".")[0]
-                found[model.get_submodule(name)] = index
-    return found
+                indices[model.get_submodule(name)] = index
+    return indices

@@ -245,16 +245,17 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
     _require_same([shape == facts[0][0] for shape, _ in facts])
     sharers = [other for other, (_, place) in enumerate(facts) if place == facts[rank][1]]
     sizes = {str(index): tensor.nbytes for index, tensor in enumerate(tensors) if places[index] is not None}
-    own = {int(index) for index in deal(sizes, len(sharers))[sharers.index(rank)]}
-    mine = [index for index in range(len(tensors)) if index in own or places[index] is None]
+    dealt = {int(index) for index in deal(sizes, len(sharers))[sharers.index(rank)]}
+    computed = [index for index in range(len(tensors)) if index in dealt or places[index] is None]
     checksums = torch.zeros(len(tensors), dtype=torch.int64)
-    checksums[mine] = torch.tensor([tensor_checksum(tensors[index]) - (1 << 63) for index in mine], dtype=torch.int64)
-    of_first = [index for index in mine if rank == 0 or (0 in sharers and index in own)]
+    for index in computed:
+        checksums[index] = tensor_checksum(tensors[index]) - (1 << 63)
+    of_first = [index for index in computed if rank == 0 or (0 in sharers and index in dealt)]
     reference = torch.zeros_like(checksums)  # those of rank 0 and, for parts of its pages, of its sharers
     reference[of_first] = checksums[of_first]
     reference = reference.to(current_device())
     dist.all_reduce(reference)
-    is_equal = torch.equal(checksums[mine], reference.cpu()[mine])
+    is_equal = torch.equal(checksums[computed], reference.cpu()[computed])
     _require_same([bool(equal) for (equal,) in _gathered([int(is_equal)])])
 
 
@@ -263,9 +264,9 @@ def _number(value: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
 
 
-def _gathered(mine: list[int]) -> list[list[int]]:
+def _gathered(numbers: list[int]) -> list[list[int]]:
     """The numbers of every process. Collective."""
-    value = torch.tensor(mine, dtype=torch.int64, device=current_device())
+    value = torch.tensor(numbers, dtype=torch.int64, device=current_device())
     everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, value)
     return [each.tolist() for each in everyone]

@@ -180,10 +180,8 @@ class Stage3View(OptimizerView):
             sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
             offsets = accumulate(sizes, initial=0)
             spans = [self._span(parameter, offset) for parameter, offset in zip(parameters, offsets, strict=False)]
-            master, swapped = (
-                optimizer.fp32_partitioned_groups_flat[index],
-                optimizer._swappable_optimizer_subgroup(index),
-            )
+            master = optimizer.fp32_partitioned_groups_flat[index]
+            swapped = optimizer._swappable_optimizer_subgroup(index)
             if swapped:
                 optimizer._optimizer_states_and_gradient_swap_in(index)
             elif sum(sizes) != master.numel():
@@ -205,10 +203,10 @@ class Stage3View(OptimizerView):
 
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
         shard, span = self.compute_copy(parameter)
-        own = value.flatten()[span.start : span.start + span.numel]
-        own = nn.functional.pad(own, (0, shard.numel() - span.numel))
-        safe_set_local_fp32_param(parameter, own)
-        shard.copy_(own)
+        values = value.flatten()[span.start : span.start + span.numel]
+        values = nn.functional.pad(values, (0, shard.numel() - span.numel))
+        safe_set_local_fp32_param(parameter, values)
+        shard.copy_(values)
         self.drop_second_copy(parameter)
 
     def compute_copy(self, parameter: Any) -> tuple[Tensor, Span]:
@@ -241,8 +239,9 @@ class _MappedView(OptimizerView):
             spans = []
             for parameter in parameters:
                 if mapping := getattr(parameter, "_hp_mapping", None):
-                    own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    spans.append(Span(parameter, own.start, own.numel, flat.start))
+                    in_parameter = mapping.lp_fragment_address
+                    in_master = mapping.hp_fragment_address
+                    spans.append(Span(parameter, in_parameter.start, in_parameter.numel, in_master.start))
             yield index, master, spans
 
     def gather_copies(self) -> bool:
@@ -358,8 +357,8 @@ class TorchView(OptimizerView):
 
 
 def _one_by_one(groups: list[list[Any]], masters: list[list[Any]]) -> Iterator[tuple[int, Tensor, list[Span]]]:
-    for index, (parameters, own) in enumerate(zip(groups, masters, strict=True)):
-        for parameter, master in zip(parameters, own, strict=True):
+    for index, (parameters, masters_of_group) in enumerate(zip(groups, masters, strict=True)):
+        for parameter, master in zip(parameters, masters_of_group, strict=True):
             yield index, master, [Span(parameter, 0, parameter.numel(), 0)]
 
 
