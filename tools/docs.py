@@ -3,8 +3,8 @@
     python tools/docs.py            writes the pages
     python tools/docs.py --check    exits with 1 if one of them is not what the code says
 
-Generated: reference/cli.md from the parsers, reference/yaml.md from the dataclasses, reference/api.md from the public
-names, reference/support-matrix.md from the checks of settings, the table of packages in contributing.md from
+Generated: reference/cli.md from the parsers and dataclasses, reference/api.md from the public names,
+reference/support-matrix.md from the checks of settings, the table of packages in contributing.md from
 tests/test_imports.py, the tables of planned figures in results/memory.md and those of benchmarks, the README's among
 them, from the JSON in results/data.
 """
@@ -18,7 +18,7 @@ import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from enum import Enum
 from pathlib import Path
@@ -78,18 +78,17 @@ def cli_page() -> str:
     from mora_ds.engine import launcher
 
     lines = [
-        "# Command line", "", GENERATED, "",
-        "Flags that take several values take them separated by spaces. A flag without a default and a value switches",
-        "something on.", "",
-        "`mora-ds COMMAND` and `python -m mora_ds COMMAND` are the same. The programs in `launch/` and `tools/` are",
-        "the commands for a checkout that is not installed.", "",
+        "# Flags and recipe keys", "", GENERATED, "",
+        "`mora-ds COMMAND` and `python -m mora_ds COMMAND` are the same. Behind a flag stands what it takes, and its",
+        "default. Values of a list are separated by spaces.", "",
         "## mora-ds pretrain", "",
-        "`mora-ds pretrain [RECIPE.yaml] [--flag value ...]`, or `deepspeed launch/pretrain.py` with the same flags:",
-        "the training program. The recipe is a YAML file whose keys are the names of the flags; flags win over it.",
-        "`--no_NAME` is the key `NAME: false`. An unknown key, a key given twice and a value of another type are",
-        "errors, with the nearest known name. Every run writes its settings as a recipe, `OUTPUT_DIR/run.yaml`.",
-        "`mix.yaml` and `targets.yaml` are described in [file formats](formats.md).", "",
-        "`mora-ds pretrain` hands these flags to DeepSpeed's launcher, which starts the processes: "
+        "`mora-ds pretrain [RECIPE.yaml] [--flag value ...]`, or `deepspeed launch/pretrain.py` with the same flags.",
+        "",
+        "A **recipe** is a YAML file whose keys are these names without the dashes; flags win over it. An unknown",
+        "key, a key given twice and a value of another type are errors, with the nearest known name. Every run",
+        "writes its settings as a recipe, `OUTPUT_DIR/run.yaml`. [Research](../research.md) describes the block",
+        "`research:`, [file formats](formats.md) `mix.yaml` and `targets.yaml`.", "",
+        "`mora-ds pretrain` hands these flags to DeepSpeed's launcher: "
         + ", ".join(f"`--{name}`" for name in (*launcher.VALUES, *launcher.SWITCHES)) + ".",
         "Without any of them it starts one process for each visible GPU, or one process without a GPU.", "",
     ]  # fmt: skip
@@ -97,9 +96,12 @@ def cli_page() -> str:
     actions = {action.dest: action for action in parser._actions}
     for name, group in arguments._GROUPS.items():
         lines += [f"### {name.capitalize()}", "", _first_line(group.__doc__), ""]
-        fields = [actions[field.name] for field in dataclasses.fields(group) if field.name in actions]
-        types = {name: _type(hint) for name, hint in get_type_hints(group).items()}
-        lines += [*_flags(_with_negations(parser, fields), types), ""]
+        hints = get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if field.name in actions and field.name != "local_rank":
+                lines.append(_setting(actions[field.name], hints[field.name]))
+        lines.append("")
+    seen: dict[str, dict[str, str]] = {}
     for name, found in COMMANDS.items():
         if name == "prepare-corpus":
             doc = sys.modules[found.load().__module__].__doc__
@@ -107,52 +109,81 @@ def cli_page() -> str:
         elif name != "pretrain":
             main = found.load()
             doc = sys.modules[main.__module__].__doc__
-            lines += _program(f"mora-ds {name}", main, doc, script=SCRIPTS.get(name))
+            lines += _program(f"mora-ds {name}", main, doc, seen, SCRIPTS.get(name))
     return _page(lines)
 
 
+def _setting(action: argparse.Action, hint: Any) -> str:
+    """The line of a field: its flag, the type of its key, its default, its help.
+
+    `action`: the one that sets it; of a yes/no setting that is on by default the one that switches it off.
+    """
+    flag = _label(action)
+    default = f"key `{action.dest}`" if "--no_" in flag else "" if action.default is False else _default(action.default)
+    return f"- {flag} ({', '.join(filter(None, [_type(hint), default]))}): {_help(action)}"
+
+
+def _type(hint: Any) -> str:
+    """What a key takes, in words; that it may be left out goes without saying."""
+    words = {str: "string", int: "integer", float: "number", bool: "yes/no"}
+    if get_origin(hint) is list:
+        return f"{words[get_args(hint)[0]]}s"
+    return next(words[part] for part in get_args(hint) or (hint,) if part is not type(None))
+
+
 def _program(
-    path: str, main: Callable[[], object], doc: str | None, level: int = 2, script: str | None = None
+    path: str, main: Callable[[], object], doc: str | None, seen: dict[str, dict[str, str]], script: str | None
 ) -> list[str]:
+    """The section of a command. `seen`: the lines of flags of each command so far, to which those of this one go."""
     parser = parser_of(main)
     same = f" In a checkout: `python {script}`." if script else ""
-    lines = [f"{'#' * level} {path}", "", _first_line(doc) + same, ""]
+    lines = [f"## {path}", "", _first_line(doc) + same, ""]
     subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not subparsers:
-        return [*lines, *_flags(parser._actions), ""]
+        return [*lines, *_flags(path, parser._actions, seen), ""]
     helps = {choice.dest: choice.help for choice in subparsers[0]._choices_actions}
     for name, sub in subparsers[0].choices.items():
-        lines += [f"**`{path} {name}`**: {cell(helps.get(name) or '')}", "", *_flags(sub._actions), ""]
+        lines += [f"**`{path} {name}`**: {cell(helps.get(name) or '')}", "", *_flags("", sub._actions, {}), ""]
     return lines
 
 
-def _with_negations(parser: argparse.ArgumentParser, fields: Sequence[argparse.Action]) -> Iterator[argparse.Action]:
-    """The actions of the fields; a yes/no setting that is on by default is switched off by `--no_NAME`."""
-    for action in fields:
-        off = parser._option_string_actions.get(f"--no_{action.dest}")
-        yield off if off is not None and action.default is True else action
+def _flags(path: str, actions: Sequence[argparse.Action], seen: dict[str, dict[str, str]]) -> list[str]:
+    """A line for each flag. Those that an earlier command has alike, or training, are named alone."""
+    from mora_ds.config import arguments
+
+    actions = [action for action in actions if not isinstance(action, argparse._HelpAction)]
+    lines = {_label(action): _flag(action) for action in actions}
+    settings = {field.name for group in arguments._GROUPS.values() for field in dataclasses.fields(group)}
+    unsaid = [action for action in actions if not _help(action)]
+    trained = [_label(action) for action in unsaid if action.dest.removeprefix("no_") in settings]
+    text = [line for label, line in lines.items() if label not in trained]
+    notes = [f"- As in training: {', '.join(trained)}."] if trained else []
+    for other, known in seen.items():
+        alike = [label for label, line in lines.items() if known.get(label) == line]
+        if len(alike) > len(lines) / 2:
+            text = [line for label, line in lines.items() if label not in alike]
+            notes = [f"- As in `{other}`: {', '.join(alike)}."]
+    seen[path] = lines
+    return [*text, *notes] or ["It takes no flags."]
 
 
-def _flags(actions: Iterable[argparse.Action], types: Mapping[str, str] | None = None) -> list[str]:
-    """A table of flags, with a column for what a recipe holds where `types` has it: {destination: type}."""
-    shown = [action for action in actions if not isinstance(action, argparse._HelpAction)]
-    if not shown:
-        return ["It takes no flags."]
-    if types is None:
-        return ["| Flag | Default | Meaning |", "|---|---|---|", *(table_row(*_flag(action)) for action in shown)]
-    rows = [table_row(name, types[action.dest], *rest) for action in shown for name, *rest in [_flag(action)]]
-    return ["| Flag | Type | Default | Meaning |", "|---|---|---|---|", *rows]
-
-
-def _flag(action: argparse.Action) -> tuple[str, str, str]:
-    """(its names, its default, its meaning)"""
+def _label(action: argparse.Action) -> str:
     names = [name for name in action.option_strings if name.startswith("--")] or list(action.option_strings)
     snake = [name for name in names if "-" not in name[2:]] or names
-    label = ", ".join(f"`{name}`" for name in snake) or f"`{action.metavar or action.dest}`"
+    return ", ".join(f"`{name}`" for name in snake) or f"`{action.metavar or action.dest}`"
+
+
+def _flag(action: argparse.Action) -> str:
     switch = action.nargs == 0 or isinstance(action.default, bool)
     default = "required" if action.required else "" if switch else _default(action.default)
+    text = _help(action)
+    kind = f" ({default})" if default or not text else ""
+    return f"- {_label(action)}{kind}" + (f": {text}" if text else "")
+
+
+def _help(action: argparse.Action) -> str:
     choices = f" One of {', '.join(f'`{choice}`' for choice in action.choices)}." if action.choices else ""
-    return label, default, cell((action.help or "").replace("%%", "%")) + choices
+    return (cell((action.help or "").replace("%%", "%")) + choices).strip()
 
 
 def _default(value: object) -> str:
@@ -161,16 +192,9 @@ def _default(value: object) -> str:
     return "" if empty else f"`{text.removeprefix(f'{ROOT}/')}`"  # a file of the checkout, wherever that is
 
 
-def _type(hint: Any) -> str:
-    words = {str: "string", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
-    if get_origin(hint) is list:
-        return f"list of {words[get_args(hint)[0]]}s"
-    return " or ".join(words[part] for part in get_args(hint) or (hint,))
-
-
 # -- Python ------------------------------------------------------------------------------------------------------------
 def api_page() -> str:
-    """reference/api.md: a table of the public names, and mkdocstrings' directive for each."""
+    """reference/api.md: how each public name is called, and mkdocstrings' directive for it."""
     import mora_ds
 
     names = sorted((name for name in mora_ds.__all__ if name != "__version__"), key=str.lower)
@@ -178,10 +202,8 @@ def api_page() -> str:
     lines = [
         "# Python API", "", GENERATED, "",
         "The names below are the public API of `mora_ds`, and nothing else is. `import mora_ds` loads them when they",
-        "are first used. `mora_ds.__version__` is the version.", "",
-        "| Name | What it is |", "|---|---|",
+        "are first used. `mora_ds.__version__` is the version.",
     ]  # fmt: skip
-    lines += [f"| [`{name}`](#{name.lower()}) | {cell(_summary(getattr(mora_ds, name)))} |" for name in names]
     for name in names:
         lines += ["", f"## {name}", "", *_signature(name, getattr(mora_ds, name)), f"::: {paths[name]}"]
     return _page(lines)
@@ -217,12 +239,6 @@ def _parameter(each: inspect.Parameter) -> str:
 
 def _annotation(hint: Any) -> str:
     return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
-
-
-def _summary(thing: object) -> str:
-    """The first paragraph's first sentence of a docstring."""
-    paragraph = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
-    return re.split(r"(?<=[.?!])\s", paragraph)[0]
 
 
 # -- packages ----------------------------------------------------------------------------------------------------------

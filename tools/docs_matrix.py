@@ -95,18 +95,33 @@ def _cells(row: str, columns: Sequence[str], reasons: dict[str, int]) -> list[st
 
 
 def matrix_lines() -> list[str]:
-    """The lines of reference/support-matrix.md below its title."""
-    lines = [
-        "Which options go together. Each cell is what the program's own checks say to both options, before a model",
-        "is loaded; the numbers lead to the messages below the table. Everything else that is refused depends on the",
-        "model or the data and is named in the guides.", "",
-    ]  # fmt: skip
+    """The lines of reference/support-matrix.md below its title.
+
+    Options that go with everything are named in a sentence; rows and columns that say the same are one.
+    """
     reasons: dict[str, int] = {}
-    columns = list(COLUMNS)
-    lines += [table_row("", *columns), table_row(*["---"] * (len(columns) + 1))]
-    lines += [table_row(row, *_cells(row, columns, reasons)) for row in OPTIONS]
-    lines += ["", "## Messages", "", *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), ""]
-    return lines
+    rows = {option: _cells(option, list(COLUMNS), reasons) for option in OPTIONS}
+    free = [option for option, cells in rows.items() if set(cells) <= {"yes", ""}]
+    rows = {option: cells for option, cells in rows.items() if option not in free}
+    columns = _alike({name: [cells[place] for cells in rows.values()] for place, name in enumerate(COLUMNS)})
+    cells = zip(*columns.values(), strict=True)
+    grouped = _alike({option: list(line) for option, line in zip(rows, cells, strict=True)})
+    lines = [
+        "Which options go together: what the program's own checks say to both, before a model is loaded. Numbers lead",
+        "to the messages below. What depends on the model or the data is named in the guides.", "",
+        f"With everything go {', '.join(free)}.", "",
+        table_row("", *columns), ruler(len(columns) + 1),
+        *(table_row(option, *cells) for option, cells in grouped.items()),
+    ]  # fmt: skip
+    return [*lines, "", "## Messages", "", *(f"{number}. {cell(reason)}" for reason, number in reasons.items()), ""]
+
+
+def _alike(lines: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Lines of the same cells as one, under their names together."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in lines.items():
+        names.setdefault(tuple(cells), []).append(name)
+    return {", ".join(alike): list(cells) for cells, alike in names.items()}
 
 
 def cell(text: str) -> str:
@@ -119,4 +134,9 @@ _BAR = r"\|"
 
 def table_row(*cells: str) -> str:
     """A row of a Markdown table. A bar within a cell would end it."""
-    return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
+    return f"|{' |'.join(cell.replace('|', _BAR) for cell in cells)}|"
+
+
+def ruler(columns: int, numbers: bool = False) -> str:
+    """The line below the titles; `numbers`: all columns but the first are flush right."""
+    return f"|---|{('---:|' if numbers else '---|') * (columns - 1)}"

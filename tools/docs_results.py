@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools import figures
-from tools.docs_matrix import table_row
+from tools.docs_matrix import ruler, table_row
 from tools.figures_learning import mean, points
 
 README_LEARNING = {
@@ -44,7 +44,7 @@ def memory(text: str) -> str:
     text = between(text, "memory", body)
     lines = figures.traffic(plans)
     body = [table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, figures.GPUS))]
-    body.append(table_row(*["---"] * (len(figures.GPUS) + 1)))
+    body.append(ruler(len(figures.GPUS) + 1, numbers=True))
     body += [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in lines.items()]
     return between(text, "traffic", body)
 
@@ -60,15 +60,51 @@ def results(text: str) -> str:
     """
     for block in list(RESULT.finditer(text)):
         found = json.loads((figures.DATA / block["file"]).read_text(encoding="utf-8"))
-        made_by = f"`{found['command']}` on {_machine(found['measured_on'])}:"
+        made_by = f"{_command(block['file'], found['command'])} on {_machine(found['measured_on'])}:"
         if block["part"] == "sentences":
             body = [made_by, "", *(f"- {sentence}" for sentence in found["sentences"])]
         else:
-            titles, *rows = found["tables"][block["part"]]
-            ruler = table_row("---", *["---:"] * (len(titles) - 1))
-            body = [made_by, "", table_row(*titles), ruler, *(table_row(*row) for row in rows)]
+            titles, *rows = shown(found["tables"][block["part"]])
+            head = [table_row(*titles), ruler(len(titles), numbers=True)]
+            body = [made_by, "", *head, *(table_row(*row) for row in rows)]
         text = between(text, f"{block['file']} {block['part']}", ["", *body, ""])
     return text
+
+
+def _command(file: str, command: str) -> str:
+    """The command that made a result, where a reader can give it as it stands; otherwise its program and the JSON that
+    holds it, since it names files of the one who measured."""
+    words = command.split()
+    if len(words) <= LONGEST_COMMAND and "--with" not in words:
+        return f"`{command}`"
+    return f"`{words[1]}` (`{file}`)"
+
+
+LONGEST_COMMAND = 14
+"""Words of a command that stands above its table."""
+
+
+def shown(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A table as the pages show it.
+
+    A deviation stands behind its mean, and only where there is more than one seed to deviate. Bits a byte, which
+    follow from the perplexity, and columns without a value stay in the JSON.
+    """
+    titles, *rows = table
+    if "seeds" in titles:
+        several = [int(row[titles.index("seeds")]) > 1 for row in rows]
+        for place in [place for place, title in enumerate(titles) if title == "±"]:
+            means = [
+                f"{row[place - 1]} ± {row[place]}" if many else row[place - 1]
+                for row, many in zip(rows, several, strict=True)
+            ]
+            rows = [[*row[: place - 1], mean, *row[place:]] for row, mean in zip(rows, means, strict=True)]
+    hidden = {
+        place
+        for place, title in enumerate(titles)
+        if title == "±" or title.endswith("b/B") or all(row[place] == "-" for row in rows)
+    }
+    return [[cell for place, cell in enumerate(line) if place not in hidden] for line in (titles, *rows)]
 
 
 def _machine(found: dict[str, Any]) -> str:

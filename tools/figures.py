@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS = {
     "MoRA r=8": ["--mora_rank", "8"],
+    "default recipe": ["--mora_rank", "8", "--operator", "rotate", "--train_embeddings", "--train_head"],
     "MoRA r=256": ["--mora_rank", "256"],
     "MoRA r=8, 8-bit base": ["--mora_rank", "8", "--base_bits", "8"],
     "LoRA r=8, ZeRO-2": ["--adapter", "lora", "--mora_rank", "8", "--deepspeed", str(ROOT / "configs" / "zero2.json")],
@@ -107,6 +108,7 @@ def traffic(known: dict[tuple[str, str, int], dict[str, Any]]) -> dict[str, list
         "full training, ZeRO-3": [plan["bytes_sent"] for plan in full],
         "LoRA r=8, ZeRO-3, base sharded": [sharded_base(*pair) for pair in zip(full, lora, strict=True)],
         "mora_ds, MoRA r=256": [known["7B", "MoRA r=256", gpus]["bytes_sent"] for gpus in GPUS],
+        "mora_ds, default recipe": [known["7B", "default recipe", gpus]["bytes_sent"] for gpus in GPUS],
         "mora_ds, MoRA r=8": [known["7B", "MoRA r=8", gpus]["bytes_sent"] for gpus in GPUS],
         "LoRA r=8, ZeRO-2 (as PEFT)": [plan["bytes_sent"] for plan in lora],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -54,6 +55,25 @@ def test_a_drawn_table_is_what_its_json_says(page: Path) -> None:
         assert docs_results.memory(text) == text, "run tools/docs.py"
 
 
+CURVE = re.compile(r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| ([\d., ]+) \|", re.MULTILINE)
+"""A row of the guide to a healthy run: file, method, learning rate, seeds, perplexities against the start."""
+
+
+def test_the_curves_of_a_healthy_run_are_those_of_the_json() -> None:
+    rows = CURVE.findall((ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8"))
+    assert len(rows) >= 6
+    for file, method, learning_rate, seeds, *sides in rows:
+        runs = json.loads((ROOT / "docs" / "results" / "data" / file).read_text(encoding="utf-8"))["runs"]
+        (start,) = (run["perplexity"] for run in runs if run["method"] == "none")
+        curves = [
+            run["curve"] for run in runs if (run["method"], run["learning_rate"]) == (method, float(learning_rate))
+        ]
+        assert len(curves) == int(seeds)
+        for side, shown in zip(("old", "new"), sides, strict=True):
+            means = [sum(point[side] for point in points) / len(curves) for points in zip(*curves, strict=True)]
+            assert [f"{mean / start[side]:.2f}" for mean in means] == shown.split(", ")
+
+
 def test_every_json_is_shown_somewhere() -> None:
     shown = {block["file"] for page in PAGES for block in docs_results.RESULT.finditer(page.read_text("utf-8"))}
     files = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
@@ -68,4 +88,4 @@ def test_every_image_has_its_data_or_shows_none() -> None:
 
 
 def test_a_bar_within_a_cell_does_not_end_it() -> None:
-    assert table_row("<|a|>", "1") == r"| <\|a\|> | 1 |"
+    assert table_row("<|a|>", "1") == r"|<\|a\|> |1|"

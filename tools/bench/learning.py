@@ -344,7 +344,7 @@ def _table(
     cells = [
         [
             row.method, f"{row.trained:,}", _rate(row, rates[row.kind]), str(len(row.new)),
-            *(f"{each:.1f}" for side in (row.new, row.old) for each in mean_and_spread(list(side.values()))),
+            *(cell for side in (row.new, row.old) for cell in _mean_and_spread(list(side.values()))),
             _gap(row, {each.method: each for each in rows if each.rank in (0, row.rank) or not row.rank}),
             *(f"{tokens_a_byte[name] * math.log2(mean_and_spread(list(side.values()))[0]):.3f}"
               for name, side in ((NEW, row.new), (OLD, row.old))),
@@ -355,6 +355,12 @@ def _table(
     if with_ranks:
         return [["rank", *titles], *([str(row.rank or "-"), *line] for row, line in zip(rows, cells, strict=True))]
     return [titles, *cells]
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[str, str]:
+    """The cells of a mean and of the largest deviation from it, which one seed does not have."""
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.1f}", f"{spread:.1f}" if len(values) > 1 else "-"
 
 
 def _rate(row: Row, swept: Sequence[float]) -> str:

@@ -281,9 +281,8 @@ def _show(best: dict[str, Curve], options: argparse.Namespace) -> None:
         edge = at_edge(curve.rate, options.rates or METHODS[name].rates)
         known = "/".join("-" if step is None else str(step) for step in curve.known_at)
         cells = [f"{100 * curve.accuracy[index]:.1f}" for index in shown]
-        rows.append(
-            [name, f"{curve.trained:,}", f"{curve.rate:g}{edge}", *cells, f"{100 * curve.spread[-1]:.1f}", known]
-        )
+        spread = f"{100 * curve.spread[-1]:.1f}" if len(curve.known_at) > 1 else "-"
+        rows.append([name, f"{curve.trained:,}", f"{curve.rate:g}{edge}", *cells, spread, known])
     report = Report(options)
     report.say(
         f"Character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} pairs, "
