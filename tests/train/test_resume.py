@@ -164,6 +164,7 @@ def children_of(process: int) -> list[int]:
 
 
 @pytest.mark.gloo
+@pytest.mark.heavy(seconds=15)
 def test_killed_ranks_and_auto(user: Playground, tmp_path: Path) -> None:
     """SIGKILL for both ranks and their launcher, somewhere in mid-run."""
     out, whole = tmp_path / "out", tmp_path / "whole"
