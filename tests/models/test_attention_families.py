@@ -26,6 +26,7 @@ from mora_ds.models.document_attention import Scores, _by_documents
 from mora_ds.models.loss import token_nll
 from tests.helpers.batches import LAYOUTS, batch_of
 from tests.helpers.models import FAMILIES, adapted_model, tiny_model, tokens
+from tests.helpers.pairwise import pairwise
 
 
 def model_of(family: str, checkpointing: bool = False) -> Any:
@@ -43,21 +44,19 @@ def losses_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("rows", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_documents_are_dense_attention(family: str, rows: int) -> None:
+@pairwise({"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]})
+def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bool) -> None:
     batch = batch_of(rows)
     expected, wanted = losses_and_gradients(model_of(family), batch)
-    for checkpointing in (False, True):
-        model = model_of(family, checkpointing)
-        use_documents(model)
-        assert attention_of(model) == NAME and why_dense(model.config, None) is None
-        loss, found = losses_and_gradients(model, batch)
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert found.keys() == wanted.keys() and len(found) >= len(mora_layers(model))
-        for name, gradient in found.items():
-            scale = float(wanted[name].abs().max())
-            torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
+    model = model_of(family, checkpointing)
+    use_documents(model)
+    assert attention_of(model) == NAME and why_dense(model.config, None) is None
+    loss, found = losses_and_gradients(model, batch)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert found.keys() == wanted.keys() and len(found) >= len(mora_layers(model))
+    for name, gradient in found.items():
+        scale = float(wanted[name].abs().max())
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
 
 
 class OwnConfig(LlamaConfig):

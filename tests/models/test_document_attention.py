@@ -15,12 +15,21 @@ from torch.utils._pytree import tree_leaves
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
 from mora_ds.models.document_attention import Scores, document_attention, fits_varlen, groups_of
-from tests.helpers.attention import HEADS, LAYOUTS, LENGTH, SIZE, gradients, parts, positions_of, reference
+from tests.helpers.attention import (
+    HEADS,
+    LAYOUTS,
+    LENGTH,
+    SIZE,
+    assert_same_attention,
+    gradients,
+    parts,
+    positions_of,
+    reference,
+)
+from tests.helpers.pairwise import pairwise
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [None, 12, 40])
-@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
+@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40], "kind": ["plain", "capped", "sinks"]})
 def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "QUERIES", 20)  # blocks that end within documents
     positions = positions_of(LAYOUTS[layout])
@@ -34,9 +43,7 @@ def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monke
                 s_aux=given, documents=documents, position_ids=positions,
             )  # fmt: skip
             expected = reference(query, key, value, positions, 0.3, window, softcap, given)
-            torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-            for found, wanted in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
-                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+            assert_same_attention(out, expected, inputs)
 
 
 def test_a_window_of_blocks_is_dense_attention() -> None:
@@ -48,9 +55,7 @@ def test_a_window_of_blocks_is_dense_attention() -> None:
             torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=given, position_ids=positions
         )
         expected = reference(query, key, value, positions, SIZE**-0.5, window, None, given)
-        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-        for found, wanted in zip(*(gradients(one, [query, key, value]) for one in (out, expected)), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert_same_attention(out, expected, [query, key, value])
 
 
 @pytest.mark.parametrize("window", [LENGTH - 1, LENGTH])
@@ -109,9 +114,7 @@ def layer_of(shared: int) -> torch.nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("window", [None, 12])
-@pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
-@pytest.mark.parametrize("masked", [False, True])
+@pairwise({"window": [None, 12], "kind": ["plain", "capped", "sinks"], "masked": [False, True]})
 def test_dropout_is_applied(window: int | None, kind: str, masked: bool) -> None:
     """Of all weights but one in a thousand nothing is left, whichever way they are computed."""
     query, key, value, sinks = parts(2, LENGTH, 2)
@@ -207,12 +210,14 @@ class Largest(TorchDispatchMode):
 LONG = 4096
 
 
-@pytest.mark.parametrize("lengths", [[LONG], [1000, 2500, 596], [64] * 64], ids=["one", "some", "many"])
-@pytest.mark.parametrize("kind", ["plain", "window", "capped", "sinks"])
-@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("meta", torch.bfloat16)])
-def test_no_tensor_has_t_times_t_numbers(lengths: list[int], kind: str, dtype: torch.dtype, device: str) -> None:
+LENGTHS = {"one": [LONG], "some": [1000, 2500, 596], "many": [64] * 64}
+
+
+@pairwise({"lengths": list(LENGTHS), "kind": ["plain", "window", "capped", "sinks"], "device": ["cpu", "meta"]})
+def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str) -> None:
     """On the meta device bf16 takes the branch of a GPU."""
-    documents = Documents.of(positions_of([lengths])).to(device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    documents = Documents.of(positions_of([LENGTHS[lengths]])).to(device)
     shapes = ((1, 2, LONG, 8), (1, 1, LONG, 8), (1, 1, LONG, 8), (2,))
     query, key, value, sinks = (torch.zeros(s, dtype=dtype, device=device, requires_grad=True) for s in shapes)
     with Largest() as largest:

@@ -107,8 +107,9 @@ def all_choices(folder: str, cases: tuple[str, ...], choices: tuple[str, ...]) -
     ("world", "cases", "choices"),
     [
         (2, FEW, ("private", "auto")),
-        pytest.param(2, tuple(CASES), ("private", "auto", "shared", "folder"), marks=pytest.mark.heavy),
-        pytest.param(3, tuple(CASES), ("private", "auto"), marks=pytest.mark.heavy),
+        pytest.param(2, tuple(CASES), ("private", "auto"), marks=pytest.mark.heavy),
+        pytest.param(2, (*FEW, "experts"), ("private", "shared", "folder"), marks=pytest.mark.heavy),
+        pytest.param(3, (*FEW, "experts"), ("private", "auto"), marks=pytest.mark.heavy),
     ],
 )
 def test_a_shared_merge_is_that_of_each_process_alone(

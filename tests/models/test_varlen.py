@@ -12,7 +12,18 @@ from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
 from mora_ds.models.document_attention import document_attention
 from mora_ds.models.sink_attention import VarlenKernel
-from tests.helpers.attention import HEADS, LAYOUTS, LENGTH, SIZE, gradients, parts, positions_of, reference
+from tests.helpers.attention import (
+    HEADS,
+    LAYOUTS,
+    LENGTH,
+    SIZE,
+    assert_same_attention,
+    gradients,
+    parts,
+    positions_of,
+    reference,
+)
+from tests.helpers.pairwise import pairwise
 
 
 def test_varlen_keeps_its_contract() -> None:
@@ -82,9 +93,7 @@ def backward_stand_in(
     return of_query.transpose(0, 1), *shared
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [None, 12, 40])
-@pytest.mark.parametrize("kind", ["plain", "sinks"])
+@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40], "kind": ["plain", "sinks"]})
 def test_varlen_is_called_for_dense_attention(
     layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,9 +111,7 @@ def test_varlen_is_called_for_dense_attention(
         )
         assert documents.windows == {window}
         expected = reference(query, key, value, positions, SIZE**-0.5, window, None, given)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-        for one, other in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert_same_attention(found, expected, inputs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
