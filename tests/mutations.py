@@ -219,8 +219,8 @@ MUTATIONS = (
     Mutation(
         "a tensor-parallel window is shifted by one input",
         "parallel/windows.py",
-        "inside = (numbers >= start) & (numbers < stop)",
-        "inside = (numbers > start) & (numbers <= stop)",
+        "inside = (table >= start) & (table < stop)",
+        "inside = (table > start) & (table <= stop)",
         ("parallel/test_windows.py",),
     ),
     Mutation(

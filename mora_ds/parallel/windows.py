@@ -12,13 +12,12 @@ Shape legend: D = d_in, O = d_out, R = r_hat, N = blocks, as in `adapters.ops.mo
 the window; rows, columns: those of M that it uses. A slot is a row or column of M, or for decouple and rotate, which
 cut inputs and outputs into blocks of R, a position in a block.
 
-Everything is index tables, made by running the operator on the numbers of its own inputs (so that there is one
-definition of it), and gathers and sums over them, which give the same bits on every process of a group.
+Everything is a part of the operator's own maps (`index_tables`): gathers and sums, which give the same bits on every
+process of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import gather, regroup_blocks
+from mora_ds.adapters.ops.gather import gather
+from mora_ds.adapters.ops.index_tables import IndexMap, IndexTables, lists, tables_of, transposed
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
     block_pairs,
     block_squares,
-    input_blocks,
-    output_slots,
+    output_blocks,
     rotate_blocks,
     sum_of_blocks,
     sums_by_product,
@@ -78,14 +77,11 @@ class Window:
 
     def fold(self, x: Tensor) -> Tensor:
         """(..., w_in) -> (..., N, columns): `compress` without rotate's rotation, which `rotate` does."""
-        tables = _tables(self, x.device)
-        if self.spec.blockwise:
-            return _gather(x, tables.inputs[0]).unflatten(-1, (self.spec.blocks_in, -1))
-        return _gather_sum(x, tables.inputs).unsqueeze(-2)
+        return _tables(self, x.device).fold(x).unflatten(-1, (self.spec.blocks, -1))
 
     def unfold(self, z: Tensor) -> Tensor:
         """(..., N, columns) -> (..., w_in): the transpose of `fold`."""
-        return _gather_sum(z.flatten(-2), _tables(self, z.device).input_slots)
+        return _tables(self, z.device).unfold(z.flatten(-2))
 
     def rotate(self, z: Tensor, back: bool = False) -> Tensor:
         """Rotate's rotation of each block of z (..., N, R), or its inverse; z itself for the other operators."""
@@ -93,24 +89,20 @@ class Window:
 
     def deal(self, u: Tensor) -> Tensor:
         """(..., N, used rows) -> (..., w_out): `decompress`."""
-        slots = regroup_blocks(u, self.spec.blocks_out).flatten(-2) if self.spec.blockwise else u.squeeze(-2)
-        return _gather(slots, _tables(self, u.device).output_slots)
+        return _tables(self, u.device).deal(u.flatten(-2))
 
     def collect(self, g: Tensor) -> Tensor:
         """(..., w_out) -> (..., N, used rows): the transpose of `deal`."""
-        slots = _gather_sum(g, _tables(self, g.device).outputs)
-        if not self.spec.blockwise:
-            return slots.unsqueeze(-2)
-        return regroup_blocks(slots.unflatten(-1, (self.spec.blocks_out, self.spec.r_hat)), self.spec.blocks_in)
+        return _tables(self, g.device).collect(g).unflatten(-1, (self.spec.blocks, -1))
 
     def used_rows(self, matrix: Tensor, dim: int = 0) -> Tensor:
         """rows -> used rows, along `dim`: those rows of M that the window's outputs read."""
-        used = _tables(self, matrix.device).used
+        used = _used_rows(self, matrix.device)
         return matrix if used is None else matrix.index_select(dim, used)
 
     def all_rows(self, gradient: Tensor, dim: int = 0) -> Tensor:
         """used rows -> rows, along `dim`: the transpose of `used_rows`, zero in the other rows."""
-        used = _tables(self, gradient.device).used
+        used = _used_rows(self, gradient.device)
         if used is None:
             return gradient
         shape = list(gradient.shape)
@@ -122,8 +114,8 @@ class Window:
         if self.spec.blockwise:
             return _delta_of_blocks(self, matrix)
         tables = _tables(self, matrix.device)
-        columns = _gather_sum(self.used_rows(matrix), tables.input_slots)
-        return F.pad(columns, (0, 0, 0, 1)).index_select(0, tables.output_slots)
+        columns = F.pad(tables.unfold(self.used_rows(matrix)), (0, 0, 0, 1))
+        return columns.index_select(0, tables.deal.table[0] % len(columns))
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """(R, R), for decouple and rotate: the window's part of dL/dM, from its input x (..., w_in) and the gradient g
@@ -161,92 +153,55 @@ def _delta_of_blocks(window: Window, matrix: Tensor) -> Tensor:
 # -- tables of all slots ----------------------------------------------------------------------------------------------
 
 
-class _Tables(NamedTuple):
-    """Index tables of a window's maps; one past the last index stands for zero."""
-
-    inputs: Tensor
-    """(K, slots): the inputs whose sum a slot holds."""
-    input_slots: Tensor
-    """(K, w_in): the transpose, the slots that each input is added to."""
-    output_slots: Tensor
-    """(w_out,): the slot that each output reads."""
-    outputs: Tensor
-    """(K, slots): the transpose, the outputs that read each slot."""
-    used: Tensor | None = None
-    """Rows of M, counted from the first of `Window.rows`, that the outputs read; None for all."""
-
-
 def clear_tables() -> None:
     """Drops the cached tables of this module."""
-    _tables.cache_clear()
-    _block_tables.cache_clear()
+    for cached in (_tables, _used_rows, _block_tables):
+        cached.cache_clear()
 
 
 @lru_cache(maxsize=1024)
-def _tables(window: Window, device: torch.device) -> _Tables:
+def _tables(window: Window, device: torch.device) -> IndexTables:
+    """The window's maps. Their sums have no more terms than the window has in one slot."""
     with torch.inference_mode(False), torch.no_grad():
-        output_slots, outputs, used = _output_tables(window)
-        tables = _Tables(*_moved((*_input_tables(window), output_slots, outputs), device))
-        return tables if used is None else tables._replace(used=used.to(device))
+        spec, (first, last) = window.spec, window.columns
+        tables = tables_of(spec, torch.device("cpu"))
+        fold = _within(tables.fold.table if spec.blockwise else tables.fold.table[:, first:last], window.inputs)
+        deal, size = tables.deal.table[:, slice(*window.outputs)], spec.blocks * spec.r_hat
+        if not spec.blockwise:
+            used = _rows_read(window)
+            deal, size = torch.searchsorted(used, deal).where(deal >= 0, -1), len(used)
+        return IndexTables(
+            fold=IndexMap.of(fold),
+            unfold=IndexMap.of(transposed(fold, window.d_in), at_once=False),
+            deal=IndexMap.of(deal),
+            collect=IndexMap.of(transposed(deal, size)),
+        ).to(device)
 
 
-def _input_tables(window: Window) -> tuple[Tensor, Tensor]:
-    spec, (start, stop), (first, last) = window.spec, window.inputs, window.columns
-    numbers = _input_numbers(spec)[:, first:last]
-    inside = (numbers >= start) & (numbers < stop)
-    local, width = numbers - start, stop - start
-    positions = torch.arange(numbers.numel()).view_as(numbers)
-    if spec.blockwise:
-        inputs = torch.where(inside, local, width).flatten().unsqueeze(0)
-        return inputs, _lists(local[inside], positions[inside], width, numbers.numel())
-    slots = positions % (last - first)
-    inputs = _lists(slots[inside], local[inside], last - first, width)
-    return inputs, _lists(local[inside], slots[inside], width, last - first)
+def _within(table: Tensor, numbers: Range) -> Tensor:
+    """(K, Q) -> (K', Q): the terms in a range, counted from its start."""
+    start, stop = numbers
+    inside = (table >= start) & (table < stop)
+    results = torch.arange(table.shape[1]).expand_as(table)
+    return lists(results[inside], table[inside] - start, table.shape[1])
 
 
-def _output_tables(window: Window) -> tuple[Tensor, Tensor, Tensor | None]:
-    spec, (start, stop) = window.spec, window.outputs
-    slots = output_slots(spec)[start:stop]
-    if spec.blockwise:
-        count, used = spec.blocks_out * spec.r_hat, None
-    else:
-        slots = torch.where(slots < 0, slots, slots - window.rows[0])
-        used = slots[slots >= 0].unique()
-        count = len(used)
-        slots = torch.where(slots < 0, slots, torch.searchsorted(used, slots))
-        used = None if count == window.rows[1] - window.rows[0] else used
-    reads = slots >= 0
-    outputs = _lists(slots[reads], torch.arange(stop - start)[reads], count, stop - start)
-    return torch.where(reads, slots, count), outputs, used
+def _rows_read(window: Window) -> Tensor:
+    """For truncate and share: the rows of M that the window's outputs read, in order; where they read none, one that
+    they may use, so that no tensor is empty."""
+    rows = tables_of(window.spec, torch.device("cpu")).deal.table[0, slice(*window.outputs)].unique()
+    rows = rows[rows >= 0]
+    return rows if len(rows) else torch.tensor(window.rows[:1])
 
 
-def _input_numbers(spec: OperatorSpec) -> Tensor:
-    """(blocks, R): the input that lies at each position of each block, -1 for none."""
-    return input_blocks(spec, torch.arange(1, spec.d_in + 1)) - 1
-
-
-def _lists(keys: Tensor, values: Tensor, size: int, padding: int) -> Tensor:
-    """(K, size): in column k the values whose key is k, in their order, padded to the length K of the longest column
-    (at least 1)."""
-    order = keys.argsort(stable=True)
-    keys, values = keys[order], values[order]
-    counts = torch.bincount(keys, minlength=size)
-    rank = torch.arange(len(keys)) - (counts.cumsum(0) - counts)[keys]
-    table = torch.full((max(int(counts.max()) if len(counts) else 0, 1), size), padding)
-    table[rank, keys] = values
-    return table
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[..., index], zero where the index is one past the end. In two dimensions, where a CPU is fastest."""
-    padded = F.pad(x, (0, 1))
-    return padded.flatten(0, -2).index_select(1, index).unflatten(0, x.shape[:-1])
-
-
-def _gather_sum(x: Tensor, table: Tensor) -> Tensor:
-    """(..., n), (K, m) -> (..., m)."""
-    gathered = _gather(x, table.flatten())
-    return gathered if len(table) == 1 else gathered.unflatten(-1, table.shape).sum(dim=-2)
+@lru_cache(maxsize=1024)
+def _used_rows(window: Window, device: torch.device) -> Tensor | None:
+    """Rows of M, counted from the first of `Window.rows`, that the outputs read; None for all."""
+    if window.spec.blockwise:
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        used, (first, last) = _rows_read(window) - window.rows[0], window.rows
+        return None if len(used) == last - first else used.to(device)
 
 
 # -- tables of the slots in use, by block -----------------------------------------------------------------------------
@@ -294,26 +249,32 @@ def _block_tables(window: Window, device: torch.device) -> _BlockTables:
     """The same window for decouple and rotate without the slots that other windows have, so that its part of the delta
     and of M's gradient costs its share of the complete one."""
     with torch.inference_mode(False), torch.no_grad():
-        spec, (first, last), (start, stop) = window.spec, window.inputs, window.outputs
-        numbers = _input_numbers(spec)
-        in_blocks, in_slots = ((numbers >= first) & (numbers < last)).nonzero(as_tuple=True)
-        inputs = _side(in_blocks, in_slots, numbers[in_blocks, in_slots] - first, spec.blocks_in)
-        positions = output_slots(spec)[start:stop]
-        blocks, slots = positions // spec.r_hat, positions % spec.r_hat
-        outputs = _side(blocks, slots, torch.arange(stop - start), spec.blocks_out)
+        spec, (start, stop) = window.spec, window.outputs
+        fold = tables_of(spec, torch.device("cpu")).fold.table.view(spec.blocks, spec.r_hat)
+        blocks_of_outputs = output_blocks(spec, torch.device("cpu"))
+        inside = (blocks_of_outputs >= start) & (blocks_of_outputs < stop)
+        blocks, slots = inside.nonzero(as_tuple=True)
+        outputs = blocks_of_outputs[inside] - start
         meetings = []
         for into, out in block_pairs(spec):
             readers = ((blocks >= out.start) & (blocks < out.stop)).nonzero().flatten()
             read = blocks[readers] - out.start + into.start
-            meetings.append(_Meeting(*_moved((readers, read, read * spec.r_hat + slots[readers]), device)))
-        return _BlockTables(_Side(*_moved(inputs, device)), _Side(*_moved(outputs, device)), tuple(meetings))
+            rows = read * spec.r_hat + slots[readers]
+            meetings.append(_Meeting(outputs[readers].to(device), read.to(device), rows.to(device)))
+        return _BlockTables(
+            _side(fold, window.inputs, device), _side(blocks_of_outputs, window.outputs, device), tuple(meetings)
+        )
 
 
-def _side(blocks: Tensor, slots: Tensor, numbers: Tensor, count: int) -> _Side:
-    columns = ((slots, 0), (numbers, 0), (torch.zeros_like(blocks), 1))
-    slots, numbers, padding = (_lists(blocks, values, count, fill).T.contiguous() for values, fill in columns)
-    return _Side(slots, numbers, padding.bool())
-
-
-def _moved(tensors: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    return (tensor.to(device) for tensor in tensors)
+def _side(numbers: Tensor, bounds: Range, device: torch.device) -> _Side:
+    """`numbers`: (blocks, R), the inputs (outputs) at each position of each block."""
+    inside = (numbers >= bounds[0]) & (numbers < bounds[1])
+    blocks, slots = inside.nonzero(as_tuple=True)
+    by_block = lists(blocks, torch.arange(len(blocks)), len(numbers)).T.contiguous()
+    padding = by_block < 0
+    local = numbers[inside] - bounds[0]
+    return _Side(
+        slots=slots[by_block].masked_fill(padding, 0).to(device),
+        numbers=local[by_block].masked_fill(padding, 0).to(device),
+        padding=padding.to(device),
+    )

@@ -241,10 +241,11 @@ def _inputs(spec: OperatorSpec, like: Tensor) -> Tensor:
 def _where_groups_meet(spec: OperatorSpec, square: Tensor, outputs: Tensor) -> Tensor:
     """Share: an input in two groups, because the last run wraps round, reads the sum of two columns of M. `outputs`:
     (R, 1)."""
-    tables = tables_of(spec, square.device)
-    if not len(tables.more_sources):
+    first, *later = tables_of(spec, square.device).unfold.table
+    if not later:
         return square.new_zeros(())
-    one, other = square[:, tables.places[tables.more_sources]], square[:, tables.more_places]
+    meets = later[0] >= 0
+    one, other = square[:, first[meets]], square[:, later[0][meets]]
     return (outputs * one * other).sum()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.mora import OperatorSpec, add_blocks_, input_columns, output_slots
+from mora_ds.adapters.ops.mora import OperatorSpec, add_blocks_, input_columns, rows_and_slots
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import single
 
@@ -42,7 +42,7 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
     for spec, value in updates:
         value = value.to(total.device, total.dtype)
         if isinstance(spec, OperatorSpec) and not spec.blockwise:
-            pending.append(_rows(spec, value))
+            pending.append(rows_and_slots(spec, input_columns(spec, value)))
             if sum(columns.numel() for columns, _ in pending) < _PENDING:
                 continue
         _add_rows(total, pending)
@@ -52,13 +52,6 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
         elif spec.blockwise:
             add_blocks_(total, spec, value)
     _add_rows(total, pending)
-
-
-def _rows(spec: OperatorSpec, square: Tensor) -> _Rows:
-    columns, slots = input_columns(spec, square), output_slots(spec).to(square.device)
-    if (slots < 0).any():  # truncate: outputs that read nothing
-        columns = torch.cat((columns, columns.new_zeros(1, spec.d_in)))
-    return columns, slots % len(columns)
 
 
 def _add_rows(total: Tensor, pending: list[_Rows]) -> None:

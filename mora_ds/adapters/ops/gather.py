@@ -26,14 +26,9 @@ def gather(x: Tensor, index: Tensor, missing: Tensor | None = None) -> Tensor:
     return taken.view(*x.shape[:-1], len(index))
 
 
-def gather_sum(x: Tensor, index: Tensor, missing: Tensor | None, rows: int) -> Tensor:
-    """(..., D), (rows * R,) -> (..., 1, R): `gather`, summed over rows."""
-    return gather(x, index, missing).unflatten(-1, (rows, -1)).sum(dim=-2, keepdim=True)
-
-
 def prefers_scatter(x: Tensor) -> bool:
-    """Whether groups of x are summed by `sum_groups` and not by `gather_sum`: on a CPU. On a GPU scattered sums are
-    atomic, so that their order would vary."""
+    """Whether groups of x are summed by scattering and not by gathering: on a CPU. On a GPU scattered sums
+    are atomic, so that their order would vary."""
     return x.device.type == "cpu"
 
 
@@ -63,47 +58,6 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
 def reuses_memory(x: Tensor) -> bool:
     """Whether results that live for one operation are written to `scratch`."""
     return prefers_scatter(x) and not torch.is_grad_enabled()
-
-
-def sum_groups(x: Tensor, group: Tensor, size: int) -> Tensor:
-    """(..., D), (D,) -> (..., size): element j is added to element group[j].
-
-    In low precision by a product with `one_hot`: CPUs multiply such numbers faster than they move them one by one, and
-    sum them in fp32.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    if x.dtype in LOW_PRECISION:
-        total = flat @ one_hot(group, size, x.dtype)
-    else:
-        total = flat.new_zeros(len(flat), size).scatter_add_(1, group.expand(len(flat), -1), flat)
-    return total.view(*x.shape[:-1], size)
-
-
-def one_hot(group: Tensor, size: int, dtype: torch.dtype, *more: Tensor) -> Tensor:
-    """(D, size): 1 at (j, group[j]), unless group[j] is `size`; and, given `more` = rows, columns, 1 at these pairs."""
-    width = size + 1
-    zeros = torch.zeros(len(group), width, dtype=dtype, device=group.device)
-    ones = torch.arange(0, zeros.numel(), width, device=group.device) + group
-    zeros.view(-1).index_fill_(0, ones, 1)
-    if more:
-        rows, columns = more
-        zeros.view(-1).index_fill_(0, rows * width + columns, 1)
-    return zeros[:, :size]
-
-
-def regroup_blocks(z: Tensor, blocks_out: int) -> Tensor:
-    """(..., N, R) -> (..., blocks_out, R): block p % N is added to p % blocks_out, for p below max(N, blocks_out)."""
-    blocks_in = z.shape[-2]
-    if blocks_in == blocks_out:
-        return z
-    if blocks_in < blocks_out:
-        repeats, rest = divmod(blocks_out, blocks_in)
-        return torch.cat([z] * repeats + [z[..., :rest, :]], dim=-2)
-    total = z[..., :blocks_out, :].clone()
-    for start in range(blocks_out, blocks_in, blocks_out):
-        part = z[..., start : start + blocks_out, :]
-        total[..., : part.shape[-2], :] += part
-    return total
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,28 +1,35 @@
-"""The tables of indices that an operator gathers with: which input lies at which position, and what each output reads.
+"""The four maps of an operator, as tables of indices that say which numbers are summed at each result.
 
-They hold indices only, no arithmetic. Permutations are folded into them, so that a permuted operator costs no more.
+    fold     x (D) -> z (N R)   the inputs that are summed at each position          unfold   its transpose
+    deal     u (N R) -> y (O)   the positions of u that are summed at each output    collect  its transpose
 
-Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks, K = members of the largest group.
+Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `deal`. All else
+follows from the maps: the operator's delta and gradients (`mora`), its kernels, its windows for tensor parallelism.
+Another operator is one more function in `_PLAIN_MAPS`, which says its `fold` and `collect`.
 
-    position   of an input: a column of M for truncate and share; for decouple and rotate, an index into the N input
-               blocks laid one after the other
+The tables hold indices only, no arithmetic. Permutations are folded into them, so that a permuted operator costs no
+more.
+
+Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to, K = terms of the longest sum.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from decimal import Decimal, localcontext
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import gather, gather_sum
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, Side
+from mora_ds.adapters.ops.gather import gather
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
 _POWERS = 28
 """Terms of the series of cosine and sine: the next ones are below 1 / 28!, 3e-30."""
@@ -32,50 +39,50 @@ if TYPE_CHECKING:  # `mora` makes the tables of its `OperatorSpec`
 
 
 @dataclass(frozen=True)
-class GatherIndex:
-    """What to take for each of (rows, R) positions."""
+class IndexMap:
+    """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1 stands for zero."""
 
+    table: Tensor
+    """(K, Q) int64."""
     index: Tensor
-    """(rows * R,)."""
+    """The terms that are gathered and summed at once, flat, with 0 in place of -1; int32 takes less time to read."""
     missing: Tensor | None
-    """Positions that stay zero; None where there are none."""
-    rows: int
+    """Where `index` stands for zero; None for nowhere."""
+    additions: tuple[tuple[Tensor, Tensor], ...]
+    """(results, indices) of the terms that are added to few results afterwards, one to each."""
 
-    @cached_property
-    def narrow(self) -> Tensor:
-        """`index` in int32, which takes less time to read."""
-        with torch.inference_mode(False):  # it may be training that takes it next
-            return self.index.int()
+    @classmethod
+    def of(cls, table: Tensor, at_once: bool = True) -> IndexMap:
+        """`at_once` False: terms after the first are additions, because few results have any."""
+        gathered = (table if at_once else table[:1]).flatten()
+        missing = (gathered < 0).nonzero().flatten()
+        later = [] if at_once else [((row >= 0).nonzero().flatten(), row) for row in table[1:]]
+        additions = tuple((results, row[results]) for results, row in later)
+        return cls(table, gathered.clamp(min=0).int(), missing if len(missing) else None, additions)
 
-    def take(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., rows, R)."""
-        return gather(x, self.narrow, self.missing).unflatten(-1, (self.rows, -1))
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., Q)."""
+        total = gather(x, self.index, self.missing)
+        if total.shape[-1] > self.table.shape[1]:
+            total = total.unflatten(-1, self.table.shape).sum(dim=-2)
+        for results, index in self.additions:
+            total.index_add_(-1, results, gather(x, index))
+        return total
 
-    def sum(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., 1, R): `take`, summed over rows."""
-        return gather_sum(x, self.narrow, self.missing, self.rows)
-
-    def to(self, device: torch.device) -> GatherIndex:
+    def to(self, device: torch.device) -> IndexMap:
         missing = None if self.missing is None else self.missing.to(device)
-        return GatherIndex(self.index.to(device), missing, self.rows)
+        additions = tuple((results.to(device), index.to(device)) for results, index in self.additions)
+        return IndexMap(self.table.to(device), self.index.to(device), missing, additions)
 
 
 @dataclass(frozen=True)
 class IndexTables:
-    """All tables of one operator on one device."""
+    """The maps of one operator on one device."""
 
-    sources: GatherIndex
-    """The input at each position, before groups are summed: (N, R), or (K, R) for segments and contiguous groups."""
-    places: Tensor
-    """(D,): the position of each input; R for none (truncate)."""
-    more_sources: Tensor
-    """(E,): inputs that have a second position, as the last block is filled up with the first inputs ..."""
-    more_places: Tensor
-    """(E,): ... and that position."""
-    slots: Tensor
-    """(O,): what each output reads: a row of M (R for none), or an index into the output blocks."""
-    members: GatherIndex
-    """The output at each row of M or index into the output blocks, before groups are summed."""
+    fold: IndexMap
+    unfold: IndexMap
+    deal: IndexMap
+    collect: IndexMap
 
     def to(self, device: torch.device) -> IndexTables:
         return IndexTables(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -99,74 +106,101 @@ def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
 def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """`tables_of` without its cache, for callers that keep the tables themselves."""
     with torch.inference_mode(False), torch.no_grad():
-        inputs, outputs, places_of, outputs_of = _permutations(spec)
-        places, sources = _side_tables(spec, Side.IN)
-        slots, members = _side_tables(spec, Side.OUT)
-        wraps = spec.kind is not OperatorKind.TRUNCATE and not _in_runs(spec, Side.IN)
-        more = torch.arange(spec.d_in, len(sources) if wraps else spec.d_in)
+        fold, collect = _PLAIN_MAPS[spec.kind](spec)
+        if spec.grouping is Grouping.PERMUTED:
+            inputs, outputs = draw_permutations(spec.seed, spec.d_in, spec.d_out, spec.in_segments, spec.out_segments)
+            fold = inputs[fold].where(fold >= 0, -1)
+            collect = outputs[collect].where(collect >= 0, -1)
         return IndexTables(
-            sources=_index(inputs, sources, spec.r_hat),
-            places=places[places_of],
-            more_sources=inputs[more % spec.d_in],
-            more_places=more if spec.blockwise else more % spec.r_hat,
-            slots=slots[outputs_of],
-            members=_index(outputs, members, spec.r_hat),
+            fold=IndexMap.of(fold),
+            # An input has more than one position only where the last group or block is filled up with first inputs.
+            unfold=IndexMap.of(transposed(fold, spec.d_in), at_once=False),
+            deal=IndexMap.of(transposed(collect, spec.d_out)),
+            collect=IndexMap.of(collect),
         ).to(device)
 
 
-def _side_tables(spec: OperatorSpec, side: Side) -> tuple[Tensor, Tensor]:
-    """Before the permutation: the position of each input (output), and the input (output) at each position; of inputs
-    the first ones again where the last block is not full, of outputs an index that is none."""
-    size, segments = (spec.d_in, spec.in_segments) if side is Side.IN else (spec.d_out, spec.out_segments)
-    contiguous = spec.grouping.contiguous_in if side is Side.IN else spec.grouping.contiguous_out
-    positions = torch.arange(size)
-    if spec.kind is OperatorKind.TRUNCATE:
-        return positions.clamp(max=spec.r_hat), torch.arange(spec.r_hat)
-    if not spec.blockwise:
-        positions = group_of_each(size, spec.r_hat, segments, contiguous)
-    if _in_runs(spec, side):
-        return positions, group_members(size, spec.r_hat, segments, contiguous).flatten()
-    filled = torch.arange(math.ceil(size / spec.r_hat) * spec.r_hat)
-    return positions, filled % size if side is Side.IN else filled
+def transposed(table: Tensor, size: int) -> Tensor:
+    """(K, Q) -> (K', size): the results that read each of `size` numbers, in the order of the table's rows."""
+    reads = table >= 0
+    results = torch.arange(table.shape[1]).expand_as(table)
+    return lists(table[reads], results[reads], size)
 
 
-def _in_runs(spec: OperatorSpec, side: Side) -> bool:
-    """Whether groups are not the residues of the index modulo R."""
-    if spec.kind is not OperatorKind.SHARE:
-        return False
-    if side is Side.IN:
-        return spec.in_segments > 1 or spec.grouping.contiguous_in
-    return spec.out_segments > 1 or spec.grouping.contiguous_out
+def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
+    """(K, size): in column k the values whose key is k, in their order, and -1 up to the length K of the longest column
+    (at least 1)."""
+    order = keys.argsort(stable=True)
+    keys, values = keys[order], values[order]
+    counts = torch.bincount(keys, minlength=size)
+    rank = torch.arange(len(keys)) - (counts.cumsum(0) - counts)[keys]
+    longest = int(rank.max()) + 1 if len(rank) else 1
+    table = torch.full((longest, size), -1)
+    table[rank, keys] = values
+    return table
 
 
-def _index(permutation: Tensor, positions: Tensor, r_hat: int) -> GatherIndex:
-    """Positions from len(permutation) on are missing."""
-    missing = (positions >= len(permutation)).nonzero().flatten()
-    index = permutation[positions.clamp(max=len(permutation) - 1)]
-    return GatherIndex(index, missing if len(missing) else None, len(positions) // r_hat)
+# -- fold (K, N R) and collect (K, N R) of each operator, without permutations ---------------------------------------
 
 
-def _permutations(spec: OperatorSpec) -> tuple[Tensor, ...]:
-    if spec.grouping is Grouping.PERMUTED:
-        return draw_permutations(spec.seed, spec.d_in, spec.d_out, spec.in_segments, spec.out_segments)
-    inputs, outputs = torch.arange(spec.d_in), torch.arange(spec.d_out)
-    return inputs, outputs, inputs, outputs
+def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(spec.r_hat).unsqueeze(0)
+    return positions.where(positions < spec.d_in, -1), positions.where(positions < spec.d_out, -1)
+
+
+def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+    in_runs, out_runs = spec.grouping.contiguous_in, spec.grouping.contiguous_out
+    if in_runs or spec.in_segments > 1:
+        fold = _groups(spec.d_in, spec.r_hat, spec.in_segments, in_runs)
+    else:
+        fold = _filled(spec.d_in, spec.r_hat)
+    return fold, _groups(spec.d_out, spec.r_hat, spec.out_segments, out_runs)
+
+
+def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+    """Output block p reads block p of M's output; where there are fewer of these, from the first again; where there are
+    more, those that are left are added from the first output block on."""
+    fold = _filled(spec.d_in, spec.r_hat).view(1, -1)
+    outputs = torch.arange(spec.blocks_out * spec.r_hat)
+    outputs = outputs.where(outputs < spec.d_out, -1).view(spec.blocks_out, spec.r_hat)
+    if spec.blocks_in >= spec.blocks_out:
+        return fold, outputs[torch.arange(spec.blocks_in) % spec.blocks_out].view(1, -1)
+    unread = -spec.blocks_out % spec.blocks_in
+    return fold, F.pad(outputs, (0, 0, 0, unread), value=-1).view(-1, spec.blocks_in * spec.r_hat)
+
+
+_PLAIN_MAPS: dict[OperatorKind, Callable[[OperatorSpec], tuple[Tensor, Tensor]]] = {
+    OperatorKind.TRUNCATE: _truncate,
+    OperatorKind.SHARE: _share,
+    OperatorKind.DECOUPLE: _blocks,
+    OperatorKind.ROTATE: _blocks,
+}
+
+
+def _filled(size: int, r_hat: int) -> Tensor:
+    """(ceil(size / R), R): the indices in rows of R; the last row is filled up with the first ones."""
+    return (torch.arange(math.ceil(size / r_hat) * r_hat) % size).view(-1, r_hat)
+
+
+def _groups(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
+    """(K, groups): the indices in each group."""
+    return lists(group_of_each(size, groups, segments, contiguous), torch.arange(size), groups)
 
 
 def draw_permutations(
     seed: int, d_in: int, d_out: int, in_segments: int = 1, out_segments: int = 1
-) -> tuple[Tensor, ...]:
-    """Permutations of inputs and outputs, each within its segments, and their inverses.
+) -> tuple[Tensor, Tensor]:
+    """Permutations of inputs and outputs, each within its segments.
 
     numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a merge ledger that is replayed
     years later, or on another device, must draw the same permutations.
     """
     stream = np.random.RandomState(seed)
-    forward = [
+    inputs, outputs = (
         torch.cat([start + torch.from_numpy(stream.permutation(stop - start)) for start, stop in bounds])
         for bounds in (segment_bounds(d_in, in_segments), segment_bounds(d_out, out_segments))
-    ]
-    return (*forward, *(permutation.argsort() for permutation in forward))
+    )
+    return inputs, outputs
 
 
 def segment_bounds(size: int, segments: int) -> list[tuple[int, int]]:
@@ -174,7 +208,7 @@ def segment_bounds(size: int, segments: int) -> list[tuple[int, int]]:
     return [(size * index // segments, size * (index + 1) // segments) for index in range(segments)]
 
 
-def group_of_each(size: int, groups: int, segments: int = 1, contiguous: bool = False) -> Tensor:
+def group_of_each(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
     """(size,): the group of each index. A segment of the indices has a segment of the groups.
 
     Within a segment groups are residues modulo their number, or contiguous runs of which the first are longer by one.
@@ -195,19 +229,8 @@ def group_of_each(size: int, groups: int, segments: int = 1, contiguous: bool = 
 def clear_tables() -> None:
     """Forgets all cached tables; those that are held stay with their holders alone."""
     _held.clear()
-    for cached in (tables_of, group_members, rope_table):
-        cached.cache_clear()
-
-
-@lru_cache(maxsize=512)
-def group_members(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
-    """(K, groups): the indices in each group, filled up with `size`."""
-    group = group_of_each(size, groups, segments, contiguous)
-    order, counts = group.argsort(stable=True), torch.bincount(group, minlength=groups)
-    row = torch.arange(size) - (counts.cumsum(0) - counts)[group[order]]
-    table = torch.full((int(counts.max()), groups), size)
-    table[row, group[order]] = order
-    return table
+    tables_of.cache_clear()
+    rope_table.cache_clear()
 
 
 @lru_cache(maxsize=512)

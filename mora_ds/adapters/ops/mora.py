@@ -38,15 +38,12 @@ from torch import Tensor
 from mora_ds.adapters.ops.gather import (
     LOW_PRECISION,
     gather,
-    one_hot,
     prefers_scatter,
-    regroup_blocks,
     reuses_memory,
     rotate,
     scratch,
-    sum_groups,
 )
-from mora_ds.adapters.ops.index_tables import rope_table, tables_of
+from mora_ds.adapters.ops.index_tables import IndexMap, rope_table, tables_of
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.untrusted import MAX_SIDE
@@ -138,37 +135,52 @@ def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
 
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
-    slots = tables_of(spec, z.device).slots
-    if spec.blockwise and spec.blocks_in < spec.blocks_out:  # output blocks beyond the last read from the first again
-        return gather(z.flatten(-2), slots % (spec.blocks_in * spec.r_hat))
-    blocks = regroup_blocks(z, spec.blocks_out) if spec.blockwise else z
-    return gather(_with_zero(spec, blocks.flatten(-2)), slots)
+    return tables_of(spec, z.device).deal(z.flatten(-2))
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
     """The transpose of `decompress`, (..., O) -> (..., N, R): from a gradient of the output to one of M compress(x)."""
-    blocks = _output_blocks(spec, g)
-    return regroup_blocks(blocks, spec.blocks_in) if spec.blockwise else blocks
+    tables = tables_of(spec, g.device)
+    return _sums(spec, g, tables.collect, tables.deal)
 
 
 def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
-    if spec.kind is not OperatorKind.SHARE:
-        return input_blocks(spec, x)
+    if spec.blockwise and spec.grouping is Grouping.PLAIN and spec.d_in % spec.r_hat == 0:
+        return x.unflatten(-1, (spec.blocks, spec.r_hat))  # a view
     tables = tables_of(spec, x.device)
-    if not prefers_scatter(x):
-        return tables.sources.sum(x)
-    if sums_by_product(x):
-        return (x @ fold_matrix(spec, x)).unsqueeze(-2)
-    z = sum_groups(x, tables.places, spec.r_hat)
-    if len(tables.more_sources):
-        z.index_add_(-1, tables.more_places, gather(x, tables.more_sources))
-    return z.unsqueeze(-2)
+    return _sums(spec, x, tables.fold, tables.unfold)
 
 
 def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
     """The transpose of `fold_input`: (..., N, R) -> (..., D)."""
     return input_columns(spec, z.flatten(-2))
+
+
+def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
+    """The map `sums` applied to x, as blocks (..., N, R). By scattering where that is faster, and in low precision by a
+    product with ones and zeros: CPUs multiply such numbers faster than they move them one by one, and sum them in
+    fp32."""
+    if spec.blockwise or len(sums.table) == 1 or not prefers_scatter(x):
+        total = sums(x)
+    elif sums_by_product(x):
+        total = x @ _matrix(transpose, spec.r_hat, x.dtype)
+    else:
+        flat = x.reshape(-1, x.shape[-1])
+        groups = transpose.table[0].expand(len(flat), -1)
+        total = flat.new_zeros(len(flat), spec.r_hat).scatter_add_(1, groups, flat)
+        for members, more_groups in transpose.additions:
+            total.index_add_(1, more_groups, gather(flat, members))
+        total = total.view(*x.shape[:-1], spec.r_hat)
+    return total.unflatten(-1, (spec.blocks, spec.r_hat))
+
+
+def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
+    """(inputs, size): x @ it is the map whose transpose is given."""
+    table = transpose.table.T
+    ones = torch.zeros(len(table), size + 1, dtype=dtype, device=table.device)
+    ones.scatter_(1, table.where(table >= 0, size), 1)
+    return ones[:, :size]
 
 
 def square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, form_dense: bool = False) -> Tensor:
@@ -180,7 +192,7 @@ def square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, form_dense: bo
     if not spec.blockwise:
         z = saved.flatten(0, -2)
         if sums_by_product(g):
-            return _output_blocks(spec, z.T @ g.flatten(0, -2)).squeeze(-2).T
+            return decompress_transpose(spec, z.T @ g.flatten(0, -2)).squeeze(-2).T
         return decompress_transpose(spec, g).flatten(0, -2).T @ z
     x, g = saved.flatten(0, -2), g.flatten(0, -2)
     if form_dense:
@@ -188,34 +200,34 @@ def square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, form_dense: bo
     tokens = tokens_in_cache(g, max(spec.d_in, spec.d_out))
     products = g.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
     for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
-        z, c = fold_input(spec, x_part), _output_blocks(spec, g_part)
-        for into, out in block_pairs(spec):
-            products[into].baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
+        z, c = fold_input(spec, x_part), decompress_transpose(spec, g_part)
+        products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1))
     return sum_of_blocks(spec, products)
 
 
 def sums_by_product(x: Tensor) -> bool:
-    """Whether groups of x are summed, and copied to outputs, by products with one-hot matrices (`sum_groups`)."""
+    """Whether groups of x are summed, and copied to outputs, by products with matrices of ones and zeros."""
     return prefers_scatter(x) and x.dtype in LOW_PRECISION
 
 
 def fold_matrix(spec: OperatorSpec, like: Tensor) -> Tensor:
     """(D, R) for share and truncate, in the dtype of `like`: compress(x) == x @ fold_matrix."""
-    tables = tables_of(spec, like.device)
-    return one_hot(tables.places, spec.r_hat, like.dtype, tables.more_sources, tables.more_places)
+    return _matrix(tables_of(spec, like.device).unfold, spec.r_hat, like.dtype)
 
 
 def rows_of_outputs(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(O, R) for share and truncate: the row of M that each output reads, so that decompress(M z) == z @ rows^T."""
-    rows = F.pad(square, (0, 0, 0, 1)) if spec.kind is OperatorKind.TRUNCATE else square
-    return rows.index_select(0, tables_of(spec, square.device).slots)
+    rows, slots = rows_and_slots(spec, square)
+    return rows.index_select(0, slots)
 
 
-def output_slots(spec: OperatorSpec) -> Tensor:
-    """(O,) on the CPU: what each output reads. A row of M for share and truncate (-1 for none); for decouple and rotate
-    an index into the output blocks, one after the other."""
-    slots = tables_of(spec, torch.device("cpu")).slots
-    return slots.where(slots < spec.r_hat, -1) if spec.kind is OperatorKind.TRUNCATE else slots
+def rows_and_slots(spec: OperatorSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For share and truncate, of rows (R, ...): these, with one of zeros where truncate has outputs that read none, and
+    for each output (O,) the row that it reads."""
+    deal = tables_of(spec, rows.device).deal
+    if deal.missing is not None:
+        rows = torch.cat((rows, torch.zeros_like(rows[:1])))
+    return rows, deal.table[0] % len(rows)
 
 
 def rotate_blocks(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
@@ -262,9 +274,8 @@ def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
     The first inputs also fill up the last block. Where both blocks of such an input meet one output block, their
     columns are summed before they are added.
     """
-    tables = tables_of(spec, total.device)
-    outputs = tables.members.index[: spec.d_out].split(spec.r_hat)
-    inputs = list(tables.sources.index.split(spec.r_hat))
+    outputs = output_blocks(spec, total.device).flatten()[: spec.d_out].split(spec.r_hat)
+    inputs = list(tables_of(spec, total.device).fold.table.view(-1, spec.r_hat))
     squares = list(block_squares(spec, square))
     last = spec.blocks_in - 1
     filled = spec.d_in - last * spec.r_hat
@@ -286,30 +297,18 @@ def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
 
 def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
     """weight (O, D) + delta_weight, contiguous. It may lie in `scratch`: it holds until the next call."""
-    if spec.kind is OperatorKind.SHARE:
-        rows, slots = input_columns(spec, square), tables_of(spec, square.device).slots
-        if not reuses_memory(rows):
-            return rows.index_select(0, slots).add_(weight)
-        formed = scratch("formed", rows, spec.d_out, spec.d_in)
-        return torch.index_select(rows, 0, slots, out=formed).add_(weight)
     if spec.blockwise:
         formed = scratch("formed", square, spec.d_out, spec.d_in).copy_(weight)
         return add_blocks_(formed, spec, square)
-    return delta_weight(spec, square).add_(weight)
+    rows, slots = rows_and_slots(spec, input_columns(spec, square))
+    memory = scratch("formed", rows, spec.d_out, spec.d_in) if reuses_memory(rows) else None
+    return torch.index_select(rows, 0, slots, out=memory).add_(weight)
 
 
 def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
     """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out). In
-    general (..., N * R) -> (..., D): for each input the sum of what lies at its positions.
-
-    Second positions are added D at a time, so that no step adds to one input twice.
-    """
-    tables = tables_of(spec, square.device)
-    columns = gather(_with_zero(spec, square), tables.places)
-    for sources, places in zip(tables.more_sources.split(spec.d_in), tables.more_places.split(spec.d_in), strict=True):
-        if len(sources):
-            columns.index_add_(-1, sources, gather(square, places))
-    return columns
+    general (..., N * R) -> (..., D): for each input the sum of what lies at its positions."""
+    return tables_of(spec, square.device).unfold(square)
 
 
 def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
@@ -319,21 +318,19 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
     """
     if not spec.blockwise:
         folded = fold_input(spec, gradient).squeeze(-2)
-        return _output_blocks(spec, folded.T).squeeze(-2).T
-    members = tables_of(spec, gradient.device).members
-    rows = gather(gradient.T, members.index, members.missing).T.unflatten(0, (spec.blocks_out, spec.r_hat))
-    columns = _columns_of_blocks(spec, gradient.device)
+        return decompress_transpose(spec, folded.T).squeeze(-2).T
+    members = output_blocks(spec, gradient.device)
+    rows = F.pad(gradient, (0, 0, 0, 1))[members]  # (blocks_out, R, D); index -1 is the row of zeros
+    columns = tables_of(spec, gradient.device).fold.table.view(spec.blocks_in, 1, spec.r_hat)
     products = gradient.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
     for into, out in block_pairs(spec):
         products[into] += rows[out].gather(2, columns[into].expand_as(products[into]))
     return sum_of_blocks(spec, products)
 
 
-def input_blocks(spec: OperatorSpec, x: Tensor) -> Tensor:
-    """(..., D) -> (..., N, R): the permuted and padded input in blocks (for share, those that will be summed)."""
-    if spec.blockwise and spec.grouping is Grouping.PLAIN and spec.d_in % spec.r_hat == 0:
-        return x.unflatten(-1, (spec.blocks_in, spec.r_hat))  # a view
-    return tables_of(spec, x.device).sources.take(x)
+def output_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
+    """(blocks_out, R) for decouple and rotate: the output at each position of each output block, -1 for none."""
+    return tables_of(spec, device).collect.table.view(-1, spec.r_hat)[: spec.blocks_out]
 
 
 def block_pairs(spec: OperatorSpec) -> list[tuple[slice, slice]]:
@@ -355,21 +352,3 @@ def tokens_in_cache(x: Tensor, width: int) -> int:
     """How many tokens of `width` numbers to gather and multiply at once: on a CPU, what stays in its cache; elsewhere
     all of x (tokens, ...)."""
     return max(256, 2**18 // width) if prefers_scatter(x) else max(1, len(x))
-
-
-def _output_blocks(spec: OperatorSpec, g: Tensor) -> Tensor:
-    """(..., O) -> (..., 1, R), or the output blocks (..., blocks_out, R) for decouple and rotate."""
-    tables = tables_of(spec, g.device)
-    if spec.kind is not OperatorKind.SHARE:
-        return tables.members.take(g)
-    return sum_groups(g, tables.slots, spec.r_hat).unsqueeze(-2) if prefers_scatter(g) else tables.members.sum(g)
-
-
-def _with_zero(spec: OperatorSpec, z: Tensor) -> Tensor:
-    """Truncate: with one more element, of zero, for whatever reads none."""
-    return F.pad(z, (0, 1)) if spec.kind is OperatorKind.TRUNCATE else z
-
-
-def _columns_of_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
-    """(N, 1, R): the input at each position of each block."""
-    return tables_of(spec, device).sources.index.view(spec.blocks_in, 1, spec.r_hat)
