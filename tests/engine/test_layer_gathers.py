@@ -1,6 +1,6 @@
-"""When a decoder layer's matrices are fetched and released, and freed without DeepSpeed's help: one process, stand-ins.
+"""Which forward finds a layer's matrices there, and which are freed without DeepSpeed's help: one process, stand-ins.
 
-Equal numbers in several processes: test_module_hooks.py.
+What is gathered when, and equal numbers, in several processes: test_module_hooks.py.
 """
 
 from __future__ import annotations
@@ -18,44 +18,20 @@ from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
 
 
 class Coordinator:
-    def __init__(self, records: bool) -> None:
-        self.calls, self.records = list[Any](), records
+    def __init__(self) -> None:
+        self.calls = list[Any]()
 
     def trace_prologue(self, module: Any) -> None:
         self.calls.append("trace")
 
     def is_record_trace(self) -> bool:
-        return self.records
-
-    def record_module(self, module: Any) -> None:
-        self.calls.append("record")
+        return False
 
     def fetch_sub_module(self, module: Any, forward: bool) -> None:
         self.calls.append(("fetch", forward))
 
     def release_sub_module(self, module: Any, forward: bool) -> None:
         self.calls.append(("release", forward))
-
-
-def layer_with(coordinator: Coordinator, active: set[int]) -> tuple[Any, Any]:
-    layer: Any = nn.Linear(3, 3)
-    layer.ds_id = 7
-    matrix = SimpleNamespace(ds_active_sub_modules=active)
-    return layer, LayerGathers(coordinator, layer, [matrix, SimpleNamespace()])
-
-
-@pytest.mark.parametrize("records", [False, True])
-def test_a_layer_is_fetched_before_and_released_after_each_pass(records: bool) -> None:
-    coordinator = Coordinator(records)
-    layer, gathers = layer_with(coordinator, set())
-    start: list[Any] = ["trace", "record"] if records else ["trace"]
-    out = layer(torch.ones(2, 3, requires_grad=True))
-    assert coordinator.calls == [*start, ("fetch", True), ("release", True)]
-    coordinator.calls.clear()
-    out.sum().backward()
-    assert coordinator.calls == [*start, ("fetch", False), ("release", False)]
-    assert [name for name, _ in gathers.named_parameters()] == ["0", "1"] and gathers.ds_id == 7
-    assert gathers.ds_external_parameters() == () and gathers.training
 
 
 @pytest.mark.parametrize(
@@ -66,8 +42,10 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
 ) -> None:
     """Within the backward pass of its own layer, which has fetched them."""
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 0 if in_backward else -1)
-    coordinator = Coordinator(False)
-    layer, _ = layer_with(coordinator, active)
+    coordinator = Coordinator()
+    layer: Any = nn.Linear(3, 3)
+    layer.ds_id = 7
+    LayerGathers(coordinator, layer, [SimpleNamespace(ds_active_sub_modules=active), SimpleNamespace()])
     layer(torch.ones(2, 3))
     assert coordinator.calls == (["trace", ("fetch", True), ("release", True)] if is_fetched else [])
 

@@ -24,19 +24,12 @@ from tests.helpers.engines import new_engine, one_step
 from tests.helpers.gloo import run_ranks
 
 SYMBOLS = {
-    "deepspeed": [
-        "DeepSpeedEngine", "initialize", "init_distributed", "zero.GatheredParameters", "set_optimizer_flags",
-    ],
+    "deepspeed": ["zero.GatheredParameters", "set_optimizer_flags"],
     "deepspeed.ops": ["__compatible_ops__"],
-    "deepspeed.accelerator": ["get_accelerator"],
     "deepspeed.comm.comm": ["cdb"],
-    "deepspeed.runtime.bf16_optimizer": ["BF16_Optimizer"],
-    "deepspeed.runtime.checkpoint_engine.checkpoint_engine": ["CheckpointEngine", "CheckpointCommitInfo"],
     "deepspeed.runtime.fp16.loss_scaler": ["LossScaler", "DynamicLossScaler"],
     "deepspeed.runtime.zero.config": ["ZeroStageEnum"],
     "deepspeed.utils.tensor_fragment": ["fragment_address"],
-    "deepspeed.runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
-    "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "deepspeed.runtime.engine": ["DeepSpeedEngine.optimizer_name", "DeepSpeedEngine._muon_param_groups"],
     "deepspeed.runtime.zero.stage3": [
         "DeepSpeedZeroOptimizer_Stage3._apply_muon_to_accumulated_grads",
@@ -46,14 +39,12 @@ SYMBOLS = {
         "DeepSpeedZeroOptimizer._apply_muon_updates_cpu_offload", "DeepSpeedZeroOptimizer._is_muon_group",
         "DeepSpeedZeroOptimizer.get_flat_partition", "DeepSpeedZeroOptimizer.scaled_global_norm",
     ],
-    "deepspeed.utils": ["logger", "safe_get_full_fp32_param"],
-    # for Muon
-    "deepspeed.runtime.utils": ["combine_grad_norm_groups", "is_invalid_grad_norm"],
     "deepspeed.runtime.zero.muon.original_muon": [
         "muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "ns_compute_dtype",
     ],
-    "deepspeed.runtime.zero.muon.muon_optimizer": ["MuonWithAuxAdam", "muon_update"],
+    "deepspeed.runtime.zero.muon.muon_optimizer": ["muon_update"],
 }  # fmt: skip
+"""Those that are not imported by name at the head of a module, where an ImportError tells."""
 ENGINE_METHODS = (
     "zero_optimization", "zero_optimization_stage", "gradient_accumulation_steps", "get_global_grad_norm",
     "clip_fp32_gradients", "gradient_clipping", "backward", "step", "save_checkpoint", "load_checkpoint", "destroy",
