@@ -12,6 +12,7 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
 from mora_ds.common.errors import UserError
+from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import Count, Processes, typed_fully
 
 
@@ -78,9 +79,9 @@ _MOST_ROWS = 1 << 24
 """Sequences a step; far above any that was ever trained with."""
 
 
-def check_world_size(folder: Path, world: int) -> None:
+def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
     """Raises `UserError` when `world` ranks cannot resume the checkpoint: its global batch must divide by them."""
-    rows = TrainerState.read(folder).identity.get("global_batch_size")
+    rows = state.identity.get("global_batch_size")
     if isinstance(rows, int) and 0 < rows <= _MOST_ROWS and rows % world:
         divisors = [str(number) for number in range(1, rows + 1) if rows % number == 0]
         raise UserError(
@@ -91,7 +92,7 @@ def check_world_size(folder: Path, world: int) -> None:
 
 def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
-    there, here = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
+    there, here = (flattened(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
         f"{_label(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
         for key in sorted({*there, *here})
@@ -139,11 +140,3 @@ def _label(key: str) -> str:
         return f"{_LABELS[f'mixture.{part}']}, {name}"
     plain = key.removeprefix("adapter.")
     return f"--{plain}" if plain in _FLAGS else _LABELS.get(key, key)
-
-
-def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"adapter": {"rank": 8}} -> {"adapter.rank": 8}."""
-    flat: dict[str, Any] = {}
-    for key, value in identity.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

@@ -48,7 +48,7 @@ from mora_ds.checkpoint.layout import (
     step_of,
     unknown_entries,
 )
-from mora_ds.checkpoint.state import TrainerState, check_identity
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.errors import RunError
 from mora_ds.engine import shard_writer, zero
@@ -218,21 +218,18 @@ class _Share(NamedTuple):
         return cls(files.record(beside, own), shard, {kind: state.numpy() for kind, state in rng.items()})
 
 
-def load_checkpoint(folder: Path, engine: zero.Engine, identity: dict[str, Any]) -> TrainerState:
+def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
     """Restores engine and random states from a verified folder, saved by any number of ranks under any ZeRO stage.
 
-    With the number of ranks that saved it the run continues bit for bit. With another one masters, moments and step
-    counts are the same to the bit, but sums over ranks round differently. Raises `UserError` that names each
-    difference when the checkpoint belongs to another run.
+    `state`: the folder's, of this run (`check_identity`); it gets the number of ranks. With the number of ranks that
+    saved it the run continues bit for bit. With another one masters, moments and step counts are the same to the bit,
+    but sums over ranks round differently.
     """
-    state = TrainerState.read(folder)
-    check_identity(folder, state.identity, identity)
     ranks, place = Ranks.current(), folder / ENGINE_TAG
     index = ranks.on_first("layouts of the checkpoint", lambda: ShardIndex.read(place), long=True)
     shard_writer.restore(engine, EngineShards(place, index, min(ranks.rank, len(index.files) - 1)))
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
-    return state
 
 
 def _retain(root: Path, step: int, keep: int | None) -> None:

@@ -20,7 +20,7 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.contents import PROBE_TOKENS
-from mora_ds.checkpoint.state import TrainerState, run_identity
+from mora_ds.checkpoint.state import run_identity
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.base_ring import ring_of
@@ -66,6 +66,7 @@ class AdapterJob(Job):
         self.seed_dropout()
         self.run = self._open_run(common)
         self.state = self.run.state
+        self.checkpoints = self.run.checkpoints
         tokens = training.per_device_train_batch_size * self.data.train.seq_len // training.sequence_parallel_size
         self._log_paths(tokens, self.state.micro_batch_tokens)
         self.state.micro_batch_tokens = tokens
@@ -75,17 +76,11 @@ class AdapterJob(Job):
     def merge(self, step: int, probe: Callable[[], float]) -> MergeReport:
         return self.run.merge(step, probe)
 
-    def save(self, state: TrainerState) -> Path:
-        return self.run.save_state(state, self.arguments.training.save_total_limit)
-
     def check_base(self) -> None:
         self.run.check_base()
 
     def changed_base_files(self) -> list[Path]:
         return self.loaded.base.changed_files()
-
-    def wait(self, timeout_s: float | None) -> None:
-        self.run.wait(timeout_s)
 
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the merged model, or each of those that the hooks name, in a folder of its name."""
@@ -189,5 +184,6 @@ class AdapterJob(Job):
                 probe_ids=train_data.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
                 facts={"seq_len": train_data.seq_len},
                 ranks=self.place.ranks,
+                state=self.place.state,
             ),
         )

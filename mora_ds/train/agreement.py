@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
 from mora_ds.config.arguments import Arguments, dump
@@ -83,12 +84,4 @@ def settings_in_common(arguments: Arguments) -> dict[str, Any]:
         flags["sources of the mixture"] = [replace(source, files=(), dataset=None) for source in plan.sources]
         flags["weights of the mixture"] = plan.phases
     versions = {f"version of {name}": version(name) for name in PACKAGES} | {"version of mora_ds": __version__}
-    return {**flags, **_flat(ds_config, "--deepspeed: "), **versions}
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"<prefix>a.b": 1}"""
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
+    return {**flags, **flattened(ds_config, "--deepspeed: "), **versions}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
-from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
@@ -87,7 +86,7 @@ def load_data(
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
     logger.info(f"tokens of the training corpus: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
-    state = None if place.checkpoint is None else TrainerState.read(place.checkpoint).stream
+    state = None if place.state is None else place.state.stream
     rows = training.rows_per_step(ranks.world)
     train = _train_data(tokenization, plan, corpora, training.seed, rows, state)
     train.check_batch_size(rows)

@@ -45,6 +45,8 @@ class Job(ABC):
     """A DeepSpeed engine; the model itself for `BareJob`."""
     state: TrainerState
     """A new state, or that of the checkpoint which the run resumes from."""
+    checkpoints: CheckpointWriter
+    """Not of a job that is only evaluated."""
     trainable_parameters: int
     total_parameters: int
 
@@ -70,13 +72,11 @@ class Job(ABC):
         """Merge the adapter into the base, and note the step in the state; as `Run.merge`."""
         raise AssertionError("there is nothing to merge")
 
-    @abstractmethod
-    def save(self, state: TrainerState) -> Path:
-        """Write a checkpoint and return its folder; with --async_save it is complete only later."""
-
-    @abstractmethod
-    def wait(self, timeout_s: float | None) -> None:
-        """Wait until the last checkpoint is written. Raises what went wrong with it."""
+    def save(self) -> Path:
+        """Write a checkpoint and return its folder; with --async_save it is complete only later. Raises `RunError` as
+        `check_base` does."""
+        self.check_base()
+        return self.checkpoints.save(self.state, self.arguments.training.save_total_limit)
 
     def check_base(self) -> None:
         """Raise `BaseChanged`, on all processes, when files have changed from which live weights are read. Here none
@@ -87,9 +87,9 @@ class Job(ABC):
         """Files that `check_base` would have to read again on this process. Not collective."""
         return []
 
-    @abstractmethod
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the merged model of a checkpoint into the folder `target`."""
+        raise AssertionError("there is nothing to export")
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
@@ -120,8 +120,8 @@ class Job(ABC):
 
     def check_checkpoint(self, identity: dict[str, Any]) -> None:
         """Raise `UserError` where the checkpoint to resume from is another run's."""
-        if (checkpoint := self.place.checkpoint) is not None:
-            check_identity(checkpoint, TrainerState.read(checkpoint).identity, identity)
+        if self.place.checkpoint is not None and self.place.state is not None:
+            check_identity(self.place.checkpoint, self.place.state.identity, identity)
 
     def seed_dropout(self) -> None:
         """Give every replica its own dropout masks; a checkpoint restores its random states afterwards."""
@@ -140,15 +140,6 @@ class BareJob(Job):
         logger.info(f"nothing is trained: all {self.total_parameters:,} parameters stay as they are")
         self.engine.to(current_device()).requires_grad_(False)
 
-    def save(self, state: TrainerState) -> Path:
-        raise AssertionError("there is nothing to save")
-
-    def wait(self, timeout_s: float | None) -> None:
-        pass
-
-    def export(self, checkpoint: Path, target: Path) -> None:
-        raise AssertionError("there is nothing to export")
-
 
 class FullJob(Job):
     """Training of every parameter under plain ZeRO (--adapter full)."""
@@ -163,19 +154,13 @@ class FullJob(Job):
         place.ranks.barrier("start of the engine")
         self.engine, *_ = initialize_full(model=model, config=ds_config)
         self.seed_dropout()
-        self.state = TrainerState(world_size=place.ranks.world, identity=identity)
+        self.state = place.state or TrainerState(world_size=place.ranks.world, identity=identity)
         if place.checkpoint is not None:
-            self.state = load_checkpoint(place.checkpoint, self.engine, identity)
+            load_checkpoint(place.checkpoint, self.engine, self.state)
         background = self.arguments.training.async_save
-        self._writer = CheckpointWriter(
+        self.checkpoints = CheckpointWriter(
             place.folder / CHECKPOINTS, self.engine, lambda step: lambda folder: None, background, place.ranks
         )
-
-    def save(self, state: TrainerState) -> Path:
-        return self._writer.save(state, self.arguments.training.save_total_limit)
-
-    def wait(self, timeout_s: float | None) -> None:
-        self._writer.wait(timeout_s)
 
     def export(self, checkpoint: Path, target: Path) -> None:
         """Write the live model, which is the one of `checkpoint`."""

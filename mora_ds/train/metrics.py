@@ -7,7 +7,7 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.common.files import atomic_path, disk_errors
+from mora_ds.common.nested import flattened
 from mora_ds.config.forgetting import change
 from mora_ds.models.loss import perplexity
 from mora_ds.train.trackers import Service, TensorBoard, Tracker
@@ -195,7 +196,8 @@ class MetricsLog:
         """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or
         source."""
         self._write({"step": step, kind: facts})
-        self._log(dict(numbers_in(GROUPS[kind], facts)), step)
+        values = flattened(facts, f"{GROUPS[kind]}/", "/").items()
+        self._log({curve: value for curve, value in values if isinstance(value, (int, float))}, step)
 
     def event(self, step: int, title: str, text: str) -> None:
         """Something that happened after `step`, for the log and the trackers."""
@@ -230,15 +232,6 @@ class MetricsLog:
         if numbers:
             for tracker in self._trackers:
                 tracker.log(numbers, step)
-
-
-def numbers_in(prefix: str, facts: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(curve, value) of every number of `facts`; those of nested mappings by their path."""
-    for name, value in facts.items():
-        if isinstance(value, Mapping):
-            yield from numbers_in(f"{prefix}/{name}", value)
-        elif isinstance(value, (int, float)):
-            yield f"{prefix}/{name}", value
 
 
 def plain_json(value: Any) -> Any:

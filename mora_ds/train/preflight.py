@@ -114,7 +114,7 @@ def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float
 
 
 def _places(engine: Any, positions: Tensor, rows: int) -> dict[str, Any]:
-    """The positions (T,) of every row, and the documents that they make."""
+    """Positions, (T,) for all rows alike or (rows, T), and the documents that they make."""
     every = positions.expand(rows, -1)
     return {"position_ids": every.to(engine.device), "documents": Documents.of(every).to(engine.device)}
 
@@ -167,8 +167,7 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
     if document_mask:  # a document that crosses a boundary, and another one that begins between two boundaries
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
-    places = {"position_ids": positions.to(engine.device), "documents": Documents.of(positions).to(engine.device)}
-    batch = {"input_ids": rows, **places}
+    batch = {"input_ids": rows, **_places(engine, positions, 2)}
     part = sequence.split(batch)
     engine.eval()
     split = engine(**model_inputs(engine, part)).logits

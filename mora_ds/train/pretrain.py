@@ -134,7 +134,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             chunk_loss(loaded.model)
         preflight(job, arguments)
         schedule = arguments.schedule(_total_steps(training, data.train, ranks.world))
-        if place.checkpoint is not None and TrainerState.read(place.checkpoint).step > schedule.total_steps:
+        if place.state is not None and place.state.step > schedule.total_steps:
             raise UserError(
                 f"{place.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
             )
@@ -178,17 +178,17 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
     hooks.read_files(ranks)  # they may lie in the folder
     reservations: list[Reservation] = []  # of rank 0
 
-    def reserve_folder() -> Path | None:
-        checkpoint, reservation = _reserve(arguments, root, ranks.world)
+    def reserve_folder() -> tuple[Path | None, TrainerState | None]:
+        checkpoint, state, reservation = _reserve(arguments, root, ranks.world)
         reservations.append(reservation)
-        return checkpoint
+        return checkpoint, state
 
     try:
-        checkpoint = ranks.on_first("output folder", reserve_folder, long=True)
+        checkpoint, state = ranks.on_first("output folder", reserve_folder, long=True)
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
-        yield Place(ranks, root, checkpoint, hooks)
+        yield Place(ranks, root, checkpoint, state, hooks)
     except BaseException:
         for reservation in reservations:
             reservation.rollback()
@@ -196,14 +196,14 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
         raise
     for reservation in reservations:
         reservation.commit()
-        if checkpoint is not None:
+        if checkpoint is not None and state is not None:
             name_latest(root / CHECKPOINTS, checkpoint)
-            if best := TrainerState.read(checkpoint).best_step:
-                name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, best))
+            if state.best_step:
+                name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step))
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, Reservation]:
-    """The checkpoint to resume from, if any, and the reserved output folder. On rank 0."""
+def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, Reservation]:
+    """The checkpoint to resume from, if any, with its state, and the reserved output folder. On rank 0."""
     training = arguments.training
     wanted, root = training.resume_from_checkpoint, folder / CHECKPOINTS
     check_inputs(arguments, folder)
@@ -211,14 +211,16 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     try:
         settle(root)
         checkpoint = resume_checkpoint(wanted, root) if wanted else None
+        state = None
         if checkpoint is not None:
-            check_world_size(checkpoint, world // training.ranks_per_replica)
+            state = TrainerState.read(checkpoint)
+            check_world_size(checkpoint, state, world // training.ranks_per_replica)
         continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
         reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
     except BaseException:
         give_up(folder)
         raise
-    return checkpoint, reservation
+    return checkpoint, state, reservation
 
 
 # -- evaluation sets and steps -----------------------------------------------------------------------------------------

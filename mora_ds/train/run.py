@@ -62,6 +62,8 @@ class RunDetails:
     """Further entries of adapter.json."""
     ranks: Ranks | None = None
     """The ranks, which have found that they all see `folder`; None: found by looking."""
+    state: TrainerState | None = None
+    """That of the checkpoint which the run resumes from; None: read from it."""
 
 
 class Run:
@@ -100,6 +102,10 @@ class Run:
         fingerprint = opened.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, details.identity)
         checkpoint = self._checkpoint(resume, overwrite)
+        self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
+        if checkpoint is not None:
+            self.state = details.state or TrainerState.read(checkpoint)
+            check_identity(checkpoint, self.state.identity, self.identity)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
         self.remora = ReMoRA(engine, config, ledger, opened, keys, details.reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
@@ -114,8 +120,7 @@ class Run:
             {"operator": config.title, **details.facts},
         )
         root = self.folder / CHECKPOINTS
-        self._checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.ranks)
-        self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
+        self.checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.ranks)
         if checkpoint is not None:
             self._restore(checkpoint)
         if details.keys is None and config.base_bits != AS_LOADED and not self.remora.cycle:
@@ -138,16 +143,12 @@ class Run:
         `folder`: another one than the run's, in it; the checkpoint is then complete when the call returns.
         """
         self.state.step = step
-        if folder is None:
-            return self.save_state(self.state, keep)
         self.check_base()
-        root, own = Path(folder) / CHECKPOINTS, self._checkpoints
-        return CheckpointWriter(root, self.engine, own.collect, ranks=self.ranks).save(self.state, keep)
-
-    def save_state(self, state: TrainerState, keep: int | None = None) -> Path:
-        """The same with the complete position of a trainer. Raises `RunError` as `check_base` does."""
-        self.check_base()
-        return self._checkpoints.save(state, keep)
+        checkpoints = self.checkpoints
+        if folder is not None:
+            root = Path(folder) / CHECKPOINTS
+            checkpoints = CheckpointWriter(root, self.engine, checkpoints.collect, ranks=self.ranks)
+        return checkpoints.save(self.state, keep)
 
     def check_base(self) -> None:
         """Raise `RunError`, on all processes, when the base's files have changed on the disk of one of them."""
@@ -156,10 +157,10 @@ class Run:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the last checkpoint is written. Call it before the process ends, with `async_save`."""
-        self._checkpoints.wait(timeout_s)
+        self.checkpoints.wait(timeout_s)
 
     def _restore(self, checkpoint: Path) -> None:
-        self.state = load_checkpoint(checkpoint, self.engine, self.identity)
+        load_checkpoint(checkpoint, self.engine, self.state)
         if frozen_values(self.engine.module):
             tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
             restore_frozen(self.engine.module, dict(tensors.items()))
@@ -173,13 +174,9 @@ class Run:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
-            checkpoint: Path | None = resume
-        else:
-            find = "checkpoint to resume from"
-            checkpoint = self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root), long=True)
-        if checkpoint is not None:
-            check_identity(checkpoint, TrainerState.read(checkpoint).identity, self.identity)
-        return checkpoint
+            return resume
+        find = "checkpoint to resume from"
+        return self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root), long=True)
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str, vectors: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
@@ -37,7 +38,9 @@ class Place:
     """The run's folder, which all ranks see."""
     checkpoint: Path | None
     """The checkpoint that the run resumes from."""
-    hooks: Hooks = field(default_factory=Hooks)
+    state: TrainerState | None
+    """Its state, which the run goes on with; None without a checkpoint."""
+    hooks: Hooks
     """What the run does besides MoRA."""
 
 

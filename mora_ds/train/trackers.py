@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import disk_errors, read_json, write_json_atomic
+from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import typed
 from mora_ds.config.tracking import EXTRAS, NONE
 from mora_ds.train.run_file import without_secrets
@@ -213,7 +214,7 @@ class _Mlflow:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
         self.run_id = mlflow.start_run(run_id=run_id, run_name=run_name).info.run_id
         if run_id is None:  # a parameter keeps its first value
-            parameters = {_plain(key): str(value)[:_MOST_CHARACTERS] for key, value in _flat(config)}
+            parameters = {_plain(key): str(value)[:_MOST_CHARACTERS] for key, value in flattened(config).items()}
             mlflow.log_params(parameters)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
@@ -241,7 +242,9 @@ class _Trackio:
         self._run.log(dict(numbers), step=step)
 
     def summary(self, facts: Mapping[str, Any]) -> None:
-        results = {f"summary/{name}": value for name, value in _flat(facts) if isinstance(value, (int, float))}
+        results = {
+            f"summary/{name}": value for name, value in flattened(facts).items() if isinstance(value, (int, float))
+        }
         self._run.log(results)
 
     def close(self) -> None:
@@ -249,15 +252,6 @@ class _Trackio:
 
 
 _CLIENTS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("resolved.deepspeed.bf16.enabled", True), ..."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _plain(name: str) -> str:

@@ -97,7 +97,7 @@ class Trainer:
             self._run()
         except BaseException as error:
             with suppress(RunError):  # `error` is the one to report
-                self.job.wait(PATIENCE_S)
+                self.job.checkpoints.wait(PATIENCE_S)
             if isinstance(error, (NotFinite, BaseChanged)):
                 raise RunError(self._explained(error)) from error
             if isinstance(error, RuntimeError) and (changed := self.job.changed_base_files()):
@@ -106,7 +106,7 @@ class Trainer:
                     f"that. {self._last_good}. Put the original file back and resume"
                 ) from error
             raise
-        self.job.wait(None)
+        self.job.checkpoints.wait(None)
 
     def _explained(self, error: NotFinite | BaseChanged) -> str:
         """The message of an error that all processes have raised alike, with the checkpoint to go on from."""
@@ -277,7 +277,7 @@ class Trainer:
         step = self.state.step
         if step > 0 and self._saved_step != step:
             self._save()
-        self.job.wait(None)
+        self.job.checkpoints.wait(None)
         signals.settle()
         self.log.close()
         dist.barrier()  # no process leaves before all have settled
@@ -294,7 +294,7 @@ class Trainer:
         require_finite(nll, f"after step {step} the loss of the next batch is {nll}", step)
         if isinstance(self.train_data, StreamMixture):
             self.state.stream = self.train_data.states_at(step)
-        self.last_checkpoint = self.job.save(self.state)
+        self.last_checkpoint = self.job.save()
         self._saved_step = step
 
     def _next_loss(self) -> float:

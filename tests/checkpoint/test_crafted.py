@@ -206,8 +206,9 @@ def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_pa
 
 def test_ranks_that_share_rows_are_counted_in_no_time(checkpoint: Path) -> None:
     change_json(checkpoint / "trainer_state.json", lambda content: content["identity"].update(global_batch_size=10**15))
-    check_world_size(checkpoint, 7)
-    assert TrainerState.read(checkpoint).step == 7
+    state = TrainerState.read(checkpoint)
+    check_world_size(checkpoint, state, 7)
+    assert state.step == 7
 
 
 # -- pickles -----------------------------------------------------------------------------------------------------------

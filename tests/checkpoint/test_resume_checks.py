@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
-from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import replace_symlink
 from tests.helpers.damage import checkpoint_at
@@ -74,14 +73,14 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "divisors"), [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
 def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int, divisors: str) -> None:
-    files.write_json_atomic(tmp_path / "trainer_state.json", vars(TrainerState(identity={"global_batch_size": rows})))
+    state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):
         if rows % world == 0:
-            check_world_size(tmp_path, world)
+            check_world_size(tmp_path, state, world)
             continue
         words = f"{rows} sequences a step, which {world} ranks cannot share evenly: start {divisors} of them"
         with pytest.raises(UserError, match=words):
-            check_world_size(tmp_path, world)
+            check_world_size(tmp_path, state, world)
 
 
 def test_differences_of_a_mixture_are_told_with_their_source(tmp_path: Path) -> None:

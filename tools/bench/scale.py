@@ -148,7 +148,7 @@ def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[
     _step(one, engine, times=1)
     found["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as found["resume"]:
-        load_checkpoint(checkpoint, engine, {})
+        load_checkpoint(checkpoint, engine, TrainerState.read(checkpoint))
     if setting == next(iter(SETTINGS)):
         found |= _start_and_merge(one, folder, folder.with_name(f"{model}-base"), lora_rank)
     own = [model, f"{world:,}", str(rank), setting]

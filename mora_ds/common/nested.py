@@ -1,0 +1,17 @@
+"""Nested mappings as flat ones, whose names are paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def flattened(content: Mapping[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"<prefix>a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            flat.update(flattened(value, f"{prefix}{key}{separator}", separator))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
