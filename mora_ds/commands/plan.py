@@ -23,9 +23,8 @@ from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.models.attention import NAME
 from mora_ds.models.load import named_config
-from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
+from mora_ds.planning.plan import Cluster, Planner, place_base, recommend, recommend_sharding
 from mora_ds.planning.report import as_json, report
-from mora_ds.planning.sharding import recommend_sharding
 from mora_ds.planning.step import Work
 from mora_ds.train.attention import implementation_of
 

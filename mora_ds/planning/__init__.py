@@ -4,7 +4,6 @@ step            one micro-batch on the meta device: saved activations, peak memo
 memory_meter    counts the storages that torch code allocates
 memory          bytes of one rank: static memory, peaks, and what ZeRO gathers and reduces
 costs           arithmetic and traffic of tensor parallelism
-plan            all of these as one `Plan`, and the recommendation of settings
-sharding        the ZeRO stage and shard group that suit a run
+plan            all of these as one `Plan`, and the recommendation of settings, ZeRO stage and shard group
 report          a plan as text and JSON
 """

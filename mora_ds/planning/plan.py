@@ -2,6 +2,7 @@
 
     Planner(...).plan()     of given settings
     recommend(planner)      with micro-batch, checkpointing, t and s chosen
+    recommend_sharding(planner, plan)       the ZeRO stage and shard group that suit it
 
 No weights are read and no process group is started: everything comes from the meta device and from shapes.
 """
@@ -324,3 +325,56 @@ def _largest(planner: Planner, limit: int, **changes: Any) -> Plan | None:
             return plan
         micro //= 2
     return None
+
+
+# -- which ZeRO stage, and which shard group ---------------------------------------------------------------------------
+
+FEW_SLICES = 1 << 15
+"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices at 146 ranks.
+
+Under ZeRO-3 DeepSpeed 0.19.8 goes through every trained parameter times every rank at each reduction
+(runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at the gathers of several parameters
+(runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). `tools/bench/scale.py` counts the host's
+seconds of both; ZeRO-1 has one flat tensor in their place.
+"""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A recommendation."""
+
+    stage: int
+    """Of ZeRO."""
+    group: int
+    """Ranks among which forward and backward gather the matrices; below the number of ranks it is the value of
+    zero_hpz_partition_size."""
+    reason: str
+
+    def __str__(self) -> str:
+        where = f", zero_hpz_partition_size {self.group}" if self.stage == 3 and self.group > 1 else ""
+        return f"ZeRO-{self.stage}{where}: {self.reason}"
+
+
+def recommend_sharding(planner: Planner, plan: Plan) -> Sharding:
+    """The stage and shard group for the plan's model and cluster, whatever the planner's DeepSpeed config says."""
+    trained, cluster = plan.trained, plan.cluster
+    parameters, ranks = len(trained.numels), trained.ranks
+    slices = f"{parameters:,} parameters x {ranks:,} ranks = {parameters * ranks:,} slices"
+    if parameters * ranks <= FEW_SLICES:
+        return Sharding(3, 1, f"DeepSpeed goes through {slices} in Python at each reduction, which is short")
+    config = dict(planner.ds_config)
+    zero = {**config["zero_optimization"], "stage": 1}
+    zero.pop("zero_hpz_partition_size", None)
+    work = plan.work
+    unsharded = replace(planner, ds_config={**config, "zero_optimization": zero}).plan(
+        micro_batch=work.micro_batch, checkpointing=work.checkpointing, tensor_parallel=work.tensor_parallel,
+        sequence_parallel=work.sequence_parallel,
+    )  # fmt: skip
+    reason = f"ZeRO-3 would go through {slices} in Python at each reduction"
+    if unsharded.fits:
+        size = trained.total * trained.bytes_each
+        return Sharding(1, 1, f"{reason}; all matrices are {size / 1e9:,.2f} GB, which fit on every GPU")
+    group = cluster.per_node if ranks > cluster.per_node and work.tensor_parallel == 1 else 1
+    return Sharding(
+        3, group, f"the matrices do not fit unsharded on every GPU; a node gathers among its own ranks. {reason}"
+    )

@@ -7,8 +7,7 @@ from typing import Any
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.engine.base_device import BaseDevice
-from mora_ds.planning.plan import USABLE, Plan
-from mora_ds.planning.sharding import Sharding
+from mora_ds.planning.plan import USABLE, Plan, Sharding
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 """What else there is where the base of so many bits is too large."""

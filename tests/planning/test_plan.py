@@ -321,17 +321,3 @@ def test_a_base_that_does_not_fit_is_said_to() -> None:
     made = planner(Cluster(64, memory=2e9))
     assert recommend(made) is None
     assert "the base alone" in report(made.plan()) and "never sharded" in report(made.plan())
-
-
-def test_shares_shrink_with_ranks_and_the_base_does_not() -> None:
-    alone = planner(Cluster(1)).plan()
-    many = planner(Cluster(1024)).plan()
-    assert alone.gathered == 0 and alone.memory.base == many.memory.base
-    assert alone.memory.moments == pytest.approx(1024 * many.memory.moments, rel=0.01)
-
-
-def test_offloaded_states_are_in_host_memory() -> None:
-    made = planner(Cluster(8))
-    made.ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    memory = made.plan().memory
-    assert (memory.masters, memory.moments) == (0, 0) and memory.host_optimizer > 0

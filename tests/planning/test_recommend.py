@@ -14,7 +14,7 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.planning import plan as plans
 from mora_ds.planning.costs import costs
 from mora_ds.planning.plan import LARGEST_MICRO_BATCH, Cluster, Planner, _group_sizes, recommend
-from mora_ds.planning.report import as_json, report, verdict
+from mora_ds.planning.report import report, verdict
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.models import FAMILIES
 
@@ -98,14 +98,6 @@ def test_a_node_of_cpus_has_one_base_until_a_merge_writes_to_it() -> None:
     assert on_gpus.host_memory_after_merge == on_gpus.host_memory == memory.base + memory.host_save
     offloaded = replace(on_gpus, memory=replace(memory, host_optimizer=1000))
     assert offloaded.host_memory == on_gpus.host_memory + 4 * 1000
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantized_weights_are_counted_under_their_bits(bits: int) -> None:
-    plan = planner(Cluster(4), adapter=replace(ADAPTER, base_bits=bits)).plan()
-    found = as_json(plan)
-    assert found[f"base_bytes_in_{bits}_bits"] == plan.quantized > 0 == found[f"base_bytes_in_{12 - bits}_bits"]
-    assert plan.files == plan.base_elements * 2, "the files have all of their bits"
 
 
 def test_a_planner_remembers_nothing_of_other_settings() -> None:

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.planning import sharding
-from mora_ds.planning.plan import Cluster, Plan, Planner
+from mora_ds.planning import plan as plans
+from mora_ds.planning.plan import Cluster, Plan, Planner, recommend_sharding
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work
 from tests.helpers.models import FAMILIES
@@ -33,11 +33,11 @@ def planned(ranks: int, memory: float = 80e9) -> tuple[Planner, Plan]:
 def test_few_ranks_take_stage_3_and_many_take_stage_1(monkeypatch: pytest.MonkeyPatch) -> None:
     planner, plan = planned(8)
     parameters = len(plan.trained.numels)
-    monkeypatch.setattr(sharding, "FEW_SLICES", 64 * parameters)
+    monkeypatch.setattr(plans, "FEW_SLICES", 64 * parameters)
     stages = {}
     for ranks in (8, 64, 1024):
         planner, plan = planned(ranks)
-        found = sharding.recommend_sharding(planner, plan)
+        found = recommend_sharding(planner, plan)
         stages[ranks] = found.stage
         assert f"{parameters:,} parameters x {ranks:,} ranks = {parameters * ranks:,} slices" in found.reason
         assert f"recommended at {ranks:,} GPUs: ZeRO-{found.stage}" in report(plan, sharding=found)
@@ -52,7 +52,7 @@ def test_matrices_that_do_not_fit_unsharded_are_gathered_within_a_node(monkeypat
     ).plan()
     assert plan.memory.peak < at_stage_1.memory.peak, "stage 3 holds less"
     between = (plan.memory.peak + at_stage_1.memory.peak) / 2 / 0.92
-    monkeypatch.setattr(sharding, "FEW_SLICES", 1)
-    found = sharding.recommend_sharding(*planned(1024, memory=between))
+    monkeypatch.setattr(plans, "FEW_SLICES", 1)
+    found = recommend_sharding(*planned(1024, memory=between))
     assert (found.stage, found.group) == (3, 8) and "zero_hpz_partition_size 8" in str(found)
     assert "do not fit unsharded" in found.reason
