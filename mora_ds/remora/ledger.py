@@ -239,18 +239,6 @@ class Ledger:
         self._records.append(record)
         return cycle
 
-    def truncate(self, cycles: int) -> None:
-        """Drops all but the first `cycles` cycles."""
-        if not 0 <= cycles <= self.cycles:
-            raise ValueError(f"cannot keep {cycles} of {self.cycles} cycles")
-        dropped = self._records[cycles:]
-        self._write(self._records[:cycles])
-        del self._records[cycles:]
-        for record in dropped:
-            self._handles.pop(record.cycle, None)
-            self._layers.pop(record.cycle, None)
-            remove_quietly(self.folder / record.file)
-
     def copy_to(self, folder: Path) -> Ledger:
         """Copies the ledger to another folder, by hard links where possible; a ledger in that folder is replaced.
 

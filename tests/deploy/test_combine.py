@@ -27,6 +27,7 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.adapters import Maker, Updates, summed
 from tests.helpers.exports import FakeRun, fake_run, layers_of, random_squares
+from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
 
 TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
@@ -40,9 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     shutil.copytree(made.checkpoint, earlier)
     opened = Adapter.open(earlier)
     adapter = opened.file
-    ledger = opened.ledger
     layers = layers_of(made.live, 1)
-    ledger.truncate(1)
+    shortened(opened.ledger.folder, 1)
     tensors = AdapterTensors.open(earlier, adapter)
     trained = {name: tensors.trained(name) + 0.5 for name in TRAINED}
     write_adapter(earlier, replace(adapter, layers=layers, cycle=1, step=3), random_squares(layers, 77), trained)

@@ -30,6 +30,7 @@ from mora_ds.remora import stored_weights
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed
 from tests.helpers.exports import FakeRun, fake_run
+from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"
@@ -244,7 +245,7 @@ def test_changed_base_is_refused(tmp_path: Path) -> None:
 
 def test_ledger_of_another_length_is_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path, probe=False)
-    Ledger.open(run.checkpoint / "ledger").truncate(1)
+    shortened(run.checkpoint / "ledger", 1)
     (run.checkpoint / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"1 cycles, but .* in cycle 2"):
         export_merged(run.checkpoint, tmp_path / "merged")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
-from mora_ds.remora.ledger import LayerEntry
+from mora_ds.common import files
+from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 
 
 def entry(module: str, cycle: int = 0, kind: OperatorKind = OperatorKind.ROTATE, r_hat: int = 6) -> LayerEntry:
@@ -22,3 +25,12 @@ def squares_for(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Ten
     generator = torch.Generator().manual_seed(seed)
     sides = {name: each.operator.r_hat for name, each in layers.items()}
     return {name: torch.randn(side, side, generator=generator) for name, side in sides.items()}
+
+
+def shortened(folder: Path, cycles: int) -> Ledger:
+    """The ledger in the folder, of which only the first cycles are left."""
+    content = files.read_json(folder / LEDGER_FILE)
+    for dropped in content["cycles"][cycles:]:
+        (folder / dropped["file"]).unlink()
+    files.write_json_atomic(folder / LEDGER_FILE, {**content, "cycles": content["cycles"][:cycles]})
+    return Ledger.open(folder)

@@ -20,7 +20,7 @@ from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
-from tests.helpers.ledgers import entry, layers_of, squares_for
+from tests.helpers.ledgers import entry, layers_of, shortened, squares_for
 
 BASE = "f" * 64
 
@@ -271,29 +271,6 @@ def test_process_killed_while_writing(folder: Path) -> None:
     assert not list(folder.glob(".*partial"))
 
 
-def test_truncate_then_append_is_as_if_never_been_there(folder: Path, tmp_path: Path) -> None:
-    ledger = Ledger.open(folder)
-    list(ledger.squares_of("a.q"))
-    ledger.truncate(1)
-    assert ledger.cycles == 1 and not (folder / "cycle-00001.safetensors").exists()
-    append(ledger, ("a.q", "a.v"))
-    fresh = Ledger.create(tmp_path / "fresh", BASE)
-    append(fresh)
-    append(fresh)
-    assert Ledger.open(folder).records == fresh.records and state(ledger) == state(fresh)
-    with pytest.raises(ValueError, match="cannot keep 3 of 2"):
-        ledger.truncate(3)
-
-
-def test_truncate_killed_before_deleting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_room, "remove_quietly", lambda path: None)
-    Ledger.open(folder).truncate(1)
-    ledger = Ledger.open(folder)
-    assert ledger.cycles == 1
-    append(ledger)
-    assert list(Ledger.open(folder).squares_of("a.q"))[1][0] == layers_of(1)["a.q"].operator
-
-
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,16 +278,14 @@ def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path
     ledger = Ledger.open(folder)
     copy = ledger.copy_to(tmp_path / "copy")
     assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
-    ledger.truncate(1)
-    append(ledger, ("b.q",))
-    assert [len(list(ledger.squares_of(name))) for name in ("a.q", "b.q")] == [1, 1], "nothing of the dropped is kept"
+    append(shortened(folder, 1), ("b.q",))
     assert Ledger.open(copy.folder, BASE).cycles == 3 and Ledger.open(folder).cycles == 2
     assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
 
 
 def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path) -> None:
-    short = Ledger.open(folder).copy_to(tmp_path / "checkpoint")
-    short.truncate(2)
+    Ledger.open(folder).copy_to(tmp_path / "checkpoint")
+    short = shortened(tmp_path / "checkpoint", 2)
     run = Ledger.open(folder)
     append(run, ("a.q",))
     short.copy_to(folder)
