@@ -1,0 +1,417 @@
+"""Runs on a base in 8 or 4 bits: ranks, merges, kills, export, memory, plans, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+import mora_ds
+from mora_ds.adapters import nf4
+from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
+from mora_ds.adapters.ops.delta import live_weight
+from mora_ds.adapters.ops.int8 import quantize
+from mora_ds.adapters.ops.terms import join
+from mora_ds.common.errors import UserError
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine import zero
+from mora_ds.engine.ds_config import complete_ds_config
+from mora_ds.engine.initialize import initialize
+from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.planning.plan import Cluster, Plan, Planner, _group_sizes, recommend
+from mora_ds.planning.report import as_json, report, verdict
+from mora_ds.planning.step import Work, measure_step, planned_model
+from mora_ds.remora.ledger import Ledger
+from mora_ds.train.dry_run import planned
+from tests.helpers.engines import CountedBelow, ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, losses, refusal, run
+from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.resume import MERGING, assert_same_run, interrupted_job, stop_and_resume
+
+pytestmark = pytest.mark.gloo
+ROWS = 6
+SHARE = MoRAConfig(rank=4, operator="share", base_bits=8)
+packed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bits4")
+BITS = [8, pytest.param(4, marks=packed)]
+
+
+def step_of(engine: Any, step: int) -> float:
+    """Train on this rank's rows of a step. Returns the mean loss over all ranks."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    loss = causal_loss(engine, tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank])
+    engine.backward(loss)
+    engine.step()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return mean.item() / world
+
+
+def quantized(model: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> its weight in few bits, and scales."""
+    layers = mora_layers(model)
+    return {name: (layer.weight.clone(), layer.get_buffer("weight_scales").clone()) for name, layer in layers.items()}
+
+
+# -- ranks, on a base in 8 bits ---------------------------------------------------------------------------------------
+
+
+def trained(stage: int, operator: str, **options: Any) -> dict[str, Any]:
+    """Three steps of this rank of several."""
+    adapter = LoRAConfig if operator == "lora" else MoRAConfig
+    kind = {} if operator == "lora" else {"operator": operator, "compute": options.get("compute", "auto")}
+    model = tiny_model(options.get("family", "llama"))
+    if options.get("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inject(model, adapter(rank=4, base_bits=8, **kind))
+    engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // dist.get_world_size(), 1))
+    counter, seen = CollectiveCounter(frozen_buffers(model).values()), {}
+    found = []
+    with counter.counting(), CountedBelow(seen):
+        for step in range(3):
+            counter.reset()
+            seen.clear()
+            found.append(step_of(engine, step))
+        carried = {"gathered": counter.gathered_bytes, "base_bytes": counter.base_bytes, "all": sum(seen.values())}
+    values = {name: zero.full_fp32(engine, layer.value) for name, layer in mora_layers(model).items()}
+    return {"losses": found, "values": values, **carried}
+
+
+CASES: list[dict[str, Any]] = [
+    {"stage": 3, "operator": "share", "compute": "weight", "checkpointing": True},
+]
+MORE: list[dict[str, Any]] = [
+    {"stage": 2, "operator": "rotate", "compute": "activation", "family": "gpt2"},
+    {"stage": 3, "operator": "lora"},
+    {"stage": 3, "operator": "decouple", "compute": "weight"},
+    {"stage": 3, "operator": "rotate", "compute": "activation", "checkpointing": True},
+    {"stage": 1, "operator": "truncate"},
+    {"stage": 0, "operator": "share"},
+]
+
+
+def all_trained(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [trained(**case) for case in cases]
+
+
+@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy)], ids=["", "more"])
+def test_two_ranks_are_one_and_no_byte_of_the_base_is_sent(cases: list[dict[str, Any]]) -> None:
+    one, two = run_ranks(1, all_trained, cases)[0], run_ranks(2, all_trained, cases)
+    for index, case in enumerate(cases):
+        for results in two:
+            found, expected = results[index], one[index]
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), case
+            for name, value in expected["values"].items():
+                torch.testing.assert_close(found["values"][name], value, rtol=1e-4, atol=2e-5)
+            assert found["base_bytes"] == 0
+            if case["stage"] == 3:
+                values = sum(-(-value.numel() // 2) * 2 * 4 for value in expected["values"].values())
+                assert found["gathered"] == values and found["all"] <= 2 * values + 1024, case
+
+
+# -- merges in loops of a user's own ----------------------------------------------------------------------------------
+
+
+def loop_in_bf16(folder: str, file_dtype: str, merges: int) -> dict[str, Any]:
+    """Steps with merges, in bf16, on a base whose files are in another dtype."""
+    os.chdir(folder)
+    if dist.get_rank() == 0:
+        write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), Path("base"))
+    dist.barrier()
+    model = tiny_model("llama", dtype=torch.bfloat16)  # the same numbers, rounded
+    inject(model, SHARE)
+    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    engine, *_ = initialize(model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1, **half))
+    work = mora_ds.Run(engine, SHARE, base="base", folder="out")
+    at_first = quantized(model)
+    reports = []
+    for step in range(1, merges + 1):
+        step_of(engine, step)
+        reports.append(work.merge(step).rounding_loss)
+    work.save(merges)
+    return {"at_first": at_first, "weights": quantized(model), "lost": reports}
+
+
+def assert_rounded_once(found: dict[str, tuple[Tensor, Tensor]], base: BaseCheckpoint, ledger: Ledger | None) -> None:
+    for name, (values, scales) in found.items():
+        updates = [] if ledger is None else ledger.squares_of(name)
+        exact = quantize(live_weight(base.read(f"{name}.weight"), updates, False, torch.float32))
+        assert torch.equal(values, exact[0]) and torch.equal(scales, exact[1]), name
+
+
+@pytest.mark.parametrize("file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)])
+def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(
+    tmp_path: Path, file_dtype: str
+) -> None:
+    results = run_ranks(2, loop_in_bf16, str(tmp_path), file_dtype, 10)
+    base, ledger = BaseCheckpoint.open(tmp_path / "base"), Ledger.open(tmp_path / "out" / "ledger")
+    assert ledger.cycles == 10
+    for result in results:
+        assert_rounded_once(result["at_first"], base, None)
+        assert_rounded_once(result["weights"], base, ledger)
+        assert result["lost"] == results[0]["lost"] and 0 < result["lost"][-1] < 1
+    loaded = load_adapter(tmp_path / "base", tmp_path / "out")
+    for name, (values, scales) in results[0]["weights"].items():
+        weight, own_scales = quantized(loaded)[name]
+        assert torch.equal(weight, values) and torch.equal(own_scales, scales)
+
+
+def loop_in_4_bits(folder: str, config: AdapterConfig, stage: int, merges: int) -> dict[str, Any]:
+    """Steps with merges, in fp32, of this rank of several; the base's files are in fp32 too."""
+    world = dist.get_world_size()
+    os.chdir(folder)
+    model = tiny_model("llama")
+    inject(model, config)
+    engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1))
+    work = mora_ds.Run(engine, config, base="base", folder=f"out-{world}")
+    counter, losses = CollectiveCounter(frozen_buffers(model).values()), []
+    with counter.counting():
+        for step in range(1, merges + 2):
+            losses.append(step_of(engine, step))
+            if step <= merges:
+                report = work.merge(step)
+    work.save(merges)
+    return {
+        "losses": losses,
+        "bits": quantized(model),
+        "merged": {name: layer.merged for name, layer in mora_layers(model).items()},
+        "base_bytes": counter.base_bytes,
+        "lost": report.rounding_loss,
+    }
+
+
+IN_4_BITS = replace(SHARE, base_bits=4)
+LOOPS: list[tuple[AdapterConfig, int]] = [
+    (replace(IN_4_BITS, grouping="alternate"), 3),
+    (replace(IN_4_BITS, compute="weight"), 2),
+    (MoRAConfig(rank=4, operator="rotate", compute="activation", base_bits=4), 1),
+    (MoRAConfig(rank=4, operator="decouple", dropout=0.1, base_bits=4), 0),
+    (LoRAConfig(rank=4, base_bits=4), 3),
+]
+
+
+@packed
+@pytest.mark.parametrize(
+    ("config", "stage"), [(IN_4_BITS, 3), *(pytest.param(*case, marks=pytest.mark.heavy) for case in LOOPS)]
+)
+def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
+    tmp_path: Path, config: AdapterConfig, stage: int
+) -> None:
+    """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what the run had."""
+    write_own_base(tiny_model("llama"), tmp_path / "base")
+    one = run_ranks(1, loop_in_4_bits, str(tmp_path), config, stage, 3)[0]
+    two = run_ranks(2, loop_in_4_bits, str(tmp_path), config, stage, 3)
+    base, ledger = BaseCheckpoint.open(tmp_path / "base"), Ledger.open(tmp_path / "out-2" / "ledger")
+    loaded = mora_layers(load_adapter(tmp_path / "base", tmp_path / "out-2"))
+    for found in two:
+        if not config.dropout:
+            assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert found["base_bytes"] == 0 and found["lost"] < 1e-5
+        for name, bits in found["bits"].items():
+            exact = nf4.quantize(base.read(f"{name}.weight"))
+            terms = join(ledger.squares_of(name))
+            assert len(terms) == {"alternate": 2, "permuted": 3}.get(getattr(config, "grouping", ""), 1)
+            layer = loaded[name]
+            for weight, scales in (bits, (layer.weight, layer.get_buffer("weight_scales"))):
+                assert torch.equal(weight, exact[0]) and torch.equal(scales, exact[1])
+            for have in (found["merged"][name], layer.merged):
+                assert [spec for spec, _ in have] == [spec for spec, _ in terms]
+                assert all(torch.equal(mine, right) for (_, mine), (_, right) in zip(have, terms, strict=True))
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def exact_export(out: Path, model: Path) -> dict[str, Tensor]:
+    """The original plus all deltas and the live matrices, by the checkpoint's own files."""
+    latest = out / "checkpoints" / "latest"
+    adapter, base = load_file(latest / "adapter.safetensors"), BaseCheckpoint.open(model)
+    ledger = Ledger.open(latest / "ledger")
+    return {
+        f"{name}.weight": live_weight(
+            base.read(f"{name}.weight"),
+            [*ledger.squares_of(name), (layer.spec, adapter[f"{name}.square"])],
+            False,
+            torch.float32,
+        )
+        for name, layer in mora_layers(load_adapter(model, out)).items()
+    }
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
+def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
+    user: Playground, tmp_path: Path, ranks: int, bits: int
+) -> None:
+    """The export knows nothing of few bits: originals and deltas, in fp32."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
+    summary = run(ranks, user.flags(whole, *flags))
+    assert summary["base_bytes_gathered"] == 0 and summary["merges"] == 2
+    stop_and_resume(ranks, user.flags(out, *flags), 5)
+    assert_same_run(out, whole)
+    comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
+    assert comparison is not None and comparison.error < 0.6 * comparison.tolerance
+    if bits == 8:  # the live weights are rounded after a merge; in 4 bits merged matrices stay beside them
+        assert comparison.error > 0.02 * comparison.tolerance
+    exported, expected = load_file(tmp_path / "merged" / "model.safetensors"), exact_export(out, user.model)
+    assert expected and all(torch.equal(exported[name], weight) for name, weight in expected.items())
+    message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
+    assert f"--base_bits: {bits} there, 16 here" in message
+
+
+@pytest.mark.heavy
+def test_a_run_learns_as_on_the_base_as_it_is(user: Playground, tmp_path: Path) -> None:
+    found = {}
+    for bits in (16, 8):
+        flags = user.flags(tmp_path / f"{bits}", "--base_bits", bits, "--max_steps", 12, "--bf16", "true")
+        run(1, [*flags, "--per_device_train_batch_size", "4"])
+        found[bits] = losses(tmp_path / f"{bits}")
+    assert found[8][-1] < found[8][0] - 0.05
+    assert (found[8] - found[16]).abs().max() < 0.01 * found[16].mean()
+
+
+@packed
+@pytest.mark.heavy
+def test_a_run_goes_on_with_other_numbers_of_ranks(user: Playground, tmp_path: Path) -> None:
+    """What it stands on is the same to the bit: 4 bits of the originals and the ledger's matrices."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = (*MERGING, "--base_bits", 4)
+    one, two = (("--per_device_train_batch_size", rows) for rows in (4, 2))
+    run(1, user.flags(whole, *flags, *one))
+    run_ranks(1, interrupted_job, user.flags(out, *flags, *one), 6)  # between the second merge and the end
+    run(2, user.flags(out, *flags, *two, "--resume_from_checkpoint", "auto"))
+    resumed = exact_export(out, user.model)
+    for name, weight in exact_export(whole, user.model).items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-5)
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
+
+
+def work_of(bits: int, compute: str = "auto") -> Work:
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
+    return Work(config, replace(SHARE, rank=8, compute=compute, base_bits=bits), 64, 2, torch.bfloat16)
+
+
+def plan_of(bits: int, compute: str) -> Plan:
+    work = work_of(bits, compute)
+    numels = [parameter.numel() for parameter in planned_model(work).parameters()]
+    zero3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}}
+    return Planner(work, Cluster(2), complete_ds_config(zero3, numels), on_cpu=False).plan()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
+    compute = "activation" if bits == 4 else "auto"  # nothing but index tables then outlives a layer's call
+    small, whole = plan_of(bits, compute), plan_of(16, compute)
+    model = planned_model(work_of(bits, compute))
+    frozen, layers = frozen_buffers(model).values(), mora_layers(model).values()
+    rotary = small.memory.base - sum(tensor.nbytes for tensor in frozen)
+    assert 0 <= rotary < 1000
+    in_few_bits = sum(weight.nbytes + scales.nbytes for weight, scales in quantized(model).values())
+    assert small.quantized == in_few_bits and whole.quantized == 0
+    in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
+    assert whole.memory.base - small.memory.base == in_bf16 - in_few_bits
+    assert small.base_elements == whole.base_elements
+    assert small.memory.activations == whole.memory.activations
+    assert small.files == 2 * small.base_elements, "the files have all of their bits"
+    told = as_json(small)
+    assert told["settings"]["base_bits"] == bits and told["bytes_a_merge_adds"] == small.a_merge_adds
+    assert told[f"base_bytes_in_{bits}_bits"] == in_few_bits and told[f"base_bytes_in_{12 - bits}_bits"] == 0
+    assert f"of it in {bits} bits" in report(small) and "bits" not in report(whole)
+    assert ("each merge adds" in report(small)) == (bits == 4) and "each merge adds" not in report(whole)
+    tables = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+    squares = sum(2 * layer.value.numel() for layer in layers)
+    assert small.a_merge_adds == (squares + tables if bits == 4 else 0) and whole.a_merge_adds == 0
+    if bits == 4:
+        assert tables == pytest.approx(small.memory.tables, rel=0.3)
+
+
+def test_a_plan_counts_the_dense_weight() -> None:
+    """Of the largest layer, in 8 bits; few tokens, so that weights outweigh activations."""
+    few = {bits: replace(work_of(bits), micro_batch=1, seq_len=2) for bits in (8, 16)}
+    steps = {bits: measure_step(planned_model(work), work) for bits, work in few.items()}
+    largest = max(2 * layer.weight.numel() for layer in mora_layers(planned_model(few[8])).values())
+    assert 0.7 * largest < steps[8].peak - steps[16].peak <= largest
+    assert steps[8].saved == steps[16].saved
+
+
+def test_a_recommendation_knows_of_few_bits() -> None:
+    zero3 = complete_ds_config({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10])
+    planners = {bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8, 4)}
+    for bits, planner in planners.items():
+        ways = {t for t, _ in _group_sizes(planner.work, planner.cluster)}
+        assert ways == ({1, 2} if bits == 16 else {1})
+    assert planners[16].base_bytes > 0.3e6 > planners[8].base_bytes
+    assert recommend(planners[16]) is None
+    assert "--base_bits 8 or 4, or --base_device host" in verdict(planners[16].plan())
+    with pytest.raises(UserError, match="--tensor_parallel_size 2: --base_bits 8"):
+        planners[8].plan(tensor_parallel=2)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_dry_run_says_it(user: Playground, bits: int) -> None:
+    flags = ["--model_name_or_path", str(user.model), "--dry_run", "--mora_rank", "4", "--base_bits", str(bits)]
+    validate(parse(flags))
+    plan, told = planned(parse(flags), world=2)
+    assert plan.quantized > 0 and f"frozen weights of these layers in {bits} bits" in told[0]
+    if bits == 4:
+        assert "each merge adds 0.0 MB on every rank" in told[0] and "on a base in 8 bits" in told[0]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--base_bits", "5"), "--base_bits must be 8 or 4, or 16 for the base as it is loaded, got 5"),
+        (
+            ("--base_bits", "8", "--tensor_parallel_size", "2"),
+            "--tensor_parallel_size 2: --base_bits 8 holds unsplit weights",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(parse([*flags, "--max_steps", "5"]))
+    assert message in str(caught.value)
+
+
+def refused_by_the_plugin(folder: Path, bits: int) -> None:
+    """For `run_ranks`."""
+    config = replace(SHARE, base_bits=bits)
+    models = [tiny_model("llama"), tiny_model("llama")]
+    for model in models:
+        inject(model, config)
+    with pytest.raises(UserError, match="--tensor_parallel_size 2"):
+        initialize(model=models[0], config=ds_config(3, 2, 1), tensor_parallel_size=2)
+    engine, *_ = initialize(model=models[1], config=ds_config(3, 2, 1))
+    other = tiny_model("llama")
+    other.model.layers[1].mlp.down_proj.weight.data.neg_()
+    write_own_base(other, folder / "other")
+    with pytest.raises(UserError, match=f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"):
+        mora_ds.Run(engine, config, folder / "other", folder / "out")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_split_layers_and_another_base_are_refused(tmp_path: Path, bits: int) -> None:
+    run_ranks(1, refused_by_the_plugin, tmp_path, bits)
