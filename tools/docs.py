@@ -103,7 +103,9 @@ def cli_page() -> str:
         lines.append("")
     seen: dict[str, dict[str, str]] = {}
     for name, found in COMMANDS.items():
-        if name == "prepare-corpus":
+        if found.function.startswith("research."):
+            lines += [f"## mora-ds {name}", "", f"{found.what.capitalize()} ([research](../research.md)).", ""]
+        elif name == "prepare-corpus":
             doc = sys.modules[found.load().__module__].__doc__
             lines += [f"## mora-ds {name}", "", f"{_first_line(doc)} Its flags are those of `mora-ds pretrain`.", ""]
         elif name != "pretrain":
@@ -120,14 +122,15 @@ def _setting(action: argparse.Action, hint: Any) -> str:
     """
     flag = _label(action)
     default = f"key `{action.dest}`" if "--no_" in flag else "" if action.default is False else _default(action.default)
-    return f"- {flag} ({', '.join(filter(None, [_type(hint), default]))}): {_help(action)}"
+    kind = ", ".join(filter(None, [_type(hint), default]))
+    return f"- {flag}{f' ({kind})' if kind else ''}: {_help(action)}"
 
 
 def _type(hint: Any) -> str:
-    """What a key takes, in words; that it may be left out goes without saying."""
-    words = {str: "string", int: "integer", float: "number", bool: "yes/no"}
+    """What a key takes, in words: nothing for a string; that it may be left out goes without saying."""
+    words = {str: "", int: "integer", float: "number", bool: "yes/no"}
     if get_origin(hint) is list:
-        return f"{words[get_args(hint)[0]]}s"
+        return "list"
     return next(words[part] for part in get_args(hint) or (hint,) if part is not type(None))
 
 
@@ -210,35 +213,16 @@ def api_page() -> str:
 
 
 def _signature(name: str, thing: Any) -> list[str]:
-    """How it is called, as a block of code; nothing for enums and exceptions."""
+    """How it is called, as a block of code; nothing for enums and exceptions. The types are in what stands below."""
     if isinstance(thing, type) and issubclass(thing, (Enum, BaseException)):
         return []
-    signature = inspect.signature(thing)
-    parameters, kinds = [], [each.kind for each in signature.parameters.values()]
-    for number, each in enumerate(signature.parameters.values()):
-        if each.kind is each.KEYWORD_ONLY and not {each.KEYWORD_ONLY, each.VAR_POSITIONAL} & set(kinds[:number]):
-            parameters.append("*")
-        parameters.append(_parameter(each))
-    returned = signature.return_annotation
-    arrow = "" if isinstance(thing, type) or returned is inspect.Signature.empty else f" -> {_annotation(returned)}"
-    line = f"{name}({', '.join(parameters)}){arrow}"
+    parameters = inspect.signature(thing).parameters.values()
+    bare = inspect.Signature([each.replace(annotation=each.empty) for each in parameters])
+    words = str(bare).replace("<factory>", "...").replace("'", '"').strip("()").split(", ")
+    line = f"{name}({', '.join(words)})"
     if len(line) > 100:
-        line = "\n".join([f"{name}(", *(f"    {each}," for each in parameters), f"){arrow}"])
+        line = "\n".join([f"{name}(", *(f"    {word}," for word in words), ")"])
     return ["```python", line, "```", ""]
-
-
-def _parameter(each: inspect.Parameter) -> str:
-    stars: dict[Any, str] = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}
-    text = f"{stars.get(each.kind, '')}{each.name}"
-    if each.annotation is not each.empty:
-        text += f": {_annotation(each.annotation)}"
-    if each.default is not each.empty:
-        text += f" = {each.default if isinstance(each.default, Enum) else repr(each.default)}"
-    return text.replace("<factory>", "...")
-
-
-def _annotation(hint: Any) -> str:
-    return hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
 
 
 # -- packages ----------------------------------------------------------------------------------------------------------
@@ -252,7 +236,7 @@ def _contributing(text: str) -> str:
         if folder.is_dir():
             doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
             imported = ", ".join(sorted(MAY_IMPORT.get(name, ()))) or "nothing of `mora_ds`"
-            body.append(table_row(f"`{name}/`", cell(doc.split("\n\n")[0]), imported))
+            body.append(table_row(f"`{name}/`", cell(re.split(r"(?<=\.)\s", doc.split("\n\n")[0])[0]), imported))
     return between(text, "packages", body)
 
 

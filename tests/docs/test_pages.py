@@ -84,6 +84,18 @@ def test_every_block_of_commands_says_whether_it_is_run() -> None:
     assert not unmarked
 
 
+def test_commands_are_not_cut_off() -> None:
+    wide = []
+    for page in (ROOT / "docs").rglob("*.md"):
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            wide += [f"{page.relative_to(ROOT)}: {line}" for line in block.splitlines() if len(line) > 75]
+    assert not wide
+
+
+def test_the_pages_can_be_read_in_an_afternoon() -> None:
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md")) <= 25_000
+
+
 def test_what_the_check_of_a_landing_runs_is_what_the_pages_say() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
@@ -111,7 +123,8 @@ OTHERS = {
 
 
 def test_every_flag_that_a_page_names_exists() -> None:
-    programs = [ROOT / "docs" / "reference" / "cli.md", *(ROOT / "tools").rglob("*.py")]
+    folders = (ROOT / "tools", ROOT / "mora_ds" / "research")
+    programs = [ROOT / "docs" / "reference" / "cli.md", *(path for folder in folders for path in folder.rglob("*.py"))]
     known = {flag for path in programs for flag in re.findall(r"--\w+", path.read_text(encoding="utf-8"))}
     unknown = {}
     for page in PAGES:
