@@ -87,17 +87,6 @@ def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, f
         assert factors.share(corner).item() == pytest.approx(1.0, abs=1e-4), "all of it is in the leading subspaces"
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [spec for spec in specs() if (spec.d_in, spec.d_out, spec.r_hat) in ((13, 7, 4), (5, 3, 8), (12, 5, 8))],
-    ids=spec_id,
-)
-def test_gradcheck(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random(spec.d_out, spec.d_in, seed=5)
-    factors = factors_by_svd(monkeypatch, spec, weight, 2)
-    assert torch.autograd.gradcheck(factors.share, random(spec.r_hat, spec.r_hat).requires_grad_())
-
-
 # -- on a model --------------------------------------------------------------------------------------------------------
 
 
@@ -277,15 +266,3 @@ def test_a_rank_larger_than_a_side_is_refused(user: Playground, tmp_path: Path) 
     kind, message = run_ranks(1, refused, argv)[0]
     assert kind == "UserError" and "research.alignment_rank 17: model.layers.0.self_attn.k_proj is 16 x 32" in message
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.gloo
-@pytest.mark.heavy
-def test_ranks_that_share_rows_or_sources_are_as_one(user: Playground, tmp_path: Path) -> None:
-    """--sequence_parallel_size, and losses of a mixture, which are noted row by row."""
-    halves = (f"a={user.train}:0.5", f"b={user.held}:0.5")
-    flags = (*MERGING, "--chunked_loss", "--train_files", *halves, "--eval_files", user.held)
-    run(2, user.flags(tmp_path / "two", *flags, "--sequence_parallel_size", 2))
-    run(1, user.flags(tmp_path / "one", *flags))
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0)
-    assert shares(tmp_path / "two") == pytest.approx(shares(tmp_path / "one"), rel=1e-3, abs=1e-4)

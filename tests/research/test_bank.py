@@ -140,21 +140,6 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
         assert torch.equal(weight, weights[name]) and not weight.requires_grad
 
 
-def test_the_adapters_used_last_stay_in_memory(rotating: Bench) -> None:
-    bank = rotating.open(cache=2)
-    assert not bank.residents, "nothing is read before it is used"
-    for name, held in (
-        ("one", ["one"]),
-        ("none", ["one", "none"]),
-        ("one", ["none", "one"]),
-        ("three", ["one", "three"]),
-    ):
-        with bank.use(name):
-            assert list(bank.residents) == held
-    check_rows(rotating, bank, ["none", "one", "three"], tokens(3))  # a batch may have more than are kept
-    assert len(bank.residents) == 2
-
-
 def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) -> None:
     """Greedy, and with beams and several sequences a row; left-padded."""
     bank = rotating.open()

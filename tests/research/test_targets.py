@@ -477,30 +477,3 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
         found, told = planned(parse(argv), 1)
         assert found.trained.total == plan.parameters and 1350 <= plan.parameters <= 1500
         assert f"trainable {plan.parameters:,} " in told[0]
-
-
-@pytest.mark.heavy
-@pytest.mark.gloo
-@pytest.mark.parametrize(
-    ("family", "more"),
-    [
-        ("gpt_neox", ("--optimizer", "muon")),
-        ("llama", ("--operator", "share", "--tp_grouping", "aligned", "--tensor_parallel_size", 2)),
-    ],
-)
-def test_planned_runs_of_every_kind(user: Playground, tmp_path: Path, family: str, more: tuple[str, ...]) -> None:
-    """Merged, resumed (on another number of ranks where no layer is split), exported and verified."""
-    shutil.copytree(user.model, tmp_path / "model")
-    write_own_base(tiny_model(family, vocab_size=400), tmp_path / "own")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(tmp_path / "own" / name, tmp_path / "model" / name)
-    merging = ("--merge_every", 2, "--restart_warmup_steps", 1)
-    flags = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model", *merging, *more)
-    flags = research(flags, tmp_path, targets="auto", trainable_budget="4%")
-    summary = run(2, [*flags, "--max_steps", "3"])
-    budget = int(0.04 * (summary["total_params"] - summary["trainable_params"]))
-    assert 0.9 * budget <= summary["trainable_params"] <= budget
-    rows = () if "--tensor_parallel_size" in more else ("--per_device_train_batch_size", "4")  # 2 replicas, or 1
-    run(1 if rows else 2, [*flags, *rows, "--resume_from_checkpoint", "auto", "--max_steps", "5"])
-    assert trained_sides(tmp_path / "out") == planned_sides(tmp_path / "out")
-    mora_ds.export_merged(tmp_path / "out" / "checkpoints" / "latest", tmp_path / "merged", verify=True)
