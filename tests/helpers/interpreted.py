@@ -21,6 +21,7 @@ from mora_ds.adapters.kernels import linear, plain, triton_ops
 from mora_ds.adapters.kernels.ops import NAMES
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.int8 import quantize
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from tests.helpers.operators import outputs_and_gradients, random, spec_id, specs
 
@@ -96,16 +97,16 @@ def check_parts() -> None:
 def check_layer(spec: OperatorSpec) -> None:
     """Outputs and gradients of both paths, by the kernels and by plain torch."""
     tables = KernelTables(spec, CPU)
-    for path in (linear.activation_linear, linear.weight_linear):
+    for path in (Compute.ACTIVATION, Compute.WEIGHT):
 
-        def layer(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor, path=path) -> Tensor:  # type: ignore[no-untyped-def]
-            return path(x, weight, bias, square, tables)
+        def layer(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor, path: Compute = path) -> Tensor:
+            return linear.kernel_linear(x, weight, bias, square, tables, path)
 
         expected = outputs_and_gradients(spec, torch.float64, layer)
         with by_triton():
             found = outputs_and_gradients(spec, torch.float64, layer)
         for one, right in zip(found, expected, strict=True):
-            same(one, right, path.__name__)
+            same(one, right, path.value)
 
 
 @contextmanager

@@ -23,25 +23,14 @@ from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute
 
 
-def activation_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
-    """W0 x + b + decompress(M compress(x)): (..., D) -> (..., O). Saves what `weight_linear` saves."""
-    y: Tensor = _Activation.apply(x, weight, bias, square, tables)
-    return y
-
-
-def weight_linear(x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables) -> Tensor:
-    """(W0 + delta) x + b: (..., D) -> (..., O). Saves the folded input for share and truncate, the input itself for
-    decouple and rotate."""
-    y: Tensor = _Weight.apply(x, weight, bias, square, tables)
-    return y
-
-
 def kernel_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, path: Compute
 ) -> Tensor:
-    """`ops.linear.mora_linear` by kernels."""
-    compute = weight_linear if path is Compute.WEIGHT else activation_linear
-    return compute(x, weight, bias, square, tables)
+    """`ops.linear.mora_linear` by kernels: (..., D) -> (..., O). Both paths save the folded input for share and
+    truncate, the input itself for decouple and rotate."""
+    function = _Weight if path is Compute.WEIGHT else _Activation
+    y: Tensor = function.apply(x, weight, bias, square, tables)
+    return y
 
 
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:

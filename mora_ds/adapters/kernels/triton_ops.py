@@ -79,7 +79,7 @@ def plan_gather_sum(
     unit = 8 if half % 8 == 0 else 1  # triton sees that 16 divides an argument, not that 8 does
     return Launch(
         _gather_sum,
-        (triton.cdiv(tokens, _TOKENS), triton.cdiv(columns, part)),
+        (triton.cdiv(tokens, _TOKENS) * triton.cdiv(columns, part),),
         {"out": out, "x": x, "table": table, "cos": cos, "sin": sin, "tokens": tokens, "size": size,
          "columns": columns, "units": half // unit},
         {"TERMS": terms, "TURN": turn, "ADD": add, "SHARED": shared, "ROW": row, "PART": part,
@@ -220,7 +220,8 @@ def _gather_sum(
     ROW: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     half = units * UNIT
-    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    parts = tl.cdiv(columns, PART)  # of one row: they run next to each other, so that the row comes from L2
+    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
     inside = column < columns
     lane = tl.arange(0, ROW)
     if TURN == 1:
@@ -228,7 +229,7 @@ def _gather_sum(
         paired = tl.load(table + pair, mask=inside, other=-1)
     if TURN == 2 and SHARED:
         pair, cosine, sine = _rotation(cos, sin, lane, half, lane < size)
-    first = tl.program_id(0).to(tl.int64) * TOKENS
+    first = (tl.program_id(0) // parts).to(tl.int64) * TOKENS
     for token in range(first, tl.minimum(first + TOKENS, tokens)):
         source = x + token * size
         target = out + token * columns + column
