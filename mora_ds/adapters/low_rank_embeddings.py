@@ -17,22 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mora_ds.adapters.new_embeddings import LOW_RANK, is_tied, plain_tables, replace_modules
+from mora_ds.adapters.new_embeddings import (
+    LOW_RANK,
+    FrozenEmbedding,
+    FrozenHead,
+    is_tied,
+    plain_tables,
+    replace_modules,
+)
 from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
 
 FLAG = "--train_embedding_rank"
 
 
-class LowRankEmbedding(nn.Embedding):
+class LowRankEmbedding(FrozenEmbedding):
     """ids (...) -> (..., d): rows of W + A B."""
 
-    weight: Tensor  # a buffer here
-
     def __init__(self, base: nn.Embedding, low_rank: nn.Parameter) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = base.weight.shape[0], base.weight.shape[1], None
-        self.register_buffer("weight", base.weight, persistent=False)  # frozen: one object where it is tied
+        super().__init__(base)
         self.low_rank = low_rank
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -43,17 +46,11 @@ class LowRankEmbedding(nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.low_rank.shape[-1]}"
 
 
-class LowRankHead(nn.Linear):
+class LowRankHead(FrozenHead):
     """x (..., d) -> logits (..., V): those of W + A B."""
 
-    weight: Tensor
-    bias: Tensor | None  # type: ignore[assignment]
-
     def __init__(self, base: nn.Linear, low_rank: nn.Parameter) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = base.weight.shape
-        self.register_buffer("weight", base.weight, persistent=False)
-        self.register_buffer("bias", base.bias, persistent=False)
+        super().__init__(base)
         self.low_rank = low_rank
 
     def forward(self, x: Tensor) -> Tensor:

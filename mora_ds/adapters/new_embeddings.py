@@ -23,15 +23,36 @@ NEW_ROWS, LOW_RANK = "new_rows", "low_rank"
 FLAG = "--train_new_embeddings"
 
 
-class NewRowEmbedding(nn.Embedding):
+class FrozenEmbedding(nn.Embedding):
+    """The table of another module as a buffer: one object where it is tied."""
+
+    weight: Tensor
+
+    def __init__(self, base: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = base.weight.shape
+        self.padding_idx = None
+        self.register_buffer("weight", base.weight, persistent=False)
+
+
+class FrozenHead(nn.Linear):
+    """The table and the bias of another module as buffers."""
+
+    weight: Tensor
+    bias: Tensor | None  # type: ignore[assignment]
+
+    def __init__(self, base: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = base.weight.shape
+        self.register_buffer("weight", base.weight, persistent=False)
+        self.register_buffer("bias", base.bias, persistent=False)
+
+
+class NewRowEmbedding(FrozenEmbedding):
     """ids (...) -> (..., d): row `id` of the frozen weight, or of `new_rows` where it is one of the last K."""
 
-    weight: Tensor  # a buffer here
-
     def __init__(self, base: nn.Embedding, new_rows: nn.Parameter) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = base.weight.shape[0], base.weight.shape[1], None
-        self.register_buffer("weight", base.weight, persistent=False)  # frozen: one object where it is tied
+        super().__init__(base)
         self.first = self.num_embeddings - len(new_rows)
         self.new_rows = new_rows
 
@@ -43,17 +64,11 @@ class NewRowEmbedding(nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, of which {self.num_embeddings - self.first} are trained"
 
 
-class NewRowHead(nn.Linear):
+class NewRowHead(FrozenHead):
     """x (..., d) -> logits (..., V): the last K from `new_rows`."""
 
-    weight: Tensor
-    bias: Tensor | None  # type: ignore[assignment]
-
     def __init__(self, base: nn.Linear, new_rows: nn.Parameter) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = base.weight.shape
-        self.register_buffer("weight", base.weight, persistent=False)
-        self.register_buffer("bias", base.bias, persistent=False)
+        super().__init__(base)
         self.first = self.out_features - len(new_rows)
         self.new_rows = new_rows
 
