@@ -289,7 +289,7 @@ class SubspaceLinear(AdaptedLinear):
     """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) the only parameter.
 
     Always computed over activations, as two thin products cost less than forming a (d_out, d_in) matrix. U and V are no
-    buffers: they are read from their file at the first forward, and again when a cycle has other vectors.
+    buffers: they are read from their file at the first forward on a device.
     """
 
     spec: SubspaceSpec

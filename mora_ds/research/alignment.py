@@ -205,7 +205,7 @@ def factors_of(
 ) -> Factors:
     """The factors of one layer. `vectors`: name of the file of the base's singular vectors. Raises as
     `singular_vectors.read`."""
-    left, right = (side.to(device, torch.float64) for side in singular_vectors.read(vectors, module, 0, rank))
+    left, right = (side.to(device, torch.float64) for side in singular_vectors.read(vectors, module, rank))
     floor = (FLOOR * singular_vectors.norm(vectors, module)) ** 2
     if isinstance(spec, SubspaceSpec):
         own_left, own_right = spec.sides(device, torch.float64)

@@ -70,21 +70,20 @@ def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: py
     assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
 
 
-@pytest.mark.parametrize(("d_in", "d_out", "r_hat", "first"), [(12, 20, 5, 0), (20, 12, 12, 3), (7, 7, 2, 5)])
-def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, first: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("d_in", "d_out", "r_hat"), [(12, 20, 5), (20, 12, 12), (7, 7, 2)])
+def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, tmp_path: Path) -> None:
     """Its vectors are stored in fp32, and so no more orthonormal than that: the share is the delta's all the same."""
     weight, square, rank = random(d_out, d_in, seed=5), random(r_hat, r_hat), 4
-    spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, register_vectors(weight, min(d_in, d_out), tmp_path), first)
+    spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, register_vectors(weight, min(d_in, d_out), tmp_path))
     factors = factors_of(spec, spec.vectors, MODULE, rank, CPU, torch.float64)
-    left, right = (side.double() for side in singular_vectors.read(spec.vectors, MODULE, 0, rank))
+    left, right = (side.double() for side in singular_vectors.read(spec.vectors, MODULE, rank))
     delta = spec.delta_weight(square)
     inside = (left @ delta @ right.T).square().sum()
     expected = inside / (delta.square().sum() + (FLOOR * singular_vectors.norm(spec.vectors, MODULE)) ** 2)
     torch.testing.assert_close(factors.share(square), expected, rtol=1e-8, atol=1e-12)
-    if first == 0:
-        corner = torch.zeros_like(square)
-        corner[:rank, :rank] = square[:rank, :rank]
-        assert factors.share(corner).item() == pytest.approx(1.0, abs=1e-4), "all of it is in the leading subspaces"
+    corner = torch.zeros_like(square)
+    corner[:rank, :rank] = square[:rank, :rank]
+    assert factors.share(corner).item() == pytest.approx(1.0, abs=1e-4), "all of it is in the leading subspaces"
 
 
 # -- on a model --------------------------------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def mean_share(model: Any, name: str, rank: int) -> Tensor:
     """From dense deltas, differentiable in the MoRA matrices."""
     found = []
     for module, layer in mora_layers(model).items():
-        left, right = (side.double() for side in singular_vectors.read(name, module, 0, rank))
+        left, right = (side.double() for side in singular_vectors.read(name, module, rank))
         delta = layer.spec.delta_weight(layer.value)
         floor = (FLOOR * singular_vectors.norm(name, module)) ** 2
         found.append((left @ delta @ right.T).square().sum() / (delta.square().sum() + floor))

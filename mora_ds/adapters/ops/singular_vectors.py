@@ -1,6 +1,6 @@
 """Files of singular vectors of the base's weights, by name, for the subspace operator.
 
-    models.svd -> a safetensors file -> register(name, path) -> read(name, module, first, count)
+    models.svd -> a safetensors file -> register(name, path) -> read(name, module, count)
                                                            -> norm(name, module)
 
     "<module>.left"  (count, d_out) fp32     left singular vectors of W0 (d_out, d_in), one a row, leading ones first
@@ -64,9 +64,8 @@ def path_of(name: str) -> Path:
     return newest
 
 
-def read(name: str, module: str, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """(left (count, d_out), right (count, d_in)) of vectors first, first + 1, ..., fp32 on the CPU; after the last
-    of a layer's min(d_out, d_in) vectors comes the leading one again.
+def read(name: str, module: str, count: int) -> tuple[Tensor, Tensor]:
+    """(left (count, d_out), right (count, d_in)) of the leading vectors, fp32 on the CPU.
 
     Raises `RunError` where the file is missing, and `UserError` naming it where it does not hold the vectors.
     """
@@ -76,12 +75,10 @@ def read(name: str, module: str, first: int, count: int) -> tuple[Tensor, Tensor
     if [len(shape) for shape in shapes] != [2, 2] or min(map(min, shapes)) < 1 or shapes[0][0] != shapes[1][0]:
         raise UserError(f"{_paths[name][0]}: the singular vectors of {module} have the shapes {shapes}")
     (stored, d_out), (_, d_in) = shapes
-    most = min(d_out, d_in)
-    rows = [(first + number) % most for number in range(count)]
-    needed = max(count, max(rows) + 1)
-    if needed > stored:
-        raise UserError(f"{_paths[name][0]} holds {stored} of {module}'s {most} singular vectors, not {needed}")
-    return left[:][rows], right[:][rows]
+    if count > stored:
+        most = min(d_out, d_in)
+        raise UserError(f"{_paths[name][0]} holds {stored} of {module}'s {most} singular vectors, not {count}")
+    return left[:count], right[:count]
 
 
 def norm(name: str, module: str) -> float:

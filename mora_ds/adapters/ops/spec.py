@@ -110,7 +110,7 @@ class UpdateSpec(ABC):
         yield module, self, value
 
     def describe(self) -> str:
-        """A short name for tables: rotate/permuted, subspace@0, lora."""
+        """A short name for tables: rotate/permuted, subspace, lora."""
         return self.name
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ Sides = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SubspaceSpec(SquareSpec):
-    """The sizes of a layer's matrix, and the singular vectors around it."""
+    """The sizes of a layer's matrix, and the leading singular vectors around it."""
 
     name: ClassVar[str] = SUBSPACE
     d_in: int
@@ -43,12 +43,10 @@ class SubspaceSpec(SquareSpec):
     """The module whose weight the vectors belong to."""
     vectors: str
     """Name of the file that holds them (`VectorsRecord.name`)."""
-    first: int = 0
-    """U and V are vectors first .. first + r_hat - 1; after the last comes the leading one again."""
 
     def __post_init__(self) -> None:
         sizes = (self.d_in, self.d_out, self.r_hat)
-        if min(sizes) < 1 or max(*sizes, self.first) > MAX_SIDE or self.first < 0:
+        if min(sizes) < 1 or max(sizes) > MAX_SIDE:
             raise UserError(f"the subspace operator needs positive sizes, got {self}")
         if self.r_hat > min(self.d_in, self.d_out):
             raise UserError(f"a weight has no more singular vectors than its shorter side, got {self}")
@@ -59,7 +57,7 @@ class SubspaceSpec(SquareSpec):
             left, right = (torch.empty(self.r_hat, d, dtype=dtype, device=device) for d in (self.d_out, self.d_in))
             return left, right
         with torch.inference_mode(False), torch.no_grad():
-            left, right = read(self.vectors, self.module, self.first, self.r_hat)
+            left, right = read(self.vectors, self.module, self.r_hat)
             return left.to(device, dtype), right.to(device, dtype)
 
     def delta_weight(self, value: Tensor) -> Tensor:
@@ -81,9 +79,6 @@ class SubspaceSpec(SquareSpec):
     def macs_per_token(self) -> int:
         """U and V^T have no gradient: each of their elements is used in two products, those of M in three."""
         return self.r_hat * (2 * (self.d_in + self.d_out) + 3 * self.r_hat)
-
-    def describe(self) -> str:
-        return f"{SUBSPACE}@{self.first}"
 
 
 def subspace_update(square: Tensor, vectors: Sides, x: Tensor) -> Tensor:
