@@ -14,6 +14,7 @@ from mora_ds.adapters.layer import MoRALinear, is_linear, linear_shape
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tests.helpers.pairwise import pairwise
 
 D_IN, D_OUT, R_HAT = 14, 10, 6
 
@@ -35,35 +36,26 @@ def inputs(seed: int = 1) -> Tensor:
     return torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(seed))
 
 
-every_base = pytest.mark.parametrize("kind", ["linear", "linear with bias", "conv1d"])
+BASES = ["linear", "linear with bias", "conv1d"]
 
 
-@every_base
-@pytest.mark.parametrize("operator", OperatorKind)
-def test_output_is_base_plus_delta(kind: str, operator: OperatorKind) -> None:
+@pairwise({"kind": BASES, "operator": list(OperatorKind)})
+def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKind) -> None:
     base, x = base_layer(kind), inputs()
     expected = base(x)
     layer = MoRALinear(base, spec(operator))
     assert torch.equal(layer.square, torch.zeros(R_HAT, R_HAT))
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
     layer.square.data.normal_()
-    expected = expected + x @ delta_weight(layer.spec, layer.square.data).T
+    delta = delta_weight(layer.spec, layer.square.data)
+    expected = expected + x @ delta.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer.weight += delta.T if layer.transposed else delta
+    layer.square.data.zero_()
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@every_base
-@pytest.mark.parametrize("operator", OperatorKind)
-def test_merging_the_delta_leaves_the_output(kind: str, operator: OperatorKind) -> None:
-    layer, x = MoRALinear(base_layer(kind), spec(operator)), inputs()
-    layer.square.data.normal_()
-    before = layer(x)
-    delta = delta_weight(layer.spec, layer.square.data)
-    layer.weight += delta.T if layer.transposed else delta
-    layer.square.data.zero_()
-    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
-
-
-@every_base
+@pytest.mark.parametrize("kind", BASES)
 def test_only_the_square_trains_and_is_saved(kind: str) -> None:
     base = base_layer(kind)
     weight: Any = base.weight

@@ -114,7 +114,7 @@ def test_factors_are_lined_up() -> None:
 
 
 def test_an_operator_that_cannot_be_a_term_is_named() -> None:
-    spec = SubspaceSpec(4, 4, 2, "layer", "vectors", 0)
+    spec = SubspaceSpec(4, 4, 2, "layer", "vectors")
     with pytest.raises(UserError, match=r"--base_bits 4: merged cycles cannot act through subspace"):
         add_terms_(torch.zeros(1, 4), [(spec, torch.zeros(2, 2))], torch.zeros(1, 4))
 
@@ -146,22 +146,6 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
                 assert layer.is_packed and layer.shape == tuple(base.weight.shape)
                 for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
                     torch.testing.assert_close(one, right, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("kind", list(OperatorKind))
-def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, dropout: float) -> None:
-    spec = OperatorSpec(kind, 10, 14, 6, Grouping.PERMUTED, seed=3)
-    layer = in_4_bits(adapt(base_of(spec, False), spec, dropout, Compute.ACTIVATION, seed=0))
-    layer.value.data = random(6, 6, seed=1)
-    layer.merged = tuple(some_terms(spec))
-
-    def run(x: Tensor, square: Tensor) -> Tensor:
-        torch.manual_seed(5)  # the same mask every time
-        return torch.func.functional_call(layer, {"square": square}, (x,))
-
-    x = random(2, 10).requires_grad_()
-    assert torch.autograd.gradcheck(run, (x, layer.value.detach().clone().requires_grad_()))
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
-from mora_ds.adapters.layer import AdaptedLinear, MoRALinear, adapt
+from mora_ds.adapters.layer import MoRALinear, adapt
 from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.frozen import dense, frozen_linear
@@ -24,6 +25,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
+from tests.helpers.pairwise import pairwise
 from tests.helpers.quantized import LORA, base_of, found_by, in_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -102,20 +104,24 @@ def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pyte
                     torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("kind", list(OperatorKind))
-def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, dropout: float) -> None:
+@pairwise({
+    "kind": list(OperatorKind), "path": [Compute.ACTIVATION, Compute.WEIGHT], "dropout": [0.0, 0.5], "bits": [8, 4],
+})  # fmt: skip
+def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, path: Compute, dropout: float, bits: int) -> None:
     spec = OperatorSpec(kind, 10, 14, 6, Grouping.PERMUTED, seed=3)
-    for path in (Compute.ACTIVATION, Compute.WEIGHT):
-        layer = in_8_bits(MoRALinear(base_of(spec, False), spec, dropout, path))
-        layer.value.data = random(6, 6, seed=1)
+    if bits == 4:
+        pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
+    layer = in_bits(MoRALinear(base_of(spec, False), spec, dropout, path), bits)
+    layer.value.data = random(6, 6, seed=1)
+    if bits == 4:
+        layer.merged = tuple((replace(spec, seed=cycle), 0.1 * random(6, 6, seed=cycle)) for cycle in (100, 101))
 
-        def run(x: Tensor, square: Tensor, layer: AdaptedLinear = layer) -> Tensor:
-            torch.manual_seed(5)  # the same mask every time
-            return torch.func.functional_call(layer, {"square": square}, (x,))
+    def run(x: Tensor, square: Tensor) -> Tensor:
+        torch.manual_seed(5)  # the same mask every time
+        return torch.func.functional_call(layer, {"square": square}, (x,))
 
-        x = random(2, 10).requires_grad_()
-        assert torch.autograd.gradcheck(run, (x, layer.value.detach().clone().requires_grad_()))
+    x = random(2, 10).requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, layer.value.detach().clone().requires_grad_()))
 
 
 def test_the_frozen_layer_alone() -> None:
