@@ -33,13 +33,13 @@ def quantized_bytes(model: nn.Module) -> int:
 
 def merge_bytes(model: nn.Module) -> int:
     """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take it up: its values, and index
-    tables of its own permutations, two int64 for each input and output."""
+    tables of its own permutations, about three int32 for each input and output."""
     total = 0
     for layer in (layer for _, layer in _layers(model) if layer.is_packed):
         spec = layer.spec
         total += math.prod(spec.value_shape) * layer.dtype.itemsize
         if isinstance(spec, OperatorSpec) and spec.grouping is Grouping.PERMUTED:
-            total += 2 * torch.int64.itemsize * (spec.d_in + spec.d_out)
+            total += 3 * torch.int32.itemsize * (spec.d_in + spec.d_out)
     return total
 
 

@@ -169,7 +169,7 @@ def _tables(window: Window, device: torch.device) -> IndexTables:
         deal, size = tables.deal.table[:, slice(*window.outputs)], spec.blocks * spec.r_hat
         if not spec.blockwise:
             used = _rows_read(window)
-            deal, size = torch.searchsorted(used, deal).where(deal >= 0, -1), len(used)
+            deal, size = torch.searchsorted(used, deal.long()).where(deal >= 0, -1), len(used)
         return IndexTables(
             fold=IndexMap.of(fold),
             unfold=IndexMap.of(transposed(fold, window.d_in), at_once=False),
@@ -183,13 +183,13 @@ def _within(table: Tensor, numbers: Range) -> Tensor:
     start, stop = numbers
     inside = (table >= start) & (table < stop)
     results = torch.arange(table.shape[1]).expand_as(table)
-    return lists(results[inside], table[inside] - start, table.shape[1])
+    return lists(results[inside], table[inside].long() - start, table.shape[1])
 
 
 def _rows_read(window: Window) -> Tensor:
     """For truncate and share: the rows of M that the window's outputs read, in order; where they read none, one that
     they may use, so that no tensor is empty."""
-    rows = tables_of(window.spec, torch.device("cpu")).deal.table[0, slice(*window.outputs)].unique()
+    rows = tables_of(window.spec, torch.device("cpu")).deal.table[0, slice(*window.outputs)].long().unique()
     rows = rows[rows >= 0]
     return rows if len(rows) else torch.tensor(window.rows[:1])
 
@@ -250,7 +250,7 @@ def _block_tables(window: Window, device: torch.device) -> _BlockTables:
     and of M's gradient costs its share of the complete one."""
     with torch.inference_mode(False), torch.no_grad():
         spec, (start, stop) = window.spec, window.outputs
-        fold = tables_of(spec, torch.device("cpu")).fold.table.view(spec.blocks, spec.r_hat)
+        fold = tables_of(spec, torch.device("cpu")).fold.table.long().view(spec.blocks, spec.r_hat)
         blocks_of_outputs = output_blocks(spec, torch.device("cpu"))
         inside = (blocks_of_outputs >= start) & (blocks_of_outputs < stop)
         blocks, slots = inside.nonzero(as_tuple=True)

@@ -29,8 +29,7 @@ from mora_ds.adapters.ops.subspace import SubspaceSpec
 from mora_ds.adapters.ops.terms import Term, add_terms_, join
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.planning.memory_meter import MemoryMeter
-from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 from tests.helpers.quantized import LORA, base_of, found_by, in_bits
 
@@ -190,31 +189,6 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any) -> None
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [
-    MoRAConfig(rank=4, operator="share", compute="weight"), MoRAConfig(rank=4, operator="rotate", compute="activation"),
-    LoRAConfig(rank=4),
-], ids=["weight path", "activation path", "lora"])  # fmt: skip
-def test_nothing_of_a_weights_size_is_kept(config: Any) -> None:
-    """A forward saves as many bytes for backward as on a dense base, with merged cycles too."""
-    kept = {}
-    for bits in (16, 4):
-        model = tiny_model("llama")
-        inject(model, replace(config, base_bits=bits))
-        merged = []
-        if bits == 4:
-            for layer in mora_layers(model).values():
-                layer.keep_merged(some_terms(layer.spec))
-                merged += [value for _, value in layer.merged]
-        ids, model = tokens(2), model.train()
-        causal_loss(model, ids)  # makes the tables
-        with MemoryMeter((*model.parameters(), *model.buffers(), *merged, ids)) as meter:
-            loss = causal_loss(model, ids)
-            kept[bits] = meter.live
-            loss.backward()
-            del loss
-    assert kept[4] == kept[16]
-
-
 def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
     model = tiny_model("qwen2")  # tied embeddings, biases
     before = count_parameters(model)
@@ -224,7 +198,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
     assert report.quantized == (small, 4 * numels) and small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert "in 4 bits: " in str(report) and base_bits_of(model) == 4
-    adds = sum(4 * layer.value.numel() + 16 * (layer.in_features + layer.out_features) for layer in layers.values())
+    adds = sum(4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features) for layer in layers.values())
     in_8_bits = numels + sum(4 * layer.out_features for layer in layers.values())
     assert report.a_merge_adds == adds and report.merges_to_8_bits == math.ceil((in_8_bits - small) / adds)
     plain = inject(tiny_model("qwen2"), MoRAConfig(rank=4, base_bits=4, grouping="plain"))
@@ -240,17 +214,6 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
     model.to(torch.bfloat16)
     assert all(torch.equal(layer.get_buffer("weight_scales"), kept[name]) for name, layer in layers.items())
     assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_loses_little(family: str) -> None:
-    losses = {}
-    for bits in (16, 4):
-        model = tiny_model(family).eval()
-        inject(model, MoRAConfig(rank=4, base_bits=bits))
-        losses[bits] = causal_loss(model, tokens(4)).item()
-    assert family in FAMILIES
-    assert losses[4] != losses[16] and losses[4] == pytest.approx(losses[16], rel=2e-2)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -338,7 +338,7 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pyt
     assert told[f"base_bytes_in_{bits}_bits"] == in_few_bits and told[f"base_bytes_in_{12 - bits}_bits"] == 0
     assert f"of it in {bits} bits" in report(small) and "bits" not in report(whole)
     assert ("each merge adds" in report(small)) == (bits == 4) and "each merge adds" not in report(whole)
-    tables = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+    tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
     squares = sum(2 * layer.value.numel() for layer in layers)
     assert small.a_merge_adds == (squares + tables if bits == 4 else 0) and whole.a_merge_adds == 0
     if bits == 4:

@@ -167,7 +167,7 @@ def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap) ->
         total = x @ _matrix(transpose, spec.r_hat, x.dtype)
     else:
         flat = x.reshape(-1, x.shape[-1])
-        groups = transpose.table[0].expand(len(flat), -1)
+        groups = transpose.table[0].long().expand(len(flat), -1)
         total = flat.new_zeros(len(flat), spec.r_hat).scatter_add_(1, groups, flat)
         for members, more_groups in transpose.additions:
             total.index_add_(1, more_groups, gather(flat, members))
@@ -179,7 +179,7 @@ def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
     """(inputs, size): x @ it is the map whose transpose is given."""
     table = transpose.table.T
     ones = torch.zeros(len(table), size + 1, dtype=dtype, device=table.device)
-    ones.scatter_(1, table.where(table >= 0, size), 1)
+    ones.scatter_(1, table.where(table >= 0, size).long(), 1)
     return ones[:, :size]
 
 
@@ -275,7 +275,7 @@ def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
     columns are summed before they are added.
     """
     outputs = output_blocks(spec, total.device).flatten()[: spec.d_out].split(spec.r_hat)
-    inputs = list(tables_of(spec, total.device).fold.table.view(-1, spec.r_hat))
+    inputs = list(tables_of(spec, total.device).fold.table.long().view(-1, spec.r_hat))
     squares = list(block_squares(spec, square))
     last = spec.blocks_in - 1
     filled = spec.d_in - last * spec.r_hat
@@ -321,7 +321,7 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
         return decompress_transpose(spec, folded.T).squeeze(-2).T
     members = output_blocks(spec, gradient.device)
     rows = F.pad(gradient, (0, 0, 0, 1))[members]  # (blocks_out, R, D); index -1 is the row of zeros
-    columns = tables_of(spec, gradient.device).fold.table.view(spec.blocks_in, 1, spec.r_hat)
+    columns = tables_of(spec, gradient.device).fold.table.long().view(spec.blocks_in, 1, spec.r_hat)
     products = gradient.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
     for into, out in block_pairs(spec):
         products[into] += rows[out].gather(2, columns[into].expand_as(products[into]))
@@ -330,7 +330,7 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
 
 def output_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
     """(blocks_out, R) for decouple and rotate: the output at each position of each output block, -1 for none."""
-    return tables_of(spec, device).collect.table.view(-1, spec.r_hat)[: spec.blocks_out]
+    return tables_of(spec, device).collect.table.long().view(-1, spec.r_hat)[: spec.blocks_out]
 
 
 def block_pairs(spec: OperatorSpec) -> list[tuple[slice, slice]]:
