@@ -21,7 +21,7 @@ from mora_ds.runtime.signals import EXIT_STOPPED
 from mora_ds.train.output_folder import reserve
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import free_port, run_ranks
-from tests.helpers.jobs import Playground, environment, is_rank, job, launcher, ranks_below, rows, run
+from tests.helpers.jobs import REPOSITORY, Playground, environment, is_rank, job, launcher, ranks_below, rows, run
 from tests.helpers.nodes import wait_for
 from tests.helpers.resume import assert_same_run
 
@@ -264,6 +264,28 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
 
+@pytest.mark.gloo
+@pytest.mark.heavy
+def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user: Playground, whole: Path, tmp_path: Path) -> None:
+    """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for each start. In the one that
+    torch 2.13 shares by default, processes which are started again find the addresses of the dead ones."""
+    out = tmp_path / "out"
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    script = str(REPOSITORY / "launch" / "pretrain.py")
+    words = [*torchrun, "--max-restarts", "2", script, *user.flags(out, *MERGING, *AUTO)]
+    settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(words, cwd=tmp_path, env=settings, stdout=log, stderr=log)
+        try:
+            wait_for(out / "checkpoints" / "step-000003", [process])
+            os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
+            assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        finally:
+            process.kill()
+    assert "resumed from" in (tmp_path / "log").read_text()
+    assert_same_run(out, whole)
+
+
 FAULTY = """
 import sys
 sys.path.insert(0, {repository!r})
@@ -290,8 +312,6 @@ cli.run(main, restartable=True)
 @pytest.mark.gloo
 @pytest.mark.heavy
 def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path) -> None:
-    from tests.helpers.jobs import REPOSITORY
-
     script = tmp_path / "pretrain.py"
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
     process, log, _ = start(script=script, past="")
