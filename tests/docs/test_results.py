@@ -87,5 +87,11 @@ def test_every_image_has_its_data_or_shows_none() -> None:
     assert data <= {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
 
 
+def test_one_seed_has_no_deviation() -> None:
+    titles = ["method", "seeds", "new", "±", "gap", "new, b/B"]
+    table = [titles, ["lora", "3", "10.4", "0.1", "-", "0.79"], ["full", "1", "10.3", "0.0", "-", "0.78"]]
+    assert docs_results.shown(table) == [["method", "seeds", "new"], ["lora", "3", "10.4 ± 0.1"], ["full", "1", "10.3"]]
+
+
 def test_a_bar_within_a_cell_does_not_end_it() -> None:
     assert table_row("<|a|>", "1") == r"|<\|a\|> |1|"
