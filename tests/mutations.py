@@ -243,7 +243,7 @@ MUTATIONS = (
         "engine/shard_index.py",
         "holes = reached != first if once else reached < first",
         "holes = reached < first",
-        ("checkpoint/test_damage.py", "checkpoint/test_elastic.py"),
+        ("checkpoint/test_verify.py",),
     ),
     Mutation(
         "rows of a replica are never compared",
@@ -419,7 +419,7 @@ MUTATIONS = (
         "common/files.py",
         "    while problem := file_problem(path, size, None):\n        if time.monotonic() > deadline:",
         "    if problem := file_problem(path, size, None):\n        if deadline:",
-        ("checkpoint/test_writer.py",),
+        ("common/test_files.py",),
     ),
     Mutation(
         "an input inside the output folder is taken",

@@ -174,14 +174,6 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
         (checkpoint / "adapter.json").write_text(before)
 
 
-def test_an_adapter_without_its_tensors_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "adapter.safetensors").rename(checkpoint / "other.safetensors")
-    reseal(checkpoint)
-    with pytest.raises(UserError, match=r"adapter\.safetensors is missing"):
-        export_adapter(checkpoint, tmp_path / "made")
-    assert not (tmp_path / "made").exists()
-
-
 def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path: Path) -> None:
     def change(header: dict[str, Any]) -> None:
         header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace('"d_in": 32', '"d_in": 16777216', 1)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.checkpoint.verify import verify
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.loader import MicroBatch
@@ -95,34 +94,6 @@ def test_a_run_goes_on_at_another_size_and_back(
         assert report.comparison is not None and report.cycles == 2
         (verdict,) = verify(out / "checkpoints" / f"step-{step:06d}", user.model)
         assert verdict.is_good, verdict.problems
-
-
-def test_the_base_may_lie_elsewhere(
-    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path
-) -> None:
-    """Another path, the same fingerprint: the run goes on, and its checkpoints name the new place."""
-    reference, _ = two
-    out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
-    moved = Path(shutil.copytree(user.model, tmp_path / "elsewhere" / "model"))
-    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004", "--model_name_or_path", moved)
-    run(2, flags(user, out, 2, *resume))
-    assert torch.equal(losses(out), losses(reference))
-    assert BaseReference.read(out / "checkpoints" / "step-000008").folder == str(moved.resolve())
-
-
-def test_dropout_draws_masks_for_ranks_without_a_saved_state(user: Playground, tmp_path: Path) -> None:
-    """Saved by one rank, resumed at two: the same losses each time, with other masks than one rank draws."""
-    first = tmp_path / "first"
-    more = ("--mora_dropout", 0.5, "--max_steps", 4, "--merge_every", 0, "--restart_warmup_steps", 10)
-    run(1, flags(user, first, 1, *more))
-    resumed = []
-    for name in ("a", "b"):
-        out = Path(shutil.copytree(first, tmp_path / name, symlinks=True))
-        resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000002")
-        run(2, flags(user, out, 2, *more, *resume))
-        resumed.append(losses(out))
-    assert torch.equal(*resumed)
-    assert (resumed[0][2:] - losses(first)[2:]).abs().max() > 0
 
 
 MUON = ("--optimizer", "muon", "--learning_rate", 0.02)

@@ -25,7 +25,7 @@ from mora_ds.deploy.combine import COMBINED, Mix, combine_adapters, mixed
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
-from tests.helpers.adapters import Maker, Updates, summed
+from tests.helpers.adapters import Maker, Updates
 from tests.helpers.exports import FakeRun, fake_run, layers_of, random_squares
 from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
@@ -108,20 +108,6 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
     assert report.cycles == 2 and COMBINED in card and f'"weight": {scale}' in card
 
 
-def test_a_scale_that_rounds_nothing_is_exact(run: FakeRun, tmp_path: Path) -> None:
-    export_merged(run.checkpoint, tmp_path / "merged", dtype="bfloat16", mix=Mix(delta_scale=0.5))
-    opened = Adapter.open(run.checkpoint)
-    adapter = opened.file
-    ledger = opened.ledger
-    tensors, base = AdapterTensors.open(run.checkpoint, adapter), content(run.base)
-    merged, keys = content(tmp_path / "merged"), BaseReference.read(run.checkpoint).keys
-    for module, entry in adapter.layers.items():
-        updates = [*ledger.squares_of(module), (entry.operator, tensors.square(module))]
-        halves = [(spec, value / 2) for spec, value in updates]
-        expected = summed(base[keys[entry.weight]], halves, entry.transposed, torch.bfloat16)
-        assert torch.equal(merged[keys[entry.weight]], expected), module
-
-
 # -- average -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,18 +137,6 @@ def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None
     assert str(Mix(0.9, 2, 0.5)) == "update x 0.9, mean of the last 2 checkpoints, each 0.5 of the next"
     assert str(Mix(average_last=2)) == "update x 1, mean of the last 2 checkpoints"
     assert str(Mix(0.9)) == "update x 0.9"
-
-
-def test_a_trained_tensor_that_the_base_does_not_have(run: FakeRun, tmp_path: Path) -> None:
-    one = shutil.copytree(run.checkpoint, tmp_path / "one")
-    reference = BaseReference.read(one)
-    keys = {name: key for name, key in reference.keys.items() if name != TRAINED[1]}
-    replace(reference, keys=keys).write(one)
-    files.write_manifest(one)
-    combine_adapters([one], [1.0], tmp_path / "complete", run.base)
-    with pytest.raises(UserError, match=rf"base\.json names no tensor of .* for {TRAINED[1]}"):
-        combine_adapters([one], [0.5], tmp_path / "half", run.base)
-    assert not (tmp_path / "half").exists()
 
 
 def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
@@ -26,7 +25,6 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
-from mora_ds.remora import stored_weights
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed
 from tests.helpers.exports import FakeRun, fake_run
@@ -177,15 +175,6 @@ def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path) 
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"] == [1]
 
 
-def test_checkpoint_may_be_given_in_three_ways(tmp_path: Path) -> None:
-    run = fake_run(tmp_path)
-    ways = (run.checkpoint, run.output / "checkpoints" / "latest", run.output)
-    for i, way in enumerate(ways):
-        export_merged(way, tmp_path / str(i))
-    contents = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(len(ways))]
-    assert contents[0] == contents[1] == contents[2]
-
-
 def test_base_that_moved(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     moved = tmp_path / "elsewhere" / "base"
@@ -236,13 +225,6 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> 
     assert not (tmp_path / "merged").exists()
 
 
-def test_changed_base_is_refused(tmp_path: Path) -> None:
-    run = fake_run(tmp_path, probe=False)
-    flip_byte(run.base / "model.safetensors")
-    with pytest.raises(UserError, match=r"--base: .*is not the base of"):
-        export_merged(run.checkpoint, tmp_path / "merged")
-
-
 def test_ledger_of_another_length_is_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path, probe=False)
     shortened(run.checkpoint / "ledger", 1)
@@ -275,17 +257,6 @@ def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         export_merged(run.checkpoint, tmp_path / "merged")
 
 
-def test_wrong_arguments_name_their_flag(tmp_path: Path) -> None:
-    run = fake_run(tmp_path, probe=False)
-    for settings, words in (
-        ({"checkpoint": tmp_path / "none"}, "--checkpoint: .*none"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"max_shard_gib": 0}, "--max_shard_gib"),
-    ):
-        with pytest.raises(UserError, match=words):
-            export_merged(**{"checkpoint": run.checkpoint, "output": tmp_path / "merged", **settings})  # type: ignore[arg-type]
-
-
 def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: Path) -> None:
     run = fake_run(tmp_path, probe=False)
     output = tmp_path / "merged"
@@ -306,28 +277,6 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
             export_merged(run.checkpoint, place, overwrite=True)
     with pytest.raises(UserError, match="something other than a model"):
         export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
-
-
-def test_killed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = fake_run(tmp_path, probe=False)
-    output = tmp_path / "merged"
-    export_merged(run.checkpoint, output)
-    before = (output / "model.safetensors").read_bytes()
-    calls = []
-
-    def kill(*arguments: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return live_weight(*arguments)
-
-    monkeypatch.setattr(stored_weights, "live_weight", kill)
-    for place in (output, tmp_path / "new"):
-        calls.clear()
-        with pytest.raises(KeyboardInterrupt):
-            export_merged(run.checkpoint, place, overwrite=True)
-    assert (output / "model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged", "out"]
 
 
 # -- the tool --------------------------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.common.errors import UserError
 from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
-from mora_ds.models.tensor_files import write_safetensors_atomic
 from tests.helpers.adapters import Maker, Updates, merge, originals, summed
-from tests.helpers.crafted import reseal
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens
 
@@ -142,16 +140,6 @@ def test_the_domain_that_is_named_is_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "code" / CONFIG_FILE).read_text())["base_model_name_or_path"] == str(
         tmp_path / "base"
     )
-
-
-def test_a_damaged_probe_is_named(tmp_path: Path) -> None:
-    run = fake_run(tmp_path)
-    probe = load_file(run.checkpoint / "probe.safetensors")
-    del probe["input_ids"]
-    write_safetensors_atomic(run.checkpoint / "probe.safetensors", probe, {"dtype": "float32"})
-    reseal(run.output)
-    with pytest.raises(UserError, match=r"probe\.safetensors holds no input_ids"):
-        export_peft(run.output, tmp_path / "lora", 4)
 
 
 def test_a_low_rank_changes_the_perplexity_that_is_told(tmp_path: Path) -> None:

@@ -123,12 +123,6 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pyte
         assert loaded[-1].dtype is dtype
 
 
-def test_a_base_that_is_named_is_the_one_that_is_read() -> None:
-    model: Any = SimpleNamespace(config=SimpleNamespace(_name_or_path="where the model came from"))
-    assert trainer_module._name_of_base(model, None) == "where the model came from"
-    assert trainer_module._name_of_base(model, Path("base")) == "base"
-
-
 @pytest.mark.parametrize(
     ("settings", "is_checkpoint", "is_merged"),
     [
