@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mora_ds.remora.ledger import Ledger
+from tests.helpers.damage import mount
 from tests.helpers.exports import FakeRun, fake_run
 from tests.helpers.jobs import Playground, golden_flags, playground, run
 
@@ -40,3 +43,13 @@ def copied(original: FakeRun, tmp_path: Path) -> Path:
     shutil.copytree(original.base, tmp_path / "base")
     shutil.copytree(original.output, tmp_path / "out", symlinks=True)
     return tmp_path / "out"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount(place, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

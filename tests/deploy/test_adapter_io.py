@@ -13,7 +13,7 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.domains import domains_of
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, read_adapter, write_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, write_adapter
 from mora_ds.common.errors import UserError
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from tests.helpers.adapters import Maker, merge, originals
@@ -48,11 +48,10 @@ def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Mak
 
 def rewritten(folder: Path, **changes: Any) -> None:
     """adapter.json, and with `shape` also the shape of the norm, say something else."""
-    adapter: AdapterFile = read_adapter(folder)
-    tensors = AdapterTensors.open(folder, adapter)
-    squares = {name: tensors.square(name).clone() for name in adapter.layers}
+    opened = Adapter.open(folder)
+    squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}
     norm = torch.ones(changes.pop("shape", 32))
-    write_adapter(folder, replace(adapter, **changes), squares, {NORM: norm})
+    write_adapter(folder, replace(opened.file, **changes), squares, {NORM: norm})
 
 
 def configured(**changes: Any) -> Callable[[Path], None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.checkpoint.adapter_files import Adapter, AdapterTensors, BaseReference, read_adapter, write_adapter
+from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import step_folder
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
@@ -40,12 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     earlier = step_folder(made.checkpoint.parent, 3)
     shutil.copytree(made.checkpoint, earlier)
     opened = Adapter.open(earlier)
-    adapter = opened.file
     layers = layers_of(made.live, 1)
     shortened(opened.ledger.folder, 1)
-    tensors = AdapterTensors.open(earlier, adapter)
-    trained = {name: tensors.trained(name) + 0.5 for name in TRAINED}
-    write_adapter(earlier, replace(adapter, layers=layers, cycle=1, step=3), random_squares(layers, 77), trained)
+    trained = {name: opened.tensors.trained(name) + 0.5 for name in TRAINED}
+    write_adapter(earlier, replace(opened.file, layers=layers, cycle=1, step=3), random_squares(layers, 77), trained)
     files.write_manifest(earlier)
     return made
 
@@ -62,16 +60,13 @@ def by_hand(parts: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.floa
     total = {key: tensor.double() for key, tensor in original.items()}
     for weight, folder in parts:
         opened = Adapter.open(folder)
-        adapter = opened.file
-        ledger = opened.ledger
-        tensors = AdapterTensors.open(folder, adapter)
-        for module, entry in adapter.layers.items():
-            for spec, value in [*ledger.squares_of(module), (entry.operator, tensors.square(module))]:
+        for module, entry in opened.file.layers.items():
+            for spec, value in [*opened.ledger.squares_of(module), (entry.operator, opened.tensors.square(module))]:
                 delta = weight * spec.delta_weight(value.double())
                 total[reference.keys[entry.weight]] += delta.T if entry.transposed else delta
-        for name in adapter.trainables:
+        for name in opened.file.trainables:
             key = reference.keys[name]
-            total[key] += weight * (tensors.trained(name).double() - original[key].double())
+            total[key] += weight * (opened.tensors.trained(name).double() - original[key].double())
     return total
 
 
@@ -119,12 +114,10 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path, decay: 
     with mixed(run.output, mix) as folder:
         export_merged(folder, tmp_path / "merged")
         opened = Adapter.open(folder)
-        adapter = opened.file
-        ledger = opened.ledger
     check(content(tmp_path / "merged"), by_hand(list(zip(weights, (earlier, run.checkpoint), strict=True))))
-    assert ledger.cycles == adapter.cycle == 2, "checkpoints of one run share their operators: no term is added"
-    assert [each["step"] for each in adapter.facts[COMBINED]] == [3, 7]
-    assert [record.step for record in ledger.records] == [1, 3], "the newest step of what each term sums"
+    assert opened.ledger.cycles == opened.file.cycle == 2, "checkpoints of a run share operators: no term is added"
+    assert [each["step"] for each in opened.file.facts[COMBINED]] == [3, 7]
+    assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
 
 
 def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None:
@@ -183,7 +176,7 @@ def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, 
     maker.write(tmp_path / "a", first)
     maker.write(tmp_path / "b", second)
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
-    assert read_adapter(tmp_path / "sum").cycle == terms - 1
+    assert Adapter.open(tmp_path / "sum").file.cycle == terms - 1
     export_merged(tmp_path / "sum", tmp_path / "merged")
     check(content(tmp_path / "merged"), by_hand([(0.75, tmp_path / "a"), (-0.5, tmp_path / "b")]))
     ids = torch.arange(8).unsqueeze(0)
@@ -196,16 +189,14 @@ def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) ->
     """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
     updates: Updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
     opened = Adapter.open(tmp_path / "all")
-    adapter = opened.file
-    ledger = opened.ledger
     parts = []
     for cycle in range(3):
-        layers = adapter.layers if cycle == 2 else ledger.layers(cycle)
+        layers = opened.file.layers if cycle == 2 else opened.ledger.layers(cycle)
         parts.append(folder := tmp_path / f"part-{cycle}")
         folder.mkdir()
         Ledger.create(folder / "ledger", maker.reference.fingerprint)
         values = {name: updates[name][cycle][1] for name in layers}
-        write_adapter(folder, replace(adapter, layers=layers, cycle=0), values, {})
+        write_adapter(folder, replace(opened.file, layers=layers, cycle=0), values, {})
         maker.reference.write(folder)
     combine_adapters(parts, [1, 1, 1], tmp_path / "sum")
     for name in ("all", "sum"):
@@ -218,9 +209,9 @@ def test_domains_are_summed_too(maker: Maker, tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
         maker.write(tmp_path / name, MoRAConfig(rank=3, seed=0), scale=0.02 + seed, domains=("law", "code"))
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], tmp_path / "sum")
-    found = [AdapterTensors.open(tmp_path / name, read_adapter(tmp_path / name)) for name in ("a", "b", "sum")]
-    for module in read_adapter(tmp_path / "sum").layers:
-        a, b, total = (each.domain_square(module, "code") for each in found)
+    adapters = [Adapter.open(tmp_path / name) for name in ("a", "b", "sum")]
+    for module in adapters[-1].file.layers:
+        a, b, total = (adapter.tensors.domain_square(module, "code") for adapter in adapters)
         torch.testing.assert_close(total, 0.5 * a + 2 * b)
 
 

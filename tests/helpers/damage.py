@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from mora_ds.common.files import write_manifest
 
@@ -28,6 +31,13 @@ def gone(path: Path) -> None:
 
 
 HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}
+
+
+def mount(place: Path, *options: str) -> None:
+    """Skips the test where mounting is not allowed."""
+    done = subprocess.run(["mount", *options, str(place)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting needs root")
 
 
 def change_json(path: Path, change: Callable[[Any], object]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -50,11 +51,17 @@ def fake_run(
     trained: tuple[str, ...] = (),
     shard: str = "5GB",
     probe: bool = True,
+    twice: bool = False,
     **changes: Any,
 ) -> FakeRun:
-    """A checkpoint after `cycles` merges with live squares, made without any training."""
+    """A checkpoint after `cycles` merges with live squares, made without any training. `twice`: the base's file holds
+    tied weights under each of their names."""
     base_folder, checkpoint = folder / "base", folder / "out" / "checkpoints" / "step-000007"
-    tiny_model(family, dtype=stored, **changes).save_pretrained(base_folder, max_shard_size=shard)
+    original_model = tiny_model(family, dtype=stored, **changes)
+    original_model.save_pretrained(base_folder, max_shard_size=shard)
+    if twice:
+        tensors = {name: tensor.clone() for name, tensor in original_model.state_dict().items()}
+        save_file(tensors, base_folder / "model.safetensors", {"format": "pt"})
     (base_folder / "tokenizer_config.json").write_text('{"from": "base"}')
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=COMPUTE_DTYPES[dtype]).eval()
     base = BaseCheckpoint.open(base_folder)
