@@ -63,7 +63,9 @@ class _Shard:
                 master = masters[self._name(flat)]
             else:
                 master = list(_flattened(masters))[flat]
-            return _tensor(master, f"{self.path}: master {flat}").reshape(-1)
+        if not isinstance(master, Tensor):
+            raise UserError(f"{self.path}: master {flat} must be a tensor, got {shown(master)}")
+        return master.reshape(-1)
 
     def state(self, flat: int) -> dict[str, Any]:
         """Everything that the optimizer keeps for a flat tensor. Raises `UserError` naming the file."""
@@ -93,13 +95,6 @@ def _flattened(tensors: Any) -> Iterator[Tensor]:
             yield from _flattened(each)
         else:
             yield each
-
-
-def _tensor(value: Any, where: str) -> Tensor:
-    """`value`, if it is a tensor. Raises `UserError` otherwise."""
-    if not isinstance(value, Tensor):
-        raise UserError(f"{where} must be a tensor, got {shown(value)}")
-    return value
 
 
 class EngineShards:

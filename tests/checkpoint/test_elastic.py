@@ -192,12 +192,12 @@ def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any
             assert f"rank_{rank if combination[0] else 0}_" in files[0] or combination[0] == 0, (combination, files)
 
 
-def deepspeeds_own_state() -> list[str]:
+def deepspeeds_own_state(root: str) -> list[str]:
     """After a restore DeepSpeed's public getters find the state: it is linked, not only stored."""
     wrong = []
     for stage in (1, 2, 3):
         engine = trained((stage, "bfloat16"))
-        folder = Path("linked") / str(stage)
+        folder = Path(root) / str(stage)
         save_engine(engine, folder)
         before = safe_get_full_optimizer_state(engine.module.first, "exp_avg").clone()
         again = restored((stage, "bfloat16"), folder)
@@ -209,16 +209,8 @@ def deepspeeds_own_state() -> list[str]:
     return wrong
 
 
-def test_deepspeed_finds_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run_ranks(2, in_folder, str(tmp_path), deepspeeds_own_state) == [[], []]
-
-
-def in_folder(folder: str, work: Any) -> Any:
-    import os
-
-    os.chdir(folder)
-    return work()
+def test_deepspeed_finds_the_state(tmp_path: Path) -> None:
+    assert run_ranks(2, deepspeeds_own_state, str(tmp_path)) == [[], []]
 
 
 def by_deepspeed(folder: str) -> list[bool]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
@@ -24,17 +25,6 @@ from tests.helpers.jobs import Playground, job, refused
 # -- what it holds -------------------------------------------------------------------------------------------------
 
 
-def tensors_within(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_within(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors_within(part)
-
-
 def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":
@@ -43,8 +33,7 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
                     yield path, handle.get_tensor(name)
         elif path.suffix == ".pt":
             loaded = torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed's, written a moment ago
-            for tensor in tensors_within(loaded):
-                yield path, tensor
+            yield from ((path, leaf) for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor))
 
 
 @pytest.mark.gloo

@@ -65,14 +65,12 @@ def test_what_goes_with_an_adapter_passes(tmp_path: Path) -> None:
     check_options(arguments(tmp_path, deepspeed=alone, lr_scheduler_type="cosine"), {})
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_only_data_parallelism_goes_with_it(tmp_path: Path, size: int) -> None:
+def test_only_data_parallelism_goes_with_it(tmp_path: Path) -> None:
     args = arguments(tmp_path)
-    args.parallelism_config = SimpleNamespace(non_data_parallel_size=size)
-    for option in ("use_cpu", "fsdp"):
-        setattr(args, option, size > 1)
-    if size == 1:
-        return check_options(args, {})
+    args.parallelism_config = SimpleNamespace(non_data_parallel_size=1)
+    check_options(args, {})
+    args.parallelism_config.non_data_parallel_size = 2
+    args.use_cpu = args.fsdp = True
     with pytest.raises(UserError) as refused:
         check_options(args, {})
     assert [line.split("=")[0] for line in str(refused.value).splitlines()] == [
@@ -201,37 +199,18 @@ def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: 
     assert args.hf_deepspeed_config.config["optimizer"]["params"]["lr"] == args.learning_rate
 
 
-def merges(steps: int, **settings: Any) -> tuple[list[int], list[float]]:
-    """Steps of the merges of a run, and the factor of the learning rate at each step."""
-    callback = MoRACallback(restart_warmup_steps=2, **settings)
-    state: Any = SimpleNamespace(global_step=0, max_steps=steps)
-    done = SimpleNamespace(merges=[])
-    callback.trainer: Any = SimpleNamespace(
-        run=SimpleNamespace(state=done), merge=lambda: done.merges.append(state.global_step)
-    )
-    args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
-    callback.plan(args, steps)
-    factor, rates = callback.rewarmed(lambda step: 1 - step / 100), []
-    for step in range(steps):
-        rates.append(factor(step))
-        state.global_step = step + 1
-        callback.on_step_end(args, state, None)  # type: ignore[arg-type]
-    return done.merges, rates
-
-
-def test_merges_come_when_they_are_due_and_lower_the_learning_rate() -> None:
+def test_merges_keep_off_warm_ups_and_lower_the_learning_rate() -> None:
     """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
-    steps, rates = merges(12, merge_every=3)
-    assert steps == [6, 9]
-    curve = [1 - step / 100 for step in range(12)]
-    for step, rate in enumerate(rates):
-        merged_at = 3 * (step // 3) if step >= 6 else None
-        if merged_at is None or step == merged_at + 2:
-            assert rate == curve[step]
-        else:
-            assert rate == pytest.approx(curve[merged_at + 2] * (step - merged_at + 1) / 3)
-    assert merges(11, merge_every=3)[0] == [6]
-    assert merges(12)[0] == []
+    callback: Any = MoRACallback(merge_every=3, restart_warmup_steps=2)
+    args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
+    callback.plan(args, 12)
+    merges = [step for step in range(1, 13) if callback._schedule.merges_after(step)]
+    assert merges == [6, 9]
+    callback.trainer = SimpleNamespace(run=SimpleNamespace(state=SimpleNamespace(merges=merges)))
+    factor = callback.rewarmed(lambda step: 1 - step / 100)
+    curve = [1 - step / 100 for step in range(6)]
+    restarts = [0.92 / 3, 2 * 0.92 / 3, 0.92, 0.89 / 3, 2 * 0.89 / 3, 0.89]
+    assert [factor(step) for step in range(12)] == pytest.approx([*curve, *restarts])
 
 
 def test_transformers_and_accelerate_have_what_is_overridden() -> None:
