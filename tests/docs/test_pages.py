@@ -117,7 +117,7 @@ def test_the_citation_names_this_version() -> None:
 OTHERS = {
     "--num_gpus", "--hostfile", "--include", "--exclude", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
     "--nnodes", "--nproc_per_node", "--nodes", "--signal", "--strict", "--relora", "--help", "--logdir",
-    "--module", "--no", "--enable", "--lora", "--max",
+    "--module", "--no", "--enable", "--lora", "--max", "--rdzv", "--standalone",
 }  # fmt: skip
 """Flags of other programs: launchers, sbatch, mkdocs, vLLM, ReLoRA's own code."""
 
