@@ -48,7 +48,8 @@ from mora_ds.runtime.ranks import Ranks, deal
 def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
-    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started.
+    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started, and where the port by
+    which ranks find each other is in use.
     """
     if not dist.is_initialized():
         _require_launcher()
@@ -58,7 +59,15 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> 
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
-        deepspeed.init_distributed(verbose=verbose, **extra)
+        try:
+            deepspeed.init_distributed(verbose=verbose, **extra)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} of this machine, by which ranks find each other, is in use, perhaps "
+                "by another run: give this one another with --master_port"
+            ) from error
 
 
 def initialize(

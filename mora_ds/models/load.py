@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -162,6 +163,8 @@ def folder_config(folder: Path | str, trust_remote_code: bool = False, flag: str
             raise UserError(
                 f"{flag} {folder}: its own code must be run: allow that with --trust_remote_code"
             ) from error
+        if isinstance(error.__cause__, HFValidationError):  # of a path, as which transformers did not find it
+            raise UserError(f"{flag} {folder}: no such folder, and no name that a model of the Hub can have") from error
         raise UserError(f"{flag} {folder}: its config.json cannot be used: {reason(error)}") from error
     return _with_sizes(config, f"{flag} {folder}: its config.json cannot be used")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def different_base() -> str:
     except RunError as error:
         return str(error)
     return ""
+
+
+def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"port {port} of this machine.* give this one another with --master_port"):
+            start_distributed()
 
 
 @pytest.mark.gloo

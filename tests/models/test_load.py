@@ -67,6 +67,11 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
             use()
 
 
+def test_a_mistyped_path_is_no_name_of_the_hub() -> None:
+    with pytest.raises(UserError, match=r"--model_name_or_path \./no/such/model: no such folder, and no name"):
+        load.named_config("./no/such/model")
+
+
 # -- pickled weights -----------------------------------------------------------------------------------------------
 
 
