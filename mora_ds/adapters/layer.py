@@ -39,14 +39,14 @@ class Split(Protocol):
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that a rank computes."""
 
-    def __call__(self, layer: MoRALinear, x: Tensor, own: Tensor, path: Compute) -> Tensor:
-        """This rank's part of the layer's output, from its shard of the value."""
+    def __call__(self, layer: MoRALinear, x: Tensor, square_shard: Tensor, path: Compute) -> Tensor:
+        """This rank's part of the layer's output, from its shard of M."""
 
-    def shard(self, value: Tensor) -> Tensor:
-        """This rank's shard of a value."""
+    def shard(self, matrix: Tensor) -> Tensor:
+        """This rank's shard of M."""
 
-    def unshard(self, own: Tensor) -> Tensor:
-        """The value, from the shards of all ranks. Collective."""
+    def unshard(self, square_shard: Tensor) -> Tensor:
+        """M, from the shards of all ranks. Collective."""
 
 
 class ExpertStack(nn.Module):

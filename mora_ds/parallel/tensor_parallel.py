@@ -45,9 +45,10 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     layers = mora_layers(model)
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
-        layer.split = LayerSplit(topology, plan.styles[name], transposed=layer.spec.in_segments > 1)
-        square_shard = nn.Parameter(layer.split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
-        mark_split(square_shard, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, layer.split.transposed)
+        split = LayerSplit(topology, plan.styles[name], transposed=layer.spec.in_segments > 1)
+        square_shard = nn.Parameter(split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
+        mark_split(square_shard, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, split.transposed)
+        layer.split = split
         layer.square = square_shard
     for name, style in plan.styles.items():
         if style is not Style.WHOLE and name not in layers:
