@@ -98,7 +98,7 @@ class OneRank:
             self._files.add(str(arguments[0]))
 
     @contextmanager
-    def _pause(self) -> Iterator[None]:
+    def outside_of_the_clock(self) -> Iterator[None]:
         """Stops the clock."""
         began = time.process_time()
         yield
@@ -110,7 +110,7 @@ class OneRank:
 
     def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            with self._pause():  # the fake backend copies the tensor once for each rank
+            with self.outside_of_the_clock():  # the fake backend copies the tensor once for each rank
                 tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
                 self._count(max((tensor.nbytes for tensor in tensors), default=0))
                 if collective.__name__.startswith("all_gather") and len(tensors) == 2 and tensors[1].numel():
@@ -124,7 +124,7 @@ class OneRank:
         text = pickle.dumps(value)
         self._count(len(text) * self.world)
         values = [pickle.loads(text) for _ in range(self.world)]
-        with self._pause():
+        with self.outside_of_the_clock():
             return [self.relabel(value, rank) for rank, value in enumerate(values)]
 
     def _gather_to_first(self, value: Any, group: Any) -> list[Any] | None:
@@ -141,7 +141,7 @@ class OneRank:
             result = work()
             self._count(len(pickle.dumps(result)))
             return result
-        with self._pause():
+        with self.outside_of_the_clock():
             files = set(self._files)
             text = pickle.dumps(work())
             self._files &= files

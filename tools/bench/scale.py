@@ -41,6 +41,8 @@ from mora_ds.engine.shard_writer import _layout
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model
+from mora_ds.remora.ledger import LayerEntry, Ledger
+from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import command_parser
 from mora_ds.runtime.ranks import Ranks
@@ -289,9 +291,25 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
         run = Run(engine, adapter, base, folder / "out", details=RunDetails(keys=keys))
+    if one.rank:
+        _record_as_rank_0(one, run.remora)
     with one.phase() as found["merge"]:
         run.merge(1)
     return found
+
+
+def _record_as_rank_0(one: OneRank, remora: ReMoRA) -> None:
+    """Have a merge of this rank find the cycle that rank 0, which is not there, would have added to the ledger."""
+    record = remora._record
+
+    def record_after_rank_0(step: int, entries: dict[str, LayerEntry], squares: dict[str, torch.Tensor]) -> None:
+        with one.outside_of_the_clock():
+            of_rank_0 = Ledger.open(remora.ledger.folder, remora.ledger.base_fingerprint, hashes=False)
+            zeros = ((name, torch.zeros(entry.operator.value_shape)) for name, entry in entries.items())
+            of_rank_0.append(step, entries, zeros)
+        record(step, entries, squares)
+
+    remora._record = record_after_rank_0  # type: ignore[method-assign]
 
 
 def _options() -> argparse.Namespace:
