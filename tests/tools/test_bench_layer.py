@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.helpers.tools import call
@@ -13,19 +12,17 @@ from tests.helpers.tools import call
 TOY = ("--shapes", "12x8", "--tokens", 5, "--operators", "rotate:1", "share:2", "--dtypes", "float32", "--seconds", 0)
 
 
-def found(tmp_path: Path, *flags: object) -> dict[str, list[list[str]]]:
+def found(tmp_path: Path) -> dict[str, list[list[str]]]:
     threads = torch.get_num_threads()
     try:
-        call("bench/layer", *TOY, *flags, "--json", tmp_path / "found.json")
+        call("bench/layer", *TOY, "--json", tmp_path / "found.json")
     finally:
         torch.set_num_threads(threads)
     tables: dict[str, list[list[str]]] = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["tables"]
     return tables
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_every_layer_has_a_row(tmp_path: Path, bits: int) -> None:
-    titles, *rows = found(tmp_path, "--base_bits", bits)["layers"]
+def test_every_layer_has_a_row(tmp_path: Path) -> None:
+    titles, *rows = found(tmp_path)["layers"]
     assert [row[:2] for row in rows] == [["12 x 8, 5, float32", name] for name in ("rotate r=1", "share r=2")]
     assert all(len(row) == len(titles) for row in rows)
-    assert ("weight, int8" in titles) is (bits == 8) and ("PEFT LoRA" in titles) is (bits == 16)

@@ -1,7 +1,6 @@
 """Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full training.
 
     python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1]
-        [--base_bits 8]      instead: the frozen layer, and both paths, on a weight in 8 bits and on the weight as it is
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
 in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
@@ -26,14 +25,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.layer import LoRALinear
-from mora_ds.adapters.ops.frozen import frozen_linear
 from mora_ds.adapters.ops.index_tables import rope_table
-from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
-from tools.bench.measuring import SavedActivations, clock
+from tools.bench.measuring import clock, saved_activations
 from tools.bench.report import Report, json_flag
 
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
@@ -68,7 +65,7 @@ def make(kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, lik
     )
 
 
-def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]]]:
+def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     """Name -> (forward, what it trains)."""
     x, weight, spec = layer.x, layer.base.weight, layer.spec
     square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
@@ -85,13 +82,6 @@ def forwards(layer: Layer, base_bits: int) -> dict[str, tuple[Step, list[Tensor]
         found["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
     for path in PATHS:
         found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
-    if base_bits == 8:
-        found = {name: found[name] for name in ("frozen", "activation", "weight")}
-        small = Int8Weight(*quantize(weight))
-        found["frozen, int8"] = (lambda: frozen_linear(x, small, None)), []
-        for path in PATHS:
-            step = lambda path=path: mora_linear(x, small, None, square, spec, path)  # noqa: E731
-            found[f"{path.value}, int8"] = step, [square]
     return found
 
 
@@ -143,38 +133,28 @@ def ratios(
 
 
 def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
-    with SavedActivations([layer.base.weight, *trained]).counting() as saved:
+    with saved_activations(layer.base.weight, *trained) as saved:
         assert step().requires_grad
-    return saved.nbytes / 2**20
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / 2**20
 
 
 COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", *(path.value for path in PATHS))
-IN_8_BITS = ("frozen, int8", "activation", "activation, int8", "weight", "weight, int8")
+TITLES = ["d_in x d_out, tokens, dtype", "operator", "frozen, ms", *COLUMNS, "auto", "saved, MiB: PEFT LoRA, auto"]
 
 
-def row(layer: Layer, now: Callable[[], float], options: argparse.Namespace) -> list[str]:
+def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
     """A row of the table of ratios to the frozen layer."""
-    cases, spec, dtype = forwards(layer, options.base_bits), layer.spec, str(layer.x.dtype).removeprefix("torch.")
-    found = ratios(layer, cases, now, options.seconds)
-    figures = [f"{found[name]:.2f}" if name in found else "-" for name in columns(options.base_bits)]
-    named = [f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}", f"{spec.kind.value} r={layer.rank}"]
-    if options.base_bits == 8:
-        return [*named, *figures]
-    auto = cheaper_path(len(layer.x), spec.d_in, spec.d_out)
-    kept = [f"{saved_mib(layer, *cases[name]):.1f}" if name in cases else "-" for name in ("PEFT LoRA", auto.value)]
-    return [*named, f"{found['frozen'] * 1e3:.1f}", *figures, f"{auto.value}: {found[auto.value]:.2f}", ", ".join(kept)]
-
-
-def titles(base_bits: int) -> list[str]:
-    """Of the table of `row`."""
-    named = ["d_in x d_out, tokens, dtype", "operator"]
-    if base_bits == 8:
-        return [*named, *IN_8_BITS]
-    return [*named, "frozen, ms", *COLUMNS, "auto", "saved, MiB: PEFT LoRA, auto"]
-
-
-def columns(base_bits: int) -> tuple[str, ...]:
-    return IN_8_BITS if base_bits == 8 else COLUMNS
+    cases = forwards(layer)
+    spec = layer.spec
+    dtype = str(layer.x.dtype).removeprefix("torch.")
+    measured = ratios(layer, cases, now, seconds)
+    figures = [f"{measured[name]:.2f}" if name in measured else "-" for name in COLUMNS]
+    auto = cheaper_path(len(layer.x), spec.d_in, spec.d_out).value
+    saved = [f"{saved_mib(layer, *cases[name]):.1f}" if name in cases else "-" for name in ("PEFT LoRA", auto)]
+    return [
+        f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}", f"{spec.kind.value} r={layer.rank}",
+        f"{measured['frozen'] * 1e3:.1f}", *figures, f"{auto}: {measured[auto]:.2f}", ", ".join(saved),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -186,7 +166,6 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
-    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16, help="8: a weight in 8 bits")
     json_flag(parser)
     options = parser.parse_args()
     report = Report(options)
@@ -194,16 +173,16 @@ def main() -> None:
     device = torch.device(options.device)
     now = clock(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
-    rows = [titles(options.base_bits)]
+    rows = [TITLES]
     for dtype in options.dtypes:
-        layers = made(options, {"dtype": getattr(torch, dtype), "device": device})
-        rows += [row(layer, now, options) for layer in layers]
+        layers = layers_of(options, {"dtype": getattr(torch, dtype), "device": device})
+        rows += [row(layer, now, options.seconds) for layer in layers]
     report.say(f"{name}: ratios to the frozen layer alone")
     report.show("layers", rows)
     report.write()
 
 
-def made(options: argparse.Namespace, like: dict[str, Any]) -> Iterator[Layer]:
+def layers_of(options: argparse.Namespace, like: dict[str, Any]) -> Iterator[Layer]:
     """A layer for each shape, number of tokens and operator."""
     for shape in options.shapes:
         for tokens in options.tokens:

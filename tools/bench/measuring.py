@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,28 +113,17 @@ def memory_of(key: str, process: int | str = "self") -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
-class SavedActivations:
-    """Bytes of the tensors that autograd saves for backward, each storage once, without those of `left_out`."""
+@contextmanager
+def saved_activations(*left_out: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Within it autograd's saved tensors are collected, one of each storage, without those of `left_out`."""
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in left_out}
+    saved: dict[int, Tensor] = {}
 
-    def __init__(self, left_out: Iterable[Tensor]) -> None:
-        self._left_out = {tensor.untyped_storage().data_ptr() for tensor in left_out}
-        self._saved: dict[int, Tensor] = {}
-        self.counts = True
-        """Whether what is saved now counts."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes so far."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
-
-    @contextmanager
-    def counting(self) -> Iterator[SavedActivations]:
-        """Within it autograd's saved tensors are seen."""
-        with torch.autograd.graph.saved_tensors_hooks(self._see, lambda tensor: tensor):
-            yield self
-
-    def _see(self, tensor: Tensor) -> Tensor:
+    def see(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
-        if self.counts and address not in self._left_out:
-            self._saved.setdefault(address, tensor)  # kept alive, so that no address comes twice
+        if address not in addresses:
+            saved.setdefault(address, tensor)  # kept alive, so that no address comes twice
         return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        yield saved
