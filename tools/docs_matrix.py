@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.tables import cell, ruler, table_row
+
 ROOT = Path(__file__).resolve().parents[1]
 
 _PLAIN = ["--train_files", "a.txt"]
@@ -122,21 +124,3 @@ def _alike(lines: dict[str, list[str]]) -> dict[str, list[str]]:
     for name, cells in lines.items():
         names.setdefault(tuple(cells), []).append(name)
     return {", ".join(alike): list(cells) for cells, alike in names.items()}
-
-
-def cell(text: str) -> str:
-    """Text for a table's cell: one line, with placeholders such as <file>, pipes and stars escaped."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
-
-
-_BAR = r"\|"
-
-
-def table_row(*cells: str) -> str:
-    """A row of a Markdown table. A bar within a cell would end it."""
-    return f"|{' |'.join(cell.replace('|', _BAR) for cell in cells)}|"
-
-
-def ruler(columns: int, numbers: bool = False) -> str:
-    """The line below the titles; `numbers`: all columns but the first are flush right."""
-    return f"|---|{('---:|' if numbers else '---|') * (columns - 1)}"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools import figures
-from tools.docs_matrix import ruler, table_row
-from tools.figures_learning import mean, points
+from tools.figures_learning import points
+from tools.tables import mean_and_spread, ruler, table_row
 
 README_LEARNING = {
     "before training": "none",
@@ -56,17 +56,14 @@ RESULT = re.compile(r"<!-- (?P<file>[\w-]+\.json) (?P<part>.+?), by tools/docs\.
 def results(text: str) -> str:
     """A page with its blocks `<!-- FILE.json PART, by tools/docs.py -->` written anew.
 
-    PART is a table of the benchmark's JSON or "sentences"; above it stand the command and the machine.
+    PART is a table of the benchmark's JSON; above it stand the command and the machine.
     """
     for block in list(RESULT.finditer(text)):
         found = json.loads((figures.DATA / block["file"]).read_text(encoding="utf-8"))
         made_by = f"{_command(block['file'], found['command'])} on {_machine(found['measured_on'])}:"
-        if block["part"] == "sentences":
-            body = [made_by, "", *(f"- {sentence}" for sentence in found["sentences"])]
-        else:
-            titles, *rows = shown(found["tables"][block["part"]])
-            head = [table_row(*titles), ruler(len(titles), numbers=True)]
-            body = [made_by, "", *head, *(table_row(*row) for row in rows)]
+        titles, *rows = found["tables"][block["part"]]
+        head = [table_row(*titles), ruler(len(titles), numbers=True)]
+        body = [made_by, "", *head, *(table_row(*row) for row in rows)]
         text = between(text, f"{block['file']} {block['part']}", ["", *body, ""])
     return text
 
@@ -84,29 +81,6 @@ LONGEST_COMMAND = 14
 """Words of a command that stands above its table."""
 
 
-def shown(table: Sequence[Sequence[str]]) -> list[list[str]]:
-    """A table as the pages show it.
-
-    A deviation stands behind its mean, and only where there is more than one seed to deviate. Bits a byte, which
-    follow from the perplexity, and columns without a value stay in the JSON.
-    """
-    titles, *rows = table
-    if "seeds" in titles:
-        several = [int(row[titles.index("seeds")]) > 1 for row in rows]
-        for place in [place for place, title in enumerate(titles) if title == "±"]:
-            means = [
-                f"{row[place - 1]} ± {row[place]}" if many else row[place - 1]
-                for row, many in zip(rows, several, strict=True)
-            ]
-            rows = [[*row[: place - 1], mean, *row[place:]] for row, mean in zip(rows, means, strict=True)]
-    hidden = {
-        place
-        for place, title in enumerate(titles)
-        if title == "±" or title.endswith("b/B") or all(row[place] == "-" for row in rows)
-    }
-    return [[cell for place, cell in enumerate(line) if place not in hidden] for line in (titles, *rows)]
-
-
 def _machine(found: dict[str, Any]) -> str:
     """The machine of a result in a few words."""
     cores, versions = found["cores"], found["versions"]
@@ -122,13 +96,9 @@ def learning(text: str) -> str:
     body = [table_row("", "trained", "new text", "old text", "seeds"), "|---|---:|---:|---:|---:|"]
     for title, method in README_LEARNING.items():
         point = found[method]
-        body.append(table_row(title, f"{point.trained:,}", _spread(point.new), _spread(point.old), str(len(point.new))))
+        body.append(
+            table_row(
+                title, f"{point.trained:,}", mean_and_spread(point.new), mean_and_spread(point.old), str(len(point.new))
+            )
+        )
     return between(text, "learning", body)
-
-
-def _spread(perplexities: Sequence[float]) -> str:
-    """The mean over seeds, and how far the seed that lies farthest is from it; one seed has no spread."""
-    centre = mean(perplexities)
-    if len(perplexities) == 1:
-        return f"{centre:.1f}"
-    return f"{centre:.1f} ± {max(abs(seed - centre) for seed in perplexities):.1f}"

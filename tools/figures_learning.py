@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tools.figures_style import FAINT, FOURTH, INK, OURS, SECOND, THIRD, axes, save
@@ -91,10 +92,10 @@ def _draw_curves(found: Sequence[Point], methods: Sequence[str], path: Path) -> 
             steps = [row["step"] for row in point.curves[0]]
             seeds = list(zip(*([row[name] for row in curve] for curve in point.curves), strict=True))
             if start is not None:
-                steps, seeds = [0, *steps], [(mean(getattr(start, name)),), *seeds]
+                steps, seeds = [0, *steps], [(fmean(getattr(start, name)),), *seeds]
             axis.fill_between(steps, *zip(*((min(each), max(each)) for each in seeds), strict=True), color=point.colour,
                               alpha=0.2, linewidth=0)  # fmt: skip
-            axis.plot(steps, [mean(values) for values in seeds], point.line, color=point.colour, linewidth=2,
+            axis.plot(steps, [fmean(values) for values in seeds], point.line, color=point.colour, linewidth=2,
                       label=point.label)  # fmt: skip
         _logarithmic(axis, [value for line in axis.lines for value in line.get_ydata()])
         axis.set_ylabel(f"perplexity on the {title}")
@@ -102,12 +103,6 @@ def _draw_curves(found: Sequence[Point], methods: Sequence[str], path: Path) -> 
     figure.subplots_adjust(left=0.12, right=0.65, top=0.92, bottom=0.12, hspace=0.25)
     panels[0].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, labelcolor=INK, fontsize=10)
     save(figure, path, "Perplexity of the new and the old text during training")
-
-
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean."""
-    found = list(values)
-    return sum(found) / len(found)
 
 
 def _logarithmic(axis: Any, values: Sequence[float]) -> None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -31,6 +30,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -42,7 +42,8 @@ from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.learning_texts import NEW, OLD, Texts, digest
 from tools.bench.report import Report, json_flag
-from tools.bench.trials import at_edge, mean_and_spread, pretrain_alone, run_all, warm_base
+from tools.bench.trials import at_edge, pretrain_alone, run_all, warm_base
+from tools.tables import mean_and_spread
 
 AS_GOOD = 1.01
 """Of the best perplexity on the new text."""
@@ -141,7 +142,7 @@ def main() -> None:
     def order(trial: Trial) -> tuple[float, ...]:
         return len(options.rank) > 1 and trial.rank, place[trial.method], trial.rate, trial.seed
 
-    _report(options, texts, sorted(found, key=order), best)
+    _report(options, sorted(found, key=order), best)
 
 
 def _options() -> argparse.Namespace:
@@ -286,18 +287,16 @@ def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _report(
-    options: argparse.Namespace, texts: Texts, trials: Sequence[Trial], best: Mapping[tuple[str, int], float]
-) -> None:
+def _report(options: argparse.Namespace, trials: Sequence[Trial], best: Mapping[tuple[str, int], float]) -> None:
     shown = [row for row in _rows(trials) if row.rate == best[row.kind]]
     report, ranks = Report(options), ", ".join(map(str, options.rank))
     report.say(
         f"perplexity after {options.steps} steps, rank {ranks}, up to {options.seeds} seed(s), at the best"
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
-        " training is closed, on the seeds that all three have; b/B: bits a byte"
+        " training is closed, on the seeds that all three have"
     )
     swept = {row.kind: [each.rate for each in _rows(trials) if each.kind == row.kind] for row in shown}
-    report.show("learning", _table(shown, swept, texts.tokens_a_byte, len(options.rank) > 1))
+    report.show("learning", _table(shown, swept, len(options.rank) > 1))
     report.points["runs"] = [
         {**_kept(found), "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
         for trial in trials
@@ -333,34 +332,20 @@ def _best(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _table(
-    rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]], tokens_a_byte: Mapping[str, float],
-    with_ranks: bool,
-) -> list[list[str]]:  # fmt: skip
+def _table(rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]], with_ranks: bool) -> list[list[str]]:
+    """The titles and a line for each row, without the columns that are empty in all of them."""
     tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
-    titles = [
-        "method", "trained", "learning rate", "seeds", "new", "±", "old", "±", "gap", "new, b/B", "old, b/B", *tasks,
-    ]  # fmt: skip
-    cells = [
-        [
-            row.method, f"{row.trained:,}", _rate(row, rates[row.kind]), str(len(row.new)),
-            *(cell for side in (row.new, row.old) for cell in _mean_and_spread(list(side.values()))),
-            _gap(row, {each.method: each for each in rows if each.rank in (0, row.rank) or not row.rank}),
-            *(f"{tokens_a_byte[name] * math.log2(mean_and_spread(list(side.values()))[0]):.3f}"
-              for name, side in ((NEW, row.new), (OLD, row.old))),
-            *(f"{sum(found) / len(found):.1%}" if (found := row.scores.get(name)) else "-" for name in tasks),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    if with_ranks:
-        return [["rank", *titles], *([str(row.rank or "-"), *line] for row, line in zip(rows, cells, strict=True))]
-    return [titles, *cells]
-
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[str, str]:
-    """The cells of a mean and of the largest deviation from it, which one seed does not have."""
-    mean, spread = mean_and_spread(values)
-    return f"{mean:.1f}", f"{spread:.1f}" if len(values) > 1 else "-"
+    table = [["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap", *tasks]]
+    for row in rows:
+        peers = {other.method: other for other in rows if other.rank in (0, row.rank) or not row.rank}
+        scores = [f"{fmean(row.scores[name]):.1%}" if name in row.scores else "-" for name in tasks]
+        perplexities = [mean_and_spread(list(seeds.values())) for seeds in (row.new, row.old)]
+        rank = str(row.rank or "-") if with_ranks else "-"
+        rate = _rate(row, rates[row.kind])
+        trained = f"{row.trained:,}"
+        table.append([rank, row.method, trained, rate, str(len(row.new)), *perplexities, _gap(row, peers), *scores])
+    filled = [index for index in range(len(table[0])) if any(line[index] != "-" for line in table[1:])]
+    return [[line[index] for index in filled] for line in table]
 
 
 def _rate(row: Row, swept: Sequence[float]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mora_ds.common.files import sha256_file
-from mora_ds.data import load_corpus, load_tokenizer, tokenizer_fingerprint
+from mora_ds.data import load_tokenizer, tokenizer_fingerprint
 from mora_ds.models.base import BaseCheckpoint
 
 NEW, OLD = "new", "old"
@@ -25,8 +24,6 @@ class Texts:
     old_held: Path
     marks: dict[str, str]
     """What a run is known by, but for its flags: digests of the base with its tokenizer, and of the texts."""
-    tokens_a_byte: dict[str, float]
-    """Of both held-out texts."""
 
     @classmethod
     def of(cls, base: Path, new: Path, new_held: Path, old: Path, old_held: Path) -> Texts:
@@ -34,15 +31,7 @@ class Texts:
         model = BaseCheckpoint.open(base).fingerprint() + tokenizer_fingerprint(tokenizer)
         contents = " ".join(map(sha256_file, (new, new_held, old, old_held)))
         marks = {"base": digest(model), "texts": digest(contents)}
-        rates = {name: _tokens_a_byte(tokenizer, path) for name, path in ((NEW, new_held), (OLD, old_held))}
-        return cls(base, new, new_held, old, old_held, marks, rates)
-
-
-def _tokens_a_byte(tokenizer: Any, path: Path) -> float:
-    """With the one that ends a document."""
-    documents = list(load_corpus([str(path)]).texts())
-    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in documents)
-    return tokens / sum(len(text.encode()) for text in documents)
+        return cls(base, new, new_held, old, old_held, marks)
 
 
 def digest(text: str) -> str:

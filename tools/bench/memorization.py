@@ -27,6 +27,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout, not installed
@@ -44,8 +45,9 @@ from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
 from tools.bench.report import Report, json_flag
-from tools.bench.trials import at_edge, mean_and_spread, run_all, run_alone
+from tools.bench.trials import at_edge, run_all, run_alone
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
+from tools.tables import mean_and_spread
 
 WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
 
@@ -107,7 +109,7 @@ def main() -> None:
     run_all(trials, lambda trial: _start(trial, options.work), options.jobs)
     results = [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
     write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
-    _show({name: _best([pair for pair in results if pair[0].method == name]) for name in options.methods}, options)
+    _show(results, options)
 
 
 def _options() -> argparse.Namespace:
@@ -242,47 +244,44 @@ def _ds_config(trial: Trial) -> dict[str, Any]:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A method at its best learning rate."""
-
-    rate: float
-    trained: int
-    steps: list[int]
-    accuracy: list[float]
-    """Mean over seeds, at each of `steps`."""
-    spread: list[float]
-    """Largest deviation of a seed from it."""
-    known_at: list[int | None]
-    """Of each seed: the first measured step from which on `KNOWN` of the digits are right."""
+Results = dict[float, list[dict[str, Any]]]
+"""Learning rate -> what each seed has found with it."""
 
 
-def _best(results: Sequence[tuple[Trial, dict[str, Any]]]) -> Curve:
-    rates = dict.fromkeys(trial.rate for trial, _ in results)
-    curves = [_curve(rate, [found for trial, found in results if trial.rate == rate]) for rate in rates]
-    return max(curves, key=lambda curve: sum(curve.accuracy))
+def _by_rate(method: str, results: Sequence[tuple[Trial, dict[str, Any]]]) -> Results:
+    by_rate: Results = {}
+    for trial, found in results:
+        if trial.method == method:
+            by_rate.setdefault(trial.rate, []).append(found)
+    return by_rate
 
 
-def _curve(rate: float, found: Sequence[dict[str, Any]]) -> Curve:
-    columns = list(zip(*(each["accuracy"] for each in found), strict=True))
-    means, spread = map(list, zip(*(mean_and_spread(column) for column in columns), strict=True))
-    known = [
-        next((step for step, value in zip(each["steps"], each["accuracy"], strict=True) if value >= KNOWN), None)
-        for each in found
-    ]
-    return Curve(rate, found[0]["trained"], found[0]["steps"], means, spread, known)
+def _row(method: str, by_rate: Results, shown: Sequence[int], options: argparse.Namespace) -> list[str]:
+    """A method at the learning rate of the largest mean accuracy, at the measurements `shown`."""
+    rate = max(by_rate, key=lambda rate: sum(sum(found["accuracy"]) for found in by_rate[rate]))
+    seeds = by_rate[rate]
+    percents = [[100 * found["accuracy"][index] for found in seeds] for index in shown]
+    means = [f"{fmean(percent):.1f}" for percent in percents[:-1]]
+    edge = at_edge(rate, options.rates or METHODS[method].rates)
+    known = "/".join(_known_at(found) for found in seeds)
+    trained = f"{seeds[0]['trained']:,}"
+    return [method, trained, f"{rate:g}{edge}", *means, mean_and_spread(percents[-1]), known]
 
 
-def _show(best: dict[str, Curve], options: argparse.Namespace) -> None:
-    steps = next(iter(best.values())).steps
-    shown = [index for index in range(len(steps)) if (index + 1) % -(-len(steps) // 10) == 0 or index + 1 == len(steps)]
-    rows = [["method", "trained", "best lr", *(f"{steps[index]}" for index in shown), "+-", f"to {KNOWN:.0%}"]]
-    for name, curve in best.items():
-        edge = at_edge(curve.rate, options.rates or METHODS[name].rates)
-        known = "/".join("-" if step is None else str(step) for step in curve.known_at)
-        cells = [f"{100 * curve.accuracy[index]:.1f}" for index in shown]
-        spread = f"{100 * curve.spread[-1]:.1f}" if len(curve.known_at) > 1 else "-"
-        rows.append([name, f"{curve.trained:,}", f"{curve.rate:g}{edge}", *cells, spread, known])
+def _known_at(found: dict[str, Any]) -> str:
+    """The first measured step with `KNOWN` of the digits; "-" where there is none."""
+    measured = zip(found["steps"], found["accuracy"], strict=True)
+    return next((str(step) for step, accuracy in measured if accuracy >= KNOWN), "-")
+
+
+def _show(results: Sequence[tuple[Trial, dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Print the table, with at most ten of the measurements."""
+    steps = results[0][1]["steps"]
+    last = len(steps) - 1
+    every = -(-len(steps) // 10)
+    shown = [*range(every - 1, last, every), last]
+    rows = [["method", "trained", "best lr", *(str(steps[index]) for index in shown), f"to {KNOWN:.0%}"]]
+    rows += [_row(method, _by_rate(method, results), shown, options) for method in options.methods]
     report = Report(options)
     report.say(
         f"Character accuracy (%) of {options.probe} of {options.pairs} pairs after N steps of {options.batch} pairs, "

@@ -73,12 +73,6 @@ def warm_base(folder: Path, rows: int, config: Path = MODEL_CONFIG, **settings: 
     return paths
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and the largest deviation from it."""
-    mean = sum(values) / len(values)
-    return mean, max(abs(value - mean) for value in values)
-
-
 def at_edge(rate: float, swept: Sequence[float]) -> str:
     """ "*" where a better learning rate may lie outside of the sweep."""
     return "*" if len(swept) > 1 and rate in (min(swept), max(swept)) else ""

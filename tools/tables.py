@@ -1,0 +1,31 @@
+"""The rows and cells of the tables that the documentation and the benchmarks show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+_BAR = r"\|"
+
+
+def cell(text: str) -> str:
+    """Text for a table's cell: one line, with placeholders such as <file>, pipes and stars escaped."""
+    return " ".join(text.split()).replace("|", _BAR).replace("<", "&lt;").replace("*", "\\*")
+
+
+def table_row(*cells: str) -> str:
+    """A row of a Markdown table. A bar within a cell would end it."""
+    return f"|{' |'.join(cell.replace('|', _BAR) for cell in cells)}|"
+
+
+def ruler(columns: int, numbers: bool = False) -> str:
+    """The line below the titles; `numbers`: all columns but the first are flush right."""
+    return f"|---|{('---:|' if numbers else '---|') * (columns - 1)}"
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean over seeds, and how far the seed that lies farthest is from it; one seed has no spread."""
+    mean = fmean(values)
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {max(abs(value - mean) for value in values):.1f}"
