@@ -114,6 +114,7 @@ _LABELS = {
     "adapter.vectors": "singular vectors of the base (--operator subspace, research.alignment_weight)",
     "alignment": "research.alignment_weight, alignment_rank (None: no alignment loss)",
     "adapter.layer_sizes": "research.targets",
+    "trainable_budget": "research.trainable_budget",
     "adapter.alpha": "--lora_alpha",
     "adapter.segments": "--tp_grouping",
     "adapter.embedding_rank": "--train_embedding_rank",

@@ -26,7 +26,7 @@ from mora_ds.models.loss import token_nll
 from mora_ds.research.alignment import Alignment, check_rank, factor_bytes
 from mora_ds.research.init_adapter import FLAG, InitialAdapter, check_same_files
 from mora_ds.research.settings import NAME, ResearchSettings, domain_names, eval_entries
-from mora_ds.research.targets import AUTO, RunTargets, TargetPlan, open_model, read_plan, with_sizes
+from mora_ds.research.targets import AUTO, OpenModel, TargetPlan, plan_of_run, read_plan, with_sizes
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.hooks import Hooks
 
@@ -73,10 +73,15 @@ class ResearchHooks(Hooks):
         if settings.targets is None or not isinstance(config, MoRAConfig):
             return config
         patterns = self.arguments.adapter.target_modules
-        targets = RunTargets(
-            settings.targets, settings.trainable_budget, patterns, self._plan, folder, checkpoint, ranks
-        )
-        return targets.planned(config, loaded.model, loaded.base, loaded.keys)
+
+        def decide() -> TargetPlan:
+            return plan_of_run(
+                self._plan, settings.trainable_budget, patterns, config, loaded, folder, checkpoint
+            )  # fmt: skip
+
+        plan = ranks.on_first("plan of targets", decide, long=True)
+        logger.info(plan)
+        return with_sizes(config, plan)
 
     def config(self, config: AdapterConfig) -> AdapterConfig:
         if not self.settings.domain_adapters:
@@ -96,7 +101,8 @@ class ResearchHooks(Hooks):
                 raise UserError(
                     f"{NAME}targets auto reads weights, and {model} is no folder: give a plan's file to --dry_run"
                 )
-            opened = open_model(folder, self.arguments.adapter.target_modules, trust_remote_code, MODEL_FLAG)
+            patterns = self.arguments.adapter.target_modules
+            opened = OpenModel.in_folder(folder, patterns, trust_remote_code, MODEL_FLAG)
             plan = opened.plan_of_weights(config, str(settings.trainable_budget))
         return with_sizes(config, plan)
 
@@ -112,8 +118,12 @@ class ResearchHooks(Hooks):
         ]
 
     def identity(self) -> dict[str, Any]:
-        weight, rank = self.settings.alignment_weight, self.settings.alignment_rank
-        return {"alignment": [weight, rank]} if weight else {}
+        identity: dict[str, Any] = {}
+        if self.settings.alignment_weight:
+            identity["alignment"] = [self.settings.alignment_weight, self.settings.alignment_rank]
+        if self.settings.trainable_budget is not None:
+            identity["trainable_budget"] = self.settings.trainable_budget
+        return identity
 
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         self.domains = domains_of(model)

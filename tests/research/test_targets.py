@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.mora import adjoint
+from mora_ds.adapters.ops.mora import OperatorSpec, adjoint
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError, UserError
@@ -23,22 +24,25 @@ from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.config.arguments import parse
 from mora_ds.data import Document
 from mora_ds.models.base import BaseCheckpoint, write_own_base
+from mora_ds.models.load import LoadedBase
+from mora_ds.research import targets
 from mora_ds.research.analyze import probe, token_batches
 from mora_ds.research.targets import (
     Candidate,
-    RunTargets,
+    OpenModel,
     TargetPlan,
-    open_model,
     parse_budget,
+    plan_of_run,
     read_plan,
     spend,
     with_sizes,
 )
-from mora_ds.research.weights import ESTIMATED, EXACT, Weight, analyse, measure_weight
+from mora_ds.research.weights import Weight, analyse, measure_weight
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planned
+from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, refused, research, run
+from tests.helpers.jobs import Playground, losses, refusal, research, run
 from tests.helpers.mistakes import command
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
@@ -46,9 +50,9 @@ AUTO = {"targets": "auto", "trainable_budget": "3%"}
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4)
 
 
-def low_rank(d_out: int, d_in: int, values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def low_rank(d_out: int, d_in: int, values: torch.Tensor) -> torch.Tensor:
     """A matrix with these singular values."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     left, right = (
         torch.linalg.qr(torch.randn(side, len(values), generator=generator, dtype=torch.float64)).Q
         for side in (d_out, d_in)
@@ -57,96 +61,79 @@ def low_rank(d_out: int, d_in: int, values: torch.Tensor, seed: int = 0) -> torc
 
 
 def test_measures_are_their_formulas() -> None:
+    """Also of equal singular values, of the zero matrix, and of a weight that is not finite."""
     values = torch.tensor([4.0, 2.0, 1.0, 0.5])
-    found = measure_weight("a", Weight("a.weight", 7, 9), low_rank(9, 7, values))
+    measures = measure_weight("a", Weight("a.weight", 7, 9), low_rank(9, 7, values))
     energy = values.double().square()
     shares = energy / energy.sum()
-    assert found.method == EXACT and found.full_rank == 7
-    assert found.norm == pytest.approx(energy.sum().sqrt().item(), rel=1e-6)
-    assert found.stable_rank == pytest.approx(energy.sum().item() / 16, rel=1e-6)
-    assert found.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-6)
-    assert found.leading[:4] == pytest.approx(values.tolist(), rel=1e-6)
-    assert found.energy_ranks == (1, 2, 4)  # 75.3, 94.1, 98.8, 100%
-    assert found.score == pytest.approx(found.effective_rank / 7)
-
-
-def test_spectra_at_the_limits() -> None:
-    """Equal singular values, the zero matrix, and a weight that is not finite."""
+    assert not measures.is_estimated
+    assert measures.norm == pytest.approx(energy.sum().sqrt().item(), rel=1e-6)
+    assert measures.largest == pytest.approx(4.0, rel=1e-6)
+    assert measures.stable_rank == pytest.approx(energy.sum().item() / 16, rel=1e-6)
+    assert measures.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-6)
+    assert measures.score == pytest.approx(measures.effective_rank / 7)
     weight = Weight("a.weight", 8, 8)
-    even, zero = measure_weight("a", weight, torch.eye(8)), measure_weight("a", weight, torch.zeros(8, 8))
+    even = measure_weight("a", weight, torch.eye(8))
     assert (even.stable_rank, even.effective_rank) == (pytest.approx(8), pytest.approx(8))
-    assert even.energy_ranks == (4, 8, 8)
-    assert (zero.stable_rank, zero.effective_rank, zero.energy_ranks, zero.score) == (0.0, 0.0, (0, 0, 0), 0.0)
+    zero = measure_weight("a", weight, torch.zeros(8, 8))
+    assert (zero.stable_rank, zero.effective_rank, zero.score) == (0.0, 0.0, 0.0)
     with pytest.raises(RunError, match=r"layer\.weight is not finite"):
         measure_weight("layer", weight, torch.full((8, 8), math.nan))
 
 
 def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a spectrum that falls fast, and of a Gaussian weight, whose tail holds most of the energy."""
-    monkeypatch.setattr("mora_ds.research.weights.LEADING", 48)
     generator = torch.Generator().manual_seed(0)
-    for weight in (low_rank(320, 300, 0.98 ** torch.arange(300)), torch.randn(320, 300, generator=generator)):
-        place = Weight("w", 300, 320)
-        exact, estimated = measure_weight("a", place, weight), measure_weight("a", place, weight, exact_up_to=1)
-        assert (exact.method, estimated.method) == (EXACT, ESTIMATED)
+    for values in (low_rank(320, 300, 0.98 ** torch.arange(300)), torch.randn(320, 300, generator=generator)):
+        weight = Weight("w", 300, 320)
+        exact = measure_weight("a", weight, values)
+        with monkeypatch.context() as patch:
+            patch.setattr("mora_ds.research.weights.EXACT_UP_TO", 1)
+            patch.setattr("mora_ds.research.weights.LEADING", 48)
+            torch.manual_seed(1)
+            state = torch.get_rng_state()
+            estimated = measure_weight("a", weight, values)
+            assert torch.equal(torch.get_rng_state(), state), "the random state is the caller's"
+            torch.manual_seed(2)
+            assert measure_weight("a", weight, values) == estimated
+        assert (exact.is_estimated, estimated.is_estimated) == (False, True)
         assert estimated.norm == exact.norm
-        assert estimated.leading == pytest.approx(exact.leading, rel=0.01)
+        assert estimated.largest == pytest.approx(exact.largest, rel=0.01)
         assert estimated.stable_rank == pytest.approx(exact.stable_rank, rel=0.01)
         assert estimated.effective_rank == pytest.approx(exact.effective_rank, rel=0.05)
-        assert estimated.energy_ranks == pytest.approx(exact.energy_ranks, rel=0.1, abs=2)
-
-
-def test_estimates_do_not_depend_on_the_random_state_nor_change_it() -> None:
-    weight, place = torch.randn(300, 310), Weight("w", 310, 300)
-    torch.manual_seed(1)
-    one, state = measure_weight("a", place, weight, exact_up_to=1), torch.get_rng_state()
-    torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert measure_weight("a", place, weight, exact_up_to=1) == one
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_layers_of_a_folder_are_those_of_injection(tmp_path: Path, family: str) -> None:
-    model = tiny_model(family)
-    write_own_base(model, tmp_path / "model")
-    opened = open_model(tmp_path / "model", ["all-linear"])
-    assert opened.parameters == sum(each.numel() for each in model.parameters())
-    parameters = dict(model.named_parameters())
-    rows = {row.module: row for row in analyse(opened.base, opened.weights)}
-    inject(model, MoRAConfig(rank=2))
-    layers = mora_layers(model)
-    assert list(rows) == list(layers)
-    for name, row in rows.items():
-        assert (row.d_in, row.d_out) == (layers[name].in_features, layers[name].out_features)
-        values = torch.linalg.svdvals(parameters[f"{name}.weight"].detach().double())
-        assert row.leading == pytest.approx(values[: len(row.leading)].tolist(), rel=1e-9)
-        assert row.norm == pytest.approx(values.norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("family", "operator"), [("llama", "rotate"), ("gpt2", "share")])
-def test_the_probe_finds_the_gradients_that_autograd_finds(family: str, operator: str) -> None:
-    model, config = tiny_model(family), MoRAConfig(rank=2, operator=operator)
+def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family: str, operator: str) -> None:
+    """Layers are those of injection, singular values those of the weights, gradients those that autograd finds."""
+    model = tiny_model(family)
+    config = MoRAConfig(rank=2, operator=operator)
+    write_own_base(model, tmp_path / "model")
+    opened = OpenModel.in_folder(tmp_path / "model", ["all-linear"])
+    assert opened.parameters == sum(parameter.numel() for parameter in model.parameters())
+    parameters = dict(model.named_parameters())
+    weights = {measures.module: measures for measures in analyse(opened.base, opened.weights)}
     batches = [tokens(2, seed=1), tokens(2, seed=2)]
     gradients = []
     for ids in batches:
         model.zero_grad()
         causal_loss(model, ids).backward()
-        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
-    found = {each.module: each for each in probe(model, config, batches)}
+        gradients.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+    probed = probe(model, config, batches)
     layers = mora_layers(model)
-    assert list(found) == list(layers)
+    assert list(weights) == list(layers) == list(probed)
     for name, layer in layers.items():
-        whole = [each[f"{name}.weight"].T if layer.transposed else each[f"{name}.weight"] for each in gradients]
-        squares = [adjoint(layer.spec, each) for each in whole]
-        assert found[name].weight_norm == pytest.approx(root_mean(whole), rel=1e-4)
-        assert found[name].square_norm == pytest.approx(root_mean(squares), rel=1e-4)
-        assert found[name].score == pytest.approx(found[name].square_norm / layer.value.shape[0])
+        assert (weights[name].d_in, weights[name].d_out) == (layer.in_features, layer.out_features)
+        singular = torch.linalg.svdvals(parameters[f"{name}.weight"].detach().double())
+        assert weights[name].largest == pytest.approx(singular[0].item(), rel=1e-9)
+        assert weights[name].norm == pytest.approx(singular.norm().item(), rel=1e-6)
+        of_weights = [gradient[f"{name}.weight"] for gradient in gradients]
+        assert isinstance(layer.spec, OperatorSpec)
+        norms = [adjoint(layer.spec, g.T if layer.transposed else g).norm().item() for g in of_weights]
+        root_mean_square = math.sqrt(sum(norm**2 for norm in norms) / len(norms))
+        assert probed[name].norm == pytest.approx(root_mean_square, rel=1e-4)
+        assert probed[name].score == pytest.approx(probed[name].norm / layer.value.shape[0])
         assert not layer.value.any() and layer.value.grad is None, "nothing is trained"
-
-
-def root_mean(gradients: list[torch.Tensor]) -> float:
-    return math.sqrt(sum(each.norm().item() ** 2 for each in gradients) / len(gradients))
 
 
 class Letters:
@@ -162,7 +149,7 @@ def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
     documents = [Document("abc", "1"), Document("d", "2", ends=False), Document("e", "2", begins=False)]
     documents.append(Document("fghij", "3"))
     whole = token_batches(documents, Letters(), seq_len=3, count=2, rows=2)
-    assert [each.tolist() for each in whole] == [[[1, 2, 3], [0, 4, 5]], [[0, 6, 7], [8, 9, 10]]]
+    assert [ids.tolist() for ids in whole] == [[[1, 2, 3], [0, 4, 5]], [[0, 6, 7], [8, 9, 10]]]
     (short,) = token_batches(documents[:1], Letters(), seq_len=8, count=2, rows=2)
     assert short.tolist() == [[1, 2, 3]]
     with pytest.raises(UserError, match="--probe: there are fewer than two tokens"):
@@ -172,30 +159,29 @@ def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
 def test_the_command_prints_writes_and_plans(
     user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan, told = tmp_path / "targets.yaml", tmp_path / "weights.json"
+    plan = tmp_path / "targets.yaml"
+    report = tmp_path / "weights.json"
     planning = [str(user.model), "--mora_rank", "2", "--trainable_budget", "3%", "--write", str(plan)]
-    probing = ["--probe", str(user.train), "--seq_len", "32", "--probe_batches", "2", "--json", str(told)]
+    probing = ["--probe", str(user.train), "--seq_len", "32", "--probe_batches", "2", "--json", str(report)]
     assert command("analyze", [*planning, *probing]) == (0, "")
     printed = capsys.readouterr().out
     assert "probe: 64 tokens in 2 batch(es), rotate/permuted" in printed
-    assert "model.layers.1.mlp.down_proj" in printed and "|dL/dW|" in printed and "plan by probe: " in printed
-    content = json.loads(told.read_text(encoding="utf-8"))
-    assert (content["format"], content["energy_shares"], len(content["layers"])) == (1, [0.5, 0.9, 0.99], 14)
-    assert content["layers"][0]["gradients"]["weight_norm"] > 0 < content["layers"][0]["score"]
+    assert "model.layers.1.mlp.down_proj" in printed and "|dL/dM|" in printed and ", by probe, for rotate" in printed
+    content = json.loads(report.read_text(encoding="utf-8"))
+    assert (content["format"], len(content["layers"])) == (1, 14)
+    assert content["layers"][0]["gradient"]["norm"] > 0 < content["layers"][0]["score"]
     by_probe = read_plan(plan)
-    budget = int(0.03 * open_model(user.model, ["all-linear"]).parameters)
-    assert 0.9 * budget <= by_probe.parameters <= budget and by_probe.by == "probe"
+    budget = int(0.03 * OpenModel.in_folder(user.model, ["all-linear"]).parameters)
+    assert 0.9 * budget <= by_probe.parameters <= budget
     assert command("analyze", planning) == (0, "")
-    assert read_plan(plan).by == "weights" and dict(read_plan(plan).sides) != dict(by_probe.sides)
+    assert "# by weights, for rotate, within a budget of 3%" in plan.read_text(encoding="utf-8")
+    assert dict(read_plan(plan).sides) != dict(by_probe.sides)
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--target_modules", "q_prj"], "q_proj"),
         (["--target_modules", "experts"], "'experts' matches no linear layer"),
-        (["--device", "warp"], "--device"),
-        (["--probe", "gone.txt"], "--probe"),
         (["--probe", "{held}", "--probe_batches", "0"], "--probe_batches"),
         (["--write", "{held}.yaml"], "--trainable_budget and --write belong together"),
         (["--json", "/nowhere/x"], "--json"),
@@ -212,32 +198,22 @@ def test_mistakes_in_flags_are_named(user: Playground, flags: list[str], named: 
 PROJECTIONS = [Candidate(f"layers.{n}.{name}", 64, 64, 64, 0.5) for n in range(4) for name in "abcd"]
 
 
-@pytest.mark.parametrize(
-    ("text", "parameters"), [("0.5%", 50), ("10%", 1_000), ("250", 250), ("1e3", 1_000), (" 2_000 ", 2_000)]
-)
-def test_budgets_are_read(text: str, parameters: int) -> None:
-    assert parse_budget(text, 10_000) == parameters
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("much", "must be like 0.5% or 250000, got 'much'"),
-        ("0", "must be above 0"),
-        ("-1%", "must be above 0"),
-        ("nan", "must be above 0"),
-        ("0.5", "did you mean 0.5%?"),
-        ("1e999999", "below 9223372036854775808"),
-    ],
-)
-def test_budgets_that_are_none(text: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse_budget(text, 10_000)
-    assert "trainable_budget" in str(caught.value) and message in str(caught.value)
-
-
-def used(sides: dict[str, int]) -> int:
-    return sum(side**2 for side in sides.values())
+def test_budgets_are_read_or_refused() -> None:
+    for text, parameters in {"0.5%": 50, "10%": 1_000, "250": 250, "1e3": 1_000, " 2_000 ": 2_000}.items():
+        assert parse_budget(text, 10_000) == parameters
+    refused = {
+        "much": "must be like 0.5% or 250000",
+        "0.5": "did you mean 0.5%",
+        "1e999999": "below 9223372036854775808",
+    }
+    for text, message in {
+        **refused,
+        "0": "must be above 0",
+        "-1%": "must be above 0",
+        "nan": "must be above 0",
+    }.items():
+        with pytest.raises(UserError, match=f"trainable_budget.*{message}"):
+            parse_budget(text, 10_000)
 
 
 @pytest.mark.parametrize(("step", "multiple"), [(1, 1), (2, 16)])
@@ -248,7 +224,7 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int)
         candidates = [Candidate(f"l{n}", *shape, max(shape), chance.random()) for n, shape in enumerate(shapes)]
         budget = chance.randint(700, sum(max(shape) ** 2 for shape in shapes))
         sides = spend(candidates, budget, step, multiple)
-        assert budget - 4 * 64 * step <= used(sides) <= budget
+        assert budget - 4 * 64 * step <= sum(side**2 for side in sides.values()) <= budget
         assert all(side % step == 0 and side <= max(shape) for side, shape in zip(sides.values(), shapes, strict=True))
 
 
@@ -260,36 +236,28 @@ def test_a_small_budget_goes_to_the_best_layers() -> None:
 def test_the_same_numbers_give_the_same_sides_in_any_order() -> None:
     sides = spend(PROJECTIONS, 5_000, smallest=2)
     shuffled = random.Random(0).sample(PROJECTIONS, len(PROJECTIONS))
-    assert spend(shuffled, 5_000, smallest=2) == sides and list(sides) == [each.name for each in PROJECTIONS]
-    noisy = [Candidate(each.name, 64, 64, 64, 0.5 * (1 + 1e-9 * n)) for n, each in enumerate(PROJECTIONS)]
+    assert spend(shuffled, 5_000, smallest=2) == sides and list(sides) == [layer.name for layer in PROJECTIONS]
+    noisy = [replace(layer, score=0.5 * (1 + 1e-9 * n)) for n, layer in enumerate(PROJECTIONS)]
     assert spend(noisy, 5_000, smallest=2) == sides
 
 
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (63, r"63 parameters are too few for one MoRA matrix: the smallest, of side 11 on layers\.0\.a, has 121"),
-        (16 * 64**2 + 1, "65,537 parameters are more than the 16 layers can hold: 65,536"),
-    ],
-)
-def test_budgets_that_cannot_be(budget: int, message: str) -> None:
-    with pytest.raises(UserError, match=f"trainable_budget: {message}"):
-        spend(PROJECTIONS, budget)
+def test_budgets_that_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"trainable_budget: 63 .* too few .*, of side 11 on layers\.0\.a, has 121"):
+        spend(PROJECTIONS, 63)
+    with pytest.raises(UserError, match=r"trainable_budget: 65,537 .* more than the 16 layers can hold: 65,536"):
+        spend(PROJECTIONS, 16 * 64**2 + 1)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
-PLAN = TargetPlan("model", "abc", {"layers.0.q": 12, "layers.0.k": 0}, "0.5%", "weights", "rotate", {"layers.0.q": 0.5})
-
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "targets.yaml"
-    PLAN.write(path)
-    found = read_plan(path)
-    assert (found.model, found.fingerprint, dict(found.sides)) == ("model", "abc", dict(PLAN.sides))
-    assert (found.budget, found.by, found.operator, found.parameters) == ("0.5%", "weights", "rotate", 144)
+    plan = TargetPlan("model", "abc", {"layers.0.q": 12, "layers.0.k": 0}, "by weights", {"layers.0.q": 0.5})
+    plan.write(path)
+    assert read_plan(path) == TargetPlan("model", "abc", dict(plan.sides))
     text = path.read_text(encoding="utf-8")
-    assert "  layers.0.q: 12    # 144 parameters, score 5.000e-01\n" in text
+    assert "  layers.0.q: 12    # 144 parameters, score 5.000e-01\n" in text and "# by weights\n" in text
     path.write_text(text.replace("q: 12", "q: 8"), encoding="utf-8")
     assert read_plan(path).sides["layers.0.q"] == 8
 
@@ -337,136 +305,88 @@ def test_sides_that_do_not_fit_are_named(sides: dict[str, int], message: str) ->
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def adapter_json(out: Path) -> dict[str, Any]:
-    return read_json(out / "checkpoints" / "latest" / "adapter.json")
-
-
 def trained_sides(out: Path) -> dict[str, int]:
     """r_hat of the layers in the latest checkpoint."""
-    return {name: entry["operator"]["r_hat"] for name, entry in adapter_json(out)["layers"].items()}
-
-
-def planned_sides(out: Path) -> dict[str, int]:
-    return {name: side for name, side in read_plan(out / "targets.yaml").sides.items() if side}
-
-
-@pytest.fixture(scope="module")
-def finished(user: Playground) -> Path:
-    """Two ranks, a merge, a checkpoint in the middle, exported."""
-    out = user.root / "planned"
-    summary = run(2, research(user.flags(out, *MERGING, "--export_merged"), user.root, **AUTO))
-    budget = int(0.03 * (summary["total_params"] - summary["trainable_params"]))
-    assert 0.9 * budget <= summary["trainable_params"] <= budget
-    return out
+    layers = read_json(out / "checkpoints" / "latest" / "adapter.json")["layers"]
+    return {name: layer["operator"]["r_hat"] for name, layer in layers.items()}
 
 
 @pytest.mark.gloo
-def test_a_run_trains_merges_and_exports_what_the_plan_says(user: Playground, finished: Path) -> None:
-    fresh = open_model(user.model, ["all-linear"]).plan_of_weights(MoRAConfig(rank=2), "3%")
-    assert (finished / "targets.yaml").read_text(encoding="utf-8") == fresh.text(), "the same in every process"
-    assert trained_sides(finished) == planned_sides(finished)
-    assert [each.problems for each in verify(finished, user.model)] == [[], []]
-    live: Any = mora_ds.load_adapter(user.model, finished / "checkpoints" / "latest")
-    merged: Any = type(live).from_pretrained(finished / "merged")
+def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user: Playground, tmp_path: Path) -> None:
+    """Two ranks, of which only the first reads weights; a resumed run takes the plan from its checkpoint."""
+    out = tmp_path / "planned"
+    resumed = tmp_path / "resumed"
+    argv = research(user.flags(out, *MERGING, "--export_merged"), tmp_path, **AUTO)
+    summary = run_ranks(2, job_that_reads_weights_on_the_first_rank, argv)[0]
+    budget = int(0.03 * (summary["total_params"] - summary["trainable_params"]))
+    assert 0.9 * budget <= summary["trainable_params"] <= budget
+    fresh = OpenModel.in_folder(user.model, ["all-linear"]).plan_of_weights(MoRAConfig(rank=2), "3%")
+    assert (out / "targets.yaml").read_text(encoding="utf-8") == fresh.text(), "the same in every process"
+    assert trained_sides(out) == {name: side for name, side in fresh.sides.items() if side}
+    assert [verdict.problems for verdict in verify(out, user.model)] == [[], []]
+    live: Any = mora_ds.load_adapter(user.model, out / "checkpoints" / "latest")
+    merged: Any = type(live).from_pretrained(out / "merged")
     ids = torch.arange(3, 35).unsqueeze(0)
     assert torch.allclose(live(ids).logits, merged(ids).logits, atol=1e-5)
 
+    shutil.copytree(out, resumed, symlinks=True)
+    shutil.rmtree(resumed / "checkpoints" / "step-000006")
+    (resumed / "checkpoints" / "latest").unlink()
+    (resumed / "targets.yaml").unlink()
+    flags = user.flags(resumed, *MERGING, "--resume_from_checkpoint", "auto")
+    run(2, research(flags, tmp_path, **AUTO))
+    first_end, second_end = (folder / "checkpoints" / "latest" / "adapter.safetensors" for folder in (out, resumed))
+    assert first_end.read_bytes() == second_end.read_bytes() and torch.equal(losses(out), losses(resumed))
+    assert dict(read_plan(resumed / "targets.yaml").sides) == trained_sides(out)
+    other_budget = research(flags, tmp_path, targets="auto", trainable_budget="4%")
+    assert "research.trainable_budget: '3%' there, '4%' here" in refusal(other_budget)
+    layer, side = next(iter(trained_sides(out).items()))
+    text = (resumed / "targets.yaml").read_text(encoding="utf-8")
+    (resumed / "targets.yaml").write_text(text.replace(f"{layer}: {side}", f"{layer}: 2"), encoding="utf-8")
+    assert f"another plan:\n  {layer}: side {side} there, 2 in" in refusal(research(flags, tmp_path, **AUTO))
+
+
+def job_that_reads_weights_on_the_first_rank(argv: list[str]) -> dict[str, Any]:
+    """For `run_ranks`."""
+    if not Ranks.current().is_first:
+        targets.analyse = None  # type: ignore[assignment]
+    return pretrain(parse(argv))
+
 
 @pytest.mark.gloo
-def test_a_resumed_run_ends_as_if_it_had_not_stopped(user: Playground, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "resumed"
-    shutil.copytree(finished, out, symlinks=True)
-    shutil.rmtree(out / "checkpoints" / "step-000006")
-    (out / "checkpoints" / "latest").unlink()
-    run(2, research(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"), tmp_path, **AUTO))
-    ended, resumed = (path / "checkpoints" / "latest" / "adapter.safetensors" for path in (finished, out))
-    assert ended.read_bytes() == resumed.read_bytes() and torch.equal(losses(finished), losses(out))
+def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path) -> None:
+    query, down = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    path = tmp_path / "mine.yaml"
+    out = tmp_path / "out"
+    fingerprint = BaseCheckpoint.open(user.model).fingerprint()
+    text = TargetPlan("model", fingerprint, {query: 10, down: 6, "lm_head": 0}).text()
+    path.write_text(text + "# mine\n", encoding="utf-8")
+    run(1, research(user.flags(out, "--max_steps", 2), tmp_path, targets=path))
+    assert trained_sides(out) == {query: 10, down: 6}
 
-
-@pytest.mark.gloo
-def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, finished: Path, tmp_path: Path) -> None:
-    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-    plan, out = tmp_path / "mine.yaml", tmp_path / "out"
-    kept = read_plan(finished / "targets.yaml")
-    text = TargetPlan(kept.model, kept.fingerprint, {names[0]: 10, names[1]: 6, "lm_head": 0}).text()
-    plan.write_text(text + "# mine\n", encoding="utf-8")
-    run(1, research(user.flags(out, "--max_steps", 2), tmp_path, targets=plan))
-    assert trained_sides(out) == {names[0]: 10, names[1]: 6}
-
-    resume = ("--max_steps", 4, "--resume_from_checkpoint", "latest")
-    plan.write_text(text.replace(f"{names[0]}: 10", f"{names[0]}: 12"), encoding="utf-8")
-    ((kind, told),) = run_ranks(1, refused, research(user.flags(out, *resume), tmp_path, targets=plan))
-    assert kind == "UserError" and f"was trained by another plan than {plan}:\n  {names[0]}: side 10 there, 12" in told
-    run(1, research(user.flags(out, *resume), tmp_path, targets=out / "targets.yaml"))
-    assert adapter_json(out)["step"] == 4
-    plan.write_text(text.replace(kept.fingerprint, "abc"), encoding="utf-8")
-    argv = research(user.flags(tmp_path / "other"), tmp_path, targets=plan)
-    ((kind, told),) = run_ranks(1, refused, argv)
-    assert kind == "UserError" and f"{plan} is a plan for {kept.model} with the fingerprint abc" in told
+    resume = user.flags(out, "--max_steps", 4, "--resume_from_checkpoint", "latest")
+    path.write_text(text.replace(f"{query}: 10", f"{query}: 12"), encoding="utf-8")
+    message = refusal(research(resume, tmp_path, targets=path))
+    assert f"was trained by another plan:\n  {query}: side 10 there, 12 in the plan" in message
+    run(1, research(resume, tmp_path, targets=out / "targets.yaml"))
+    assert TrainerState.read(out / "checkpoints" / "latest").step == 4
+    path.write_text(text.replace(fingerprint, "abc"), encoding="utf-8")
+    argv = research(user.flags(tmp_path / "other"), tmp_path, targets=path)
+    assert "the plan is for 'model' with the fingerprint 'abc'" in refusal(argv)
     assert not (tmp_path / "other").exists()
 
 
-class Alone:
-    """The parts of `Ranks` that `RunTargets` uses, for a single process."""
-
-    is_first = True
-
-    def on_first(self, check: str, work: Any, long: bool = False) -> Any:
-        return work()
-
-
-def decided(
-    user: Playground, out: Path, checkpoint: Path | None, budget: str | None = "3%", ranks: Any = None, **changes: Any
-) -> MoRAConfig:
-    """The config of a run with this budget, or with the plan `changes["plan"]`, resumed from `checkpoint`."""
-    model = tiny_model(vocab_size=400)
-    keys = {name: name for name, _ in model.named_parameters()}
-    out.mkdir(exist_ok=True)
-    patterns = changes.get("patterns", ["all-linear"])
-    targets = RunTargets("auto", budget, patterns, changes.get("plan"), out, checkpoint, ranks or Alone())
-    return targets.planned(MoRAConfig(rank=2), model, BaseCheckpoint.open(user.model), keys)
-
-
-def decided_together(user: Playground, out: Path) -> MoRAConfig:
-    """The config on one of several ranks, of which only the first can read weights. For `run_ranks`."""
-    ranks = Ranks.current()
-    if not ranks.is_first:
-        BaseCheckpoint.read = None  # type: ignore[assignment, method-assign]
-    return decided(user, out, None, ranks=ranks)
-
-
-@pytest.mark.gloo
-def test_every_rank_has_the_plan_of_the_first(user: Playground, tmp_path: Path) -> None:
-    one, other = run_ranks(2, decided_together, user, tmp_path / "out")
-    assert one == other == decided(user, tmp_path / "alone", None) and one.layer_sizes
-
-
-@pytest.mark.gloo
-def test_what_a_checkpoint_holds_decides_when_it_is_resumed(user: Playground, finished: Path, tmp_path: Path) -> None:
-    checkpoint, plan = finished / "checkpoints" / "latest", finished / "targets.yaml"
-    fresh = decided(user, tmp_path / "fresh", None)
-    assert (tmp_path / "fresh" / "targets.yaml").read_bytes() == plan.read_bytes()
-    assert decided(user, finished, checkpoint) == fresh
-    assert decided(user, tmp_path / "elsewhere", checkpoint) == fresh
-    assert dict(read_plan(tmp_path / "elsewhere" / "targets.yaml").sides) == dict(read_plan(plan).sides)
-    assert decided(user, tmp_path / "file", checkpoint, plan=read_plan(plan)) == fresh
-    kept = read_plan(plan)
-    first = next(name for name, side in kept.sides.items() if side)
-    changed = TargetPlan("model", kept.fingerprint, {**kept.sides, first: 2}, "3%")
-    with pytest.raises(UserError, match=f"another plan than auto:\n  {first}: side {kept.sides[first]} there, 2 "):
-        decided(user, tmp_path / "elsewhere", checkpoint, plan=changed)
-    with pytest.raises(UserError, match=r"research\.trainable_budget 4%: .* was trained under 3%"):
-        decided(user, finished, checkpoint, budget="4%")
-    with pytest.raises(UserError, match=r"--target_modules leaves out model\.layers\.0\."):
-        decided(user, tmp_path / "file", checkpoint, patterns=["q_proj"])
-    state = TrainerState(identity={"adapter": MoRAConfig(rank=2).to_dict()})
-    write_json_atomic(tmp_path / "trainer_state.json", vars(state))
+def test_a_run_that_began_without_a_plan_gets_none(user: Playground, tmp_path: Path) -> None:
+    config = MoRAConfig(rank=2)
+    write_json_atomic(tmp_path / "trainer_state.json", vars(TrainerState(identity={"adapter": config.to_dict()})))
+    loaded = LoadedBase(None, BaseCheckpoint.open(user.model), {})
     with pytest.raises(UserError, match=r"has no plan of MoRA matrices: drop research\.targets"):
-        decided(user, tmp_path / "out", tmp_path)
+        plan_of_run(None, "3%", [], config, loaded, tmp_path / "out", tmp_path)
 
 
 def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -> None:
-    plan = open_model(user.model, ["q_proj", "down_proj"]).plan_of_weights(MoRAConfig(rank=2), "1500")
+    opened = OpenModel.in_folder(user.model, ["q_proj", "down_proj"])
+    plan = opened.plan_of_weights(MoRAConfig(rank=2), "1500")
     plan.write(tmp_path / "targets.yaml")
     flags = user.flags(tmp_path / "out", "--dry_run")
     auto = [*flags, "--target_modules", "q_proj", "down_proj"]
@@ -474,6 +394,6 @@ def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -
         research(auto, tmp_path, targets="auto", trainable_budget="1500"),
         research(flags, tmp_path, targets=tmp_path / "targets.yaml"),
     ):
-        found, told = planned(parse(argv), 1)
-        assert found.trained.total == plan.parameters and 1350 <= plan.parameters <= 1500
-        assert f"trainable {plan.parameters:,} " in told[0]
+        report, lines = planned(parse(argv), 1)
+        assert report.trained.total == plan.parameters and 1350 <= plan.parameters <= 1500
+        assert f"trainable {plan.parameters:,} " in lines[0]
