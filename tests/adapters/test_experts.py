@@ -30,8 +30,6 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.eval.ledger_summary import histories
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
-from mora_ds.planning.costs import costs
-from mora_ds.planning.step import Work, planned_model
 from tests.helpers.models import MIXTURES, alone, causal_loss, tiny_model, tokens
 
 EVERYWHERE = ("all-linear", "experts")
@@ -349,21 +347,3 @@ def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path) -> None:
     assert "nothing.*.weight" not in base and base.members("nothing.*.weight") == []
     mixed = key + " + model.layers.0.self_attn.q_proj.weight"
     assert mixed not in base
-
-
-# -- plans -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_plan_counts_the_experts_of_a_token() -> None:
-    """Frozen or adapted: two of four, in each of two layers; gate, up and down have the same number of weights."""
-    config, tokens_of_batch = tiny_model("mixtral").config, 8
-    planned = {
-        pattern: costs(planned_model(Work(config, MoRAConfig(rank=4, target_modules=pattern), 8, dtype=torch.bfloat16)),
-                       1, 1, tokens_of_batch)
-        for pattern in (("q_proj",), ("q_proj", "experts"), ("q_proj", "experts.down_proj"))
-    }  # fmt: skip
-    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16)
-    experts = 2 * 2 * 3 * 32 * 56
-    assert {each.base_macs for each in planned.values()} == {2 * tokens_of_batch * (attention + experts)}
-    few, many = (planned[pattern] for pattern in (("q_proj",), ("q_proj", "experts")))
-    assert many.square_macs > few.square_macs

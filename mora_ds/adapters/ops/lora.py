@@ -43,11 +43,6 @@ class LoRASpec(UpdateSpec):
     def value_shape(self) -> tuple[int, int]:
         return self.rank, self.d_in + self.d_out
 
-    @property
-    def macs_per_token(self) -> int:
-        """Each element is used once in each of three products."""
-        return 3 * self.rank * (self.d_in + self.d_out)
-
     def first_value(self, seed: int) -> Tensor:
         """A uniform in +-1 / sqrt(D), B zero, so that the update is zero and its gradient is not. A pure function of
         its arguments: the same on every rank and after every resume."""

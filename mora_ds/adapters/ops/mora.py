@@ -100,10 +100,6 @@ class OperatorSpec(SquareSpec):
     def blocks(self) -> int:
         return self.blocks_in if self.blockwise else 1
 
-    @property
-    def macs_per_token(self) -> int:
-        return 3 * self.blocks * self.r_hat**2
-
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 

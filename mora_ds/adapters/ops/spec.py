@@ -96,11 +96,6 @@ class UpdateSpec(ABC):
         bounds the rank by k; None where it does not."""
         return None
 
-    @property
-    @abstractmethod
-    def macs_per_token(self) -> int:
-        """Multiply-accumulates of one token, forward and backward, when the update is computed over activations."""
-
     def weight_name(self, module: str) -> str:
         """The name of the frozen weight, before injection and in the base's files, of the layer `module`."""
         return f"{module}.weight"

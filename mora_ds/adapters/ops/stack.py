@@ -56,11 +56,6 @@ class StackSpec(SquareSpec):
     def value_shape(self) -> tuple[int, ...]:
         return self.count, *self.each.value_shape
 
-    @property
-    def macs_per_token(self) -> int:
-        """Of one expert."""
-        return self.each.macs_per_token
-
     def weight_name(self, module: str) -> str:
         """A stack is a parameter of its own, not the `weight` of a module."""
         return module

@@ -75,11 +75,6 @@ class SubspaceSpec(SquareSpec):
         left, right = self.sides(gradient.device, gradient.dtype)
         return left @ gradient @ right.T
 
-    @property
-    def macs_per_token(self) -> int:
-        """U and V^T have no gradient: each of their elements is used in two products, those of M in three."""
-        return self.r_hat * (2 * (self.d_in + self.d_out) + 3 * self.r_hat)
-
 
 def subspace_update(square: Tensor, vectors: Sides, x: Tensor) -> Tensor:
     """U M V^T x: (..., D) -> (..., O). Saves V^T x and M V^T x for backward, (..., R) each."""
