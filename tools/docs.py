@@ -15,11 +15,9 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -62,8 +60,6 @@ def parser_of(main: Callable[[], object]) -> argparse.ArgumentParser:
         mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
         mock.patch.object(sys, "argv", ["program"]),
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()),
     ):
         try:
             main()
@@ -102,7 +98,6 @@ def cli_page() -> str:
             if field.name in actions and field.name != "local_rank":
                 lines.append(_setting(actions[field.name], hints[field.name]))
         lines.append("")
-    seen: dict[str, dict[str, str]] = {}
     for name, found in COMMANDS.items():
         if found.function.startswith("research."):
             lines += [f"## mora-ds {name}", "", f"{found.what.capitalize()} ([research](../research.md)).", ""]
@@ -112,7 +107,7 @@ def cli_page() -> str:
         elif name != "pretrain":
             main = found.load()
             doc = sys.modules[main.__module__].__doc__
-            lines += _program(f"mora-ds {name}", main, doc, seen, SCRIPTS.get(name))
+            lines += _program(f"mora-ds {name}", main, doc, SCRIPTS.get(name))
     return _page(lines)
 
 
@@ -135,40 +130,36 @@ def _type(hint: Any) -> str:
     return next(words[part] for part in get_args(hint) or (hint,) if part is not type(None))
 
 
-def _program(
-    path: str, main: Callable[[], object], doc: str | None, seen: dict[str, dict[str, str]], script: str | None
-) -> list[str]:
-    """The section of a command. `seen`: the lines of flags of each command so far, to which those of this one go."""
+def _program(path: str, main: Callable[[], object], doc: str | None, script: str | None) -> list[str]:
+    """The section of a command."""
     parser = parser_of(main)
     same = f" In a checkout: `python {script}`." if script else ""
     lines = [f"## {path}", "", _first_line(doc) + same, ""]
     subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not subparsers:
-        return [*lines, *_flags(path, parser._actions, seen), ""]
+        return [*lines, *_flags(parser._actions), ""]
     helps = {choice.dest: choice.help for choice in subparsers[0]._choices_actions}
     for name, sub in subparsers[0].choices.items():
-        lines += [f"**`{path} {name}`**: {cell(helps.get(name) or '')}", "", *_flags("", sub._actions, {}), ""]
+        lines += [f"**`{path} {name}`**: {cell(helps.get(name) or '')}", "", *_flags(sub._actions), ""]
     return lines
 
 
-def _flags(path: str, actions: Sequence[argparse.Action], seen: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each flag. Those that an earlier command has alike, or training, are named alone."""
+def _flags(actions: Sequence[argparse.Action]) -> list[str]:
+    """A line for each flag. Those without a help text that training has alike are named alone."""
     from mora_ds.config import arguments
 
-    actions = [action for action in actions if not isinstance(action, argparse._HelpAction)]
-    lines = {_label(action): _flag(action) for action in actions}
     settings = {field.name for group in arguments._GROUPS.values() for field in dataclasses.fields(group)}
-    unsaid = [action for action in actions if not _help(action)]
-    trained = [_label(action) for action in unsaid if action.dest.removeprefix("no_") in settings]
-    text = [line for label, line in lines.items() if label not in trained]
-    notes = [f"- As in training: {', '.join(trained)}."] if trained else []
-    for other, known in seen.items():
-        alike = [label for label, line in lines.items() if known.get(label) == line]
-        if len(alike) > len(lines) / 2:
-            text = [line for label, line in lines.items() if label not in alike]
-            notes = [f"- As in `{other}`: {', '.join(alike)}."]
-    seen[path] = lines
-    return [*text, *notes] or ["It takes no flags."]
+    lines, trained = [], []
+    for action in actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        if not _help(action) and action.dest.removeprefix("no_") in settings:
+            trained.append(_label(action))
+        else:
+            lines.append(_flag(action))
+    if trained:
+        lines.append(f"- As in training: {', '.join(trained)}.")
+    return lines or ["It takes no flags."]
 
 
 def _label(action: argparse.Action) -> str:

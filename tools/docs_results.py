@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tools import figures
-from tools.figures_learning import points
+from tools import plans
+from tools.figures import points
 from tools.tables import mean_and_spread, ruler, table_row
 
 README_LEARNING = {
@@ -32,20 +32,18 @@ def between(text: str, name: str, body: Sequence[str]) -> str:
 
 # -- planned figures ---------------------------------------------------------------------------------------------------
 def memory(text: str) -> str:
-    """The tables of results/memory.md, from the JSON that its figures are drawn from."""
-    plans = figures.plans()
+    """The tables of results/memory.md, from data/plans.json."""
+    known = plans.plans()
     body = ["| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |", "|---|---|---|---|"]
-    for model, (gpus, _) in figures.MEMORY.items():
-        for method in figures.METHODS:
-            sizes = plans[model, method, gpus]["bytes"]
-            base = "sharded" if "full" in method else f"{sizes['base'] / 1e9:,.2f} GB"
-            cells = (base, *(f"{sizes[key] / 1e9:,.2f} GB" for key in ("held", "peak")))
-            body.append(table_row(f"{model}, {method}", *cells))
+    for model, (gpus, _) in plans.MEMORY.items():
+        for method in plans.METHODS:
+            gigabytes = {name: f"{size / 1e9:,.2f} GB" for name, size in known[model, method, gpus]["bytes"].items()}
+            base = "sharded" if "full" in method else gigabytes["base"]
+            body.append(table_row(f"{model}, {method}", base, gigabytes["held"], gigabytes["peak"]))
     text = between(text, "memory", body)
-    lines = figures.traffic(plans)
-    body = [table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, figures.GPUS))]
-    body.append(ruler(len(figures.GPUS) + 1, numbers=True))
-    body += [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in lines.items()]
+    body = [table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, plans.GPUS))]
+    body.append(ruler(len(plans.GPUS) + 1, numbers=True))
+    body += [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in plans.traffic().items()]
     return between(text, "traffic", body)
 
 
@@ -59,7 +57,7 @@ def results(text: str) -> str:
     PART is a table of the benchmark's JSON; above it stand the command and the machine.
     """
     for block in list(RESULT.finditer(text)):
-        found = json.loads((figures.DATA / block["file"]).read_text(encoding="utf-8"))
+        found = json.loads((plans.DATA / block["file"]).read_text(encoding="utf-8"))
         made_by = f"{_command(block['file'], found['command'])} on {_machine(found['measured_on'])}:"
         titles, *rows = found["tables"][block["part"]]
         head = [table_row(*titles), ruler(len(titles), numbers=True)]
@@ -92,13 +90,10 @@ def _machine(found: dict[str, Any]) -> str:
 # -- learning ----------------------------------------------------------------------------------------------------------
 def learning(text: str) -> str:
     """The README with its table of what each method learned and kept on the pretrained model."""
-    found = {point.method: point for point in points(figures.DATA / "learning_135m_replay.json")}
-    body = [table_row("", "trained", "new text", "old text", "seeds"), "|---|---:|---:|---:|---:|"]
+    found = {point.method: point for point in points(plans.DATA / "learning_135m_replay.json")}
+    body = [table_row("", "trained", "new text", "old text", "seeds"), ruler(5, numbers=True)]
     for title, method in README_LEARNING.items():
         point = found[method]
-        body.append(
-            table_row(
-                title, f"{point.trained:,}", mean_and_spread(point.new), mean_and_spread(point.old), str(len(point.new))
-            )
-        )
+        perplexities = [mean_and_spread(seeds) for seeds in (point.new, point.old)]
+        body.append(table_row(title, f"{point.trained:,}", *perplexities, str(len(point.new))))
     return between(text, "learning", body)

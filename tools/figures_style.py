@@ -9,16 +9,14 @@ from typing import Any
 COLOURS = {
     "#010101": ("ink", "#1f2328", "#e6edf3"),
     "#020202": ("faint", "#d0d7de", "#3d444d"),
-    "#030303": ("base", "#57606a", "#8b949e"),
-    "#040404": ("ours", "#0969da", "#58a6ff"),
-    "#050505": ("second", "#bf5700", "#f0883e"),
-    "#060606": ("third", "#1a7f37", "#3fb950"),
-    "#070707": ("fourth", "#8250df", "#bc8cff"),
-    "#080808": ("paper", "#ffffff", "#0d1117"),
+    "#030303": ("blue", "#0969da", "#58a6ff"),
+    "#040404": ("orange", "#bf5700", "#f0883e"),
+    "#050505": ("green", "#1a7f37", "#3fb950"),
+    "#060606": ("purple", "#8250df", "#bc8cff"),
 }
 """Placeholder in a drawing -> name, colour in a light and in a dark scheme."""
 
-INK, FAINT, BASE, OURS, SECOND, THIRD, FOURTH, PAPER = COLOURS
+INK, FAINT, BLUE, ORANGE, GREEN, PURPLE = COLOURS
 
 
 def axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -32,10 +30,10 @@ def axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
         "svg.fonttype": "none", "svg.hashsalt": "mora_ds", "font.family": "sans-serif", "font.size": 11,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
     })  # fmt: skip
-    figure, made = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis in made.flat:
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in panels.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(made.flat)
+    return figure, list(panels.flat)
 
 
 def save(figure: Any, path: Path, title: str) -> None:

@@ -21,8 +21,7 @@ FACTS = {"| Command | What it measures | Results |"}
 IMAGES = {
     "base-and-matrices.svg": "a diagram",
     "tensorboard.png": "a screenshot",
-    "memory.svg": "plans.json",
-    "learning-curves.svg": "learning.json",
+    "learning.svg": "learning.json",
     "learning-long.svg": "learning_long.json",
     "learning-long-13m.svg": "learning_long_13m.json",
     "learning-scratch.svg": "learning_scratch.json",

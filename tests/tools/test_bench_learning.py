@@ -16,7 +16,7 @@ from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from tests.helpers.jobs import Playground
 from tests.helpers.tools import call, tool
-from tools import figures_learning
+from tools import figures
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.trials import flags
 
@@ -170,9 +170,9 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
     assert [each["mora_rank"] for each in ran] == [2, 2, 4, 2, 2, 4], "without a rank a method runs once"
     rows = [row[:2] for row in json.loads((tmp_path / "all.json").read_text())["tables"]["learning"]]
     assert rows == [["rank", "method"], ["-", "full"], ["2", "lora"], ["4", "lora"]]
-    points = figures_learning.points(tmp_path / "all.json")
+    points = figures.points(tmp_path / "all.json")
     assert [(point.method, point.rank, len(point.new)) for point in points] == [
         ("full", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
     ]  # fmt: skip
-    figures_learning.draw_long(tmp_path / "all.json", tmp_path)
+    figures.draw(tmp_path / "all.json", tmp_path)
     assert (tmp_path / "all.svg").is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import docs_results, figures
+from tools import docs_results, plans
 from tools.bench.report import Report, json_flag
 
 
@@ -18,7 +18,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     parser = argparse.ArgumentParser()
     json_flag(parser)
     flags = ["--rows", "2", "--json", str(tmp_path / "new" / "bench.json")]
-    monkeypatch.setattr("sys.argv", [str(figures.ROOT / "tools" / "bench" / "loss.py"), *flags])
+    monkeypatch.setattr("sys.argv", [str(plans.ROOT / "tools" / "bench" / "loss.py"), *flags])
     report = Report(parser.parse_known_args()[0])
     report.say("Two rows.")
     report.show("times", [["what", "seconds"], ["a step", "0.5"]])
@@ -31,7 +31,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     ]
     assert found["measured_on"]["cores"] > 0 and found["measured_on"]["versions"]["torch"]
 
-    monkeypatch.setattr(figures, "DATA", tmp_path / "new")
+    monkeypatch.setattr(plans, "DATA", tmp_path / "new")
     old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
     page = docs_results.results(f"# Title\n\n{old}\n\nText.")
     assert "|what |seconds|\n|---|---:|\n|a step |0.5|" in page and "old" not in page

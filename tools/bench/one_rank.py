@@ -1,9 +1,9 @@
-"""One rank among N without the others: torch's fake process group, and the exchanges of objects answered and counted.
+"""One rank among N without the others: torch's fake process group, and the exchanges of objects answered.
 
-Everything that this rank does by itself is the real code. Collectives reach nobody (torch's backend "fake"): what they
-would move is counted by calls and bytes, and a gather gives this rank's part as that of each other one. Objects are
-gathered likewise, by as many pickles as rank 0 would have to read. What stands for other ranks and for the network is
-outside of the clock: the collectives themselves, what other ranks would have given, what rank 0 would broadcast.
+Everything that this rank does by itself is the real code. Collectives reach nobody (torch's backend "fake"), and a
+gather gives this rank's part as that of each other one. Objects are gathered likewise, by as many pickles as rank 0
+would have to read. What stands for other ranks and for the network is outside of the clock: the collectives themselves,
+what other ranks would have given, what rank 0 would broadcast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,6 @@ class Spent:
     """Of all threads."""
     files: int = 0
     """Distinct files under the watched folder that were opened."""
-    read: int = 0
-    """Bytes through read(2): what is memory-mapped is not in it."""
-    written: int = 0
-    collectives: int = 0
-    moved: int = 0
-    """Bytes of the tensors and objects that collectives were given."""
-
-    def row(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -59,7 +50,6 @@ class OneRank:
     folder: Path
     relabel: Callable[[Any, int], Any] = lambda value, rank: value
     """What another rank would have given in place of this rank's value."""
-    _spent: Spent = field(default_factory=Spent)
     _files: set[str] = field(default_factory=set)
     _paused: float = 0.0
 
@@ -68,7 +58,7 @@ class OneRank:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
         dist.init_process_group("fake", rank=self.rank, world_size=self.world, store=FakeStore())
         for name in COLLECTIVES:
-            setattr(dist, name, self._counted(getattr(dist, name)))
+            setattr(dist, name, self._unclocked(getattr(dist, name)))
         for module in (exchange, ranks):
             module.new_group = lambda timeout_s: dist.group.WORLD  # type: ignore[attr-defined]
         for module in (exchange, writer):
@@ -83,15 +73,13 @@ class OneRank:
     @contextmanager
     def phase(self) -> Iterator[Spent]:
         """Measures what runs inside."""
-        self._spent, self._paused = Spent(), 0.0
+        spent = Spent()
+        self._paused = 0.0
         self._files.clear()
-        read, written = _io()
         began = time.process_time()
-        yield self._spent
-        self._spent.cpu_s = time.process_time() - began - self._paused
-        now = _io()
-        self._spent.read, self._spent.written = now[0] - read, now[1] - written
-        self._spent.files = len(self._files)
+        yield spent
+        spent.cpu_s = time.process_time() - began - self._paused
+        spent.files = len(self._files)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and str(arguments[0]).startswith(str(self.folder)):
@@ -104,15 +92,10 @@ class OneRank:
         yield
         self._paused += time.process_time() - began
 
-    def _count(self, nbytes: int) -> None:
-        self._spent.collectives += 1
-        self._spent.moved += nbytes
-
-    def _counted(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+    def _unclocked(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             with self.outside_of_the_clock():  # the fake backend copies the tensor once for each rank
                 tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
-                self._count(max((tensor.nbytes for tensor in tensors), default=0))
                 if collective.__name__.startswith("all_gather") and len(tensors) == 2 and tensors[1].numel():
                     tensors[0].view(-1, tensors[1].numel()).copy_(tensors[1].clone().view(1, -1))
                 return collective(*arguments, **options)
@@ -122,33 +105,21 @@ class OneRank:
     def _everyone(self, value: Any) -> list[Any]:
         """Every rank's value. Each is unpickled, as what comes from other ranks is."""
         text = pickle.dumps(value)
-        self._count(len(text) * self.world)
         values = [pickle.loads(text) for _ in range(self.world)]
         with self.outside_of_the_clock():
             return [self.relabel(value, rank) for rank, value in enumerate(values)]
 
     def _gather_to_first(self, value: Any, group: Any) -> list[Any] | None:
-        if self.rank == 0:
-            return self._everyone(value)
-        self._count(len(pickle.dumps(value)))
-        return None
+        return self._everyone(value) if self.rank == 0 else None
 
     def _gather_to_all(self, value: Any, group: Any) -> list[Any]:
         return self._everyone(value)
 
     def _on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
         if self.rank == 0:
-            result = work()
-            self._count(len(pickle.dumps(result)))
-            return result
+            return work()
         with self.outside_of_the_clock():
             files = set(self._files)
             text = pickle.dumps(work())
             self._files &= files
-        self._count(len(text))
         return pickle.loads(text)
-
-
-def _io() -> tuple[int, int]:
-    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(counts["rchar"]), int(counts["wchar"])

@@ -3,7 +3,7 @@
     python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 --models 7B-r8 70B-r256 --json FILE]
 
 The real code of rank 0 and of one other rank runs in a process each, on states of the shapes of Llama 7B at rank 8 (all
-32 decoder layers) and 70B at rank 256 (8 of 80); collectives are counted, not made (`one_rank`). Save and resume take
+32 decoder layers) and 70B at rank 256 (8 of 80); collectives reach nobody (`one_rank`). Save and resume take
 an engine whose parameters are the MoRA matrices alone, as ZeRO sees them; step one of as many small matrices, so that
 it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits.
 """
@@ -41,8 +41,6 @@ from mora_ds.engine.shard_writer import _layout
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.remora.ledger import LayerEntry, Ledger
-from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import command_parser
 from mora_ds.runtime.ranks import Ranks
@@ -61,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ZeRO-3, no reduce_scatter": {"stage": 3, "reduce_scatter": False},
     "ZeRO-1": {"stage": 1},
 }
-TITLES = ("model", "ranks", "rank", "setting", "CPU s", "files", "MB read", "MB written", "MB moved", "collectives")
+TITLES = ("phase", "model", "ranks", "rank", "setting", "CPU s", "files")
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
 """Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the arithmetic is the GPU's."""
@@ -73,16 +71,16 @@ def main() -> None:
     options = _options()
     options.folder.mkdir(parents=True, exist_ok=True)
     report = Report(options)
-    rows: list[list[str]] = [["phase", *TITLES]]
+    rows: list[list[str]] = [list(TITLES)]
     for model in options.models:
         _write_base(options.folder / f"{model}-base", MODELS[model][0])
     for world, model in itertools.product(options.ranks, options.models):
         for rank in (0, 1):
             for setting in options.settings if rank else options.settings[:1]:
-                rows += _measured(options.folder, model, setting, world, rank)
-                print("\n".join(" ".join(row) for row in rows[-len(PHASES) :]), flush=True)
-    order = {phase: number for number, phase in enumerate(PHASES)}
-    rows[1:] = sorted(rows[1:], key=lambda row: order[row[0]])
+                measured = _measured(options.folder, model, setting, world, rank)
+                print("\n".join(" ".join(row) for row in measured), flush=True)
+                rows += measured
+    rows[1:] = sorted(rows[1:], key=lambda row: PHASES.index(row[0]))
     report.show("phases", rows)
     report.show("CPU seconds", by_world(rows))
     report.write()
@@ -151,15 +149,12 @@ def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[
     found["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as found["resume"]:
         load_checkpoint(checkpoint, engine, TrainerState.read(checkpoint))
-    if setting == next(iter(SETTINGS)):
+    if rank == 0:
         found |= _start_and_merge(one, folder, folder.with_name(f"{model}-base"), lora_rank)
-    own = [model, f"{world:,}", str(rank), setting]
-    return [[phase, *own, *_cells(found[phase])] for phase in PHASES if phase in found]
-
-
-def _cells(spent: Spent) -> list[str]:
-    megabytes = (f"{nbytes / 1e6:.1f}" for nbytes in (spent.read, spent.written, spent.moved))
-    return [f"{spent.cpu_s:.3f}", str(spent.files), *megabytes, str(spent.collectives)]
+    return [
+        [phase, model, f"{world:,}", str(rank), setting, f"{spent.cpu_s:.3f}", str(spent.files)]
+        for phase, spent in found.items()
+    ]
 
 
 class _Square(nn.Module):
@@ -270,7 +265,7 @@ def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage:
 
 
 def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
-    """One decoder layer of the model on a base of its own."""
+    """Rank 0 of one decoder layer of the model on a base of its own: it merges as the others do, and records it."""
 
     def other(value: Any, rank: int) -> Any:
         """Of the tensors that the ranks check together, each rank has its own numbers."""
@@ -291,25 +286,9 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
         run = Run(engine, adapter, base, folder / "out", details=RunDetails(keys=keys))
-    if one.rank:
-        _record_as_rank_0(one, run.remora)
     with one.phase() as found["merge"]:
         run.merge(1)
     return found
-
-
-def _record_as_rank_0(one: OneRank, remora: ReMoRA) -> None:
-    """Have a merge of this rank find the cycle that rank 0, which is not there, would have added to the ledger."""
-    record = remora._record
-
-    def record_after_rank_0(step: int, entries: dict[str, LayerEntry], squares: dict[str, torch.Tensor]) -> None:
-        with one.outside_of_the_clock():
-            of_rank_0 = Ledger.open(remora.ledger.folder, remora.ledger.base_fingerprint, hashes=False)
-            zeros = ((name, torch.zeros(entry.operator.value_shape)) for name, entry in entries.items())
-            of_rank_0.append(step, entries, zeros)
-        record(step, entries, squares)
-
-    remora._record = record_after_rank_0  # type: ignore[method-assign]
 
 
 def _options() -> argparse.Namespace:
