@@ -15,13 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mora_ds.adapters.ops.spec import SquareSpec, UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import POSITIVE, UserError, nearest
@@ -33,8 +31,6 @@ THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
 
 _FP32_EPS = torch.finfo(torch.float32).eps
-_CG_STEPS = 200
-_CG_TOLERANCE = 1e-10
 
 
 def main() -> None:
@@ -43,11 +39,9 @@ def main() -> None:
         raise UserError(f"--threshold must be {POSITIVE}, got {options.threshold:g}")
     check_writable("--json", options.json)
     check_device(options.device)
-    spectra = Spectra(find_ledger(options.path), options.layers)
-    progress = tqdm(spectra.modules, unit="layer", disable=not sys.stderr.isatty())
-    rows = [row for module in progress for row in spectra.rows(module, options.threshold, options.device)]
+    rows = list(spectra(find_ledger(options.path), options.layers, options.threshold, options.device))
     if options.json:
-        content = {"format": 1, "threshold": options.threshold, "rows": [row.to_dict() for row in rows]}
+        content = {"format": 1, "threshold": options.threshold, "rows": [asdict(row) for row in rows]}
         write_json_atomic(options.json, content)
     print("\n".join(spectrum_lines(rows, options.threshold)))
 
@@ -106,41 +100,33 @@ def _rank(values: Tensor, longest_side: int) -> int:
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """A layer after one cycle. `outside_*` are shares, 0 to 1, of the newest delta's energy (squared norm)."""
+    """A layer after one cycle."""
 
     newest: Measures
     """Summary of this cycle's delta alone."""
     cumulative: Measures
     """Summary of the sum of all deltas so far."""
     outside_span: float
-    """The share outside the span of the earlier ones: what does not both read from the row space and write to the
-    column space of their sum. 0 as soon as that sum has full rank (rotate and decouple: after one cycle)."""
-    outside_reach: float
-    """The share that the operators of the earlier cycles could not have expressed with any M."""
+    """The share, 0 to 1, of the newest delta's energy (squared norm) outside the span of the earlier ones: what does
+    not both read from the row space and write to the column space of their sum. 0 as soon as that sum has full rank
+    (rotate and decouple: after one cycle)."""
 
 
 def layer_spectra(updates: Sequence[Update], threshold: float = THRESHOLD) -> Iterator[LayerSpectrum]:
     """The spectrum after each of a layer's `updates`, in their order, computed on the device of the M in float64."""
-    total: Tensor | None = None
+    total: Tensor | float = 0.0
     left = right = None
-    earlier: dict[UpdateSpec, None] = {}
     for spec, value in updates:
         newest = spec.delta_weight(value.double())
         outside_span = _outside_span(newest, left, right)
-        outside_reach = 0.0 if spec in earlier else _outside_reach(newest, list(earlier))
-        total = newest if total is None else total + newest
-        earlier[spec] = None
+        total = total + newest
         left, values, right = torch.linalg.svd(total, full_matrices=False)
         longest = max(newest.shape)
         rank = _rank(values, longest)
         left = left[:, :rank]
         right = right[:rank]
-        yield LayerSpectrum(
-            newest=measure(torch.linalg.svdvals(newest), longest, threshold),
-            cumulative=measure(values, longest, threshold),
-            outside_span=outside_span,
-            outside_reach=outside_reach,
-        )
+        alone = measure(torch.linalg.svdvals(newest), longest, threshold)
+        yield LayerSpectrum(alone, measure(values, longest, threshold), outside_span)
 
 
 def _outside_span(newest: Tensor, left: Tensor | None, right: Tensor | None) -> float:
@@ -153,41 +139,6 @@ def _outside_span(newest: Tensor, left: Tensor | None, right: Tensor | None) -> 
         return 1.0
     inside = (left.T @ newest @ right.T).square().sum().item()
     return min(1.0, max(0.0, 1.0 - inside / energy))
-
-
-def _outside_reach(newest: Tensor, earlier: Sequence[UpdateSpec]) -> float:
-    """Share of the energy of `newest` that is left after the best fit by any M under the `earlier` operators.
-
-    It is 0 after a LoRA cycle, whose factors can express any matrix of their rank. Least squares by conjugate gradients
-    (CGLS; Hestenes & Stiefel 1952), which takes few steps, as permuted operators overlap little. An upper bound if
-    `_CG_STEPS` do not suffice.
-    """
-    energy = newest.square().sum().item()
-    if energy == 0.0 or not earlier:
-        return float(energy > 0.0)
-    operators = [spec for spec in earlier if isinstance(spec, SquareSpec)]
-    if len(operators) < len(earlier):
-        return 0.0
-    residual = newest.clone()
-    gradient = [spec.adjoint(residual) for spec in operators]
-    direction = gradient
-    first = power = _energy(gradient)
-    for _ in range(_CG_STEPS):
-        if power <= _CG_TOLERANCE * min(first, energy):
-            break
-        step = torch.zeros_like(residual)
-        for spec, square in zip(operators, direction, strict=True):
-            step += spec.delta_weight(square)
-        residual -= power / step.square().sum() * step
-        gradient = [spec.adjoint(residual) for spec in operators]
-        before = power
-        power = _energy(gradient)
-        direction = [new + power / before * old for new, old in zip(gradient, direction, strict=True)]
-    return min(1.0, residual.square().sum().item() / energy)
-
-
-def _energy(squares: Sequence[Tensor]) -> float:
-    return sum(square.square().sum().item() for square in squares)
 
 
 # -- a ledger ----------------------------------------------------------------------------------------------------------
@@ -210,40 +161,33 @@ class Row:
     """Side of M, or LoRA's rank."""
     spectrum: LayerSpectrum
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-class Spectra:
-    """The spectra of a ledger's or a checkpoint's layers. MoRA matrices are read when a layer's rows are asked for."""
-
-    def __init__(self, location: LedgerLocation, pattern: str = "*") -> None:
-        """`pattern`: shell-style, over module names. Raises `UserError` when it matches no layer (`--layers`)."""
-        self._ledger = location.open()
-        self._live: dict[str, Update] = {}
-        self._live_step = 0
-        adapter = live_adapter(location)
-        if location.checkpoint is not None and adapter is not None:
-            tensors = AdapterTensors.open(location.checkpoint, adapter)
-            self._live = {name: (entry.operator, tensors.square(name)) for name, entry in adapter.layers.items()}
-            self._live_step = adapter.step
-        known = list(dict.fromkeys([*modules_of(self._ledger), *self._live]))
-        if not known:
-            raise UserError(
-                f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint to see its live matrices"
-            )
-        self.modules = [module for module in known if fnmatchcase(module, pattern)]
-        if not self.modules:
-            raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
-
-    def rows(self, module: str, threshold: float = THRESHOLD, device: str = "cpu") -> Iterator[Row]:
-        """A layer's rows, one a cycle, of experts one after the other; computed on `device`."""
-        cycles = [cycle for cycle in range(self._ledger.cycles) if module in self._ledger.layers(cycle)]
-        origins = [(cycle, self._ledger.records[cycle].step, False) for cycle in cycles]
-        updates = list(self._ledger.squares_of(module))
-        if module in self._live:
-            origins.append((self._ledger.cycles, self._live_step, True))
-            updates.append(self._live[module])
+def spectra(
+    location: LedgerLocation, pattern: str = "*", threshold: float = THRESHOLD, device: str = "cpu"
+) -> Iterator[Row]:
+    """The rows of a ledger's or a checkpoint's layers whose names match the shell-style `pattern`: one a cycle, of
+    experts one after the other; computed on `device`, with the MoRA matrices of one layer in memory at a time. Raises
+    `UserError` when it matches no layer (`--layers`)."""
+    ledger = location.open()
+    adapter = live_adapter(location)
+    tensors = None
+    if location.checkpoint is not None and adapter is not None:
+        tensors = AdapterTensors.open(location.checkpoint, adapter)
+    known = list(dict.fromkeys([*modules_of(ledger), *(adapter.layers if adapter else ())]))
+    if not known:
+        raise UserError(
+            f"{location.ledger} has no cycles: nothing was merged yet; name a checkpoint to see its live matrices"
+        )
+    modules = [module for module in known if fnmatchcase(module, pattern)]
+    if not modules:
+        raise UserError(f"--layers {pattern!r} matches none of the {len(known)} layers.{nearest(pattern, known)}")
+    for module in tqdm(modules, unit="layer", disable=not sys.stderr.isatty()):
+        cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
+        origins = [(cycle, ledger.records[cycle].step, False) for cycle in cycles]
+        updates = list(ledger.squares_of(module))
+        if adapter is not None and tensors is not None and module in adapter.layers:
+            origins.append((ledger.cycles, adapter.step, True))
+            updates.append((adapter.layers[module].operator, tensors.square(module)))
         for spec, _ in updates:
             require_delta(module, spec)
         for name, history in histories(module, updates):
@@ -259,12 +203,14 @@ class Spectra:
 
 def spectrum_lines(rows: Sequence[Row], threshold: float) -> list[str]:
     """Tables of the layers after their last cycle, and of means over layers for each cycle."""
-    titles = ["rank", "of", f">{threshold:g}", "stable", "effective", "|delta|", "|sum|", "new span", "new reach"]
+    titles = ["rank", "of", f">{threshold:g}", "stable", "effective", "|delta|", "|sum|", "new span"]
     last = {row.module: row for row in rows}
     layers = [[name, _cycle(row), *_cells([row])] for name, row in last.items()]
+    by_cycle: dict[int, list[Row]] = {}  # not by step: a checkpoint that was saved at a merge is of two cycles' step
+    for row in sorted(rows, key=lambda row: row.cycle):
+        by_cycle.setdefault(row.cycle, []).append(row)
     cycles = [
-        [_cycle(members[0]), str(members[0].step), str(len(members)), *_cells(members)]
-        for members in _by_cycle(rows).values()
+        [_cycle(members[0]), str(members[0].step), str(len(members)), *_cells(members)] for members in by_cycle.values()
     ]
     live = "; *: the running cycle, not merged yet" if any(row.is_live for row in rows) else ""
     return [
@@ -272,17 +218,9 @@ def spectrum_lines(rows: Sequence[Row], threshold: float) -> list[str]:
         "",
         *table([["cycle", "step", "layers", *titles], *cycles]),
         "of the sum of deltas up to the cycle: numerical rank of min(d_in, d_out), singular values above the threshold,"
-        " stable and effective rank; |delta|: norm of the cycle's delta; new: share of its energy outside the span of "
-        "the earlier sum, outside all that the earlier operators can express" + live,
+        " stable and effective rank; |delta|: norm of the cycle's delta; new span: share of its energy outside the span"
+        " of the earlier sum" + live,
     ]
-
-
-def _by_cycle(rows: Sequence[Row]) -> dict[int, list[Row]]:
-    """Not by step: a checkpoint that was saved at a merge is of the step of two cycles."""
-    cycles: dict[int, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.cycle):
-        cycles.setdefault(row.cycle, []).append(row)
-    return cycles
 
 
 def _cycle(row: Row) -> str:
@@ -291,19 +229,14 @@ def _cycle(row: Row) -> str:
 
 def _cells(rows: Sequence[Row]) -> list[str]:
     """The means over `rows` of what a table shows."""
-    spectra = [row.spectrum for row in rows]
-    sums = [spectrum.cumulative for spectrum in spectra]
+    sums = [row.spectrum.cumulative for row in rows]
     ranks = [
-        mean(each.rank for each in sums),
+        mean(measures.rank for measures in sums),
         mean(min(row.d_in, row.d_out) for row in rows),
-        mean(each.above for each in sums),
-        mean(each.stable_rank for each in sums),
-        mean(each.effective_rank for each in sums),
+        mean(measures.above for measures in sums),
+        mean(measures.stable_rank for measures in sums),
+        mean(measures.effective_rank for measures in sums),
     ]
-    norms = [mean(each.newest.norm for each in spectra), mean(each.norm for each in sums)]
-    shares = [mean(each.outside_span for each in spectra), mean(each.outside_reach for each in spectra)]
-    return [
-        *(f"{value:.1f}" for value in ranks),
-        *(f"{value:.3e}" for value in norms),
-        *(f"{value:.3f}" for value in shares),
-    ]
+    norms = [mean(row.spectrum.newest.norm for row in rows), mean(measures.norm for measures in sums)]
+    outside_span = mean(row.spectrum.outside_span for row in rows)
+    return [*(f"{value:.1f}" for value in ranks), *(f"{value:.3e}" for value in norms), f"{outside_span:.3f}"]
