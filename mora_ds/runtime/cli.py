@@ -28,8 +28,12 @@ _WAIT_FOR_RANK_0_S = 8.0
 _WAIT_FOR_FAILED_RANK_S = 3.0
 """Launchers poll for ended ranks every second or more often."""
 
-_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""Messages of gloo when another rank has died or cannot be reached (torch 2.13, gloo/transport/tcp)."""
+_OF_GLOO = "gloo/transport/"
+"""Begins, with a file and a line, every message of gloo about a connection to another rank (gloo/common/logging.h)."""
+_OF_GLOO_DEVICE = "/device.cc"
+"""The file of those that are about this rank's own network interface."""
+_OF_STORE = ("DistNetworkError", "DistStoreError")
+"""Errors of the store by which ranks find each other; by name, as some programs start without torch."""
 
 
 def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
@@ -68,7 +72,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 def _fail(error: BaseException) -> NoReturn:
     signals.uninstall()  # the launcher's SIGTERM ends a rank that only waits to repeat rank 0's message
     expected = isinstance(error, (UserError, RunError))
-    if not expected and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_CONTACT):
+    if not expected and isinstance(error, RuntimeError) and _is_lost_contact(error):
         _lose_contact(error)
     if rank() != 0:  # an error of all ranks, as `Ranks` raises it, comes on rank 0 at the same time
         time.sleep(_WAIT_FOR_FAILED_RANK_S if getattr(error, "is_shared", False) else _WAIT_FOR_RANK_0_S)
@@ -80,6 +84,14 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, FailedBeside):
         leave(EXIT_FAILED_BESIDE)
     leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether another rank has died or cannot be reached."""
+    text = str(error)
+    if type(error).__name__ in _OF_STORE:
+        return "EADDRINUSE" not in text
+    return _OF_GLOO in text and _OF_GLOO_DEVICE not in text
 
 
 def _lose_contact(error: RuntimeError) -> NoReturn:

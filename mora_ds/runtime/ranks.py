@@ -211,7 +211,7 @@ class Ranks:
                 raise  # a rank has ended
             raise RunError(
                 f"{check}: not all ranks came within {limit:.0f} s (--collective_timeout_s); those that are missing "
-                "still do something else, or wait for a disk or a network"
+                "still do something else, wait for a disk or a network, or cannot be reached"
             ) from raised
         failed, most, least = highest.tolist()
         return not failed and most == -least

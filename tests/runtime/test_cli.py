@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError, DistStoreError
 
 from mora_ds.common.errors import RunError, Stopped, UserError
 from mora_ds.runtime import cli, signals
@@ -53,7 +54,9 @@ def shared(error: Exception) -> Exception:
     return error
 
 
-CLOSED = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
+TCP = "/pytorch/third_party/gloo/gloo/transport/tcp"
+CLOSED = f"[{TCP}/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
+LOST = "lost contact with another rank"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,16 @@ CLOSED = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]
         (Stopped("stopped at step 3"), 75, "stopped at step 3\n"),
         (UserError("mend --seed"), 2, "error: mend --seed\n"),
         (RunError("NaN loss"), 1, "error: NaN loss\n"),
-        (RuntimeError(CLOSED), 1, "lost contact with another rank"),
+        (RuntimeError(CLOSED), 1, LOST),
+        (RuntimeError(f"[{TCP}/pair.cc:488] Application timeout caused pair closure"), 1, LOST),
+        (RuntimeError(f"[{TCP}/pair.cc:510] Read error [10.77.0.2]:4242: Connection reset by peer"), 1, LOST),
+        (RuntimeError(f"[{TCP}/pair.cc:366] writev [10.77.0.2]:4242: No route to host"), 1, LOST),
+        (RuntimeError(f"[{TCP}/unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"), 1, LOST),
+        (RuntimeError(f"Gloo connectFullMesh failed with [{TCP}/pair.cc:144] no error"), 1, LOST),
+        (DistNetworkError("The client socket has timed out after 600000ms"), 1, LOST),
+        (DistStoreError("wait timeout after 20000ms, keys: /default_pg/0"), 1, LOST),
+        (DistNetworkError("code: -98, name: EADDRINUSE, message: address already in use"), 1, "Traceback"),
+        (RuntimeError(f"[{TCP}/device.cc:84] Unable to find address for: veth"), 1, "Traceback"),
         (RunError("Broken pipe"), 1, "error: Broken pipe\n"),
         (RuntimeError("of torch"), 1, "Traceback"),
         (KeyError("name"), 1, "Traceback"),

@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
 MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
 PORT = "29511"
 """Used by nothing else: the nodes have a separate network."""
+MISSED = ("lost contact with another rank", "not all ranks came within")
+"""What a rank says of another one that it cannot reach: in a collective of training, and at a check."""
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +64,27 @@ def start(how: str, nodes: tuple[Node, Node], folder: Path, flags: list[str]) ->
 
 def told(folder: Path) -> str:
     """What both nodes have printed."""
-    return "".join((folder / f"log{number}").read_text() for number in (0, 1))
+    return "".join(f"-- node {number}\n{(folder / f'log{number}').read_text()}" for number in (0, 1))
+
+
+def codes_of(processes: list[subprocess.Popen[str]], folder: Path, within_s: float) -> list[int]:
+    try:
+        return [process.wait(timeout=within_s) for process in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"a node goes on after {within_s} s:\n{told(folder)}")
 
 
 def finish(processes: list[subprocess.Popen[str]], folder: Path) -> None:
-    assert [process.wait(timeout=200) for process in processes] == [0, 0], told(folder)
+    assert codes_of(processes, folder, within_s=200) == [0, 0], told(folder)
 
 
-def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path, message: str) -> None:
+def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path) -> None:
     """A run that has lost a node must not wait for its half hour."""
     began = time.monotonic()
-    codes = [process.wait(timeout=90) for process in processes]
-    assert 0 not in codes and time.monotonic() - began < 60, told(folder)
-    assert message in told(folder)
+    codes = codes_of(processes, folder, within_s=90)
+    text = told(folder)
+    assert 0 not in codes and time.monotonic() - began < 60, text
+    assert any(message in text for message in MISSED), text
 
 
 @pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
@@ -113,7 +123,7 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
     processes = start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", "5000"])
     wait_for(out / "checkpoints" / "step-000004", processes)
     nodes[1].unplug()
-    assert_ends_soon(processes, tmp_path, "lost contact with another rank")
+    assert_ends_soon(processes, tmp_path)
     nodes[1].run("ip", "link", "set", INTERFACE, "up")
     step = max(step_of(folder) for folder in complete_checkpoints(out / "checkpoints"))
     finish(start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", str(step + 2)]), tmp_path)
@@ -125,7 +135,7 @@ def test_nodes_with_disks_of_their_own_are_refused(user: Playground, nodes: tupl
     out.mkdir()
     nodes[1].mount(out)
     processes = start("torchrun", nodes, tmp_path, user.flags(out, *MORE))
-    assert 0 not in [process.wait(timeout=200) for process in processes]
+    assert 0 not in codes_of(processes, tmp_path, within_s=200)
     assert f"--output_dir: {out} on " in told(tmp_path) and "is another folder than" in told(tmp_path)
     assert not any(out.iterdir())
 
