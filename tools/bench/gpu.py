@@ -21,7 +21,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +56,7 @@ from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import command_parser
 from mora_ds.train.run import Run
-from tools.bench.measuring import llama_config, only_rank
+from tools.bench.measuring import clock, llama_config, only_rank, zero3_config
 from tools.bench.report import Report, json_flag
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -239,18 +238,13 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
 
 def _seconds(work: Callable[[], object], options: argparse.Namespace) -> float:
     """Median of a call, after one that is not counted."""
+    now = clock(options.device)
     times = []
     for _ in range(3 if options.toy else 21):
-        started = _now(options.device)
+        started = now()
         work()
-        times.append(_now(options.device) - started)
+        times.append(now() - started)
     return median(times[1:])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
@@ -296,12 +290,7 @@ def _engine(options: argparse.Namespace, stage: int, config: MoRAConfig | None =
 
 
 def _settings(options: argparse.Namespace, stage: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": options.device.type == "cuda"},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-    }
+    return zero3_config(1, zero_optimization={"stage": stage}, bf16={"enabled": options.device.type == "cuda"})
 
 
 def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:

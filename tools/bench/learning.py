@@ -122,7 +122,12 @@ class Row:
 def main() -> None:
     options = _options()
     methods = Methods.read(options.methods_file)
-    methods.change(options.bf16, options.batch, options.compute, options.tasks, options.replay)
+    changes = {
+        "bf16": options.bf16 or None,
+        "per_device_train_batch_size": options.batch,
+        "eval_tasks": options.tasks,
+    }
+    methods.change(changes, options.compute, options.replay)
     if options.methods is None:
         options.methods = list(methods.methods)
     options.rates_of = methods.chosen(options.methods)

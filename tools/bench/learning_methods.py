@@ -56,17 +56,10 @@ class Methods:
                 raise UserError(f"{path}: {name}: replay is a share, from 0 to below 1")
         return found
 
-    def change(
-        self, bf16: bool, batch: int | None, compute: str | None, tasks: list[str] | None, replay: float | None
-    ) -> None:
-        """What replaces the file's own in all runs. `compute` is for methods with an operator, `replay` for those that
-        train. Raises `UserError` for a replay that is no share."""
-        if bf16:
-            self.settings["bf16"] = True
-        if batch is not None:
-            self.settings["per_device_train_batch_size"] = batch
-        if tasks is not None:
-            self.settings["eval_tasks"] = tasks
+    def change(self, settings: dict[str, Any], compute: str | None, replay: float | None) -> None:
+        """What replaces the file's own in all runs; None replaces nothing. `compute` is for methods with an operator,
+        `replay` for those that train. Raises `UserError` for a replay that is no share."""
+        self.settings.update({name: value for name, value in settings.items() if value is not None})
         if replay is not None:
             if not 0 <= replay < 1:
                 raise UserError(f"--replay {replay}: a share, from 0 to below 1")

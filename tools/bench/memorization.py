@@ -44,6 +44,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
+from tools.bench.measuring import zero3_config
 from tools.bench.report import Report, json_flag
 from tools.bench.trials import at_edge, run_all, run_alone
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
@@ -92,10 +93,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Of its folder; without what the base is, which has a folder of its own."""
-        return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self._facts())
-
-    def _facts(self) -> Iterator[Any]:
-        return (value for name, value in asdict(self).items() if name != "base")
+        return "-".join(str(value) for name, value in asdict(self).items() if name != "base")
 
 
 def main() -> None:
@@ -232,13 +230,13 @@ def _step(engine: zero.Engine, rows: Tensor, chosen: Sequence[int], micro_batch:
 
 
 def _ds_config(trial: Trial) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": trial.micro_batch,
-        "gradient_accumulation_steps": trial.batch // trial.micro_batch,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": trial.stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
-    }
+    return zero3_config(
+        trial.micro_batch,
+        gradient_accumulation_steps=trial.batch // trial.micro_batch,
+        gradient_clipping=1.0,
+        zero_optimization={"stage": trial.stage},
+        optimizer={"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
+    )
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
