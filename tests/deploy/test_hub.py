@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from unittest.mock import create_autospec
 
 import huggingface_hub
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from mora_ds.commands import export
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import contents, fake_run
 from tests.helpers.gloo import run_ranks
-from tests.helpers.hub import Hub, stand_in
 from tests.helpers.jobs import Playground, job, refusal
 from tests.helpers.mistakes import answer
 
@@ -23,83 +26,92 @@ TOKEN = "hf_SecretOfTheTest"
 REPOSITORY = "someone/model"
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with stand_in() as found:
-        turn_to(found.url, monkeypatch)
-        yield found
+NO_PERMISSION = OSError("401 Client Error: invalid username or password")
+NO_NETWORK = HTTPError("connection refused")
 
 
-def turn_to(url: str, patch: pytest.MonkeyPatch, is_offline: bool = False) -> None:
-    """Makes this process take `url` for the Hub, and a token of its own."""
-    patch.setenv("HF_TOKEN", TOKEN)
-    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
-    original = huggingface_hub.HfApi.__init__
+@contextmanager
+def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
+    """Within it this process has a token, and its uploads go to `folder`/REPOSITORY in place of the Hub, which may answer
+    everything with an error. Calls that huggingface_hub's own methods would not take fail."""
 
-    def at_the_stand_in(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{"endpoint": url, **kwargs})
+    def create_repo(api: HfApi, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        if error is not None:
+            raise error
+        assert private and exist_ok
+        return f"https://hub.test/{repo_id}"
 
-    patch.setattr(huggingface_hub.HfApi, "__init__", at_the_stand_in)
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        shutil.rmtree(folder / repo_id, ignore_errors=True)
+        shutil.copytree(folder_path, folder / repo_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        for method in (create_repo, upload_folder):
+            original = getattr(HfApi, method.__name__)
+            patch.setattr(HfApi, method.__name__, create_autospec(original, side_effect=method))
+        yield
 
 
-def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path, hub: Hub) -> None:
+def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path) -> None:
     run, merged = fake_run(tmp_path), tmp_path / "merged"
     flags = ["--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
-    assert answer(export.main, "mora-ds export", flags) == (0, "")
-    assert hub.private == {REPOSITORY: True}
-    assert hub.files[REPOSITORY] == contents(merged)
-    assert hub.tokens == {f"Bearer {TOKEN}"}
+    with uploads_to(tmp_path / "hub"):
+        assert answer(export.main, "mora-ds export", flags) == (0, "")
+    assert contents(tmp_path / "hub" / REPOSITORY) == contents(merged)
 
 
-def test_an_export_that_is_refused_stays_where_it_is(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [NO_PERMISSION, NO_NETWORK])
+def test_an_export_that_is_refused_stays_where_it_is(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, merged = fake_run(tmp_path), tmp_path / "merged"
-    hub.refuses = True
     words = ["mora-ds export", "--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
     monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(RunError, match="not uploaded") as failed:
+    with uploads_to(tmp_path / "hub", error), pytest.raises(RunError, match="not uploaded") as failed:
         export.main()
     assert f"hf upload {REPOSITORY} {merged}" in str(failed.value) and TOKEN not in str(failed.value)
     assert (merged / "model.safetensors").is_file()
 
 
-def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path, hub: Hub) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(f"the token {TOKEN} is refused")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-        with pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
-            push_folder(tmp_path, REPOSITORY)
+def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path) -> None:
+    error = OSError(f"the token {TOKEN} is refused")
+    with uploads_to(tmp_path, error), pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
+        push_folder(tmp_path, REPOSITORY)
     assert TOKEN not in str(failed.value) and failed.value.__cause__ is None
 
 
-def trained(url: str, is_offline: bool, argv: list[str]) -> tuple[dict[str, Any], str]:
-    """A run's summary, and what failed beside it. For `run_ranks`."""
-    with pytest.MonkeyPatch.context() as patch:
-        turn_to(url, patch, is_offline)
-        try:
-            return job(argv), ""
-        except FailedBeside as failure:
-            return {}, str(failure)
+def uploading_job(folder: Path, argv: list[str]) -> None:
+    """A run that uploads. For `run_ranks`."""
+    with uploads_to(folder):
+        job(argv)
 
 
-def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path, hub: Hub) -> None:
+def failing_job(is_offline: bool, argv: list[str]) -> str:
+    """What failed beside a run that the Hub refuses, or that has no network. For `run_ranks`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+        with nullcontext() if is_offline else uploads_to(Path(), NO_PERMISSION):
+            job(argv)
+    return str(failure.value)
+
+
+def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path) -> None:
     flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
-    run_ranks(1, trained, hub.url, False, flags)
-    adapter = hub.files.pop(REPOSITORY)
+    run_ranks(1, uploading_job, tmp_path / "hub", flags)
+    adapter = contents(tmp_path / "hub" / REPOSITORY)
     assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(adapter)
     assert json.loads(adapter["adapter.json"])["step"] == 2
-    run_ranks(1, trained, hub.url, False, [*flags, "--export_merged", "--overwrite_output_dir"])
-    assert hub.files[REPOSITORY] == contents(tmp_path / "out" / "merged")
+    run_ranks(1, uploading_job, tmp_path / "hub", [*flags, "--export_merged", "--overwrite_output_dir"])
+    assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out" / "merged")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
     assert REPOSITORY.encode() in written and TOKEN.encode() not in written
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, hub: Hub, is_offline: bool) -> None:
-    hub.refuses = True
+def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offline: bool) -> None:
     flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
-    ((_, failure),) = run_ranks(1, trained, hub.url, is_offline, flags)
+    (failure,) = run_ranks(1, failing_job, is_offline, flags)
     assert "--push_to_hub" in failure and "not uploaded" in failure
     assert "mora-ds convert adapter" in failure and TOKEN not in failure
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2

@@ -53,56 +53,49 @@ def die() -> None:
 # -- ways to die -----------------------------------------------------------------------------------------------------
 
 
-def before(owner: Any, name: str, nth: int = 1) -> None:
-    """Die when the n-th call begins."""
-    calls, original = itertools.count(1), getattr(owner, name)
+def at_call(
+    owner: Any, name: str, nth: int, begins: Install | None = None, has_ended: Callable[..., None] | None = None
+) -> None:
+    """Call `begins` when the n-th call of a function begins, and `has_ended` with its arguments when it has ended."""
+    original = getattr(owner, name)
+    calls = itertools.count(1)
 
     def patched(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == nth:
-            die()
-        return original(*args, **kwargs)
+        is_nth = next(calls) == nth
+        if is_nth and begins is not None:
+            begins()
+        result = original(*args, **kwargs)
+        if is_nth and has_ended is not None:
+            has_ended(*args, **kwargs)
+        return result
 
     setattr(owner, name, patched)
+
+
+def before(owner: Any, name: str, nth: int = 1) -> None:
+    """Die when the n-th call begins."""
+    at_call(owner, name, nth, begins=die)
 
 
 def after(owner: Any, name: str, nth: int = 1) -> None:
     """Die when the n-th call has ended."""
-    calls, original = itertools.count(1), getattr(owner, name)
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if next(calls) == nth:
-            die()
-        return result
-
-    setattr(owner, name, patched)
+    at_call(owner, name, nth, has_ended=lambda *args, **kwargs: die())
 
 
 def within(owner: Any, name: str, nth: int, install: Install) -> None:
     """`install` another death when the n-th call begins."""
-    calls, original = itertools.count(1), getattr(owner, name)
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == nth:
-            install()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, patched)
+    at_call(owner, name, nth, begins=install)
 
 
 def torn(owner: Any, name: str, path_of: Callable[..., Path], nth: int = 1) -> None:
     """Die in the middle of the n-th call, which writes the file that `path_of(*arguments)` names."""
-    calls, original = itertools.count(1), getattr(owner, name)
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if next(calls) == nth:
-            path = path_of(*args, **kwargs)
-            os.truncate(path, path.stat().st_size // 2)
-            die()
-        return result
+    def tear(*args: Any, **kwargs: Any) -> None:
+        path = path_of(*args, **kwargs)
+        os.truncate(path, path.stat().st_size // 2)
+        die()
 
-    setattr(owner, name, patched)
+    at_call(owner, name, nth, has_ended=tear)
 
 
 def half_deleted(folder_name: str) -> None:
