@@ -32,7 +32,7 @@ NO_NETWORK = HTTPError("connection refused")
 
 @contextmanager
 def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
-    """Within it this process has a token, and its uploads go to `folder`/REPOSITORY in place of the Hub, which may answer
+    """Within it this process has a token, and uploads go to `folder`/REPOSITORY in place of the Hub, which may answer
     everything with an error. Calls that huggingface_hub's own methods would not take fail."""
 
     def create_repo(api: HfApi, repo_id: str, *, private: bool, exist_ok: bool) -> str:
