@@ -31,7 +31,7 @@ LATEST = "latest"
 BEST = "best"
 
 ENGINE_TAG = "engine"
-"""DeepSpeed's name for the folder that it saves into."""
+"""The folder of the engine's shards."""
 LEDGER_FOLDER = "ledger"
 TOKENIZER_FOLDER = "tokenizer"
 ADAPTER_JSON = "adapter.json"

@@ -217,9 +217,6 @@ def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
     saved = shards.layout.world_size
     if world != saved:
         raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
-    if shards.layout.swapped:
-        yield f"shards: {len(shards.files)} file(s) of {saved} rank(s); what lies on NVMe only DeepSpeed can read"
-        return
     problems = []
     keys: set[str] = set()
     for name in shards.shapes:
@@ -273,8 +270,6 @@ def _agreement(checkpoint: _Checkpoint) -> Iterator[str]:
     path = checkpoint.folder / ADAPTER_TENSORS
     adapter = checkpoint.adapter
     shards = checkpoint.shards
-    if shards.layout.swapped:
-        return
     tensors = dict(checkpoint.tensors.items())
     for name in () if adapter.domains is None else adapter.domains.frozen:
         del tensors[name]  # no shard holds it: it is not trained

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mora_ds.checkpoint.async_save import Background, on_host
@@ -61,9 +60,7 @@ from mora_ds.runtime.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 _SMALL_FILES = 32 << 10
-"""Bytes of a rank's random state, layout and DeepSpeed config; tokenizer and JSON files take as much again, twice."""
-_FULL = 1 << 20
-"""Free bytes below which a failed write counts as one on a full disk."""
+"""Bytes of a rank's random state and its part of the layout; tokenizer and JSON files take as much again, twice."""
 
 Collect = Callable[[int], Callable[[Path], None]]
 """Called on every rank with the step, so that it may gather; returns a function that writes the result to a folder
@@ -107,7 +104,7 @@ class CheckpointWriter:
         self.wait()
         final = step_folder(self.root, state.step)
         beside = self.root / f".{final.name}{WRITING}"
-        with _removed_on_failure(beside), _disk_errors(self.root):
+        with _removed_on_failure(beside), files.disk_errors(self.root):
             if dist.get_rank() == 0:
                 settle(self.root)
                 self._name_unknown()
@@ -137,26 +134,27 @@ class CheckpointWriter:
 
     def _prepared(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
         """Gathers everything, for the background into copies in host memory; returns what writes it. No file is written
-        in between, where an error of one rank would leave the others waiting in DeepSpeed's collectives."""
-        pending: list[tuple[Path, Any]] = []
-        held = on_host if self._background is not None else (lambda content: content)
-        layout, shard = shard_writer.save_shards(
-            self.engine, beside, ENGINE_TAG, lambda path, content: pending.append((path, held(content)))
-        )
-        rng, write_extras, facts = _rng_states(), self.collect(state.step), asdict(state)
-        ranks = self._ranks if self._background is None else self._thread_ranks
+        in between, where an error of one rank would leave the others waiting in collectives."""
+        layout, shard, tensors = shard_writer.take(self.engine)
+        ranks = self._ranks
+        if self._background is not None:
+            tensors = on_host(tensors)
+            ranks = self._thread_ranks
+        rng = _rng_states()
+        write_extras = self.collect(state.step)
+        facts = asdict(state)
         shares: list[Any] = []  # of this rank; on rank 0 then those of all
 
         def write_own() -> None:
-            for path, content in pending:
-                shard_writer.write_now(path, content)
+            if shard is not None:
+                shard_writer.write_shard(beside / ENGINE_TAG / shard.file, tensors)
             write_extras(beside)
 
         def hash_own() -> None:
-            shares.append(_Share.of(beside, [path for path, _ in pending], shard, rng))
+            shares.append(_Share.of(beside, shard, rng))
 
         def together(what: str, task: Callable[[], None]) -> None:
-            ranks.agree(f"checkpoint {self._named_root / final.name}, {what}", _disk_errors(self.root)(task))
+            ranks.agree(f"checkpoint {self._named_root / final.name}, {what}", files.disk_errors(self.root)(task))
 
         def work() -> None:
             with _removed_on_failure(beside):
@@ -211,11 +209,13 @@ class _Share(NamedTuple):
     rng: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, beside: Path, written: list[Path], shard: RankShard | None, rng: dict[str, Tensor]) -> _Share:
+    def of(cls, beside: Path, shard: RankShard | None, rng: dict[str, Tensor]) -> _Share:
         """To be called when rank 0 has linked the ledger into `beside`."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
-        own = [path for path in written if path.is_file()] + ledger[dist.get_rank() :: dist.get_world_size()]
-        return cls(files.record(beside, own), shard, {kind: state.numpy() for kind, state in rng.items()})
+        hashed = ledger[dist.get_rank() :: dist.get_world_size()]
+        if shard is not None:
+            hashed.append(beside / ENGINE_TAG / shard.file)
+        return cls(files.record(beside, hashed), shard, {kind: state.numpy() for kind, state in rng.items()})
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
@@ -248,24 +248,11 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
 
 
 @contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    """As `files.disk_errors`, also for torch and safetensors, which report a full disk as other errors."""
-    try:
-        with files.disk_errors(root):
-            yield
-    except (RuntimeError, SafetensorError) as error:
-        full = "No space left" in str(error) or (root.exists() and shutil.disk_usage(root).free < _FULL)
-        if full and not isinstance(error, RunError):
-            raise RunError(f"the disk that holds {root} is full: {str(error).splitlines()[0]}") from error
-        raise
-
-
-@contextmanager
 def _removed_on_failure(beside: Path) -> Iterator[None]:
     """Deletes the incomplete checkpoint `beside` where writing it fails: it would keep a full disk full."""
     try:
         yield
-    except (RuntimeError, SafetensorError):
+    except Exception:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 

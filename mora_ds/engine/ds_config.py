@@ -313,8 +313,14 @@ def _zero(config: dict[str, Any]) -> list[str]:
     # The default replaces torch's F.linear everywhere and saves the inputs of frozen layers.
     zero.setdefault("memory_efficient_linear", False)
     zero.update({key: zero.get(key, AUTO) for key in _BUCKET_KEYS})
-    if stage == 0 and at(zero, "offload_optimizer.device") not in (None, "none"):
+    offload = at(zero, "offload_optimizer.device")
+    if stage == 0 and offload not in (None, "none"):
         problems.append("zero_optimization.offload_optimizer needs stage 1, 2 or 3")
+    if offload == "nvme":
+        problems.append(
+            'zero_optimization.offload_optimizer.device = "nvme": MoRA matrices and their moments fit in host memory: '
+            'use "cpu"'
+        )
     if config.get("gradient_allreduce_op") not in (None, "mean"):
         problems.append('gradient_allreduce_op must stay "mean": the loss is an average over tokens')
     if config.get("managed_gradient_accumulation") not in (None, True):

@@ -115,6 +115,7 @@ REFUSED: dict[str, str] = {
     "zero_optimization.offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
     "zero_optimization.cpu_offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.offload_optimizer.super_offload": "it steps in a process whose Adam's state no merge can reset",
     "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
     "zero_optimization.round_robin_gradients": "it puts the masters in another order than a merge reads them in",
     "optimizer.params.adam_lr": 'with Muon, "lr" is the learning rate of AdamW and "muon_lr" that of the MoRA matrices',
@@ -129,7 +130,6 @@ REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
     "zero_optimization.zero_quantized_gradients": "stage 3 refuses it",
     "zero_optimization.offload_optimizer.ratio": "Muon's momentum can only be offloaded completely",
-    "zero_optimization.offload_optimizer.super_offload": "it steps on its own Adam",
 }
 """Settings that are refused with Muon, likewise."""
 

@@ -93,8 +93,6 @@ def _muon(config: dict[str, Any]) -> list[str]:
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):
         problems.append(f'optimizer.params.ns_method must be "gram" or "standard", got {json.dumps(method)}')
-    if at(zero, "offload_optimizer.device") == "nvme":
-        problems.append('zero_optimization.offload_optimizer.device = "nvme" has not been tried with Muon: use "cpu"')
     if zero.get("compute_grad_norm") is False:
         problems.append("zero_optimization.compute_grad_norm must stay true with Muon, which is clipped by it")
     return problems + [problem for path, value, why in wanted for problem in fill(config, path, value, why)]

@@ -185,12 +185,10 @@ def check_splittable(
     config: dict[str, Any], degree: int, base_bits: int | None = None, base_on_host: bool = False
 ) -> None:
     """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
-    zero_settings = config["zero_optimization"]
-    nvme = (zero_settings.get("offload_optimizer") or {}).get("device") == "nvme"
+    stage = config["zero_optimization"]["stage"]
     check_tensor_parallel(
-        degree, zero_stage=zero_settings["stage"], nvme=nvme, muon=uses_muon(config), base_bits=base_bits,
-        streams_base=base_on_host,
-    )  # fmt: skip
+        degree, zero_stage=stage, muon=uses_muon(config), base_bits=base_bits, streams_base=base_on_host
+    )
 
 
 def check_second_copies(config: dict[str, Any], world: int, degree: int = 1) -> None:

@@ -106,8 +106,8 @@ def free_quickly(parameter: Any) -> None:
     def free(
         param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, free_data: bool = True
     ) -> None:
-        gathered = parameter.ds_status is ZeroParamStatus.AVAILABLE and parameter.ds_tensor.final_location is None
-        if gathered and param_list is None and free_data and not has_been_updated:
+        is_gathered = parameter.ds_status is ZeroParamStatus.AVAILABLE
+        if is_gathered and param_list is None and free_data and not has_been_updated:
             free_param(parameter)
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         else:

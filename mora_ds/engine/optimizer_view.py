@@ -63,10 +63,6 @@ class OptimizerView:
 
     sharded: ClassVar[bool] = False
     """Whether each process holds a part of the masters; else each holds all of them."""
-    masters_path: ClassVar[tuple[str, ...]]
-    """Keys that lead to the masters within the file that DeepSpeed writes of the optimizer."""
-    state_path: ClassVar[tuple[str, ...]]
-    """Keys that lead to the state of the optimizer, likewise."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
@@ -76,27 +72,19 @@ class OptimizerView:
         raise NotImplementedError
 
     def flats(self, group: int | None = None) -> Iterator[Flat]:
-        """The masters of this process, of one parameter group or of all, in the order in which DeepSpeed saves them."""
+        """The masters of this process, of one parameter group or of all."""
         for index, master, spans in self._masters():
             if group in (None, index):
-                yield self._flat(index, master, spans)
+                state = self.engine.basic_optimizer.state[master]
+                yield Flat(index, master, state, spans, self._state_spans(index, spans))
 
     def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
         """(parameter group, master, what it holds)"""
         raise NotImplementedError
 
-    def _flat(self, group: int, master: Tensor, spans: list[Span]) -> Flat:
-        state = self.engine.basic_optimizer.state[master]
-        return Flat(group, master, state, spans, self._state_spans(group, spans))
-
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
         del group
         return spans
-
-    def values(self, group: int) -> Iterator[Tensor]:
-        """The masters of a parameter group. Padding in them is zero."""
-        for flat in self.flats(group):
-            yield flat.master
 
     def master_of(self, parameter: nn.Parameter) -> Tensor:
         """A view of one parameter's master, where every process holds all masters. Raises `KeyError`."""
@@ -161,8 +149,6 @@ class Stage3View(OptimizerView):
     """
 
     sharded = True
-    masters_path = ("optimizer_state_dict", "fp32_flat_groups")
-    state_path = ("optimizer_state_dict", "optimizer_state_dict")
 
     def groups(self) -> list[list[nn.Parameter]]:
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
@@ -170,36 +156,21 @@ class Stage3View(OptimizerView):
             groups[self.optimizer.sub_group_to_group_id[index]] += parameters
         return groups
 
-    def flats(self, group: int | None = None) -> Iterator[Flat]:
-        """Masters on NVMe are read, and written back."""
+    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
         optimizer = self.optimizer
         for index, parameters in enumerate(optimizer.fp16_groups):
-            owner = optimizer.sub_group_to_group_id[index]
-            if group not in (None, owner):
-                continue
             sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
             offsets = accumulate(sizes, initial=0)
             spans = [self._span(parameter, offset) for parameter, offset in zip(parameters, offsets, strict=False)]
             master = optimizer.fp32_partitioned_groups_flat[index]
-            swapped = optimizer._swappable_optimizer_subgroup(index)
-            if swapped:
-                optimizer._optimizer_states_and_gradient_swap_in(index)
-            elif sum(sizes) != master.numel():
+            if sum(sizes) != master.numel():
                 raise RunError(f"ZeRO-3 has laid out sub-group {index} in another way than mora_ds knows")
-            yield self._flat(owner, master, spans)
-            if swapped:
-                optimizer._optimizer_states_and_gradient_swap_out(index)
+            yield optimizer.sub_group_to_group_id[index], master, spans
 
     def _span(self, parameter: Any, offset: int) -> Span:
         size = parameter.ds_tensor.ds_numel
         start = min(self.optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
         return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
-
-    def values(self, group: int) -> Iterator[Tensor]:
-        """Without the padding: stage 3 leaves whatever was in that memory."""
-        for flat in self.flats(group):
-            for span in flat.spans:
-                yield flat.master.narrow(0, span.offset, span.numel)
 
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
         shard, span = self.compute_copy(parameter)
@@ -224,13 +195,21 @@ class Stage3View(OptimizerView):
         yield
         self.optimizer.checkpoint_event_epilogue()  # drops second copies, gathers the persistent parameters again
 
+    @torch.no_grad()
+    def repair(self) -> None:
+        """Where the number of processes does not divide a parameter, stage 3 leaves in the last master whatever was in
+        that memory (`torch.empty`): zero it, so that equal runs write equal files."""
+        for flat in self.flats():
+            is_padding = torch.ones_like(flat.master, dtype=torch.bool)
+            for span in flat.spans:
+                is_padding[span.offset : span.offset + span.numel] = False
+            flat.master.masked_fill_(is_padding, 0)
+
 
 class _MappedView(OptimizerView):
     """Optimizers that note on each parameter which fragment of it this process holds (utils/tensor_fragment.py)."""
 
     sharded = True
-    masters_path = ("optimizer_state_dict", "single_partition_of_fp32_groups")
-    state_path = ("optimizer_state_dict", "base_optimizer_state")
     masters_name: ClassVar[str]
 
     def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
@@ -281,8 +260,6 @@ class BF16View(_MappedView):
 class _HalfView(OptimizerView):
     """Low precision without ZeRO: every process holds all masters."""
 
-    state_path = ("optimizer", "optimizer_state_dict")
-
     def groups(self) -> list[list[nn.Parameter]]:
         return self.optimizer.fp16_groups
 
@@ -311,8 +288,6 @@ class _HalfView(OptimizerView):
 class UnfusedView(_HalfView):
     """One master a parameter, deepspeed/runtime/fp16/unfused_optimizer.py."""
 
-    masters_path = ("optimizer", "fp32_groups")
-
     def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
         return _one_by_one(self.groups(), self.optimizer.fp32_groups)
 
@@ -323,8 +298,6 @@ class UnfusedView(_HalfView):
 class FusedView(_HalfView):
     """One master a parameter group, deepspeed/runtime/fp16/fused_optimizer.py."""
 
-    masters_path = ("optimizer", "fp32_groups_flat")
-
     def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
         for index, (parameters, master) in enumerate(zip(self.groups(), self.optimizer.fp32_groups_flat, strict=True)):
             yield index, master, _one_after_the_other(parameters)
@@ -332,9 +305,6 @@ class FusedView(_HalfView):
 
 class TorchView(OptimizerView):
     """fp32 without ZeRO: the torch optimizer steps on the parameters themselves."""
-
-    masters_path = ("module",)
-    state_path = ("optimizer",)
 
     def groups(self) -> list[list[nn.Parameter]]:
         return [group["params"] for group in self.optimizer.param_groups]

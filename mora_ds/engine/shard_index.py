@@ -50,14 +50,8 @@ class Layout:
     stage: int
     optimizer: str
     """Class name of the torch optimizer, such as AdamW."""
-    masters: list[str]
-    """Keys that lead to the flat fp32 masters within a rank's file."""
-    state: list[str]
-    """Keys that lead to the optimizer's `state_dict`."""
     groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
-    swapped: bool
-    """Whether masters and state were on NVMe: then they are in files that only DeepSpeed reads."""
     settings: list[dict[str, Any]]
     """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
     counters: dict[str, int]
@@ -148,8 +142,7 @@ class ShardIndex:
         if len(files) != layout.writers:
             raise UserError(f"{path}: it lists {len(files)} files of {layout.writers} ranks")
         index = cls(layout, files, parts, moments)
-        if not layout.swapped:
-            index._check_whole(folder)
+        index._check_whole(folder)
         return index
 
     def write(self, folder: Path) -> None:

@@ -1,17 +1,16 @@
 """Reads the shards of a checkpoint, whatever the number of processes that wrote them. Needs no DeepSpeed.
 
     engine/layouts.safetensors    which part of which parameter lies where in the shards of all ranks (`shard_index`)
-    engine/*_optim_states.pt      fp32 masters and optimizer state, flat (DeepSpeed's, a pickle)
+    engine/rank-*.safetensors     "<number>.master", "<number>.<key>": each flat fp32 master, and what the optimizer
+                                  keeps for it: moments of its length, counts without a dimension
 
 `EngineShards.read(name, key, start, numel)` assembles any range of a complete parameter: its fp32 master, or any tensor
-of its optimizer state. The files are memory-mapped, so that only what is asked for is read, and are read as plain data
-(`pickled`).
+of its optimizer state. Only what is asked for is read from a file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,78 +22,60 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import malformed
 from mora_ds.common.untrusted import FileName, shown, typed
-from mora_ds.engine.pickled import load_pickled
-from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, OFFSET, RANK, START, ShardIndex
+from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, RANK, START, ShardIndex
+from mora_ds.models.tensor_files import open_safetensors
 
 MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
+
+NUMBERS = (torch.int64, torch.float64)
+"""Dtypes of values without a dimension that were plain numbers, and no tensors, when they were written."""
+
+
+def tensor_name(flat: int, key: str) -> str:
+    """What the master of flat tensor number `flat`, or its optimizer state `key`, is called in a rank's file."""
+    return f"{flat}.{key}"
 
 
 class _Shard:
     """The file of one rank, opened when it is first read."""
 
-    def __init__(self, folder: Path, index: ShardIndex, rank: int) -> None:
-        self.path, self.layout = folder / index.files[rank], index.layout
-        self._parts = index.parts[index.parts[:, RANK] == rank]
-        self._moments = index.moments[index.moments[:, RANK] == rank]
-        self._names = list(index.shapes)
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     @cached_property
-    def _content(self) -> Any:
-        return load_pickled(self.path)
+    def _handle(self) -> Any:
+        return open_safetensors(self.path)
 
-    def _at(self, keys: list[str]) -> Any:
-        value = self._content
-        with malformed(self.path):
-            for key in keys:
-                value = value[key]
-        return value
+    @cached_property
+    def _shapes(self) -> dict[int, dict[str, list[int]]]:
+        """Number of a flat tensor -> key of its master and of its state -> shape."""
+        shapes: dict[int, dict[str, list[int]]] = {}
+        for name in self._handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            with malformed(self.path):
+                number, _, key = name.partition(".")
+                keys = shapes.setdefault(int(number), {})
+                keys[typed(FileName, key, "a key of the optimizer's state")] = self._handle.get_slice(name).get_shape()
+        return shapes
 
-    def _name(self, flat: int) -> str:
-        """The name of the first parameter in a flat tensor."""
-        with malformed(self.path):
-            return self._names[self._parts[self._parts[:, FLAT] == flat][0, NAME]]
+    def moments(self, flat: int) -> list[str]:
+        """Keys of the state that has a value for every element."""
+        return [key for key, shape in self._shapes.get(flat, {}).items() if shape and key != MASTER]
 
-    def master(self, flat: int) -> Tensor:
-        """A complete flat tensor, one-dimensional."""
-        masters = self._at(self.layout.masters)
-        with malformed(self.path):
-            if isinstance(masters, dict):  # without ZeRO in fp32: the module's own parameters, by name
-                master = masters[self._name(flat)]
-            else:
-                master = list(_flattened(masters))[flat]
-        if not isinstance(master, Tensor):
-            raise UserError(f"{self.path}: master {flat} must be a tensor, got {shown(master)}")
-        return master.reshape(-1)
+    def counts(self, flat: int) -> dict[str, Any]:
+        """The rest of the state, such as the step count: a tensor, or the number that it was when it was written."""
+        counts = {}
+        for key, shape in self._shapes.get(flat, {}).items():
+            if not shape:
+                value = self._handle.get_tensor(tensor_name(flat, key))
+                counts[key] = value.item() if value.dtype in NUMBERS else value.clone()  # the file is mapped once
+        return counts
 
-    def state(self, flat: int) -> dict[str, Any]:
-        """Everything that the optimizer keeps for a flat tensor. Raises `UserError` naming the file."""
-        state = self._at(self.layout.state)
-        with malformed(self.path):
-            states = state if isinstance(state, list) else state["state"]
-            values = states[flat] if flat in range(len(states)) else {}
-        for key, value in typed(dict[FileName, Any], values, f"{self.path}: state").items():
-            if not isinstance(value, (Tensor, int, float)):
-                raise UserError(f"{self.path}: {key} of the optimizer's state is {shown(value)}")
-        return values
-
-    def moments(self, flat: int) -> dict[str, Tensor]:
-        """The part of the state that has a value for every element, one-dimensional."""
-        rows = self._moments[self._moments[:, FLAT] == flat]
-        least = int((rows[:, OFFSET] + rows[:, NUMEL]).max()) if len(rows) else 1
-        return {
-            key: value.reshape(-1)
-            for key, value in self.state(flat).items()
-            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() >= least
-        }
-
-
-def _flattened(tensors: Any) -> Iterator[Tensor]:
-    for each in tensors:
-        if isinstance(each, (list, tuple)):
-            yield from _flattened(each)
-        else:
-            yield each
+    def read(self, flat: int, key: str, start: int, stop: int) -> Tensor | None:
+        """Elements [start, stop) of a master or moment; fewer where it ends earlier, None where there is none."""
+        if len(self._shapes.get(flat, {}).get(key, ())) != 1:
+            return None
+        return self._handle.get_slice(tensor_name(flat, key))[start:stop]
 
 
 class EngineShards:
@@ -124,7 +105,7 @@ class EngineShards:
 
     def _shard(self, rank: int) -> _Shard:
         if rank not in self._shards:
-            self._shards[rank] = _Shard(self.folder, self._index, rank)
+            self._shards[rank] = _Shard(self.folder / self._index.files[rank])
         return self._shards[rank]
 
     def _rows(self, name: str, is_master: bool, start: int = 0, numel: int | None = None) -> np.ndarray:
@@ -140,22 +121,19 @@ class EngineShards:
         """Keys of the optimizer state that has a value for every element of a parameter, such as exp_avg; as the shards
         of these elements have them."""
         row = self._rows(name, False, start, numel)[0]
-        return list(self._shard(int(row[RANK])).moments(int(row[FLAT])))
+        return self._shard(int(row[RANK])).moments(int(row[FLAT]))
 
     def scalars(self, name: str, start: int = 0, numel: int | None = None) -> dict[str, Any]:
         """The rest of the state of a parameter, such as step: one value each. Raises `UserError` if the shards of these
         elements differ."""
         first: dict[str, Any] | None = None
         for row in self._rows(name, True, start, numel):
-            shard, index = self._shard(int(row[RANK])), int(row[FLAT])
-            moments = shard.moments(index)
-            values = {key: value for key, value in shard.state(index).items() if key not in moments}
-            with malformed(shard.path):
-                is_same = first is None or _equal(values, first)
-            if not is_same:
-                raise UserError(f"{shard.path}: {name} has {shown(values)}, another rank's shard {shown(first)}")
-            first = values
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in (first or {}).items()}
+            shard = self._shard(int(row[RANK]))
+            counts = shard.counts(int(row[FLAT]))
+            if first is not None and counts != first:
+                raise UserError(f"{shard.path}: {name} has {shown(counts)}, another rank's shard {shown(first)}")
+            first = counts
+        return first or {}
 
     def group_step(self, group: int) -> int | None:
         """The step count of optimizers that keep it with the parameter group (DeepSpeed's FusedAdam)."""
@@ -180,25 +158,19 @@ class EngineShards:
         whole: Tensor | None = None
         for _, begin, size, rank, flat, offset in (complete[:1] if len(complete) else rows).tolist():
             shard = self._shard(rank)
-            source = shard.master(flat) if key == MASTER else shard.moments(flat).get(key)
-            if source is None:
+            first = max(start, begin)
+            last = max(first, min(end, begin + size))
+            values = shard.read(flat, key, offset + first - begin, offset + last - begin)
+            if values is None:
                 raise UserError(f"{shard.path} has no {key} of {name}")
-            if source.numel() < offset + size:
+            if len(values) < last - first:
                 raise UserError(f"{shard.path} is incomplete: {key} of {name}")
             if whole is None:
-                whole = torch.empty(end - start, dtype=source.dtype)
-            first, last = max(start, begin), min(end, begin + size)
-            if first < last:
-                whole[first - start : last - start] = source.narrow(0, offset + first - begin, last - first)
+                whole = torch.empty(end - start, dtype=values.dtype)
+            whole[first - start : last - start] = values
         assert whole is not None, "every parameter has a part"
         return whole
 
     def whole(self, name: str, key: str) -> Tensor:
         """A complete master or moment in the parameter's shape."""
         return self.read(name, key).view(self.shapes[name])
-
-
-def _equal(values: dict[str, Any], others: dict[str, Any]) -> bool:
-    return values.keys() == others.keys() and all(
-        bool(torch.as_tensor(values[key] == others[key]).all()) for key in values
-    )

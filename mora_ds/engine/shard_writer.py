@@ -1,36 +1,30 @@
-"""The shards of a checkpoint: written through DeepSpeed's `save_checkpoint`, and restored into an engine.
+"""The shards of a checkpoint: taken from an engine, written, and restored into one.
 
-    save_shards     DeepSpeed's own files, through a checkpoint engine of ours; returns what lies where in them
+    take            the tensors that this process writes of an engine, and what lies where in them
+    write_shard     its file
     restore         masters, low-precision copies, optimizer state and counters of this process, from shards that any
                     number of processes have written at any ZeRO stage (`shard_reader.EngineShards`)
 
-Both go by `OptimizerView.flats`: which part of which parameter lies where in the tensors that the optimizer steps on.
-DeepSpeed's own `load_checkpoint` unpickles without limits, and serves the same number of processes only; it is used for
-a state that lies on NVMe alone, and gets its files through `ShardWriter.load`. Written against DeepSpeed 0.19.8;
-tests/checkpoint/test_elastic.py fails where an upgrade lays something out in another way.
+All go by `OptimizerView.flats`: which part of which parameter lies where in the tensors that the optimizer steps on.
+DeepSpeed's own `save_checkpoint` is not used: it writes pickles, which serve the same number of processes only. Written
+against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays something out in another way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
-from mora_ds.engine.ds_keys import masked
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
-from mora_ds.engine.pickled import load_pickled
 from mora_ds.engine.shard_index import Layout, Part, RankShard
-from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.engine.shard_reader import MASTER, NUMBERS, EngineShards, tensor_name
+from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.parallel.topology import share_of
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -89,35 +83,15 @@ def _layout(engine: zero.Engine) -> Layout:
     shapes = _shapes(engine)
     return Layout(
         world_size=dist.get_world_size(),
-        writers=dist.get_world_size() if engine.save_zero_checkpoint else 1,
+        writers=dist.get_world_size() if view.sharded else 1,
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
-        masters=list(view.masters_path),
-        state=list(view.state_path),
         groups=[{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()],
-        swapped=bool(engine.zero_nvme_offload_optimizer()),
         settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
         transposed=sorted(_transposed(engine)),
     )
-
-
-def _shard(engine: zero.Engine, layout: Layout) -> RankShard | None:
-    """What this process has written; None on those that write no shard."""
-    if dist.get_rank() >= layout.writers:
-        return None
-    names = _names(engine)
-    skipped = duplicates(engine)
-
-    def own(spans: list[Span]) -> list[Part]:
-        return [part for part in _parts(spans, names) if part.name not in skipped]
-
-    flats = [] if layout.swapped else list(view_of(engine).flats())
-    name = engine._get_zero_ckpt_name("", "") if engine.save_zero_checkpoint else engine._get_ckpt_name("", "")
-    masters = [own(flat.spans) for flat in flats]
-    moments = [own(flat.state_spans) for flat in flats]
-    return RankShard.of(layout, dist.get_rank(), Path(name).name, masters, moments)
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
@@ -131,71 +105,42 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
-_MODEL_FILE = "_model_states.pt"
-"""The end of the name that engine.py, `_get_ckpt_name`, gives to the file of the module."""
-
-
-class ShardWriter(CheckpointEngine):
-    """What DeepSpeed's `save_checkpoint` hands its files to (runtime/checkpoint_engine/checkpoint_engine.py).
-
-    Parameters that follow from the optimizer's masters are left out: 2 to 4 bytes an element that nobody reads. So is
-    the second file of each rank under ZeRO-3, in which nothing else is left (engine.py, `_save_checkpoint`), but for a
-    state on NVMe, with which DeepSpeed reads it again. `write` gets a path and what is to be in it, which it may keep:
-    tensors are DeepSpeed's own, not copies.
-    """
-
-    def __init__(self, engine: zero.Engine, write: Callable[[Path, Any], None]) -> None:
-        super().__init__()
-        has_masters = engine.optimizer is not engine.basic_optimizer
-        self._left_out = {name for name, _ in engine.module.named_parameters()} if has_masters else set()
-        self._unread = None if engine.zero_nvme_offload_optimizer() or not engine.save_zero_checkpoint else _MODEL_FILE
-        self._write = write
-
-    def create(self, info: CheckpointCommitInfo) -> None:
-        del info
-
-    def save(self, state_dict: Any, path: str) -> None:
-        if self._unread is not None and path.endswith(self._unread):
-            return
-        module = state_dict.get("module")
-        if module is not None:
-            kept = {name: tensor for name, tensor in module.items() if name not in self._left_out}
-            state_dict = {**state_dict, "module": kept}
-        if "ds_config" in state_dict:  # nobody reads it, and a checkpoint is passed on
-            state_dict = {**state_dict, "ds_config": masked(state_dict["ds_config"])}
-        self._write(Path(path), state_dict)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """For a state on NVMe: DeepSpeed gets its own classes back, and nothing else that could run."""
-        del map_location
-        return load_pickled(Path(path), [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum])
-
-    def commit(self, info: CheckpointCommitInfo) -> bool:
-        del info
-        return True
-
-
-def write_now(path: Path, content: Any) -> None:
-    """Write a file of DeepSpeed's before the call returns."""
-    torch.save(content, path)
-
-
-def save_shards(
-    engine: zero.Engine, folder: Path, tag: str, write: Callable[[Path, Any], None] = write_now
-) -> tuple[Layout, RankShard | None]:
-    """Save DeepSpeed's files in `folder/tag`, each through `write`. Collective. Returns what goes into the table of all
-    ranks (`shard_index.ShardIndex`) in the same folder; without a shard on a process that writes none."""
-    own = engine.checkpoint_engine
-    engine.checkpoint_engine = ShardWriter(engine, write)
-    try:
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    finally:
-        engine.checkpoint_engine = own
-    if dist.get_rank() == 0:
-        for script in folder.glob("zero_to_*.py"):  # DeepSpeed's, for models whose weights are in the shards
-            script.unlink()
+def take(engine: zero.Engine) -> tuple[Layout, RankShard | None, dict[str, Tensor]]:
+    """(what all ranks have in common, where the parts of this rank lie in its file, that file's tensors); no shard and
+    no tensors on a process that writes none. The tensors are the engine's own, not copies."""
     layout = _layout(engine)
-    return layout, _shard(engine, layout)
+    if dist.get_rank() >= layout.writers:
+        return layout, None, {}
+    flats = list(view_of(engine).flats())
+    tensors: dict[str, Tensor] = {}
+    for number, flat in enumerate(flats):
+        tensors[tensor_name(number, MASTER)] = flat.master.detach().view(-1)
+        for key in sorted(flat.state):  # whatever order they were set in: the same state is the same file
+            tensors[tensor_name(number, key)] = _as_tensor(flat.state[key])
+    names = _names(engine)
+    skipped = duplicates(engine)
+
+    def written(spans: list[Span]) -> list[Part]:
+        return [part for part in _parts(spans, names) if part.name not in skipped]
+
+    masters = [written(flat.spans) for flat in flats]
+    moments = [written(flat.state_spans) for flat in flats]
+    file = f"rank-{dist.get_rank():05d}.safetensors"
+    return layout, RankShard.of(layout, dist.get_rank(), file, masters, moments), tensors
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Moments flat, step counts without a dimension; plain numbers in a dtype by which a reader knows them."""
+    if isinstance(value, Tensor):
+        return value.detach().view(-1) if value.dim() else value.detach()
+    whole, fraction = NUMBERS
+    return torch.tensor(value, dtype=whole if isinstance(value, int) else fraction)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the file of one rank, atomically. Raises `RunError` on a full disk."""
+    path.parent.mkdir(exist_ok=True)
+    write_safetensors_atomic(path, tensors, {})
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -209,9 +154,6 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
     _check(engine, shards)
-    if shards.layout.swapped:
-        _restore_swapped(engine, shards)
-        return
     view, names, transposed = view_of(engine), _names(engine), _transposed(engine)
     with view.unsharded_writes():
         for flat in view.flats():
@@ -229,21 +171,6 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     for name, number in shards.layout.scaler.items():
         if hasattr(view.loss_scaler, name):
             setattr(view.loss_scaler, name, number)
-
-
-def _restore_swapped(engine: zero.Engine, shards: EngineShards) -> None:
-    """DeepSpeed has saved files of its own for a state on NVMe (engine.py, `save_checkpoint`) and loads them itself."""
-    if shards.layout.world_size != dist.get_world_size():
-        raise UserError(
-            f"{shards.folder}: a run with its optimizer on NVMe (offload_optimizer in --deepspeed) can only be resumed "
-            f"with as many processes as saved it: {shards.layout.world_size}"
-        )
-    own = engine.checkpoint_engine
-    engine.checkpoint_engine = ShardWriter(engine, write_now)
-    try:
-        engine.load_checkpoint(str(shards.folder.parent), tag=shards.folder.name, load_module_strict=False)
-    finally:
-        engine.checkpoint_engine = own
 
 
 def _check(engine: zero.Engine, shards: EngineShards) -> None:

@@ -34,7 +34,6 @@ def tensor_parallel_problems(
     experts: bool = False,
     muon: bool = False,
     zero_stage: int = 3,
-    nvme: bool = False,
     streams_base: bool = False,
 ) -> Iterator[str]:
     """One message for each setting that --tensor_parallel_size `degree` does not go with; none at a degree of 1.
@@ -52,7 +51,6 @@ def tensor_parallel_problems(
         "splits linear layers, and --target_modules names experts: leave it at 1": experts,
         f"and {SEQUENCE} {sequence}: use one of them": sequence > 1,
         "needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
-        'has not been tried with an optimizer on NVMe: set offload_optimizer to "cpu", or leave it out': nvme,
     }
     yield from (f"{flag} {limit}" for limit, holds in limits.items() if holds)
     limits = {

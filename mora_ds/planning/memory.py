@@ -74,7 +74,7 @@ class Trained:
 
     @property
     def offloads(self) -> bool:
-        return (self.zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
+        return (self.zero.get("offload_optimizer") or {}).get("device") == "cpu"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     """No shard is written before a step has been done since its save, the last one's apart: a save that waited for the
     disk would wait for ever. (shards that were written beside training, summary)."""
-    write, after_step, save = shard_writer.write_now, Trainer._after_step, checkpoints.CheckpointWriter.save
+    write, after_step, save = shard_writer.write_shard, Trainer._after_step, checkpoints.CheckpointWriter.save
     stepped, beside = threading.Event(), 0
 
     def slowly(path: Path, content: Any) -> None:
@@ -80,7 +80,7 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
         stepped.set()
         after_step(trainer)
 
-    shard_writer.write_now, Trainer._after_step = slowly, step  # type: ignore[method-assign]
+    shard_writer.write_shard, Trainer._after_step = slowly, step  # type: ignore[method-assign]
     checkpoints.CheckpointWriter.save = counted  # type: ignore[method-assign]
     summary = job(argv)
     return beside, summary
@@ -110,7 +110,7 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
 
 def failing_job(argv: list[str]) -> tuple[str, str]:
     """The disk of rank 1 is full from the second checkpoint on."""
-    write, written = shard_writer.write_now, []
+    write, written = shard_writer.write_shard, []
 
     def fail(path: Path, content: Any) -> None:
         written.append(path)
@@ -118,7 +118,7 @@ def failing_job(argv: list[str]) -> tuple[str, str]:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    shard_writer.write_now = fail
+    shard_writer.write_shard = fail
     kind, message = refused(argv)
     assert not any("step-000006" in str(path) for path in written), "the next save is the boundary"
     return kind, message
@@ -139,14 +139,14 @@ def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(us
 
 def hanging_job(argv: list[str]) -> tuple[str, str]:
     """The disk of rank 1 does not answer from the second checkpoint on."""
-    write = shard_writer.write_now
+    write = shard_writer.write_shard
 
     def hang(path: Path, content: Any) -> None:
         if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
             threading.Event().wait()
         write(path, content)
 
-    shard_writer.write_now = hang
+    shard_writer.write_shard = hang
     return refused(argv)
 
 

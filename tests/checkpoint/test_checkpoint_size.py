@@ -19,7 +19,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 CONSTANT = 60 << 10
-"""Bytes, for two ranks and 19 tensors: random states, layouts, DeepSpeed's config, JSON, the probe's logits."""
+"""Bytes, for two ranks and 19 tensors: random states, layouts, JSON, the probe's logits."""
 
 
 def sizes(folder: str) -> dict[str, tuple[int, int]]:

@@ -42,7 +42,7 @@ KINDS = (
     "adapter.json", "adapter.safetensors", "base.json", "probe.safetensors", "trainer_state.json", "manifest.json",
     "rng.safetensors", "ledger/ledger.json", "ledger/cycle-00001.safetensors",
     "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-    "engine/layouts.safetensors", *(f"engine/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)),
+    "engine/layouts.safetensors", *(f"engine/rank-{rank:05d}.safetensors" for rank in (0, 1)),
 )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ Complete runs: `test_elastic_runs`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from mora_ds.common.errors import UserError
 from mora_ds.engine import shard_reader, shard_writer, zero
 from mora_ds.engine.optimizer_view import view_of
-from mora_ds.engine.pickled import STAND_INS
 from mora_ds.engine.shard_index import ShardIndex
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
@@ -167,13 +165,13 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
 def opened_while_restored(folder: str) -> list[list[str]]:
     """The files that this rank opens for each kind of shards, at the size that wrote them."""
     opened: list[str] = []
-    load = shard_reader.load_pickled
+    load = shard_reader.open_safetensors
 
     def watch(path: Path) -> Any:
         opened.append(path.name)
         return load(path)
 
-    shard_reader.load_pickled = watch
+    shard_reader.open_safetensors = watch
     found = []
     for combination in COMBINATIONS:
         index = ShardIndex.read(place(folder, combination) / "engine")
@@ -188,8 +186,7 @@ def opened_while_restored(folder: str) -> list[list[str]]:
 def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any]]) -> None:
     for rank, found in enumerate(run_ranks(2, opened_while_restored, saved[0])):
         for combination, files in zip(COMBINATIONS, found, strict=True):
-            assert len(files) == 1, (combination, files)
-            assert f"rank_{rank if combination[0] else 0}_" in files[0] or combination[0] == 0, (combination, files)
+            assert files == [f"rank-{rank if combination[0] else 0:05d}.safetensors"], combination
 
 
 def deepspeeds_own_state(root: str) -> list[str]:
@@ -213,47 +210,7 @@ def test_deepspeed_finds_the_state(tmp_path: Path) -> None:
     assert run_ranks(2, deepspeeds_own_state, str(tmp_path)) == [[], []]
 
 
-def by_deepspeed(folder: str) -> list[bool]:
-    """The path for a state on NVMe, without NVMe: DeepSpeed's own load, its files read as plain data. With NVMe none of
-    its files is left out."""
-    shard_writer._MODEL_FILE = "no file has this name"
-    same = []
-    for combination in ((1, "float32"), (3, "float16")):
-        engine = trained(combination)
-        place_ = Path(folder) / str(combination[0])
-        save_engine(engine, place_)
-        if dist.get_rank() == 0:
-            index = ShardIndex.read(place_ / "engine")
-            replace(index, layout=replace(index.layout, swapped=True)).write(place_ / "engine")
-        dist.barrier()
-        again = restored(combination, place_)
-        ours, theirs = zero.full_fp32(engine, engine.module.first), zero.full_fp32(again, again.module.first)
-        same.append(torch.equal(ours, theirs) and scale_of(engine) == scale_of(again))
-    return same
-
-
-def at_another_size(folder: str) -> str:
-    try:
-        restored((3, "float16"), Path(folder) / "3")
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_what_only_deepspeed_can_load_is_loaded_as_plain_data(tmp_path: Path) -> None:
-    assert run_ranks(2, by_deepspeed, str(tmp_path)) == [[True, True]] * 2
-    assert "with as many processes as saved it: 2" in run_ranks(1, at_another_size, str(tmp_path))[0]
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
-
-
-def test_the_stand_ins_are_all_that_deepspeed_pickles(saved: tuple[str, dict[Combination, Any]]) -> None:
-    allowed = {name for _, name in STAND_INS}
-    found: set[str] = set()
-    for path in Path(saved[0]).rglob("*.pt"):
-        found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    assert found == allowed, "pickled.STAND_INS: DeepSpeed pickles other classes now"
 
 
 def refused_by_model(folder: str) -> str:

@@ -118,11 +118,10 @@ def another_tensor(folder: Path) -> None:
     change_json(folder / "adapter.json", lambda adapter: adapter["trainables"].append("another.weight"))
 
 
-def changed_shard(folder: Path, change: Callable[[Any], None]) -> None:
-    path = next((folder / "engine").glob("*pp_rank_1*optim_states.pt"))
-    content = torch.load(path, weights_only=False)  # written by this test's own run
-    change(content["optimizer_state_dict"])
-    torch.save(content, path)
+def changed_shard(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    path = folder / "engine" / "rank-00001.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name])}, path)
 
 
 def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -130,18 +129,6 @@ def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) 
     with safe_open(path, "pt") as handle:
         metadata, rows = handle.metadata(), handle.get_tensor("parts")
     save_file({"parts": change(rows).contiguous()}, path, metadata)
-
-
-def poison(state: Any) -> None:
-    state["optimizer_state_dict"]["state"][0]["exp_avg"][3] = float("nan")
-
-
-def shorten(state: Any) -> None:
-    state["fp32_flat_groups"][0] = state["fp32_flat_groups"][0][:-40].clone()
-
-
-def count_on(state: Any) -> None:
-    state["optimizer_state_dict"]["state"][0]["step"] += 1
 
 
 DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
@@ -157,13 +144,13 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no random state", lambda folder: save_file({"cuda": torch.zeros(2, 1)}, folder / "rng.safetensors"), "no random"),
     ("no probe", lambda folder: (folder / "probe.safetensors").unlink(), "probe.safetensors is missing"),
     ("another tensor", another_tensor, "do not hold the same tensors, e.g. another.weight"),
-    ("a moment", lambda folder: changed_shard(folder, poison), "exp_avg of"),
-    ("a short shard", lambda folder: changed_shard(folder, shorten), "is incomplete"),
-    ("a count", lambda folder: changed_shard(folder, count_on), "another rank's shard"),
+    ("a moment", lambda folder: changed_shard(folder, "0.exp_avg", lambda moment: moment * torch.nan), "exp_avg of"),
+    ("a short shard", lambda folder: changed_shard(folder, "0.master", lambda flat: flat[:-40].clone()), "incomplete"),
+    ("a count", lambda folder: changed_shard(folder, "0.step", lambda step: step + 1), "another rank's shard"),
     ("a part", lambda folder: changed_table(folder, lambda rows: rows[:-1]), "do not hold all of"),
     ("a part twice", lambda folder: changed_table(folder, lambda rows: torch.cat([rows, rows[:1]])), "element once"),
     ("a parameter", lambda folder: changed_table(folder, lambda rows: rows + 10**6), "engine: a shard holds"),
-    ("a pickle", lambda folder: torch.save(Path, next((folder / "engine").glob("*1_mp*optim*"))), "as plain data"),
+    ("a pickle", lambda folder: torch.save(Path, folder / "engine" / "rank-00001.safetensors"), "rank-00001"),
 ]  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch.utils._pytree import tree_leaves
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
@@ -28,12 +27,7 @@ from tests.helpers.jobs import Playground, job, refused
 def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (not a mapping)
-                    yield path, handle.get_tensor(name)
-        elif path.suffix == ".pt":
-            loaded = torch.load(path, map_location="cpu", weights_only=False)  # DeepSpeed's, written a moment ago
-            yield from ((path, leaf) for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor))
+            yield from ((path, tensor) for tensor in load_file(path).values())
 
 
 @pytest.mark.gloo
@@ -136,7 +130,6 @@ def careless_job(argv: list[str]) -> tuple[str, str]:
 
 @pytest.mark.gloo
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, disk: Path) -> None:
-    """Whoever writes first, DeepSpeed, torch or safetensors: none of them says so in the same way."""
     out = disk / "out"
     for ballast in range(2):
         (disk / f"ballast-{ballast}").write_bytes(bytes(7_000))

@@ -49,7 +49,6 @@ def test_the_flags_fill_the_config() -> None:
         ({"zero_optimization": {"save_muon_momentum_buffer_in_memory": True}}, "momentum at zero"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, 'use "cpu"'),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
             "can only be offloaded completely",

@@ -55,7 +55,6 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
     [
         ("AVAILABLE", None, {}, True),
         ("AVAILABLE", None, {"hierarchy": 3}, True),
-        ("AVAILABLE", "nvme", {}, False),
         ("NOT_AVAILABLE", None, {}, False),
         ("AVAILABLE", None, {"param_list": ["x"]}, False),
         ("AVAILABLE", None, {"has_been_updated": True}, False),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
@@ -38,37 +38,39 @@ def flat_of(parts: list[Part], plus: float) -> Tensor:
     return flat
 
 
-def contents(rank: int, step: Any = 3) -> dict[str, Any]:
-    flats = LAYOUTS[rank]
-    state = {
-        index: {"step": step, "exp_avg": flat_of(parts, 0.25).double(), "exp_avg_sq": flat_of(parts, 0.5)}
-        for index, parts in enumerate(flats)
-    }
-    masters = [flat_of(flats[0], 0), [flat_of(flats[1], 0).view(4, 4)]]  # nested, as ZeRO-1 in bf16 keeps them
-    return {"optimizer": {"masters": masters, "state": {"state": state}}}
+def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
+    """The tensors in a rank's file; `step` as it counts the steps of both flat tensors."""
+    tensors = {}
+    for number, parts in enumerate(LAYOUTS[rank]):
+        tensors |= {
+            f"{number}.master": flat_of(parts, 0),
+            f"{number}.exp_avg": flat_of(parts, 0.25).double(),
+            f"{number}.exp_avg_sq": flat_of(parts, 0.5),
+            f"{number}.step": torch.as_tensor(step).clone(),
+        }
+    return tensors
 
 
 def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
-        "world_size": 2, "writers": 2, "stage": 1, "optimizer": "AdamW", "masters": ["optimizer", "masters"],
-        "state": ["optimizer", "state"], "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
-        "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}], "swapped": False, "counters": {}, "scaler": {},
-        "transposed": [],
+        "world_size": 2, "writers": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
+        "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}], "transposed": [],
+        "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}],
     }  # fmt: skip
     return Layout(**{**facts, **more})
 
 
 def index_of(common: Layout, shards: list[list[list[Part]]], moments: list[list[Part]] | None = None) -> ShardIndex:
     """The table of ranks with `shards`, the optimizer's state of each as `moments` say."""
-    rows = [RankShard.of(common, n, f"{n}.pt", flats, moments or flats) for n, flats in enumerate(shards)]
+    rows = [RankShard.of(common, n, f"{n}.st", flats, moments or flats) for n, flats in enumerate(shards)]
     return ShardIndex.of(common, rows)
 
 
-def write(folder: Path, *files: Any, **more: Any) -> ShardIndex:
+def write(folder: Path, *files: dict[str, Tensor], **more: Any) -> ShardIndex:
     """The shards of both ranks and their table."""
     folder.mkdir(exist_ok=True)
     for rank, content in enumerate(files or (contents(0), contents(1))):
-        torch.save(content, folder / f"{rank}.pt")
+        save_file(content, folder / f"{rank}.st")
     index = index_of(layout(**more), LAYOUTS)
     index.write(folder)
     return index
@@ -78,7 +80,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
     write(tmp_path)
     shards = EngineShards.open(tmp_path)
     assert shards.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
-    assert shards.files == [tmp_path / "0.pt", tmp_path / "1.pt"]
+    assert shards.files == [tmp_path / "0.st", tmp_path / "1.st"]
     for name, values in VALUES.items():
         for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
             for start in range(len(values)):
@@ -106,46 +108,43 @@ def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytes
     """Where both ranks hold the same elements, the preferred one's file is read."""
     flats = [[Part("a", 0, 12, 0), Part("b", 0, 5, 12)], [Part("c", 0, 4, 0)]]
     for rank in range(2):
-        both = {"exp_avg": torch.full((17,), float(rank)), "step": 1}
-        torch.save({"optimizer": {"state": [both, dict(both)]}}, tmp_path / f"{rank}.pt")
+        values = torch.full((17,), float(rank))
+        save_file({"0.exp_avg": values, "1.exp_avg": values.clone()}, tmp_path / f"{rank}.st")
     index = index_of(layout(), LAYOUTS, flats)
-    opened, load = list[str](), shard_reader.load_pickled
-    monkeypatch.setattr(shard_reader, "load_pickled", lambda path: opened.append(path.name) or load(path))
+    opened, open_file = list[str](), shard_reader.open_safetensors
+    monkeypatch.setattr(shard_reader, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
     for rank in range(2):
         shards = EngineShards(tmp_path, index, rank)
         opened.clear()
         assert shards.read("a", "exp_avg").tolist() == [float(rank)] * 12
         assert shards.read("b", "exp_avg", 1, 2).tolist() == [float(rank)] * 2
-        assert shards.keys("a") == ["exp_avg"] and opened == [f"{rank}.pt"]
+        assert shards.keys("a") == ["exp_avg"] and opened == [f"{rank}.st"]
 
 
 def without_zero(folder: Path) -> EngineShards:
-    """One rank's file with each parameter by its name; the first has stepped once, the others four times."""
+    """One rank's file with a flat tensor for each parameter; the first has stepped once, the others four times."""
     flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
-    masters = {name: values.view(SHAPES[name]) for name, values in VALUES.items()}
-    state = [
-        {"exp_avg": masters[name] + 1, "step": torch.tensor(4.0 if number else 1.0)}
-        for number, name in enumerate(masters)
-    ]
-    torch.save({"module": masters, "optimizer": {"state": {"state": state}}}, folder / "0.pt")
-    index_of(layout(writers=1, masters=["module"]), [flats]).write(folder)
+    tensors = {}
+    for number, values in enumerate(VALUES.values()):
+        tensors |= {
+            f"{number}.master": values,
+            f"{number}.exp_avg": values + 1,
+            f"{number}.step": torch.tensor(4.0 if number else 1.0),
+        }
+    save_file(tensors, folder / "0.st")
+    index_of(layout(writers=1), [flats]).write(folder)
     return EngineShards.open(folder)
 
 
-def test_masters_by_name_are_those_of_runs_without_zero(tmp_path: Path) -> None:
+def test_a_count_that_was_read_is_a_copy(tmp_path: Path) -> None:
     shards = without_zero(tmp_path)
-    for name, values in VALUES.items():
-        assert shards.read(name, MASTER, 1, 2).tolist() == values[1:3].tolist()
-        assert torch.equal(shards.whole(name, "exp_avg"), values.view(SHAPES[name]) + 1)
     first, again = (shards.scalars("b")["step"] for _ in range(2))
     first += 1
-    assert again == 4 and shards.scalars("b")["step"] == 4, "a copy"
+    assert again == 4 and shards.scalars("b")["step"] == 4
 
 
 def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
-    fresh = [contents(rank) for rank in range(2)]
-    for content in fresh:
-        content["optimizer"]["state"]["state"] = {}
+    fresh = [{name: tensor for name, tensor in contents(rank).items() if "master" in name} for rank in range(2)]
     write(tmp_path, *fresh)
     shards = EngineShards.open(tmp_path)
     assert shards.keys("a") == [] and shards.scalars("a") == {}
@@ -153,41 +152,32 @@ def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
-    def broken(change: Any) -> EngineShards:
-        content = contents(1)
-        change(content["optimizer"])
+    def broken(remove: str = "", **changes: Tensor) -> EngineShards:
+        """The second rank's file without the first flat tensor's `remove`, or with other values of it."""
+        content = {**contents(1), **{f"0.{key}": value for key, value in changes.items()}}
+        content.pop(f"0.{remove}", None)
         write(tmp_path, contents(0), content)
         return EngineShards.open(tmp_path)
 
-    def state_of(optimizer: Any) -> Any:
-        return optimizer["state"]["state"][0]
-
     with pytest.raises(UserError, match="the shards do not hold d"):
-        broken(lambda optimizer: None).read("d", MASTER)
-    shards = broken(lambda optimizer: state_of(optimizer).pop("exp_avg"))
-    with pytest.raises(UserError, match=r"1.pt has no exp_avg of a"):
+        broken().read("d", MASTER)
+    shards = broken("exp_avg")
+    with pytest.raises(UserError, match=r"1.st has no exp_avg of a"):
         shards.read("a", "exp_avg")
     assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
     assert shards.keys("a") == ["exp_avg", "exp_avg_sq"] and shards.keys("a", 7, 1) == ["exp_avg_sq"]
-    shards = broken(lambda optimizer: optimizer.update(masters=[torch.zeros(12), torch.zeros(3)]))
-    with pytest.raises(UserError, match=r"1.pt is incomplete: master of a"):
+    with pytest.raises(UserError, match=r"1.st has no master of b"):
+        broken("master").read("b", MASTER)
+    shards = broken(master=torch.zeros(12))
+    with pytest.raises(UserError, match=r"1.st is incomplete: master of a"):
         shards.read("a", MASTER)
-    assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0] and shards.read("c", MASTER, 3, 1).tolist() == [0]
-    shards = broken(lambda optimizer: state_of(optimizer).update(step=4))
-    with pytest.raises(UserError, match=r"1.pt: a has {'step': 4}, another rank's shard {'step': 3}"):
+    assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0] and shards.read("c", MASTER, 3, 1).tolist() == [303]
+    shards = broken(step=torch.tensor(4))
+    with pytest.raises(UserError, match=r"1.st: a has {'step': 4}, another rank's shard {'step': 3}"):
         shards.scalars("a")
     assert shards.scalars("a", 0, 7) == {"step": 3} and shards.scalars("a", 7, 2) == {"step": 4}
-    shards = broken(lambda optimizer: state_of(optimizer).pop("step"))
-    with pytest.raises(UserError, match=r"1.pt: a has {}, another rank's shard {'step': 3}"):
-        shards.scalars("a")
-    with pytest.raises(UserError, match=r"1.pt: step of the optimizer's state is 'three'"):
-        broken(lambda optimizer: state_of(optimizer).update(step="three")).scalars("b", 2)
-    with pytest.raises(UserError, match=r"1.pt: master 0 must be a tensor, got 5"):
-        broken(lambda optimizer: optimizer.update(masters=[5, torch.zeros(4)])).read("b", MASTER)
-    with pytest.raises(UserError, match=r"1.pt is damaged"):
-        broken(lambda optimizer: optimizer.pop("masters")).read("b", MASTER)
-    shards = broken(lambda optimizer: state_of(optimizer).update(norms=torch.ones(12)))
-    assert "norms" not in shards.keys("b", 2) and "norms" in shards.scalars("b", 2), "fewer values than elements"
+    with pytest.raises(UserError, match=r"1.st: a has {}, another rank's shard {'step': 3}"):
+        broken("step").scalars("a")
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -234,50 +224,12 @@ def test_a_count_keeps_its_kind(tmp_path: Path) -> None:
 
 
 def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path) -> None:
-    content = contents(1)
-    content["optimizer"]["state"]["state"][1]["step"] = 9
-    other = contents(0)
-    other["optimizer"]["state"]["state"][1]["step"] = 9
-    write(tmp_path, other, content)
+    write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
     with pytest.raises(UserError, match="a and c are one tensor here, with different state there"):
         restored(EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)])
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
-
-
-def writer(masters: bool, sharded: bool = True, nvme: bool = False) -> tuple[Any, list[Any]]:
-    written: list[Any] = []
-    basic = object()
-    engine: Any = SimpleNamespace(
-        optimizer=object() if masters else basic, basic_optimizer=basic, module=torch.nn.Linear(2, 2),
-        save_zero_checkpoint=sharded, zero_nvme_offload_optimizer=lambda: nvme,
-    )  # fmt: skip
-    return shard_writer.ShardWriter(engine, lambda path, content: written.append((path, content))), written
-
-
-def test_parameters_that_follow_from_masters_and_secrets_are_left_out() -> None:
-    """And so is the second file of each rank where nothing reads it."""
-    given = {"module": {"weight": 1, "bias": 2, "buffer": 3}, "ds_config": {"wandb": {"api_key": "secret"}}, "x": 4}
-    before = {**given, "module": dict(given["module"])}  # type: ignore[arg-type]
-    for masters, sharded, nvme, kept in (
-        (True, True, False, None),
-        (True, True, True, {"buffer": 3}),
-        (True, False, False, {"buffer": 3}),
-        (False, False, False, given["module"]),
-    ):
-        made, written = writer(masters, sharded, nvme)
-        made.save(given, "folder/mp_rank_00_model_states.pt")
-        if kept is None:
-            assert not written
-            continue
-        ((path, content),) = written
-        assert path == Path("folder/mp_rank_00_model_states.pt") and content["module"] == kept and content["x"] == 4
-        assert "secret" not in str(content)
-    made, written = writer(True)
-    made.save({"x": 1, "ds_config": {}}, "folder/rank_0_optim_states.pt")
-    assert written == [(Path("folder/rank_0_optim_states.pt"), {"x": 1, "ds_config": {}})]
-    assert given == before, "DeepSpeed's own dictionary stays as it is"
 
 
 def test_settings_of_a_group_are_those_that_json_holds() -> None:

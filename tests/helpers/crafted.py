@@ -1,9 +1,8 @@
-"""A whole checkpoint made without training, with pickled shards, for tests that change its files and reseal them."""
+"""A whole checkpoint made without training, for tests that change its files and reseal them."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mora_ds.engine.shard_index import INDEX_FILE, Layout, Part, RankShard, Shar
 from mora_ds.remora.ledger import _link
 from tests.helpers.exports import FakeRun, fake_run
 
-SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+SHARD = "rank-00000.safetensors"
 
 
 def whole_checkpoint(folder: Path) -> FakeRun:
@@ -41,12 +40,11 @@ def _write_engine(checkpoint: Path) -> None:
         parts.append(Part(name, 0, tensor.numel(), offset))
         offset += tensor.numel()
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": flat * 0, "exp_avg_sq": flat * 0}}}
+    state = {"0.exp_avg": torch.zeros_like(flat), "0.exp_avg_sq": torch.zeros_like(flat), "0.step": torch.tensor(3.0)}
     (checkpoint / "engine").mkdir()
-    torch.save({"optimizer_state_dict": {"masters": [flat], "state": optimizer}}, checkpoint / "engine" / SHARD)
+    save_file({"0.master": flat, **state}, checkpoint / "engine" / SHARD)
     layout = Layout(
-        world_size=1, writers=1, stage=2, optimizer="AdamW", masters=["optimizer_state_dict", "masters"],
-        state=["optimizer_state_dict", "state"], swapped=False, scaler={}, transposed=[],
+        world_size=1, writers=1, stage=2, optimizer="AdamW", scaler={}, transposed=[],
         groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
         settings=[{"lr": 0.1}], counters={"global_steps": 7},
     )  # fmt: skip
@@ -97,9 +95,3 @@ def change_header(path: Path, change: Any) -> None:
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def rewrite_pickle(path: Path, change: Any) -> None:
-    """Applies `change` to the content of a file of torch.save."""
-    content = torch.load(path, weights_only=False)
-    torch.save(change(content), path, pickle_module=pickle)

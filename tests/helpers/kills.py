@@ -219,7 +219,7 @@ MOMENTS: dict[str, Moment] = {
     ),
     "engine_shard_half_written": Moment(
         lambda: within(
-            writer.CheckpointWriter, "save", 3, lambda: torn(shard_writer, "write_now", lambda path, content: path)
+            writer.CheckpointWriter, "save", 3, lambda: torn(shard_writer, "write_shard", lambda path, tensors: path)
         ),
         Passes.ALL,
     ),

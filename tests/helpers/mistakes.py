@@ -69,7 +69,7 @@ def deepspeed_files(folder: Path) -> None:
         "bucket": {"reduce_bucket_size": "large"},
         "stage": {"stage": "3"},
         "device": {"offload_optimizer": {"device": "disk"}},
-        "nvme": {"offload_optimizer": {"device": "nvme", "nvme_path": 7}},
+        "nvme": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
         "hpz": {"zero_hpz_partition_size": "two"},
         "hpz_4": {"stage": 3, "zero_hpz_partition_size": 4},
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,13 +51,11 @@ def test_consecutive_ranks_are_a_group() -> None:
         assert "this process has groups of 2 already" in found["other"]
 
 
-def engine_facts(folder: str) -> list[str]:
+def engine_facts() -> list[str]:
     engine, _, _ = start(CASE, 2, said_by_config=True)
     square = engine.module.model.layers[0].self_attn.q_proj.square
     norm = engine.module.model.layers[0].input_layernorm.weight
-    engine.save_checkpoint(folder, tag="tag", save_latest=False)
     rank = dist.get_rank()
-    ours = f"zero_pp_rank_{rank // 2}_mp_rank_{rank % 2:02d}_optim_states.pt"
     facts = {
         "no mpu.initialize_sequence_parallel": not hasattr(groups, "initialize_sequence_parallel"),
         "is_model_parallel_parameter": is_model_parallel_parameter(square) and not is_model_parallel_parameter(norm),
@@ -69,13 +66,12 @@ def engine_facts(folder: str) -> list[str]:
         "squares are partitioned over the replicas": dist.get_world_size(square.ds_process_group) == 2,
         "a rank's share of a square": square.ds_numel == 8 * 16 and square.ds_tensor.numel() == 64,
         "AutoTP is off": engine.autotp_size() in (0, 1),
-        "names of checkpoint files": (Path(folder) / "tag" / ours).is_file(),
         "one rank of a group saves the norms": bool(duplicates(engine)) == (rank % 2 == 1),
     }
     return [name for name, holds in facts.items() if not holds]
 
 
 @pytest.mark.gloo
-def test_what_an_engine_makes_of_it(tmp_path: Path) -> None:
-    for wrong in run_ranks(4, engine_facts, str(tmp_path)):
+def test_what_an_engine_makes_of_it() -> None:
+    for wrong in run_ranks(4, engine_facts):
         assert wrong == [], f"no longer so in DeepSpeed {version('deepspeed')}: {wrong}"

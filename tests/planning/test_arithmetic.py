@@ -75,10 +75,9 @@ def test_what_a_rank_holds_at_each_stage(
 
 
 def test_where_else_states_of_the_optimizer_are() -> None:
-    for device in ("cpu", "nvme"):
-        memory = rank_memory(0, 0, 0, STEP, trained(2, zero={"offload_optimizer": {"device": device}}), GATHERED)
-        assert (memory.masters, memory.moments, memory.gradients, memory.optimizer_step) == (0, 0, 0, 0)
-        assert memory.host_optimizer == 172 + 344 + 172 and memory.merge == 0
+    memory = rank_memory(0, 0, 0, STEP, trained(2, zero={"offload_optimizer": {"device": "cpu"}}), GATHERED)
+    assert (memory.masters, memory.moments, memory.gradients, memory.optimizer_step) == (0, 0, 0, 0)
+    assert memory.host_optimizer == 172 + 344 + 172 and memory.merge == 0
     assert rank_memory(0, 0, 0, STEP, trained(0, bytes_each=4), GATHERED).masters == 0, "parameters are their own"
     half = trained(2, config={"data_types": {"grad_accum_dtype": "bf16"}})
     assert rank_memory(0, 0, 0, STEP, half, GATHERED).gradients == 86

@@ -36,7 +36,7 @@ def slow_job(argv: list[str], rank: int) -> dict[str, Any]:
     if dist.get_rank() == rank:
         for name in SLOW:
             setattr(Trainer, name, delayed(getattr(Trainer, name)))
-        shard_writer.write_now = delayed(shard_writer.write_now)
+        shard_writer.write_shard = delayed(shard_writer.write_shard)
     return job(argv)
 
 

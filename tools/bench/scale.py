@@ -244,7 +244,7 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
 
 
 def _renamed(name: str, own: int, rank: int) -> str:
-    return name.replace(f"pp_rank_{own}_", f"pp_rank_{rank}_")
+    return name.replace(f"rank-{own:05d}", f"rank-{rank:05d}")
 
 
 def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int) -> RankShard:
