@@ -57,7 +57,7 @@ class Part(ABC):
 
 @dataclass(frozen=True)
 class FilePart(Part):
-    """A file of text, JSON, Parquet or Arrow."""
+    """A file of text, JSON lines or Parquet."""
 
     path: Path
     text_column: str

@@ -1,13 +1,12 @@
 """Reads one file as documents and checks them on the way: every error names the file and the line or row.
 
     .txt .md ...   one document a file, handed on in chunks of about a million characters where it is long
-    .jsonl .json   one object a line, or one array of objects; the document is the object's text field
+    .jsonl .json   one object a line; the document is the object's text field
     .parquet       one document a row
-    .arrow         one document a row (stream or file format, so also what `datasets` writes)
-    .gz .zst       compressed text and JSON
+    .gz .zst       compressed text and JSON lines
 
-No more than one chunk, line or record batch is in memory at a time, except for a `.json` array, which is parsed at
-once. What cannot be read in chunks has a size limit: `LINE_BYTES`, `ARRAY_BYTES`.
+No more than one chunk, line or record batch is in memory at a time. A line cannot be read in chunks and has a size
+limit, `LINE_BYTES`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.ipc
 import pyarrow.parquet
 
 from mora_ds.common.errors import UserError, nearest
@@ -38,9 +36,6 @@ BATCH_CHARACTERS = 1 << 18
 
 LINE_BYTES = 32 << 20
 """Longest JSON line. Tokenising takes about 200 times its size in memory, in every process that does."""
-
-ARRAY_BYTES = 2 << 30
-"""Largest JSON array, uncompressed."""
 
 _READ_BYTES = 1 << 20
 _ROWS_PER_BATCH = 1024
@@ -102,7 +97,6 @@ class FileKind(str, Enum):
     TEXT = "text"
     JSON = "json"
     PARQUET = "parquet"
-    ARROW = "arrow"
 
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py")
@@ -110,11 +104,11 @@ _KINDS = {
     **dict.fromkeys(TEXT_SUFFIXES, FileKind.TEXT),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), FileKind.JSON),
     ".parquet": FileKind.PARQUET,
-    ".arrow": FileKind.ARROW,
 }
 _COMPRESSED = (".gz", ".zst")
 _UNREADABLE = (
-    ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".csv", ".tsv", ".safetensors", ".bin", ".npy",
+    ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".csv", ".tsv", ".arrow", ".safetensors", ".bin",
+    ".npy",
 )  # fmt: skip
 
 
@@ -127,10 +121,10 @@ def file_kind(path: Path) -> FileKind:
     """The format of a file by its suffix; an unknown suffix means text. Raises `UserError` for unreadable formats."""
     suffix = _inner_suffix(path)
     kind = _KINDS.get(suffix, FileKind.TEXT)
-    if suffix in _UNREADABLE or (is_compressed(path) and kind in (FileKind.PARQUET, FileKind.ARROW)):
+    if suffix in _UNREADABLE or (is_compressed(path) and kind is FileKind.PARQUET):
         raise UserError(
-            f"{path}: {''.join(path.suffixes[-2:])} files are not read; "
-            "give text, JSON lines (both also as .gz or .zst), Parquet or Arrow"
+            f"{path}: {''.join(path.suffixes[-2:])} files are not read; give text, JSON lines (both also as .gz or "
+            ".zst), Parquet, or the folder of a data set that `datasets` has saved"
         )
     return kind
 
@@ -147,8 +141,8 @@ def _inner_suffix(path: Path) -> str:
 def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     """The documents of a file after `mark`, each with the position after it (for a chunk: before its document).
 
-    JSON lines are read from the mark's byte on, tables from its row group or record batch; a compressed file is
-    decompressed, but not parsed, up to the mark. Raises `UserError` at the first line or row that is no document.
+    JSON lines are read from the mark's byte on, Parquet from its row group; a compressed file is decompressed, but not
+    parsed, up to the mark. Raises `UserError` at the first line or row that is no document.
     """
     kind = file_kind(path)
     try:
@@ -158,11 +152,8 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
         elif kind is FileKind.JSON:
             yield from _read_json(path, text_column, mark)
         else:
-            read = _parquet_columns if kind is FileKind.PARQUET else _arrow_columns
-            columns = read(path, text_column, mark.record)
-            starts = ((column, start) for column in columns for start in range(0, len(column), _ROWS_PER_BATCH))
-            texts = (column.slice(start, _ROWS_PER_BATCH).to_pylist() for column, start in starts)
-            yield from read_rows(str(path), texts, mark.record)
+            columns = _parquet_columns(path, text_column, mark.record)
+            yield from read_rows(str(path), (column.to_pylist() for column in columns), mark.record)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -170,7 +161,8 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
 def text_field(row: Any, text_column: str, source: str) -> str:
     """The text of one JSON record. Raises `UserError` that says what is there instead of a string in that field."""
     if not isinstance(row, dict):
-        raise UserError(f"{source}: a {type(row).__name__} where an object with a field {text_column!r} should be")
+        what = f"a {type(row).__name__} where an object with a field {text_column!r} should be"
+        raise UserError(f"{source}: {what}{_OF_ARRAYS if isinstance(row, list) else ''}")
     if text_column not in row:
         raise _no_column(source, text_column, row)
     text = row[text_column]
@@ -261,20 +253,13 @@ def _not_utf8(path: Path, line: int, start: int, error: UnicodeDecodeError) -> U
 # -- JSON ----------------------------------------------------------------------------------------------------------
 
 
+_OF_ARRAYS = " (jq -c '.[]' makes one object a line of an array)"
+
+
 def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-    with _open(path) as stream:
-        is_array = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-    empty = mark == START
-    for source, row, after in (_array_rows if is_array else _line_rows)(path, mark):
-        empty = False
-        yield Document(text_field(row, text_column, source), source), after
-    if empty:
-        raise UserError(f"{path} is empty: it holds no JSON record")
-
-
-def _line_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
-    """(file and line, value, position after it) of every line that is not blank."""
+    """The records of JSON lines. Blank lines are none; the first line may have a byte order mark."""
     offset = mark.offset
+    empty = mark == START
     with _open(path) as stream:
         if is_compressed(path):
             for _ in islice(_lines(stream, path), mark.record):
@@ -282,12 +267,17 @@ def _line_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
         else:
             stream.seek(offset)
         for number, line in enumerate(_lines(stream, path, mark.record), start=mark.record + 1):
-            start, offset = offset, offset + len(line)
+            start = offset
+            offset += len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
+                empty = False
+                source = f"{path}, line {number}"
                 row = _parse(path, line.rstrip(b"\r\n"), number, start)
-                yield f"{path}, line {number}", row, Mark(number, offset)
+                yield Document(text_field(row, text_column, source), source), Mark(number, offset)
+    if empty:
+        raise UserError(f"{path} is empty: it holds no JSON record")
 
 
 def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
@@ -303,34 +293,20 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
         yield line
 
 
-def _array_rows(path: Path, mark: Mark) -> Iterator[tuple[str, Any, Mark]]:
-    data = bytearray()
-    with _open(path) as stream:
-        while block := stream.read(_READ_BYTES):
-            data += block
-            if len(data) > ARRAY_BYTES:
-                raise UserError(
-                    f"{path}: an array of more than {ARRAY_BYTES >> 20} MiB, which is parsed at once; make it JSON "
-                    "lines, for instance with jq -c '.[]'"
-                )
-    rows = _parse(path, bytes(data.removeprefix(codecs.BOM_UTF8)), 1, 0)
-    for number, row in enumerate(rows[mark.record :], start=mark.record + 1):
-        yield f"{path}, element {number}", row, Mark(number)
-
-
-def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
+def _parse(path: Path, line: bytes, number: int, offset: int) -> Any:
+    """The value in line `number`, which begins at byte `offset` of the file."""
+    where = f"{path}, line {number}"
     try:
-        return json.loads(data.decode())
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, line + data[: error.start].count(b"\n"), offset, error) from None
+        raise _not_utf8(path, number, offset, error) from None
     except json.JSONDecodeError as error:
-        where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
-        raise UserError(f"{where}: broken JSON: {error.msg} (one object a line, or one array of objects)") from None
+        raise UserError(
+            f"{where}, column {error.colno}: broken JSON: {error.msg}; one object a line is read{_OF_ARRAYS}"
+        ) from None
     except RecursionError:
-        where = f"{path}, from line {line} on"
         raise UserError(f"{where}: brackets nested too deep for a JSON record; flatten it, or leave it out") from None
     except ValueError as error:  # Python refuses to convert an integer of more than about 4,300 digits
-        where = f"{path}, from line {line} on"
         raise UserError(f"{where}: a number of too many digits is not read; make it a string") from error
 
 
@@ -338,34 +314,18 @@ def _parse(path: Path, data: bytes, line: int, offset: int) -> Any:
 
 
 def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
+    """The text column without its first `skip` rows, a batch at a time."""
     with pyarrow.parquet.ParquetFile(path) as table:
         check_column(table.schema_arrow, text_column, str(path))
         groups = list(range(table.num_row_groups))
         while groups and skip >= (rows := table.metadata.row_group(groups[0]).num_rows):
-            groups, skip = groups[1:], skip - rows
-        batches = table.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_column]) if groups else ()
-        yield from _without_first((batch.column(0) for batch in batches), skip)
-
-
-def _arrow_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Array]:
-    with pa.memory_map(str(path)) as source:
-        if source.read(6) == b"ARROW1":
-            file = pyarrow.ipc.open_file(source)
-            schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
-        else:
-            source.seek(0)
-            batches = pyarrow.ipc.open_stream(source)
-            schema = batches.schema
-        check_column(schema, text_column, str(path))
-        columns = (batch.column(batch.schema.get_field_index(text_column)) for batch in batches)
-        yield from _without_first(columns, skip)
-
-
-def _without_first(columns: Iterable[pa.Array], skip: int) -> Iterator[pa.Array]:
-    for column in columns:
-        if skip < len(column):
-            yield column.slice(skip)
-        skip = max(skip - len(column), 0)
+            groups.pop(0)
+            skip -= rows
+        if not groups:  # pyarrow would read all of them
+            return
+        for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_column]):
+            yield batch.column(0).slice(skip)
+            skip = max(skip - len(batch), 0)
 
 
 def read_rows(label: str, columns: Iterable[list[str | None]], row: int) -> Iterator[tuple[Document, Mark]]:

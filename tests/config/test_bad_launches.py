@@ -190,7 +190,6 @@ stray | 'stray'
 --train_files {bad}/text/torn.parquet | torn.parquet cannot be read
 --train_files {bad}/text/torn.jsonl.gz | torn.jsonl.gz cannot be read
 --train_files {bad}/text/torn.txt.zst | torn.txt.zst cannot be read
---train_files {bad}/text/torn.arrow | torn.arrow cannot be read
 --train_files {bad}/text/notes.docx | notes.docx | .docx files are not read
 -train_files --dataset_name {bad}/emptydir | --dataset_name | emptydir
 --tokenizer_name /nowhere | --tokenizer_name | '/nowhere'

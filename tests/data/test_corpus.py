@@ -45,31 +45,13 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, name: str) ->
     assert texts(tmp_path / name) == [data.decode()]
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_json_lines_and_arrays_plain_and_packed(tmp_path: Path, pack: object) -> None:
-    suffix = ".gz" if pack is gzip.compress else ""
-    for name, data in {
-        "a.jsonl": lines(records()).replace(b"\n", b"\n\n", 1),
-        "b.json": lines(records()),
-        "c.json": json.dumps(records(), indent=2).encode(),
-        "d.jsonl": b"\xef\xbb\xbf" + lines(records()),
-    }.items():
-        path = tmp_path / f"{name}{suffix}"
-        path.write_bytes(pack(data))  # type: ignore[operator]
-        assert texts(path) == TEXTS
-
-
-def test_parquet_and_both_arrow_formats(tmp_path: Path) -> None:
+def test_the_column_of_a_table_is_named(tmp_path: Path) -> None:
     table = pa.table({"other": [1, 2, 3], "body": pa.array(TEXTS, pa.large_string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    with pa.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-    with pa.ipc.new_stream(tmp_path / "c.arrow", table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-    for name in ("a.parquet", "b.arrow", "c.arrow"):
-        assert texts(tmp_path / name, text_column="body") == TEXTS
-        assert f"{name}: no field 'text'; there are: other, body. Name it with --text_column" in error(tmp_path / name)
-        assert "'other' holds int64, not strings" in error(tmp_path / name, text_column="other")
+    assert texts(tmp_path / "a.parquet", text_column="body") == TEXTS
+    found = error(tmp_path / "a.parquet")
+    assert "a.parquet: no field 'text'; there are: other, body. Name it with --text_column" in found
+    assert "'other' holds int64, not strings" in error(tmp_path / "a.parquet", text_column="other")
 
 
 def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path) -> None:
@@ -94,8 +76,8 @@ def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(
 
 
 def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "deep/c.jsonl", "deep/.hidden.txt", "deep/skip.xyz", "[x].txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.jsonl", "[x].txt"):
         (tmp_path / name).write_text('{"text": "t"}\n')
     found = resolve_files([str(tmp_path / "b.txt"), str(tmp_path / "?.txt"), str(tmp_path)])
     assert [path.name for path in found] == ["b.txt", "a.txt", "[x].txt", "c.jsonl"]
@@ -150,8 +132,6 @@ def test_no_file_matches(tmp_path: Path) -> None:
     assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
     with pytest.raises(UserError, match="source 'law': 'out/nothing'"):
         load_corpus(dataset_name="out/nothing", flag="source 'law'")
-    with pytest.raises(UserError, match="--train_files or --dataset_name"):
-        load_corpus([])
 
 
 FIRST = lines(records())
@@ -159,30 +139,25 @@ EMPTY_GZIP = gzip.compress(b"", mtime=0)  # with the time in it, workers would c
 CUT_GZIP = gzip.compress(bytes(range(97, 122)) * 1000, mtime=0)[:-20]
 WRONG: list[tuple[str, bytes, str]] = [
     *((name, data, "is empty") for name, data in
-      [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.json", b"[]"), ("a.txt.gz", EMPTY_GZIP), ("a.jsonl", b"")]),
+      [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.txt.gz", EMPTY_GZIP), ("a.jsonl", b"")]),
     ("a.txt", "one\ntwo é".encode()[:-1], "line 2: not UTF-8 (byte 0xc3 at offset 8: unexpected end of data)"),
     ("a.jsonl", FIRST + b'{"text": "caf\xe9"}\n', f"line 4: not UTF-8 (byte 0xe9 at offset {len(FIRST) + 13}"),
     ("a.jsonl", FIRST + b'{"text": "cut\n', "line 4, column 10: broken JSON"),
-    ("a.jsonl", FIRST + b'["text"]\n', "line 4: a list where an object with a field 'text' should be"),
+    ("a.jsonl", FIRST + b'["text"]\n', "line 4: a list where an object with a field 'text' should be (jq"),
     ("a.jsonl", FIRST + b'{"txt": "a", "id": 3}\n',
      "line 4: no field 'text'; there are: txt, id. Name it with --text_column. Did you"),
     ("a.jsonl", FIRST + b'{"text": 3}\n', "line 4: field 'text' holds int, not text"),
     ("a.jsonl", FIRST + b'{"text": null}\n', "line 4: field 'text' holds NoneType, not text"),
     ("a.jsonl", FIRST + b'{"text": "\\ud800"}\n', "line 4: field 'text' holds half a surrogate pair"),
-    ("a.json", b'[\n{"text": "a"},\n{"text": }\n]', "line 3, column 10: broken JSON"),
-    ("a.json", b'[{"text": "a"}, {"text": 1}]', "element 2: field 'text' holds int"),
-    ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "from line 4 on: a number of too many digits"),
-    ("a.json", b'[\n{"text": "%s"},\n{"text": "a", "n": %s}\n]' % (b"1" * 9000, b"7" * 5000),
-     "from line 1 on: a number of too many digits"),
+    ("a.json", b'[\n{"text": "a"}\n]', "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq"),
+    ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number of too many digits"),
     ("a.jsonl", FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
-     "from line 4 on: brackets nested too deep"),
-    ("a.json", b'[\n{"text": "a"},\n%s\n]' % (b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
-     "from line 1 on: brackets nested too deep"),
+     "line 4: brackets nested too deep"),
     *((name, b"this is something else altogether", "cannot be read")
-      for name in ("a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.gz")),
+      for name in ("a.parquet", "a.txt.gz", "a.jsonl.gz")),
     ("a.txt.gz", CUT_GZIP, "cannot be read"),
     *((name, b"x", "files are not read; give text, JSON lines") for name in
-      ("a.jsonl.bz2", "a.zip", "a.parquet.gz", "a.pdf", "a.csv", "a.csv.gz", "A.TSV")),
+      ("a.jsonl.bz2", "a.zip", "a.parquet.GZ", "a.pdf", "a.csv", "a.csv.gz", "A.TSV", "a.arrow")),
 ]  # fmt: skip
 
 
@@ -245,10 +220,7 @@ def test_text_in_a_table_that_is_not_utf8(tmp_path: Path) -> None:
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xff\xfe")]
     table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(offsets) - 1, buffers)})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
-        writer.write_table(table)
-    for name in ("a.parquet", "a.arrow"):
-        assert f"{name}: not UTF-8 in row 1025, or one of the next 1024" in error(tmp_path / name)
+    assert "a.parquet: not UTF-8 in row 1025, or one of the next 1024" in error(tmp_path / "a.parquet")
 
 
 def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
 
-KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "json", "txt")
+KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt")
 
 
 @pytest.mark.parametrize("kind", KINDS)

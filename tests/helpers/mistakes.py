@@ -265,7 +265,6 @@ def text_files(folder: Path) -> None:
         "torn.parquet": b"PAR1 and nothing else",
         "torn.jsonl.gz": b"\x1f\x8b\x08\x00 and nothing else",
         "torn.txt.zst": b"(\xb5/\xfd and nothing else",
-        "torn.arrow": b"ARROW1",
         "notes.docx": b"PK",
         "torn.model": b"\x0a\x07not sentencepiece",
         "model.json": json.dumps({"hidden_size": 32}),

@@ -27,7 +27,6 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
     for number in range(3):
         part, path = texts[number::3], folder / f"{number}.{kind}"
         lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode()
-        table = pa.table({"text": part})
         match kind:
             case "jsonl":
                 path.write_bytes(lines)
@@ -36,12 +35,7 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
             case "jsonl.zst":
                 path.write_bytes(pa.compress(lines, "zstd", asbytes=True))
             case "parquet":
-                pyarrow.parquet.write_table(table, path, row_group_size=7)
-            case "arrow":
-                with pa.ipc.new_stream(path, table.schema) as writer:
-                    writer.write_table(table, max_chunksize=11)
-            case "json":
-                path.write_text(json.dumps([{"text": text} for text in part]))
+                pyarrow.parquet.write_table(pa.table({"text": part}), path, row_group_size=7)
             case _:
                 path.write_text("".join(part))
     return [str(folder / f"*.{kind}")]
