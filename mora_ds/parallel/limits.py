@@ -72,5 +72,5 @@ def sequence_parallel_problems(size: int, seq_len: int, attention: str | None = 
     """One message for each setting that --sequence_parallel_size `size` does not go with; none at a size of 1."""
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"
-    if size > 1 and attention == "eager":
-        yield f"{SEQUENCE}: --attn_implementation eager cannot be split over ranks; use auto, or sdpa"
+    if size > 1 and attention not in (None, "auto") and "flash_attention" not in attention:
+        yield f"{SEQUENCE}: --attn_implementation {attention} reads masks, which are not split over ranks: leave it out"

@@ -11,8 +11,8 @@
 `UlyssesSPAttentionHF` (deepspeed/runtime/sequence_parallel/ulysses_sp.py) does the exchange. Of its surroundings:
 
 - `register_with_transformers` is not used: it needs a constant batch size and num_key_value_heads in the config, and
-  drops every mask. Here an instance is made for each shape of attention, sdpa gets the mask of the complete rows
-  (documents, sliding window) from the positions that Ulysses gathers, and models that are not bound are unchanged.
+  drops every mask. Here an instance is made for each shape of attention, attention is by documents, which every
+  process knows of the complete rows, and models that are not bound are unchanged.
 - DeepSpeed gets no mpu (deepspeed/utils/groups.py): to ZeRO all processes are equal. The loss is a sum over tokens, so
   the gradient of the global batch is the sum over all processes, whichever tokens they hold; sharding, checkpoints and
   merges do not depend on s.
@@ -33,20 +33,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import UserError
-from mora_ds.models import document_attention
-from mora_ds.models.attention import attention_of
+from mora_ds.models.attention import NAME, attention_of, is_flash
 from mora_ds.parallel.limits import SEQUENCE
 
-_MASKED = "sdpa"
-"""The attention that reads masks; that by documents reads the documents of the complete rows, which every process is
-given."""
-CORES = (_MASKED, document_attention.NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""Attention of transformers that Ulysses can run. Eager needs scores of (T, T) for every head, and DeepSpeed's Ulysses
-gives flex_attention a plain causal mask whatever the model asks for."""
-
 _BOUND = "_mora_ds_sequence"
-_DOCUMENTS = "_mora_ds_documents"
-"""Attribute of a part's positions: whether any complete row of theirs holds several documents."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
 _dispatched: set[str] = set()
@@ -58,13 +48,14 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> SequenceParallel | None:
     """Let every `size` consecutive processes share each row of `model`; None for a size of 1. Collective.
 
-    `timeout_s`: of the collectives in a group (torch's default for None).
-    Raises `UserError` for attention that cannot be split.
+    `timeout_s`: of the collectives in a group (torch's default for None). Raises `UserError` for a model that does not
+    attend by documents: masks of complete rows are not made.
     """
     if size == 1:
         return None
     core = attention_of(model)
-    check_core(core)
+    if core != NAME and not is_flash(core):
+        raise UserError(f"{SEQUENCE}: {core} attention reads masks, which are not split: attend by documents")
     sequence = SequenceParallel(size, _group(size, timeout_s))
     _dispatch(core)
     for module in model.modules():
@@ -72,16 +63,6 @@ def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> S
         if _depends_on_length(module):
             _share_longest_position(module, sequence)
     return sequence
-
-
-def check_core(name: str) -> None:
-    """Raises `UserError` for attention that Ulysses does not run on."""
-    if name in CORES:
-        return
-    raise UserError(
-        f"{SEQUENCE}: {name} attention cannot be split over processes; --attn_implementation must be one of auto, "
-        "sdpa, flash_attention_2, flash_attention_3, flash_attention_4, where the model has it"
-    )
 
 
 def check_heads(size: int, heads: int, kv_heads: int) -> None:
@@ -127,22 +108,15 @@ class SequenceParallel:
         self.saw_window = False
         """Whether any attention has been given a sliding window."""
         self._ulysses: dict[tuple[int, ...], UlyssesSPAttentionHF] = {}
-        self._masks = _Masks()
 
     def split(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This process's tokens of a batch: tensors (B, T) -> (B, T/s). Labels must have been shifted, so that the last
         token of a part still predicts the first of the next one. `documents` stay those of the complete rows, which
-        attention sees.
-
-        Positions get a note for the masks, which otherwise need a look at the device; it is to be copied with them
-        (`vars(tensor)`)."""
-        parts = {
+        attention sees."""
+        return {
             name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() if isinstance(rows, Tensor) else rows
             for name, rows in batch.items()
         }
-        if "position_ids" in batch:
-            setattr(parts["position_ids"], _DOCUMENTS, _restart(batch["position_ids"]))
-        return parts
 
     def longest(self, positions: Tensor) -> Tensor:
         """(1,) the largest position in the complete rows, from this process's part of them."""
@@ -159,7 +133,6 @@ class SequenceParallel:
         if kwargs.get("s_aux") is not None:  # attention sinks: those of this process's heads
             kwargs["s_aux"] = kwargs["s_aux"].unflatten(0, (self.size, -1))[self.rank]
         self.saw_window |= kwargs.get("sliding_window") is not None
-        self._masks.use(kwargs["position_ids"])
         ulysses = self._ulysses_for(query, key)
         ulysses.attn = core
         groups = getattr(module, "num_key_value_groups", None)
@@ -187,17 +160,6 @@ class SequenceParallel:
             )
         return self._ulysses[shape]
 
-    def masked(self, core: Attention) -> Attention:
-        """`core`, which reads neither positions nor windows, with the mask that they make."""
-
-        def attention(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
-        ) -> tuple[Tensor, Tensor | None]:
-            mask = self._masks.of(kwargs["position_ids"], kwargs.get("sliding_window"))
-            return core(module, query, key, value, mask, **kwargs)
-
-        return attention
-
 
 def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
     """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or not at all."""
@@ -207,45 +169,6 @@ def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Non
         raise UserError(f"{SEQUENCE}: this model does not pass its attention the position_ids that Ulysses needs")
     if arguments.get("position_bias") is not None:
         raise UserError(f"{SEQUENCE}: this model's attention has a position bias for each head, which is not split")
-
-
-class _Masks:
-    """The masks of the latest rows, one for each sliding window, which all layers of a pass and its backward share."""
-
-    def __init__(self) -> None:
-        self._part: tuple[Tensor, int] | None = None
-        self._by_window: dict[int, Tensor | None] = {}
-
-    def use(self, part: Tensor) -> None:
-        """The rows that follow have these positions (B, T/s) in this process's part. Layers of one pass are given the
-        same tensor: comparing the numbers would make the host wait for the device in every layer."""
-        if self._part is None or self._part[0] is not part or self._part[1] != part._version:
-            self._part, self._by_window = (part, part._version), {}
-
-    def of(self, positions: Tensor, window: int | None) -> Tensor | None:
-        """(B, 1, T, T), true where a query sees a key; None for plain causal attention. `positions` (B, T) restart
-        where a document begins."""
-        assert self._part is not None
-        length = positions.shape[1]
-        window = min(window or length, length)
-        if window not in self._by_window:
-            documents = getattr(self._part[0], _DOCUMENTS, None)
-            documents = _restart(positions) if documents is None else documents
-            self._by_window[window] = _mask(positions, window) if documents or window < length else None
-        return self._by_window[window]
-
-
-def _restart(positions: Tensor) -> bool:
-    """Whether positions (B, T) restart within a row."""
-    return bool((positions.diff(dim=1) != 1).any())
-
-
-def _mask(positions: Tensor, window: int) -> Tensor:
-    documents = nn.functional.pad((positions.diff(dim=1) != 1).cumsum(1), (1, 0))
-    index = torch.arange(positions.shape[1], device=positions.device)
-    distance = index[:, None] - index
-    seen = (distance >= 0) & (distance < window)
-    return (documents[:, None, :, None] == documents[:, None, None, :]) & seen
 
 
 # -- changes to models and to transformers ---------------------------------------------------------------------------
@@ -263,8 +186,7 @@ def _dispatch(name: str) -> None:
         sequence = bound(module)
         if sequence is None or not sequence.splits:
             return core(module, query, key, value, attention_mask, **kwargs)
-        over_rows = sequence.masked(core) if name == _MASKED else core
-        return sequence.attend(over_rows, module, query, key, value, **kwargs)
+        return sequence.attend(core, module, query, key, value, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, dispatched)
     _dispatched.add(name)

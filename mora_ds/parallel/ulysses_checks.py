@@ -7,31 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mora_ds.common.errors import UserError
-from mora_ds.models.attention import attention_of
-from mora_ds.models.load import make_model
+from mora_ds.models.attention import why_dense
 from mora_ds.parallel.limits import SEQUENCE
-from mora_ds.parallel.ulysses import check_core, check_heads
+from mora_ds.parallel.ulysses import check_heads
 
 
-def check_config(config: Any, size: int, attn_implementation: str | None, trust_remote_code: bool = False) -> None:
+def check_config(config: Any, size: int, attn_implementation: str | None) -> None:
     """Raises `UserError` for a model whose config shows that its rows cannot be split over `size` processes.
-    `attn_implementation` None: transformers' default."""
+    `attn_implementation`: what was asked for; None for attention by documents."""
     if size == 1:
         return
     text = config.get_text_config()
     heads, kv_heads = _heads(text)
     check_heads(size, heads, kv_heads)
-    chunked = "chunked_attention" in (getattr(text, "layer_types", None) or ())
-    if chunked:
-        raise UserError(f"{SEQUENCE}: this model attends in chunks, which Ulysses does not support")
-    if attn_implementation is None:
-        with torch.device("meta"):
-            model = make_model(config, SEQUENCE, trust_remote_code=trust_remote_code)
-        attn_implementation = attention_of(model)
-    check_core(attn_implementation)
+    if reason := why_dense(config, attn_implementation):
+        raise UserError(
+            f"{SEQUENCE}: rows are split where attention is by documents, which it is not, because {reason}"
+        )
 
 
 def describe(config: Any, size: int, seq_len: int) -> str:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import UserError
+from mora_ds.models import document_attention
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -85,60 +86,54 @@ class MemoryMeter(TorchDispatchMode):
 
 
 @contextmanager
-def fused_attention(ranks: int = 1, by_documents: str | None = None) -> Iterator[None]:
+def fused_attention(ranks: int = 1) -> Iterator[None]:
     """Within it, attention on meta tensors allocates what the fused kernels of real devices do: they save queries,
     keys, values, the output and one number a query; a boolean mask is first cast to the queries' dtype, in every layer.
 
-    `ranks`: size of a sequence-parallel group (Ulysses), in which attention is over all tokens of 1 / `ranks` of the
-    heads. `by_documents`: transformers' name of an attention that is given complete rows, with that exchange around it.
-    The functions are patched, as a mode would not reach what gradient checkpointing recomputes.
+    `ranks`: size of a sequence-parallel group (Ulysses), in which attention by documents is over all tokens of
+    1 / `ranks` of the heads. The functions are patched, as a mode would not reach what gradient checkpointing
+    recomputes.
     """
-    original = F.scaled_dot_product_attention
-    core: Any = None if by_documents is None else ALL_ATTENTION_FUNCTIONS[by_documents]
+    document_attention.register()
+    sdpa = F.scaled_dot_product_attention
+    by_documents: Any = ALL_ATTENTION_FUNCTIONS[document_attention.NAME]
 
-    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not query.is_meta:
-            return original(query, *args, **kwargs)
-        return _attend(1 if core else ranks, query, *args, **kwargs)
+    def fused(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _attend(query, *args, **kwargs) if query.is_meta else sdpa(query, *args, **kwargs)
 
-    def exchanged(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def split(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         whole = (_exchanged(part, ranks) for part in (query, key, value))
         if (sinks := kwargs.get("s_aux")) is not None:
             kwargs["s_aux"] = sinks[: query.shape[1] // ranks]
-        out, weights = core(module, *whole, *args, **kwargs)
+        out, weights = by_documents(module, *whole, *args, **kwargs)
         return out.reshape(query.shape[0], query.shape[2], query.shape[1], -1), weights
 
-    F.scaled_dot_product_attention = attention
-    if by_documents:
-        ALL_ATTENTION_FUNCTIONS.register(by_documents, exchanged)
+    F.scaled_dot_product_attention = fused
+    if ranks > 1:
+        ALL_ATTENTION_FUNCTIONS.register(document_attention.NAME, split)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
-        if by_documents:
-            ALL_ATTENTION_FUNCTIONS.register(by_documents, core)
+        F.scaled_dot_product_attention = sdpa
+        ALL_ATTENTION_FUNCTIONS.register(document_attention.NAME, by_documents)
 
 
 def _attend(
-    ranks: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of (B, H, T, D) queries, allocating as a fused kernel does; returns (B, H, T, D)."""
     del is_causal, enable_gqa
-    shape = query.shape
-    query, key, value = (_exchanged(part, ranks) for part in (query, key, value))
     if attn_mask is not None:
         attn_mask = query.new_empty(query.shape[0], 1, query.shape[2], query.shape[2])
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, False, attn_mask=attn_mask, scale=scale
     )
-    return out.reshape(shape)
+    return out
 
 
 def _exchanged(part: Tensor, ranks: int) -> Tensor:
     """The exchange of Ulysses, (B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
-    if ranks == 1:
-        return part
     if part.shape[1] < ranks:
         part = part.repeat_interleave(ranks // part.shape[1], dim=1)
     return part.reshape(part.shape[0], part.shape[1] // ranks, part.shape[2] * ranks, part.shape[3])

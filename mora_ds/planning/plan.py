@@ -296,7 +296,7 @@ def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
     for size in (2, 4, 8):
         if cluster.ranks % size or size > cluster.per_node or work.heads % size:
             continue
-        if work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
+        if work.by_documents and work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
             yield 1, size
         if key_values % size == 0 and _is_split(work):
             yield size, 1

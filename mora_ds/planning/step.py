@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
 from mora_ds.engine.base_device import BUFFERS
-from mora_ds.models.attention import NAME, use_documents
+from mora_ds.models.attention import use_documents
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
 from mora_ds.models.load import make_model
 from mora_ds.models.loss import chunk_loss, is_frozen, token_nll
@@ -171,7 +170,7 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
     rows = [each for each in batch.values() if isinstance(each, Tensor)]
     known = (*model.parameters(), *model.buffers(), *merged, *rows)
     try:
-        with MemoryMeter(known, answer=not work.document_mask) as meter, _attention(work):
+        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
             with torch.no_grad():
                 token_nll(model, batch)  # the first pass makes the tables
             lasting = meter.live
@@ -275,10 +274,6 @@ def layer_period(config: Any) -> int:
         (size for size in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))),
         len(kinds),
     )
-
-
-def _attention(work: Work) -> AbstractContextManager[None]:
-    return fused_attention(work.sequence_parallel, NAME if work.by_documents else None)
 
 
 def _batch(work: Work) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
     implementation = implementation_of(model, config)
-    check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
+    check_config(config, training.sequence_parallel_size, model.implementation)
     if adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
     planner = planner_of(arguments, config, ds_config, world, implementation)

@@ -20,7 +20,7 @@ import torch
 
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
-from mora_ds.train.replicas import Replica, moved
+from mora_ds.train.replicas import Replica
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class BatchLoader:
         labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()  # numpy starts no threads of its own
         sources = [] if self.mixture is None else self.mixture.sources_of(*position)
         if self._device.type == "cuda":
-            rows = {name: moved(part, lambda each: each.pin_memory()) for name, part in rows.items()}
+            rows = {name: part.pin_memory() for name, part in rows.items()}
         return MicroBatch(rows, labels, sources)
 
 

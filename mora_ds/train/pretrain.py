@@ -115,7 +115,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             place.hooks.check_files(ranks)
         folder, config = find_model(model, place)
         implementation = implementation_of(model, config)
-        check_config(config, training.sequence_parallel_size, implementation, model.trust_remote_code)
+        check_config(config, training.sequence_parallel_size, model.implementation)
         arguments = settle_base_device(arguments, config, implementation, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
         check_node_base(arguments, config, dtype, ranks)

@@ -63,7 +63,7 @@ class Replica:
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
         device = self.engine.device
-        return {name: moved(part, lambda each: each.to(device, non_blocking=True)) for name, part in batch.items()}
+        return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes. Collective."""
@@ -95,15 +95,6 @@ class Replica:
         if self.processes_per_replica > 1:
             nll, predicted = self.sum(nll), int(self.sum(predicted))
         return nll / max(predicted, 1)
-
-
-def moved(part: Any, move: Callable[[Any], Any]) -> Any:
-    """A copy elsewhere of a tensor of a batch, or of its `Documents`. A tensor keeps its Python attributes
-    (`SequenceParallel.split` makes a note for attention)."""
-    copy = move(part)
-    if isinstance(part, Tensor):
-        vars(copy).update(vars(part))
-    return copy
 
 
 def check_same_rows(batch: Mapping[str, Any], processes_per_replica: int, device: torch.device | str) -> None:

@@ -27,7 +27,7 @@ REFUSED = [
     (DEGREE_2 + "--mora_dropout 0.1", "set to 0: --mora_dropout = 0.1"),
     (DEGREE_2 + "--optimizer muon", "which no rank has: use adamw"),
     ("--sequence_parallel_size 2 --seq_len 33", "--sequence_parallel_size 2 does not divide --seq_len 33"),
-    ("--sequence_parallel_size 2 --attn_implementation eager", "eager cannot be split over ranks; use auto, or sdpa"),
+    ("--sequence_parallel_size 2 --attn_implementation sdpa", "sdpa reads masks, which are not split over ranks"),
     ("--tp_grouping algned", "unknown --tp_grouping 'algned'"),
     (ALIGNED + "--operator rotate", "belongs to --operator share"),
     (ALIGNED + "--tensor_parallel_size 3 --operator share", "does not divide the 8 segments of --tp_grouping aligned"),

@@ -1,4 +1,5 @@
-"""Split rows give what complete rows give: s = 2, 4 and 2 x 2 under ZeRO-3 follow one plain PyTorch process."""
+"""Split rows, attended by documents, give what complete rows give densely: s = 2, 4 and 2 x 2 under ZeRO-3 follow one
+plain PyTorch process."""
 
 from __future__ import annotations
 
@@ -51,8 +52,6 @@ class Case:
     family: str = "llama"
     operator: str = "share"
     documents: bool = True
-    by_documents: bool = False
-    """Whether the split rows attend document by document; the complete ones never do."""
     checkpointing: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -105,8 +104,7 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     world, replicas = dist.get_world_size(), dist.get_world_size() // size
     replica, micro = dist.get_rank() // size, ROWS // replicas
     model = model_of(case)
-    if case.by_documents:
-        use_documents(model)
+    use_documents(model)
     sequence = share_rows(model, size)
     assert sequence is not None
     config = ds_config(3, micro, ACCUMULATION)
@@ -120,7 +118,7 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
         for index in range(ACCUMULATION):
             first = (index * replicas + replica) * micro
             rows: dict[str, Any] = {name: tensor[first : first + micro] for name, tensor in batch.items()}
-            if case.by_documents and index == 0:  # else attention reads them from the positions
+            if index == 0:  # else attention reads them from the positions
                 rows["documents"] = Documents.of(rows["position_ids"])
             part = sequence.split(rows)
             assert part["input_ids"].shape == (micro, LENGTH // size)
@@ -175,10 +173,9 @@ CORE = [
         Case("mistral", "rotate", checkpointing=True),
         Case("phi3", "decouple", documents=False, model=LONG_ROPE),
         Case("gpt_neox", "truncate"),
-        Case("gemma2", "share", by_documents=True),
-        Case("mistral", "rotate", checkpointing=True, by_documents=True),
+        Case("gemma2", "share"),
     ]),
-    (4, 4, [Case("qwen2", "rotate", checkpointing=True, by_documents=True)]),
+    (4, 4, [Case("qwen2", "rotate", checkpointing=True)]),
     (4, 2, [Case("qwen3", "share", adapter=EVERYTHING)]),
 ]  # fmt: skip
 
@@ -200,11 +197,9 @@ EVERY_TWO = pairwise_cases(
         "group": GROUPS,
         "operator": ["share", "rotate", "decouple", "truncate"],
         "documents": [True, False],
-        "by_documents": [True, False],
         "checkpointing": [False, True],
         "adapter": [{}, EVERYTHING],
-    },
-    lambda family, by_documents, **others: family != "gemma2" or by_documents,  # whose scores sdpa cannot cap
+    }
 )
 
 

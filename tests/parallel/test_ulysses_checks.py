@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.config.data import ModelArguments
+from mora_ds.models.attention import prefer_documents, use_documents
 from mora_ds.parallel import ulysses
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config, describe
-from mora_ds.train.attention import implementation_of
 from mora_ds.train.preflight import check_split
 from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
@@ -37,7 +35,7 @@ LENGTH = 24
 def in_and_out_of_the_way() -> dict[str, float]:
     """What a bound model, within `whole_rows`, and another model in the same process compute, against plain ones."""
     ids = tokens(3, LENGTH, seed=5)
-    plain, bound_one, other = (tiny_model("mistral", num_key_value_heads=1) for _ in range(3))
+    plain, bound_one, other = (prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3))
     expected = plain(input_ids=ids, use_cache=False).logits
     sequence = share_rows(bound_one, 2)
     assert sequence is bound(bound_one) and bound(other) is None
@@ -134,7 +132,7 @@ def part_of(rank: int) -> SequenceParallel:
     """A rank of a group that is not there."""
     sequence = object.__new__(SequenceParallel)
     sequence.size, sequence.rank, sequence.group, sequence.splits = PARTS, rank, "the group", True
-    sequence.saw_window, sequence._ulysses, sequence._masks = False, {}, ulysses._Masks()
+    sequence.saw_window, sequence._ulysses = False, {}
     return sequence
 
 
@@ -161,45 +159,6 @@ def test_frequencies_are_those_of_the_complete_rows(family: str, monkeypatch: py
         assert torch.equal(torch.cat(parts, dim=1), whole)
         assert not torch.equal(parts[0], first), "else this tests nothing"
     assert not ulysses._depends_on_length(tiny_model("llama").model.rotary_emb)
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, LENGTH - 1, LENGTH, 2 * LENGTH])
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_mask_shows_a_query_its_document_up_to_itself(window: int | None, documents: bool) -> None:
-    positions = torch.arange(LENGTH).expand(2, -1).clone()
-    if documents:
-        positions[1, 7:] -= 7
-        positions[1, 8:] -= 1  # a document of one token
-    masks, part = ulysses._Masks(), positions[:, : LENGTH // PARTS]
-    masks.use(part)
-    found = masks.of(positions, window)
-    document = torch.tensor([[0] * LENGTH, [0] * 7 + [1] + [2] * (LENGTH - 8)]) * documents
-    expected = torch.zeros(2, LENGTH, LENGTH, dtype=torch.bool)
-    for row, query, key in product(range(2), range(LENGTH), range(LENGTH)):
-        near = 0 <= query - key < (window or LENGTH)
-        expected[row, query, key] = near and bool(document[row, query] == document[row, key])
-    if not documents and (window or LENGTH) >= LENGTH:
-        assert found is None, "plain causal attention needs none"
-    else:
-        assert found is not None and torch.equal(found[:, 0], expected)
-
-
-def test_masks_are_made_once_for_all_layers_and_anew_for_other_rows() -> None:
-    masks, positions = ulysses._Masks(), torch.arange(LENGTH).expand(2, -1).clone()
-    positions[0, 5:] -= 5
-    part = positions[:, :4].clone()
-    masks.use(part)
-    first, narrow = masks.of(positions, None), masks.of(positions, 3)
-    masks.use(part)
-    assert masks.of(positions, None) is first and masks.of(positions, 3) is narrow is not first
-    part += 0  # the buffer of a loader, filled again
-    masks.use(part)
-    assert masks.of(positions, None) is not first
-    noted = part_of(0).split({"position_ids": positions})["position_ids"]
-    masks.use(noted)
-    assert masks.of(torch.arange(LENGTH).expand(2, -1), None) is not None, "the note of `split` is believed"
-    masks.use(part_of(0).split({"position_ids": positions[1:]})["position_ids"])
-    assert masks.of(positions[1:], None) is None
 
 
 def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
@@ -259,12 +218,10 @@ def config_of(kind: str, **values: Any) -> Any:
     [
         (config_of("llama"), 3, None, ["--sequence_parallel_size 3", "4 attention heads"]),
         (config_of("llama", num_attention_heads=8, num_key_value_heads=6), 4, None, ["6 key-value heads"]),
-        (config_of("llama"), 2, "eager", ["eager", "--attn_implementation", "sdpa"]),
-        (config_of("llama"), 2, "flex_attention", ["flex_attention", "--attn_implementation"]),
-        (config_of("gemma2"), 2, "eager", ["eager attention cannot be split", "must be one of auto"]),
-        (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, None, ["eager attention cannot be split"]),
+        (config_of("llama"), 2, "sdpa", ["because --attn_implementation sdpa reads masks"]),
+        (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, None, ["attention of BloomForCausalLM"]),
         (config_of("mamba", hidden_size=32, num_hidden_layers=2), 2, None, ["no number of attention heads"]),
-        (config_of("llama4_text"), 2, "sdpa", ["attends in chunks"]),
+        (config_of("llama4_text"), 2, None, ["layers of the kind chunked_attention"]),
     ],
 )  # fmt: skip
 def test_what_a_config_tells(config: Any, size: int, attention: str | None, parts: list[str]) -> None:
@@ -278,7 +235,7 @@ def test_what_a_config_tells(config: Any, size: int, attention: str | None, part
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_that_pass(family: str) -> None:
     for size in (2, 4):
-        check_config(config_of(family), size, implementation_of(ModelArguments(), config_of(family)))
+        check_config(config_of(family), size, None)
 
 
 def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -286,7 +243,8 @@ def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
     said = {}
     for kind, values in kinds.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
+        use_documents(model)
         engine: Any = model
         try:
             sequence = share_rows(model, 2)

@@ -142,10 +142,10 @@ def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool) -> None:
 
 def test_ranks_that_share_work_keep_less() -> None:
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 4})
-    alone = Work(config, ADAPTER, 64, 2)
+    alone = Work(config, ADAPTER, 64, 2, by_documents=True)
     kept = step_memory(alone).saved
     for changes in ({"tensor_parallel": 2}, {"sequence_parallel": 2}):
-        assert step_memory(replace(alone, document_mask=False, **changes)).saved < 0.85 * kept
+        assert step_memory(replace(alone, **changes)).saved < 0.85 * kept
 
 
 # -- a rank -----------------------------------------------------------------------------------------------------------

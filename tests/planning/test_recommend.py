@@ -23,7 +23,7 @@ ADAPTER = MoRAConfig(rank=4, operator="share")
 
 def work(**changes: Any) -> Work:
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1})
-    return replace(Work(config, ADAPTER, seq_len=32, micro_batch=2), **changes)
+    return replace(Work(config, ADAPTER, seq_len=32, micro_batch=2, by_documents=True), **changes)
 
 
 def planner(cluster: Cluster, accumulation: int = 1, on_cpu: bool = False, **changes: Any) -> Planner:
@@ -44,6 +44,7 @@ def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
     for adapter in (None, replace(ADAPTER, base_bits=8), replace(ADAPTER, target_modules=("all-linear", "experts"))):
         assert list(_group_sizes(work(adapter=adapter), Cluster(8))) == unsplit
     assert list(_group_sizes(work(base_on_host=True), Cluster(8))) == unsplit
+    assert list(_group_sizes(work(by_documents=False), Cluster(8))) == [(1, 1), (2, 1)], "masks are not split"
     odd = work()
     odd.config.num_key_value_heads = 3
     assert list(_group_sizes(odd, Cluster(8))) == [(1, 1)]
