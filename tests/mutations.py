@@ -485,13 +485,6 @@ MUTATIONS = (
         ("checkpoint/test_crafted.py",),
     ),
     Mutation(
-        "a loop of links in a bank is followed",
-        "research/bank.py",
-        "    searched.add(resolved)\n",
-        "",
-        ("research/test_bank.py",),
-    ),
-    Mutation(
         "whole numbers of any length are taken",
         "common/errors.py",
         "_TOO_LARGE = 2**63\n",

@@ -54,7 +54,7 @@ class Bench:
         return model
 
 
-def bench(folder: Path, family: str = "llama", **changes: Any) -> Bench:
+def bench_of(folder: Path, family: str = "llama", **changes: Any) -> Bench:
     return Bench(folder, Maker(tiny_model(family, **changes), folder / "base"), {})
 
 
@@ -63,64 +63,58 @@ def logits(model: Any, ids: Tensor, **more: Any) -> Tensor:
     return model(input_ids=ids, use_cache=False, **more).logits
 
 
-def check_rows(made: Bench, bank: AdapterBank, names: list[str | None], ids: Tensor) -> None:
+def check_rows(bench: Bench, bank: AdapterBank, names: list[str | None], ids: Tensor) -> None:
     """Each row is its adapter's, and no two adapters' are alike."""
     with bank.use(names):
-        found = logits(bank.model, ids)
-    expected = {name: logits(made.merged(name), ids) for name in dict.fromkeys(names)}
+        mixed = logits(bank.model, ids)
+    expected = {name: logits(bench.merged(name), ids) for name in dict.fromkeys(names)}
     for row, name in enumerate(names):
-        torch.testing.assert_close(found[row], expected[name][row], rtol=0, atol=1e-5)
-        for other in set(expected) - {name}:
-            assert (found[row] - expected[other][row]).abs().max() > 1e-3
+        torch.testing.assert_close(mixed[row], expected[name][row], rtol=0, atol=1e-5)
+        for another in set(expected) - {name}:
+            assert (mixed[row] - expected[another][row]).abs().max() > 1e-3
 
 
 @pytest.fixture(scope="module")
 def rotating(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Adapters of 0, 1 and 3 merged cycles."""
-    made = bench(tmp_path_factory.mktemp("rotating"))
+    bench = bench_of(tmp_path_factory.mktemp("rotating"))
     for seed, (name, cycles) in enumerate(CYCLES.items()):
-        made.add(name, MoRAConfig(rank=3, seed=seed), cycles, scale=0.05)
-    return made
+        bench.add(name, MoRAConfig(rank=3, seed=seed), cycles, scale=0.05)
+    return bench
 
 
 @pytest.mark.parametrize(
     ("family", "operator", "rank"),
-    [
-        ("llama", "truncate", 3),
-        ("llama", "share", 40),
-        ("gpt2", "decouple", 3),
-        ("gpt2", "share", 3),
-        ("qwen2", "rotate", 2),
-    ],
+    [("llama", "truncate", 3), ("llama", "share", 40), ("gpt2", "decouple", 3), ("qwen2", "rotate", 2)],
 )
 def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: str, operator: str, rank: int) -> None:
     """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values, and the bare base."""
-    made = bench(tmp_path, family)
-    for name, module in made.maker.model.named_modules():
+    model = tiny_model(family)
+    for name, module in model.named_modules():
         if getattr(module, "bias", None) is not None and "norm" not in name:
             nn.init.normal_(module.bias)
-    shutil.rmtree(tmp_path / "base")
-    made.maker = Maker(made.maker.model, tmp_path / "base")
+    bench = Bench(tmp_path, Maker(model, tmp_path / "base"), {})
     for seed, (name, cycles) in enumerate(CYCLES.items()):
-        made.add(name, MoRAConfig(rank=rank, operator=operator, seed=seed), cycles, scale=0.05)
-    bank = made.open()
-    check_rows(made, bank, ["three", "none", None, "one", "none"], tokens(5))
-    check_rows(made, bank, ["one", "three"], tokens(2, length=1))
-    assert torch.equal(logits(bank.model, tokens(2)), logits(made.merged(None), tokens(2))), "the base is as it was"
+        bench.add(name, MoRAConfig(rank=rank, operator=operator, seed=seed), cycles, scale=0.05)
+    bank = bench.open()
+    check_rows(bench, bank, ["three", "none", None, "one", "none"], tokens(5))
+    check_rows(bench, bank, ["one", "three"], tokens(2, length=1))
+    assert torch.equal(logits(bank.model, tokens(2)), logits(bench.merged(None), tokens(2))), "the base is as it was"
 
 
 def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None:
     """Cycles without permutations are one matrix."""
-    made = bench(tmp_path, intermediate_size=53)
+    bench = bench_of(tmp_path, intermediate_size=53)
     for name in ("permuted", "plain", "alternate", "strided-contiguous"):
-        made.add(name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05)
-    made.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
-    made.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
-    made.add("zero", MoRAConfig(rank=3), scale=0.0)
-    bank = made.open()
-    check_rows(made, bank, [name for name in bank.names if name != "zero"], tokens(len(bank.names) - 1))
+        bench.add(name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05)
+    bench.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
+    bench.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
+    bench.add("zero", MoRAConfig(rank=3), scale=0.0)
+    bank = bench.open()
+    names: list[str | None] = [name for name in bank.folders if name != "zero"]
+    check_rows(bench, bank, names, tokens(len(names)))
     layer = "model.layers.0.mlp.up_proj"
-    counts = {name: len(bank.resident(name).layers.get(layer, {})) for name in bank.names}
+    counts = {name: len(bank.resident(name).layers.get(layer, {})) for name in bank.folders}
     assert counts == {"permuted": 4, "plain": 1, "alternate": 2, "strided-contiguous": 1, "other": 2, "queries": 0,
                       "zero": 0}  # fmt: skip
 
@@ -143,36 +137,47 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
 def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) -> None:
     """Greedy, and with beams and several sequences a row; left-padded."""
     bank = rotating.open()
-    names, ids, lengths = ["three", None, "one", "three"], tokens(4, length=7), (7, 4, 6, 2)
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, 7 - length :] = 1
-    ids = ids * mask
-    for more in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+    names = ["three", None, "one", "three"]
+    lengths = (7, 4, 6, 2)
+    mask = torch.stack([torch.arange(7) >= 7 - length for length in lengths]).long()
+    ids = tokens(4, length=7) * mask
+    for beams in ({}, {"num_beams": 3, "num_return_sequences": 2}):
         settings: dict[str, Any] = {
-            "max_new_tokens": 8,
-            "do_sample": False,
-            "pad_token_id": 0,
-            "eos_token_id": None,
-            **more,
-        }
-        found = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
-        several = len(found) // len(ids)
+            "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **beams,
+        }  # fmt: skip
+        generated = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
+        copies = len(generated) // len(ids)
         for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
             alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
-            assert torch.equal(found[row * several : (row + 1) * several, -8:], alone[:, -8:]), (row, settings)
+            assert torch.equal(generated[row * copies : (row + 1) * copies, -8:], alone[:, -8:]), (row, settings)
     with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
         bank.generate(ids, adapters=["one", "three"])
 
 
-def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Bench(tmp_path, Maker(tiny_model(), tmp_path / "MODEL"), {})
-    for seed, name in enumerate(("law", "code")):
-        made.add(name, MoRAConfig(rank=3, seed=seed), cycles=1, scale=0.05)
+def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "MODEL").symlink_to(rotating.folder / "base")
+    (tmp_path / "bank").mkdir()
+    for name, adapter in {"law": "one", "code": "three"}.items():
+        (tmp_path / "bank" / name).symlink_to(rotating.folder / "bank" / adapter)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
     exec(code_with("AdapterBank", "docs/research/bank.md"), names)
     assert names["logits"].shape == (3, 16, 128) and list(names["bank"].residents) == ["law", "code"]
+
+
+def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
+    """A layer each of another operator, which is no matter: one a layer it is. Their engine's shards are not hashed."""
+    trained = fake_run(tmp_path / "run", cycles=2)
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "whole").symlink_to(trained.output)
+    shutil.copytree(trained.checkpoint, tmp_path / "bank" / "step")
+    bank = AdapterBank.open(trained.base, tmp_path / "bank", cache=1)
+    ids = tokens(2)
+    expected = logits(trained.live, ids)
+    for names in ("whole", ["step", "whole"]):
+        with bank.use(names):
+            torch.testing.assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
+        assert list(bank.residents) == ["whole"], "the one that was used last"
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -180,44 +185,47 @@ def test_the_lines_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path) -> None:
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
-    made = Bench(tmp_path, rotating.maker, rotating.updates)
-    for name in ("flipped", "nothing", "json"):
+    for name in ("flipped", "nothing", "changed"):
         shutil.copytree(tmp_path / "bank" / "one", tmp_path / "bank" / name)
     flipped = tmp_path / "bank" / "flipped" / "ledger" / "cycle-00000.safetensors"
     flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x77")
     (tmp_path / "bank" / "nothing" / ADAPTER_TENSORS).unlink()
-    (tmp_path / "bank" / "json" / ADAPTER_JSON).write_text('{"format": 1, "layers')
-    made.updates["nan"] = made.maker.write(tmp_path / "bank" / "nan", MoRAConfig(rank=3), scale=float("nan"))
-    bank = made.open()
-    assert set(bank.damaged) == {"json"}
-    for name, message in (
-        ("flipped", "cycle-00000.safetensors"), ("nothing", "is missing"), ("nan", "q_proj is not finite"),
-        ("json", "adapter.json is damaged"),
-    ):  # fmt: skip
+    bench = Bench(tmp_path, rotating.maker, dict(rotating.updates))
+    bench.add("nan", MoRAConfig(rank=3), scale=float("nan"))
+    bank = bench.open()
+    shutil.rmtree(tmp_path / "bank" / "changed")
+    shutil.copytree(tmp_path / "bank" / "three", tmp_path / "bank" / "changed")
+    for name, message in {
+        "flipped": "cycle-00000.safetensors", "nothing": "is missing", "nan": "q_proj is not finite",
+        "changed": "has changed since",
+    }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"adapter '{name}' cannot be used: .*{message}"), bank.use(["one", name]):
             pass
-    check_rows(made, bank, ["none", "one"], tokens(2))
+    check_rows(bench, bank, ["none", "one"], tokens(2))
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """Of another base, of another update, with other trained tensors, with several matrices a layer."""
-    made = bench(tmp_path)
-    made.add("a", MoRAConfig(rank=3), cycles=1)
+    """Of another base, of another update, with other trained tensors, with several matrices a layer, damaged."""
+    bench = bench_of(tmp_path)
+    bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}
     refusals: list[tuple[str, Any, dict[str, Any]]] = [
-        ("adapter 'odd' .* is of another base: fingerprint abc", MoRAConfig(rank=3), {"fingerprint": "abc"}),
+        ("of another base: fingerprint abc", MoRAConfig(rank=3), {"fingerprint": "abc"}),
         ("q_proj has lora; the operators truncate, share, decouple and rotate", LoRAConfig(rank=3), {}),
-        ("'odd' .* also trained model.norm.weight", MoRAConfig(rank=3), {"trained": norm}),
-        ("'odd' .* has MoRA matrices of the domains law, code", MoRAConfig(rank=3), {"domains": ("law", "code")}),
+        ("it also trained model.norm.weight", MoRAConfig(rank=3), {"trained": norm}),
+        ("has MoRA matrices of the domains law, code", MoRAConfig(rank=3), {"domains": ("law", "code")}),
+        ("adapter.json is damaged", MoRAConfig(rank=3), {}),
     ]
+    odd = tmp_path / "bank" / "odd"
     for message, config, more in refusals:
-        made.add("team/odd", config, **more)
-        with pytest.raises(UserError, match=message):
-            made.open()
-        shutil.rmtree(tmp_path / "bank" / "team")
+        bench.add("odd", config, **more)
+        if "damaged" in message:
+            (odd / ADAPTER_JSON).write_text('{"format": 1, "layers')
+        with pytest.raises(UserError, match=f"adapter 'odd' cannot be used: .*{message}"):
+            bench.open()
+        shutil.rmtree(odd)
 
 
-@pytest.mark.timeout(120)  # a search that does not end is noticed
 def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path) -> None:
     bank = rotating.open()
     with pytest.raises(UserError, match=r"no adapter 'thre'. Did you mean 'three'\?"), bank.use(["one", "thre"]):
@@ -225,42 +233,21 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_p
     with pytest.raises(UserError, match="no adapter is named"), bank.use([]):
         pass
     with bank.use(["one", "three"]):
-        with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
+        with pytest.raises(UserError, match=r"named for 2 row\(s\), but .*q_proj reads \(4, 16, 32\)"):
             logits(bank.model, tokens(4))
-        logits(bank.model, tokens(2))
         layer = bank.model.model.layers[0].mlp.up_proj
-        layer(torch.zeros(2 * 16, 32))  # rows and tokens flattened, as some models do
-        with pytest.raises(
-            UserError, match=r"up_proj gets \(31, 32\) of a batch of \(2, 16\): its rows cannot be separated"
-        ):
-            layer(torch.zeros(31, 32))
+        with pytest.raises(UserError, match=r"up_proj reads \(2, 32\); where it does not see complete rows, give all"):
+            layer(torch.zeros(2, 32))
+    with bank.use("one"):
+        layer(torch.zeros(2, 32))
     with pytest.raises(UserError, match="cache must be at least 1"):
         rotating.open(cache=0)
-    shutil.copytree(rotating.folder / "bank", tmp_path / "bank")
-    shutil.copytree(rotating.folder / "bank" / "one", tmp_path / "bank" / "team" / "one")
-    with pytest.raises(UserError, match=r"two adapters are called 'one': .*/bank/one and .*/bank/team/one"):
-        AdapterBank.open(rotating.folder / "base", tmp_path / "bank")
     (tmp_path / "empty" / "x").mkdir(parents=True)
-    for name in ("back", "again"):  # two links into a loop: without a memory there are 2^40 ways through them
-        (tmp_path / "empty" / "x" / name).symlink_to(tmp_path / "empty")
-    for folder, message in (("empty", "no folder in .*empty holds an adapter"), ("nowhere", "no such folder")):
+    for folder, message in {"empty": "no folder in .*empty holds an adapter", "nowhere": "no such folder"}.items():
         with pytest.raises(UserError, match=message):
             AdapterBank.open(rotating.folder / "base", tmp_path / folder)
     with pytest.raises(UserError, match="MODEL: no such folder"):
         AdapterBank.open(tmp_path / "base", rotating.folder / "bank")
-
-
-def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
-    """A layer each of another operator, which is no matter: one a layer it is. Their engine's shards are not hashed."""
-    made = fake_run(tmp_path / "run", cycles=2)
-    (tmp_path / "bank").mkdir()
-    (tmp_path / "bank" / "whole").symlink_to(made.output)
-    shutil.copytree(made.checkpoint, tmp_path / "bank" / "step")
-    bank, ids = AdapterBank.open(made.base, tmp_path / "bank"), tokens(2)
-    expected = logits(made.live, ids)
-    for names in ("whole", ["step", "whole"]):
-        with bank.use(names):
-            torch.testing.assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
 
 
 def test_the_command_scores_every_adapter_as_its_merged_model(
@@ -274,20 +261,16 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
     sets = ["--sets", f"held={user.held}", "--window", "64", "--stride", "32", "--max_documents", "4"]
     flags = [str(user.model), str(tmp_path / "bank"), *sets, "--json", str(tmp_path / "scores.json")]
     assert command("evaluate-adapters", flags) == (0, "")
-    found = json.loads((tmp_path / "scores.json").read_text())["adapters"]
-    said = capsys.readouterr().out
-    assert "held: perplexity" in said and "2 adapter(s) on" in said
-    target = load_target(user.model)
+    scores = json.loads((tmp_path / "scores.json").read_text())["adapters"]
+    printed = capsys.readouterr().out
+    assert "held: perplexity" in printed and "2 adapter(s) on" in printed
+    tokenizer = load_target(user.model).tokenizer
     for name in ("(base)", "a", "b"):
         merge(maker.model, maker.weights, updates.get(name, {}))
-        merged = Target(maker.model.eval(), target.tokenizer, name)
+        merged = Target(maker.model.eval(), tokenizer, name)
         expected = evaluate(merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4)
-        assert found[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
-        assert name == "(base)" or abs(expected.nats / found["(base)"]["held"]["nats"] - 1) > 1e-4
+        assert scores[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
+        assert name == "(base)" or abs(expected.nats / scores["(base)"]["held"]["nats"] - 1) > 1e-4
         maker.model.load_state_dict(maker.weights, strict=False)
-    for more, message in (
-        (["--adapters", "a", "d"], "--adapters: there is no adapter 'd'"),
-        (["--cache", "0"], "--cache must be at least 1"),
-    ):
-        code, told = command("evaluate-adapters", [*flags, *more])
-        assert code == 2 and message in told
+    code, message = command("evaluate-adapters", [*flags, "--adapters", "a", "d"])
+    assert code == 2 and "--adapters: there is no adapter 'd'" in message
