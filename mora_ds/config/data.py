@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, UserError, wrong_values
+from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, wrong_values
 from mora_ds.config.flags import documented
-from mora_ds.runtime.node_memory import Sharing, folder_of
+from mora_ds.runtime.node_memory import Sharing
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class ModelArguments:
     node_base: str = Sharing.AUTO.value
     """On CPUs, where the frozen base lies that the processes of a node share: auto (in the model's files, mapped, and
     from the first merge on in memory that they share; private where they cannot), shared (in such memory from the
-    start), a folder on the node's own disk (auto, with a file there in place of memory), or private (each process has a
-    copy of its own of what merges change)."""
+    start), or private (each process has a copy of its own of what merges change)."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"
@@ -49,11 +48,7 @@ class ModelArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000)})
-        try:
-            folder_of(self.node_base)
-        except UserError as error:
-            yield str(error)
+        yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000), "node_base": Sharing})
         if self.model_name_or_path and self.model_config:
             yield "--model_name_or_path and --model_config: give one of them"
         if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.mappings import Mappings, give_back, trim
-from mora_ds.runtime.node_memory import FLAG, Offer, Sharing, check_room, folder_of, node_members
+from mora_ds.runtime.node_memory import FLAG, Offer, Sharing, check_room, node_members
 from mora_ds.runtime.ranks import Ranks, deal
 
 Item = TypeVar("Item")
@@ -157,14 +156,14 @@ def share_base(model: nn.Module, choice: str, ranks: Ranks, at_once: bool = Fals
 
 
 def _shared(model: nn.Module, frozen: Mapping[str, Tensor], choice: str, ranks: Ranks, at_once: bool) -> NodeBase:
-    folder, is_auto = folder_of(choice), choice == Sharing.AUTO.value
+    is_auto = choice == Sharing.AUTO.value
     members = node_members(ranks)
     wants = choice != Sharing.PRIVATE.value and (len(members) > 1 or not is_auto)
     layout = _Layout.of(model, frozen, everything=at_once or choice == Sharing.SHARED.value)
     is_first = wants and ranks.rank == members[0]
-    needed = layout.size if folder is not None else sum(frozen[name].nbytes for name in layout.now)
+    needed = sum(frozen[name].nbytes for name in layout.now)
     ranks.agree("room for the base of the node", lambda: check_room(choice, needed) if is_first else None)
-    storage, problem = _map(ranks, members, layout if wants else None, folder)
+    storage, problem = _map(ranks, members, layout if wants else None)
     ranks.agree("base of the node", lambda: None if is_auto else _refuse(choice, problem))
     meets = any(ranks.gather("processes that share a base", storage is not None))
     why = problem or (f"{FLAG} {choice}" if choice == Sharing.PRIVATE.value else "one process on this node")
@@ -172,7 +171,7 @@ def _shared(model: nn.Module, frozen: Mapping[str, Tensor], choice: str, ranks: 
     base = NodeBase(ranks if meets else None, (ranks.rank,), text=text)
     if storage is not None:
         slots = {name: layout.view(storage, name, frozen[name]) for name in layout.offsets}
-        base = NodeBase(ranks, members, slots, layout.later, layout.text(frozen, len(members), folder))
+        base = NodeBase(ranks, members, slots, layout.later, layout.text(frozen, len(members)))
     now = layout.now if base.slots else ()
     ranks.agree("copy of the base to the memory of the node", lambda: base.copy(frozen, now), long=True)
     base.use(model, frozen, now)
@@ -214,13 +213,12 @@ class _Layout:
         vars(slot).update(vars(like))
         return slot
 
-    def text(self, frozen: Mapping[str, Tensor], processes: int, folder: Path | None) -> str:
+    def text(self, frozen: Mapping[str, Tensor], processes: int) -> str:
         now, later = (sum(frozen[name].nbytes for name in names) / 1e6 for names in (self.now, self.later))
         files = sum(tensor.nbytes for name, tensor in frozen.items() if name not in self.now) / 1e6
-        where = "memory that they share" if folder is None else f"a file in {folder}"
         return (
             f"frozen base: one for the {processes} processes of a node: {files:,.1f} MB in the model's files, mapped, "
-            f"{now:,.1f} MB in {where}, and {later:,.1f} MB more there from the first merge on"
+            f"{now:,.1f} MB in memory that they share, and {later:,.1f} MB more there from the first merge on"
         )
 
 
@@ -232,15 +230,13 @@ def _distinct(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: frozen[name] for name in first.values()}
 
 
-def _map(
-    ranks: Ranks, members: tuple[int, ...], layout: _Layout | None, folder: Path | None
-) -> tuple[torch.UntypedStorage | None, str]:
+def _map(ranks: Ranks, members: tuple[int, ...], layout: _Layout | None) -> tuple[torch.UntypedStorage | None, str]:
     """(memory of the node, mapped into this process; what kept one of its processes from it). Collective; `layout` None
     on a node that shares nothing."""
     mine, problem = None, ""
     if layout is not None and ranks.rank == members[0]:
         try:
-            mine = Offer.make(layout.size, layout.digest, folder)
+            mine = Offer.make(layout.size, layout.digest)
         except (OSError, AttributeError) as error:  # AttributeError: no memfd_create, which is Linux's
             problem = f"no memory can be shared: {error}"
     offer, problem = ranks.gather("memory of the node", (mine, problem))[members[0]]

@@ -1,6 +1,6 @@
 """Memory that all processes of a node map, and how much of it there is.
 
-    first process of the node     an anonymous file: memfd_create(2), or one in a folder that never has a name there
+    first process of the node     an anonymous file: memfd_create(2)
     the others                    map /proc/PID/fd/N of the first one
     first process                 closes it: what is left are the mappings
 
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -22,8 +20,7 @@ from typing import Any
 
 import torch
 
-from mora_ds.common.errors import RunError, UserError, unknown
-from mora_ds.common.untrusted import expanded
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.ranks import Ranks
 
 FLAG = "--node_base"
@@ -32,35 +29,20 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Sharing(str, Enum):
-    """How the processes of a node hold the base; a folder in place of it is AUTO with a file there."""
+    """How the processes of a node hold the base."""
 
     AUTO = "auto"
     SHARED = "shared"
     PRIVATE = "private"
 
 
-def folder_of(choice: str) -> Path | None:
-    """The folder that a value of --node_base names, None for a `Sharing`. Raises `UserError` for anything else."""
-    names = [sharing.value for sharing in Sharing]
-    if choice in names:
-        return None
-    if os.sep not in choice:
-        raise UserError(unknown(FLAG, choice, [*names, f"a folder, with a {os.sep} in it"]))
-    return expanded(choice, FLAG)
-
-
 def check_room(choice: str, nbytes: int) -> None:
-    """Raises `UserError` where this node has less than `nbytes` for what its processes share, or no such folder."""
-    folder = folder_of(choice)
-    try:
-        free, limit = free_bytes(folder)
-    except OSError as error:
-        raise UserError(f"{FLAG} {choice}: a file cannot be made there: {error}") from error
+    """Raises `UserError` where this node has less than `nbytes` for what its processes share."""
+    free, limit = free_bytes()
     if nbytes > free:
-        other = "a folder on a disk keeps it in a file there" if folder is None else "name another folder"
         raise UserError(
-            f"--node_base {choice}: the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
-            f"{free / 1e9:,.3f} GB are {limit}: {other} ({FLAG}), and --base_bits 8 takes less"
+            f"{FLAG} {choice}: the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
+            f"{free / 1e9:,.3f} GB are {limit}: --base_bits 8 takes less"
         )
 
 
@@ -98,14 +80,11 @@ class Offer:
     """A digest of what is to lie where; those who map it must have the same."""
 
     @classmethod
-    def make(cls, size: int, layout: str, folder: Path | None) -> Offer:
-        """New memory of `size` bytes, all zeros, of which none is used yet; in a file in `folder`, where one is given,
-        whose blocks are reserved. Raises `OSError`."""
-        descriptor = os.memfd_create("mora_ds-base") if folder is None else _unnamed_file(folder)
+    def make(cls, size: int, layout: str) -> Offer:
+        """New memory of `size` bytes, all zeros, of which none is used yet. Raises `OSError`."""
+        descriptor = os.memfd_create("mora_ds-base")
         try:
             os.ftruncate(descriptor, size)
-            if folder is not None and size:
-                os.posix_fallocate(descriptor, 0, size)
         except OSError:
             os.close(descriptor)
             raise
@@ -129,22 +108,9 @@ class Offer:
         os.close(self.descriptor)
 
 
-def _unnamed_file(folder: Path) -> int:
-    """A file that no one else can open by a name, and that is deleted when it is closed and not mapped."""
-    with suppress(OSError, AttributeError):  # not every file system has O_TMPFILE
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    descriptor, path = tempfile.mkstemp(prefix=".node-base-", dir=folder)
-    os.unlink(path)
-    return descriptor
-
-
-def free_bytes(folder: Path | None = None) -> tuple[int, str]:
-    """(bytes that shared memory, or a file in `folder`, can take on this node; what limits them). Raises `OSError` for
-    a folder that cannot be used."""
-    if folder is not None:
-        return shutil.disk_usage(folder).free, f"free in {folder}"
-    limits = [(_memory_available(), "available in memory"), *_cgroup_limits()]
-    return min(limits)
+def free_bytes() -> tuple[int, str]:
+    """(bytes that shared memory can take on this node; what limits them)."""
+    return min([(_memory_available(), "available in memory"), *_cgroup_limits()])
 
 
 def _memory_available() -> int:

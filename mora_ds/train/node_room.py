@@ -13,12 +13,12 @@ from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.device import is_cpu
 from mora_ds.engine.initialize import require_host
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.runtime.node_memory import Sharing, check_room, folder_of, node_members
+from mora_ds.runtime.node_memory import Sharing, check_room, node_members
 from mora_ds.runtime.ranks import Ranks
 
 
 def check_node_base(arguments: Arguments, config: Any, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Raise `UserError` where a node lacks the memory, or the folder the space, for what will be written there.
+    """Raise `UserError` where a node lacks the memory for what will be written there.
     `config`: of the model. Collective. On a GPU, --base_device host has a check of its own."""
     choice = arguments.model.node_base
     require_host(choice, arguments.training.base_device == BaseDevice.HOST.value)
@@ -39,7 +39,7 @@ def _bytes_written(arguments: Arguments, config: Any, dtype: torch.dtype) -> int
     """Bytes of the weights that merges change, or that are held in 8 bits; of all weights with --node_base shared."""
     adapter, choice = arguments.adapter, arguments.model.node_base
     everything = choice == Sharing.SHARED.value
-    if not (adapter.merge_every > 0 or adapter.base_bits == 8 or everything or folder_of(choice)):
+    if not (adapter.merge_every > 0 or adapter.base_bits == 8 or everything):
         return 0
     model = planned_model(
         Work(config, None, seq_len=1, dtype=dtype, trust_remote_code=arguments.model.trust_remote_code)

@@ -146,8 +146,7 @@ stray | 'stray'
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation magic | --attn_implementation magic
---node_base shard | unknown --node_base 'shard' | known: auto, shared, private, a folder
---node_base /nowhere/base | --node_base /nowhere/base: a file cannot be made there
+--node_base shard | unknown --node_base 'shard' | known: auto, shared, private | Did you mean 'shared'
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora is for linear layers
@@ -167,7 +166,6 @@ stray | 'stray'
 --output_dir ~nobody5/x | --output_dir ~nobody5/x: no home folder is known for ~nobody5
 --cache_dir ~nobody5/x | --cache_dir ~nobody5/x: no home
 --deepspeed ~nobody5/x | --deepspeed ~nobody5/x: no home
---node_base ~nobody5/x | --node_base ~nobody5/x: no home
 --model_name_or_path ~nobody5/x | --model_name_or_path ~nobody5/x: no home
 --tokenizer_name ~nobody5/x | --tokenizer_name ~nobody5/x: no home
 --resume_from_checkpoint ~nobody5/x | --resume_from_checkpoint ~nobody5/x: no home

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.mappings import Mappings, give_back
-from mora_ds.runtime.node_memory import Offer, folder_of, free_bytes, machine, node_members
+from mora_ds.runtime.node_memory import Offer, free_bytes, machine, node_members
 
 V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
 
@@ -48,13 +48,6 @@ def test_without_a_limit_it_is_the_memory_of_the_machine(tmp_path: Path, monkeyp
     assert free_bytes()[0] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_a_folder_has_a_separator_in_it() -> None:
-    assert [folder_of(choice) for choice in ("auto", "shared", "private")] == [None] * 3
-    assert folder_of("./auto") == Path("auto") and folder_of("~/base") == Path.home() / "base"
-    with pytest.raises(UserError, match=r"unknown --node_base 'shard'; known: .*Did you mean 'shared'"):
-        folder_of("shard")
-
-
 def test_processes_of_a_node_are_those_that_see_each_other() -> None:
     """Nodes begin at local rank 0. The second one is the first one's machine, as in tests, the third has containers."""
     facts = [(0, "a"), (1, "a"), (0, "a"), (1, "a"), (2, "a"), (0, "b"), (1, "c"), (2, "b")]
@@ -76,7 +69,7 @@ def test_a_machine_is_the_same_for_its_processes(monkeypatch: pytest.MonkeyPatch
 
 def test_a_descriptor_that_means_another_file_is_not_mapped() -> None:
     """As that of a process which has ended, and whose number another one has."""
-    offer = Offer.make(4096, "layout", None)
+    offer = Offer.make(4096, "layout")
     os.ftruncate(offer.descriptor, 8192)
     with pytest.raises(RunError, match="another file than the first process"):
         offer.map("layout")
