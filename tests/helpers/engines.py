@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,35 @@ def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **change
         "steps_per_print": 10**9,
     }
     return {**config, **changes}
+
+
+def plain_steps(
+    model: nn.Module,
+    losses_of: Callable[[int], Iterable[Tensor]],
+    steps: int,
+    learning_rate: float = LEARNING_RATE,
+) -> dict[str, Any]:
+    """Train in one process without DeepSpeed, by AdamW with clipped gradients.
+
+    `losses_of`: the losses of a step, whose gradients are summed. Returns the sum of losses and the gradient norm of
+    each step, the gradients of the first step, and the trained values at the end.
+    """
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, eps=EPSILON, weight_decay=0.0)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for step in range(steps):
+        total = 0.0
+        for loss in losses_of(step):
+            loss.backward()
+            total += loss.item()
+        if step == 0:
+            found["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        found["losses"].append(total)
+    found["values"] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return found
 
 
 def merge_by_hand(engine: zero.Engine) -> None:

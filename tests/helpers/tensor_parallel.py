@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,10 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import token_nll
+from tests.helpers.engines import ACCUMULATION, ds_config, plain_steps
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
-ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP, EPSILON = 4, 5, 2, 1e-2, 0.5, 1e-4
+STEPS = 5
 BATCHES = 2
 """Sequences of a micro-batch, over all replicas."""
 
@@ -71,31 +73,12 @@ def loss_of(case: Case, model: Any, ids: torch.Tensor) -> torch.Tensor:
 def plain_run(case: Case, steps: int = STEPS) -> dict[str, Any]:
     """One process, no DeepSpeed."""
     model = model_of(case)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
-    found: dict[str, Any] = {"losses": [], "norms": [], "logits": logits(model)}
-    for step in range(steps):
-        losses = [loss_of(case, model, ids) / ACCUMULATION for ids in batches(step)]
-        for loss in losses:
-            loss.backward()
-        if step == 0:
-            found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
-        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        found["losses"].append(sum(loss.item() for loss in losses))
-    found["values"] = {name: parameter.data for name, parameter in model.named_parameters()}
-    return found
+    logits_before = logits(model)
 
+    def losses_of(step: int) -> Iterator[torch.Tensor]:
+        return (loss_of(case, model, ids) / ACCUMULATION for ids in batches(step))
 
-def ds_config(micro: int, **zero_settings: Any) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero_settings},
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "eps": EPSILON, "weight_decay": 0.0}},
-    }
+    return {"logits": logits_before, **plain_steps(model, losses_of, steps)}
 
 
 def start(
@@ -104,7 +87,8 @@ def start(
     """(engine, replica, replicas) of this rank. The degree is an argument, or stands in the config, which `more`
     changes."""
     replicas = dist.get_world_size() // degree
-    config = ds_config(BATCHES // replicas, **zero_settings)
+    config = ds_config(3, BATCHES // replicas)
+    config["zero_optimization"].update(zero_settings)
     config.update(more or {})
     how: dict[str, Any] = {}
     if said_by_config:

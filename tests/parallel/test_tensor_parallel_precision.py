@@ -15,17 +15,15 @@ from mora_ds.models.base import tensor_checksum
 from mora_ds.parallel.topology import share_of
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
+from tests.helpers.engines import ACCUMULATION, CLIP, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss
 from tests.helpers.tensor_parallel import (
-    ACCUMULATION,
     BATCHES,
-    CLIP,
     Case,
     base_in_memory,
     batches,
     config_of,
-    ds_config,
     start,
 )
 
@@ -53,7 +51,7 @@ def trained(case: Case, dtypes: list[str], degree: int, folder: str) -> dict[str
 
 def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, Any]:
     """Losses, norms, now and then the checksums of what all ranks hold, and in the end those of the merged base."""
-    optimizer = ds_config(1)["optimizer"]
+    optimizer = ds_config(3, 1)["optimizer"]
     optimizer["params"]["lr"] = LEARNING_RATE
     engine, replica, replicas = start(case, degree, more={**PRECISIONS[dtype], "optimizer": optimizer})
     micro = BATCHES // replicas

@@ -24,7 +24,7 @@ from mora_ds.models.base import tensor_checksum
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.train.preflight import check_split
-from tests.helpers.engines import CLIP, EPSILON, ds_config
+from tests.helpers.engines import ds_config, plain_steps
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, adapted_model, tokens
 from tests.helpers.pairwise import pairwise_cases
@@ -80,20 +80,12 @@ def batch_of(case: Case, step: int) -> dict[str, Tensor]:
 def plain_run(case: Case) -> dict[str, Any]:
     """One process, no DeepSpeed, complete rows."""
     model = model_of(case)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
-    found: dict[str, Any] = {"losses": [], "norms": []}
-    for step in range(STEPS):
+
+    def losses_of(step: int) -> list[Tensor]:
         batch = batch_of(case, step)
-        loss = token_nll(model, batch) / (batch["labels"] != IGNORED).sum()
-        loss.backward()
-        if step == 0:
-            found["gradients"] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        found["losses"].append(loss.item())
-    found["values"] = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        return [token_nll(model, batch) / (batch["labels"] != IGNORED).sum()]
+
+    found = plain_steps(model, losses_of, STEPS, LEARNING_RATE)
     add_deltas(model, lambda square: square.data)
     found["base"] = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
     return found
