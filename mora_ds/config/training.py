@@ -187,7 +187,7 @@ class TrainingArguments:
     checkpoints/best. A task's loss is minus the logarithm of its score."""
     max_eval_batches: int | None = None
     """Batches per evaluation set, over all ranks. Default: the complete set."""
-    save_steps: int = 0
+    save_steps: int = 500
     """Optimizer steps between checkpoints; 0: one at the end."""
     save_total_limit: int | None = None
     """Number of checkpoints to keep, the newest. Default: all."""

@@ -53,7 +53,9 @@ class Evaluator:
         if tasks is not None:
             before_batch()  # before anything is logged, as it may end the run, which then evaluates again
         if perplexities:
-            self.log.evaluation(step, perplexities, self.state.perplexity_before)
+            # The first evaluation is what the others are compared with: its own change of 0 begins each curve.
+            before = self.state.perplexity_before if step else perplexities
+            self.log.evaluation(step, perplexities, before)
         costs = {} if tasks is None else self._evaluate_tasks(tasks)
         self.state.perplexity_last, self.state.evaluation_pending = perplexities, False
         score = self.watch.score({**perplexities, **costs})

@@ -48,7 +48,8 @@ GROUPS = {
 }
 """Kind of a row of metrics.jsonl -> the TensorBoard group of its numbers."""
 
-FORGETTING = "2_evaluation/forgetting"
+FORGETTING = "2_forgetting/change_percent"
+"""The TensorBoard group of what each evaluation set has lost since the start."""
 
 
 class SourceLosses:

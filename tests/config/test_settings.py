@@ -34,6 +34,10 @@ def test_a_warmup_below_1_is_a_share_of_the_run() -> None:
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
 
 
+def test_a_run_that_asks_for_no_checkpoints_loses_500_steps_at_most() -> None:
+    assert parse([]).training.save_steps == 500
+
+
 def test_the_schedule_has_every_setting_of_the_flags() -> None:
     flags = (
         "--learning_rate 0.002 --min_lr_ratio 0.1 --decay_ratio 0.3 --lr_scheduler_type wsd --warmup_steps 5 "

@@ -149,7 +149,7 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
     made.state.evaluation_pending = True
     at(made, 2, 2.0)
     start, now = {"held": math.exp(1)}, {"held": math.exp(2)}
-    assert made.log.rows == [(0, start, {}), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
+    assert made.log.rows == [(0, start, start), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
     assert made.state.perplexity_last == now and not made.state.evaluation_pending
     assert made.replica.read_as == ["held", "held"] and made.hooks.now == ""
 

@@ -150,9 +150,9 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [event.step for event in board.Tensors("merges/text_summary")] == [4, 5]
     tags = {tag for tag, _ in STEP_TAGS.values()}
-    tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_evaluation/forgetting/old"}
+    tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_forgetting/change_percent/old"}
     assert set(board.Tags()["scalars"]) == tags
-    assert [event.value for event in board.Scalars("2_evaluation/forgetting/old")][-1] == pytest.approx(50.0)
+    assert [event.value for event in board.Scalars("2_forgetting/change_percent/old")][-1] == pytest.approx(50.0)
     assert board.Scalars("5_traffic/all_gather_MB_per_step")[0].value == pytest.approx(1.0)
 
 
@@ -211,7 +211,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
             3,
         ),
         ({"2_evaluation/perplexity/held": 4.5, "2_evaluation/perplexity/new": 2.0}, 3),
-        ({"2_evaluation/forgetting/held": 50.0}, 3),
+        ({"2_forgetting/change_percent/held": 50.0}, 3),
         ({"2_evaluation/tasks/quiz/acc": 0.5, "2_evaluation/tasks/quiz/f1": 0.25}, 3),
         ({"8_sources/web/tokens": 7}, 3),
         (3, "merge", "merged 1 time"),

@@ -76,7 +76,7 @@ def test_a_service_gets_what_tensorboard_gets(tmp_path: Path, stand_in: type[Sta
         ("start", "run", None),
         (1, {"4_merges/cycle": 0}),
         (1, {"2_evaluation/perplexity/old": 2.2}),
-        (1, {"2_evaluation/forgetting/old": pytest.approx(10)}),
+        (1, {"2_forgetting/change_percent/old": pytest.approx(10)}),
         {"steps": 1},
         "close",
     ]

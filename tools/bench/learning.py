@@ -49,8 +49,8 @@ AS_GOOD = 1.01
 """Of the best perplexity on the new text."""
 EVALUATIONS = 4
 """Of a run, evenly spaced, the last one at its end."""
-PLACES = ("model_name_or_path", "train_files", "eval_files", "cache_dir", "output_dir")
-"""Flags of a run that only say where its files lie."""
+PLACES = ("model_name_or_path", "train_files", "eval_files", "cache_dir", "output_dir", "save_steps")
+"""Flags of a run that only say where its files lie, and which."""
 KEPT = ("method", "learning_rate", "seed", "trained", "perplexity", "curve", "loss", "marks", "scores")
 """What `--json` keeps of a run; runs before `--tasks` existed have no scores."""
 
@@ -234,7 +234,7 @@ def _trials(
                 "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
                 "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": rank,
                 "max_steps": options.steps, "eval_steps": max(1, options.steps // EVALUATIONS),
-                "eval_on_start": False, "overwrite_output_dir": True, "seed": seed,
+                "eval_on_start": False, "save_steps": 0, "overwrite_output_dir": True, "seed": seed,
                 "output_dir": options.work / "runs" / f"r{rank}-{length}-{name}-{rate:g}-{seed}",
                 **methods.settings, **method.settings(rate, options.steps, texts.old),
             }  # fmt: skip
