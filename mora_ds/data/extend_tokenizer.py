@@ -2,8 +2,7 @@
 
     texts -> SentencePiece (BPE) -> candidate tokens, best first
     candidate -> as the tokenizer's model spells it ("Ġterm" or "▁term") -> how the old vocabulary segments it
-    BPE        a token and the one merge that makes it of two tokens, after all older merges
-    Unigram    a token and a score just above that of the tokens it replaces
+    a token and the one merge that makes it of two tokens, after all older merges
     tokenizer.json rewritten -> loaded as transformers would -> every new token is matched
 
 Old merges come first and text is only ever joined further: each new token stands for two or more old ones.
@@ -32,8 +31,6 @@ _CANDIDATES_A_TOKEN = 4
 
 _INTERMEDIATE_SHARE = 8
 """One in 8 of the candidates out of reach gets an intermediate token when no candidate is within reach."""
-
-_UNIGRAM_GAIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,29 +68,24 @@ def extend_tokenizer(
 ) -> Extension:
     """Writes `tokenizer` with `wanted` of the candidates added to `folder`, which must exist.
 
-    Raises `UserError`, which names --pieces, where the candidates are too few, and for tokenizers that are neither BPE
-    nor Unigram.
+    Raises `UserError`, which names --pieces, where the candidates are too few, and for tokenizers that are not BPE.
     """
     backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.model, (models.BPE, models.Unigram)):
+    if backend is None or not isinstance(backend.model, models.BPE):
         kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
-        raise UserError(f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's and Unigram's")
+        raise UserError(f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's")
     content = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
     spelt = dict.fromkeys(filter(None, map(_speller(content, backend), candidates)))
     new = [token for token in spelt if token not in vocabulary]
     first_id = largest_id(tokenizer)[1] + 1
-    old: models.BPE | models.Unigram = backend.model
-    if isinstance(old, models.BPE):
-        tokens = _grow_bpe(content["model"], new, wanted, first_id)
-    else:
-        tokens = _grow_unigram(content["model"], old, new, wanted, first_id)
+    tokens = _grow(content["model"], new, wanted, first_id)
     if len(tokens) < wanted:
         raise UserError(
             f"--pieces {wanted}: the corpus yields only {len(tokens)} tokens that this tokenizer does not have; "
             "lower it, or give more text"
         )
-    replaced = tuple(tuple(part.id for part in old.tokenize(token)) for token in tokens)
+    replaced = tuple(tuple(part.id for part in backend.model.tokenize(token)) for token in tokens)
     tokenizer.save_pretrained(folder)
     for stale in (*folder.glob("*.model"), *folder.glob("vocab.*"), *folder.glob("merges.txt")):
         stale.unlink()  # files of the old vocabulary
@@ -137,7 +129,7 @@ def _speller(content: dict[str, Any], backend: Tokenizer) -> Callable[[str], str
     return byte_level if "ByteLevel" in json.dumps(content["pre_tokenizer"]) else unchanged
 
 
-def _grow_bpe(model: dict[str, Any], candidates: list[str], wanted: int, first_id: int) -> list[str]:
+def _grow(model: dict[str, Any], candidates: list[str], wanted: int, first_id: int) -> list[str]:
     """Adds tokens to the vocabulary, and to the merges the pair that each is made of; returns the tokens.
 
     In each pass the best candidates still needed are segmented by the merges so far. One of two parts is one merge
@@ -186,15 +178,3 @@ def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
         index = pair_ranks.index(min(known))
         parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts
-
-
-def _grow_unigram(model: dict[str, Any], old: Any, candidates: list[str], wanted: int, first_id: int) -> list[str]:
-    """Adds tokens to the vocabulary with a score just above the sum of their parts' scores; returns the tokens."""
-    vocabulary = model["vocab"]
-    if first_id != len(vocabulary):
-        raise UserError("a Unigram vocabulary followed by added tokens cannot be extended: its ids are list indices")
-    scores = dict(vocabulary)
-    for token in candidates[:wanted]:
-        known = [scores[part.value] for part in old.tokenize(token) if part.value in scores]
-        vocabulary.append([token, min(sum(known) + _UNIGRAM_GAIN, 0.0)])
-    return candidates[:wanted]

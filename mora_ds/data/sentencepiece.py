@@ -7,7 +7,7 @@ The wrapped tokenizer repeats what SentencePiece does, stage by stage:
 
     normalise    the model's own character map; repeated spaces removed, a leading space added, spaces -> U+2581
     split        user-defined symbols are never split
-    merge        BPE: every pair that makes a token, ranked by the token's score; Unigram: the scores themselves
+    merge        every pair that makes a token, ranked by the token's score
     fall back    characters that are not in the vocabulary become their UTF-8 bytes
 
 Documents are plain text: "</s>" in a document is four characters, as in SentencePiece, not the end-of-text token.
@@ -42,7 +42,7 @@ _SAMPLE_BYTES = 128 << 20
 """Of a larger corpus a fixed random sample of about this size is trained on."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
-_UNIGRAM, _BPE = 1, 2
+_BPE = 2
 _TEST_TEXTS = (
     "Hello world. This is a test, isn't it?",
     " one leading space",
@@ -140,7 +140,7 @@ def wrap_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     ids cannot be reproduced (checked on `_TEST_TEXTS`).
     """
     proto = _read_model(path)
-    tokenizer = Tokenizer(_bpe_model(proto) if proto.trainer_spec.model_type == _BPE else _unigram_model(proto))
+    tokenizer = Tokenizer(_bpe_model(proto))
     tokenizer.normalizer = _normalizer(proto)
     if symbols := _user_symbols(proto):
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), behavior="isolated")
@@ -180,8 +180,8 @@ def _read_model(path: Path) -> Any:
     if not proto.pieces:
         raise UserError(f"--tokenizer_name {path} is no SentencePiece model: it has no vocabulary")
     odd = proto.trainer_spec.treat_whitespace_as_suffix or any(piece.type == _UNUSED for piece in proto.pieces)
-    if odd or proto.trainer_spec.model_type not in (_BPE, _UNIGRAM):
-        raise _not_reproduced(path, "only BPE and Unigram models without unused tokens or space suffixes are supported")
+    if odd or proto.trainer_spec.model_type != _BPE:
+        raise _not_reproduced(path, "only BPE models without unused tokens or space suffixes are supported")
     return proto
 
 
@@ -214,23 +214,6 @@ def _bpe_model(proto: Any) -> models.BPE:
         fuse_unk=True,
         byte_fallback=proto.trainer_spec.byte_fallback,
         ignore_merges=any(piece.type == _USER_DEFINED for piece in proto.pieces),
-    )
-
-
-def _unigram_model(proto: Any) -> models.Unigram:
-    """A Unigram model with the same scores, but special and byte tokens with such a low score that none is matched in
-    text: SentencePiece never matches them, `tokenizers` would.
-
-    (Where a token is spelt with characters that are not in the vocabulary, it is still matched. And where two
-    segmentations score the same, the two libraries may choose differently: only BPE, the default here, is exact.)
-    """
-    normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
-    hidden = 16 * (min(normal, default=0.0) - 10.0)
-    visible = (_NORMAL, _USER_DEFINED)
-    return models.Unigram(
-        [(piece.piece, piece.score if piece.type in visible else hidden) for piece in proto.pieces],
-        unk_id=proto.trainer_spec.unk_id,
-        byte_fallback=proto.trainer_spec.byte_fallback,
     )
 
 
@@ -270,8 +253,5 @@ def _compare(path: Path, proto: Any, wrapped: PreTrainedTokenizerFast) -> None:
     """Raises `UserError` where the tokenizer gives other ids than SentencePiece."""
     original = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     for text in _TEST_TEXTS:
-        ids, expected = wrapped.encode(text, add_special_tokens=False), original.encode(text)
-        if proto.trainer_spec.model_type == _UNIGRAM:  # the same tokens in another order score the same
-            ids, expected = sorted(ids), sorted(expected)
-        if ids != expected:
+        if wrapped.encode(text, add_special_tokens=False) != original.encode(text):
             raise _not_reproduced(path, f"the ids differ on {text!r}")
