@@ -9,7 +9,6 @@ One tensor is in memory at a time, whatever the size of the model; neither a GPU
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from mora_ds.adapters import nf4
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, with_product
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for, with_new_rows
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
@@ -170,11 +170,10 @@ def _write(
         names = write_shards(folder, shards, _tensor_of(run, trained))
         write_companions(run.base, folder, dtype, tokenizer_of(run.folder))
         if verify:
-            probe = run.folder / PROBE_FILE
-            errors = _add_errors_of_4_bits(run) if run.file.config.base_bits == 4 else None
-            rounding = _rounding_to_8_bits(run, folder) if run.file.config.base_bits == 8 else 0.0
-            logits = logits_name(run.domain)
-            comparison = compare_logits(folder, probe, dtype, rounding, logits, errors, trust_remote_code)
+            round_weights = _rounding(run) if run.file.config.base_bits in (8, 4) else None
+            comparison = compare_logits(
+                folder, run.folder / PROBE_FILE, dtype, logits_name(run.domain), round_weights, trust_remote_code
+            )
         if adapter.domains is not None:
             adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
         card = model_card(run.folder, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)
@@ -265,28 +264,27 @@ def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.
     return tensor_of
 
 
-def _rounding_to_8_bits(run: OpenedRun, exported: Path) -> float:
-    """Rounding error that --base_bits 8 gave the live weights, relative to the norm of the exported ones."""
-    written, lost, norm = BaseCheckpoint.open(exported), 0.0, 0.0
-    for entry in run.file.layers.values():
-        weight = written.read(run.reference.keys[entry.weight]).float()
-        weight = weight.mT if entry.transposed else weight
-        lost += (Int8Weight(*quantize(weight)).dense(weight.dtype) - weight).norm().item() ** 2
-        norm += weight.norm().item() ** 2
-    return math.sqrt(lost / norm) if norm else 0.0
+def _rounding(run: OpenedRun) -> Callable[[Any], None]:
+    """Gives a loaded export the rounding of --base_bits: it then is the live model, up to rounding of sums.
 
-
-def _add_errors_of_4_bits(run: OpenedRun) -> Callable[[Any], None]:
-    """Gives a loaded export what --base_bits 4 made of the originals: the live weights then, up to rounding of sums."""
+    In 8 bits a run holds the weights with all merged cycles, in 4 bits the original ones, beside which it keeps the
+    matrices of merged cycles.
+    """
+    bits = run.file.config.base_bits
 
     @torch.no_grad()
     def change(model: Any) -> None:
         for entry in run.file.layers.values():
-            original = run.base.read(run.reference.keys[entry.weight]).float()
-            original = original.T if entry.transposed else original
-            rounded = nf4.NF4Weight(*nf4.quantize(original), tuple(original.shape)).dense(torch.float32)
-            error = rounded.sub_(original)
+            original = run.base.read(run.reference.keys[entry.weight])
+            merged = run.ledger.squares_of(entry.module) if bits == 8 else ()
+            exact = live_weight(original, merged, entry.transposed, torch.float32)
+            exact = exact.mT if entry.transposed else exact  # (d_out, d_in), or a stack of such
+            if bits == 8:
+                rounded = Int8Weight(*quantize(exact)).dense(torch.float32)
+            else:
+                rounded = nf4.NF4Weight(*nf4.quantize(exact), tuple(exact.shape)).dense(torch.float32)
+            error = rounded - exact
             weight = model.get_parameter(entry.weight)
-            weight.copy_(weight.float().add_(error.T if entry.transposed else error))
+            weight.copy_(weight.float().add_(error.mT if entry.transposed else error))
 
     return change

@@ -266,8 +266,6 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     assert_same_run(out, whole)
     comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
     assert comparison is not None and comparison.error < 0.6 * comparison.tolerance
-    if bits == 8:  # the live weights are rounded after a merge; in 4 bits merged matrices stay beside them
-        assert comparison.error > 0.02 * comparison.tolerance
     exported, expected = load_file(tmp_path / "merged" / "model.safetensors"), exact_export(out, user.model)
     assert expected and all(torch.equal(exported[name], weight) for name, weight in expected.items())
     message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
