@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mora_ds.commands.export import average_flags
+from mora_ds.commands.export import average_flag
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import AUTO, Corpus, load_corpus
@@ -62,7 +62,7 @@ def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
 
 def _mixes(options: argparse.Namespace) -> list[Mix]:
     """What to make of the update, for each --delta_scale. Raises `UserError`."""
-    mixes = [Mix(scale, options.average_last, options.average_decay) for scale in dict.fromkeys(options.delta_scale)]
+    mixes = [Mix(scale, options.average_last) for scale in dict.fromkeys(options.delta_scale)]
     for mix in mixes:
         mix.check()
     return mixes
@@ -136,6 +136,6 @@ def _parser() -> argparse.ArgumentParser:
         "--delta_scale", type=float, nargs="+", default=[1.0], metavar="S",
         help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",
     )  # fmt: skip
-    average_flags(parser)
+    average_flag(parser)
     parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of the lm-eval harness, where installed")
     return parser

@@ -32,7 +32,7 @@ def main() -> None:
         verify=options.verify,
         overwrite=options.overwrite,
         domain=options.domain,
-        mix=Mix(options.delta_scale, options.average_last, options.average_decay),
+        mix=Mix(options.delta_scale, options.average_last),
         trust_remote_code=options.trust_remote_code,
     )
     print("\n".join(report.lines()))
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--delta_scale", type=float, default=1.0, metavar="S",
         help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
     )  # fmt: skip
-    average_flags(parser)
+    average_flag(parser)
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
     parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
     parser.add_argument(
@@ -66,13 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def average_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that average an update over the checkpoints of its run."""
+def average_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that averages an update over the checkpoints of its run."""
     parser.add_argument(
         "--average_last", type=int, default=1, metavar="K",
         help="take the mean update of the K newest checkpoints, up to and including the named one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--average_decay", type=float, default=1.0, metavar="D",
-        help="with --average_last: each checkpoint counts D times as much as the next newer one; 1: all alike",
     )  # fmt: skip

@@ -41,7 +41,7 @@ from mora_ds.checkpoint.layout import (
     step_of,
     tokenizer_of,
 )
-from mora_ds.common.errors import ABOVE_0_AT_MOST_1, COUNT, RunError, UserError, refuse, wrong_values
+from mora_ds.common.errors import COUNT, RunError, UserError, refuse, wrong_values
 from mora_ds.common.files import atomic_folder, atomic_path, copy_folder, require_new, write_json_atomic, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter
@@ -59,8 +59,6 @@ class Mix:
     """Multiplies the update: 0 is the base, 1 the trained model, values between them lie between the two."""
     average_last: int = 1
     """Checkpoints whose mean is taken, up to and including the named one."""
-    average_decay: float = 1.0
-    """Weight of a checkpoint in that mean, relative to the next newer one; 1: all count alike."""
 
     @property
     def is_plain(self) -> bool:
@@ -73,35 +71,31 @@ class Mix:
 
     def __str__(self) -> str:
         mean = f", mean of the last {self.average_last} checkpoints" if self.average_last > 1 else ""
-        decay = f", each {self.average_decay:g} of the next" if mean and self.average_decay != 1 else ""
-        return f"update x {self.scale}{mean}{decay}"
+        return f"update x {self.scale}{mean}"
 
     def check(self) -> None:
         """Raises `UserError` naming the flag whose value is impossible."""
-        problems = list(wrong_values(self, {"average_last": COUNT, "average_decay": ABOVE_0_AT_MOST_1}))
+        problems = list(wrong_values(self, {"average_last": COUNT}))
         if not math.isfinite(self.delta_scale):
             problems.append(f"--delta_scale must be finite, got {self.delta_scale}")
-        if self.average_last == 1 and self.average_decay != 1:
-            problems.append("--average_decay needs --average_last K, with K above 1")
         refuse(problems)
 
     def sources(self, path: Path) -> list[tuple[Path, Fraction]]:
-        """The adapters to be summed, oldest first, with their weights. `path`: as `find_adapter` takes it. Raises
-        `UserError` where a run has too few checkpoints."""
+        """The adapters to be summed, oldest first, with their weights, all alike. `path`: as `find_adapter` takes it.
+        Raises `UserError` where a run has too few checkpoints."""
         newest = find_adapter(path)
-        found = [newest]
+        folders = [newest]
         if self.average_last > 1:
             if not is_step_name(newest.name):
                 raise UserError(f"--average_last: {path} is no checkpoint of a run: it has no earlier ones beside it")
             known = complete_checkpoints(newest.parent)
-            found = [folder for folder in known if step_of(folder) <= step_of(newest)][-self.average_last :]
-            if len(found) < self.average_last:
+            folders = [folder for folder in known if step_of(folder) <= step_of(newest)][-self.average_last :]
+            if len(folders) < self.average_last:
                 raise UserError(
-                    f"--average_last {self.average_last}: {newest.parent} has {len(found)} checkpoint(s) up to"
+                    f"--average_last {self.average_last}: {newest.parent} has {len(folders)} checkpoint(s) up to"
                     f" {newest.name}; --save_steps and --save_total_limit say how many a run keeps"
                 )
-        ages = [Fraction(self.average_decay) ** age for age in reversed(range(len(found)))]
-        return [(folder, Fraction(self.delta_scale) * age / sum(ages)) for folder, age in zip(found, ages, strict=True)]
+        return [(folder, Fraction(self.delta_scale) / len(folders)) for folder in folders]
 
 
 @contextmanager
