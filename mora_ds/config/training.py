@@ -41,7 +41,7 @@ ROWS = Bounds(least=1, most=1_000_000)
 ADAMW_LEARNING_RATE = 4e-4
 """Default of --learning_rate under adamw, and under muon of --embedding_learning_rate."""
 
-MUON_LEARNING_RATE = 0.03
+MUON_LEARNING_RATE = 0.01
 """Default of --learning_rate under muon."""
 
 
@@ -124,8 +124,9 @@ class TrainingArguments:
     """adamw, or muon: DeepSpeed's Muon for the MoRA matrices, AdamW for all other trained parameters."""
     learning_rate: float | None = None
     """Peak learning rate of the adapter, or of everything with --adapter full. Default: 4e-4 under adamw, where a rank
-    four times as high wants half of it (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.03 under
-    muon, where every update of a matrix has about this spectral norm, whatever the gradient is."""
+    four times as high wants half of it (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.01 under
+    muon, where every update of a matrix has about this spectral norm, whatever the gradient is (small models from
+    scratch want 0.03)."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of the other trained parameters (modules_to_save): embeddings, new rows, norms, head. Default:
     --learning_rate under adamw, 4e-4 under muon, which leaves them to AdamW."""

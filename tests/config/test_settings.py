@@ -83,9 +83,9 @@ def test_adapter_settings_become_the_adapters_config() -> None:
         ("", 4e-4, 4e-4),
         ("--learning_rate 0.001", 0.001, 0.001),
         ("--embedding_learning_rate 0.001", 4e-4, 0.001),
-        ("--optimizer muon", 0.03, 4e-4),
+        ("--optimizer muon", 0.01, 4e-4),
         ("--optimizer muon --learning_rate 0.02", 0.02, 4e-4),
-        ("--optimizer muon --embedding_learning_rate 0.001", 0.03, 0.001),
+        ("--optimizer muon --embedding_learning_rate 0.001", 0.01, 0.001),
     ],
 )
 def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags: str, adapter: float, others: float) -> None:

@@ -26,18 +26,18 @@ def test_the_flags_fill_the_config() -> None:
         resolved = resolve_ds_config(config, settings, 2)
         assert resolved["optimizer"]["type"] == "Muon"
         params = resolved["optimizer"]["params"]
-        assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.03, 0.95, True)
+        assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.01, 0.95, True)
         assert resolved["zero_optimization"]["reduce_scatter"] is False
         assert resolved["communication_data_type"] == "fp32"
     assert "reduce_scatter" not in resolve_ds_config({}, settings, 2)["zero_optimization"]
-    assert flags("--optimizer", "muon").schedule(10).peak == 0.03
+    assert flags("--optimizer", "muon").schedule(10).peak == 0.01
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" but --optimizer = muon; set it to "auto"'),
-        ({"optimizer": {"params": {"muon_lr": 1.0}}}, "muon_lr = 1.0 but --learning_rate = 0.03"),
+        ({"optimizer": {"params": {"muon_lr": 1.0}}}, "muon_lr = 1.0 but --learning_rate = 0.01"),
         ({"optimizer": {"params": {"lr": 1.0}}}, "lr = 1.0 but --embedding_learning_rate = 0.0004"),
         ({"optimizer": {"params": {"momentum": 0.5}}}, "momentum = 0.5 but it is 0.95 here"),
         ({"optimizer": {"params": {"adam_lr": 0.5}}}, '"lr" is the learning rate of AdamW'),
