@@ -319,8 +319,8 @@ MUTATIONS = (
     Mutation(
         "logits of an export in 16 bits may differ twice as much",
         "deploy/logits_check.py",
-        "(2 * torch.finfo(dtype).eps + 2 * rounding)",
-        "(4 * torch.finfo(dtype).eps + 2 * rounding)",
+        "2 * torch.finfo(dtype).eps *",
+        "4 * torch.finfo(dtype).eps *",
         ("deploy/test_logits_check.py",),
     ),
     Mutation(
@@ -473,8 +473,8 @@ MUTATIONS = (
     Mutation(
         "a JSON line takes many times its size",
         "data/readers.py",
-        "        return json.loads(data.decode())\n",
-        '        return json.loads("".join(list(data.decode())))\n',
+        "        return json.loads(line.decode())\n",
+        '        return json.loads("".join(list(line.decode())))\n',
         ("data/test_corpus.py",),
     ),
     Mutation(

@@ -10,7 +10,7 @@ No weights are read and no process group is started: everything comes from the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +133,8 @@ class Planner:
     """The complete DeepSpeed config, in which ZeRO's sizes may be "auto"."""
     accumulation: int = 1
     on_cpu: bool = False
+    note: Callable[[str], object] = lambda text: None
+    """Told of each measurement, which takes seconds, before it is made."""
 
     def __post_init__(self) -> None:
         self._models: dict[int, _MeasuredModel] = {}
@@ -193,6 +195,8 @@ class Planner:
     def _step(self, work: Work) -> StepMemory:
         key = (work.micro_batch, work.checkpointing, work.tensor_parallel, work.sequence_parallel)
         if key not in self._steps:
+            checkpointing = ", with gradient checkpointing" if work.checkpointing else ""
+            self.note(f"measuring a micro-batch of {work.micro_batch} x {work.seq_len:,} tokens{checkpointing}")
             self._steps[key] = step_memory(work)
         return self._steps[key]
 

@@ -20,9 +20,7 @@ from mora_ds.train.dry_run import planner_of
 logger = logging.getLogger(__name__)
 
 
-def settle_base_device(
-    arguments: Arguments, config: Any, implementation: str | None, ds_config: dict[str, Any], ranks: Ranks
-) -> Arguments:
+def settle_base_device(arguments: Arguments, config: Any, ds_config: dict[str, Any], ranks: Ranks) -> Arguments:
     """The arguments with "device" or "host" in place of "auto". Collective.
 
     Raises `UserError` for --base_device host where the model's decoder layers are not found, and where a node has too
@@ -31,7 +29,7 @@ def settle_base_device(
     training = arguments.training
 
     def planner() -> Planner:
-        return planner_of(arguments, config, ds_config, ranks.world, implementation)
+        return planner_of(arguments, config, ds_config, ranks.world)
 
     wanted = BaseDevice(training.base_device)
     if wanted is BaseDevice.AUTO and (arguments.adapter.is_control or is_cpu()):

@@ -61,11 +61,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     check_precision(model, compute_dtype(ds_config))
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
-    implementation = implementation_of(model, config)
-    check_config(config, training.sequence_parallel_size, model.implementation)
-    if adapter.adapter == AdapterKind.NONE.value:
-        raise UserError("--adapter none trains nothing: there is nothing to plan, drop --dry_run")
-    planner = planner_of(arguments, config, ds_config, world, implementation)
+    planner = planner_of(arguments, config, ds_config, world)
     place = BaseDevice(training.base_device)
     if place is not BaseDevice.AUTO or not device.is_cpu():
         planner = place_base(planner, place)
@@ -83,12 +79,13 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
     return str(model.model_config), "--model_config"
 
 
-def planner_of(
-    arguments: Arguments, config: Any, ds_config: dict[str, Any], world: int, implementation: str | None
-) -> Planner:
-    """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model;
-    `implementation`: of `train.attention`."""
+def planner_of(arguments: Arguments, config: Any, ds_config: dict[str, Any], world: int) -> Planner:
+    """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model. Raises
+    `UserError` for a run that trains nothing, and for rows that cannot be split."""
     training, model = arguments.training, arguments.model
+    check_config(config, training.sequence_parallel_size, model.implementation)
+    if arguments.adapter.adapter == AdapterKind.NONE.value:
+        raise UserError("--adapter none trains nothing: there is nothing to plan")
     name, _ = _model_of(arguments)
     work = Work(
         config=config,
@@ -101,7 +98,7 @@ def planner_of(
         sequence_parallel=training.sequence_parallel_size,
         document_mask=arguments.data.document_mask,
         attn_implementation=model.implementation,
-        by_documents=implementation == NAME,
+        by_documents=implementation_of(model, config) == NAME,
         trust_remote_code=model.trust_remote_code,
     )
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)

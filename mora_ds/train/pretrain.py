@@ -44,7 +44,7 @@ from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
-from mora_ds.train.attention import check_precision, implementation_of
+from mora_ds.train.attention import check_precision
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.data import RunData, load_data
@@ -114,9 +114,8 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         if place.checkpoint is None:
             place.hooks.check_files(ranks)
         folder, config = find_model(model, place)
-        implementation = implementation_of(model, config)
         check_config(config, training.sequence_parallel_size, model.implementation)
-        arguments = settle_base_device(arguments, config, implementation, ds_config, ranks)
+        arguments = settle_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
         check_node_base(arguments, config, dtype, ranks)
         data = load_data(model, arguments.data, training, folder, config, place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,29 @@ import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.commands import plan as tool
-from mora_ds.planning.plan import Planner
+from mora_ds.planning.plan import Cluster, Planner
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tools import call
 
 TINY = REPOSITORY / "configs" / "models" / "tiny_llama.json"
 
 
-def test_the_tool_plans_what_its_flags_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The flags win, as in training; a recipe's micro-batches a step are kept."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "recipe.yaml").write_text("mora_rank: 8\ntrain_embedding_rank: 3\ngradient_accumulation_steps: 3\n")
     flags = (
-        "--gpus 16 --gpus_per_node 4 --gpu_memory 40 --seq_len 256 --micro_batch 2 --accumulation 3 "
-        "--tensor_parallel_size 2 --dtype fp16 --no_document_mask --mora_rank 4 --train_embedding_rank 3 "
-        "--deepspeed=~/ds.json"
+        f"{tmp_path}/recipe.yaml --model {TINY} --gpus 16 --gpus_per_node 4 --gpu_memory 40 --seq_len 256 "
+        "--micro_batch 2 --sequence_parallel_size 2 --dtype fp16 --no_document_mask --mora_rank 4 --deepspeed=~/ds.json"
     )
-    monkeypatch.setattr(sys, "argv", ["plan", "--model", str(TINY), *flags.split()])
-    given = tool._options()
-    work, config = tool._work(given), tool._ds_config(given)
-    assert (work.seq_len, work.micro_batch, work.dtype, work.tensor_parallel) == (256, 2, torch.float16, 2)
-    assert (work.document_mask, work.checkpointing) == (False, False)
+    options, settings = tool._parser().parse_known_args(flags.split())
+    planner = tool._planner(options, tool._arguments(options, settings))
+    work, config = planner.work, planner.ds_config
+    assert (work.seq_len, work.micro_batch, work.dtype, work.sequence_parallel) == (256, 2, torch.float16, 2)
+    assert (work.document_mask, work.checkpointing, work.by_documents) == (False, False, True)
     assert work.adapter == MoRAConfig(rank=4, embedding_rank=3)
+    assert (planner.cluster, planner.on_cpu, planner.accumulation) == (Cluster(16, 4, 40e9), False, 3)
     assert config["train_batch_size"] == 2 * 3 * 8 and config["zero_optimization"]["stage"] == 2
 
 
@@ -53,6 +54,8 @@ def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.Monkey
 
 def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     call("plan", "--model", TINY, "--gpus", 16, "--gpu_memory", 1, "--json")
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert "measuring a micro-batch of 1 x 512 tokens" in printed.err, "it says what it does"
     assert found["recommended"] and found["fits"] and found["bytes"]["peak"] < 1e9
     assert found["passes"] == pytest.approx(1, rel=0.01)

@@ -28,8 +28,10 @@ plan --gpus 8 --model {bad}/models/bottomless | num_hidden_layers must be at mos
 plan --gpus 8 --model {bad}/models/heads | --model | config.json
 plan --gpus 8 --model {bad}/models/activation | swiglu9
 plan --gpus 0 --model {tiny} | --gpus must be above 0
-plan --gpus 8 --model {tiny} --seq_len -1 | --seq_len must be above 0
-plan --gpus 8 --model {tiny} --base_device host --adapter full | --base_device host is for a base
+plan --gpus 8 --model {tiny} --seq_len -1 | --seq_len must be at least 2
+plan --gpus 8 --model {tiny} --base_device host --adapter full | --base_device is for an adapter
+plan --gpus 8 --model {tiny} --adapter none | --adapter none trains nothing
+plan --gpus 8 --model {tiny} --gpu_memori 8 | unknown flag --gpu_memori
 plan --gpus 6 --model {tiny} --tensor_parallel_size 4 | --tensor_parallel_size 4 does not divide the 6
 plan --gpus 6 --model {tiny} --micro_batch 1 --sequence_parallel_size 4 | --sequence_parallel_size 4 does not divide
 plan --gpus 8 --model {tiny} --micro_batch 0 | --micro_batch must be above 0
@@ -51,8 +53,6 @@ export_hf --checkpoint {run} --output {new} --delta_scale nan | --delta_scale
 export_hf --checkpoint {run} --output {new} --delta_scale 0.5 --verify | --verify
 export_hf --checkpoint {run} --output {new} --average_last 0 | --average_last
 export_hf --checkpoint {run} --output {new} --average_last 2 | --average_last 2 | 1 checkpoint(s)
-export_hf --checkpoint {run} --output {new} --average_last 2 --average_decay 0 | --average_decay
-export_hf --checkpoint {run} --output {new} --average_decay 0.5 | --average_last K
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c

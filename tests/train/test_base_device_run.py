@@ -132,7 +132,7 @@ def settled(argv: list[str], memory: float) -> str:
         patch.object(device, "memory_bytes", lambda: memory),
     ):
         ds_config = base_device_config(arguments)
-        return settle_base_device(arguments, config, None, ds_config, Ranks.current()).training.base_device
+        return settle_base_device(arguments, config, ds_config, Ranks.current()).training.base_device
 
 
 def base_device_config(arguments: Any) -> dict[str, Any]:
