@@ -28,8 +28,8 @@ class ModelArguments:
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training files; 0 for none."""
     node_base: str = Sharing.AUTO.value
     """On CPUs, where the frozen base lies that the processes of a node share: auto (in the model's files, mapped, and
-    from the first merge on in memory that they share; private where they cannot), shared (in such memory from the
-    start), or private (each process has a copy of its own of what merges change)."""
+    from the first merge on in memory that they share; private where they cannot), or private (each process has a copy
+    of its own of what merges change)."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"

@@ -41,7 +41,7 @@ from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime.mappings import Mappings
-from mora_ds.runtime.node_memory import FLAG, Sharing, machine
+from mora_ds.runtime.node_memory import machine
 from mora_ds.runtime.ranks import Ranks, deal
 
 
@@ -88,7 +88,7 @@ def initialize(
     (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
     With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
     at a time (`engine/base_ring.py`). `node_base`: how the processes of a node share what is in host memory
-    (`runtime.node_memory.Sharing`, or a folder).
+    (`runtime.node_memory.Sharing`).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
     if not mora_layers(model):
@@ -113,7 +113,6 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     if check_base:
         check_base_equal(frozen_buffers(model).values())
-    require_host(node_base, base_on_host)
     if is_cpu() or base_on_host:
         # What is locked for copies to a GPU stays where it is, and locking a file's pages would copy them.
         share_base(model, node_base, Ranks.current(), at_once=not is_cpu())
@@ -228,14 +227,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
     groups = [{"params": list(squares.values())}, {"params": others}]
     return [group for group in groups if group["params"]]
-
-
-def require_host(node_base: str, streams: bool) -> None:
-    """Raises `UserError` for a choice of --node_base where the base lies in a GPU's memory."""
-    if node_base != Sharing.AUTO.value and not is_cpu() and not streams:
-        raise UserError(
-            f"{FLAG} {node_base}: the base lies in the memory of a GPU; give --base_device host, or leave it out"
-        )
 
 
 def check_base_equal(tensors: Iterable[Tensor]) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.runtime.mappings import Mappings, give_back, trim
 from mora_ds.runtime.node_memory import FLAG, Offer, Sharing, check_room, node_members
 from mora_ds.runtime.ranks import Ranks, deal
@@ -143,8 +143,7 @@ def share_base(model: nn.Module, choice: str, ranks: Ranks, at_once: bool = Fals
     """Let the processes of each node share what lies in host memory of an injected model's frozen base, as `choice`
     (--node_base) says; `at_once`: without waiting for the first merge.
 
-    Collective; the base must be the same on all processes. Raises `UserError` where a choice other than "auto" cannot
-    be had, and where memory does not suffice.
+    Collective; the base must be the same on all processes. Raises `UserError` where memory does not suffice.
     """
     frozen = {name: tensor for name, tensor in _distinct(frozen_buffers(model)).items() if tensor.device.type == "cpu"}
     before = _NODE_BASES.get(model)
@@ -156,17 +155,16 @@ def share_base(model: nn.Module, choice: str, ranks: Ranks, at_once: bool = Fals
 
 
 def _shared(model: nn.Module, frozen: Mapping[str, Tensor], choice: str, ranks: Ranks, at_once: bool) -> NodeBase:
-    is_auto = choice == Sharing.AUTO.value
     members = node_members(ranks)
-    wants = choice != Sharing.PRIVATE.value and (len(members) > 1 or not is_auto)
-    layout = _Layout.of(model, frozen, everything=at_once or choice == Sharing.SHARED.value)
+    is_private = choice == Sharing.PRIVATE.value
+    wants = len(members) > 1 and not is_private
+    layout = _Layout.of(model, frozen, everything=at_once)
     is_first = wants and ranks.rank == members[0]
     needed = sum(frozen[name].nbytes for name in layout.now)
-    ranks.agree("room for the base of the node", lambda: check_room(choice, needed) if is_first else None)
+    ranks.agree("room for the base of the node", lambda: check_room(needed) if is_first else None)
     storage, problem = _map(ranks, members, layout if wants else None)
-    ranks.agree("base of the node", lambda: None if is_auto else _refuse(choice, problem))
     meets = any(ranks.gather("processes that share a base", storage is not None))
-    why = problem or (f"{FLAG} {choice}" if choice == Sharing.PRIVATE.value else "one process on this node")
+    why = problem or (f"{FLAG} {choice}" if is_private else "one process on this node")
     text = f"frozen base: each process has a copy of its own of what merges change ({why})"
     base = NodeBase(ranks if meets else None, (ranks.rank,), text=text)
     if storage is not None:
@@ -251,8 +249,3 @@ def _map(ranks: Ranks, members: tuple[int, ...], layout: _Layout | None) -> tupl
         mine.close()
     problem = next(filter(None, (problems[rank] for rank in members)), "")
     return (None if problem else storage), problem
-
-
-def _refuse(choice: str, problem: str) -> None:
-    if problem:
-        raise UserError(f"{FLAG} {choice}: {problem}; take {Sharing.AUTO.value} or {Sharing.PRIVATE.value}")

@@ -32,16 +32,15 @@ class Sharing(str, Enum):
     """How the processes of a node hold the base."""
 
     AUTO = "auto"
-    SHARED = "shared"
     PRIVATE = "private"
 
 
-def check_room(choice: str, nbytes: int) -> None:
+def check_room(nbytes: int) -> None:
     """Raises `UserError` where this node has less than `nbytes` for what its processes share."""
     free, limit = free_bytes()
     if nbytes > free:
         raise UserError(
-            f"{FLAG} {choice}: the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
+            f"{FLAG} auto: the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
             f"{free / 1e9:,.3f} GB are {limit}: --base_bits 8 takes less"
         )
 

@@ -20,7 +20,6 @@ from mora_ds.engine.initialize import (
     check_splittable,
     initialize,
     parameter_groups,
-    require_host,
     start_distributed,
     trainable_numels,
 )
@@ -123,15 +122,6 @@ def test_what_an_engine_is_not_made_of_is_refused() -> None:
     muon = {"type": "Muon", "params": {"lr": 0.1, "muon_lr": 0.1, "weight_decay": 0.0}}
     with pytest.raises(UserError, match=r"--optimizer muon is for single MoRA matrices, and model\.layers.*use adamw"):
         initialize(model=experts, config=ds_config(3, 2, 1, optimizer=muon))
-
-
-def test_a_base_on_a_gpu_is_not_shared_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_host("shared", False)
-    monkeypatch.setattr(start, "is_cpu", lambda: False)
-    require_host("auto", False)
-    require_host("shared", True)
-    with pytest.raises(UserError, match="--node_base shared: the base lies in the memory of a GPU"):
-        require_host("shared", False)
 
 
 @pytest.mark.parametrize(

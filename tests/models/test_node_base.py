@@ -95,41 +95,37 @@ def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
 _DEFAULTS = {"family": "llama", "dtype": torch.float32, "bits": 16}
 
 
-def all_choices(folder: str, cases: tuple[str, ...], choices: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    return {case: {choice: merged(Path(folder), choice, case) for choice in choices} for case in cases}
+def private_and_shared(folder: str, cases: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    return {case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")} for case in cases}
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    ("world", "cases", "choices"),
+    ("world", "cases"),
     [
-        (2, FEW, ("private", "auto")),
-        pytest.param(2, tuple(CASES), ("private", "auto"), marks=pytest.mark.heavy),
-        pytest.param(2, (*FEW, "experts"), ("private", "shared"), marks=pytest.mark.heavy),
-        pytest.param(3, (*FEW, "experts"), ("private", "auto"), marks=pytest.mark.heavy),
+        (2, FEW),
+        pytest.param(2, tuple(CASES), marks=pytest.mark.heavy),
+        pytest.param(3, (*FEW, "experts"), marks=pytest.mark.heavy),
     ],
 )
-def test_a_shared_merge_is_that_of_each_process_alone(
-    tmp_path: Path, world: int, cases: tuple[str, ...], choices: tuple[str, ...]
-) -> None:
-    ranks = run_ranks(world, all_choices, str(tmp_path), cases, choices)
+def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int, cases: tuple[str, ...]) -> None:
+    ranks = run_ranks(world, private_and_shared, str(tmp_path), cases)
     for case in cases:
         alone = ranks[0][case]["private"]
         assert set(alone["places"].values()) == {None}
-        for choice in choices[1:]:
-            each = [rank[case][choice] for rank in ranks]
-            assert len({str(found["places"]) for found in each}) == 1, "every process reads the same pages"
-            assert None not in each[0]["places"].values()
-            for rank, found in zip(ranks, each, strict=True):
-                assert found["reports"] == alone["reports"]
-                assert found["losses"] == rank[case]["private"]["losses"]
-                assert found["tied"] == alone["tied"]
-                for name, tensor in alone["frozen"].items():
-                    assert torch.equal(found["frozen"][name], tensor), (case, choice, name)
-                assert found["base_bytes"] == 0
-                small = 64 * len(found["places"]) * MERGES + 4096  # norms of the layers, and checks
-                assert found["sent"] - rank[case]["private"]["sent"] < small
-                assert f"one for the {world} processes" in found["text"]
+        shared = [rank[case]["auto"] for rank in ranks]
+        assert len({str(found["places"]) for found in shared}) == 1, "every process reads the same pages"
+        assert None not in shared[0]["places"].values()
+        for rank, found in zip(ranks, shared, strict=True):
+            assert found["reports"] == alone["reports"]
+            assert found["losses"] == rank[case]["private"]["losses"]
+            assert found["tied"] == alone["tied"]
+            for name, tensor in alone["frozen"].items():
+                assert torch.equal(found["frozen"][name], tensor), (case, name)
+            assert found["base_bytes"] == 0
+            small = 64 * len(found["places"]) * MERGES + 4096  # norms of the layers, and checks
+            assert found["sent"] - rank[case]["private"]["sent"] < small
+            assert f"one for the {world} processes" in found["text"]
 
 
 def on_two_nodes(folder: str) -> dict[str, Any]:
@@ -311,9 +307,9 @@ def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: p
     (tmp_path / "memory.max").write_text("max\n")
     monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [(each, *_V2) for each in (group, tmp_path)])
     assert free_bytes() == (1_500_000, f"left by the memory limit of {group}")
-    check_room("auto", 1_500_000)
+    check_room(1_500_000)
     with pytest.raises(UserError, match=r"--node_base auto: .* takes 0\.002 GB, and .* left .*job: --base_bits 8"):
-        check_room("auto", 1_600_000)
+        check_room(1_600_000)
 
 
 _V2 = ("memory.max", "memory.current")
