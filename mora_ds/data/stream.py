@@ -10,13 +10,13 @@ A document that comes in chunks is too long for a window: it is a window of its 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
-from mora_ds.common.errors import RunError, UserError
+from huggingface_hub.errors import HTTPError
+
+from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.packing import epoch_order
 from mora_ds.data.parts import Part
@@ -29,11 +29,6 @@ IN_ORDER_WINDOW = 1024
 
 WINDOW_CHARACTERS = 1 << 28
 """A window with so much text is complete, however few documents it has."""
-
-FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 30.0
-RETRY_S = 120.0
-"""How long a part that cannot be read is tried again before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class DocumentStream:
     def epoch(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
         """The documents from `position` to the end of its epoch, each with its own position. Empty ones are left out.
 
-        Raises `UserError` for a record that is no document, `RunError` for a part that stays unreadable.
+        Raises `UserError` for a record that is no document, `RunError` for a part that cannot be read any more.
         """
         tally = _Tally()
         done = position.done
@@ -140,7 +135,7 @@ class DocumentStream:
             parts = [parts[index] for index in order]
         keep, mark, passes = self.corpus.keep, position.mark, True
         for number in range(position.part, len(parts)):
-            for document, after in self._with_retries(parts[number], mark):
+            for document, after in self._read(parts[number], mark):
                 if document.begins:
                     passes = not document.is_empty and (keep is None or keep.keeps(document.text))
                     tally.read += 1
@@ -149,31 +144,19 @@ class DocumentStream:
                     yield document, replace(position, part=number, mark=after)
             mark = START
 
-    def _with_retries(self, part: Part, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-        """The documents of `part` after `mark`. After a passing failure (an OSError, a lost connection) the part is
-        opened again after the last good record, for up to `RETRY_S` without a new record."""
-        waited, wait, chunks = 0.0, FIRST_WAIT_S, 0
-        while True:
-            try:
-                for document, after in islice(part.marked(mark), chunks, None):
-                    yield document, after
-                    mark, chunks = (after, 0) if document.ends else (mark, chunks + 1)
-                    waited, wait = 0.0, FIRST_WAIT_S
-                return
-            except Exception as error:
-                if not _may_pass(error):
-                    if isinstance(error, UserError):
-                        raise UserError(f"source {self.name!r}: {error}") from error
-                    raise
-                where = f"source {self.name!r}: {part.label}"
-                if waited >= RETRY_S:
-                    raise RunError(
-                        f"{where} cannot be read after record {mark.record}, tried for {waited:.0f} s: {error}"
-                    ) from error
-                wait = min(wait, RETRY_S - waited)
-                log.warning(f"{where}, after record {mark.record}: {error}; trying again in {wait:.0f} s")
-            time.sleep(wait)
-            waited, wait = waited + wait, min(2 * wait, LONGEST_WAIT_S)
+    def _read(self, part: Part, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        """The documents of `part` after `mark`, each with the position after it. `datasets` itself repeats what fails
+        over a network, for about two minutes."""
+        last = mark
+        try:
+            for document, after in part.marked(mark):
+                yield document, after
+                last = after
+        except UserError as error:
+            raise UserError(f"source {self.name!r}: {error}") from error
+        except (OSError, HTTPError) as error:
+            where = f"source {self.name!r}: {part.label}"
+            raise RunError(f"{where} cannot be read after record {last.record}: {reason(error)}") from error
 
 
 @dataclass
@@ -182,17 +165,3 @@ class _Tally:
 
     read: int = 0
     left_out: int = 0
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether a failure may be gone a moment later: errors of disk and network, also those that a reader has turned
-    into a `UserError`. But not damaged contents of a file: what unpacks or decodes them raises OSErrors of its own,
-    which have no number."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause is not error and cause.errno is None:
-            return False
-        if isinstance(cause, OSError) or type(cause).__module__.split(".")[0] in ("httpx", "httpcore"):
-            return True
-        cause = cause.__cause__ if isinstance(cause, UserError) else None
-    return False
