@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -28,7 +27,8 @@ HELD_OUT = "held_out"
 
 _NAME = r"[A-Za-z0-9_.-]+"
 
-_SOURCE = re.compile(rf"({_NAME})=(.+):([^:/]+)")
+_ENTRY = re.compile(rf"({_NAME})(?:=(.+))?:([^:/]+)")
+"""NAME=FILES:NUMBER, or NAME:NUMBER of a source that is named already."""
 
 _SOURCE_KEYS = {
     "files": list[str],
@@ -67,7 +67,7 @@ class MixturePlan:
 
 def mixture_plan(data: DataArguments) -> MixturePlan | None:
     """Raises `UserError` that lists what is wrong with --mixture, --train_files and --replay."""
-    named = [_source_of(entry) for entry in data.train_files]
+    named = [_named_source(entry) for entry in data.train_files]
     if data.mixture is not None:
         if data.train_files or data.dataset_name:
             raise UserError("--mixture names the sources: leave out --train_files and --dataset_name")
@@ -94,15 +94,21 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------
-def _source_of(entry: str) -> tuple[str, str, float] | None:
-    """(name, files, weight); None for a plain path, that is another form or the name of an existing file."""
-    match = _SOURCE.fullmatch(entry)
-    if match is None or os.path.exists(os.path.expanduser(entry)):
-        return None
+def _parsed(entry: str) -> tuple[str, str | None, float] | None:
+    """(name, files, number) of an entry; None for another form."""
+    match = _ENTRY.fullmatch(entry)
     try:
-        return match[1], match[2], float(match[3])
+        return None if match is None else (match[1], match[2], float(match[3]))
     except ValueError:
         return None
+
+
+def _named_source(entry: str) -> tuple[str, str, float] | None:
+    """(name, files, weight); None for a plain path, that is another form or the name of an existing file."""
+    parsed = _parsed(entry)
+    if parsed is None or parsed[1] is None or os.path.exists(os.path.expanduser(entry)):
+        return None
+    return parsed[0], parsed[1], parsed[2]
 
 
 def _of_flags(entries: list[str], named: list[tuple[str, str, float] | None]) -> MixturePlan:
@@ -124,7 +130,10 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
     shares: dict[str, float] = {}
     sources = list(plan.sources)
     for entry in entries:
-        name, files, share = _replayed(entry)
+        parsed = _parsed(entry)
+        if parsed is None or not 0 < parsed[2] < 1:
+            raise UserError(f"--replay {entry}: must be NAME=FILES:SHARE or NAME:SHARE, with a share between 0 and 1")
+        name, files, share = parsed
         names = [source.name for source in sources]
         if files is not None and name in names:
             raise UserError(f"--replay {entry}: there is a source {name!r} already; --replay {name}:SHARE replays it")
@@ -153,18 +162,6 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
         scaled = {name: round(weight / new * (1 - total), 12) if new else weight for name, weight in weight_of.items()}
         phases.append((step, tuple({**scaled, **shares}[source.name] for source in sources)))
     return MixturePlan(tuple(sources), tuple(phases))
-
-
-def _replayed(entry: str) -> tuple[str, str | None, float]:
-    """(name, files, share) of an entry of --replay; no files for a source that is named already."""
-    match = re.fullmatch(rf"({_NAME})(?:=(.+))?:([^:/]+)", entry)
-    try:
-        share = float(match[3]) if match else math.nan
-    except ValueError:
-        share = math.nan
-    if match is None or not 0 < share < 1:
-        raise UserError(f"--replay {entry}: must be NAME=FILES:SHARE or NAME:SHARE, with a share between 0 and 1")
-    return match[1], match[2], share
 
 
 # -- mix.yaml ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
@@ -61,7 +61,7 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
 
 @torch.no_grad()
 def load_adapter(
-    base: Path | str | nn.Module,
+    base: Path | str,
     adapter: Path | str,
     attn_implementation: str | None = None,
     domain: str | None = None,
@@ -69,10 +69,9 @@ def load_adapter(
 ) -> nn.Module:
     """The base with the adapter on it, in the dtype that the run computed in, on the CPU, in evaluation mode.
 
-    `base` is the model's folder, whose fingerprint must be the recorded one; or a model, loaded in the dtype of its
-    files and not changed since, which is used without a check and changed in place. Of an adapter with domains the
-    model has the MoRA matrices of all, and computes as `domain`, by default with the shared matrices alone
-    (`domains_of(model)` changes that at any time). Raises `UserError` when something is damaged or does not fit.
+    `base` is the model's folder, whose fingerprint must be the recorded one. Of an adapter with domains the model has
+    the MoRA matrices of all, and computes as `domain`, by default with the shared matrices alone (`domains_of(model)`
+    changes that at any time). Raises `UserError` when something is damaged or does not fit.
     """
     folder = find_adapter(Path(adapter))
     opened = Adapter.open(folder)
@@ -84,26 +83,15 @@ def load_adapter(
     if any(pattern.startswith("re:") for pattern in config.target_modules):
         # The layers are known: a regular expression, which may run for years, is not tried.
         config = replace(config, target_modules=tuple(facts.layers))
-    if isinstance(base, nn.Module):
-        model = base
-        parameters = dict(base.named_parameters(remove_duplicate=False))  # before injection
-
-        def original(weight: str) -> Tensor:
-            return parameters[weight].data
-
-    else:
-        files = opened.reference.open_base(folder, Path(base), "base")
-        model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "base")
-
-        def original(weight: str) -> Tensor:
-            return files.read(opened.original_key(files, weight))
-
+    files = opened.reference.open_base(folder, Path(base), "base")
+    model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "base")
     inject(model, config)
     move_base(model, "cpu", dtype)
     _check_fit(folder, facts, tensors, model)
     for name, layer in mora_layers(model).items():
         layer.spec = facts.layers[name].operator
-        write_live(layer, original(facts.layers[name].weight), opened.ledger.squares_of(name))
+        original = files.read(opened.original_key(files, facts.layers[name].weight))
+        write_live(layer, original, opened.ledger.squares_of(name))
         set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
         if facts.domains is not None:
             own = facts.domains.operators[name]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.deploy.model_card import card
 
 FLAG = "--push_to_hub"
 
@@ -63,6 +64,6 @@ def push_adapter(checkpoint: Path, repository: str) -> str:
 
 def _card(repository: str, facts: str) -> str:
     name = repository.rpartition("/")[2]
-    head = ["---", "library_name: mora_ds", "tags: [mora, continual-pretraining]", "---", "", f"# {name}", ""]
     text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
-    return "\n".join([*head, text, "", "```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```", ""])
+    code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
+    return card("mora_ds", "mora", name, [text, "", *code])

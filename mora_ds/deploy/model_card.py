@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,6 @@ from mora_ds.common.files import read_json
 from mora_ds.common.version import __version__
 from mora_ds.deploy.logits_check import Comparison
 from mora_ds.remora.ledger import Ledger
-
-PERPLEXITIES = {"perplexity_before": "before", "perplexity_last": "after", "perplexity_after": "after"}
-"""Field of trainer_state.json or summary.json -> column of the table."""
 
 
 def model_card(
@@ -31,13 +29,18 @@ def model_card(
     if comparison is not None:
         rows["verified"] = comparison.line()
     rows.update({name: _cell(value) for name, value in adapter.facts.items()})
-    text = ["---", "library_name: transformers", "tags: [mora, continual-pretraining]", "---", "", "# Merged model", ""]
-    text += ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
+    text = ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
     text += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     text += _perplexity_table(checkpoint)
     cycles = ledger.summary() or ["none: nothing was merged during the run"]
     text += ["", "## Merged cycles", "", "```", *cycles, "```"]
-    return "\n".join([*text, ""])
+    return card("transformers", "mora", "Merged model", text)
+
+
+def card(library: str, tags: str, title: str, lines: Iterable[str]) -> str:
+    """A README.md as the Hub reads it: the library that loads the folder, tags, a title, and Markdown below it."""
+    head = ["---", f"library_name: {library}", f"tags: [{tags}, continual-pretraining]", "---", "", f"# {title}", ""]
+    return "\n".join([*head, *lines, ""])
 
 
 def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype: str) -> dict[str, str]:
@@ -60,19 +63,22 @@ def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype
 
 
 def _perplexity_table(checkpoint: Path) -> list[str]:
-    columns: dict[str, dict[str, Any]] = {}
-    for path in (checkpoint / STATE_FILE, checkpoint.parent.parent / SUMMARY_FILE):
+    """Each evaluation set's perplexity at the start and at the end, as far as they are known."""
+    known: dict[str, Any] = {}
+    for path in (checkpoint.parent.parent / SUMMARY_FILE, checkpoint / STATE_FILE):  # the checkpoint's own count more
         content = read_json(path) if path.is_file() else {}
-        for name, column in PERPLEXITIES.items():
-            if isinstance(content.get(name), dict) and content[name]:
-                columns.setdefault(column, content[name])
-    if not columns:
-        return []
-    names = sorted({name for values in columns.values() for name in values})
-    head = ["", "## Perplexity", "", f"| text | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    rows = [[name, *(values.get(name) for values in columns.values())] for name in names]
-    cells = [[f"{each:.3f}" if isinstance(each, int | float) else each or "-" for each in row] for row in rows]
-    return head + [f"| {' | '.join(row)} |" for row in cells]
+        known.update((name, value) for name, value in content.items() if isinstance(value, dict) and value)
+    before = known.get("perplexity_before", {})
+    after = known.get("perplexity_last") or known.get("perplexity_after", {})
+    cells = (
+        f"| {name} | {_number(before.get(name))} | {_number(after.get(name))} |" for name in sorted(before | after)
+    )
+    head = ["", "## Perplexity", "", "| text | before | after |", "|---|---|---|"]
+    return [*head, *cells] if before or after else []
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "-"
 
 
 def _cell(value: Any) -> str:

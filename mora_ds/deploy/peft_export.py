@@ -33,6 +33,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.logits_check import read_probe
+from mora_ds.deploy.model_card import card
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
 from mora_ds.models.svd import Wanted, leading_vectors
@@ -94,7 +95,9 @@ def export_peft(
         _write_tensors(run, plans, folder, lost)
         write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
         lines = [*_report(run, plans, lost), *_perplexities(run, folder, trust_remote_code)]
-        (folder / "README.md").write_text(_card(lines), encoding="utf-8")
+        text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
+        readme = card("peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"])
+        (folder / "README.md").write_text(readme, encoding="utf-8")
     nbytes = (output / WEIGHTS_FILE).stat().st_size
     return [f"wrote {output}: LoRA of {len(plans)} layers, {nbytes / 2**20:,.2f} MiB", *lines]
 
@@ -239,9 +242,3 @@ def _load(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Any:
     for name, _ in _saved(run):
         parameters[name].data.copy_(tensors.get_tensor(f"{PREFIX}{name}"))
     return model.eval()
-
-
-def _card(lines: list[str]) -> str:
-    head = ["---", "library_name: peft", "tags: [lora, mora, continual-pretraining]", "---", "", "# LoRA adapter", ""]
-    text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
-    return "\n".join([*head, text, "", "```", *lines, "```", ""])
