@@ -102,7 +102,9 @@ LAUNCHES = r"""
 --train_tokenizer_vocab 5 | --train_tokenizer_vocab must be at least 261
 --train_tokenizer_vocab 1000000000 | --train_tokenizer_vocab must be at least 0 and at most 10,000,000
 --train_embeddings perhaps | --train_embeddings | perhaps
---mora_rnk 3 | --mora_rnk | Did you mean '--mora_rank'
+--mora_rnk 3 --sed 3 | unknown flag --mora_rnk. Did you mean '--mora_rank'? | unknown flag --sed
+--max_step=5 | unknown flag --max_step. Did you mean '--max_steps'?
+--max_steps ten | --max_steps | invalid int value: 'ten'
 stray | 'stray'
 # -- flags that contradict each other
 --push_to_hub a/b/c | --push_to_hub a/b/c
@@ -134,6 +136,14 @@ stray | 'stray'
 --mixture x.yaml | --mixture names the sources
 --eval_files a/held.txt b/held.txt | --eval_files | held would name two sets
 --replay x | --replay x: must be NAME=FILES:SHARE
+--train_files a=x:1 y | --train_files y | NAME=FILES:WEIGHT
+--train_files a=x:1 a=y:1 | a is given twice
+--train_files a=x:-1 b=y:1 | 'a' must not be negative
+--train_files a=x:inf b=y:1 | 'a' must be a finite number, got inf
+--train_files a=x:-1 --replay o=y:0.1 | negative, got -1
+--replay o=y:0.5 p=z:0.5 | the shares add up to 1
+--train_files a=x:1 --replay b:0.1 | no source is called 'b'
+--train_files a=x:1 --replay a:0.1 | none is new
 --replay old={user}/held.txt:2 | --replay | between 0 and 1
 # -- settings without an effect (tests/config/test_effects.py has them all)
 --lora_alpha 16 | --lora_alpha is for LoRA (--adapter lora)
@@ -146,7 +156,7 @@ stray | 'stray'
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation magic | --attn_implementation magic
---node_base shard | unknown --node_base 'shard' | known: auto, shared, private | Did you mean 'shared'
+--node_base privat | unknown --node_base 'privat'; known: auto, private. Did you mean 'private'?
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora is for linear layers

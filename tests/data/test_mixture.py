@@ -17,7 +17,7 @@ from mora_ds.config.mixture import mixture_plan
 from mora_ds.data import Mixture, PackedDataset, TokenCache
 from mora_ds.data.mixture import LONGEST_PERIOD, Phase, SampleSchedule, integer_weights
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, losses, printed, refused, rows, run
+from tests.helpers.jobs import Playground, curve, job, losses, printed, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_same_run, interrupted_job
 
@@ -198,16 +198,8 @@ WRONG = {
     "nan": ("sources:\n  a: {files: x, weight: .nan}\n", {}, ["'a' must be a finite number, got nan"]),
     "twice": ("sources:\n  a: {files: x}\n  a: {files: y}\n", {}, ["'a' is given twice"]),
     "part of a stream": ("sources:\n  a: {files: x, epochs: 1.5}\n", {"streaming": True}, ["whole number", "got 1.5"]),
-    "both": (ONE, {"train_files": ["x"]}, ["leave out --train_files"]),
-    "some named": ("", {"train_files": ["a=x:1", "y"]}, ["--train_files y", "NAME=FILES:WEIGHT"]),
-    "named twice": ("", {"train_files": ["a=x:1", "a=y:1"]}, ["a is given twice"]),
-    "negative flag": ("", {"train_files": ["a=x:-1", "b=y:1"]}, ["'a' must not be negative"]),
-    "infinite flag": ("", {"train_files": ["a=x:inf", "b=y:1"]}, ["'a' must be a finite number, got inf"]),
-    "negative beside replay": ("", {"train_files": ["a=x:-1"], "replay": ["o=y:0.1"]}, ["negative, got -1"]),
-    "replay sum": ("", {"train_files": ["x"], "replay": ["o=y:0.5", "p=z:0.5"]}, ["add up to 1"]),
-    "replay of nobody": (ONE, {"replay": ["b:0.1"]}, ["no source is called 'b'"]),
-    "replay only": (ONE, {"replay": ["a:0.1"]}, ["none is new"]),
 }
+"""What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -252,8 +244,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)
     write_mixture(user, mix)  # without the phase
-    kind, message = run_ranks(1, refused, argv)[0]
-    assert kind == "UserError" and "weights of --mixture, from step 4.old" in message
+    assert "weights of --mixture, from step 4.old" in refusal(argv)
 
 
 @pytest.mark.gloo
@@ -276,8 +267,8 @@ def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Pa
 def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path: Path) -> None:
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n")
-    kind, message = run_ranks(1, refused, mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000))[0]
-    assert kind == "UserError" and "--max_steps 10000: all sources are used up after" in message
+    too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
+    assert "--max_steps 10000: all sources are used up after" in refusal(too_many)
     summary = run(
         1, mixture_flags(user, tmp_path / "out", mix, "--max_steps", -1, "--per_device_train_batch_size", 128)
     )
@@ -322,11 +313,10 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
 def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path) -> None:
     summary = job_alone(user.flags(tmp_path / "out", "--held_out_share", 0.2, "--max_steps", 2))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
-    kind, message = run_ranks(1, refused, user.flags(tmp_path / "no", "--held_out_share", 1e-9))[0]
-    assert kind == "UserError" and "no document falls into --held_out_share 1e-09" in message
+    nothing = user.flags(tmp_path / "no", "--held_out_share", 1e-9)
+    assert "no document falls into --held_out_share 1e-09" in refusal(nothing)
     same = ("--train_files", user.held, "--exclude_eval_documents")
-    kind, message = run_ranks(1, refused, user.flags(tmp_path / "no", *same))[0]
-    assert kind == "UserError" and "--train_files: no document is left to train on" in message
+    assert "--train_files: no document is left to train on" in refusal(user.flags(tmp_path / "no", *same))
 
 
 def job_alone(argv: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sentencepiece
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import check_reload, check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
+from mora_ds.data import check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
 from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 
 SOURCES = [Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)]
@@ -87,15 +87,6 @@ def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Pa
     (tmp_path / "tokenizer.model").write_bytes(trained.read_bytes())
     again = load_tokenizer(tmp_path)
     assert all(again.encode(text) == wrapped.encode(text) for text in AWKWARD)
-
-
-def test_a_model_type_that_would_change_the_tokenizer_is_told(trained: Path) -> None:
-    wrapped = load_tokenizer(trained)
-    check_reload(wrapped, "llama")
-    with pytest.raises(
-        UserError, match=r"--train_tokenizer_vocab: .* in the folder of a 'qwen2' model as Qwen2Tokenizer"
-    ):
-        check_reload(wrapped, "qwen2")
 
 
 def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -106,15 +105,12 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
 # -- average -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.25])
-def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path, decay: float) -> None:
-    mix = Mix(delta_scale=0.9, average_last=2, average_decay=decay)
+def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path) -> None:
     earlier = step_folder(run.checkpoint.parent, 3)
-    weights = [0.9 * decay / (1 + decay), 0.9 / (1 + decay)]
-    with mixed(run.output, mix) as folder:
+    with mixed(run.output, Mix(delta_scale=0.9, average_last=2)) as folder:
         export_merged(folder, tmp_path / "merged")
         opened = Adapter.open(folder)
-    check(content(tmp_path / "merged"), by_hand(list(zip(weights, (earlier, run.checkpoint), strict=True))))
+    check(content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)]))
     assert opened.ledger.cycles == opened.file.cycle == 2, "checkpoints of a run share operators: no term is added"
     assert [each["step"] for each in opened.file.facts[COMBINED]] == [3, 7]
     assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
@@ -122,13 +118,12 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path, decay: 
 
 def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None:
     earlier = step_folder(run.checkpoint.parent, 3)
-    found = Mix(delta_scale=0.5, average_last=2, average_decay=0.5).sources(run.output)
-    assert found == [(earlier.resolve(), Fraction(1, 6)), (run.checkpoint.resolve(), Fraction(1, 3))]
+    found = Mix(delta_scale=0.5, average_last=2).sources(run.output)
+    assert found == [(earlier.resolve(), Fraction(1, 4)), (run.checkpoint.resolve(), Fraction(1, 4))]
     assert Mix(delta_scale=0.5).sources(earlier) == [(earlier.resolve(), Fraction(1, 2))]
     with pytest.raises(UserError, match=r"has 1 checkpoint\(s\) up to step-000003"):
         Mix(average_last=2).sources(earlier)
-    assert str(Mix(0.9, 2, 0.5)) == "update x 0.9, mean of the last 2 checkpoints, each 0.5 of the next"
-    assert str(Mix(average_last=2)) == "update x 1, mean of the last 2 checkpoints"
+    assert str(Mix(0.9, 2)) == "update x 0.9, mean of the last 2 checkpoints"
     assert str(Mix(0.9)) == "update x 0.9"
 
 
@@ -218,38 +213,22 @@ def test_domains_are_summed_too(maker: Maker, tmp_path: Path) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def other_base(folder: Path) -> Path:
-    Maker(tiny_model("llama", num_hidden_layers=1, seed=9), folder / "base").write(folder / "own", MoRAConfig(rank=3))
-    return folder / "own"
-
-
-REFUSED: dict[str, tuple[Callable[[Maker, Path], Path], list[float], str]] = {
-    "base": (lambda maker, folder: other_base(folder), [1, 1], "have different bases"),
-    "count": (lambda maker, folder: folder / "a", [1], "--weights: 1 for 2"),
-    "number": (lambda maker, folder: folder / "a", [1, float("nan")], "--weights must be finite"),
-    "folder": (lambda maker, folder: folder / "gone", [1, 1], "gone is neither an adapter"),
-}
-
-
-@pytest.mark.parametrize("second, weights, message", REFUSED.values(), ids=REFUSED)
-def test_refusals(maker: Maker, tmp_path: Path, second: Any, weights: list[float], message: str) -> None:
-    maker.write(tmp_path / "a", MoRAConfig(rank=3))
-    with pytest.raises(UserError, match=re.escape(message)):
-        combine_adapters([tmp_path / "a", second(maker, tmp_path)], weights, tmp_path / "sum")
-    assert not (tmp_path / "sum").exists()
-
-
-def test_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Path) -> None:
+def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Path) -> None:
+    """Other refusals are lines of tests/config/test_bad_tool_calls.py."""
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
     maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
+    other = Maker(tiny_model("llama", num_hidden_layers=1, seed=9), tmp_path / "base")
+    other.write(tmp_path / "other", MoRAConfig(rank=3))
     for name, message in (
         ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),
+        ("other", "have different bases"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
 
 
 def test_a_sum_that_is_not_finite_is_not_written(maker: Maker, tmp_path: Path) -> None:

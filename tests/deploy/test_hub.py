@@ -19,7 +19,7 @@ from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import contents, fake_run
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, refusal
+from tests.helpers.jobs import Playground, job
 from tests.helpers.mistakes import answer
 
 TOKEN = "hf_SecretOfTheTest"
@@ -115,8 +115,3 @@ def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offl
     assert "--push_to_hub" in failure and "not uploaded" in failure
     assert "mora-ds convert adapter" in failure and TOKEN not in failure
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
-
-
-def test_a_name_that_no_repository_has_is_refused_at_once(user: Playground, tmp_path: Path) -> None:
-    assert "--push_to_hub a/b/c" in refusal(user.flags(tmp_path / "out", "--push_to_hub", "a/b/c"))
-    assert not (tmp_path / "out").exists()

@@ -44,17 +44,6 @@ def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
     return BaseCheckpoint.open(folder)
 
 
-def test_only_floating_point_tensors_change_their_dtype(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", {"model_type": "llama"})
-    (shard,) = plan_shards(base, ["count", "half", "w"], torch.bfloat16, 1000)
-    assert shard.layout == {
-        "count": ((2,), torch.int64),
-        "half": ((3,), torch.bfloat16),
-        "w": ((2, 3), torch.bfloat16),
-    }
-    assert shard.nbytes == 2 * 8 + 3 * 2 + 6 * 2
-
-
 def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
     base, asked = base_folder(tmp_path / "base", {"model_type": "llama"}), list[tuple[str, torch.dtype]]()
 
@@ -71,7 +60,7 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
         assert {key: tensor.tolist() for key, tensor in written.items()} == {
             "w": [[0, 1, 2], [3, 4, 5]], "half": [1, 1, 1], "count": [7, 8]
         }  # fmt: skip
-        assert asked == [("w", torch.bfloat16), ("half", torch.bfloat16), ("count", torch.int64)]
+        assert asked == [("w", torch.bfloat16), ("half", torch.bfloat16), ("count", torch.int64)], "whole numbers stay"
         asked.clear()
         if limit == 100:
             assert [path.name for path in folder.iterdir()] == names
@@ -156,6 +145,9 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
 def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> None:
     """Each tensor begins at a multiple of its element size, which readers that map the file rely on."""
     path, tensors = tmp_path / "t.safetensors", dict[str, torch.Tensor]()
+    for note in ("xx", "xxx"):  # tensors begin at a multiple of eight bytes, however long the header is
+        write_safetensors_atomic(path, {"a": torch.ones(1)}, {"note": note})
+        assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
     for number, dtype in enumerate(sorted(CODES, key=lambda dtype: dtype.itemsize)):
         tensors[f"é{number}"] = torch.tensor([0.0, 1.0, 2.0]).to(dtype)
     tensors.update(empty=torch.zeros(0, 4), scalar=torch.tensor(2.5), strided=torch.arange(24.0).view(4, 6).T)
@@ -172,25 +164,14 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> Non
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
 
 
-def test_tensors_begin_at_a_multiple_of_eight_bytes(tmp_path: Path) -> None:
-    """However long the header is."""
-    for number in range(8):
-        path = tmp_path / f"{number}.safetensors"
-        write_safetensors_atomic(path, {"a": torch.ones(1)}, {"note": "x" * number})
-        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
-        assert length % 8 == 0 and load_file(path)["a"].item() == 1
-
-
 def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> None:
     layout = {"small": ((3,), torch.uint8), "large": ((2,), torch.float64), "none": ((0, 4), torch.float32)}
     with SafetensorsWriter(tmp_path / "t", layout, {"about": "x"}) as writer:
         writer.write("small", torch.tensor([1, 2, 3], dtype=torch.uint8))
-        for wrong in (torch.zeros(2), torch.zeros(3, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)):
-            with pytest.raises(ValueError, match="'large' is "):
-                writer.write("large", wrong)
-        for name in ("small", "unknown"):
-            with pytest.raises(ValueError, match=f"'{name}' is not in the layout, or was written before"):
-                writer.write(name, torch.zeros(3))
+        with pytest.raises(ValueError, match="'large' is "):
+            writer.write("large", torch.zeros(2))
+        with pytest.raises(ValueError, match="'small' is not in the layout, or was written before"):
+            writer.write("small", torch.zeros(3))
         size = os.stat(tmp_path / "t").st_size
         writer.write("none", torch.zeros(0, 4))
         writer.write("large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
@@ -199,8 +180,6 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> N
     assert (
         read["large"].tolist() == [0.5, 0.25] and read["small"].tolist() == [1, 2, 3] and read["none"].shape == (0, 4)
     )
-    with pytest.raises(KeyError, match="mine"), SafetensorsWriter(tmp_path / "u", layout, {}):
-        raise KeyError("mine")
     with pytest.raises(ValueError, match="not written: large, none, small"):
         SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
 

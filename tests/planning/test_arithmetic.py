@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
@@ -125,10 +124,3 @@ def test_what_stays_is_gathered_once(settings: dict[str, int], expected: Gathers
 def test_nothing_persists_on_one_rank_or_below_stage_3() -> None:
     assert trained(3).persistent == (7,), "up to the threshold, and at it"
     assert trained(3, ranks=1).persistent == () == trained(2).persistent
-
-
-def test_sizes_that_a_config_leaves_open_have_defaults() -> None:
-    config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=4)
-    config.num_key_value_heads = config.head_dim = None
-    work = Work(config, None, 32, dtype=torch.float32)
-    assert (work.heads, work.key_value_heads, work.head_dim, work.base_bits) == (4, 4, 16, None)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.engine.ds_config import complete_ds_config
-from mora_ds.planning import plan as plans
 from mora_ds.planning.costs import costs
-from mora_ds.planning.plan import LARGEST_MICRO_BATCH, Cluster, Planner, _group_sizes, recommend
+from mora_ds.planning.plan import Cluster, Planner, _group_sizes
 from mora_ds.planning.report import report, verdict
-from mora_ds.planning.step import Streamed, Work, planned_model
+from mora_ds.planning.step import Work, planned_model
 from tests.helpers.models import FAMILIES
 
 ADAPTER = MoRAConfig(rank=4, operator="share")
@@ -48,25 +45,6 @@ def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
     odd = work()
     odd.config.num_key_value_heads = 3
     assert list(_group_sizes(odd, Cluster(8))) == [(1, 1)]
-
-
-@pytest.mark.parametrize("fitting", [(False, True), (True,)])
-def test_checkpointing_is_for_what_does_not_fit_without(
-    monkeypatch: pytest.MonkeyPatch, fitting: tuple[bool, ...]
-) -> None:
-    asked: list[Any] = []
-
-    def largest(planner: Planner, limit: int, checkpointing: bool, **group: int) -> Any:
-        asked.append((limit, *group.values()))
-        return checkpointing if checkpointing in fitting else None
-
-    monkeypatch.setattr(plans, "_largest", largest)
-    made: Any = SimpleNamespace(work=work(), cluster=Cluster(8), base_bytes=0)
-    for rows in (None, 16, 8, 4):  # a row for each rank is enough; fewer are shared
-        assert recommend(made, rows) is fitting[0]
-    assert list(dict.fromkeys(asked)) == [(LARGEST_MICRO_BATCH, 1, 1), (2, 1, 1), (1, 1, 1), (1, 1, 2)]
-    made.base_bytes = 0.93 * 80e9
-    assert recommend(made) is None, "no group makes the base smaller"
 
 
 # -- figures of a plan -------------------------------------------------------------------------------------------------
@@ -105,8 +83,3 @@ def test_a_planner_remembers_nothing_of_other_settings() -> None:
     made = planner(Cluster(8))
     for changes in ({}, {"checkpointing": True}, {"sequence_parallel": 2}):
         assert made.plan(**changes) == planner(Cluster(8)).plan(**changes)
-
-
-def test_layers_that_a_device_has_already_are_not_copied_again() -> None:
-    streamed = Streamed((10, 20, 30, 40), buffers=2, slot=45)
-    assert (streamed.total, streamed.on_device, streamed.forward, streamed.backward) == (100, 90, 70, 30)

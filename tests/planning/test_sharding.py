@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,17 @@ from mora_ds.planning.report import report
 from mora_ds.planning.step import Work
 from tests.helpers.models import FAMILIES
 
-CONFIG = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+SIZES = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size",
+         "stage3_param_persistence_threshold")  # fmt: skip
+
+
+def ds_config(stage: int) -> dict[str, Any]:
+    return {"bf16": {"enabled": True}, "zero_optimization": {**dict.fromkeys(SIZES, "auto"), "stage": stage}}
 
 
 def planned(ranks: int, memory: float = 80e9) -> tuple[Planner, Plan]:
     work = Work(AutoConfig.for_model("llama", **FAMILIES["llama"]), MoRAConfig(rank=8), 64, 1, torch.bfloat16)
-    auto = dict.fromkeys(
-        ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size",
-         "stage3_param_persistence_threshold"), "auto",
-    )  # fmt: skip
-    made = Planner(
-        work, Cluster(ranks, memory=memory), {**CONFIG, "zero_optimization": {**CONFIG["zero_optimization"], **auto}}
-    )
+    made = Planner(work, Cluster(ranks, memory=memory), ds_config(3))
     return made, made.plan()
 
 
@@ -46,10 +46,7 @@ def test_few_ranks_take_stage_3_and_many_take_stage_1(monkeypatch: pytest.Monkey
 
 def test_matrices_that_do_not_fit_unsharded_are_gathered_within_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     planner, plan = planned(1024)
-    at_stage_1 = replace(
-        planner,
-        ds_config={**planner.ds_config, "zero_optimization": {**planner.ds_config["zero_optimization"], "stage": 1}},
-    ).plan()
+    at_stage_1 = replace(planner, ds_config=ds_config(1)).plan()
     assert plan.memory.peak < at_stage_1.memory.peak, "stage 3 holds less"
     between = (plan.memory.peak + at_stage_1.memory.peak) / 2 / 0.92
     monkeypatch.setattr(plans, "FEW_SLICES", 1)
