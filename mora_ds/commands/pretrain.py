@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mora_ds.runtime.log_setup import set_up_logging
 
@@ -53,12 +54,18 @@ def main() -> None:
             validate(arguments)
         meet(arguments)
         run = _job(arguments)
-    run(arguments)
+    started = time.monotonic()
+    summary = run(arguments)
+    if summary is not None and not arguments.training.dry_run:
+        from mora_ds.train.screen import closing
+
+        for line in closing(arguments, summary, time.monotonic() - started):
+            logger.info(line)
 
 
-def _job(arguments: Arguments) -> Callable[[Arguments], object]:
-    """The function that runs the job. What it needs takes seconds to import: ranks whose settings differ are told so
-    before."""
+def _job(arguments: Arguments) -> Callable[[Arguments], dict[str, Any] | None]:
+    """The function that runs the job; it returns the summary, but for the demo, which ends with a table of its own.
+    What it needs takes seconds to import: ranks whose settings differ are told so before."""
     if arguments.is_demo:
         from mora_ds.train.demo import run_demo
 

@@ -204,7 +204,8 @@ def _build(
         temporary = _temporary(folder)
     try:
         with disk_errors(folder.parent), at_work(temporary):
-            bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=not progress)
+            hidden = None if progress else True  # None: where there is no terminal
+            bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=hidden)
             counts = _write(corpus, encoder, temporary, num_proc, bar)
             if not counts["documents"]:
                 raise UserError(f"{corpus.flag}: {_nothing_left(corpus.keep)}")

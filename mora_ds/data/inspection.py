@@ -45,7 +45,8 @@ def inspect_parts(corpus: Corpus, cache_dir: Path, num_proc: int, progress: bool
     unknown = [index for index, facts in enumerate(known) if facts is None]
     parts = [corpus.parts[index] for index in unknown]
     read = ordered_map(partial(_inspect, corpus), parts, min(num_proc, len(parts)))
-    bar = tqdm(read, "checking files", len(parts), unit="file", disable=not (progress and parts))
+    hidden = None if progress and parts else True  # None: where there is no terminal
+    bar = tqdm(read, "checking files", len(parts), unit="file", disable=hidden)
     for index, facts in zip(unknown, bar, strict=True):
         known[index] = facts
         with writable(cache_dir):

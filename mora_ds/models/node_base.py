@@ -215,8 +215,8 @@ class _Layout:
         now, later = (sum(frozen[name].nbytes for name in names) / 1e6 for names in (self.now, self.later))
         files = sum(tensor.nbytes for name, tensor in frozen.items() if name not in self.now) / 1e6
         return (
-            f"frozen base: one for the {processes} processes of a node: {files:,.1f} MB in the model's files, mapped, "
-            f"{now:,.1f} MB in memory that they share, and {later:,.1f} MB more there from the first merge on"
+            f"frozen base: one for {processes} processes, {files:,.1f} MB mapped from files, {now:,.1f} MB shared; "
+            f"the first merge adds {later:,.1f} MB"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import logging
 import re
 import sys
 import time
@@ -43,6 +44,7 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     """
     # DeepSpeed calls deprecated functions of torch on every rank, and the user cannot change that.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     sys.argv[1:] = negative_numbers(sys.argv[1:])
     set_up_logging()
     if sys.__stderr__ is not None:  # the stack of a bus error: a mapped file was truncated
@@ -67,6 +69,12 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     except SystemExit as left:
         leave(left.code if isinstance(left.code, int) else EXIT_FAILURE if left.code else 0)
     leave(0)
+
+
+def _can_be_acted_on(record: logging.LogRecord) -> bool:
+    """False for the warning of DeepSpeed that it has found no GPU, which each process would print as it is imported
+    (deepspeed/accelerator/real_accelerator.py, `get_accelerator`). A run says itself where it computes."""
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,23 @@ class StepMetrics:
         return perplexity(self.loss)
 
     def line(self, total_steps: int) -> str:
+        """What is printed: the time left is that of the other steps, if each takes as long as those just logged."""
+        width = len(str(total_steps))
+        gathered = f"  gathered {self.bytes_gathered / 1e6:.2f} MB" if self.bytes_gathered else ""
+        left = duration((total_steps - self.step) * self.step_time_s)
         return (
-            f"step {self.step}/{total_steps}  loss {self.loss:.4f}  ppl {self.perplexity:.2f}  "
-            f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  "
-            f"{self.tokens_per_s:,.0f} tok/s ({self.tokens_per_s_per_rank:,.0f}/rank)  {self.step_time_s:.3f} s  "
-            f"mem {self.peak_memory_bytes / 2**30:.2f} GiB  gathered {self.bytes_gathered / 1e6:.2f} MB"
+            f"step {self.step:>{width}}/{total_steps}  loss {self.loss:.4f}  ppl {self.perplexity:.2f}  "
+            f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  {self.tokens_per_s:,.0f} tok/s  "
+            f"{self.peak_memory_bytes / 2**30:.2f} GiB{gathered}  {left} left"
         )
 
     def row(self) -> dict[str, Any]:
         return {**vars(self), "perplexity": self.perplexity}
+
+
+def duration(seconds: float) -> str:
+    """Such as "0:02:21" or "3 days, 4:00:00"."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def peak_memory_bytes() -> int:

@@ -67,6 +67,7 @@ from mora_ds.train.output_folder import (
 from mora_ds.train.preflight import preflight
 from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
+from mora_ds.train.screen import opening
 from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
 from mora_ds.train.tasks import TaskSuite, check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
@@ -274,6 +275,8 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         log=log,
         counter=CollectiveCounter(job.base_tensors.values()),
     )
+    for line in opening(job, steps):
+        logger.info(line)
     was_finished = trainer.is_finished
     if job.is_trained:
         trainer.run()

@@ -33,8 +33,8 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.jobs import rows
 
 
-def metrics(step: int, loss: float = 2.0, grad_norm: float = 0.5) -> StepMetrics:
-    return StepMetrics(step, loss, 1e-3, grad_norm, 64 * step, 128.0, 64.0, 0.5, 2**30, 1_000_000)
+def metrics(step: int, loss: float = 2.0, grad_norm: float = 0.5, bytes_gathered: int = 1_000_000) -> StepMetrics:
+    return StepMetrics(step, loss, 1e-3, grad_norm, 64 * step, 128.0, 64.0, 0.5, 2**30, bytes_gathered)
 
 
 def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
@@ -99,8 +99,10 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
 
 def test_the_line_for_humans() -> None:
     line = metrics(7).line(100)
-    parts = ("step 7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s (64/rank)", "mem 1.00 GiB", "1.00 MB")
+    parts = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
     assert all(part in line for part in parts), line
+    assert line.endswith("  0:00:46 left"), "93 steps of half a second"
+    assert "gathered" not in metrics(7, bytes_gathered=0).line(100)
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""What a person reads of a run before its first step and after its last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER
+from mora_ds.config.adapter import AdapterArguments, AdapterKind
+from mora_ds.config.arguments import Arguments
+from mora_ds.train.job import Job
+from mora_ds.train.metrics import duration, peak_memory_bytes
+
+_LABEL = 12
+"""Characters of the column of labels."""
+
+
+def opening(job: Job, total_steps: int) -> list[str]:
+    """The lines before the first step: model, trained parameters, data, steps, memory."""
+    arguments = job.arguments
+    training = arguments.training
+    world = job.place.ranks.world
+    rows = training.rows_per_step(world)
+    tokens = rows * job.data.train.seq_len
+    model = job.loaded.model
+    share = job.trainable_parameters / job.total_parameters
+    processes = "1 process" if world == 1 else f"each of {world} processes"
+    device = "a GPU" if torch.cuda.is_available() else "CPUs"
+    first_step = f"from {job.state.step:,} to " if job.state.step else ""
+    every = [("evaluated", training.eval_steps), ("saved", training.save_steps)]
+    intervals = "".join(f", {what} every {steps:,}" for what, steps in every if steps)
+    return _labelled({
+        "model": f"{model.config.model_type}, {job.total_parameters:,} parameters, "
+                 f"from {arguments.model.model_name_or_path}",
+        "trained": f"{job.trainable_parameters:,} parameters ({share:.2%}): {_adapter_text(arguments.adapter)}",
+        "data": f"{rows:,} sequences of {job.data.train.seq_len:,} tokens, {tokens:,} tokens a step",
+        "steps": f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens){intervals}",
+        "memory": f"{peak_memory_bytes() / 2**30:.2f} GiB in {processes} on {device}, after loading",
+    })  # fmt: skip
+
+
+def _adapter_text(adapter: AdapterArguments) -> str:
+    """What is trained, such as "MoRA of rank 8, embeddings"."""
+    match AdapterKind(adapter.adapter):
+        case AdapterKind.NONE:
+            return "nothing, the model is evaluated"
+        case AdapterKind.FULL:
+            return "all of the model"
+        case AdapterKind.LORA:
+            kind = "LoRA"
+        case _:
+            kind = "MoRA"
+    others = {
+        "embeddings": adapter.train_embeddings,
+        f"a product of rank {adapter.train_embedding_rank} on the embeddings": adapter.train_embedding_rank > 0,
+        "norms": adapter.train_norms,
+        "head": adapter.train_head,
+    }
+    return ", ".join([f"{kind} of rank {adapter.mora_rank}", *(name for name, is_on in others.items() if is_on)])
+
+
+def closing(arguments: Arguments, summary: Mapping[str, Any], seconds: float) -> list[str]:
+    """The lines after the last step: what was done, where it lies, and the commands that come next."""
+    folder = Path(arguments.training.output_dir)
+    if arguments.adapter.adapter == AdapterKind.NONE.value:
+        return _labelled({"done": f"evaluated in {duration(seconds)}"})
+    latest = folder / CHECKPOINTS / "latest"
+    merged = folder / MERGED_FOLDER
+    rows = {
+        "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
+        "checkpoint": str(folder / CHECKPOINTS / latest.resolve().name),
+    }
+    if "tensorboard" in arguments.training.report_to:
+        rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
+    if arguments.training.export_merged:
+        rows["evaluate"] = f"mora-ds evaluate {merged} --sets NAME=FILE"
+        rows["serve"] = f"vllm serve {merged}"
+    elif arguments.adapter.adapter != AdapterKind.FULL.value:
+        rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"
+        rows["export"] = f"mora-ds export --checkpoint {latest} --output {merged}"
+    return _labelled(rows)
+
+
+def _labelled(rows: Mapping[str, str]) -> list[str]:
+    return [f"{label:<{_LABEL}}{text}" for label, text in rows.items()]
