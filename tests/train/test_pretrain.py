@@ -280,6 +280,31 @@ def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Pa
 # -- as users call it ----------------------------------------------------------------------------------------------
 
 
+def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
+    """The run of the recipe below: what a person reads before its first step and after its last, no bar in a file, and
+    no line that a terminal would break."""
+    before, _, after = done.stdout.partition("step 4/4")
+    labels = (
+        "model       llama, ",
+        "trained     ",
+        "data        2 sequences of 32 tokens",
+        "steps       4 (",
+        "memory      ",
+    )
+    places = [before.index(f"\n{label}") for label in labels]
+    assert places == sorted(places)
+    assert "parameters (" in before and "MoRA of rank 2" in before
+    for line in (
+        "done        4 steps, 256 tokens in 0:0",
+        "checkpoint  my run/checkpoints/step-000004",
+        "serve       vllm serve my run/merged",
+    ):
+        assert f"\n{line}" in after, after
+    assert "tokenising" not in done.stderr
+    own_lines = [line for line in done.stdout.splitlines() if not line.startswith("[20")]  # others are the launcher's
+    assert not [line for line in own_lines if len(line) > 120]
+
+
 @pytest.mark.gloo
 def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
     """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
@@ -294,6 +319,7 @@ def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = launch(1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], place)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert_fit_for_reading(done)
     first = place / "my run"
     written = yaml.safe_load((first / "run.yaml").read_text())
     assert (written["mora_rank"], written["max_steps"], written["resolved"]["world_size"]) == (2, 4, 1)
