@@ -1,0 +1,49 @@
+"""The files that a code host reads say what the project itself does."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMS = ("bug.yml", "feature.yml")
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_every_supported_python_runs_the_check_of_a_landing() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    versions = [word for line in setup["metadata"]["classifiers"].splitlines() for word in line.split() if "3." in word]
+    workflow = read(".github/workflows/checks.yml")
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == versions
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}, "YAML 1.1 reads `on` as true"
+
+
+def test_before_a_commit_run_the_linters_of_a_landing() -> None:
+    (repository,) = read(".pre-commit-config.yaml")["repos"]
+    commands = {hook["entry"].removesuffix(" --fix") for hook in repository["hooks"]}
+    landing = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    linters = ("ruff", "mypy", "codespell")
+    lines = [line.removeprefix(".venv/bin/") for line in landing.splitlines() if line.startswith(".venv/bin/")]
+    wanted = {line.removesuffix(" .").removesuffix(" --check") for line in lines if line.split()[0] in linters}
+    assert commands == wanted
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_for_issues_asks_something(form: str) -> None:
+    content = read(f".github/ISSUE_TEMPLATE/{form}")
+    assert content["name"] and content["description"]
+    fields = [field for field in content["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields) > 1
+    assert all(field["attributes"]["label"] for field in fields)
+    assert any(field.get("validations", {}).get("required") for field in fields)
