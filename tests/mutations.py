@@ -608,14 +608,14 @@ MUTATIONS = (
         "adapters/low_rank_embeddings.py",
         "low[tokens:].double()]",
         "low[tokens:].double() * weight]",
-        ("adapters/test_low_rank_embeddings.py",),
+        ("adapters/test_embeddings.py",),
     ),
     Mutation(
         "a tied head has a product of its own",
         "adapters/low_rank_embeddings.py",
         "head_values = values if tied else",
         "head_values =",
-        ("adapters/test_low_rank_embeddings.py",),
+        ("adapters/test_embeddings.py",),
     ),
 )
 

@@ -1,0 +1,362 @@
+"""Embeddings and head trained in part: --train_embedding_rank adds a product of low rank to them,
+--train_new_embeddings trains their added rows. Both compute what trained tables do, and are sharded, resumed and
+exported with the adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mora_ds import MoRAConfig, initialize, inject, load_adapter
+from mora_ds.adapters.inject import count_parameters, move_base
+from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, sum_of_products, with_product
+from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
+from mora_ds.checkpoint.verify import verify
+from mora_ds.common.errors import UserError
+from mora_ds.config.arguments import parse
+from mora_ds.config.validate import validate
+from mora_ds.data import load_corpus, load_tokenizer
+from mora_ds.deploy.combine import Mix, combine_adapters
+from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.peft_export import export_peft
+from mora_ds.engine import zero
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
+from mora_ds.train.pretrain import pretrain
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, losses, refused, run
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+# -- a product of low rank ---------------------------------------------------------------------------------------------
+
+RANK = 3
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def low_rank_model(tied: bool) -> Any:
+    """With products that are not zero."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    report = inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
+    assert report.other_trainable_params == (128 + 32) * RANK * (1 if tied else 2)
+    torch.manual_seed(0)
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    for low_rank in {id(each.low_rank): each.low_rank.data for each in modules}.values():
+        tall, wide = low_rank.split((128, 32))
+        assert not tall.any() and 0.9 < wide.abs().max() * 32**0.5 <= 1
+        tall.normal_()
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bool) -> None:
+    """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
+    model, whole, ids = low_rank_model(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(modules[0], LowRankEmbedding) and isinstance(modules[1], LowRankHead)
+    assert (modules[0].low_rank is modules[1].low_rank) == tied
+    tables = whole.get_input_embeddings(), whole.get_output_embeddings()
+    for module, table in zip(modules[: 1 if tied else 2], tables, strict=False):
+        table.weight.data = with_product(table.weight.data, module.low_rank.data)
+    for each in (model, whole):
+        causal_loss(each, ids).backward()
+    assert torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-5)
+    for module, table in zip(modules, tables, strict=True):
+        tall, wide = module.low_rank.data.split((128, 32))
+        wanted = torch.cat([table.weight.grad @ wide, table.weight.grad.T @ tall])
+        assert torch.allclose(module.low_rank.grad, wanted, atol=1e-5) and wanted.abs().max() > 1e-3
+    names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
+    assert names == {"model.embed_tokens.low_rank"} | (set() if tied else {"lm_head.low_rank"})
+
+
+def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
+    model, ids = tiny_model("llama"), tokens(2)
+    before = model(ids).logits
+    inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
+    assert torch.equal(model(ids).logits, before)
+    head, again = model.get_output_embeddings(), tiny_model("llama")
+    inject(again, MoRAConfig(rank=2, embedding_rank=RANK))
+    assert torch.equal(again.get_output_embeddings().low_rank, head.low_rank), "drawn by the seed"
+    assert not torch.equal(head.low_rank, model.get_input_embeddings().low_rank)
+    table, x = torch.nn.Linear(4, 9), torch.randn(3, 4)
+    torch.testing.assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
+
+
+@pytest.mark.gloo
+def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path) -> None:
+    """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of it,
+    and the mean of two checkpoints the mean of their tables."""
+    out, base = tmp_path / "out", BaseCheckpoint.open(user.model)
+    more = ("--train_embedding_rank", RANK, "--embedding_learning_rate", 0.01, "--merge_every", 3)
+    more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
+    run(2, user.flags(out, *more))
+    earlier = out / "checkpoints" / "step-000004"
+    run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
+    assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
+    other = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
+    assert "--train_embedding_rank: 3 there, 5 here" in run_ranks(1, refused, other)[0][1]
+
+    for verdict in verify(out, user.model):
+        assert verdict.is_good, verdict.lines()
+    assert export_merged(out, tmp_path / "merged", verify=True).replaced == 2
+    export_merged(earlier, tmp_path / "earlier")
+    export_merged(out, tmp_path / "half", mix=Mix(delta_scale=0.5))
+    export_merged(out, tmp_path / "mean", mix=Mix(average_last=2))
+    combine_adapters([out, earlier], [2.0, -0.5], tmp_path / "sum", user.model)
+    export_merged(tmp_path / "sum", tmp_path / "summed")
+    export_peft(out, tmp_path / "peft", rank=4)
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        for name in ("merged", "earlier", "half", "mean", "summed")
+    }
+    ids = torch.tensor([load_tokenizer(user.model)(user.held.read_text())["input_ids"][:100]])
+    with torch.no_grad():
+        for folder, name in ((out, "merged"), (tmp_path / "sum", "summed")):
+            live = load_adapter(user.model, folder)
+            assert torch.allclose(live(ids).logits, models[name](ids).logits, atol=1e-4), name
+    for key in TABLES:
+        was, now, then = base.read(key), *(models[name].state_dict()[key] for name in ("merged", "earlier"))
+        assert torch.allclose(saved[f"base_model.model.{key}"], now, atol=1e-6)
+        assert (now - was).abs().max() > 1e-3 and torch.linalg.matrix_rank(now - was, atol=1e-5) == RANK
+        for name, wanted in (
+            ("half", (was + now) / 2),
+            ("mean", (now + then) / 2),
+            ("summed", was + 2 * (now - was) - 0.5 * (then - was)),
+        ):
+            assert torch.allclose(models[name].state_dict()[key], wanted, atol=1e-6), name
+
+
+def test_a_dry_run_counts_products(user: Playground, tmp_path: Path) -> None:
+    flags = user.flags(tmp_path / "out", "--dry_run")
+    without, told = (pretrain(parse([*flags, *more])) for more in ([], ["--train_embedding_rank", "3"]))
+    tokens_, width = BaseCheckpoint.open(user.model).read(TABLES[0]).shape
+    assert told["trainable_params"] == without["trainable_params"] + 2 * 3 * (tokens_ + width)  # the head is not tied
+
+
+def test_products_that_do_not_fit_are_refused(user: Playground, tmp_path: Path) -> None:
+    argv = user.flags(tmp_path / "out", "--train_embedding_rank", 3)
+    for more, message in (
+        (["--train_embeddings"], "train them all: give one of them"),
+        (["--train_head"], "train them all: give one of them"),
+        (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
+        (["--train_embedding_rank", "-1"], "train_embedding_rank must"),
+    ):
+        with pytest.raises(UserError, match=message):
+            validate(parse([*argv, *more]))
+    for config, message in (
+        ({"train_embeddings": True}, "--train_embedding_rank keeps embeddings and head frozen"),
+        ({"train_head": True}, "--train_embedding_rank keeps embeddings and head frozen"),
+        ({"new_rows_from": 9}, "--train_embedding_rank: the embeddings are a NewRowEmbedding"),
+        ({"embedding_rank": -1}, "--train_embedding_rank must be at least 1, got -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inject(tiny_model("llama"), MoRAConfig(rank=2, **{"embedding_rank": 2, **config}))  # type: ignore[arg-type]
+    headless = tiny_model("llama")
+    headless.get_output_embeddings = lambda: None
+    with pytest.raises(UserError, match="--train_embedding_rank: the output head is a NoneType"):
+        inject(headless, MoRAConfig(rank=2, embedding_rank=2))
+    with pytest.raises(UserError, match=r"low_rank has 9 rows, and the base a table of \(6, 2\)"):
+        with_product(torch.zeros(6, 2), torch.zeros(9, 1))
+
+
+def test_products_are_summed_side_by_side() -> None:
+    lows = torch.randn(7 + 4, 2), torch.randn(7 + 4, 3)
+    total = sum_of_products(((low, weight) for low, weight in zip(lows, (0.5, -2.0), strict=True)), 7)
+    table, nothing = torch.randn(7, 4), torch.zeros(7, 4)
+    wanted = table + 0.5 * with_product(nothing, lows[0]) - 2 * with_product(nothing, lows[1])
+    assert total.shape == (11, 5) and torch.allclose(with_product(table, total), wanted, atol=1e-5)
+
+
+# -- new rows ----------------------------------------------------------------------------------------------------------
+
+FIRST = 112
+
+
+def model_with_new_rows(tied: bool) -> Any:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
+    assert report.other_trainable_params == (128 - FIRST) * 32 * (1 if tied else 2)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool) -> None:
+    """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
+    model, whole, ids = model_with_new_rows(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
+    is_new = ids >= FIRST
+    assert is_new.any() and not is_new.all()
+    for each in (model, whole):
+        causal_loss(each, ids).backward()
+    assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, NewRowEmbedding) and isinstance(head, NewRowHead)
+    assert (embedding.new_rows is head.new_rows) == tied
+    wanted = whole.get_input_embeddings().weight.grad[FIRST:]
+    assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7) and wanted.abs().max() > 1e-3
+    assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7)
+    names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
+    assert names == {"model.embed_tokens.new_rows"} | (set() if tied else {"lm_head.new_rows"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_table_is_counted_once(tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    before = count_parameters(model)
+    report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
+    assert count_parameters(model) == before + report.trainable_params
+    move_base(model, "cpu", torch.bfloat16)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert (embedding.weight is head.weight) == tied and head.weight.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def extended(user: Playground) -> Playground:
+    corpus = load_corpus([str(user.train)], flag="--corpus")
+    extend_vocabulary(user.model, corpus, 40, user.root / "extended")
+    return replace(user, model=user.root / "extended")
+
+
+@pytest.mark.gloo
+def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path) -> None:
+    """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
+    out, base = tmp_path / "out", BaseCheckpoint.open(extended.model)
+    first = json.loads((extended.model / EXTENSION_JSON).read_text())["first_row"]
+    flags = extended.flags(
+        out, "--train_new_embeddings", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4,
+        "--eval_files", extended.held,
+    )  # fmt: skip
+    run(2, flags)
+    again = extended.flags(tmp_path / "again", *flags[flags.index("--train_new_embeddings") :])
+    run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints" / "step-000004")])
+    assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
+
+    for verdict in verify(out, extended.model):
+        assert verdict.is_good, verdict.lines()
+    report = export_merged(out, tmp_path / "merged", verify=True)
+    assert report.replaced == 2 and report.cycles == 1
+    live, merged = load_adapter(extended.model, out), AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    text = json.loads(extended.train.read_text().splitlines()[0])["text"]
+    ids = torch.tensor([load_tokenizer(extended.model)(text)["input_ids"][:100]])
+    assert (ids >= first).any()
+    with torch.no_grad():
+        assert torch.allclose(live(ids).logits, merged(ids).logits, atol=1e-5)
+    assert (tmp_path / "merged" / EXTENSION_JSON).is_file()
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        table, was = merged.state_dict()[key], base.read(key)
+        assert torch.equal(table[:first], was[:first]), key
+        assert not torch.equal(table[first : first + 40], was[first : first + 40]), key
+
+
+def test_a_dry_run_counts_new_rows(extended: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = extended.flags(tmp_path / "out", "--dry_run")
+    without, told = (pretrain(parse([*flags, *more])) for more in ([], ["--train_new_embeddings"]))
+    extension = json.loads((extended.model / EXTENSION_JSON).read_text())
+    table = BaseCheckpoint.open(extended.model).read("model.embed_tokens.weight")
+    rows = (len(table) - extension["first_row"]) * table.shape[1]
+    assert told["trainable_params"] == without["trainable_params"] + 2 * rows  # the head is not tied
+    assert told["total_params"] == without["total_params"] + 2 * rows
+
+
+def test_new_rows_that_do_not_fit_are_refused(user: Playground, tmp_path: Path) -> None:
+    argv = user.flags(tmp_path / "out", "--train_new_embeddings")
+    assert run_ranks(1, refused, argv)[0][1].endswith("so it was not written by mora-ds extend-vocab")
+    for more, message in (
+        (["--train_embeddings"], "train them all: give one of them"),
+        (["--train_head"], "train them all: give one of them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            validate(parse([*argv, *more]))
+    with pytest.raises(UserError, match="none from 128 on is new"):
+        inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=128))
+    assert inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)).other_trainable_params == 2 * 32
+
+
+class Scaled(torch.nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 2
+
+
+class Softmax(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(-1)
+
+
+def test_embeddings_and_heads_that_compute_something_else_are_refused() -> None:
+    for change, message in (
+        ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
+        ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
+    ):
+        model = tiny_model("llama")
+        for setter, module in change.items():
+            getattr(model, setter)(module)
+        with pytest.raises(UserError, match=f"--train_new_embeddings: {message}"):
+            inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
+    headless = tiny_model("llama")
+    headless.get_output_embeddings = lambda: None
+    with pytest.raises(UserError, match="the output head is a NoneType, no linear layer"):
+        inject(headless, MoRAConfig(rank=2, new_rows_from=112))
+
+
+def test_a_head_keeps_its_bias() -> None:
+    table, x = torch.nn.Linear(4, 128), torch.randn(3, 4)
+    head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
+    torch.testing.assert_close(head(x), table(x))
+
+
+def test_every_trained_row_is_looked_up_among_the_trained() -> None:
+    table = torch.nn.Embedding(128, 4)
+    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
+    found = embedding(torch.arange(128))
+    assert not found[FIRST:].any()
+    assert torch.equal(found[:FIRST], table.weight[:FIRST])
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+MODELS: dict[str, tuple[Callable[[bool], Any], int]] = {
+    "low_rank": (low_rank_model, (128 + 32) * RANK),
+    "new_rows": (model_with_new_rows, (128 - FIRST) * 32),
+}
+"""Name of the trained parameters: the model, and the elements of each of them."""
+
+
+def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
+    """All trained parameters, unsharded and in fp32, after three steps on this rank's part of the same rows."""
+    world = torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    config = ds_config(3, 4 // world, 1)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    make, elements = MODELS[kind]
+    engine, *_ = initialize(model=make(tied), config=config)
+    for step in range(3):
+        rows = tokens(4, seed=step)[rank * 4 // world : (rank + 1) * 4 // world]
+        engine.backward(causal_loss(engine, rows))
+        engine.step()
+    parameters = dict(engine.module.named_parameters())
+    shards = [parameter.ds_tensor.numel() for name, parameter in parameters.items() if name.endswith(kind)]
+    assert shards == [elements // world] * (1 if tied else 2)
+    return {name: zero.full_fp32(engine, parameter).clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_ranks_train_as_one(kind: str, tied: bool) -> None:
+    """The same rows of data, split over two ranks: the same parameters after three steps."""
+    alone = run_ranks(1, trained_on_ranks, kind, tied)[0]
+    first, second = run_ranks(2, trained_on_ranks, kind, tied)
+    name = f"model.embed_tokens.{kind}"
+    assert not torch.allclose(alone[name], MODELS[kind][0](tied).get_parameter(name), atol=1e-3)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], value, atol=2e-5), name
