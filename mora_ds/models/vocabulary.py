@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format
@@ -28,7 +27,6 @@ from mora_ds.data import (
     candidate_tokens,
     check_extension,
     check_vocabulary,
-    document_hash,
     extend_tokenizer,
     load_tokenizer,
 )
@@ -38,11 +36,9 @@ from mora_ds.models.save import fill_shards, write_companions, write_shards
 
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
-MEASURED_SHARE = 0.05
-"""Share of the documents on which tokens per byte are measured, and from which no token is learned: those of the
-largest hashes. `DocumentFilter` holds out those of the smallest ones, which the corpus may not contain any more."""
+_COMPARED_BYTES = 4_000_000
+"""Bytes of text, from the corpus's start, on which both tokenizers are compared."""
 
-_MEASURED_CHARACTERS = 4_000_000
 _SHARD_BYTES = 5 << 30
 FLAG = "MODEL"
 
@@ -57,16 +53,13 @@ class VocabularyReport:
     """Rows of the embeddings, before and after."""
     tokens_per_byte: tuple[float, float]
     measured_bytes: int
-    held_out: bool
-    """Whether tokens per byte were measured on documents from which no token was learned."""
 
     def lines(self) -> list[str]:
         """The report as text."""
         (old, new), (before, after) = self.vocabulary, self.tokens_per_byte
-        kind = "held-out" if self.held_out else "training (too few documents to hold some out)"
         return [
             f"{self.output}: {self.new_tokens:,} new tokens, {old:,} -> {new:,} rows",
-            f"tokens per byte, on {self.measured_bytes:,} bytes of {kind} text: {before:.4f} -> {after:.4f} "
+            f"tokens per byte, on {self.measured_bytes:,} bytes of the corpus: {before:.4f} -> {after:.4f} "
             f"({after / before - 1:+.1%})",
         ]
 
@@ -92,19 +85,16 @@ def extend_vocabulary(
     keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
     check_vocabulary(tokenizer, old_rows, FLAG)
-    measured, held_out = _measured_texts(corpus)
-    learned = (text for text in corpus.texts() if not (held_out and _is_measured(text)))
-    candidates = candidate_tokens(learned, new_tokens)
+    candidates = candidate_tokens(corpus.texts(), new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         extension = extend_tokenizer(tokenizer, candidates, new_tokens, Path(scratch))
         extended = check_extension(extension, config.model_type)
-        densities = _compare(tokenizer, extended, measured)
+        before, after, compared = _compare(tokenizer, extended, corpus.texts())
         rows = max(extension.first_id + len(extension.tokens), old_rows)
         rows += -rows % ROW_MULTIPLE
         with atomic_folder(output.absolute()) as partial:
             _write(base, partial, keys, extension, rows)
-    nbytes = sum(len(text.encode()) for text in measured)
-    return VocabularyReport(output, new_tokens, (old_rows, rows), densities, nbytes, held_out)
+    return VocabularyReport(output, new_tokens, (old_rows, rows), (before, after), compared)
 
 
 def first_new_row(folder: Path) -> int:
@@ -150,38 +140,23 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _measured_texts(corpus: Corpus) -> tuple[list[str], bool]:
-    """(texts of about `_MEASURED_CHARACTERS` in total, whether they are held out)."""
-    measured = _first(filter(_is_measured, corpus.texts()))
-    return (measured, True) if measured else (_first(corpus.texts()), False)
+def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
+    """(tokens per byte of the old tokenizer, those of the new one, bytes), of the first texts.
 
-
-def _is_measured(text: str) -> bool:
-    return document_hash(text) >= (1 - MEASURED_SHARE) * 2.0**64
-
-
-def _first(texts: Iterable[str]) -> list[str]:
-    first: list[str] = []
-    size = 0
+    Raises `RunError` for a text that only the old one decodes to itself.
+    """
+    before = after = nbytes = 0
     for text in texts:
-        first.append(text)
-        size += len(text)
-        if size >= _MEASURED_CHARACTERS:
-            break
-    return first
-
-
-def _compare(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[float, float]:
-    """Tokens per byte of both. Raises `RunError` for a text that only the old one decodes to itself."""
-    counts, nbytes = [0, 0], 0
-    for text in texts:
-        nbytes += len(text.encode())
-        encoded = [each(text, add_special_tokens=False)["input_ids"] for each in (old, new)]
-        counts = [count + len(ids) for count, ids in zip(counts, encoded, strict=True)]
-        before, after = (each.decode(ids) for each, ids in zip((old, new), encoded, strict=True))
-        if before == text != after:
+        old_ids = old(text, add_special_tokens=False)["input_ids"]
+        new_ids = new(text, add_special_tokens=False)["input_ids"]
+        if old.decode(old_ids) == text != new.decode(new_ids):
             raise RunError(f"the extended tokenizer does not decode to the same text: {text[:60]!r}...")
-    return counts[0] / max(nbytes, 1), counts[1] / max(nbytes, 1)
+        before += len(old_ids)
+        after += len(new_ids)
+        nbytes += len(text.encode())
+        if nbytes >= _COMPARED_BYTES:
+            break
+    return before / max(nbytes, 1), after / max(nbytes, 1), nbytes
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -20,12 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.data import (
-    DocumentFilter,
     Extension,
     candidate_tokens,
     extend_tokenizer,
     load_corpus,
-    load_tokenizer,
 )
 from mora_ds.data.sentencepiece import wrap_sentencepiece
 from mora_ds.models import vocabulary
@@ -104,7 +102,8 @@ def test_an_extended_model(tmp_path: Path, family: str) -> None:
     folder = byte_level_folder(folder) if family == "byte-level" else family_folder(folder, family)
     out = tmp_path / "extended"
     report = extend_vocabulary(folder, domain(tmp_path), 150, out)
-    assert report.held_out and report.tokens_per_byte[1] < 0.93 * report.tokens_per_byte[0]
+    assert report.measured_bytes == sum(len(text.encode()) for text in DOMAIN)
+    assert report.tokens_per_byte[1] < 0.93 * report.tokens_per_byte[0]
 
     old, new = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(out)
     extension = json.loads((out / EXTENSION_JSON).read_text())
@@ -175,41 +174,11 @@ def test_a_head_neither_tied_nor_linear_is_refused(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
-# -- text that is measured ---------------------------------------------------------------------------------------------
-
-
-def test_tokens_are_learned_from_no_text_that_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is measured are other documents than those that --held_out_share holds out."""
-    folder, learned = byte_level_folder(tmp_path / "model"), list[str]()
-    texts = [f"the {number}th «document» of some_words_in_code\n" * 3 for number in range(200)]
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-    def candidates(texts: Any, wanted: int) -> list[str]:
-        learned.extend(texts)
-        return candidate_tokens(learned, wanted)
-
-    monkeypatch.setattr(vocabulary, "candidate_tokens", candidates)
-    report = extend_vocabulary(folder, load_corpus([str(path)]), 10, tmp_path / "out")
-    measured = [text for text in texts if text not in learned]
-    assert 3 <= len(measured) <= 20 and report.held_out
-    assert all(DocumentFilter(0.05).keeps(text) for text in measured)
-    nbytes = sum(len(text.encode()) for text in measured)
-    old, new = (load_tokenizer(each) for each in (folder, tmp_path / "out"))
-    densities = tuple(sum(len(ids(each, text)) for text in measured) / nbytes for each in (old, new))
-    assert (report.measured_bytes, report.tokens_per_byte) == (nbytes, densities)
-
-    few = [text for text in texts if text in learned][:20]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
-    none_left = extend_vocabulary(folder, load_corpus([str(path)]), 5, tmp_path / "few")
-    assert not none_left.held_out and "bytes of training (too few documents" in none_left.lines()[1]
-
-
 def test_what_a_report_says() -> None:
-    report = VocabularyReport(Path("out"), 1500, (32000, 33536), (0.4, 0.3), 12345, held_out=True)
+    report = VocabularyReport(Path("out"), 1500, (32000, 33536), (0.4, 0.3), 12345)
     assert report.lines() == [
         "out: 1,500 new tokens, 32,000 -> 33,536 rows",
-        "tokens per byte, on 12,345 bytes of held-out text: 0.4000 -> 0.3000 (-25.0%)",
+        "tokens per byte, on 12,345 bytes of the corpus: 0.4000 -> 0.3000 (-25.0%)",
     ]
 
 
@@ -230,9 +199,9 @@ class Letters:
 def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
     whole, lossy, worse = Letters(), Letters("é"), Letters("éa")
     made: Any = vocabulary._compare
-    assert made(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4)
-    assert made(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4), "the old one has lost of it too"
-    assert made(whole, whole, []) == (0.0, 0.0)
+    assert made(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
+    assert made(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), "the old one has lost of it too"
+    assert made(whole, whole, []) == (0.0, 0.0, 0)
     with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
         made(whole, lossy, ["b", "aé"])
 
