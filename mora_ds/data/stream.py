@@ -9,7 +9,6 @@ A document that comes in chunks is too long for a window: it is a window of its 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +20,6 @@ from mora_ds.data.corpus import Corpus
 from mora_ds.data.packing import epoch_order
 from mora_ds.data.parts import Part
 from mora_ds.data.readers import START, Document, Mark
-
-log = logging.getLogger(__name__)
 
 IN_ORDER_WINDOW = 1024
 """Documents of a window that is not shuffled: this number is read again when a run is resumed."""
@@ -62,35 +59,22 @@ class DocumentStream:
     buffer: int = 10_000
     """Documents that are shuffled together; 0 keeps the order of the files."""
     seed: int | str = 0
-    counts: bool = True
-    """Whether it logs how many documents the corpus's filter leaves out."""
 
     def epoch(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
         """The documents from `position` to the end of its epoch, each with its own position. Empty ones are left out.
 
         Raises `UserError` for a record that is no document, `RunError` for a part that cannot be read any more.
         """
-        tally = _Tally()
         done = position.done
-        for number, (opening, window) in enumerate(self._windows(replace(position, done=0), tally), start=1):
-            if number & (number - 1) == 0:  # after 1, 2, 4, ... windows, as an epoch may be longer than any run
-                self._log_left_out(tally, "so far")
+        for opening, window in self._windows(replace(position, done=0)):
             for index, document in enumerate(window):
                 if index >= done:
                     yield document, replace(opening, done=index)
             done = 0
-        self._log_left_out(tally, f"of epoch {position.epoch + 1}")
 
-    def _log_left_out(self, tally: _Tally, which: str) -> None:
-        if self.counts and self.corpus.keep is not None:
-            log.info(
-                f"{self.name}: {tally.left_out:,} of {tally.read:,} documents {which} are not trained on: held out by "
-                "their hash, in --eval_files, or empty"
-            )
-
-    def _windows(self, opening: StreamPosition, tally: _Tally) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
+    def _windows(self, opening: StreamPosition) -> Iterator[tuple[StreamPosition, Iterable[Document]]]:
         """The position at which each window begins, and its documents. Consume a window before asking for the next."""
-        documents = self._documents(opening, tally)
+        documents = self._documents(opening)
         end = opening
         window: list[Document] = []
         characters = 0
@@ -127,7 +111,7 @@ class DocumentStream:
         order = epoch_order(f"{self.seed}/{opening.epoch}", opening.window, len(window))
         return (window[index] for index in order)
 
-    def _documents(self, position: StreamPosition, tally: _Tally) -> Iterator[tuple[Document, StreamPosition]]:
+    def _documents(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
         """(document, the position after it) of the parts from `position` on, without those that are left out."""
         parts: list[Part] = list(self.corpus.parts)
         if self.buffer:
@@ -138,8 +122,6 @@ class DocumentStream:
             for document, after in self._read(parts[number], mark):
                 if document.begins:
                     passes = not document.is_empty and (keep is None or keep.keeps(document.text))
-                    tally.read += 1
-                    tally.left_out += not passes
                 if passes:
                     yield document, replace(position, part=number, mark=after)
             mark = START
@@ -157,11 +139,3 @@ class DocumentStream:
         except (OSError, HTTPError) as error:
             where = f"source {self.name!r}: {part.label}"
             raise RunError(f"{where} cannot be read after record {last.record}: {reason(error)}") from error
-
-
-@dataclass
-class _Tally:
-    """Documents of an epoch since it was begun or resumed."""
-
-    read: int = 0
-    left_out: int = 0

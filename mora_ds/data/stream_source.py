@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -110,8 +110,7 @@ class StreamSource:
     def probe(self, index: int) -> Block:
         """Sequence `index` of the stream's start, read by every rank for itself; the stream stays where it is."""
         if index >= len(self._probes):
-            documents = replace(self.documents, counts=False)
-            again = StreamSource(documents, self.encoder, self.seq_len, self.document_mask, None)
+            again = StreamSource(self.documents, self.encoder, self.seq_len, self.document_mask, None)
             self._probes = [again.sample(number) for number in range(index + 1)]
         return self._probes[index]
 
