@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from mora_ds.common.errors import POSITIVE, UserError
 from mora_ds.common.files import shipped
@@ -22,7 +22,7 @@ from mora_ds.config.validate import validate
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.models.load import named_config
-from mora_ds.planning.plan import Cluster, Planner, place_base, recommend, recommend_sharding
+from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.runtime.cli import command_parser
 from mora_ds.train.dry_run import planner_of
@@ -44,14 +44,12 @@ def main() -> None:
     else:
         planner = place_base(planner, device)
     plan = chosen or planner.plan()
-    sharding = recommend_sharding(planner, plan)
     if options.json:
-        facts = {"recommended": chosen is not None, "sharding": asdict(sharding)}
-        print(json.dumps({**as_json(plan), **facts}, indent=2))
+        print(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))
         return
     if options.micro_batch is None:
         print("recommended:" if chosen else "nothing fits; the smallest there is:")
-    print(report(plan, sharding=sharding))
+    print(report(plan))
 
 
 def _parser() -> argparse.ArgumentParser:

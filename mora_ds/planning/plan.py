@@ -2,7 +2,6 @@
 
     Planner(...).plan()     of given settings
     recommend(planner)      with micro-batch, checkpointing, t and s chosen
-    recommend_sharding(planner, plan)       the ZeRO stage and shard group that suit it
 
 No weights are read and no process group is started: everything comes from the meta device and from shapes.
 """
@@ -53,6 +52,15 @@ fragments."""
 
 LARGEST_MICRO_BATCH = 256
 
+FEW_SLICES = 1 << 15
+"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices at 146 ranks.
+
+Under ZeRO-3 DeepSpeed 0.19.8 goes through every trained parameter times every rank at each reduction
+(runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at the gathers of several parameters
+(runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). `tools/bench/scale.py` counts the host's
+seconds of both; ZeRO-1 has one flat tensor in their place.
+"""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -97,13 +105,19 @@ class Plan:
         return self.memory.peak <= USABLE * self.cluster.memory
 
     @property
+    def slices(self) -> int:
+        """What DeepSpeed goes through in Python at each reduction: see `FEW_SLICES`."""
+        return len(self.trained.numels) * self.trained.ranks if self.trained.stage == 3 else 0
+
+    @property
     def ranks_of_node(self) -> int:
         return min(self.cluster.ranks, self.cluster.per_node)
 
     @property
     def host_memory(self) -> int:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
-        and what rank 0 collects to save. On CPUs also everything else of a rank, and its own quantized weights."""
+        and what rank 0 collects to save. On CPUs also everything else of a rank, and its own quantized weights. Merged
+        weights are in memory that the ranks share, in place of the files (--node_base)."""
         memory = self.memory
         on_cpu = memory.peak - memory.base + memory.base_buffers + self.quantized if self.trained.on_cpu else 0
         return self.files + self.ranks_of_node * (memory.host_optimizer + on_cpu) + memory.host_save
@@ -115,12 +129,6 @@ class Plan:
         if not self.quantized or self.memory.host_base:
             return self.memory.base - self.memory.base_buffers + self.memory.host_base
         return self.base_elements * self.work.dtype.itemsize
-
-    @property
-    def host_memory_after_merge(self) -> int:
-        """The same after a merge. On CPUs it writes to the mapped pages, of which every rank then has its own copy."""
-        written = self.files if self.trained.on_cpu and not self.quantized else 0
-        return self.host_memory + max(0, self.ranks_of_node - 1) * written
 
 
 @dataclass
@@ -329,56 +337,3 @@ def _largest(planner: Planner, limit: int, **changes: Any) -> Plan | None:
             return plan
         micro //= 2
     return None
-
-
-# -- which ZeRO stage, and which shard group ---------------------------------------------------------------------------
-
-FEW_SLICES = 1 << 15
-"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices at 146 ranks.
-
-Under ZeRO-3 DeepSpeed 0.19.8 goes through every trained parameter times every rank at each reduction
-(runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at the gathers of several parameters
-(runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). `tools/bench/scale.py` counts the host's
-seconds of both; ZeRO-1 has one flat tensor in their place.
-"""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """A recommendation."""
-
-    stage: int
-    """Of ZeRO."""
-    group: int
-    """Ranks among which forward and backward gather the matrices; below the number of ranks it is the value of
-    zero_hpz_partition_size."""
-    reason: str
-
-    def __str__(self) -> str:
-        where = f", zero_hpz_partition_size {self.group}" if self.stage == 3 and self.group > 1 else ""
-        return f"ZeRO-{self.stage}{where}: {self.reason}"
-
-
-def recommend_sharding(planner: Planner, plan: Plan) -> Sharding:
-    """The stage and shard group for the plan's model and cluster, whatever the planner's DeepSpeed config says."""
-    trained, cluster = plan.trained, plan.cluster
-    parameters, ranks = len(trained.numels), trained.ranks
-    slices = f"{parameters:,} parameters x {ranks:,} ranks = {parameters * ranks:,} slices"
-    if parameters * ranks <= FEW_SLICES:
-        return Sharding(3, 1, f"DeepSpeed goes through {slices} in Python at each reduction, which is short")
-    config = dict(planner.ds_config)
-    zero = {**config["zero_optimization"], "stage": 1}
-    zero.pop("zero_hpz_partition_size", None)
-    work = plan.work
-    unsharded = replace(planner, ds_config={**config, "zero_optimization": zero}).plan(
-        micro_batch=work.micro_batch, checkpointing=work.checkpointing, tensor_parallel=work.tensor_parallel,
-        sequence_parallel=work.sequence_parallel,
-    )  # fmt: skip
-    reason = f"ZeRO-3 would go through {slices} in Python at each reduction"
-    if unsharded.fits:
-        size = trained.total * trained.bytes_each
-        return Sharding(1, 1, f"{reason}; all matrices are {size / 1e9:,.2f} GB, which fit on every GPU")
-    group = cluster.per_node if ranks > cluster.per_node and work.tensor_parallel == 1 else 1
-    return Sharding(
-        3, group, f"the matrices do not fit unsharded on every GPU; a node gathers among its own ranks. {reason}"
-    )

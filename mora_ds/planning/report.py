@@ -7,20 +7,20 @@ from typing import Any
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.engine.base_device import BaseDevice
-from mora_ds.planning.plan import USABLE, Plan, Sharding
+from mora_ds.planning.plan import FEW_SLICES, USABLE, Plan
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 """What else there is where the base of so many bits is too large."""
 
 
-def report(plan: Plan, sharding: Sharding | None = None) -> str:
-    """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small.
-
-    `sharding`: what is recommended for the cluster, if it is to be named.
-    """
+def report(plan: Plan) -> str:
+    """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small."""
     lines = [*_head(plan), *_memory(plan), *_traffic(plan), verdict(plan)]
-    if sharding is not None:
-        lines.append(f"recommended at {plan.cluster.ranks:,} GPUs: {sharding}")
+    if plan.slices > FEW_SLICES:
+        lines.append(
+            f"under ZeRO-3 DeepSpeed goes through {plan.slices:,} slices, parameters x ranks, in Python at each "
+            "reduction: plan --deepspeed configs/zero1.json, too, which does not"
+        )
     return "\n".join(lines)
 
 
@@ -28,8 +28,7 @@ def verdict(plan: Plan) -> str:
     """Whether the run fits, as a sentence."""
     peak, capacity = plan.memory.peak, plan.cluster.memory
     if plan.trained.on_cpu:
-        after = plan.host_memory_after_merge
-        return f"a node needs {size_text(plan.host_memory)}, {size_text(after)} after a merge, which writes to its base"
+        return f"a node needs {size_text(plan.host_memory)}"
     if plan.fits:
         return f"it fits: {size_text(peak)} of {size_text(capacity)} at the peak, in {plan.memory.peaks_in}"
     if plan.memory.base > USABLE * capacity:
@@ -133,13 +132,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "trained_elements": plan.trained.total,
         "bytes": {**asdict(plan.memory), "held": plan.memory.static, "peak": plan.memory.peak},
         "host_bytes_of_node": plan.host_memory,
-        "host_bytes_of_node_after_merge": plan.host_memory_after_merge,
         "bytes_gathered": plan.gathered,
         "passes": plan.passes,
         "bytes_reduced": plan.reduced,
         "bytes_sent": plan.sent,
         "base_bytes_copied": plan.copied,
         "peaks_in": plan.memory.peaks_in,
+        "slices": plan.slices,
         "fits": plan.fits,
     }
 

@@ -18,7 +18,8 @@ def injected(config: Any) -> Any:
     return model
 
 
-def test_replicas_gather_each_matrix_twice_and_sum_its_gradient_once() -> None:
+def test_a_rank_stores_the_base_and_its_share_of_the_matrices() -> None:
+    """What ranks send is compared with real ones in tests/parallel."""
     model = injected(MoRAConfig(rank=4, operator="share"))
     squares = sum(layer.value.numel() for layer in mora_layers(model).values())
     alone = costs(model, 1, 1, TOKENS)
@@ -26,11 +27,7 @@ def test_replicas_gather_each_matrix_twice_and_sum_its_gradient_once() -> None:
     assert (alone.square_elements, alone.trained) == (squares, "MoRA matrices")
     assert alone.base_elements == sum(tensor.numel() for tensor in tiny_model().parameters())
     found = costs(model, 1, 4, TOKENS)
-    assert {(item.what, item.ranks, item.times) for item in found.traffic} == {("square", 4, 2), ("square", 4, 1)}
-    assert found.payload(Collective.GATHER) == 2 * squares and found.payload(Collective.SCATTER) == squares
-    assert found.payload(*Collective) == 3 * squares and found.payload(Collective.SUM) == 0
-    assert found.wire() == found.wire("square") == 3 * squares * 3 / 4 and found.wire("activation") == 0
-    assert found.square_elements == squares / 4
+    assert found.wire() == found.wire("square") == 3 * squares * 3 / 4 and found.square_elements == squares / 4
 
 
 def test_factors_of_lora() -> None:

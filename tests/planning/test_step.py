@@ -6,11 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.planning import step
-from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step_memory, with_layers
+from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step_memory
 
 
 class Config(SimpleNamespace):
@@ -55,16 +54,6 @@ def test_layers_that_differ_in_their_experts_do_not_repeat() -> None:
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])) == 1
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=2)) == 6
     assert layer_period(config_of(num_hidden_layers=6, mlp_only_layers=[1])) == 6
-
-
-def test_lists_with_an_entry_a_layer_are_cut() -> None:
-    config = AutoConfig.for_model("gemma2", num_hidden_layers=6)
-    kinds, work = list(config.layer_types), Work(config, None, 8)
-    config.other, config.pair = [1, 2, 3, 4, 5], tuple(range(6))
-    shallow = with_layers(work, 4).config
-    assert (shallow.num_hidden_layers, shallow.layer_types) == (4, kinds[:4])
-    assert shallow.other == [1, 2, 3, 4, 5] and shallow.pair == (0, 1, 2, 3)
-    assert config.num_hidden_layers == 6 and config.layer_types == kinds and work.layers == 6
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
