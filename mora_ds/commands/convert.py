@@ -26,9 +26,7 @@ def main() -> None:
     if options.action == "adapter":
         lines = export_adapter(options.path, options.output)
     else:
-        lines = export_peft(
-            options.path, options.output, options.rank, options.base, options.domain, options.trust_remote_code
-        )
+        lines = export_peft(options.path, options.output, options.rank, options.base, options.domain)
     print("\n".join(lines))
 
 
@@ -41,7 +39,6 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
     peft = actions.choices["peft"]
     peft.add_argument("--rank", type=int, help="largest rank of a layer. Default: as large as an exact adapter takes")
-    peft.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
     peft.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
     peft.add_argument(
         "--domain", metavar="NAME", help="for a run with domain adapters: the domain to write, or 'shared' for none"

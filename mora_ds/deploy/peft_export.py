@@ -20,24 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.checkpoint.adapter_files import Adapter, logits_name
-from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter
+from mora_ds.checkpoint.adapter_files import Adapter
+from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
-from mora_ds.deploy.logits_check import read_probe
 from mora_ds.deploy.model_card import card
-from mora_ds.models.load import load_model
-from mora_ds.models.loss import perplexity
 from mora_ds.models.svd import Wanted, leading_vectors
-from mora_ds.models.tensor_files import SafetensorsWriter, compute_dtype, open_safetensors
+from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry
 
 CONFIG_FILE = "adapter_config.json"
@@ -68,15 +64,13 @@ def export_peft(
     rank: int | None = None,
     base_folder: Path | str | None = None,
     domain: str | None = None,
-    trust_remote_code: bool = False,
 ) -> list[str]:
     """Writes `checkpoint` (or an exported adapter) to the new folder `output` as a LoRA adapter of PEFT.
 
     `rank`: the largest rank of a layer; None: as large as it takes to be exact. `base_folder`: the base, if it was
-    moved. `domain`, `trust_remote_code`: as for `export_merged`. Returns lines to print: ranks, the energy of the
-    update that each layer loses, and the perplexity of the probe's tokens. Raises `UserError` for a rank below 1, a
-    rank that is missing where an update has no bound on its own, and a folder that is not empty; `RunError` for a
-    damaged checkpoint.
+    moved. `domain`: as for `export_merged`. Returns lines to print: ranks, and the energy of the update that each layer
+    loses. Raises `UserError` for a rank below 1, a rank that is missing where an update has no bound on its own, and a
+    folder that is not empty; `RunError` for a damaged checkpoint.
     """
     source, output = find_adapter(Path(checkpoint)), Path(output)
     if rank is not None and rank < 1:
@@ -94,7 +88,7 @@ def export_peft(
     with atomic_folder(output.absolute()) as folder:
         _write_tensors(run, plans, folder, lost)
         write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
-        lines = [*_report(run, plans, lost), *_perplexities(run, folder, trust_remote_code)]
+        lines = _report(run, plans, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
         readme = card("peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"])
         (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -209,36 +203,3 @@ def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[
     if run.file.trainables:
         lines.append("modules_to_save holds trained embeddings, norms or heads, which PEFT loads and vLLM refuses")
     return lines
-
-
-def _perplexities(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Iterator[str]:
-    """A line with the perplexity of the probe's tokens, as recorded with the live model and with this adapter."""
-    path, name = run.folder / PROBE_FILE, logits_name(run.domain)
-    if not path.is_file():
-        yield "perplexity: not compared, as there is no probe.safetensors; mora-ds evaluate measures it on any text"
-        return
-    ids, live, _ = read_probe(path, name)
-    logits = _load(run, folder, trust_remote_code)(input_ids=ids, use_cache=False).logits.float()
-    before, after = (_perplexity(each, ids) for each in (live, logits))
-    yield (
-        f"perplexity of {ids.numel()} tokens of the run's text: {before:.4f} with the live model, {after:.4f} with "
-        f"this adapter ({after / before - 1:+.2%})"
-    )
-
-
-def _perplexity(logits: Tensor, ids: Tensor) -> float:
-    return perplexity(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item())
-
-
-def _load(run: OpenedRun, folder: Path, trust_remote_code: bool) -> Any:
-    """The base in the run's dtype, with the adapter of the written file merged into its weights."""
-    dtype, tensors = compute_dtype(run.file.dtype), open_safetensors(folder / WEIGHTS_FILE)
-    model = load_model(run.base.folder, dtype, trust_remote_code=trust_remote_code, flag="base")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for entry in run.file.layers.values():
-        down, up = (tensors.get_tensor(name) for name in _names(entry.module))
-        delta, weight = up @ down, parameters[entry.weight].data
-        weight.copy_(run.base.read(run.reference.keys[entry.weight]).float() + (delta.T if entry.transposed else delta))
-    for name, _ in _saved(run):
-        parameters[name].data.copy_(tensors.get_tensor(f"{PREFIX}{name}"))
-    return model.eval()
