@@ -67,13 +67,12 @@ class MixturePlan:
 
 def mixture_plan(data: DataArguments) -> MixturePlan | None:
     """Raises `UserError` that lists what is wrong with --mixture, --train_files and --replay."""
-    named = [_named_source(entry) for entry in data.train_files]
     if data.mixture is not None:
         if data.train_files or data.dataset_name:
             raise UserError("--mixture names the sources: leave out --train_files and --dataset_name")
         plan = _read(data.mixture)
-    elif any(named):
-        plan = _of_flags(data.train_files, named)
+    elif (of_flags := _of_flags(data.train_files)) is not None:
+        plan = of_flags
     elif data.replay or data.streaming:
         plan = MixturePlan((SourcePlan(PLAIN, tuple(data.train_files), data.dataset_name),), ((0, (1.0,)),))
     else:
@@ -111,13 +110,16 @@ def _named_source(entry: str) -> tuple[str, str, float] | None:
     return parsed[0], parsed[1], parsed[2]
 
 
-def _of_flags(entries: list[str], named: list[tuple[str, str, float] | None]) -> MixturePlan:
-    sources = [source for source in named if source is not None]
-    if len(sources) < len(entries):
-        raise UserError(
-            f"--train_files {entries[named.index(None)]}: where one source has a name and a weight, all need them: "
-            "NAME=FILES:WEIGHT"
-        )
+def _of_flags(entries: list[str]) -> MixturePlan | None:
+    """The mixture of sources with a name and a weight each; None where all are plain paths."""
+    sources = [source for entry in entries if (source := _named_source(entry)) is not None]
+    if not sources:
+        return None
+    for entry in entries:
+        if _named_source(entry) is None:
+            raise UserError(
+                f"--train_files {entry}: where one source has a name and a weight, all need them: NAME=FILES:WEIGHT"
+            )
     counts = Counter(name for name, _, _ in sources)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"--train_files: {', '.join(twice)} is given twice; a source of --mixture can have many files")

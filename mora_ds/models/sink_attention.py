@@ -6,29 +6,20 @@ A sink s is one more score of each query, which takes weight and gives nothing:
 
 A fused backward pass forms the weights again as exp(score - lse) and subtracts g . out, where g is the gradient of out.
 Given lse' and out' it returns the gradients of query, key and value under the sink.
+
+Of a kernel's methods `forward` returns the output, lse in fp32, and what else backward needs; `backward` takes query,
+key, value and then all of that, and returns their gradients; `heads_first` puts the dimensions of lse before the head's
+size, and is its own inverse.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-class Kernel(Protocol):
-    """A fused attention with its backward pass."""
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """The output, the logarithm of each query's sum of exponentials in fp32, and what else backward needs."""
-
-    def backward(self, grad: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value. `saved`: query, key, value, and then as `forward` returns."""
-
-    def heads_first(self, out: Tensor) -> Tensor:
-        """The output with the dimensions of the sums first, then the head's size; its own inverse."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +89,9 @@ class VarlenKernel:
     @property
     def _weights(self) -> dict[str, Any]:
         return {"scale": self.scale, "window_size_left": self.left, "window_size_right": 0}
+
+
+Kernel = CPUKernel | VarlenKernel
 
 
 def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, kernel: Kernel) -> Tensor:

@@ -58,7 +58,6 @@ def test_reads_what_is_stored(llama: Path) -> None:
     base, stored = BaseCheckpoint.open(llama), load_file(llama / "model.safetensors")
     assert set(base.keys()) == set(stored)
     assert all(torch.equal(base.read(key), stored[key]) for key in stored)
-    assert base.nbytes == sum(tensor.nbytes for tensor in stored.values())
     assert base.shape_dtype("lm_head.weight") == ((128, 32), torch.float32)
     assert base.files() == [llama / "model.safetensors"]
 
@@ -180,9 +179,8 @@ def test_tie_is_symmetric_and_prefers_the_twin(llama: Path) -> None:
 
 
 def test_unmapped_names_are_listed(llama: Path) -> None:
-    with pytest.raises(NotOneToOne, match=r"2 parameter\(s\)") as caught:
+    with pytest.raises(NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"):
         BaseCheckpoint.open(llama).map_parameters(["lm_head.weight", "a.weight", "b.weight"], "model")
-    assert caught.value.names == ("a.weight", "b.weight")
 
 
 def test_first_differing_tensor_is_named(llama: Path) -> None:
@@ -190,9 +188,8 @@ def test_first_differing_tensor_is_named(llama: Path) -> None:
     mapping, tensors = mapping_of(model, base), parameters(model)
     with torch.no_grad():
         tensors["model.norm.weight"][3] = torch.nextafter(tensors["model.norm.weight"][3], torch.tensor(9.0))
-    with pytest.raises(NotOneToOne, match=r"model\.norm\.weight") as caught:
+    with pytest.raises(NotOneToOne, match=r"model\.norm\.weight of the model is not the tensor"):
         verify_against_model(base, mapping, tensors, mapping)
-    assert caught.value.names == ("model.norm.weight",)
     tensors["lm_head.weight"] = torch.zeros(130, 32)
     with pytest.raises(NotOneToOne, match=r"\(130, 32\) in the model, \(128, 32\)"):
         verify_against_model(base, mapping, tensors, ["lm_head.weight"])
