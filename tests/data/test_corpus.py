@@ -79,10 +79,13 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> No
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl", "[x].txt"):
         (tmp_path / name).write_text('{"text": "t"}\n')
-    found = resolve_files([str(tmp_path / "b.txt"), str(tmp_path / "?.txt"), str(tmp_path)])
-    assert [path.name for path in found] == ["b.txt", "a.txt", "[x].txt", "c.jsonl"]
-    assert [path.name for path in resolve_files([str(tmp_path / "**/*.jsonl")])] == ["c.jsonl"]
-    assert [path.name for path in resolve_files([str(tmp_path / "[x].txt")])] == ["[x].txt"]
+    patterns = {
+        "b.txt ?.txt .": ["b.txt", "a.txt", "[x].txt", "c.jsonl"],
+        "**/*.jsonl": ["c.jsonl"],
+        "[x].txt": ["[x].txt"],
+    }
+    for given, names in patterns.items():
+        assert [path.name for path in resolve_files([f"{tmp_path}/{name}" for name in given.split()])] == names
 
 
 def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import demo_corpus, domain_documents, general_documents, load_corpus, write_demo_corpus
+from mora_ds.data import demo_corpus, domain_documents, load_corpus, write_demo_corpus
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,6 @@ def test_code_is_the_library_as_it_stands() -> None:
     parts = {part for source in documents for part in source.split(".")}
     assert not parts & {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages"}
     assert not any(source.startswith("_sysconfigdata") for source in documents)
-
-
-def test_prose_is_prose() -> None:
-    documents = general_documents()
-    assert any(document.source.startswith("topic:") for document in documents)
-    for document in documents:
-        assert document.text.strip()
-        if not document.source.startswith("topic:"):
-            assert ">>>" not in document.text
 
 
 def test_docstrings_are_dedented_and_in_order() -> None:

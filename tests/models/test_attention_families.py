@@ -80,26 +80,21 @@ def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str) -
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
 
 
-def test_only_a_model_that_attends_by_documents_is_told_of_them() -> None:
-    model, batch = tiny_model(), batch_of(4)
-    inputs = model_inputs(model, batch)
-    assert attention_of(model) == "sdpa" and "documents" not in inputs and inputs["use_cache"] is False
-    use_documents(model)
-    engine = SimpleNamespace(module=model)
-    assert model_inputs(engine, batch)["documents"] is batch["documents"]  # type: ignore[arg-type]
-    assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
-
-
-def test_documents_are_preferred_where_the_model_can() -> None:
+def test_documents_are_preferred_where_the_model_can_and_told_to_no_other() -> None:
     """FlashAttention stays, and is told nothing of documents by who has not asked for them."""
-    assert attention_of(prefer_documents(tiny_model())) == NAME
+    batch = batch_of(4)
+    assert "documents" not in model_inputs(tiny_model(), batch)
+    model = prefer_documents(tiny_model())
+    engine: Any = SimpleNamespace(module=model)
+    assert attention_of(model) == NAME and model_inputs(engine, batch)["documents"] is batch["documents"]
+    assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
     config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=32)
     bloom = prefer_documents(AutoModelForCausalLM.from_config(config))
-    assert attention_of(bloom) != NAME and "documents" not in model_inputs(bloom, batch_of(1))
+    assert attention_of(bloom) != NAME and "documents" not in model_inputs(bloom, batch)
     flash_model = tiny_model()
     flash_model.config._attn_implementation_internal = "flash_attention_2"
-    inputs = model_inputs(prefer_documents(flash_model), {"input_ids": torch.ones(1, 3)})
-    assert attention_of(flash_model) == "flash_attention_2" and inputs.keys() == {"input_ids", "use_cache"}
+    assert "documents" not in model_inputs(prefer_documents(flash_model), batch)
+    assert attention_of(flash_model) == "flash_attention_2"
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")

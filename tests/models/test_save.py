@@ -18,7 +18,6 @@ from mora_ds.models.save import fill_shards, plan_shards, write_companions, writ
 from mora_ds.models.tensor_files import (
     CODES,
     SafetensorsWriter,
-    compute_dtype,
     open_safetensors,
     shape_dtype,
     tensor_nbytes,
@@ -195,10 +194,3 @@ def test_what_is_no_file_of_tensors_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"t.safetensors is truncated or damaged"):
         open_safetensors(path)
-
-
-def test_dtypes_have_the_names_of_config_json() -> None:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    assert {name: compute_dtype(name) for name in names} == names
-    with pytest.raises(UserError, match="unknown dtype 'float8'; known: float32, bfloat16, float16"):
-        compute_dtype("float8")
