@@ -465,9 +465,9 @@ MUTATIONS = (
     ),
     Mutation(
         "second copies of a matrix survive its reset",
-        "engine/zero.py",
-        "        view.drop_second_copy(parameter)\n        parameter.data.zero_()",
-        "        parameter.data.zero_()",
+        "engine/optimizer_view.py",
+        "        parameter.ds_secondary_tensor = None\n",
+        "",
         ("engine/test_second_copies.py",),
     ),
     Mutation(

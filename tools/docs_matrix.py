@@ -37,8 +37,7 @@ OPTIONS: dict[str, list[str]] = {
     "`--async_save`": ["--async_save"],
 }
 STAGES = {
-    "ZeRO 0": "zero0.json", "ZeRO 1": "zero1.json", "ZeRO 2": "zero2.json", "ZeRO-3": "zero3.json",
-    "offload": "zero3_offload_optimizer.json",
+    "ZeRO 1": "zero1.json", "ZeRO 2": "zero2.json", "ZeRO-3": "zero3.json", "offload": "zero3_offload_optimizer.json",
 }  # fmt: skip
 COLUMNS: dict[str, list[str]] = {
     "ReMoRA merges": OPTIONS["ReMoRA (`--merge_every`)"],

@@ -146,8 +146,7 @@ class CheckpointWriter:
         shares: list[Any] = []  # of this rank; on rank 0 then those of all
 
         def write_own() -> None:
-            if shard is not None:
-                shard_writer.write_shard(beside / ENGINE_TAG / shard.file, tensors)
+            shard_writer.write_shard(beside / ENGINE_TAG / shard.file, tensors)
             write_extras(beside)
 
         def hash_own() -> None:
@@ -177,7 +176,7 @@ class CheckpointWriter:
         """Rank 0, which has the `shares` of all, finishes the checkpoint that they have written."""
         if shares is None:
             return
-        shards = [share.shard for share in shares if share.shard is not None]
+        shards = [share.shard for share in shares]
         if different := [shard.rank for shard in shards if shard.layout != shards[0].layout]:
             raise RunError(f"ranks {different} trained other parameters or with other settings than rank 0")
         ShardIndex.of(layout, shards).write(beside / ENGINE_TAG)
@@ -204,18 +203,15 @@ class _Share(NamedTuple):
 
     files: dict[str, dict[str, Any]]
     """Size and hash of the files that it wrote, and of its slice of the merge ledger's."""
-    shard: RankShard | None
-    """None on the ranks that write none, as all but the first without ZeRO."""
+    shard: RankShard
     rng: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, beside: Path, shard: RankShard | None, rng: dict[str, Tensor]) -> _Share:
+    def of(cls, beside: Path, shard: RankShard, rng: dict[str, Tensor]) -> _Share:
         """To be called when rank 0 has linked the ledger into `beside`."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
-        hashed = ledger[dist.get_rank() :: dist.get_world_size()]
-        if shard is not None:
-            hashed.append(beside / ENGINE_TAG / shard.file)
-        return cls(files.record(beside, hashed), shard, {kind: state.numpy() for kind, state in rng.items()})
+        written = [beside / ENGINE_TAG / shard.file, *ledger[dist.get_rank() :: dist.get_world_size()]]
+        return cls(files.record(beside, written), shard, {kind: state.numpy() for kind, state in rng.items()})
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:

@@ -303,20 +303,16 @@ def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
 
 
 def _zero(config: dict[str, Any]) -> list[str]:
-    """Set our defaults for ZeRO, and the dtype of gradient accumulation, which depends on the stage. Returns what is
-    refused."""
+    """Set our defaults for ZeRO, and the dtype of gradient accumulation. Returns what is refused."""
     zero = config.setdefault("zero_optimization", {})
-    stage = zero.setdefault("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        return [f"zero_optimization.stage must be 0, 1, 2 or 3, got {json.dumps(stage)}"]
+    stage = zero.setdefault("stage", 3)
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        return [f"zero_optimization.stage must be 1, 2 or 3, got {json.dumps(stage)}; 1 shards the least"]
     problems = []
     # The default replaces torch's F.linear everywhere and saves the inputs of frozen layers.
     zero.setdefault("memory_efficient_linear", False)
     zero.update({key: zero.get(key, AUTO) for key in _BUCKET_KEYS})
-    offload = at(zero, "offload_optimizer.device")
-    if stage == 0 and offload not in (None, "none"):
-        problems.append("zero_optimization.offload_optimizer needs stage 1, 2 or 3")
-    if offload == "nvme":
+    if at(zero, "offload_optimizer.device") == "nvme":
         problems.append(
             'zero_optimization.offload_optimizer.device = "nvme": MoRA matrices and their moments fit in host memory: '
             'use "cpu"'
@@ -325,13 +321,9 @@ def _zero(config: dict[str, Any]) -> list[str]:
         problems.append('gradient_allreduce_op must stay "mean": the loss is an average over tokens')
     if config.get("managed_gradient_accumulation") not in (None, True):
         problems.append("managed_gradient_accumulation must stay true: the training loop relies on it")
-    # Without ZeRO, DeepSpeed accumulates in the model's dtype and refuses any other.
-    low_precision_without_zero = stage == 0 and compute_dtype(config) != "float32"
     types = config.setdefault("data_types", {})
     if types.get("grad_accum_dtype", AUTO) == AUTO:
-        types["grad_accum_dtype"] = None if low_precision_without_zero else "fp32"
-    elif low_precision_without_zero and types["grad_accum_dtype"] == "fp32":
-        problems.append('data_types.grad_accum_dtype = "fp32" needs stage 1, 2 or 3 with bf16 or fp16; drop the key')
+        types["grad_accum_dtype"] = "fp32"
     elif types["grad_accum_dtype"] is not None:
         try:
             DtypeEnum(types["grad_accum_dtype"])

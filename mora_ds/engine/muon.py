@@ -84,8 +84,8 @@ def repair_clipping(engine: Engine) -> None:
 
     The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py, `step`): the Muon update of an
     M has a norm of about sqrt(r_hat) whatever the gradient was, so `gradient_clipping` would scale every update down,
-    by a factor that grows with the number of layers, and the norm that is logged would be the update's. Without ZeRO,
-    and in BF16_Optimizer, the order is right.
+    by a factor that grows with the number of layers, and the norm that is logged would be the update's. In
+    BF16_Optimizer the order is right.
 
     fp16: without offload the momentum would be that of gradients times the loss scale, whatever that is at the time;
     here Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.

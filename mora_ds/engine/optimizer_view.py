@@ -6,9 +6,6 @@
     Stage3View     DeepSpeedZeroOptimizer_Stage3   ZeRO-3
     ZeroView       DeepSpeedZeroOptimizer          ZeRO-1 and ZeRO-2
     BF16View       BF16_Optimizer                  ZeRO-1 in bf16
-    UnfusedView    FP16_UnfusedOptimizer           bf16 and fp16 without ZeRO
-    FusedView      FP16_Optimizer                  the same with DeepSpeed's FusedAdam
-    TorchView      none: the torch optimizer       fp32 without ZeRO
 
 Written against DeepSpeed 0.19.8; tests/engine/test_zero_contract.py names each symbol that an upgrade has moved.
 """
@@ -16,15 +13,12 @@ Written against DeepSpeed 0.19.8; tests/engine/test_zero_contract.py names each 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
@@ -61,9 +55,6 @@ class Flat(NamedTuple):
 class OptimizerView:
     """The interface, and what holds for most optimizers."""
 
-    sharded: ClassVar[bool] = False
-    """Whether each process holds a part of the masters; else each holds all of them."""
-
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
 
@@ -86,34 +77,17 @@ class OptimizerView:
         del group
         return spans
 
-    def master_of(self, parameter: nn.Parameter) -> Tensor:
-        """A view of one parameter's master, where every process holds all masters. Raises `KeyError`."""
-        for flat in self.flats():
-            for span in flat.spans:
-                if span.parameter is parameter:
-                    return flat.master.view(-1).narrow(0, span.offset, span.numel).view_as(parameter)
-        raise KeyError("the parameter is not in the optimizer")
-
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set one parameter's master, and its low-precision shard, to an unsharded fp32 `value`."""
-        self.master_of(parameter).copy_(value)
+        raise NotImplementedError
 
-    def compute_copy(self, parameter: nn.Parameter) -> tuple[Tensor, Span]:
-        """The flat tensor on this process that forward reads a parameter from, in the compute dtype; and its span."""
-        return parameter.data.view(-1), Span(parameter, 0, parameter.numel(), 0)
+    def write_copies(self) -> None:
+        """Set what forward reads of all parameters from the masters, rounded as a step rounds them. Collective."""
+        raise NotImplementedError
 
-    def drop_second_copy(self, parameter: nn.Parameter) -> None:
-        """Forget what else forward may read a parameter from, as its compute copy is overwritten."""
-
-    def gather_copies(self) -> bool:
-        """Set the compute copies of all parameters from the masters, where each process holds a part of the masters and
-        complete copies: as a step does, so that no process reads the others' masters. Collective. False, and nothing is
-        done, where a process can set its copies by itself."""
-        return False
-
-    def unsharded_writes(self) -> AbstractContextManager[None]:
-        """A context in which masters and compute copies may be overwritten."""
-        return nullcontext()
+    def zero_copy(self, parameter: nn.Parameter) -> None:
+        """Zero what forward reads of a parameter on this process."""
+        parameter.data.zero_()
 
     def reset_step(self, group: int, reset: StateReset) -> None:
         """Change the step count that FusedAdam keeps in the parameter group; torch's AdamW has it in the state."""
@@ -133,10 +107,6 @@ class OptimizerView:
         """The object that holds fp16's loss scale; None where there is none."""
         return getattr(self.optimizer, "loss_scaler", None)
 
-    def unscaled_norm(self, norm: float) -> float:
-        """The gradient norm, from what `engine.get_global_grad_norm` returns."""
-        return norm
-
     def repair(self) -> None:
         """Make up for faults of DeepSpeed 0.19.8, once, right after `deepspeed.initialize`."""
 
@@ -147,8 +117,6 @@ class Stage3View(OptimizerView):
     A sub-group holds the shards of its parameters one after the other, every one padded to the same size on all
     processes (`_create_fp16_partitions_with_defragmentation`; partition_parameters.py, `_partition_param`).
     """
-
-    sharded = True
 
     def groups(self) -> list[list[nn.Parameter]]:
         groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
@@ -173,27 +141,32 @@ class Stage3View(OptimizerView):
         return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
 
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        shard, span = self.compute_copy(parameter)
+        shard = self._shard(parameter)
+        span = self._span(parameter, 0)
         values = value.flatten()[span.start : span.start + span.numel]
         values = nn.functional.pad(values, (0, shard.numel() - span.numel))
         safe_set_local_fp32_param(parameter, values)
         shard.copy_(values)
-        self.drop_second_copy(parameter)
 
-    def compute_copy(self, parameter: Any) -> tuple[Tensor, Span]:
-        return parameter.ds_tensor.data.view(-1), self._span(parameter, 0)
-
-    def drop_second_copy(self, parameter: Any) -> None:
-        """Under ZeRO++ (zero_hpz_partition_size) a group of processes holds a second copy, from which all-gathers read
-        until the next step. Without it they read the shards and make it anew (partition_parameters.py,
-        `_partition_param_sec`; stage3.py, `invalidate_secondary_tensor`)."""
-        parameter.ds_secondary_tensor = None
-
-    @contextmanager
-    def unsharded_writes(self) -> Iterator[None]:
+    def write_copies(self) -> None:
         self.optimizer.checkpoint_event_prologue()  # shards what is still gathered
-        yield
+        for flat in self.flats():
+            for span in flat.spans:
+                self._shard(span.parameter)[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
         self.optimizer.checkpoint_event_epilogue()  # drops second copies, gathers the persistent parameters again
+
+    def zero_copy(self, parameter: nn.Parameter) -> None:
+        self._shard(parameter).zero_()
+        parameter.data.zero_()  # empty, unless still gathered
+
+    def _shard(self, parameter: Any) -> Tensor:
+        """This process's shard of a parameter in the compute dtype, flat and padded, to be overwritten.
+
+        Under ZeRO++ (zero_hpz_partition_size) a group of processes holds a second copy, from which all-gathers read
+        until the next step. Without it they read the shards and make it anew (partition_parameters.py,
+        `_partition_param_sec`; stage3.py, `invalidate_secondary_tensor`): so it is dropped here."""
+        parameter.ds_secondary_tensor = None
+        return parameter.ds_tensor.data.view(-1)
 
     @torch.no_grad()
     def repair(self) -> None:
@@ -209,7 +182,6 @@ class Stage3View(OptimizerView):
 class _MappedView(OptimizerView):
     """Optimizers that note on each parameter which fragment of it this process holds (utils/tensor_fragment.py)."""
 
-    sharded = True
     masters_name: ClassVar[str]
 
     def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
@@ -223,9 +195,8 @@ class _MappedView(OptimizerView):
                     spans.append(Span(parameter, in_parameter.start, in_parameter.numel, in_master.start))
             yield index, master, spans
 
-    def gather_copies(self) -> bool:
+    def write_copies(self) -> None:
         self.optimizer.update_lp_params()
-        return True
 
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(parameter, value)
@@ -245,7 +216,8 @@ class ZeroView(_MappedView):
         matrices = self.optimizer.params_in_partition[group]
         if self.optimizer.cpu_offload or not (matrices and self.optimizer._is_muon_group(matrices)):
             return spans
-        return _one_after_the_other(matrices)
+        offsets = accumulate((matrix.numel() for matrix in matrices), initial=0)
+        return [Span(matrix, 0, matrix.numel(), offset) for matrix, offset in zip(matrices, offsets, strict=False)]
 
 
 class BF16View(_MappedView):
@@ -257,98 +229,13 @@ class BF16View(_MappedView):
         return self.optimizer.bf16_groups
 
 
-class _HalfView(OptimizerView):
-    """Low precision without ZeRO: every process holds all masters."""
-
-    def groups(self) -> list[list[nn.Parameter]]:
-        return self.optimizer.fp16_groups
-
-    @property
-    def loss_scaler(self) -> Any:
-        return self.optimizer.loss_scale_config
-
-    def repair(self) -> None:
-        """`engine.backward` does not scale the loss, though the step divides the gradients by the loss scale: small
-        gradients underflow and none is clipped (DeepSpeed pull request 8393, open). And the optimizer makes AdamW's
-        state by a step on zero gradients, which counts: the first update is 0.74 of what it should be."""
-        backward, scaler = self.engine.backward, self.loss_scaler
-
-        def scaled_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            scale = scaler.cur_scale
-            return backward(loss.float() * scale, *args, **kwargs) / scale
-
-        self.engine.backward = scaled_backward
-        for group in range(len(self.optimizer.param_groups)):
-            for flat in self.flats(group):
-                if isinstance(flat.state.get("step"), Tensor):
-                    flat.state["step"].zero_()
-            self.reset_step(group, lambda key, step: step.zero_())
-
-
-class UnfusedView(_HalfView):
-    """One master a parameter, deepspeed/runtime/fp16/unfused_optimizer.py."""
-
-    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
-        return _one_by_one(self.groups(), self.optimizer.fp32_groups)
-
-    def unscaled_norm(self, norm: float) -> float:
-        return norm / self.loss_scaler.cur_scale  # the optimizer stores the norm of the scaled gradients
-
-
-class FusedView(_HalfView):
-    """One master a parameter group, deepspeed/runtime/fp16/fused_optimizer.py."""
-
-    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
-        for index, (parameters, master) in enumerate(zip(self.groups(), self.optimizer.fp32_groups_flat, strict=True)):
-            yield index, master, _one_after_the_other(parameters)
-
-
-class TorchView(OptimizerView):
-    """fp32 without ZeRO: the torch optimizer steps on the parameters themselves."""
-
-    def groups(self) -> list[list[nn.Parameter]]:
-        return [group["params"] for group in self.optimizer.param_groups]
-
-    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
-        return _one_by_one(self.groups(), self.groups())
-
-    def master_of(self, parameter: nn.Parameter) -> Tensor:
-        return parameter
-
-    def repair(self) -> None:
-        """`engine.clip_fp32_gradients` computes the gradient norm and throws it away."""
-        engine = self.engine
-
-        def clip() -> None:
-            limit = engine.gradient_clipping()
-            engine._global_grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), limit).item()
-
-        engine.clip_fp32_gradients = clip
-
-
-def _one_by_one(groups: list[list[Any]], masters: list[list[Any]]) -> Iterator[tuple[int, Tensor, list[Span]]]:
-    for index, (parameters, masters_of_group) in enumerate(zip(groups, masters, strict=True)):
-        for parameter, master in zip(parameters, masters_of_group, strict=True):
-            yield index, master, [Span(parameter, 0, parameter.numel(), 0)]
-
-
-def _one_after_the_other(parameters: list[Any]) -> list[Span]:
-    offsets = accumulate((parameter.numel() for parameter in parameters), initial=0)
-    return [
-        Span(parameter, 0, parameter.numel(), offset) for parameter, offset in zip(parameters, offsets, strict=False)
-    ]
-
-
 _VIEWS: dict[type, type[OptimizerView]] = {
     DeepSpeedZeroOptimizer_Stage3: Stage3View,
     DeepSpeedZeroOptimizer: ZeroView,
     BF16_Optimizer: BF16View,
-    FP16_UnfusedOptimizer: UnfusedView,
-    FP16_Optimizer: FusedView,
 }
 
 
 def view_of(engine: DeepSpeedEngine) -> OptimizerView:
     """The view of an engine's optimizer."""
-    kinds = (view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind))
-    return next(kinds, TorchView)(engine)
+    return next(view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind))(engine)

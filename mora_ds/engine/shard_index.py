@@ -42,11 +42,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What all ranks that write a checkpoint have in common."""
+    """What all ranks of a run have in common."""
 
     world_size: Processes
-    writers: Processes
-    """Number of ranks that wrote a shard: all, or only the first without ZeRO."""
     stage: int
     optimizer: str
     """Class name of the torch optimizer, such as AdamW."""
@@ -108,7 +106,7 @@ class ShardIndex:
 
     layout: Layout
     files: list[str]
-    """The file of every rank that wrote one."""
+    """The file of every rank."""
     parts: np.ndarray
     """(P, 6) int64 rows of the masters, by name and then by start."""
     moments: np.ndarray
@@ -116,7 +114,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, layout: Layout, shards: list[RankShard]) -> ShardIndex:
-        """From the shards of all ranks that wrote one, in their order."""
+        """From the shards of all ranks, in their order."""
         parts = _sorted(np.concatenate([shard.parts for shard in shards]))
         if all(shard.moments is None for shard in shards):
             moments = parts
@@ -139,8 +137,8 @@ class ShardIndex:
             tables = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
             parts = _table(tables["parts"])
             moments = _table(tables["moments"]) if "moments" in tables else parts
-        if len(files) != layout.writers:
-            raise UserError(f"{path}: it lists {len(files)} files of {layout.writers} ranks")
+        if len(files) != layout.world_size:
+            raise UserError(f"{path}: it lists {len(files)} files of {layout.world_size} ranks")
         index = cls(layout, files, parts, moments)
         index._check_whole(folder)
         return index

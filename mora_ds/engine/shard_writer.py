@@ -30,7 +30,7 @@ from mora_ds.parallel.topology import share_of
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What changes in a loss scaler (fp16/loss_scaler.py); LossScaleConfig of runs without ZeRO has the same names."""
+"""What changes in a loss scaler (fp16/loss_scaler.py)."""
 
 
 # -- what lies where ---------------------------------------------------------------------------------------------------
@@ -83,7 +83,6 @@ def _layout(engine: zero.Engine) -> Layout:
     shapes = _shapes(engine)
     return Layout(
         world_size=dist.get_world_size(),
-        writers=dist.get_world_size() if view.sharded else 1,
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
         groups=[{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()],
@@ -105,12 +104,10 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def take(engine: zero.Engine) -> tuple[Layout, RankShard | None, dict[str, Tensor]]:
-    """(what all ranks have in common, where the parts of this rank lie in its file, that file's tensors); no shard and
-    no tensors on a process that writes none. The tensors are the engine's own, not copies."""
+def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
+    """(what all ranks have in common, where the parts of this rank lie in its file, that file's tensors). The tensors
+    are the engine's own, not copies."""
     layout = _layout(engine)
-    if dist.get_rank() >= layout.writers:
-        return layout, None, {}
     flats = list(view_of(engine).flats())
     tensors: dict[str, Tensor] = {}
     for number, flat in enumerate(flats):
@@ -154,14 +151,12 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
     _check(engine, shards)
-    view, names, transposed = view_of(engine), _names(engine), _transposed(engine)
-    with view.unsharded_writes():
-        for flat in view.flats():
-            _restore_flat(flat, names, shards, transposed)
-        if not view.gather_copies():
-            for _, parameter in engine.module.named_parameters():
-                copy, span = view.compute_copy(parameter)  # rounded from the master, as a step rounds it
-                _fill(copy, MASTER, _parts([span], names), shards, transposed)
+    view = view_of(engine)
+    names = _names(engine)
+    transposed = _transposed(engine)
+    for flat in view.flats():
+        _restore_flat(flat, names, shards, transposed)
+    view.write_copies()
     for group in range(len(engine.basic_optimizer.param_groups)):
         step = shards.group_step(group)
         if step is not None:

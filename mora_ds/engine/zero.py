@@ -55,11 +55,9 @@ def at_accumulation_boundary(engine: Engine) -> bool:
 
 
 def full_fp32(engine: Engine, parameter: nn.Parameter) -> Tensor:
-    """The unsharded fp32 master of one trainable parameter, on every process. Collective under ZeRO: call it in the
-    same order on all processes."""
-    master = safe_get_full_fp32_param(parameter)  # None without ZeRO
-    if master is None:
-        return view_of(engine).master_of(parameter).detach().float().clone()
+    """The unsharded fp32 master of one trainable parameter, on every process. Collective: call it in the same order on
+    all processes."""
+    master = safe_get_full_fp32_param(parameter)
     return master.view(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -88,9 +86,7 @@ def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], 
                 reset_state(key, value)
     view.reset_step(group, reset_state)
     for parameter in parameters:
-        view.compute_copy(parameter)[0].zero_()
-        view.drop_second_copy(parameter)
-        parameter.data.zero_()  # empty under ZeRO-3, unless still gathered
+        view.zero_copy(parameter)
 
 
 def state_tensors(engine: Engine, group: int) -> Iterator[tuple[str, Tensor]]:
@@ -108,12 +104,7 @@ def set_learning_rate(engine: Engine, learning_rate: float, others: float = 1.0)
         group["lr"] = learning_rate * (1.0 if group.get("use_muon", index == 0) else others)
 
 
-def state_shard(engine: Engine) -> int:
-    """Number of the shard of optimizer state that this process holds: its rank, or 0 where all processes hold all."""
-    return deepspeed.comm.get_rank() if view_of(engine).sharded else 0
-
-
 def gradient_norm(engine: Engine) -> float:
     """Global norm of the last step's gradients before clipping (engine.py, `get_global_grad_norm`); NaN before one."""
     norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else view_of(engine).unscaled_norm(float(norm))
+    return float("nan") if norm is None else float(norm)

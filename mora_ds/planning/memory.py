@@ -64,7 +64,7 @@ class Trained:
         """Elements of one rank's shards. ZeRO-3 pads each parameter to a multiple of the ranks, 1 and 2 the sum."""
         if self.stage == 3:
             return sum(-(-numel // self.ranks) for numel in self.numels)
-        return -(-self.total // self.ranks) if self.stage else self.total
+        return -(-self.total // self.ranks)
 
     @property
     def persistent(self) -> tuple[int, ...]:
@@ -230,11 +230,9 @@ def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
     """(master weights, moments, gradients). ZeRO has master weights even in fp32: stage3.py compares a torch.device
     with its name, and so never uses the parameters as their own master weights."""
     shard, stage = trained.shard, trained.stage
-    masters = shard * FP32 if stage or trained.bytes_each < FP32 else 0
+    masters = shard * FP32
     squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
     moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (shard - squares) * FP32)
-    if stage == 0:
-        return masters, moments, trained.total * trained.bytes_each
     dtype = str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype"))
     accumulated = {"fp16": 2, "bf16": 2}.get(dtype, FP32)
     return masters, moments, (trained.total if stage == 1 else shard) * accumulated
@@ -249,8 +247,6 @@ def _muon_bytes(trained: Trained) -> int:
 
 def _bucket_bytes(trained: Trained) -> tuple[int, int]:
     """(the gradient bucket, and what reducing a full one takes: the shards in order, and this rank's in fp32)."""
-    if trained.stage == 0:
-        return 0, 0
     size = trained.zero["reduce_bucket_size"]
     filled = min(size, trained.total)
     if trained.stage != 3:
@@ -261,7 +257,7 @@ def _bucket_bytes(trained: Trained) -> tuple[int, int]:
 
 def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> int:
     """Bytes of the complete outputs of a step's all-gathers. ZeRO pads each parameter to its ranks."""
-    if trained.ranks == 1 or trained.stage == 0:
+    if trained.ranks == 1:
         return 0
     if trained.stage < 3:
         return _padded((trained.total,), trained.ranks) * trained.bytes_each

@@ -222,7 +222,7 @@ class ReMoRA:
     def _start_cycle(self, cycle: int) -> float:
         """Returns the share of the matrices' optimizer moments that is zero after the reset, over all ranks."""
         layers = mora_layers(self.engine.module)
-        change = rule(self.reset, self.config.seed, zero.state_shard(self.engine), cycle)
+        change = rule(self.reset, self.config.seed, dist.get_rank(), cycle)
         zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
         set_cycle(self.engine.module, self.config, cycle)
         for name, layer in layers.items():
@@ -243,4 +243,4 @@ def _check_reset(engine: zero.Engine, reset: OptimizerReset) -> None:
     partitions. Pruned on each rank by itself, the two copies would differ."""
     pruned = reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM)
     if pruned and uses_muon(engine) and engine.zero_optimization_stage() in (1, 2):
-        raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3 or 0: take it, or zero, or keep")
+        raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3: take it, or zero, or keep")

@@ -208,7 +208,7 @@ stray | 'stray'
 # -- DeepSpeed files
 --deepspeed {bad}/ds/live.json | live.json: stage3_max_live_parameters | got -5
 --deepspeed {bad}/ds/bucket.json | bucket.json: reduce_bucket_size | "large"
---deepspeed {bad}/ds/stage.json | stage.json: zero_optimization.stage must be 0, 1, 2 or 3
+--deepspeed {bad}/ds/stage.json | stage.json: zero_optimization.stage must be 1, 2 or 3
 --deepspeed {bad}/ds/device.json | device.json: offload_optimizer.device | "disk"
 --deepspeed {bad}/ds/nvme.json | offload_optimizer.device = "nvme" | use "cpu"
 --deepspeed {bad}/ds/hpz.json | hpz.json | zero_hpz_partition_size

@@ -79,7 +79,7 @@ MORE: list[dict[str, Any]] = [
     {"family": "mixtral", "bf16": True, "checkpointing": True},
     {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts"), "base_bits": 8},
     {"family": "gemma2", "train_norms": True, "train_embeddings": True, "stage": 2},
-    {"family": "gpt_neox", "stage": 0},
+    {"family": "gpt_neox", "stage": 1},
     {"base_bits": 4, "bf16": True, "checkpointing": True, "compute": "weight"},
 ]
 

@@ -53,7 +53,7 @@ def test_an_empty_config_and_one_of_autos_resolve_alike() -> None:
         "gradient_clipping": AUTO,
         "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), AUTO)},
         "data_types": {"grad_accum_dtype": AUTO},
-        "zero_optimization": {"stage": 0, "reduce_bucket_size": AUTO},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": AUTO},
     }
     resolved = resolve_ds_config(auto, SETTINGS, world_size=3)
     assert resolved == resolve_ds_config({}, SETTINGS, world_size=3)
@@ -89,16 +89,6 @@ def test_the_users_config_is_not_touched_and_own_values_stay() -> None:
 def test_compute_dtype_follows_the_flag(flag: str | None, dtype: str, written: dict[str, Any]) -> None:
     settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
     assert compute_dtype(resolve_ds_config(written, settings, 1)) == dtype
-
-
-def test_without_zero_low_precision_keeps_deepspeeds_accumulation_dtype() -> None:
-    bf16 = replace(SETTINGS, bf16=True)
-    types = [
-        resolve_ds_config({"zero_optimization": {"stage": stage}}, bf16, 1)["data_types"]["grad_accum_dtype"]
-        for stage in range(4)
-    ]
-    assert types == [None, "fp32", "fp32", "fp32"]
-    assert "needs stage 1, 2 or 3" in refusal({"data_types": {"grad_accum_dtype": "fp32"}}, bf16)
 
 
 def test_small_squares_persist_and_large_ones_are_partitioned() -> None:
@@ -177,8 +167,8 @@ def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
         ({"zero_optimization": {"stag": 3}}, "unknown key 'zero_optimization.stag'. Did you mean 'stage'?"),
         ({"optimizer": {"params": {"learning_rate": 1}}}, "unknown key 'optimizer.params.learning_rate'"),
         ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "Did you mean 'device'?"),
-        ({"zero_optimization": {"stage": True}}, "stage must be 0, 1, 2 or 3, got true"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "stage must be 1, 2 or 3, got true"),
+        ({"zero_optimization": {"stage": 0}}, "stage must be 1, 2 or 3, got 0; 1 shards the least"),
         ({"optimizer": {"params": {"bias_correction": True}}}, "bias_correction"),
         ({"gradient_allreduce_op": "sum"}, "average over tokens"),
         ({"managed_gradient_accumulation": False}, "must stay true"),
@@ -246,8 +236,9 @@ def test_a_file_says_the_degree_for_a_flag_that_is_not_given(
     assert parse(["--deepspeed", str(path), *flags]).training.tensor_parallel_size == degree
 
 
-def test_no_file_means_zero_3() -> None:
-    assert resolve_ds_config(None, SETTINGS, 1)["zero_optimization"]["stage"] == 3
+def test_zero_3_is_meant_where_nothing_else_is_said() -> None:
+    for config in (None, {}):
+        assert resolve_ds_config(config, SETTINGS, 1)["zero_optimization"]["stage"] == 3
 
 
 # -- against the installed DeepSpeed -----------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel, uses_muon
+from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.remora.optimizer_reset import OptimizerReset
-from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, merging_run
+from tests.helpers.engines import EPSILON, ds_config, merge_by_hand
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.models import adapted_model, causal_loss, tokens
@@ -35,10 +35,8 @@ MUON = {
 
 
 def muon_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **changes: Any) -> dict[str, Any]:
-    config = ds_config(stage, micro, accumulation, optimizer=MUON, gradient_clipping=CLIP, **changes)
-    if stage:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
+    types = {"grad_accum_dtype": "fp32"}
+    return ds_config(stage, micro, accumulation, optimizer=MUON, gradient_clipping=CLIP, data_types=types, **changes)
 
 
 def small_model() -> Any:
@@ -169,7 +167,7 @@ def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) ->
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 1), (2, 0)])
+@pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 1)])
 def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
     """Clipped, accumulated, decayed; the same with states on the CPU."""
     variants = [{}, {"offload": True}] if stage else [{}]
@@ -188,14 +186,14 @@ def test_a_merge_zeroes_the_momentum(stage: int) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
     results = run_ranks(2, several, stage, None, [{"bf16": True}, {"fp16": True}])
     expected = plain_run()
     for index in range(2):
         ranks = [result[index] for result in results]
         assert_follows(ranks, expected, 0.4)
-        together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5  # shards; without ZeRO, or split, held twice
+        together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5  # shards; split, held twice
         assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], "the loss scale is in the momentum"
 
 
@@ -253,8 +251,8 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
     """Elements of each parameter group, as the optimizer has them and as they should be."""
     model = adapted_model(family, train_embeddings=True, train_head=True)
     expected = [sum(parameter.numel() for parameter in half) for half in (squares_of(model), others_of(model))]
-    engine, *_ = initialize(model=model, config=muon_config(0, 2))
-    found = [sum(parameter.numel() for parameter in group["params"]) for group in engine.optimizer.param_groups]
+    engine, *_ = initialize(model=model, config=muon_config(1, 2))
+    found = [sum(parameter.numel() for parameter in group) for group in view_of(engine).groups()]
     return found, expected, uses_muon(engine)
 
 
@@ -264,22 +262,6 @@ def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> 
     """By names, GPT-2's embeddings would get Muon."""
     ((found, expected, muon),) = run_ranks(1, groups_of, family)
     assert found == expected and len(found) == 2 and muon
-
-
-# -- merging -----------------------------------------------------------------------------------------------------------
-
-
-def random_reset_without_zero(folder: str) -> list[Tensor]:
-    merging_options = {"config": {"optimizer": MUON, "zero_optimization": {"stage": 0}}}
-    result = merging_run(folder, "float32", 1, reset=OptimizerReset.RANDOM, **merging_options)
-    return list(result["moments"].values())
-
-
-@pytest.mark.gloo
-def test_without_zero_every_rank_prunes_alike(tmp_path: Path) -> None:
-    """Else their matrices would differ after the next step."""
-    one, other = run_ranks(2, random_reset_without_zero, str(tmp_path))
-    assert all(torch.equal(mine, yours) for mine, yours in zip(one, other, strict=True))
 
 
 # -- the main job --------------------------------------------------------------------------------------------------

@@ -85,7 +85,6 @@ EXACT_CASES = {
     "tied embeddings, all at once": Case(**TIED, accumulation=3, checkpointing=True, zero=OFFLOAD),
     "conv1d, tied": replace(Case(**TIED, checkpointing=True), family="gpt2"),
     "untied embeddings and head": Case(adapter={"operator": "rotate", "train_embeddings": True, "train_head": True}),
-    "stage 0": Case(**TIED, stage=0, accumulation=2),
     "stage 1": Case(**TIED, stage=1, accumulation=2),
     "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD, checkpointing=True),
 }
@@ -94,18 +93,15 @@ ROUNDED_CASES = {
     "bfloat16, stage 3, kept gathered": Case(dtype="bfloat16", **TIED, zero=PERSISTENT),
     "bfloat16, stage 2": Case(dtype="bfloat16", **TIED, stage=2, accumulation=2),
     "bfloat16, stage 1": Case(dtype="bfloat16", **TIED, stage=1),
-    "bfloat16, stage 0": Case(dtype="bfloat16", **TIED, stage=0),
     "float16, stage 3": Case(dtype="float16", **TIED, accumulation=2),
     "float16, stage 3, offloaded": Case(dtype="float16", **TIED, zero=OFFLOAD),
     "float16, stage 2": Case(dtype="float16", **TIED, stage=2),
     "float16, stage 1": Case(dtype="float16", **TIED, stage=1, accumulation=2),
-    "float16, stage 0": Case(dtype="float16", **TIED, stage=0),
 }
 """Each dtype under each stage."""
 OVERFLOW_CASES = {
     "overflow, stage 3": Case(dtype="float16", loss_scale_power=24, **TIED, accumulation=2),
     "overflow, stage 2": Case(dtype="float16", loss_scale_power=24, **TIED, stage=2),
-    "overflow, stage 0": Case(dtype="float16", loss_scale_power=24, **TIED, stage=0),
 }
 
 

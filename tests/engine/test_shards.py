@@ -53,7 +53,7 @@ def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
 
 def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
-        "world_size": 2, "writers": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
+        "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
         "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}], "transposed": [],
         "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}],
     }  # fmt: skip
@@ -121,7 +121,7 @@ def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytes
         assert shards.keys("a") == ["exp_avg"] and opened == [f"{rank}.st"]
 
 
-def without_zero(folder: Path) -> EngineShards:
+def one_flat_each(folder: Path) -> EngineShards:
     """One rank's file with a flat tensor for each parameter; the first has stepped once, the others four times."""
     flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
     tensors = {}
@@ -132,12 +132,12 @@ def without_zero(folder: Path) -> EngineShards:
             f"{number}.step": torch.tensor(4.0 if number else 1.0),
         }
     save_file(tensors, folder / "0.st")
-    index_of(layout(writers=1), [flats]).write(folder)
+    index_of(layout(world_size=1), [flats]).write(folder)
     return EngineShards.open(folder)
 
 
 def test_a_count_that_was_read_is_a_copy(tmp_path: Path) -> None:
-    shards = without_zero(tmp_path)
+    shards = one_flat_each(tmp_path)
     first, again = (shards.scalars("b")["step"] for _ in range(2))
     first += 1
     assert again == 4 and shards.scalars("b")["step"] == 4
@@ -209,7 +209,7 @@ def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path) -
 
 def test_padding_alone_has_the_state_of_its_group(tmp_path: Path) -> None:
     """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
-    flat = restored(without_zero(tmp_path), [])
+    flat = restored(one_flat_each(tmp_path), [])
     assert not flat.master.any() and flat.state["step"] == 4
     assert flat.state["exp_avg"].shape == flat.master.shape and not flat.state["exp_avg"].any()
 

@@ -29,7 +29,7 @@ ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP = 6, 3, 2, 1e-2, 0.5
 EPSILON = 1e-4
 """Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is small, and a sign of noise
 says nothing about equality."""
-COMBINATIONS = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
+COMBINATIONS = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16", "float16")]
 """(ZeRO stage, dtype) of every engine that `new_engine` builds."""
 
 
@@ -132,14 +132,13 @@ def new_engine(stage: int, dtype: str, accumulation: int = 1, **changes: Any) ->
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "memory_efficient_linear": False, **changes},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.0, "torch_adam": True}},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
     if dtype == "float16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 8}
-    if stage:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
     groups = [{"params": [model.first]}, {"params": [model.second]}]
     return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
 
@@ -151,7 +150,7 @@ def one_step(engine: Any) -> None:
         engine.step()
 
 
-def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[str, Any]:
+def merging_run(folder: str, dtype: str, merges: int, reset: OptimizerReset = OptimizerReset.ZERO) -> dict[str, Any]:
     """Train a step, merge, train a step, ... on this rank of several."""
     world, rank = dist.get_world_size(), dist.get_rank()
     half = {} if dtype == "float32" else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -160,9 +159,9 @@ def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[st
     if rank == 0:
         write_own_base(model, base_folder)
     dist.barrier()
-    config = MoRAConfig(rank=4, operator=options.get("operator", "share"))
+    config = MoRAConfig(rank=4, operator="share")
     inject(model, config)
-    settings = ds_config(3, ROWS // world, 1, **{**half, **options.get("config", {})})
+    settings = ds_config(3, ROWS // world, 1, **half)
     engine, *_ = initialize(model=model, config=settings)
     base = BaseCheckpoint.open(base_folder)
     if rank == 0:
@@ -170,7 +169,7 @@ def merging_run(folder: str, dtype: str, merges: int, **options: Any) -> dict[st
     dist.barrier()
     ledger = Ledger.open(Path(folder) / "ledger")
     keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
-    remora = ReMoRA(engine, config, ledger, base, keys, reset=options.get("reset", OptimizerReset.ZERO))
+    remora = ReMoRA(engine, config, ledger, base, keys, reset=reset)
     probe = tokens(2, seed=777)
 
     @torch.no_grad()

@@ -98,7 +98,6 @@ VARIANTS: dict[str, tuple[Any, ...]] = {
     "muon": ("--optimizer", "muon"),
     "base in 8 bits": ("--base_bits", 8),
     "ZeRO-1": ("--deepspeed", "configs/zero1.json"),
-    "no ZeRO": ("--deepspeed", "configs/zero0.json"),
 }
 
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_merged_or_reset_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RunError, match="in the middle of gradient accumulation"):
         remora.merge(1)
     monkeypatch.setattr(merge, "uses_muon", lambda engine: True)
-    for stage in range(4):
+    for stage in (1, 2, 3):
         engine: Any = SimpleNamespace(zero_optimization_stage=lambda stage=stage: stage)
         for reset in OptimizerReset:
             if stage in (1, 2) and reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM):

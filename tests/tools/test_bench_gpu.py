@@ -28,7 +28,7 @@ def check(found: dict[str, Any], waits: str) -> None:
         assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
     assert len(found["operators"]) >= 4 * 3 * 2 and len(found["ceilings"]) == 6 and found["gather"]
     assert [leak for *_, leak in found["attention"]] == ["0", "0", "0"]
-    assert [(row[0], row[-1]) for row in found["step"]] == [(stage, waits) for stage in ("0", "1", "3")]
+    assert [(row[0], row[-1]) for row in found["step"]] == [(stage, waits) for stage in ("1", "2", "3")]
     assert found["resume"] == [["3", "same"]]
     assert len(found["memory"]) >= 2 and all(float(row[-1]) > 0 for row in found["memory"])
     if waits != "none":

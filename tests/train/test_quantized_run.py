@@ -100,7 +100,6 @@ MORE: list[dict[str, Any]] = [
     {"stage": 3, "operator": "decouple", "compute": "weight"},
     {"stage": 3, "operator": "rotate", "compute": "activation", "checkpointing": True},
     {"stage": 1, "operator": "truncate"},
-    {"stage": 0, "operator": "share"},
 ]
 
 

@@ -21,8 +21,7 @@ MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "tru
 
 def ds_config(folder: Path, stage: int, offload: str) -> Path:
     config: dict[str, Any] = json.loads((REPOSITORY / "configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
-    if stage:
-        config["zero_optimization"]["offload_optimizer"] = {"device": offload}
+    config["zero_optimization"]["offload_optimizer"] = {"device": offload}
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(config), encoding="utf-8")
     return path
@@ -38,16 +37,16 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def is_supported(adapter: str, optimizer: str, stage: int, offload: str, **_: str) -> bool:
-    """Muon is for MoRA matrices; stage 0 has no states that DeepSpeed could move to the CPU."""
-    return (optimizer != "muon" or adapter == "mora") and (offload == "none" or stage > 0)
+def is_supported(adapter: str, optimizer: str, **_: Any) -> bool:
+    """Muon is for MoRA matrices."""
+    return optimizer != "muon" or adapter == "mora"
 
 
 @pairwise(
     {
         "adapter": ["mora", "lora", "full"],
         "optimizer": ["adamw", "muon"],
-        "stage": [0, 1, 2, 3],
+        "stage": [1, 2, 3],
         "offload": ["none", "cpu"],
         "dtype": ["fp32", "bf16", "fp16"],
     },

@@ -7,7 +7,7 @@
     operators   every operator, grouping, dtype and path against fp64 on the CPU; merges: the bits of the CPU
     gather      the operations of `adapters/kernels` against plain torch, in GB/s
     attention   by documents against a dense mask: time, and what leaks from one document to another (0)
-    step        one rank under ZeRO 0, 1 and 3: tokens a second, peak memory, and whether the host waits inside a
+    step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and whether the host waits inside a
                 micro-batch, which on a GPU is an error (torch.cuda.set_sync_debug_mode)
     memory      one rank under ZeRO-3: planned against what the card's allocator saw
     resume      a run that is saved and resumed, against the uninterrupted one, to the bit, as --deterministic has it
@@ -155,7 +155,7 @@ def attention(options: argparse.Namespace, report: Report) -> None:
 def step(options: argparse.Namespace, report: Report) -> None:
     rows = [["ZeRO", "tokens/s", "peak, GiB", "waits inside a micro-batch"]]
     _one_rank()
-    for stage in (0, 1, 3):
+    for stage in (1, 2, 3):
         engine, ids = _engine(options, stage), _ids(options)
         _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
         waits = "none" if options.device.type == "cuda" else "only a GPU can say"

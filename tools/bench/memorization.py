@@ -126,7 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=4, help="of ReMoRA: merges, and one more")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method at every learning rate")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--stage", type=int, default=3, choices=range(4), help="of ZeRO; 0 costs a small model least")
+    parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3), help="of ZeRO; 1 costs a small model least")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--trial", help=argparse.SUPPRESS)

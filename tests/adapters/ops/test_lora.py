@@ -133,8 +133,8 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("world", "stage", "dtype"),
-    [(1, 0, "float32"), (2, 1, "float32"), (2, 3, "float32"),
-     (3, 3, "bfloat16"), (2, 0, "bfloat16"), (2, 2, "bfloat16")],
+    [(1, 1, "float32"), (2, 1, "float32"), (2, 3, "float32"),
+     (3, 3, "bfloat16"), (2, 1, "bfloat16"), (2, 2, "bfloat16")],
 )  # fmt: skip
 def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str) -> None:
     ranks = run_ranks(world, relora, str(tmp_path), stage, dtype, 4)
@@ -158,7 +158,7 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, sta
 def set_everywhere() -> list[str]:
     """`zero.set_fp32` at every stage and dtype, against what the engine then holds and computes with."""
     wrong = []
-    for stage in range(4):
+    for stage in (1, 2, 3):
         for section, dtype in (("", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
             model = tiny_model("llama")
             inject(model, LoRAConfig(rank=3))
@@ -182,7 +182,7 @@ def test_a_parameter_is_set_in_all_its_copies() -> None:
 
 @pytest.mark.gloo
 def test_relora_is_the_same_at_every_stage_and_world(tmp_path: Path) -> None:
-    (alone,) = run_ranks(1, relora, str(tmp_path / "alone"), 0, "float32", 3)
+    (alone,) = run_ranks(1, relora, str(tmp_path / "alone"), 1, "float32", 3)
     for world, stage in ((2, 1), (3, 3)):
         ranks = run_ranks(world, relora, str(tmp_path / f"{world}"), stage, "float32", 3)
         mean = [sum(losses) / world for losses in zip(*(each["losses"] for each in ranks), strict=True)]
