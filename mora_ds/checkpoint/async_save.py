@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,23 +60,16 @@ class Background:
             raise error
 
 
-def on_host(value: Any) -> Any:
-    """A deep copy in host memory, which does not change when training continues."""
-    copied = _copied(value)
+def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, which do not change when training continues."""
+    copies = {name: _copy(tensor) for name, tensor in tensors.items()}
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return copied
+    return copies
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        source = value.detach()
-        if not source.is_cuda:
-            return source.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        target = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        return target.copy_(source, non_blocking=True)
-    if isinstance(value, dict):
-        return type(value)((key, _copied(entry)) for key, entry in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_copied(entry) for entry in value)
-    return copy.deepcopy(value)
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return target.copy_(tensor, non_blocking=True)

@@ -164,13 +164,10 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground,
 
 def test_a_copy_shares_nothing_with_what_goes_on() -> None:
     storage = torch.arange(10.0)
-    held = {"view": storage[2:4], "list": [storage.clone(), {"n": 1}], "group": (1, [2])}
-    copied = on_host(held)
+    copied = on_host({"view": storage[2:4], "whole": storage})
     storage.zero_()
-    held["list"][1]["n"] = 2
-    held["group"][1].append(3)
     assert copied["view"].tolist() == [2.0, 3.0] and copied["view"].untyped_storage().nbytes() == 8
-    assert copied["list"][1] == {"n": 1} and copied["group"] == (1, [2])
+    assert copied["whole"].tolist() == list(range(10))
 
 
 def test_background_work_is_waited_for_and_its_error_raised_once() -> None:
@@ -182,30 +179,3 @@ def test_background_work_is_waited_for_and_its_error_raised_once() -> None:
     assert not done
     background.wait()
     assert done == [1]
-
-
-def test_work_that_does_not_end_is_given_up() -> None:
-    background = Background(limit_s=0.1)
-    background.start(lambda: threading.Event().wait() and None, "checkpoint out/step-000002")
-    background.wait(0.01)
-    with pytest.raises(RunError, match=r"checkpoint out/step-000002: not written .* \(--collective_timeout_s\)"):
-        background.wait()
-    background.wait()  # nothing is waited for twice
-
-
-def failing_work() -> list[str]:
-    def fail() -> None:
-        raise RunError("broken")
-
-    background, told = Background(limit_s=60), []
-    background.start(fail, "work")
-    for _ in range(2):
-        try:
-            background.wait()
-        except RunError as error:
-            told.append(str(error))
-    return told
-
-
-def test_an_error_is_raised_once() -> None:
-    assert run_ranks(1, failing_work) == [["broken"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,13 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
         tiny_model("llama").save_pretrained(place / "model")
     dist.barrier()
     found = {}
-    for stage in range(4):
+    for stage in (1, 2, 3):
         for dtype in ("float32", "bf16"):
             model = AutoModelForCausalLM.from_pretrained(place / "model")
             config = mora_ds.MoRAConfig(rank=64, r_hat_multiple=1, train_norms=True)
             report = mora_ds.inject(model, config)
             more = {} if dtype == "float32" else {"bf16": {"enabled": True}}
-            if stage and more:
+            if more:
                 more["data_types"] = {"grad_accum_dtype": "fp32"}
             engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 1, **more))
             run = mora_ds.Run(engine, config, place / "model", place / f"{stage}-{dtype}")
@@ -77,20 +76,3 @@ def test_only_whole_ones_count_and_go(tmp_path: Path) -> None:
     assert names(tmp_path) == [2, 5, 6, 9]
     assert verify_manifest(folders[6]) == [], "the last good one stays"
     assert not list(tmp_path.glob(".*"))
-
-
-def test_a_deletion_that_is_killed_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (1, 2, 3):
-        checkpoint_at(tmp_path, step)
-
-    def killed(path: Path, ignore_errors: bool = False) -> None:
-        if path.exists():
-            (path / "file").unlink()
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            retain(tmp_path, 3, 1)
-    assert names(tmp_path) == [2, 3]
-    assert all(verify_manifest(folder) == [] for folder in complete_checkpoints(tmp_path))

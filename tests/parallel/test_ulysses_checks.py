@@ -16,7 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.attention import prefer_documents, use_documents
-from mora_ds.parallel import ulysses
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.train.preflight import check_split
@@ -113,19 +112,6 @@ def test_ranks_that_share_rows_must_be_given_the_same() -> None:
 # -- one rank's part, without the others -------------------------------------------------------------------------------
 
 PARTS = 2
-LONG: dict[str, dict[str, Any]] = {
-    "phi3": {
-        "original_max_position_embeddings": 16,  # within the rows, and beyond the first rank's part of them
-        "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-            "factor": 16.0, "partial_rotary_factor": 1.0,
-        },
-    },
-    "llama": {
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-        "max_position_embeddings": LENGTH // 2,
-    },
-}  # fmt: skip
 
 
 def part_of(rank: int) -> SequenceParallel:
@@ -134,31 +120,6 @@ def part_of(rank: int) -> SequenceParallel:
     sequence.size, sequence.rank, sequence.group, sequence.splits = PARTS, rank, "the group", True
     sequence.saw_window, sequence._ulysses = False, {}
     return sequence
-
-
-@pytest.mark.parametrize("family", LONG)
-def test_frequencies_are_those_of_the_complete_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    positions, x = torch.arange(LENGTH).expand(3, -1), torch.zeros(1)
-
-    def all_reduce(largest: Tensor, op: Any, group: str) -> None:
-        assert op is ulysses.dist.ReduceOp.MAX and group == "the group" and largest.shape == (1,)
-        largest.clamp_(min=LENGTH - 1)
-
-    monkeypatch.setattr(ulysses.dist, "all_reduce", all_reduce)
-    expected = tiny_model(family, **LONG[family]).model.rotary_emb(x, positions)
-    alone = tiny_model(family, **LONG[family]).model.rotary_emb(x, positions[:, : LENGTH // PARTS])
-    found = []
-    for rank in range(PARTS):
-        rotary, sequence = tiny_model(family, **LONG[family]).model.rotary_emb, part_of(rank)
-        assert ulysses._depends_on_length(rotary)
-        ulysses._share_longest_position(rotary, sequence)
-        found.append(rotary(x, sequence.split({"position_ids": positions})["position_ids"]))
-        sequence.splits = False
-        assert torch.equal(rotary(x, positions)[0], expected[0])
-    for whole, *parts, first in zip(expected, *found, alone, strict=True):
-        assert torch.equal(torch.cat(parts, dim=1), whole)
-        assert not torch.equal(parts[0], first), "else this tests nothing"
-    assert not ulysses._depends_on_length(tiny_model("llama").model.rotary_emb)
 
 
 def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
