@@ -100,20 +100,6 @@ def frozen_values(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{value}": layer.get_buffer(value) for name, layer in layers for value in layer.frozen_values}
 
 
-def describe_domains(model: nn.Module) -> str:
-    """A line for the report of an injection; empty for a model without domains."""
-    layers = list(domain_layers(model).values())
-    if not layers:
-        return ""
-    names, numel = layers[0].domains.names, sum(layer.domain_squares.numel() for layer in layers)
-    notes = {"square": "; the shared matrices are frozen", OWN: "; these are frozen"}
-    frozen = "".join(notes[value] for value in layers[0].frozen_values)
-    return (
-        f"{len(names)} domains ({', '.join(names)}), each with its own MoRA matrix in every layer: {numel:,} "
-        f"parameters{frozen}. After a merge, which changes the shared matrix's operator, each row takes two products"
-    )
-
-
 def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None, dtype: torch.dtype) -> None:
     """Sets a layer's matrices from fp32 tensors: trained ones in `dtype`, frozen ones in fp32. Not after `initialize`,
     when DeepSpeed holds them."""

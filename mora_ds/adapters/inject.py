@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domain_names import Freeze
-from mora_ds.adapters.domains import DomainLinear, Domains, describe_domains, frozen_values
+from mora_ds.adapters.domains import DomainLinear, Domains, frozen_values
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
 from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Side, SquareSpec, UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.adapters.quantized import merge_bytes, merges_to_8_bits, quantized_bytes, quantized_layers
+from mora_ds.adapters.quantized import merge_bytes, quantized_bytes, quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
 from mora_ds.common.errors import RunError, UserError
@@ -67,12 +67,8 @@ class InjectionReport:
     left_out: dict[str, int]
     """With all-linear: parameters of frozen matrices that are no linear layer's (experts in one tensor, convolutions),
     by the end of their name."""
-    domains: str = ""
-    """A line on the matrices of domains, where there are any."""
     a_merge_adds: int = 0
     """Bytes on every rank, with weights in 4 bits, which take no merge up."""
-    merges_to_8_bits: int = 0
-    """After how many merges a base in 8 bits would take less memory."""
 
     @property
     def trainable_params(self) -> int:
@@ -91,16 +87,14 @@ class InjectionReport:
             f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
-        if self.domains:
-            lines.append(self.domains)
         if self.quantized[0]:
             now, before = (f"{size / 1e6:,.1f} MB" for size in self.quantized)
             bits = f"frozen weights of these layers in {self.base_bits} bits"
             lines.append(f"{bits}: {now} with their scales, in place of {before}")
         if self.a_merge_adds:
             lines.append(
-                f"each merge adds {self.a_merge_adds / 1e6:,.1f} MB on every rank (--grouping alternate: "
-                f"the first two only); from {self.merges_to_8_bits} merges on a base in 8 bits would take less"
+                f"each merge adds {self.a_merge_adds / 1e6:,.1f} MB on every rank (--grouping alternate: the first two "
+                "only)"
             )
         if self.left_out:
             names = ", ".join(f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items())
@@ -160,12 +154,18 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     other = sum(parameter.numel() for parameter in model.parameters()) - values
     named = "matrices" if isinstance(layers[0].spec, SquareSpec) else "factors"
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
-    left_out = _matrices_left_out(model) if all_linear else {}
-    sums = values, other, total + values + frozen
-    bits = config.base_bits, (quantized_bytes(model), before)
-    adds = merge_bytes(model)
-    merges = merges_to_8_bits(model, adds) if adds else 0
-    return InjectionReport(rows, config.title, named, *sums, *bits, left_out, describe_domains(model), adds, merges)
+    return InjectionReport(
+        rows=rows,
+        operator=config.title,
+        values=named,
+        square_params=values,
+        other_trainable_params=other,
+        total_params=total + values + frozen,
+        base_bits=config.base_bits,
+        quantized=(quantized_bytes(model), before),
+        left_out=_matrices_left_out(model) if all_linear else {},
+        a_merge_adds=merge_bytes(model),
+    )
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -43,11 +43,5 @@ def merge_bytes(model: nn.Module) -> int:
     return total
 
 
-def merges_to_8_bits(model: nn.Module, adds: int) -> int:
-    """After how many merges, of which each adds `adds` bytes, a base in 8 bits would take less."""
-    in_8_bits = sum(math.prod(layer.shape) + 4 * layer.out_features for layer in quantized_layers(model).values())
-    return -(-(in_8_bits - quantized_bytes(model)) // adds)
-
-
 def _layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]

@@ -18,10 +18,10 @@ Shape legend as in `ops.mora`:  D = d_in, O = d_out, R = r_hat, N = blocks; q = 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,46 +157,22 @@ class _WithShare(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Factors(ABC):
+class Factors:
     """What a layer's share is computed from, in one cycle, on one device."""
 
-    spec: SquareSpec
     left: Tensor
     """C (q, N, R)."""
     right: Tensor
     """B (q, N, R)."""
     floor: float
     """(FLOOR |W0|)^2."""
-
-    @abstractmethod
-    def delta_energy(self, square: Tensor) -> Tensor:
-        """|delta_weight(M)|^2."""
+    delta_energy: Callable[[Tensor], Tensor]
+    """M -> |delta_weight(M)|^2."""
 
     def share(self, square: Tensor) -> Tensor:
         """The share of M (R, R), given in the factors' dtype: a number from 0 to 1."""
         inside = self.left.flatten(1) @ F.linear(self.right, square).flatten(1).T
         return inside.square().sum() / (self.delta_energy(square) + self.floor)
-
-
-@dataclass(frozen=True)
-class OperatorFactors(Factors):
-    """`Factors` of truncate, share, decouple and rotate."""
-
-    spec: OperatorSpec
-
-    def delta_energy(self, square: Tensor) -> Tensor:
-        return delta_energy(self.spec, square)
-
-
-@dataclass(frozen=True)
-class SubspaceFactors(Factors):
-    """`Factors` of the subspace operator, whose vectors are orthonormal to fp32 only."""
-
-    grams: tuple[Tensor, Tensor]
-    """(U^T U, V^T V), (R, R) each."""
-
-    def delta_energy(self, square: Tensor) -> Tensor:
-        return (self.grams[0] @ square @ self.grams[1] * square).sum()
 
 
 @torch.no_grad()
@@ -208,13 +184,21 @@ def factors_of(
     left, right = (side.to(device, torch.float64) for side in singular_vectors.read(vectors, module, rank))
     floor = (FLOOR * singular_vectors.norm(vectors, module)) ** 2
     if isinstance(spec, SubspaceSpec):
-        own_left, own_right = spec.sides(device, torch.float64)
-        left, right = (left @ own_left.T).unsqueeze(1), (right @ own_right.T).unsqueeze(1)
-        grams = (own_left @ own_left.T).to(dtype), (own_right @ own_right.T).to(dtype)
-        return SubspaceFactors(spec, left.to(dtype), right.to(dtype), floor, grams)
+        row_side, column_side = spec.sides(device, torch.float64)
+        left = (left @ row_side.T).unsqueeze(1)
+        right = (right @ column_side.T).unsqueeze(1)
+        # U^T U and V^T V (R, R): the vectors are orthonormal to fp32 only
+        grams = (row_side @ row_side.T).to(dtype), (column_side @ column_side.T).to(dtype)
+        return Factors(left.to(dtype), right.to(dtype), floor, partial(_energy_between, *grams))
     assert isinstance(spec, OperatorSpec)
-    left, right = decompress_transpose(spec, left), compress(spec, right)
-    return OperatorFactors(spec, left.to(dtype), right.to(dtype), floor)
+    left = decompress_transpose(spec, left)
+    right = compress(spec, right)
+    return Factors(left.to(dtype), right.to(dtype), floor, partial(delta_energy, spec))
+
+
+def _energy_between(left_gram: Tensor, right_gram: Tensor, square: Tensor) -> Tensor:
+    """|U M V^T|^2 = <U^T U M V^T V, M>."""
+    return (left_gram @ square @ right_gram * square).sum()
 
 
 def delta_energy(spec: OperatorSpec, square: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from mora_ds.adapters.config import AdapterConfig, MoRAConfig
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import Domains, domains_of
 from mora_ds.adapters.inject import inject
+from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.common.errors import RunError, UserError, nearest
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
@@ -24,7 +25,7 @@ from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import LoadedBase
 from mora_ds.models.loss import token_nll
 from mora_ds.research.alignment import Alignment, check_rank, factor_bytes
-from mora_ds.research.init_adapter import FLAG, InitialAdapter, check_same_files
+from mora_ds.research.init_adapter import FLAG, check_same_files, open_initial, put_initial
 from mora_ds.research.settings import NAME, ResearchSettings, domain_names, eval_entries
 from mora_ds.research.targets import AUTO, OpenModel, TargetPlan, plan_of_run, read_plan, with_sizes
 from mora_ds.runtime.ranks import Ranks
@@ -45,7 +46,7 @@ class ResearchHooks(Hooks):
         """Evaluation set -> the domain whose MoRA matrices read it."""
         self._plan: TargetPlan | None = None
         """That of a file."""
-        self._initial: InitialAdapter | None = None
+        self._initial: Adapter | None = None
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         yield f"{NAME}init_adapter", self.settings.init_adapter
@@ -127,6 +128,8 @@ class ResearchHooks(Hooks):
 
     def injected(self, model: nn.Module, config: AdapterConfig) -> None:
         self.domains = domains_of(model)
+        if names := self.domains.names:
+            logger.info(f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}")
         if self.settings.alignment_weight and isinstance(config, MoRAConfig):
             self.term = Alignment(model, config.vectors, self.settings.alignment_weight, self.settings.alignment_rank)
 
@@ -159,11 +162,11 @@ class ResearchHooks(Hooks):
     def fit(self, model: nn.Module, fingerprint: str, ranks: Ranks) -> None:
         path = self.settings.init_adapter
         if path is not None:
-            self._initial = ranks.agree(FLAG, lambda: InitialAdapter.open(Path(path), model, fingerprint))
+            self._initial = ranks.agree(FLAG, lambda: open_initial(Path(path), model, fingerprint))
 
     def begin(self, engine: Any) -> None:
         if self._initial is not None:
-            logger.info(self._initial.put(engine))
+            logger.info(put_initial(self._initial, engine))
 
     @torch.no_grad()
     def check(self, engine: Any, ids: Tensor) -> None:

@@ -3,7 +3,6 @@ dense weight does."""
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -199,8 +198,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
     assert report.quantized == (small, 4 * numels) and small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert "in 4 bits: " in str(report) and base_bits_of(model) == 4
     adds = sum(4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features) for layer in layers.values())
-    in_8_bits = numels + sum(4 * layer.out_features for layer in layers.values())
-    assert report.a_merge_adds == adds and report.merges_to_8_bits == math.ceil((in_8_bits - small) / adds)
+    assert report.a_merge_adds == adds
     plain = inject(tiny_model("qwen2"), MoRAConfig(rank=4, base_bits=4, grouping="plain"))
     assert plain.a_merge_adds == 4 * report.square_params, "all layers of one shape have the same tables"
     assert report.total_params == before + report.square_params == count_parameters(model)

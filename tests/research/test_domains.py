@@ -30,7 +30,7 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import load_target
 from mora_ds.models.loss import chunk_loss
-from mora_ds.research.init_adapter import InitialAdapter
+from mora_ds.research.init_adapter import open_initial
 from mora_ds.research.run import ResearchHooks
 from mora_ds.train.run_file import RUN_FILE
 from tests.helpers.adapters import Maker
@@ -200,10 +200,10 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> Non
     maker.write(tmp_path / "other", MoRAConfig(rank=4), domains=("cooking",))
     maker.write(tmp_path / "norm", MoRAConfig(rank=4), trained={"model.norm.weight": torch.ones(32)})
 
-    def open_for(freeze: str, name: str, names: tuple[str, ...] = NAMES) -> InitialAdapter:
+    def open_for(freeze: str, name: str, names: tuple[str, ...] = NAMES) -> None:
         model = tiny_model("llama")
         inject(model, MoRAConfig(rank=4, domains=names, freeze=freeze))
-        return InitialAdapter.open(tmp_path / name, model, maker.reference.fingerprint)
+        open_initial(tmp_path / name, model, maker.reference.fingerprint)
 
     open_for("shared", "plain")
     open_for("domains", "other", ("law", "cooking"))
