@@ -1,7 +1,7 @@
 """How large the code is and how easy to read, counted from its syntax trees: names and line breaks cost nothing there.
 
     python tools/measures.py                                        mora_ds, tools and tests, as one table
-    python tools/measures.py --root ANOTHER_CHECKOUT --json
+    python tools/measures.py --root ANOTHER_CHECKOUT
 
 Nodes leave out docstrings and the contexts Load, Store and Del. A line of code is one that is neither empty nor only a
 comment or a docstring.
@@ -9,7 +9,6 @@ comment or a docstring.
 
 import argparse
 import ast
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,11 +33,10 @@ Measures = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout to measure")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    given = parser.parse_args()
-    measured = {package: measure(given.root / package) for package in PACKAGES}
-    measured["mora_ds"]["flags of training"] = count_flags(given.root / "mora_ds" / "config")
-    print(json.dumps(measured, indent=2) if given.json else as_table(measured))
+    root = parser.parse_args().root
+    measured = {package: measure(root / package) for package in PACKAGES}
+    measured["mora_ds"]["flags of training"] = count_flags(root / "mora_ds" / "config")
+    print(as_table(measured))
 
 
 def as_table(measured: dict[str, Measures]) -> str:

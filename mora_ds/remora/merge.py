@@ -68,11 +68,10 @@ class MergeReport:
     def __str__(self) -> str:
         probe = ""
         if self.loss_before is not None and self.loss_after is not None:
-            probe = f", probe loss {self.loss_before:.6f} -> {self.loss_after:.6f}"
+            probe = f", probe loss {self.loss_before:.4f} -> {self.loss_after:.4f}"
         return (
             f"merged cycle {self.cycle} at step {self.step}: {self.layers} layers, |M| {self.square_norm:.4g}, "
-            f"delta / weight {self.delta_norm / self.weight_norm:.2e}, lost to rounding {self.rounding_loss:.1%}, "
-            f"states zeroed {self.states_zeroed:.0%}{probe}"
+            f"delta/weight {self.delta_norm / self.weight_norm:.2g}, lost to rounding {self.rounding_loss:.1%}{probe}"
         )
 
 

@@ -47,6 +47,8 @@ from tools.bench.report import Report, json_flag
 
 WEIGHTS = (0.70, 0.25, 0.05)
 FAR = 10**6
+VOCABULARY = 4000
+SHUFFLE_BUFFER = 10_000
 MODEL = ROOT / "configs" / "models" / "tiny_llama.json"
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     report = Report(options)
     folder = Path(options.folder or tempfile.mkdtemp(prefix="bench_data-"))
     corpora = _corpora(folder, options.megabytes)
-    tokenizer = load_tokenizer(train_sentencepiece(_sample(corpora["a"]), options.vocabulary, folder / "tokenizer"))
+    tokenizer = load_tokenizer(train_sentencepiece(_sample(corpora["a"]), VOCABULARY, folder / "tokenizer"))
     started = time.perf_counter()
     caches = {name: build_cache(corpus, tokenizer, folder / "cache") for name, corpus in corpora.items()}
     built = time.perf_counter() - started
@@ -72,7 +74,7 @@ def main() -> None:
     def streamed(states: dict[str, Any] | None = None) -> StreamMixture:
         sources: dict[str, Any] = {}
         for name, corpus in corpora.items():
-            reader = DocumentStream(name, corpus, options.buffer, f"0/{name}")
+            reader = DocumentStream(name, corpus, SHUFFLE_BUFFER, f"0/{name}")
             sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
         return StreamMixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states=states)
 
@@ -142,11 +144,11 @@ def _sample(corpus: Corpus) -> Any:
 def _training(options: argparse.Namespace) -> Callable[[], float]:
     """A training step; returns its seconds."""
     config = AutoConfig.from_pretrained(str(MODEL))
-    config.vocab_size = max(config.vocab_size, options.vocabulary)
+    config.vocab_size = max(config.vocab_size, VOCABULARY)
     model = AutoModelForCausalLM.from_config(config)
     inject(model, MoRAConfig(rank=8))
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
-    ids = torch.randint(3, options.vocabulary, (options.rows, options.seq_len))
+    ids = torch.randint(3, VOCABULARY, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand_as(ids)
 
     def step() -> float:
@@ -165,8 +167,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rows", type=int, default=16, help="sequences a step")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--vocabulary", type=int, default=4000)
-    parser.add_argument("--buffer", type=int, default=10_000, help="--shuffle_buffer")
     json_flag(parser)
     parser.add_argument("--folder", help="for texts and caches; default: one that goes again")
     return parser

@@ -1,7 +1,6 @@
 """Planned against measured memory and traffic, on 1, 2 and 4 real ranks (gloo, CPU).
 
     python tools/bench/plan.py [--ranks 1 2 4] [--layers 8] [--hidden 512] [--rows 2] [--seq_len 256] [--rank 32]
-        [--base_bits 8]
 
 A Llama of random weights is written to disk, mapped by every rank, adapted and trained for a few steps under ZeRO-3.
 Measured on rank 0, next to what `mora_ds.plan` says from the config alone:
@@ -41,18 +40,19 @@ from tools.bench.measuring import llama_config, memory_of, on_processes, zero3_c
 from tools.bench.report import Report, json_flag
 
 STEPS = 4
+VOCABULARY = 8192
 
 
 def main() -> None:
     options = _options()
     report = Report(options)
     sides = {"heads": 8, "kv_heads": 4}
-    config = llama_config(options.hidden, options.layers, options.vocabulary, 2048, options.hidden * 43 // 16, **sides)
+    config = llama_config(options.hidden, options.layers, VOCABULARY, 2048, options.hidden * 43 // 16, **sides)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
         tiny = llama_config(64, 1, 64, 2048, 128, **sides)
         AutoModelForCausalLM.from_config(tiny, dtype=torch.float32).save_pretrained(f"{folder}/tiny")
-        work = Work(config, _adapter(options), options.seq_len, options.rows, torch.float32, options.checkpointing)
+        work = Work(config, _adapter(options), options.seq_len, options.rows, torch.float32)
         numels = [parameter.numel() for parameter in planned_model(work).parameters()]
         completed = complete_ds_config(zero3_config(options.rows, gradient_accumulation_steps=1), numels)
         report.say(f"{options.rows} x {options.seq_len} tokens a rank, fp32, {sum(numels):,} trained; MB (10^6)")
@@ -67,32 +67,28 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32, help="as --mora_rank")
-    parser.add_argument("--base_bits", type=int, choices=[8, 16], default=16)
-    parser.add_argument("--checkpointing", action="store_true")
     json_flag(parser)
     return parser.parse_args()
 
 
 def _adapter(options: argparse.Namespace) -> MoRAConfig:
-    return MoRAConfig(rank=options.rank, operator="share", base_bits=options.base_bits)
+    return MoRAConfig(rank=options.rank, operator="share")
 
 
 def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
     memory, mine = plan.memory, found[0]
-    mapped = plan.files - memory.base + plan.quantized  # the files of an int8 base stay mapped
     rows = [
         ("held between steps", memory.static + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),
         ("forward and backward, peak", memory.forward_backward - memory.gathered, mine["peak"]),
         ("optimizer's step, peak", memory.optimizer_step, mine["step"]),
         ("gathered a step", plan.gathered, mine["gathered"]),
-        ("resident, peak", memory.peak + mapped, mine["resident"]),
+        ("resident, peak", memory.peak + plan.files - memory.base, mine["resident"]),
         ("Pss, all ranks, between steps",
-         plan.files + ranks * (memory.static - memory.base + plan.quantized + _persistent(plan)),
+         plan.files + ranks * (memory.static - memory.base + _persistent(plan)),
          sum(each["pss"] for each in found)),
     ]  # fmt: skip
     lines = [[f"{ranks} rank(s)", "planned", "measured", "measured / planned"]]
@@ -124,12 +120,10 @@ def _train(
     folder: str, options: argparse.Namespace, warm_up: bool, tensors: int = 0, resident: int = 0, pss: int = 0
 ) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if options.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inject(model, _adapter(options))
     chunk_loss(model)
     engine, *_ = initialize(model=model, config=zero3_config(options.rows, gradient_accumulation_steps=1))
-    ids = torch.randint(64 if warm_up else options.vocabulary, (options.rows, options.seq_len))
+    ids = torch.randint(64 if warm_up else VOCABULARY, (options.rows, options.seq_len))
     positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions.contiguous()}
     counter = CollectiveCounter()
