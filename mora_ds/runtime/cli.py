@@ -42,8 +42,9 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
 
     `restartable`: signals make the run save and stop (`runtime/signals.py`).
     """
-    # DeepSpeed calls deprecated functions of torch on every rank, and the user cannot change that.
-    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    # What DeepSpeed calls of torch, and this program of transformers, on every rank: the user cannot change that.
+    for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", f"`{deprecated}` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     sys.argv[1:] = negative_numbers(sys.argv[1:])
     set_up_logging()

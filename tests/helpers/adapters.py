@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
-from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, write_adapter
@@ -29,8 +28,9 @@ Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
 class Maker:
     """Writes adapters of one base."""
 
-    def __init__(self, model: Any, folder: Path) -> None:
-        """`model`: of transformers, which is saved to `folder` as the base where none lies there."""
+    def __init__(self, model: Any, folder: Path, dtype: str = "float32") -> None:
+        """`model`: of transformers, which is saved to `folder` as the base where none lies there. `dtype`: of the live
+        model."""
         if not (folder / "config.json").exists():
             model.save_pretrained(folder)
         self.model, self.folder, self.weights = model, folder, originals(model)
@@ -38,7 +38,7 @@ class Maker:
         names = dict(model.named_parameters(remove_duplicate=False))
         renamed = renamed_keys(model, base.keys())
         self.keys = base.map_parameters(names, model.base_model_prefix, model.all_tied_weights_keys, renamed)
-        self.reference = BaseReference(str(folder.resolve()), base.fingerprint(), self.keys, "float32")
+        self.reference = BaseReference(str(folder.resolve()), base.fingerprint(), self.keys, dtype)
 
     def layers(self, config: MoRAConfig, cycle: int) -> dict[str, LayerEntry]:
         """Of a cycle, for every layer that the config targets."""
@@ -56,14 +56,15 @@ class Maker:
         scale: float = 0.02,
         trained: Mapping[str, Tensor] | None = None,
         dtype: str = "float32",
-        specs: Mapping[str, OperatorSpec] | None = None,
+        layers_of: Callable[[int], dict[str, LayerEntry]] | None = None,
+        facts: Mapping[str, Any] | None = None,
         domains: tuple[str, ...] = (),
         **reference: Any,
     ) -> Updates:
         """An adapter after `cycles` merges, with random squares drawn from the config's seed; what is in it.
 
-        `trained`: tensors beside the squares. `specs`: operators in place of the config's. `domains`: each has a
-        copy of the squares. `reference`: other facts for base.json.
+        `trained`: tensors beside the squares. `layers_of`: the layers of a cycle, in place of the config's. `facts`: of
+        adapter.json. `domains`: each has a copy of the squares. `reference`: other facts for base.json.
         """
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(config.seed)
@@ -71,9 +72,7 @@ class Maker:
         ledger = Ledger.create(folder / LEDGER_FOLDER, about.fingerprint)
         updates: Updates = {}
         for cycle in range(cycles + 1):
-            layers = self.layers(config, cycle)
-            for name, spec in (specs or {}).items():
-                layers[name] = replace(layers[name], operator=spec)
+            layers = self.layers(config, cycle) if layers_of is None else layers_of(cycle)
             squares = {}
             for name, entry in layers.items():
                 squares[name] = scale * torch.randn(entry.operator.value_shape, generator=generator)
@@ -83,7 +82,7 @@ class Maker:
         extra, operators = dict(trained or {}), {name: entry.operator for name, entry in layers.items()}
         adapter = AdapterFile(
             layers=layers, config=config, dtype=dtype, cycle=cycles, step=7, trainables=tuple(extra),
-            domains=DomainSquares(domains, operators) if domains else None,
+            facts=dict(facts or {}), domains=DomainSquares(domains, operators) if domains else None,
         )  # fmt: skip
         own = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
         write_adapter(folder, adapter, squares, extra, own)

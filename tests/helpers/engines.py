@@ -187,5 +187,4 @@ def merging_run(folder: str, dtype: str, merges: int, reset: OptimizerReset = Op
         "reports": [vars(report) for report in reports],
         "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},
         "moments": moments,
-        "text": str(reports[-1]),
     }

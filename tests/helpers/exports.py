@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed, square_size
-from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
+from mora_ds.checkpoint.adapter_files import AdapterFile, read_adapter
 from mora_ds.common import files
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.stored_names import renamed_keys
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
-from mora_ds.remora.ledger import LayerEntry, Ledger
-from tests.helpers.adapters import summed
+from mora_ds.remora.ledger import LayerEntry
+from tests.helpers.adapters import Maker, summed
 from tests.helpers.models import tiny_model, tokens
 
 KINDS = tuple(OperatorKind)
@@ -63,40 +63,42 @@ def fake_run(
         tensors = {name: tensor.clone() for name, tensor in original_model.state_dict().items()}
         save_file(tensors, base_folder / "model.safetensors", {"format": "pt"})
     (base_folder / "tokenizer_config.json").write_text('{"from": "base"}')
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=COMPUTE_DTYPES[dtype]).eval()
-    base = BaseCheckpoint.open(base_folder)
+    compute = COMPUTE_DTYPES[dtype]
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=compute).eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    renamed = renamed_keys(model, base.keys())
-    keys = base.map_parameters(parameters, model.base_model_prefix, model.all_tied_weights_keys, renamed)
-    checkpoint.mkdir(parents=True)
-    ledger = Ledger.create(checkpoint / "ledger", base.fingerprint())
-    for cycle in range(cycles):
-        layers = layers_of(model, cycle)
-        ledger.append(cycle + 1, layers, random_squares(layers, cycle).items())
-    layers = layers_of(model, cycles)
-    squares = random_squares(layers, cycles)
-    values = {name: parameters[name].detach().float() + 0.01 for name in trained}
     expected = {name: tensor.detach().clone() for name, tensor in parameters.items()}
-    for name, entry in layers.items():
-        updates = list(ledger.squares_of(name))
-        module, original = model.get_submodule(name), base.read(keys[entry.weight])
-        module.weight.data.copy_(summed(original, updates, entry.transposed, COMPUTE_DTYPES[dtype]))
-        module.register_forward_hook(add_square(entry.operator, squares[name]))
-        updates.append((entry.operator, squares[name]))
-        expected[entry.weight] = summed(original, updates, entry.transposed, COMPUTE_DTYPES[dtype])
+    values = {name: parameters[name].detach().float() + 0.01 for name in trained}
+    maker = Maker(model, base_folder, dtype)
+    updates = maker.write(
+        checkpoint,
+        MoRAConfig(),
+        cycles,
+        trained=values,
+        dtype=dtype,
+        layers_of=partial(layers_of, model),
+        facts={"note": "a | b"},
+    )
+    replace(maker.reference, folder=os.path.relpath(base_folder, checkpoint)).write(checkpoint)
+    adapter = read_adapter(checkpoint)
+    base = BaseCheckpoint.open(base_folder)
+    for name, entry in adapter.layers.items():
+        original = base.read(maker.keys[entry.weight])
+        expected[entry.weight] = summed(original, updates[name], entry.transposed, compute)
+        *merged, (spec, square) = updates[name]
+        module = model.get_submodule(name)
+        module.weight.data.copy_(summed(original, merged, entry.transposed, compute))
+        module.register_forward_hook(add_square(spec, square))
     for name, value in values.items():
         parameters[name].data.copy_(value)
         for twin in parameters:
             if parameters[twin] is parameters[name]:
-                expected[twin] = value.to(COMPUTE_DTYPES[dtype])
-    adapter = AdapterFile(layers, MoRAConfig(), dtype, cycles, 7, trained, {"note": "a | b"})
-    write_adapter(checkpoint, adapter, squares, values)
-    BaseReference(os.path.relpath(base_folder, checkpoint), base.fingerprint(), keys, dtype).write(checkpoint)
+                expected[twin] = value.to(compute)
     files.write_json_atomic(checkpoint / "trainer_state.json", {"perplexity_before": {"code": 9.5}})
     if probe:
         write_probe(checkpoint, model, dtype)
     files.write_manifest(checkpoint)
     files.replace_symlink(checkpoint.parent / "latest", checkpoint.name)
+    squares = {name: layer_updates[-1][1] for name, layer_updates in updates.items()}
     return FakeRun(folder / "out", checkpoint, base_folder, expected, model, adapter, squares)
 
 
