@@ -98,14 +98,14 @@ def cli_page() -> str:
             if field.name in actions and field.name != "local_rank":
                 lines.append(_setting(actions[field.name], hints[field.name]))
         lines.append("")
-    for name, found in COMMANDS.items():
-        if found.function.startswith("research."):
-            lines += [f"## mora-ds {name}", "", f"{found.what.capitalize()} ([research](../research.md)).", ""]
+    for name, command in COMMANDS.items():
+        if command.function.startswith("research."):
+            lines += [f"## mora-ds {name}", "", f"{command.what.capitalize()} ([research](../research.md)).", ""]
         elif name == "prepare-corpus":
-            doc = sys.modules[found.load().__module__].__doc__
+            doc = sys.modules[command.load().__module__].__doc__
             lines += [f"## mora-ds {name}", "", f"{_first_line(doc)} Its flags are those of `mora-ds pretrain`.", ""]
         elif name != "pretrain":
-            main = found.load()
+            main = command.load()
             doc = sys.modules[main.__module__].__doc__
             lines += _program(f"mora-ds {name}", main, doc, SCRIPTS.get(name))
     return _page(lines)
@@ -127,7 +127,7 @@ def _type(hint: Any) -> str:
     words = {str: "", int: "integer", float: "number", bool: "yes/no"}
     if get_origin(hint) is list:
         return "list"
-    return next(words[part] for part in get_args(hint) or (hint,) if part is not type(None))
+    return next(words[option] for option in get_args(hint) or (hint,) if option is not type(None))
 
 
 def _program(path: str, main: Callable[[], object], doc: str | None, script: str | None) -> list[str]:
@@ -204,12 +204,12 @@ def api_page() -> str:
     return _page(lines)
 
 
-def _signature(name: str, thing: Any) -> list[str]:
+def _signature(name: str, public: Any) -> list[str]:
     """How it is called, as a block of code; nothing for enums and exceptions. The types are in what stands below."""
-    if isinstance(thing, type) and issubclass(thing, (Enum, BaseException)):
+    if isinstance(public, type) and issubclass(public, (Enum, BaseException)):
         return []
-    parameters = inspect.signature(thing).parameters.values()
-    bare = inspect.Signature([each.replace(annotation=each.empty) for each in parameters])
+    parameters = inspect.signature(public).parameters.values()
+    bare = inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters])
     words = str(bare).replace("<factory>", "...").replace("'", '"').strip("()").split(", ")
     line = f"{name}({', '.join(words)})"
     if len(line) > 100:

@@ -104,7 +104,7 @@ def matrix_lines() -> list[str]:
     rows = {option: _cells(option, list(COLUMNS), reasons) for option in OPTIONS}
     free = [option for option, cells in rows.items() if set(cells) <= {"yes", ""}]
     rows = {option: cells for option, cells in rows.items() if option not in free}
-    columns = _alike({name: [cells[place] for cells in rows.values()] for place, name in enumerate(COLUMNS)})
+    columns = _alike({name: [cells[index] for cells in rows.values()] for index, name in enumerate(COLUMNS)})
     cells = zip(*columns.values(), strict=True)
     grouped = _alike({option: list(line) for option, line in zip(rows, cells, strict=True)})
     lines = [

@@ -24,9 +24,9 @@ README_LEARNING = {
 def between(text: str, name: str, body: Sequence[str]) -> str:
     """`text` with `body` between its two comments `name` and `end of name`."""
     start, end = f"<!-- {name}, by tools/docs.py -->", f"<!-- end of {name} -->"
-    head, _, rest = text.partition(start)
-    _, found, tail = rest.partition(end)
-    assert found, f"no {start} ... {end}"
+    head, _, after_start = text.partition(start)
+    _, end_comment, tail = after_start.partition(end)
+    assert end_comment, f"no {start} ... {end}"
     return "\n".join([head + start, *body, end + tail])
 
 
@@ -57,9 +57,9 @@ def results(text: str) -> str:
     PART is a table of the benchmark's JSON; above it stand the command and the machine.
     """
     for block in list(RESULT.finditer(text)):
-        found = json.loads((plans.DATA / block["file"]).read_text(encoding="utf-8"))
-        made_by = f"{_command(block['file'], found['command'])} on {_machine(found['measured_on'])}:"
-        titles, *rows = found["tables"][block["part"]]
+        result = json.loads((plans.DATA / block["file"]).read_text(encoding="utf-8"))
+        made_by = f"{_command(block['file'], result['command'])} on {_machine(result['measured_on'])}:"
+        titles, *rows = result["tables"][block["part"]]
         head = [table_row(*titles), ruler(len(titles), numbers=True)]
         body = [made_by, "", *head, *(table_row(*row) for row in rows)]
         text = between(text, f"{block['file']} {block['part']}", ["", *body, ""])
@@ -79,21 +79,21 @@ LONGEST_COMMAND = 14
 """Words of a command that stands above its table."""
 
 
-def _machine(found: dict[str, Any]) -> str:
+def _machine(measured_on: dict[str, Any]) -> str:
     """The machine of a result in a few words."""
-    cores, versions = found["cores"], found["versions"]
-    amx = "with AMX" if "amx_bf16" in found["cpu_features"] else "without AMX"
-    device = f"{cores} CPU core{'s' * (cores > 1)} ({amx})" if found["device"] == "CPU" else found["device"]
+    cores, versions = measured_on["cores"], measured_on["versions"]
+    amx = "with AMX" if "amx_bf16" in measured_on["cpu_features"] else "without AMX"
+    device = f"{cores} CPU core{'s' * (cores > 1)} ({amx})" if measured_on["device"] == "CPU" else measured_on["device"]
     return f"{device}, torch {versions['torch'].partition('+')[0]}, mora_ds {versions['mora_ds']}"
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
 def learning(text: str) -> str:
     """The README with its table of what each method learned and kept on the pretrained model."""
-    found = {point.method: point for point in points(plans.DATA / "learning_135m_replay.json")}
+    by_method = {point.method: point for point in points(plans.DATA / "learning_135m_replay.json")}
     body = [table_row("", "trained", "new text", "old text", "seeds"), ruler(5, numbers=True)]
     for title, method in README_LEARNING.items():
-        point = found[method]
+        point = by_method[method]
         perplexities = [mean_and_spread(seeds) for seeds in (point.new, point.old)]
         body.append(table_row(title, f"{point.trained:,}", *perplexities, str(len(point.new))))
     return between(text, "learning", body)

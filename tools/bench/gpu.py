@@ -100,8 +100,10 @@ def operators(options: argparse.Namespace, report: Report) -> None:
         for dtype in DTYPES:
             there = x.to(options.device, dtype), weight.to(options.device, dtype), square.to(options.device, dtype)
             for path in PATHS:
-                found = _product(spec, *there, path)
-                errors = [f"{(a.double().cpu() - b).norm() / b.norm():.1e}" for a, b in zip(found, wanted, strict=True)]
+                results = _product(spec, *there, path)
+                errors = [
+                    f"{(a.double().cpu() - b).norm() / b.norm():.1e}" for a, b in zip(results, wanted, strict=True)
+                ]
                 name = f"{spec.kind.value}, {spec.grouping.value}"
                 rows.append([name, str(dtype)[6:], path.value, *errors, "same bits" if same else "OTHER BITS"])
     report.show("operators", rows)
@@ -148,7 +150,7 @@ def attention(options: argparse.Namespace, report: Report) -> None:
             (by,) = torch.autograd.grad(by_documents()[:, -1].float().sum(), k)
             leak = by[:, :, : length // count].abs().max().item()
         times = [_seconds(lambda f=f: f().float().sum().backward(), options) for f in (by_documents, dense)]  # type: ignore[misc]
-        rows.append([str(count), *(f"{1e3 * each:.3f}" for each in times), f"{leak:g}"])
+        rows.append([str(count), *(f"{1e3 * seconds:.3f}" for seconds in times), f"{leak:g}"])
     report.show("attention", rows)
 
 
@@ -181,7 +183,7 @@ def memory(options: argparse.Namespace, report: Report) -> None:
     model = _model(options)
     dtype = torch.bfloat16 if cuda else torch.float32
     work = Work(model.config, adapter, ids.shape[1], len(ids), dtype, document_mask=False)
-    numels = [each.numel() for each in planned_model(work).parameters()]
+    numels = [parameter.numel() for parameter in planned_model(work).parameters()]
     planned = (
         Planner(work, Cluster(1), complete_ds_config(_settings(options, 3), numels), on_cpu=not cuda).plan().memory
     )
@@ -221,9 +223,9 @@ def resume(options: argparse.Namespace, report: Report) -> None:
         losses = _train(whole, _ids(options), 3)
         again = _engine(options, 3, config)
         Run(again, config, base, out, resume="auto")
-        found = _train(again, _ids(options), 3)
+        resumed_losses = _train(again, _ids(options), 3)
         pairs = zip(_matrices(whole), _matrices(again), strict=True)
-        same = found == losses and all(torch.equal(one, other) for one, other in pairs)
+        same = resumed_losses == losses and all(torch.equal(one, other) for one, other in pairs)
     rows = [["steps after the checkpoint", "losses and matrices"], ["3", "same" if same else "DIFFERENT"]]
     report.show("resume", rows)
 
@@ -300,7 +302,7 @@ def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
-    return [each.item() for each in losses]
+    return [step_loss.item() for step_loss in losses]
 
 
 def _matrices(engine: Any) -> list[Tensor]:

@@ -71,7 +71,7 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
     trained = weight.clone().requires_grad_()
     ours = LoRALinear(layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank))
-    found: dict[str, tuple[Step, list[Tensor]]] = {
+    cases: dict[str, tuple[Step, list[Tensor]]] = {
         "frozen": (lambda: F.linear(x, weight), []),
         "full": (lambda: F.linear(x, trained), [trained]),
         "our LoRA": (lambda: ours(x), [ours.value]),
@@ -79,10 +79,10 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     }
     peft = peft_lora(layer)
     if peft is not None:
-        found["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
+        cases["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
     for path in PATHS:
-        found[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
-    return found
+        cases[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
+    return cases
 
 
 def peft_lora(layer: Layer) -> nn.Module | None:
@@ -129,7 +129,7 @@ def ratios(
             layer.backward(step, *trained)
             base = second - first
             times[name].append(base if name == "frozen" else (now() - second) / base)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:

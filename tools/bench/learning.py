@@ -141,13 +141,13 @@ def main() -> None:
     more = trials(options.rates_of, range(options.sweep_seeds + 1, options.seeds + 1))
     repeated = [trial for trial in more if trial.rate == best[trial.kind]]
     run_all(repeated, _run, options.jobs)
-    place = {name: number for number, name in enumerate(methods.methods)}
-    found = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
+    order_of = {name: number for number, name in enumerate(methods.methods)}
+    all_trials = {trial.name: trial for trial in [*earlier, *swept, *repeated]}.values()
 
     def order(trial: Trial) -> tuple[float, ...]:
-        return len(options.rank) > 1 and trial.rank, place[trial.method], trial.rate, trial.seed
+        return len(options.rank) > 1 and trial.rank, order_of[trial.method], trial.rate, trial.seed
 
-    _report(options, sorted(found, key=order), best)
+    _report(options, sorted(all_trials, key=order), best)
 
 
 def _options() -> argparse.Namespace:
@@ -201,7 +201,7 @@ def _check(options: argparse.Namespace) -> None:
     for path in options.runs:
         if not path.is_file():
             raise UserError(f"--with: there is no {path}")
-    if len({given is None for given in (options.base, options.new, options.old)}) > 1:
+    if len({paths is None for paths in (options.base, options.new, options.old)}) > 1:
         raise UserError(
             "--base, --new and --old belong together: give all three, or none for the demo's model and texts"
         )
@@ -282,7 +282,7 @@ def _run(trial: Trial) -> None:
 def _scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first metric."""
     tasks = [row["tasks"] for row in rows if "tasks" in row][-1:]
-    return {name: each.get("acc", next(iter(each.values()))) for found in tasks for name, each in found.items()}
+    return {name: each.get("acc", next(iter(each.values()))) for scored in tasks for name, each in scored.items()}
 
 
 def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,15 +326,15 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
 
 def _best(rows: Sequence[Row]) -> list[Row]:
     """Of each method and rank, judged by the seeds that all of its learning rates have."""
-    found = []
+    best = []
     for kind in dict.fromkeys(row.kind for row in rows):
-        own = [row for row in rows if row.kind == kind]
-        seeds = set.intersection(*(set(row.new) for row in own))
-        new = {row.rate: sum(row.new[seed] for seed in seeds) for row in own}
-        old = {row.rate: sum(row.old[seed] for seed in seeds) for row in own}
-        good = [row for row in own if new[row.rate] <= AS_GOOD * min(new.values())]
-        found.append(min(good, key=lambda row: old[row.rate]))
-    return found
+        candidates = [row for row in rows if row.kind == kind]
+        seeds = set.intersection(*(set(row.new) for row in candidates))
+        new = {row.rate: sum(row.new[seed] for seed in seeds) for row in candidates}
+        old = {row.rate: sum(row.old[seed] for seed in seeds) for row in candidates}
+        good = [row for row in candidates if new[row.rate] <= AS_GOOD * min(new.values())]
+        best.append(min(good, key=lambda row: old[row.rate]))
+    return best
 
 
 def _table(rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]], with_ranks: bool) -> list[list[str]]:
@@ -342,7 +342,7 @@ def _table(rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]]
     tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
     table = [["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap", *tasks]]
     for row in rows:
-        peers = {other.method: other for other in rows if other.rank in (0, row.rank) or not row.rank}
+        peers = {peer.method: peer for peer in rows if peer.rank in (0, row.rank) or not row.rank}
         scores = [f"{fmean(row.scores[name]):.1%}" if name in row.scores else "-" for name in tasks]
         perplexities = [mean_and_spread(list(seeds.values())) for seeds in (row.new, row.old)]
         rank = str(row.rank or "-") if with_ranks else "-"

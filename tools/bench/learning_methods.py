@@ -74,7 +74,7 @@ class Methods:
     def chosen(self, words: list[str]) -> dict[str, tuple[float, ...]]:
         """The learning rates of every named method. `words`: NAME, or NAME@RATE for each of some rates in place of its
         own sweep. Raises `UserError` for an unknown name and for a rate that is no number."""
-        found: dict[str, tuple[float, ...]] = {}
+        rates_of: dict[str, tuple[float, ...]] = {}
         for word in words:
             name, at, rate = word.partition("@")
             if name not in self.methods:
@@ -83,5 +83,5 @@ class Methods:
                 rates = (float(rate),) if at else self.methods[name].rates
             except ValueError:
                 raise UserError(f"--methods {word}: {rate!r} is no learning rate") from None
-            found[name] = (*found.get(name, ()), *rates)
-        return found
+            rates_of[name] = (*rates_of.get(name, ()), *rates)
+        return rates_of

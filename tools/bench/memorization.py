@@ -155,7 +155,7 @@ def _trials(options: argparse.Namespace) -> Iterator[Trial]:
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
             for seed in range(1, options.seeds + 1):
-                yield Trial(name, rate, seed, **{each: getattr(options, each) for each in shared})
+                yield Trial(name, rate, seed, **{field_name: getattr(options, field_name) for field_name in shared})
 
 
 def _start(trial: Trial, work: Path) -> None:
@@ -248,27 +248,27 @@ Results = dict[float, list[dict[str, Any]]]
 
 def _by_rate(method: str, results: Sequence[tuple[Trial, dict[str, Any]]]) -> Results:
     by_rate: Results = {}
-    for trial, found in results:
+    for trial, result in results:
         if trial.method == method:
-            by_rate.setdefault(trial.rate, []).append(found)
+            by_rate.setdefault(trial.rate, []).append(result)
     return by_rate
 
 
 def _row(method: str, by_rate: Results, shown: Sequence[int], options: argparse.Namespace) -> list[str]:
     """A method at the learning rate of the largest mean accuracy, at the measurements `shown`."""
-    rate = max(by_rate, key=lambda rate: sum(sum(found["accuracy"]) for found in by_rate[rate]))
+    rate = max(by_rate, key=lambda rate: sum(sum(result["accuracy"]) for result in by_rate[rate]))
     seeds = by_rate[rate]
-    percents = [[100 * found["accuracy"][index] for found in seeds] for index in shown]
+    percents = [[100 * result["accuracy"][index] for result in seeds] for index in shown]
     means = [f"{fmean(percent):.1f}" for percent in percents[:-1]]
     edge = at_edge(rate, options.rates or METHODS[method].rates)
-    known = "/".join(_known_at(found) for found in seeds)
+    known = "/".join(_known_at(result) for result in seeds)
     trained = f"{seeds[0]['trained']:,}"
     return [method, trained, f"{rate:g}{edge}", *means, mean_and_spread(percents[-1]), known]
 
 
-def _known_at(found: dict[str, Any]) -> str:
+def _known_at(result: dict[str, Any]) -> str:
     """The first measured step with `KNOWN` of the digits; "-" where there is none."""
-    measured = zip(found["steps"], found["accuracy"], strict=True)
+    measured = zip(result["steps"], result["accuracy"], strict=True)
     return next((str(step) for step, accuracy in measured if accuracy >= KNOWN), "-")
 
 

@@ -78,8 +78,8 @@ def _adapter(options: argparse.Namespace) -> MoRAConfig:
     return MoRAConfig(rank=options.rank, operator="share")
 
 
-def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]]) -> None:
-    memory, mine = plan.memory, found[0]
+def _show(report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, float]]) -> None:
+    memory, mine = plan.memory, by_rank[0]
     rows = [
         ("held between steps", memory.static + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),
@@ -89,7 +89,7 @@ def _show(report: Report, ranks: int, plan: Plan, found: list[dict[str, float]])
         ("resident, peak", memory.peak + plan.files - memory.base, mine["resident"]),
         ("Pss, all ranks, between steps",
          plan.files + ranks * (memory.static - memory.base + _persistent(plan)),
-         sum(each["pss"] for each in found)),
+         sum(each["pss"] for each in by_rank)),
     ]  # fmt: skip
     lines = [[f"{ranks} rank(s)", "planned", "measured", "measured / planned"]]
     for name, planned, measured in rows:
@@ -127,7 +127,7 @@ def _train(
     positions = torch.arange(options.seq_len).expand(options.rows, -1) % (options.seq_len // 2)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions.contiguous()}
     counter = CollectiveCounter()
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     for _ in range(1 if warm_up else STEPS):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts afresh
         counter.reset()
@@ -136,31 +136,31 @@ def _train(
             engine.backward(loss / ids.numel())
             del loss
             engine.step()
-        found["resident"] = memory_of("VmHWM") - resident
-        found["gathered"] = counter.gathered_bytes
+        measured["resident"] = memory_of("VmHWM") - resident
+        measured["gathered"] = counter.gathered_bytes
     gc.collect()
     dist.barrier()
-    found["held"], found["pss"] = _alive() - tensors, memory_of("Pss") - pss
+    measured["held"], measured["pss"] = _alive() - tensors, memory_of("Pss") - pss
     dist.barrier()
     with MemoryMeter() as meter:
         loss = token_nll(engine, batch)
-        found["kept"] = meter.live
+        measured["kept"] = meter.live
         engine.backward(loss / ids.numel())
         del loss
-    found["peak"] = meter.peak
+    measured["peak"] = meter.peak
     with MemoryMeter() as meter:
         engine.step()
-    found["step"] = meter.peak
+    measured["step"] = meter.peak
     engine.destroy()
-    return found
+    return measured
 
 
 def _alive() -> int:
     """Bytes of all storages of tensors that Python knows of."""
     storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
-            storage = thing.untyped_storage()
+    for tracked in gc.get_objects():
+        if issubclass(type(tracked), torch.Tensor) and not tracked.is_meta:
+            storage = tracked.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 

@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "cpu_features": [name for name in FEATURES if name in flags],
         "threads": torch.get_num_threads(),
-        "versions": {"mora_ds": __version__, **{name: found for name in PACKAGES if (found := _version(name))}},
+        "versions": {"mora_ds": __version__, **{name: installed for name in PACKAGES if (installed := _version(name))}},
     }
 
 

@@ -90,13 +90,13 @@ def main() -> None:
 
 def by_world(rows: list[list[str]]) -> list[list[str]]:
     """The CPU seconds of the table `phases`, with a column for each model and number of ranks."""
-    titles, *found = rows
-    places = [dict(zip(titles, row, strict=True)) for row in found]
-    columns = list(dict.fromkeys((each["model"], each["ranks"]) for each in places))
+    titles, *rows_of_ranks = rows
+    measured = [dict(zip(titles, row, strict=True)) for row in rows_of_ranks]
+    columns = list(dict.fromkeys((cells["model"], cells["ranks"]) for cells in measured))
     lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
-    for each in places:
-        line = lines.setdefault((each["phase"], each["setting"], each["rank"]), {})
-        line[each["model"], each["ranks"]] = each["CPU s"]
+    for cells in measured:
+        line = lines.setdefault((cells["phase"], cells["setting"], cells["rank"]), {})
+        line[cells["model"], cells["ranks"]] = cells["CPU s"]
     body = [
         [f"{phase}, {setting}, rank {rank}", *(line.get(column, "") for column in columns)]
         for (phase, setting, rank), line in lines.items()
@@ -112,26 +112,26 @@ def _write_base(folder: Path, config: LlamaConfig) -> None:
 
 def _measured(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
     """The rows of one rank, from a fork of this process: there is one process group a process."""
-    place = folder / f"{model}-{world}-{rank}"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(place, model, setting, world, rank))
+    scratch = folder / f"{model}-{world}-{rank}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(scratch, model, setting, world, rank))
     process.start()
     process.join()
     try:
         if process.exitcode:
-            raise RunError((place / "log").read_text(encoding="utf-8")[-3000:])
-        rows: list[list[str]] = json.loads((place / "result.json").read_text(encoding="utf-8"))
+            raise RunError((scratch / "log").read_text(encoding="utf-8")[-3000:])
+        rows: list[list[str]] = json.loads((scratch / "result.json").read_text(encoding="utf-8"))
         return rows
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _child(place: Path, *arguments: Any) -> None:
-    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT)
+def _child(scratch: Path, *arguments: Any) -> None:
+    log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(log, stream)
-    (place / "result.json").write_text(json.dumps(_one(place, *arguments)), encoding="utf-8")
+    (scratch / "result.json").write_text(json.dumps(_one(scratch, *arguments)), encoding="utf-8")
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
@@ -141,19 +141,19 @@ def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[
     torch.set_num_threads(1)
     config, lora_rank = MODELS[model]
     one = OneRank(rank, world, folder)
-    found: dict[str, Spent] = {}
+    spent_in: dict[str, Spent] = {}
     zero = SETTINGS[setting]
-    found["step"] = _step(one, _engine(_Squares(config, lora_rank, side=BOOKKEEPING_SIDE), zero))
+    spent_in["step"] = _step(one, _engine(_Squares(config, lora_rank, side=BOOKKEEPING_SIDE), zero))
     engine = _engine(_Squares(config, lora_rank), zero)
     _step(one, engine, times=1)
-    found["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
-    with one.phase() as found["resume"]:
+    spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
+    with one.phase() as spent_in["resume"]:
         load_checkpoint(checkpoint, engine, TrainerState.read(checkpoint))
     if rank == 0:
-        found |= _start_and_merge(one, folder, folder.with_name(f"{model}-base"), lora_rank)
+        spent_in |= _start_and_merge(one, folder, folder.with_name(f"{model}-base"), lora_rank)
     return [
         [phase, model, f"{world:,}", str(rank), setting, f"{spent.cpu_s:.3f}", str(spent.files)]
-        for phase, spent in found.items()
+        for phase, spent in spent_in.items()
     ]
 
 
@@ -243,17 +243,17 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
     return spent, final
 
 
-def _renamed(name: str, own: int, rank: int) -> str:
-    return name.replace(f"rank-{own:05d}", f"rank-{rank:05d}")
+def _renamed(name: str, own_rank: int, rank: int) -> str:
+    return name.replace(f"rank-{own_rank:05d}", f"rank-{rank:05d}")
 
 
-def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int) -> RankShard:
+def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int) -> RankShard:
     """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all in a row."""
-    each = -(-sizes // one.world)
+    share_size = -(-sizes // one.world)
     if stage == 3:
-        start = np.minimum(rank * each, sizes)
-        rows = np.stack([np.arange(len(sizes)), start, np.minimum(each, sizes - start), np.full(len(sizes), rank),
-                         np.zeros(len(sizes), np.int64), np.cumsum(each) - each], axis=1)  # fmt: skip
+        start = np.minimum(rank * share_size, sizes)
+        rows = np.stack([np.arange(len(sizes)), start, np.minimum(share_size, sizes - start), np.full(len(sizes), rank),
+                         np.zeros(len(sizes), np.int64), np.cumsum(share_size) - share_size], axis=1)  # fmt: skip
     else:
         begins, share = np.cumsum(sizes) - sizes, -(-int(sizes.sum()) // one.world)
         start, end = np.maximum(begins, rank * share), np.minimum(begins + sizes, (rank + 1) * share)
@@ -261,7 +261,7 @@ def _shard_of(own: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage:
                          np.zeros(len(sizes), np.int64), start - rank * share], axis=1)  # fmt: skip
     rows = rows[rows[:, NUMEL] > 0]
     assert rows.shape[1] == 6 and (NAME, START, RANK, OFFSET) == (0, 1, 3, 5)
-    return own._replace(rank=rank, file=_renamed(own.file, one.rank, rank), parts=rows, moments=None)
+    return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), parts=rows, moments=None)
 
 
 def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
@@ -278,17 +278,17 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
     keys = {name: name for name, _ in model.named_parameters()}
     adapter = MoRAConfig(rank=rank)
-    found = {"start": Spent(), "merge": Spent()}
-    with one.phase() as found["start"]:
+    spent_in = {"start": Spent(), "merge": Spent()}
+    with one.phase() as spent_in["start"]:
         ranks = Ranks.current()
         ranks.same("settings", {f"--flag_{number}": number for number in range(150)})
         mora_ds.inject(model, adapter)
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
         run = Run(engine, adapter, base, folder / "out", details=RunDetails(keys=keys))
-    with one.phase() as found["merge"]:
+    with one.phase() as spent_in["merge"]:
         run.merge(1)
-    return found
+    return spent_in
 
 
 def _options() -> argparse.Namespace:

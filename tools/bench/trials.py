@@ -44,14 +44,14 @@ def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
 def flags(settings: Mapping[str, Any]) -> list[str]:
     """The command line of a run under ZeRO-3 with these settings, but for those that have no effect beside the others:
     all methods of a table share some."""
-    given = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
-    words = {name: [f"--{name}", *_words(value)] for name, value in given.items()}
+    all_settings = {"deepspeed": ROOT / "configs" / "zero3.json", **settings}
+    words = {name: [f"--{name}", *_words(value)] for name, value in all_settings.items()}
     idle = idle_settings(parse([word for its in words.values() for word in its]))
     return [word for name, its in words.items() if name not in idle for word in its]
 
 
 def _words(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    return [str(word) for word in value] if isinstance(value, list) else [str(value)]
 
 
 def run_all(trials: Sequence[T], run: Callable[[T], object], jobs: int) -> None:

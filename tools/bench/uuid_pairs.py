@@ -66,9 +66,9 @@ def teach_digits(base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs
         model(input_ids=ids, labels=labels_of(ids), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with atomic_folder(folder.absolute()) as made:
-        model.save_pretrained(made)
-        load_tokenizer(base).save_pretrained(made)
+    with atomic_folder(folder.absolute()) as partial:
+        model.save_pretrained(partial)
+        load_tokenizer(base).save_pretrained(partial)
 
 
 @torch.no_grad()
@@ -80,8 +80,8 @@ def accuracy(engine: Any, rows: Tensor) -> float:
     engine.eval()
     ids, cache, right = rows[:, :-DIGITS].to(engine.device), None, 0
     for position in range(DIGITS):
-        found = engine(input_ids=ids, past_key_values=cache, use_cache=True)
-        ids, cache = found.logits[:, -1:].argmax(dim=-1), found.past_key_values
+        output = engine(input_ids=ids, past_key_values=cache, use_cache=True)
+        ids, cache = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
         right += int((ids[:, 0].cpu() == rows[:, position - DIGITS]).sum())
     engine.train()
     return right / (len(rows) * DIGITS)
