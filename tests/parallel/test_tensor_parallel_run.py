@@ -68,7 +68,7 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
             {
                 path.name: path.stat().st_size
                 for path in (root / folder).glob("**/*.safetensors")
-                if not path.name.startswith(("rng", "layouts"))  # of each rank
+                if not path.name.startswith(("rng", "layouts", "rank-"))  # of each rank
             }
             for root in (out, alone)
         ]
