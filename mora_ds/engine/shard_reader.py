@@ -31,6 +31,9 @@ MASTER = "master"
 NUMBERS = (torch.int64, torch.float64)
 """Dtypes of values without a dimension that were plain numbers, and no tensors, when they were written."""
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Safetensors' names of the dtypes that masters and moments may have."""
+
 
 def tensor_name(flat: int, key: str) -> str:
     """What the master of flat tensor number `flat`, or its optimizer state `key`, is called in a rank's file."""
@@ -54,8 +57,12 @@ class _Shard:
         for name in self._handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
             with malformed(self.path):
                 number, _, key = name.partition(".")
-                keys = shapes.setdefault(int(number), {})
-                keys[typed(FileName, key, "a key of the optimizer's state")] = self._handle.get_slice(name).get_shape()
+                typed(FileName, key, "a key of the optimizer's state")
+                tensor = self._handle.get_slice(name)
+                shape = tensor.get_shape()
+                if shape and tensor.get_dtype() not in FLOATS:
+                    raise UserError(f"{name} has dtype {tensor.get_dtype()}, which is none of {', '.join(FLOATS)}")
+                shapes.setdefault(int(number), {})[key] = shape
         return shapes
 
     def moments(self, flat: int) -> list[str]:

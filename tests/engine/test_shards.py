@@ -172,6 +172,8 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1.st is incomplete: master of a"):
         shards.read("a", MASTER)
     assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0] and shards.read("c", MASTER, 3, 1).tolist() == [303]
+    with pytest.raises(UserError, match=r"1.st: 0.exp_avg has dtype I8, which is none of F64, F32, F16, BF16"):
+        broken(exp_avg=torch.ones(16, dtype=torch.int8)).read("b", "exp_avg")
     shards = broken(step=torch.tensor(4))
     with pytest.raises(UserError, match=r"1.st: a has {'step': 4}, another rank's shard {'step': 3}"):
         shards.scalars("a")
