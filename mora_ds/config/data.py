@@ -23,7 +23,7 @@ class ModelArguments:
     model_config: str | None = None
     """A config.json (see configs/models/) to start from random weights instead of --model_name_or_path."""
     tokenizer_name: str | None = None
-    """Folder, Hub name or SentencePiece .model file of the tokenizer. Default: the model's own."""
+    """Folder or Hub name of the tokenizer, or a file that --train_tokenizer_vocab wrote. Default: the model's own."""
     train_tokenizer_vocab: int = 0
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training files; 0 for none."""
     node_base: str = Sharing.AUTO.value

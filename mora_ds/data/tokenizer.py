@@ -1,4 +1,4 @@
-"""Loads a tokenizer (the model's own, or a SentencePiece `.model` file), checks it, and encodes documents with it.
+"""Loads a tokenizer (the model's own, or one that `train_sentencepiece` wrote), checks it, and encodes documents.
 
 load_tokenizer(folder | hub name | file.model)      ->  a transformers tokenizer
 train_sentencepiece(corpus.texts(), N, folder)      ->  folder/tokenizer.model, for load_tokenizer
@@ -73,14 +73,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 def load_tokenizer(
     name_or_path: str | Path, *, trust_remote_code: bool = False, flag: str = "--tokenizer_name"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub model, or a SentencePiece `.model` file as a transformers tokenizer.
+    """The tokenizer of a folder or hub model, or a `.model` file of `train_sentencepiece` as a transformers tokenizer.
 
     Raises `UserError`, which names `flag`, where there is none, or where it has code that is not trusted.
     """
     path = expanded(name_or_path, flag)
     if path.suffix == ".model" or path.is_file():
-        if not path.is_file():
-            raise UserError(f"{flag}: there is no file {path}")
         return wrap_sentencepiece(path)
     if path.is_dir() and not any(next(path.glob(name), None) for name in _TOKENIZER_FILES):
         raise UserError(
@@ -156,7 +154,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token to put between documents: "
-            'set "eos_token" in its tokenizer_config.json (for a .model file: train it with an eos_id), '
+            'set "eos_token" in its tokenizer_config.json, '
             "or give another --tokenizer_name"
         )
     return int(tokenizer.eos_token_id)

@@ -9,7 +9,6 @@ The row of a new token is the mean of the rows of the tokens that it replaces. R
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format
+from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format, write_json_atomic
 from mora_ds.data import (
     Corpus,
     Extension,
@@ -156,7 +155,7 @@ def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, in
         nbytes += len(text.encode())
         if nbytes >= _COMPARED_BYTES:
             break
-    return before / max(nbytes, 1), after / max(nbytes, 1), nbytes
+    return before / nbytes, after / nbytes, nbytes
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -176,9 +175,9 @@ def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extens
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     text["vocab_size"] = rows
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json_atomic(folder / "config.json", config)
     content = {"format": FORMAT, "first_row": extension.first_id, "pieces": list(extension.tokens)}
-    (folder / EXTENSION_JSON).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json_atomic(folder / EXTENSION_JSON, content)
 
 
 def grown(table: Tensor, extension: Extension, rows: int) -> Tensor:

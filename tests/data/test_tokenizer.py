@@ -6,9 +6,12 @@ import io
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
+from google.protobuf.json_format import ParseDict
+from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from mora_ds.common.errors import UserError
@@ -97,41 +100,24 @@ def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert small == again
 
 
-@pytest.mark.parametrize("spec", ["llama", "symbols"])
-def test_foreign_models_are_wrapped_alike(tmp_path: Path, spec: str) -> None:
-    """Dummy prefix, NFKC and squeezed spaces, user-defined symbols: as other projects train theirs."""
-    settings = {
-        "llama": {
-            "model_type": "bpe",
-            "byte_fallback": True,
-            "remove_extra_whitespaces": False,
-            "split_digits": True,
-            "allow_whitespace_only_pieces": True,
-            "user_defined_symbols": ["[INST]", "[/INST]"],
-        },
-        "symbols": {
-            "model_type": "bpe",
-            "byte_fallback": True,
-            "user_defined_symbols": ["<code>", "\n"],
-            "bos_id": -1,
-        },
-    }[spec]
-    if spec == "llama":
-        settings["normalization_rule_name"] = "identity"
-    model = io.BytesIO()
-    sentences = [line for source in SOURCES for line in source.splitlines() if line]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=500, minloglevel=2, **settings
-    )
-    path = tmp_path / "spiece.model"
-    path.write_bytes(model.getvalue())
-    original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    wrapped = load_tokenizer(path)
-    for text in [*AWKWARD[:9], "a<code>b <code> \n\nx", "[INST]Go on.[/INST]", *fuzz(200)]:
-        assert wrapped.encode(text, add_special_tokens=False) == original.encode(text), text
-    assert wants_bos(wrapped) == (spec == "llama")
-    text = "def f(x): return x"
-    assert wrapped.decode(wrapped.encode(text, add_special_tokens=False)) == text
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"trainer_spec": {"model_type": "UNIGRAM"}},
+        {"trainer_spec": {"bos_id": -1}},
+        {"normalizer_spec": {"add_dummy_prefix": True}},
+        {"normalizer_spec": {"remove_extra_whitespaces": True}},
+        {"pieces": [{"piece": "<code>", "type": "USER_DEFINED"}]},
+    ],
+    ids=str,
+)
+def test_models_with_other_settings_are_refused(trained: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(trained.read_bytes())  # type: ignore[attr-defined]
+    (tmp_path / "spiece.model").write_bytes(ParseDict(change, model).SerializeToString())
+    with pytest.raises(
+        UserError, match=r"spiece.model: this SentencePiece model has other settings .*; give the folder"
+    ):
+        load_tokenizer(tmp_path / "spiece.model")
 
 
 def test_vocabulary_must_fit_the_model(trained: Path) -> None:
