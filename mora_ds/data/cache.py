@@ -46,7 +46,7 @@ META = "meta.json"
 PARALLEL_BYTES = 32_000_000
 """Smaller corpora are tokenised in the calling process, as starting others would take longer."""
 
-HASHED_EACH_TIME_BYTES = 1 << 30
+HASHED_BYTES = 1 << 30
 """Caches of up to this size (about a second of reading) are hashed whenever they are opened to train on."""
 
 _TEMPORARY = ".partial-"
@@ -131,8 +131,7 @@ def build_cache(
 def damage(folder: Path, contents: bool = False) -> str | None:
     """What is wrong with the cache in `folder`, or None.
 
-    Compares the sizes of the files, and with `contents` their hashes too: of caches of up to `HASHED_EACH_TIME_BYTES`
-    each time, of larger ones where a file is younger than meta.json, which is written last.
+    Compares the sizes of the files, and with `contents`, of caches of up to `HASHED_BYTES`, their hashes too.
     """
     try:
         meta = json.loads((folder / META).read_text())
@@ -143,20 +142,15 @@ def damage(folder: Path, contents: bool = False) -> str | None:
         for name, size in sizes.items():
             if (folder / name).stat().st_size != size:
                 return f"{name} is not {size} bytes long"
+        expected = {name: meta["sha256"][name] for name in sizes}
     except FileNotFoundError as error:
         return f"there is no {error.filename}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
-    paths = [folder / name for name in sizes]
-    written = (folder / META).stat().st_mtime_ns
-    is_small = sum(sizes.values()) <= HASHED_EACH_TIME_BYTES
-    if not contents or (not is_small and all(path.stat().st_mtime_ns <= written for path in paths)):
+    if not contents or sum(sizes.values()) > HASHED_BYTES:
         return None
-    expected = meta.get("sha256")
-    if not isinstance(expected, dict):
-        return f"{META} is not what was written"
-    altered = (path for path in paths if sha256_file(path) != expected.get(path.name))
-    return next((f"{path} is not what was written" for path in altered), None)
+    altered = (name for name in sizes if sha256_file(folder / name) != expected[name])
+    return next((f"{folder / name} is not what was written" for name in altered), None)
 
 
 def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:

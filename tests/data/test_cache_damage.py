@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mora_ds.data import build_cache, cache, inspection, load_corpus, load_tokenizer
+from mora_ds.data import build_cache, inspection, load_corpus, load_tokenizer
 from tests.helpers.damage import HARMS, flip
 from tests.helpers.jobs import Playground
 from tests.helpers.outcome import tree
@@ -35,25 +34,6 @@ def test_a_damaged_cache_is_named_and_built_anew(
     assert caplog.messages and all(f"the token cache {built.folder} is damaged" in line for line in caplog.messages)
     caplog.clear()
     assert build().folder == built.folder and not caplog.messages
-
-
-def test_a_large_cache_is_read_through_once_it_was_written_to(
-    build: Callable[[], Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built = build()
-    read: list[Path] = []
-    monkeypatch.setattr(cache, "HASHED_EACH_TIME_BYTES", 0)
-    monkeypatch.setattr(cache, "sha256_file", lambda path: read.append(path) or "not that")
-    build()
-    assert not read and not caplog.messages
-    monkeypatch.undo()
-    monkeypatch.setattr(cache, "HASHED_EACH_TIME_BYTES", 0)
-    tokens = built.folder / "tokens.bin"
-    written = tokens.stat().st_mtime_ns
-    flip(tokens)
-    os.utime(tokens, ns=(written, written + 10**9))  # a file system's clock may not have ticked in between
-    build()
-    assert len(caplog.messages) == 1 and "tokens.bin is not what was written" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
