@@ -212,8 +212,9 @@ def _check_signs(plan: MixturePlan, where: str) -> None:
     for step, weights in plan.phases:
         for source, weight in zip(plan.sources, weights, strict=True):
             if not NOT_NEGATIVE.allow(weight):
-                wanted = "not be negative" if weight < 0 else "be a finite number"
-                raise UserError(f"{_phase(where, step)}the weight of {source.name!r} must {wanted}, got {weight:g}")
+                raise UserError(
+                    f"{_phase(where, step)}the weight of {source.name!r} must be {NOT_NEGATIVE}, got {weight:g}"
+                )
 
 
 def _check_weights(plan: MixturePlan, where: str) -> None:

@@ -138,9 +138,9 @@ stray | 'stray'
 --replay x | --replay x: must be NAME=FILES:SHARE
 --train_files a=x:1 y | --train_files y | NAME=FILES:WEIGHT
 --train_files a=x:1 a=y:1 | a is given twice
---train_files a=x:-1 b=y:1 | 'a' must not be negative
---train_files a=x:inf b=y:1 | 'a' must be a finite number, got inf
---train_files a=x:-1 --replay o=y:0.1 | negative, got -1
+--train_files a=x:-1 b=y:1 | 'a' must be at least 0, got -1
+--train_files a=x:inf b=y:1 | 'a' must be at least 0, got inf
+--train_files a=x:-1 --replay o=y:0.1 | at least 0, got -1
 --replay o=y:0.5 p=z:0.5 | the shares add up to 1
 --train_files a=x:1 --replay b:0.1 | no source is called 'b'
 --train_files a=x:1 --replay a:0.1 | none is new
@@ -261,7 +261,7 @@ stray | 'stray'
 -train_files --mixture {bad}/mix/list.yaml | list.yaml: sources must be
 -train_files --mixture {bad}/mix/entry.yaml | entry.yaml: sources.web must be
 -train_files --mixture {bad}/mix/key.yaml | key.yaml: unknown key 'sources.web.wieght'. Did you mean 'weight'
--train_files --mixture {bad}/mix/weight.yaml | weight.yaml: the weight of 'web' must not be negative
+-train_files --mixture {bad}/mix/weight.yaml | weight.yaml: the weight of 'web' must be at least 0
 -train_files --mixture {bad}/mix/zero.yaml | zero.yaml: the weights add up to 0
 -train_files --mixture {bad}/mix/epochs.yaml | epochs.yaml: sources.web.epochs must be above 0
 -train_files --mixture {bad}/mix/name.yaml | name.yaml: sources.a/b

@@ -25,7 +25,7 @@ from mora_ds.data import (
 )
 from mora_ds.data.stream import StreamPosition
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, losses, refusal, rows, run
+from tests.helpers.jobs import Playground, job, losses, refusal, run
 from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
@@ -204,20 +204,6 @@ def job_in_small_batches(argv: list[str]) -> None:
     """So that each rank tokenises some."""
     readers.BATCH_CHARACTERS = 2000
     job(argv)
-
-
-def job_in_order(argv: list[str]) -> None:
-    PackedDataset.block_of_sample = lambda self, sample: sample  # type: ignore[method-assign, assignment]
-    job(argv)
-
-
-@pytest.mark.gloo
-def test_streamed_in_order_is_cached_in_order(user: Playground, tmp_path: Path) -> None:
-    """Whole runs: the losses of a streamed run are those of its cached twin, to the bit."""
-    run(1, user.flags(tmp_path / "streamed", "--streaming", "--shuffle_buffer", 0))
-    run_ranks(1, job_in_order, user.flags(tmp_path / "cached"))
-    assert torch.equal(losses(tmp_path / "streamed"), losses(tmp_path / "cached"))
-    assert not [row for row in rows(tmp_path / "streamed") if "sources" in row]
 
 
 @pytest.mark.gloo

@@ -80,9 +80,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
     for change, words in (
         ({"input_ids": whole["input_ids"].flatten(), "logits": whole["logits"].flatten(0, 1)}, "tokens of shape"),
         ({"input_ids": whole["input_ids"].float()}, "holds tokens of shape"),
-        ({"input_ids": whole["input_ids"][:, 1:].contiguous()}, "holds tokens of shape"),
         ({"input_ids": whole["input_ids"] + 128}, "tokens that have no logits"),
-        ({"input_ids": whole["input_ids"] - 128}, "tokens that have no logits"),
     ):
         write_safetensors_atomic(tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"})
         with pytest.raises(UserError, match=words):
