@@ -18,7 +18,7 @@ def report(plan: Plan) -> str:
     lines = [*_head(plan), *_memory(plan), *_traffic(plan), verdict(plan)]
     if plan.slices > FEW_SLICES:
         lines.append(
-            f"under ZeRO-3 DeepSpeed goes through {plan.slices:,} slices, parameters x ranks, in Python at each "
+            f"under ZeRO-3 DeepSpeed goes through {plan.slices:,} slices, parameters x ranks, in Python at each\n"
             "reduction: plan --deepspeed configs/zero1.json, too, which does not"
         )
     return "\n".join(lines)
@@ -47,15 +47,24 @@ def _head(plan: Plan) -> list[str]:
     work, cluster = plan.work, plan.cluster
     replicas = cluster.ranks // (work.tensor_parallel * work.sequence_parallel)
     what = f"{plan.trained.total:,} trained" + (" a tensor-parallel rank" if work.tensor_parallel > 1 else "")
+    flags = [
+        f"--per_device_train_batch_size {work.micro_batch}",
+        f"--gradient_accumulation_steps {plan.accumulation}",
+        f"--seq_len {work.seq_len}",
+    ]
+    if work.tensor_parallel > 1:
+        flags.append(f"--tensor_parallel_size {work.tensor_parallel}")
+    if work.sequence_parallel > 1:
+        flags.append(f"--sequence_parallel_size {work.sequence_parallel}")
+    if work.checkpointing:
+        flags.append("--gradient_checkpointing")
+    if work.base_on_host:
+        flags.append("--base_device host")
+    tokens = work.micro_batch * plan.accumulation * replicas * work.seq_len
     return [
         f"plan: {cluster.ranks} ranks, {cluster.per_node} a node; base {plan.base_elements:,} elements, {what}; "
         f"{_dtype(plan)}, ZeRO {plan.trained.stage}",
-        f"--per_device_train_batch_size {work.micro_batch} --gradient_accumulation_steps {plan.accumulation} "
-        f"--seq_len {work.seq_len} --tensor_parallel_size {work.tensor_parallel} "
-        f"--sequence_parallel_size {work.sequence_parallel}"
-        f"{' --gradient_checkpointing' if work.checkpointing else ''}"
-        f"{' --base_device host' if work.base_on_host else ''}: "
-        f"{work.micro_batch * plan.accumulation * replicas * work.seq_len:,} tokens a step",
+        f"{' '.join(flags)}: {tokens:,} tokens a step",
     ]
 
 
