@@ -122,15 +122,15 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     if both := [name for name, module in targets.items() if id(module.weight) in trained]:
         raise UserError(f"--target_modules includes {both[0]!r}, which --train_head trains itself: choose one")
     total = count_parameters(model)
-    rows = _shape_rows(targets, config)
     styles = style_in_plan(model)
+    aligned = {name: _SIDES.get(styles.get(name, Style.WHOLE)) for name in targets}
+    specs = {name: spec_of(config, name, base, 0, aligned[name]) for name, base in targets.items()}
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
     before = 0 if config.base_bits == AS_LOADED else _bytes_to_round(targets, config.base_bits)
     for name, base in targets.items():
-        aligned = _SIDES.get(styles.get(name, Style.WHOLE))
-        layer = layer_for(config, base, spec_of(config, name, base, 0, aligned), name, domains)
+        layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
-        layer.aligned = aligned
+        layer.aligned = aligned[name]
         if config.base_bits != AS_LOADED:
             try:
                 weight = layer.spec.weight_name(name)
@@ -152,12 +152,11 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
     frozen = sum(value.numel() for value in frozen_values(model).values())
     other = sum(parameter.numel() for parameter in model.parameters()) - values
-    named = "matrices" if isinstance(layers[0].spec, SquareSpec) else "factors"
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     return InjectionReport(
-        rows=rows,
+        rows=_shape_rows(specs, config),
         operator=config.title,
-        values=named,
+        values="matrices" if isinstance(layers[0].spec, SquareSpec) else "factors",
         square_params=values,
         other_trainable_params=other,
         total_params=total + values + frozen,
@@ -341,16 +340,15 @@ def _matrices_left_out(model: nn.Module) -> dict[str, int]:
     return dict(numels)
 
 
-def _shape_rows(targets: dict[str, nn.Module], config: AdapterConfig) -> tuple[ShapeRow, ...]:
+def _shape_rows(specs: Mapping[str, UpdateSpec], config: AdapterConfig) -> tuple[ShapeRow, ...]:
     groups: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
-    for name, module in targets.items():
-        d_in, d_out = linear_shape(module)
-        shape = spec_of(config, name, module, cycle=0).value_shape
-        groups.setdefault((ending_of(name), d_in, d_out), []).append(shape)
+    for name, spec in specs.items():
+        groups.setdefault((ending_of(name), spec.d_in, spec.d_out), []).append(spec.value_shape)
     rows = []
     for (ending, d_in, d_out), shapes in groups.items():
-        size, params = min(shapes)[-2], sum(math.prod(shape) for shape in shapes)
-        rows.append(ShapeRow(ending, len(shapes), d_in, d_out, size, params, _note(config, d_in, d_out, shapes)))
+        params = sum(math.prod(shape) for shape in shapes)
+        note = _note(config, d_in, d_out, shapes)
+        rows.append(ShapeRow(ending, len(shapes), d_in, d_out, min(shapes)[-2], params, note))
     return tuple(rows)
 
 

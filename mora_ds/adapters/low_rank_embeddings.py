@@ -42,9 +42,6 @@ class LowRankEmbedding(FrozenEmbedding):
         tall, wide = self.low_rank.split(self.weight.shape)
         return F.embedding(ids, self.weight) + F.embedding(ids, tall) @ wide.T
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.low_rank.shape[-1]}"
-
 
 class LowRankHead(FrozenHead):
     """x (..., d) -> logits (..., V): those of W + A B."""
@@ -56,9 +53,6 @@ class LowRankHead(FrozenHead):
     def forward(self, x: Tensor) -> Tensor:
         tall, wide = self.low_rank.split(self.weight.shape)
         return F.linear(x, self.weight, self.bias) + F.linear(x @ wide, tall)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.low_rank.shape[-1]}"
 
 
 def train_low_rank(model: Any, rank: int, seed: int) -> None:

@@ -34,6 +34,9 @@ class FrozenEmbedding(nn.Embedding):
         self.padding_idx = None
         self.register_buffer("weight", base.weight, persistent=False)
 
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
 
 class FrozenHead(nn.Linear):
     """The table and the bias of another module as buffers."""
@@ -60,9 +63,6 @@ class NewRowEmbedding(FrozenEmbedding):
         new = F.embedding((ids - self.first).clamp(min=0), self.new_rows)
         return torch.where((ids >= self.first).unsqueeze(-1), new, F.embedding(ids, self.weight))
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, of which {self.num_embeddings - self.first} are trained"
-
 
 class NewRowHead(FrozenHead):
     """x (..., d) -> logits (..., V): the last K from `new_rows`."""
@@ -75,10 +75,6 @@ class NewRowHead(FrozenHead):
     def forward(self, x: Tensor) -> Tensor:
         logits = torch.cat([F.linear(x, self.weight[: self.first]), F.linear(x, self.new_rows)], dim=-1)
         return logits if self.bias is None else logits + self.bias
-
-    def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, of which {self.out_features - self.first} are trained"
 
 
 def train_new_rows(model: Any, first: int) -> None:

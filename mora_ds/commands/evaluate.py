@@ -87,7 +87,7 @@ def _scores(target: Target, source: str, options: argparse.Namespace, sets: Mapp
     print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
     if scores:
-        print("\n".join(table([_TITLES, *(_row(*named) for named in scores.items())])))
+        print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
     tasks = harness(target, options.lm_eval, windows.window, options.batch_size) if options.lm_eval else {}
     for task, metrics in tasks.items():
         print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
@@ -97,10 +97,11 @@ def _scores(target: Target, source: str, options: argparse.Namespace, sets: Mapp
     }  # fmt: skip
 
 
-_TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
+TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
 
 
-def _row(name: str, score: Score) -> list[str]:
+def score_cells(name: str, score: Score) -> list[str]:
+    """The row of a set in a table of scores, below `TITLES`."""
     counts = (f"{count:,}" for count in (score.documents, score.tokens, score.text_bytes))
     rates = (f"{rate:.4f}" for rate in (score.tokens_per_byte, score.perplexity, score.bits_per_byte))
     return [name, *counts, *rates]

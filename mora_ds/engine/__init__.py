@@ -11,7 +11,3 @@
 
 It imports none of them itself, as most take seconds to import.
 """
-
-from mora_ds.common.lazy_imports import hide
-
-hide("mlflow", importer="deepspeed.autotuning.autotuner")  # half of the time that `import deepspeed` takes

@@ -6,7 +6,3 @@ windows              the part of a MoRA operator that one process computes
 ulysses              sequence parallelism; ulysses_checks: which models it serves
 limits               what both cannot be used with
 """
-
-from mora_ds.common.lazy_imports import hide
-
-hide("mlflow", importer="deepspeed.autotuning.autotuner")  # as mora_ds.engine does

@@ -37,7 +37,7 @@ from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, BaseReference, read_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, has_adapter, tokenizer_of
-from mora_ds.commands.evaluate import check_scoring, read_sets, scoring_flags
+from mora_ds.commands.evaluate import TITLES, check_scoring, read_sets, score_cells, scoring_flags
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import load_tokenizer
@@ -360,7 +360,8 @@ def main() -> None:
         target = Target(model, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder)), name)
         with bank.use(name):
             scores[name] = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
-    print("\n".join(table(_rows(scores))))
+    rows = [[adapter, *score_cells(*named)] for adapter, by_set in scores.items() for named in by_set.items()]
+    print("\n".join(table([["adapter", *TITLES], *rows])))
     if options.json is not None:
         content = {
             "model": str(options.model), "adapters_of": str(options.folder),
@@ -370,16 +371,6 @@ def main() -> None:
             },
         }  # fmt: skip
         write_json_atomic(options.json, content)
-
-
-def _rows(scores: Mapping[str, Mapping[str, Score]]) -> list[list[str]]:
-    """Rows of a table: titles, then a line an adapter with perplexity and bits per byte of every set."""
-    titles = [f"{name}: {figure}" for name in scores[BASE] for figure in ("perplexity", "bits/byte")]
-    rows = [["adapter", *titles]]
-    for adapter, sets in scores.items():
-        figures = [figure for score in sets.values() for figure in (score.perplexity, score.bits_per_byte)]
-        rows.append([adapter, *(f"{figure:.4f}" for figure in figures)])
-    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,32 +68,34 @@ class ResearchHooks(Hooks):
     def plan(
         self, config: AdapterConfig, loaded: LoadedBase, folder: Path, checkpoint: Path | None, ranks: Ranks
     ) -> AdapterConfig:
-        settings = self.settings
-        if settings.alignment_weight and isinstance(config, MoRAConfig):
-            check_rank(loaded.model, config, settings.alignment_rank)
-        if settings.targets is None or not isinstance(config, MoRAConfig):
+        if not isinstance(config, MoRAConfig):
             return config
+        if self.settings.alignment_weight:
+            check_rank(loaded.model, config, self.settings.alignment_rank)
+        with_domains = self._with_domains(config)
+        if self.settings.targets is None:
+            return with_domains
+        budget = self.settings.trainable_budget
         patterns = self.arguments.adapter.target_modules
 
         def decide() -> TargetPlan:
-            return plan_of_run(
-                self._plan, settings.trainable_budget, patterns, config, loaded, folder, checkpoint
-            )  # fmt: skip
+            return plan_of_run(self._plan, budget, patterns, with_domains, loaded, folder, checkpoint)
 
         plan = ranks.on_first("plan of targets", decide, long=True)
         logger.info(plan)
-        return with_sizes(config, plan)
+        return with_sizes(with_domains, plan)
 
-    def config(self, config: AdapterConfig) -> AdapterConfig:
+    def _with_domains(self, config: MoRAConfig) -> MoRAConfig:
         if not self.settings.domain_adapters:
             return config
-        assert isinstance(config, MoRAConfig), "validated"
         return replace(config, domains=domain_names(self.arguments), freeze=self.settings.freeze)
 
     def dry_plan(self, config: AdapterConfig, model: str, trust_remote_code: bool) -> AdapterConfig:
         """The fingerprint of a plan's file is not compared, which would read every weight."""
-        settings = self.settings
-        if settings.targets is None or not isinstance(config, MoRAConfig):
+        if not isinstance(config, MoRAConfig):
+            return config
+        config = self._with_domains(config)
+        if self.settings.targets is None:
             return config
         plan = self._read_plan()
         if plan is None:
@@ -104,7 +106,7 @@ class ResearchHooks(Hooks):
                 )
             patterns = self.arguments.adapter.target_modules
             opened = OpenModel.in_folder(folder, patterns, trust_remote_code, MODEL_FLAG)
-            plan = opened.plan_of_weights(config, str(settings.trainable_budget))
+            plan = opened.plan_of_weights(config, str(self.settings.trainable_budget))
         return with_sizes(config, plan)
 
     def dry_lines(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:

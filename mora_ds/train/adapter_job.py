@@ -109,7 +109,7 @@ class AdapterJob(Job):
     def _planned_config(self) -> AdapterConfig:
         """The adapter's config with what the hooks add to it."""
         arguments, loaded, place = self.arguments, self.loaded, self.place
-        config = place.hooks.config(arguments.adapter.config(arguments.training.seed))
+        config = arguments.adapter.config(arguments.training.seed)
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
         return place.hooks.plan(config, loaded, place.folder, place.checkpoint, place.ranks)

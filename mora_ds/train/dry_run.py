@@ -111,9 +111,8 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     adapter = arguments.adapter
     if adapter.adapter == AdapterKind.FULL.value:
         return None
-    hooks = hooks_of(arguments)
-    config = hooks.config(adapter.config(arguments.training.seed))
-    config = hooks.dry_plan(config, model, arguments.model.trust_remote_code)
+    config = adapter.config(arguments.training.seed)
+    config = hooks_of(arguments).dry_plan(config, model, arguments.model.trust_remote_code)
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)

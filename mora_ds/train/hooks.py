@@ -50,14 +50,11 @@ class Hooks:
     def read_files(self, ranks: Ranks) -> None:
         """Read what may lie in the output folder, before that is touched. Collective. Raises `UserError`."""
 
-    def config(self, config: AdapterConfig) -> AdapterConfig:
-        """The adapter's config with what layers compute besides their MoRA matrix."""
-        return config
-
     def plan(
         self, config: AdapterConfig, loaded: LoadedBase, folder: Path, checkpoint: Path | None, ranks: Ranks
     ) -> AdapterConfig:
-        """The adapter's config with its plan of targets. Collective. Raises `UserError`."""
+        """The adapter's config with its plan of targets, and with what layers compute besides their MoRA matrix.
+        Collective. Raises `UserError`."""
         return config
 
     def dry_plan(self, config: AdapterConfig, model: str, trust_remote_code: bool) -> AdapterConfig:

@@ -33,7 +33,7 @@ from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, refused, run
+from tests.helpers.jobs import Playground, losses, refusal, run
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 # -- a product of low rank ---------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
     run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
     other = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
-    assert "--train_embedding_rank: 3 there, 5 here" in run_ranks(1, refused, other)[0][1]
+    assert "--train_embedding_rank: 3 there, 5 here" in refusal(other)
 
     for verdict in verify(out, user.model):
         assert verdict.is_good, verdict.lines()
@@ -133,39 +133,6 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
             ("summed", was + 2 * (now - was) - 0.5 * (then - was)),
         ):
             assert torch.allclose(models[name].state_dict()[key], wanted, atol=1e-6), name
-
-
-def test_a_dry_run_counts_products(user: Playground, tmp_path: Path) -> None:
-    flags = user.flags(tmp_path / "out", "--dry_run")
-    without, told = (pretrain(parse([*flags, *more])) for more in ([], ["--train_embedding_rank", "3"]))
-    tokens_, width = BaseCheckpoint.open(user.model).read(TABLES[0]).shape
-    assert told["trainable_params"] == without["trainable_params"] + 2 * 3 * (tokens_ + width)  # the head is not tied
-
-
-def test_products_that_do_not_fit_are_refused(user: Playground, tmp_path: Path) -> None:
-    argv = user.flags(tmp_path / "out", "--train_embedding_rank", 3)
-    for more, message in (
-        (["--train_embeddings"], "train them all: give one of them"),
-        (["--train_head"], "train them all: give one of them"),
-        (["--train_new_embeddings"], "train different parts of embeddings and head: give one of them"),
-        (["--train_embedding_rank", "-1"], "train_embedding_rank must"),
-    ):
-        with pytest.raises(UserError, match=message):
-            validate(parse([*argv, *more]))
-    for config, message in (
-        ({"train_embeddings": True}, "--train_embedding_rank keeps embeddings and head frozen"),
-        ({"train_head": True}, "--train_embedding_rank keeps embeddings and head frozen"),
-        ({"new_rows_from": 9}, "--train_embedding_rank: the embeddings are a NewRowEmbedding"),
-        ({"embedding_rank": -1}, "--train_embedding_rank must be at least 1, got -1"),
-    ):
-        with pytest.raises(UserError, match=message):
-            inject(tiny_model("llama"), MoRAConfig(rank=2, **{"embedding_rank": 2, **config}))  # type: ignore[arg-type]
-    headless = tiny_model("llama")
-    headless.get_output_embeddings = lambda: None
-    with pytest.raises(UserError, match="--train_embedding_rank: the output head is a NoneType"):
-        inject(headless, MoRAConfig(rank=2, embedding_rank=2))
-    with pytest.raises(UserError, match=r"low_rank has 9 rows, and the base a table of \(6, 2\)"):
-        with_product(torch.zeros(6, 2), torch.zeros(9, 1))
 
 
 def test_products_are_summed_side_by_side() -> None:
@@ -256,57 +223,6 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_pat
         assert not torch.equal(table[first : first + 40], was[first : first + 40]), key
 
 
-def test_a_dry_run_counts_new_rows(extended: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    flags = extended.flags(tmp_path / "out", "--dry_run")
-    without, told = (pretrain(parse([*flags, *more])) for more in ([], ["--train_new_embeddings"]))
-    extension = json.loads((extended.model / EXTENSION_JSON).read_text())
-    table = BaseCheckpoint.open(extended.model).read("model.embed_tokens.weight")
-    rows = (len(table) - extension["first_row"]) * table.shape[1]
-    assert told["trainable_params"] == without["trainable_params"] + 2 * rows  # the head is not tied
-    assert told["total_params"] == without["total_params"] + 2 * rows
-
-
-def test_new_rows_that_do_not_fit_are_refused(user: Playground, tmp_path: Path) -> None:
-    argv = user.flags(tmp_path / "out", "--train_new_embeddings")
-    assert run_ranks(1, refused, argv)[0][1].endswith("so it was not written by mora-ds extend-vocab")
-    for more, message in (
-        (["--train_embeddings"], "train them all: give one of them"),
-        (["--train_head"], "train them all: give one of them"),
-    ):
-        with pytest.raises(UserError, match=message):
-            validate(parse([*argv, *more]))
-    with pytest.raises(UserError, match="none from 128 on is new"):
-        inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=128))
-    assert inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)).other_trainable_params == 2 * 32
-
-
-class Scaled(torch.nn.Embedding):
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(ids) * 2
-
-
-class Softmax(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).softmax(-1)
-
-
-def test_embeddings_and_heads_that_compute_something_else_are_refused() -> None:
-    for change, message in (
-        ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
-        ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
-    ):
-        model = tiny_model("llama")
-        for setter, module in change.items():
-            getattr(model, setter)(module)
-        with pytest.raises(UserError, match=f"--train_new_embeddings: {message}"):
-            inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
-    headless = tiny_model("llama")
-    headless.get_output_embeddings = lambda: None
-    with pytest.raises(UserError, match="the output head is a NoneType, no linear layer"):
-        inject(headless, MoRAConfig(rank=2, new_rows_from=112))
-
-
 def test_a_head_keeps_its_bias() -> None:
     table, x = torch.nn.Linear(4, 128), torch.randn(3, 4)
     head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
@@ -319,6 +235,81 @@ def test_every_trained_row_is_looked_up_among_the_trained() -> None:
     found = embedding(torch.arange(128))
     assert not found[FIRST:].any()
     assert torch.equal(found[:FIRST], table.weight[:FIRST])
+
+
+# -- plans and refusals ------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_counts_them(extended: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = extended.flags(tmp_path / "out", "--dry_run")
+    without = pretrain(parse(flags))
+    tokens_, width = BaseCheckpoint.open(extended.model).read(TABLES[0]).shape
+    new_rows = tokens_ - json.loads((extended.model / EXTENSION_JSON).read_text())["first_row"]
+    for more, elements in (
+        (["--train_embedding_rank", "3"], 3 * (tokens_ + width)),
+        (["--train_new_embeddings"], new_rows * width),
+    ):
+        planned = pretrain(parse([*flags, *more]))
+        assert planned["trainable_params"] == without["trainable_params"] + 2 * elements  # the head is not tied
+        assert planned["total_params"] == without["total_params"] + 2 * elements
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train_embedding_rank 3 --train_embeddings", "train them all: give one of them"),
+        ("--train_embedding_rank 3 --train_head", "train them all: give one of them"),
+        ("--train_new_embeddings --train_embeddings", "train them all: give one of them"),
+        ("--train_new_embeddings --train_head", "train them all: give one of them"),
+        ("--train_embedding_rank 3 --train_new_embeddings", "train different parts of embeddings and head: give one"),
+        ("--train_embedding_rank -1", "train_embedding_rank must"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(parse(["--model_name_or_path", "m", "--train_files", "a.txt", *flags.split()]))
+
+
+class Scaled(torch.nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 2
+
+
+class Softmax(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(-1)
+
+
+def test_models_that_they_do_not_fit_are_refused() -> None:
+    for config, message in (
+        ({"embedding_rank": 2, "train_embeddings": True}, "--train_embedding_rank keeps embeddings and head frozen"),
+        ({"embedding_rank": 2, "train_head": True}, "--train_embedding_rank keeps embeddings and head frozen"),
+        ({"embedding_rank": 2, "new_rows_from": 9}, "--train_embedding_rank: the embeddings are a NewRowEmbedding"),
+        ({"embedding_rank": -1}, "--train_embedding_rank must be at least 1, got -1"),
+        ({"new_rows_from": 128}, "none from 128 on is new"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inject(tiny_model("llama"), MoRAConfig(rank=2, **config))  # type: ignore[arg-type]
+    assert inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)).other_trainable_params == 2 * 32
+    for change, message in (
+        ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
+        ({"set_output_embeddings": Softmax(32, 128)}, "the output head is a Softmax"),
+        ({"set_output_embeddings": None}, "the output head is a NoneType, no linear layer"),
+    ):
+        model = tiny_model("llama")
+        for setter, module in change.items():
+            getattr(model, setter)(module)
+        with pytest.raises(UserError, match=f"--train_new_embeddings: {message}"):
+            inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
+    with pytest.raises(UserError, match=r"low_rank has 9 rows, and the base a table of \(6, 2\)"):
+        with_product(torch.zeros(6, 2), torch.zeros(9, 1))
+
+
+@pytest.mark.gloo
+def test_a_model_without_new_rows_is_refused(user: Playground, tmp_path: Path) -> None:
+    message = refusal(user.flags(tmp_path / "out", "--train_new_embeddings"))
+    assert message.endswith("so it was not written by mora-ds extend-vocab")
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
     assert command("evaluate-adapters", flags) == (0, "")
     scores = json.loads((tmp_path / "scores.json").read_text())["adapters"]
     printed = capsys.readouterr().out
-    assert "held: perplexity" in printed and "2 adapter(s) on" in printed
+    assert "bits/byte" in printed and "2 adapter(s) on" in printed
     tokenizer = load_target(user.model).tokenizer
     for name in ("(base)", "a", "b"):
         merge(maker.model, maker.weights, updates.get(name, {}))

@@ -266,17 +266,14 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("layers: [", "is no valid YAML"),
-        ("- a", "must hold `key: value` lines"),
         ("format: 2\nfingerprint: a\nlayers: {a: 2}", "format is 2, and only 1 is known"),
         ("format: 1\nlayers: {a: 2}", "there is no 'fingerprint' in it"),
         ("format: 1\nfingerprint: a", "there is no 'layers' in it"),
         ("format: 1\nfingerprint: a\nlayers: [a]", "layers must be lines of `name: side`"),
-        ("format: 1\nfingerprint: a\nlayers: {a: 2, a: 4}", "'a' is given twice"),
         ("format: 1\nfingerprint: a\nlayers: {a: 2.5}", "the side of a must be a whole number, 0 for none, got 2.5"),
         ("format: 1\nfingerprint: a\nlayers: {a: -2}", "the side of a must be a whole number, 0 for none, got -2"),
         ("format: 1\nfingerprint: a\nlayers: {a: 0}", "no layer has a side above 0"),
         ("format: 1\nfingerprint: a\nlayer: {a: 2}", "unknown key 'layer'. Did you mean 'layers'?"),
-        ("a: " + "[" * 5000, "nested too deeply"),
         ('format: 1\nfingerprint: f\nlayers: {"../a": 1}\n', "cannot be the name"),
     ],
 )
