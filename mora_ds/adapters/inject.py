@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Side, SquareSpec, UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.adapters.quantized import merge_bytes, quantized_bytes, quantized_layers
+from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
 from mora_ds.common.errors import RunError, UserError
@@ -61,14 +61,9 @@ class InjectionReport:
     """Parameters of all of them."""
     other_trainable_params: int
     total_params: int
-    base_bits: int
-    quantized: tuple[int, int]
-    """Bytes of the weights in 8 or 4 bits, scales included, and their bytes before; (0, 0) where there are none."""
     left_out: dict[str, int]
     """With all-linear: parameters of frozen matrices that are no linear layer's (experts in one tensor, convolutions),
     by the end of their name."""
-    a_merge_adds: int = 0
-    """Bytes on every rank, with weights in 4 bits, which take no merge up."""
 
     @property
     def trainable_params(self) -> int:
@@ -87,15 +82,6 @@ class InjectionReport:
             f"({self.values} {self.square_params:,}, other {self.other_trainable_params:,}) "
             f"of {self.total_params:,} parameters = {share:.3f}%"
         )
-        if self.quantized[0]:
-            now, before = (f"{size / 1e6:,.1f} MB" for size in self.quantized)
-            bits = f"frozen weights of these layers in {self.base_bits} bits"
-            lines.append(f"{bits}: {now} with their scales, in place of {before}")
-        if self.a_merge_adds:
-            lines.append(
-                f"each merge adds {self.a_merge_adds / 1e6:,.1f} MB on every rank (--grouping alternate: the first two "
-                "only)"
-            )
         if self.left_out:
             names = ", ".join(f"{name} ({numel:,} parameters)" for name, numel in self.left_out.items())
             lines.append(f"not adapted, as these weights are not in linear layers: {names}")
@@ -126,7 +112,8 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     aligned = {name: _SIDES.get(styles.get(name, Style.WHOLE)) for name in targets}
     specs = {name: spec_of(config, name, base, 0, aligned[name]) for name, base in targets.items()}
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
-    before = 0 if config.base_bits == AS_LOADED else _bytes_to_round(targets, config.base_bits)
+    if config.base_bits != AS_LOADED:
+        _check_rounding(targets, config.base_bits)
     for name, base in targets.items():
         layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
@@ -160,10 +147,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
         square_params=values,
         other_trainable_params=other,
         total_params=total + values + frozen,
-        base_bits=config.base_bits,
-        quantized=(quantized_bytes(model), before),
         left_out=_matrices_left_out(model) if all_linear else {},
-        a_merge_adds=merge_bytes(model),
     )
 
 
@@ -271,19 +255,17 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
             )
 
 
-def _bytes_to_round(targets: dict[str, nn.Module], bits: int) -> int:
-    """Bytes of the targets' weights. Raises `UserError` for weights that are not floating-point."""
-    weights: dict[str, Any] = {name: module.weight for name, module in targets.items()}
-    for name, weight in weights.items():
-        if not weight.is_floating_point():
+def _check_rounding(targets: dict[str, Any], bits: int) -> None:
+    """Raise `UserError` for weights that cannot be held in so many bits."""
+    for name, module in targets.items():
+        if not module.weight.is_floating_point():
             raise UserError(
-                f"--base_bits {bits}: {name}.weight is {weight.dtype}: only floating-point weights are rounded"
+                f"--base_bits {bits}: {name}.weight is {module.weight.dtype}: only floating-point weights are rounded"
             )
-        if bits == 4 and isinstance(targets[name], ExpertStack):
+        if bits == 4 and isinstance(module, ExpertStack):
             raise UserError(
                 f"--base_bits 4: {name} is a stack of experts, which 8 bits can hold: use them, or leave it out"
             )
-    return sum(weight.nbytes for weight in weights.values())
 
 
 def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:

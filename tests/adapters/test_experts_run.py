@@ -27,7 +27,7 @@ from tests.helpers.resume import assert_same_run, checkpoint_tensors, stop_and_r
 
 pytestmark = pytest.mark.gloo
 
-ZERO = [("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json")) for stage in range(3)]
+ZERO = {stage: ("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json")) for stage in (1, 2)}
 TARGETS = ("--target_modules", "all-linear", "experts")
 MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6, "--save_steps", 3,
            "--mora_rank", 4, "--operator", "share", "--eval_steps", 100)  # fmt: skip
@@ -130,7 +130,7 @@ def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) 
     [
         ("mixtral", ("--bf16",)),
         ("mixtral", ("--base_device", "host")),
-        ("mixtral", (*ZERO[0], "--target_modules", "experts.down_proj")),
+        ("mixtral", ("--target_modules", "experts.down_proj")),
         ("qwen3_moe", (*ZERO[1], "--operator", "decouple")),
         ("mixtral", (*ZERO[2], "--operator", "rotate", "--base_bits", 8)),
         ("deepseek_v3", ("--operator", "truncate")),

@@ -26,7 +26,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.ops.subspace import SubspaceSpec
 from mora_ds.adapters.ops.terms import Term, add_terms_, join
-from mora_ds.adapters.quantized import base_bits_of
+from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
 from mora_ds.common.errors import RunError, UserError
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
@@ -195,12 +195,12 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
     layers = mora_layers(model)
     small = sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers.values())
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
-    assert report.quantized == (small, 4 * numels) and small == pytest.approx(numels * 4.5 / 8, rel=0.02)
-    assert "in 4 bits: " in str(report) and base_bits_of(model) == 4
+    assert quantized_bytes(model) == small == pytest.approx(numels * 4.5 / 8, rel=0.02)
+    assert base_bits_of(model) == 4
     adds = sum(4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features) for layer in layers.values())
-    assert report.a_merge_adds == adds
-    plain = inject(tiny_model("qwen2"), MoRAConfig(rank=4, base_bits=4, grouping="plain"))
-    assert plain.a_merge_adds == 4 * report.square_params, "all layers of one shape have the same tables"
+    assert merge_bytes(model) == adds
+    inject(plain := tiny_model("qwen2"), MoRAConfig(rank=4, base_bits=4, grouping="plain"))
+    assert merge_bytes(plain) == 4 * report.square_params, "all layers of one shape have the same tables"
     assert report.total_params == before + report.square_params == count_parameters(model)
     for name, tensor in frozen_buffers(model).items():
         adapted = name.removesuffix(".weight") in layers

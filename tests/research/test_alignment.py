@@ -226,7 +226,7 @@ def assert_same_curve(out: Path, expected: Path) -> None:
 @pytest.mark.heavy
 def test_one_curve_for_every_stage(user: Playground, tmp_path: Path) -> None:
     run(1, research(user.flags(tmp_path / "one", *MERGING, *IN_PARTS), tmp_path, **ALIGNED))
-    for stage in range(3):
+    for stage in (1, 2):
         out = tmp_path / f"stage-{stage}"
         zero = ("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json"))
         run(2, research(user.flags(out, *MERGING, *zero), tmp_path, **ALIGNED))
