@@ -195,7 +195,7 @@ class _UpdateRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, squares: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec = spec
         folded = fold_input(spec, x)
-        ctx.save_for_backward(x if spec.blockwise else folded, squares)
+        ctx.save_for_backward(x if spec.blocks > 1 else folded, squares)
         z = rotate_blocks(spec, folded)
         return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
 
@@ -209,6 +209,6 @@ class _UpdateRows(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = unfold_input(spec, rotate_blocks(spec, torch.bmm(flat, squares).view(c.shape), back=True))
         if ctx.needs_input_grad[1]:
-            z = rotate_blocks(spec, fold_input(spec, saved) if spec.blockwise else saved)
+            z = rotate_blocks(spec, fold_input(spec, saved) if spec.blocks > 1 else saved)
             g_squares = torch.bmm(flat.mT, z.flatten(1, -2))
         return g_x, g_squares, None

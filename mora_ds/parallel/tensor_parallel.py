@@ -216,7 +216,7 @@ class _SplitLinear(torch.autograd.Function):
         ctx.split = split
         ctx.weight = weight
         ctx.by_weight = path is Compute.WEIGHT
-        ctx.saves_folded = not window.spec.blockwise and window.columns[1] - window.columns[0] < window.d_in
+        ctx.saves_folded = window.spec.blocks == 1 and window.columns[1] - window.columns[0] < window.d_in
         matrix = split.for_compute(square_shard, window)
         z = window.fold(x) if ctx.saves_folded or not ctx.by_weight else x
         ctx.save_for_backward(z if ctx.saves_folded else x, square_shard)
@@ -231,7 +231,7 @@ class _SplitLinear(torch.autograd.Function):
         window: Window = ctx.window
         split: LayerSplit = ctx.split
         saved, square_shard = ctx.saved_tensors
-        in_blocks = ctx.by_weight and window.spec.blockwise
+        in_blocks = ctx.by_weight and window.spec.blocks > 1
         collected = g if in_blocks else window.collect(g)
         g_x = g_shard = None
         if ctx.needs_input_grad[0]:

@@ -111,7 +111,7 @@ class Window:
 
     def delta(self, matrix: Tensor) -> Tensor:
         """(w_out, w_in): the window of `delta_weight`, from the rows and columns of M that it may use."""
-        if self.spec.blockwise:
+        if self.spec.blocks > 1:
             return _delta_of_blocks(self, matrix)
         tables = _tables(self, matrix.device)
         columns = F.pad(tables.unfold(self.used_rows(matrix)), (0, 0, 0, 1))
@@ -165,14 +165,14 @@ def _tables(window: Window, device: torch.device) -> IndexTables:
     with torch.inference_mode(False), torch.no_grad():
         spec, (first, last) = window.spec, window.columns
         tables = tables_of(spec, torch.device("cpu"))
-        fold = _within(tables.fold.table if spec.blockwise else tables.fold.table[:, first:last], window.inputs)
+        fold = _within(tables.fold.table if spec.blocks > 1 else tables.fold.table[:, first:last], window.inputs)
         deal, size = tables.deal.table[:, slice(*window.outputs)], spec.blocks * spec.r_hat
-        if not spec.blockwise:
+        if spec.blocks == 1:
             used = _rows_read(window)
             deal, size = torch.searchsorted(used, deal.long()).where(deal >= 0, -1), len(used)
         return IndexTables(
             fold=IndexMap.of(fold),
-            unfold=IndexMap.of(transposed(fold, window.d_in), at_once=False),
+            unfold=IndexMap.of(transposed(fold, window.d_in)),
             deal=IndexMap.of(deal),
             collect=IndexMap.of(transposed(deal, size)),
         ).to(device)
@@ -197,7 +197,7 @@ def _rows_read(window: Window) -> Tensor:
 @lru_cache(maxsize=1024)
 def _used_rows(window: Window, device: torch.device) -> Tensor | None:
     """Rows of M, counted from the first of `Window.rows`, that the outputs read; None for all."""
-    if window.spec.blockwise:
+    if window.spec.blocks > 1:
         return None
     with torch.inference_mode(False), torch.no_grad():
         used, (first, last) = _rows_read(window) - window.rows[0], window.rows

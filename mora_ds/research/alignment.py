@@ -32,10 +32,9 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import AdaptedLinear, linear_shape
 from mora_ds.adapters.ops import singular_vectors
-from mora_ds.adapters.ops.gather import rotate
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
-from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress_transpose, input_columns
-from mora_ds.adapters.ops.spec import OperatorKind, SquareSpec
+from mora_ds.adapters.ops.mora import OperatorSpec, block_squares, compress, decompress_transpose, input_columns
+from mora_ds.adapters.ops.spec import SquareSpec
 from mora_ds.adapters.ops.subspace import SubspaceSpec
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.common.errors import RunError, UserError
@@ -205,18 +204,17 @@ def delta_energy(spec: OperatorSpec, square: Tensor) -> Tensor:
     """|delta_weight(M)|^2 of M (R, R)."""
     outputs = decompress_transpose(spec, square.new_ones(spec.d_out))  # (N, R): how many outputs read each row
     if spec.r_hat >= spec.d_in:  # one column for each input: together no more numbers than M has
-        columns = _folded(spec, square) if spec.blockwise else input_columns(spec, square)
-        return (outputs.T * columns.square()).sum()
-    meeting = _where_blocks_meet(spec, square) if spec.blockwise else _where_groups_meet(spec, square, outputs.T)
+        return (outputs.T * input_columns(spec, square).square()).sum()
+    meeting = _where_blocks_meet(spec, square) if spec.blocks > 1 else _where_groups_meet(spec, square, outputs.T)
     return (outputs.T @ _inputs(spec, square) * square.square()).sum() + 2 * meeting
 
 
 def _inputs(spec: OperatorSpec, like: Tensor) -> Tensor:
     """(N, R): how many inputs read each column; for rotate the squared length of what a column is rotated by, which is
     1 except for the rounding of the angles' table to fp32."""
-    if not spec.blockwise:
+    if spec.blocks == 1:
         return compress(spec, like.new_ones(spec.d_in))
-    if spec.kind is not OperatorKind.ROTATE:
+    if not spec.rotates:
         return like.new_ones(spec.blocks_in, spec.r_hat)
     cos, sin = rope_table(spec.blocks_in, spec.r_hat, like.dtype, like.device)
     return (cos.square() + sin.square()).repeat(1, 2)
@@ -240,20 +238,5 @@ def _where_blocks_meet(spec: OperatorSpec, square: Tensor) -> Tensor:
     if not wrapped or last % spec.blocks_out:
         return square.new_zeros(())
     rows = min(spec.r_hat, spec.d_out)
-    first, end = (_rotated(spec, square, block)[:rows] for block in (0, last))
-    return (first[:, :wrapped] * end[:, spec.r_hat - wrapped :]).sum()
-
-
-def _folded(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(R, D) of decouple and rotate where one block covers the input: the sum of the columns that each input reads, in
-    the order of the permuted input."""
-    places = torch.arange(spec.r_hat, device=square.device) % spec.d_in
-    return square.new_zeros(spec.r_hat, spec.d_in).index_add(1, places, _rotated(spec, square, 0))
-
-
-def _rotated(spec: OperatorSpec, square: Tensor, block: int) -> Tensor:
-    """M R_i of input block i."""
-    if spec.kind is not OperatorKind.ROTATE:
-        return square
-    cos, sin = rope_table(spec.blocks_in, spec.r_hat, square.dtype, square.device)
-    return rotate(square, cos[block], -sin[block])
+    squares = block_squares(spec, square)[:, :rows]
+    return (squares[0, :, :wrapped] * squares[last, :, spec.r_hat - wrapped :]).sum()

@@ -130,7 +130,7 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
     """Its merged cycles act as if they were in the weight."""
     updates = some_terms(spec)
     for sums in (True, False):  # as on a CPU, as on a GPU
-        monkeypatch.setattr(mora, "prefers_scatter", lambda x, sums=sums: sums)
+        monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
         for path in (Compute.ACTIVATION, Compute.WEIGHT):
             for conv in (False, True):
                 layer = in_4_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))

@@ -76,7 +76,7 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
 
 def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> None:
     square, weight = random(spec.r_hat, spec.r_hat, seed=2).to(dtype), random(spec.d_out, spec.d_in, seed=3).to(dtype)
-    blocks = (spec.blocks_in, spec.blocks_out) if spec.blockwise else (1, 1)
+    blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     rest = square, tables.unfold, tables.deal, tables.members, *tables.rotation, *blocks
     expected = plain.form(weight, None, *rest)
     same(triton_ops.form(weight, None, *rest), expected, "form")

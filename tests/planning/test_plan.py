@@ -100,9 +100,8 @@ def test_adapted_experts_take_what_is_planned(monkeypatch: pytest.MonkeyPatch, c
 def as_on_a_cpu_without_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a device sums go the way of a GPU: here planned and real ones take that of a CPU. A real micro-batch
     writes its formed weights to memory that an earlier one has left: here it takes new memory each time."""
-    monkeypatch.setattr(mora, "prefers_scatter", lambda x: True)
-    for module in (gather, mora):
-        monkeypatch.setattr(module, "reuses_memory", lambda x: False)
+    monkeypatch.setattr(mora, "on_cpu", lambda x: True)
+    monkeypatch.setattr(gather, "reuses_memory", lambda x: False)
 
 
 def compare(work: Work, family: str) -> None:

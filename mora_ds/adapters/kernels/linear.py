@@ -41,7 +41,7 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     else:
         values, scales = dense(weight, square.dtype), None
     cos, sin = tables.rotation
-    blocks = (spec.blocks_in, spec.blocks_out) if spec.blockwise else (1, 1)
+    blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     formed: Tensor = ops.form(values, scales, square, tables.unfold, tables.deal, tables.members, cos, sin, *blocks)
     return formed
 
@@ -73,7 +73,7 @@ class _Weight(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
     ) -> Tensor:
-        saved = x if tables.spec.blockwise else _fold(_flat(x), tables)
+        saved = x if tables.spec.blocks > 1 else _fold(_flat(x), tables)
         ctx.tables, ctx.make = tables, maker_of(weight)
         ctx.save_for_backward(saved, square, *parts_of(weight))
         return linear(x, form_weight(weight, square, tables), bias)
@@ -86,7 +86,7 @@ class _Weight(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = g @ form_weight(weight_of(ctx.make, *parts), square, tables)
         if ctx.needs_input_grad[3]:
-            z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
+            z = _fold(_flat(saved), tables) if tables.spec.blocks > 1 else saved
             g_square = _square_gradient(_collect(_flat(g), tables), z, square.dtype)
         return g_x, None, None, g_square, None
 
@@ -98,7 +98,7 @@ class _Activation(torch.autograd.Function):
     ) -> Tensor:
         z = _fold(_flat(x), tables)
         ctx.tables, ctx.make = tables, maker_of(weight)
-        ctx.save_for_backward(x if tables.spec.blockwise else z, square, *parts_of(weight))
+        ctx.save_for_backward(x if tables.spec.blocks > 1 else z, square, *parts_of(weight))
         u = z.view(-1, tables.spec.r_hat) @ square.T
         y = product(x, weight, bias)
         ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), tables.deal, None, None, False)
@@ -115,6 +115,6 @@ class _Activation(torch.autograd.Function):
             g_z = (c @ square).view(-1, tables.fold.shape[1])
             ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, tables.unfold, *tables.rotation, True)
         if ctx.needs_input_grad[3]:
-            z = _fold(_flat(saved), tables) if tables.spec.blockwise else saved
+            z = _fold(_flat(saved), tables) if tables.spec.blocks > 1 else saved
             g_square = _square_gradient(c, z, square.dtype)
         return g_x, None, None, g_square, None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import rotate
+from mora_ds.adapters.ops.gather import rotate, signed
 
 TILE = 128
 """Side of the tiles of M's gradient that one program of `product` sums."""
@@ -73,7 +73,7 @@ def _sums(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back
     for row in table[1:]:
         total += padded.index_select(1, row % padded.shape[1])
     if cos is not None and sin is not None and not back:
-        return rotate(total.view(-1, len(cos), 2 * cos.shape[1]), cos, sin).flatten(1)
+        return rotate(total.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin)).flatten(1)
     return total
 
 
@@ -81,7 +81,7 @@ def _unturned(rows: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """(T, N * R), each block rotated back; itself where nothing is rotated."""
     if cos is None or sin is None:
         return rows
-    return rotate(rows.view(-1, len(cos), 2 * cos.shape[1]), cos, -sin).flatten(1)
+    return rotate(rows.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin), back=True).flatten(1)
 
 
 def _wide(x: Tensor) -> Tensor:

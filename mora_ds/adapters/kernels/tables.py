@@ -5,14 +5,11 @@ Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate 
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.ops.index_tables import make_tables, rope_table
+from mora_ds.adapters.ops.index_tables import make_tables, of_all_blocks, rope_table
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import OperatorKind
 
 
 class KernelTables(nn.Module):
@@ -32,16 +29,23 @@ class KernelTables(nn.Module):
         super().__init__()
         self.spec = spec
         tables = make_tables(spec, torch.device("cpu"))
-        for field in fields(tables):
-            table = getattr(tables, field.name).table.to(device, torch.int32).contiguous()
-            self.register_buffer(field.name, table, persistent=False)
+        maps = {
+            "fold": tables.fold.table,
+            "unfold": tables.unfold.table,
+            "deal": tables.deal.table,
+            "collect": of_all_blocks(tables.collect.table, spec),
+        }
+        for name, table in maps.items():
+            self.register_buffer(name, table.to(device, torch.int32).contiguous(), persistent=False)
+        self._every_output_reads_a_row = spec.blocks == 1 and tables.deal.missing is None
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
         """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No buffers, as they stay in fp32
         whatever dtype the layer is cast to."""
-        if spec.kind is OperatorKind.ROTATE:
-            self.rotation = rope_table(spec.blocks_in, spec.r_hat, torch.float32, device)
+        if spec.rotates:
+            self.rotation = rope_table(spec.blocks, spec.r_hat, torch.float32, device)
 
     @property
     def members(self) -> Tensor | None:
-        """Share: (K, R), the outputs that read each row of M, so that a kernel reads a row once for all of them."""
-        return self.collect if self.spec.kind is OperatorKind.SHARE else None
+        """(K, R), the outputs that read each row of M, where M is applied once and every output reads a row: a kernel
+        then reads a row once for all of them."""
+        return self.collect if self._every_output_reads_a_row else None

@@ -41,7 +41,7 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
     pending: list[_Rows] = []
     for spec, value in updates:
         value = value.to(total.device, total.dtype)
-        if isinstance(spec, OperatorSpec) and not spec.blockwise:
+        if isinstance(spec, OperatorSpec) and spec.blocks == 1:
             pending.append(rows_and_slots(spec, input_columns(spec, value)))
             if sum(columns.numel() for columns, _ in pending) < _PENDING:
                 continue
@@ -49,7 +49,7 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
         pending.clear()
         if not isinstance(spec, OperatorSpec):
             total.add_(spec.delta_weight(value))
-        elif spec.blockwise:
+        elif spec.blocks > 1:
             add_blocks_(total, spec, value)
     _add_rows(total, pending)
 

@@ -17,18 +17,23 @@ _SCRATCH_BYTES = 2**26
 """The most that one use of `scratch` keeps."""
 
 
-def gather(x: Tensor, index: Tensor, missing: Tensor | None = None) -> Tensor:
-    """x[..., index], zero at the positions `missing`. Two-dimensional inside, which is up to five times faster on a
-    CPU."""
-    taken = x.reshape(-1, x.shape[-1]).index_select(1, index)
-    if missing is not None:
-        taken = taken.index_fill_(1, missing, 0)
+def gather(x: Tensor, index: Tensor, use: str | None = None) -> Tensor:
+    """x[..., index]. Two-dimensional inside, which is up to five times faster on a
+    CPU. With `use` the result may lie in `scratch`."""
+    flat = x.reshape(-1, x.shape[-1])
+    memory = scratch(use, flat, len(flat), len(index)) if use and reuses_memory(flat) else None
+    taken = torch.index_select(flat, 1, index, out=memory)
     return taken.view(*x.shape[:-1], len(index))
 
 
-def prefers_scatter(x: Tensor) -> bool:
-    """Whether groups of x are summed by scattering and not by gathering: on a CPU. On a GPU scattered sums
-    are atomic, so that their order would vary."""
+def select_rows(rows: Tensor, index: Tensor, use: str) -> Tensor:
+    """rows[index], which may lie in `scratch`."""
+    memory = scratch(use, rows, len(index), *rows.shape[1:]) if reuses_memory(rows) else None
+    return torch.index_select(rows, 0, index, out=memory)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is computed with as a CPU likes it: from memory that is written again, and that stays in its cache."""
     return x.device.type == "cpu"
 
 
@@ -57,10 +62,28 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
 
 def reuses_memory(x: Tensor) -> bool:
     """Whether results that live for one operation are written to `scratch`."""
-    return prefers_scatter(x) and not torch.is_grad_enabled()
+    return on_cpu(x) and not torch.is_grad_enabled()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of the last dimension in half-split pairs (as in Llama): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """RoPE of the last dimension in half-split pairs, as in Llama: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); with
+    `back` the inverse. `cos` (..., 1, R / 2) and `sin` (..., 2, R / 2) of `signed`, for x (..., R). Few operations, as
+    each of them costs more to start than to compute where matrices are small."""
+    halves = x.unflatten(-1, (2, -1))
+    turned = halves * cos
+    crossed = halves.flip(-2) * sin
+    return (turned.sub_(crossed) if back else turned.add_(crossed)).flatten(-2)
+
+
+def add_rotated_(total: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """total (..., R) + `rotate` of x, in place, each product rounded with its sum or before it, as the CPU likes."""
+    summed = total.unflatten(-1, (2, -1))
+    halves = x.unflatten(-1, (2, -1))
+    summed.addcmul_(halves, cos)
+    summed[..., :1, :].addcmul_(halves[..., 1:, :], sin[..., :1, :])
+    summed[..., 1:, :].addcmul_(halves[..., :1, :], sin[..., 1:, :])
+
+
+def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., R / 2) each -> what `rotate` multiplies both halves by."""
+    return cos.unsqueeze(-2), torch.stack((-sin, sin), dim=-2)

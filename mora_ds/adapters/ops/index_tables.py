@@ -5,19 +5,21 @@
 
 Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `deal`. All else
 follows from the maps: the operator's delta and gradients (`mora`), its kernels, its windows for tensor parallelism.
-Another operator is one more function in `_PLAIN_MAPS`, which says its `fold` and `collect`.
+Another operator is one more entry of `OPERATORS`, with one function that makes its `fold` and `collect`.
 
 The tables hold indices only, no arithmetic. Permutations are folded into them, so that a permuted operator costs no
 more.
 
-Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to, K = terms of the longest sum.
+Shape legend:  D = d_in, O = d_out, R = r_hat, N = blocks that M is applied to, K = terms of the longest sum,
+               P = blocks of u that `collect` makes: where outputs read the sum of several blocks, the transpose gives
+               these the same numbers, and block b of u has those of block b mod P.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import gather
+from mora_ds.adapters.ops.gather import gather, select_rows, signed
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
 _POWERS = 28
@@ -38,46 +40,78 @@ if TYPE_CHECKING:  # `mora` makes the tables of its `OperatorSpec`
     from mora_ds.adapters.ops.mora import OperatorSpec
 
 
+Results = slice | Tensor
+"""Some results of a map: a run of neighbours, which is a view, or their indices."""
+
+
 @dataclass(frozen=True)
 class IndexMap:
-    """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1 stands for zero."""
+    """A linear map: result q is the sum over k of the numbers at `table[k, q]`, where -1 stands for zero.
+
+    All that is summed is gathered at once: the first term of every result, after it the other terms of those results
+    that have them, which are then added to the first.
+    """
 
     table: Tensor
     """(K, Q) int32, which takes less time to read than int64."""
     index: Tensor
-    """The terms that are gathered and summed at once, flat, with 0 in place of -1."""
-    missing: Tensor | None
-    """Where `index` stands for zero; None for nowhere."""
-    additions: tuple[tuple[Tensor, Tensor], ...]
-    """(results, indices) of the terms that are added to few results afterwards, one to each."""
+    """What is gathered, with 0 in place of -1 in the first Q numbers."""
+    missing: Results | None
+    """The results whose first term is zero; None for none."""
+    additions: tuple[tuple[Results, slice], ...]
+    """For each other term the results that have it, and where it was gathered to."""
 
     @classmethod
-    def of(cls, table: Tensor, at_once: bool = True) -> IndexMap:
-        """`at_once` False: terms after the first are additions, because few results have any."""
+    def of(cls, table: Tensor) -> IndexMap:
         table = table.int()
-        gathered = (table if at_once else table[:1]).flatten()
-        missing = (gathered < 0).nonzero().flatten()
-        later = [] if at_once else [((row >= 0).nonzero().flatten(), row) for row in table[1:]]
-        additions = tuple((results, row[results]) for results, row in later)
-        if not len(missing):
-            return cls(table, gathered, None, additions)
-        return cls(table, gathered.clamp(min=0), missing, additions)
+        first = table[0]
+        unread = (first < 0).nonzero().flatten()
+        missing = _run_or_indices(unread) if len(unread) else None
+        gathered = [first if missing is None else first.clamp(min=0)]
+        additions: list[tuple[Results, slice]] = []
+        stop = len(first)
+        for term in table[1:]:
+            results = (term >= 0).nonzero().flatten()
+            if len(results):
+                gathered.append(term[results])
+                start = stop
+                stop += len(results)
+                additions.append((_run_or_indices(results), slice(start, stop)))
+        index = torch.cat(gathered) if additions else gathered[0]
+        return cls(table, index, missing, tuple(additions))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., Q)."""
-        total = gather(x, self.index, self.missing)
-        if total.shape[-1] > self.table.shape[1]:
-            total = total.unflatten(-1, self.table.shape).sum(dim=-2)
-        for results, index in self.additions:
-            total.index_add_(-1, results, gather(x, index))
+    def __call__(self, x: Tensor, use: str | None = None) -> Tensor:
+        """(..., size) -> (..., Q), which may be a view of more numbers. With `use` it may lie in `scratch`."""
+        gathered = gather(x, self.index, use)
+        if not self.additions and self.missing is None:
+            return gathered
+        total = gathered[..., : self.table.shape[1]]
+        if isinstance(self.missing, slice):
+            total[..., self.missing] = 0
+        elif self.missing is not None:
+            total.index_fill_(-1, self.missing, 0)
+        for results, terms in self.additions:
+            if isinstance(results, slice):
+                total[..., results] += gathered[..., terms]
+            else:
+                total.index_add_(-1, results, gathered[..., terms].clone())  # autograd keeps it, and `total` changes
         return total
 
     def to(self, device: torch.device) -> IndexMap:
+        def moved(results: Results) -> Results:
+            return results if isinstance(results, slice) else results.to(device)
+
         table = self.table.to(device)
-        additions = tuple((results.to(device), index.to(device)) for results, index in self.additions)
-        if self.missing is None:
-            return IndexMap(table, table.flatten()[: len(self.index)], None, additions)
-        return IndexMap(table, self.index.to(device), self.missing.to(device), additions)
+        index = self.index.to(device) if self.additions or self.missing is not None else table[0]
+        missing = None if self.missing is None else moved(self.missing)
+        return IndexMap(table, index, missing, tuple((moved(results), terms) for results, terms in self.additions))
+
+
+def _run_or_indices(results: Tensor) -> Results:
+    """Sorted indices, at least one; as a slice where they are neighbours."""
+    start = int(results[0])
+    stop = int(results[-1]) + 1
+    return slice(start, stop) if len(results) == stop - start else results
 
 
 @dataclass(frozen=True)
@@ -88,9 +122,61 @@ class IndexTables:
     unfold: IndexMap
     deal: IndexMap
     collect: IndexMap
+    """(K, P R)"""
+    delta_rows: DeltaRows | None = None
+    """For operators with several blocks."""
 
     def to(self, device: torch.device) -> IndexTables:
-        return IndexTables(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return IndexTables(
+            fold=self.fold.to(device),
+            unfold=self.unfold.to(device),
+            deal=self.deal.to(device),
+            collect=self.collect.to(device),
+            delta_rows=None if self.delta_rows is None else self.delta_rows.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class DeltaRows:
+    """The delta (O, D) of an operator with several blocks as sums of scattered rows of M R_b, b = 0 .. N - 1 (N R, R).
+
+    Nothing here is computed in a step, where starting a small operation costs more than it computes.
+    """
+
+    columns: Tensor
+    """(N, R) int64: where the numbers of a row lie in the delta's row, by block."""
+    terms: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
+    """For each term of `deal`: the row that is added to each output's row and its block, (O,) int32 each, and the
+    outputs without such a term, for which any row stands; None for none."""
+
+    overlap: bool
+    """Whether an output reads some input in two blocks, so that two rows change one number."""
+
+    @classmethod
+    def of(cls, fold: Tensor, deal: Tensor, r_hat: int) -> DeltaRows:
+        terms = []
+        for rows in deal.int():
+            without = (rows < 0).nonzero().flatten()
+            rows = rows.clamp(min=0)
+            terms.append((rows, rows // r_hat, without if len(without) else None))
+        columns = fold.view(-1, r_hat)
+        blocks = torch.where(deal < 0, -1, deal // r_hat)
+        read_together = [columns[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
+        overlap = any(len(numbers.unique()) < len(numbers) for numbers in read_together)
+        return cls(columns, tuple(terms), overlap)
+
+    def to(self, device: torch.device) -> DeltaRows:
+        terms = [tuple(None if each is None else each.to(device) for each in term) for term in self.terms]
+        return DeltaRows(self.columns.to(device), tuple(terms), self.overlap)  # type: ignore[arg-type]
+
+    def add_to_(self, total: Tensor, rows: Tensor) -> Tensor:
+        """total (O, D) + the delta, in place. `rows`: (N R, R)."""
+        for chosen, blocks, without in self.terms:
+            values = select_rows(rows, chosen, "rows")
+            if without is not None:
+                values.index_fill_(0, without, 0)
+            total.scatter_add_(1, select_rows(self.columns, blocks, "columns"), values)
+        return total
 
 
 _held: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
@@ -111,18 +197,25 @@ def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
 def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """`tables_of` without its cache, for callers that keep the tables themselves."""
     with torch.inference_mode(False), torch.no_grad():
-        fold, collect = _PLAIN_MAPS[spec.kind](spec)
+        fold, collect = OPERATORS[spec.kind].maps(spec)
         if spec.grouping is Grouping.PERMUTED:
             inputs, outputs = draw_permutations(spec.seed, spec.d_in, spec.d_out, spec.in_segments, spec.out_segments)
             fold = inputs[fold].where(fold >= 0, -1)
             collect = outputs[collect].where(collect >= 0, -1)
+        deal = transposed(of_all_blocks(collect, spec), spec.d_out)
         return IndexTables(
             fold=IndexMap.of(fold),
-            # An input has more than one position only where the last group or block is filled up with first inputs.
-            unfold=IndexMap.of(transposed(fold, spec.d_in), at_once=False),
-            deal=IndexMap.of(transposed(collect, spec.d_out)),
+            unfold=IndexMap.of(transposed(fold, spec.d_in)),
+            deal=IndexMap.of(deal),
             collect=IndexMap.of(collect),
+            delta_rows=DeltaRows.of(fold, deal, spec.r_hat) if spec.blocks > 1 else None,
         ).to(device)
+
+
+def of_all_blocks(collect: Tensor, spec: OperatorSpec) -> Tensor:
+    """(K, P R) -> (K, N R)."""
+    by_block = collect.unflatten(1, (-1, spec.r_hat))
+    return by_block[:, torch.arange(spec.blocks, device=collect.device) % by_block.shape[1]].flatten(1)
 
 
 def transposed(table: Tensor, size: int) -> Tensor:
@@ -145,7 +238,7 @@ def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
     return table
 
 
-# -- fold (K, N R) and collect (K, N R) of each operator, without permutations ---------------------------------------
+# -- fold (K, N R) and collect (K, P R) of each operator, without permutations ---------------------------------------
 
 
 def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
@@ -164,21 +257,35 @@ def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
 
 def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     """Output block p reads block p of M's output; where there are fewer of these, from the first again; where there are
-    more, those that are left are added from the first output block on."""
+    more, those that are left are added from the first output block on (P is then the number of output blocks)."""
     fold = _filled(spec.d_in, spec.r_hat).view(1, -1)
     outputs = torch.arange(spec.blocks_out * spec.r_hat)
     outputs = outputs.where(outputs < spec.d_out, -1).view(spec.blocks_out, spec.r_hat)
     if spec.blocks_in >= spec.blocks_out:
-        return fold, outputs[torch.arange(spec.blocks_in) % spec.blocks_out].view(1, -1)
+        return fold, outputs.view(1, -1)
     unread = -spec.blocks_out % spec.blocks_in
     return fold, F.pad(outputs, (0, 0, 0, unread), value=-1).view(-1, spec.blocks_in * spec.r_hat)
 
 
-_PLAIN_MAPS: dict[OperatorKind, Callable[[OperatorSpec], tuple[Tensor, Tensor]]] = {
-    OperatorKind.TRUNCATE: _truncate,
-    OperatorKind.SHARE: _share,
-    OperatorKind.DECOUPLE: _blocks,
-    OperatorKind.ROTATE: _blocks,
+@dataclass(frozen=True)
+class Operator:
+    """What tells one operator from another."""
+
+    maps: Callable[[OperatorSpec], tuple[Tensor, Tensor]]
+    """Makes `fold` and `collect`. With more than one block, every position of `fold` has one input."""
+    in_blocks: bool = False
+    """Whether M is applied to each block of R inputs, instead of once."""
+    rotates: bool = False
+    """Whether the blocks are rotated, each by other angles."""
+    has_groups: bool = False
+    """Whether `Grouping` and segments choose what is summed."""
+
+
+OPERATORS: dict[OperatorKind, Operator] = {
+    OperatorKind.TRUNCATE: Operator(_truncate),
+    OperatorKind.SHARE: Operator(_share, has_groups=True),
+    OperatorKind.DECOUPLE: Operator(_blocks, in_blocks=True),
+    OperatorKind.ROTATE: Operator(_blocks, in_blocks=True, rotates=True),
 }
 
 
@@ -236,6 +343,14 @@ def clear_tables() -> None:
     _held.clear()
     tables_of.cache_clear()
     rope_table.cache_clear()
+    signed_rope_table.cache_clear()
+
+
+@lru_cache(maxsize=512)
+def signed_rope_table(blocks: int, r_hat: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`rope_table` as `gather.rotate` reads it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return signed(*rope_table(blocks, r_hat, dtype, device))
 
 
 @lru_cache(maxsize=512)

@@ -31,6 +31,7 @@ from mora_ds.adapters.ops.mora import (
     fold_input,
     fold_matrix,
     rows_of_outputs,
+    saved_input,
     square_gradient,
     sums_by_product,
     unfold_input,
@@ -77,7 +78,7 @@ class _WeightPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec, ctx.make = spec, maker_of(weight)
-        ctx.save_for_backward(x if spec.blockwise else fold_input(spec, x), square, *parts_of(weight))
+        ctx.save_for_backward(saved_input(spec, x), square, *parts_of(weight))
         return linear(x, effective_weight(spec, square, dense(weight, x.dtype)), bias)
 
     @staticmethod
@@ -98,7 +99,7 @@ class _ActivationPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
         ctx.spec, ctx.make = spec, maker_of(weight)
-        saved = x if spec.blockwise else fold_input(spec, x)
+        saved = saved_input(spec, x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
         return add_update_(product(x, weight, bias), spec, square, saved)
 
@@ -107,7 +108,7 @@ class _ActivationPath(torch.autograd.Function):
         (g,), spec = gradients, ctx.spec
         saved, square, *parts = ctx.saved_tensors
         g_x = g_square = sums = None
-        if not (spec.blockwise or sums_by_product(g)):
+        if not (spec.blocks > 1 or sums_by_product(g)):
             sums = decompress_transpose(spec, g)  # both gradients read them
         if ctx.needs_input_grad[0]:
             g_x = add_input_gradient_(input_gradient(g, weight_of(ctx.make, *parts)), spec, square, g, sums)
@@ -122,7 +123,7 @@ class _ActivationPath(torch.autograd.Function):
 def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) -> Tensor:
     """y (..., O) + decompress(M compress(x)), in place. `saved`: `fold_input` of x for share and truncate, for decouple
     and rotate x itself."""
-    if spec.blockwise:
+    if spec.blocks > 1:
         z = fold_input(spec, saved).flatten(0, -3)
         return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
     if sums_by_product(y):
@@ -136,7 +137,7 @@ def add_input_gradient_(
 ) -> Tensor:
     """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in place. `sums`:
     `decompress_transpose` of g, where it is there already."""
-    if spec.blockwise:
+    if spec.blocks > 1:
         c = decompress_transpose(spec, g).flatten(0, -3)
         g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
         return g_x.add_(unfold_input(spec, g_z).view_as(g_x))

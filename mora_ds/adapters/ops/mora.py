@@ -35,15 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import (
-    LOW_PRECISION,
-    gather,
-    prefers_scatter,
-    reuses_memory,
-    rotate,
-    scratch,
+from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, on_cpu, rotate, scratch, select_rows
+from mora_ds.adapters.ops.index_tables import (
+    OPERATORS,
+    DeltaRows,
+    IndexMap,
+    of_all_blocks,
+    signed_rope_table,
+    tables_of,
 )
-from mora_ds.adapters.ops.index_tables import IndexMap, rope_table, tables_of
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.untrusted import MAX_SIDE
@@ -73,12 +73,13 @@ class OperatorSpec(SquareSpec):
             raise UserError(f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}")
-        if self.kind is OperatorKind.ROTATE and self.r_hat % 2:
+        operator = OPERATORS[self.kind]
+        if operator.rotates and self.r_hat % 2:
             raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
-        is_share, segments = self.kind is OperatorKind.SHARE, max(self.in_segments, self.out_segments)
-        if not is_share and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
+        if not operator.has_groups and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
             raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
-        if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and not is_share):
+        segments = max(self.in_segments, self.out_segments)
+        if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and not operator.has_groups):
             raise UserError(f"segments belong to operator 'share', and are at least 1, got {self}")
         if segments > self.r_hat:
             raise UserError(f"r_hat must be at least the number of segments, {segments}, got {self.r_hat}")
@@ -92,20 +93,20 @@ class OperatorSpec(SquareSpec):
         return math.ceil(self.d_out / self.r_hat)
 
     @property
-    def blockwise(self) -> bool:
-        """Whether M is applied to each of several blocks (decouple, rotate) instead of once (truncate, share)."""
-        return self.kind in (OperatorKind.DECOUPLE, OperatorKind.ROTATE)
+    def blocks(self) -> int:
+        return self.blocks_in if OPERATORS[self.kind].in_blocks else 1
 
     @property
-    def blocks(self) -> int:
-        return self.blocks_in if self.blockwise else 1
+    def rotates(self) -> bool:
+        """Whether blocks are rotated before M: those after the first, as block 0 turns by no angle."""
+        return OPERATORS[self.kind].rotates and self.blocks > 1
 
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """For truncate and share: A says which inputs are summed (zeros and ones), B holds the rows of M."""
-        return None if self.blockwise else (fold_matrix(self, value).T, rows_of_outputs(self, value))
+        """Where M is applied once: A says which inputs are summed (zeros and ones), B holds the rows of M."""
+        return (fold_matrix(self, value).T, rows_of_outputs(self, value)) if self.blocks == 1 else None
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         return adjoint(self, gradient)
@@ -136,16 +137,32 @@ def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
     """The transpose of `decompress`, (..., O) -> (..., N, R): from a gradient of the output to one of M compress(x)."""
+    collected = collect(spec, g)
+    repeats = math.ceil(spec.blocks / collected.shape[-2])
+    return torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :] if repeats > 1 else collected
+
+
+def collect(spec: OperatorSpec, g: Tensor, use: str | None = None) -> Tensor:
+    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these. With `use`
+    the result may lie in `scratch`."""
     tables = tables_of(spec, g.device)
-    return _sums(spec, g, tables.collect, tables.deal)
+    return _sums(spec, g, tables.collect, tables.deal, use).unflatten(-1, (-1, spec.r_hat))
 
 
-def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
-    """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
-    if spec.blockwise and spec.grouping is Grouping.PLAIN and spec.d_in % spec.r_hat == 0:
+def fold_input(spec: OperatorSpec, x: Tensor, use: str | None = None) -> Tensor:
+    """(..., D) -> (..., N, R): `compress` without the rotation of rotate. With `use` the result may lie in
+    `scratch`."""
+    if spec.blocks > 1 and spec.grouping is Grouping.PLAIN and spec.d_in % spec.r_hat == 0:
         return x.unflatten(-1, (spec.blocks, spec.r_hat))  # a view
     tables = tables_of(spec, x.device)
-    return _sums(spec, x, tables.fold, tables.unfold)
+    return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(-1, (spec.blocks, spec.r_hat))
+
+
+def saved_input(spec: OperatorSpec, x: Tensor) -> Tensor:
+    """What a layer saves of its input x (..., D) for M's gradient: the folded input (..., 1, R) where M is applied
+    once. That of several blocks is as large as x itself, which is saved in its place: layers that read one tensor share
+    it."""
+    return fold_input(spec, x).contiguous() if spec.blocks == 1 else x
 
 
 def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
@@ -153,22 +170,21 @@ def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
     return input_columns(spec, z.flatten(-2))
 
 
-def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
-    """The map `sums` applied to x, as blocks (..., N, R). By scattering where that is faster, and in low precision by a
-    product with ones and zeros: CPUs multiply such numbers faster than they move them one by one, and sum them in
-    fp32."""
-    if spec.blockwise or len(sums.table) == 1 or not prefers_scatter(x):
-        total = sums(x)
-    elif sums_by_product(x):
-        total = x @ _matrix(transpose, spec.r_hat, x.dtype)
-    else:
-        flat = x.reshape(-1, x.shape[-1])
-        groups = transpose.table[0].long().expand(len(flat), -1)
-        total = flat.new_zeros(len(flat), spec.r_hat).scatter_add_(1, groups, flat)
-        for members, more_groups in transpose.additions:
-            total.index_add_(1, more_groups, gather(flat, members))
-        total = total.view(*x.shape[:-1], spec.r_hat)
-    return total.unflatten(-1, (spec.blocks, spec.r_hat))
+def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap, use: str | None) -> Tensor:
+    """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU scatters them, in low precision
+    by a product with ones and zeros, which it multiplies faster than it moves numbers one by one, and sums in fp32. (On
+    a GPU scattered sums are atomic, so that their order would vary.)"""
+    if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
+        return sums(x, use)
+    if sums_by_product(x):
+        return x @ _matrix(transpose, spec.r_hat, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    total = flat.new_zeros(len(flat), spec.r_hat)
+    groups = transpose.index[: flat.shape[1]].long()
+    total.scatter_add_(1, groups.expand(len(flat), -1), flat)
+    for members, terms in transpose.additions:  # where groups are filled up, some numbers are in two
+        total.index_add_(1, transpose.index[terms], flat[:, members])
+    return total.view(*x.shape[:-1], spec.r_hat)
 
 
 def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
@@ -182,28 +198,50 @@ def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
 def square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, form_dense: bool = False) -> Tensor:
     """dL/dM (R, R) from the gradient g (..., O) of the layer's output; equal to adjoint(g^T x), which is not formed.
 
-    `saved`: the layer's input x (..., D) for decouple and rotate, `fold_input` of it for truncate and share.
-    `form_dense`: decouple and rotate do form g^T x (O, D), which in low precision may take less time.
+    `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several blocks do form g^T x (O, D), which
+    in low precision may take less time. Else some tokens at a time, so that what is gathered of them is still in the
+    CPU's cache when it is multiplied.
     """
-    if not spec.blockwise:
-        z = saved.flatten(0, -2)
-        if sums_by_product(g):
-            return decompress_transpose(spec, z.T @ g.flatten(0, -2)).squeeze(-2).T
-        return decompress_transpose(spec, g).flatten(0, -2).T @ z
-    x, g = saved.flatten(0, -2), g.flatten(0, -2)
-    if form_dense:
-        return adjoint(spec, g.T @ x)
+    g = g.flatten(0, -2)
+    saved = saved.reshape(-1, 1, spec.r_hat) if spec.blocks == 1 else saved.flatten(0, -2)
+    if spec.blocks == 1 and sums_by_product(g):
+        return collect(spec, saved.squeeze(1).T @ g).squeeze(-2).T
+    if spec.blocks > 1 and form_dense:
+        return adjoint(spec, g.T @ saved)
     tokens = tokens_in_cache(g, max(spec.d_in, spec.d_out))
-    products = g.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
-    for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
-        z, c = fold_input(spec, x_part), decompress_transpose(spec, g_part)
+    count = tables_of(spec, g.device).collect.table.shape[1] // spec.r_hat
+    products = scratch("products", g, count, spec.r_hat, spec.r_hat).zero_()
+    for saved_part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
+        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part, "folded")
+        if count < spec.blocks:
+            z = sum_alike(spec, z, count)
+        c = collect(spec, g_part, "collected")
         products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1))
-    return sum_of_blocks(spec, products)
+    return products.sum(dim=0) if count < spec.blocks else sum_of_blocks(spec, products)
+
+
+def sum_alike(spec: OperatorSpec, z: Tensor, count: int) -> Tensor:
+    """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... of the folded input, each rotated, summed.
+
+    The same block of the output's gradient belongs to all of them: they are multiplied with it at once, which is
+    N / P times less work.
+    """
+    total = scratch("alike", z, len(z), count, spec.r_hat).zero_()
+    for start in range(0, spec.blocks, count):
+        chosen = slice(start, start + count)
+        blocks = z[:, chosen]
+        summed = total[:, : blocks.shape[1]]
+        if spec.rotates:
+            cos, sin = rotation_of(spec, z)
+            add_rotated_(summed, blocks, cos[chosen], sin[chosen])
+        else:
+            summed += blocks
+    return total
 
 
 def sums_by_product(x: Tensor) -> bool:
     """Whether groups of x are summed, and copied to outputs, by products with matrices of ones and zeros."""
-    return prefers_scatter(x) and x.dtype in LOW_PRECISION
+    return on_cpu(x) and x.dtype in LOW_PRECISION
 
 
 def fold_matrix(spec: OperatorSpec, like: Tensor) -> Tensor:
@@ -229,16 +267,22 @@ def rows_and_slots(spec: OperatorSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
 def rotate_blocks(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
     """The rotation of each input block (..., N, R), or its inverse; for all operators but rotate, the blocks
     themselves."""
-    if spec.kind is not OperatorKind.ROTATE:
+    if not spec.rotates:
         return blocks
-    cos, sin = rope_table(spec.blocks_in, spec.r_hat, blocks.dtype, blocks.device)
-    return rotate(blocks, cos, -sin if back else sin)
+    return rotate(blocks, *rotation_of(spec, blocks), back)
+
+
+def rotation_of(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate` needs for blocks (N, R), in the dtype and on the device of `like`."""
+    return signed_rope_table(spec.blocks, spec.r_hat, like.dtype, like.device)
 
 
 def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
-    """(N, R, R) for decouple and rotate: M R_i for every input block i, since (M R_i) x = M (R_i x)."""
-    squares = square.expand(spec.blocks_in, -1, -1)
-    return rotate_blocks(spec, squares.transpose(0, 1), back=True).transpose(0, 1)
+    """(N, R, R): M R_b for every input block b, since (M R_b) x = M (R_b x). Contiguous where blocks are rotated."""
+    if not spec.rotates:
+        return square.expand(spec.blocks, -1, -1)
+    cos, sin = rotation_of(spec, square)
+    return rotate(square, cos.unsqueeze(1), sin.unsqueeze(1), back=True)
 
 
 def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
@@ -258,47 +302,36 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
 
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
-    if not spec.blockwise:
+    if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))
-    return add_blocks_(square.new_zeros(spec.d_out, spec.d_in), spec, square)
+    return _add_rows_(square.new_zeros(spec.d_out, spec.d_in), spec, square)
 
 
 def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
-    """total (O, D) + `delta_weight` of decouple or rotate, in place: M R_i wherever input block i meets an output
-    block, as the delta is zero elsewhere. Every element is changed once, so that it is rounded once.
+    """total (O, D) + `delta_weight` of an operator with several blocks, in place: only where an output reads a block of
+    inputs, as the delta is zero elsewhere. Every number is changed once, so that it is rounded once."""
+    if _delta_rows(spec, total).overlap:
+        return total.add_(delta_weight(spec, square))
+    return _add_rows_(total, spec, square)
 
-    The first inputs also fill up the last block. Where both blocks of such an input meet one output block, their
-    columns are summed before they are added.
-    """
-    outputs = output_blocks(spec, total.device).flatten()[: spec.d_out].split(spec.r_hat)
-    inputs = list(tables_of(spec, total.device).fold.table.long().view(-1, spec.r_hat))
-    squares = list(block_squares(spec, square))
-    last = spec.blocks_in - 1
-    filled = spec.d_in - last * spec.r_hat
-    if filled < spec.r_hat and last % spec.blocks_out == 0:
-        leading, fills = squares[0].clone(), squares[last]
-        for start in range(filled, spec.r_hat, spec.d_in):  # a block longer than the input has a column several times
-            columns = fills[:, start : start + spec.d_in]
-            leading[:, : columns.shape[1]] += columns
-        squares[0] = leading
-        squares[last] = squares[last][:, :filled]
-        inputs[last] = inputs[last][:filled]
-    flat = total.view(-1)
-    for pair in range(max(spec.blocks_in, spec.blocks_out)):
-        reads, feeds = outputs[pair % spec.blocks_out], inputs[pair % spec.blocks_in]
-        places = reads.unsqueeze(1) * spec.d_in + feeds
-        flat.index_add_(0, places.flatten(), squares[pair % spec.blocks_in][: len(reads)].flatten())
-    return total
+
+def _add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
+    return _delta_rows(spec, total).add_to_(total, block_squares(spec, square).reshape(-1, spec.r_hat))
+
+
+def _delta_rows(spec: OperatorSpec, like: Tensor) -> DeltaRows:
+    delta_rows = tables_of(spec, like.device).delta_rows
+    assert delta_rows is not None, "of an operator with several blocks"
+    return delta_rows
 
 
 def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
     """weight (O, D) + delta_weight, contiguous. It may lie in `scratch`: it holds until the next call."""
-    if spec.blockwise:
+    if spec.blocks > 1:
         formed = scratch("formed", square, spec.d_out, spec.d_in).copy_(weight)
         return add_blocks_(formed, spec, square)
     rows, slots = rows_and_slots(spec, input_columns(spec, square))
-    memory = scratch("formed", rows, spec.d_out, spec.d_in) if reuses_memory(rows) else None
-    return torch.index_select(rows, 0, slots, out=memory).add_(weight)
+    return select_rows(rows, slots, "formed").add_(weight)
 
 
 def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
@@ -312,15 +345,13 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
 
     <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
     """
-    if not spec.blockwise:
-        folded = fold_input(spec, gradient).squeeze(-2)
-        return decompress_transpose(spec, folded.T).squeeze(-2).T
-    members = output_blocks(spec, gradient.device)
-    rows = F.pad(gradient, (0, 0, 0, 1))[members]  # (blocks_out, R, D); index -1 is the row of zeros
-    columns = tables_of(spec, gradient.device).fold.table.long().view(spec.blocks_in, 1, spec.r_hat)
-    products = gradient.new_zeros(spec.blocks_in, spec.r_hat, spec.r_hat)
-    for into, out in block_pairs(spec):
-        products[into] += rows[out].gather(2, columns[into].expand_as(products[into]))
+    tables = tables_of(spec, gradient.device)
+    folded = fold_input(spec, gradient)  # (O, N, R)
+    blocks = torch.arange(spec.blocks, device=gradient.device).unsqueeze(1)
+    products = gradient.new_zeros(spec.blocks, spec.r_hat, spec.r_hat)
+    for outputs in of_all_blocks(tables.collect.table, spec).unflatten(1, (-1, spec.r_hat)):
+        rows = folded[outputs, blocks]  # (N, R, R); index -1 is any row
+        products += rows.masked_fill_((outputs < 0).unsqueeze(2), 0)
     return sum_of_blocks(spec, products)
 
 
@@ -341,10 +372,13 @@ def block_pairs(spec: OperatorSpec) -> list[tuple[slice, slice]]:
 
 def sum_of_blocks(spec: OperatorSpec, products: Tensor) -> Tensor:
     """dL/dM (R, R) from the gradients (N, R, R) of `block_squares`."""
-    return rotate_blocks(spec, products.transpose(0, 1)).transpose(0, 1).sum(dim=0)
+    if spec.rotates:
+        cos, sin = rotation_of(spec, products)
+        products = rotate(products, cos.unsqueeze(1), sin.unsqueeze(1))
+    return products.sum(dim=0)
 
 
 def tokens_in_cache(x: Tensor, width: int) -> int:
     """How many tokens of `width` numbers to gather and multiply at once: on a CPU, what stays in its cache; elsewhere
     all of x (tokens, ...)."""
-    return max(256, 2**18 // width) if prefers_scatter(x) else max(1, len(x))
+    return max(512, 2**18 // width) if on_cpu(x) else max(1, len(x))

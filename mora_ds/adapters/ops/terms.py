@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.linear import add_input_gradient_, add_update_
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.mora import OperatorSpec, fold_input
+from mora_ds.adapters.ops.mora import OperatorSpec, saved_input
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.common.errors import UserError
 
@@ -55,7 +55,7 @@ def add_terms_(y: Tensor, terms: Iterable[Term], x: Tensor) -> Tensor:
             y.add_(F.linear(x, down) @ up)
         else:
             operator = _operator(spec)
-            add_update_(y, operator, value, x if operator.blockwise else fold_input(operator, x))
+            add_update_(y, operator, value, saved_input(operator, x))
     return y
 
 

@@ -154,5 +154,5 @@ def test_a_layer_starts_few_kernels_and_never_waits(
         y = kernel_linear(x, weight, meta(d_out) if bias else None, square, tables, path)
         torch.autograd.grad(y, (x, square), g)
     assert not SYNCS & set(kernels.started)
-    most = MOST_KERNELS[OperatorKind.ROTATE if spec.blockwise else OperatorKind.SHARE]
+    most = MOST_KERNELS[OperatorKind.ROTATE if spec.blocks > 1 else OperatorKind.SHARE]
     assert kernels.started.total() <= most, kernels.started

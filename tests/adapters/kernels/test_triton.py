@@ -76,7 +76,7 @@ def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict
     scales = meta(spec.d_out, dtype=torch.float32) if int8 else None
     formed = meta(spec.d_out, spec.d_in, dtype=dtype)
     base, plan = (formed, weight, scales, square, tables.unfold), triton_ops.plan_gather_sum
-    blocks = (spec.blocks_in, spec.blocks_out) if spec.blockwise else (1, 1)
+    blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     if tables.members is not None:
         form = triton_ops.plan_form_groups(*base, tables.members)
     else:

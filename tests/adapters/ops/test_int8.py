@@ -91,7 +91,7 @@ in_8_bits = partial(in_bits, bits=8)
 )
 def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for sums in (True, False):  # as on a CPU, as on a GPU
-        monkeypatch.setattr(mora, "prefers_scatter", lambda x, sums=sums: sums)
+        monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
         for path in (Compute.ACTIVATION, Compute.WEIGHT):
             for conv in (False, True):
                 layer = in_8_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))

@@ -82,7 +82,7 @@ def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
     assert delta.shape == (spec.d_out, spec.d_in)
     torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
     factors = spec.low_rank(square)
-    assert (factors is None) == spec.blockwise
+    assert (factors is None) == (spec.blocks > 1)
     if factors is not None:
         torch.testing.assert_close(factors[1] @ factors[0], delta, rtol=1e-12, atol=1e-11)
 
@@ -118,7 +118,7 @@ def test_low_precision(kind: OperatorKind, grouping: Grouping) -> None:
 @every_operator
 def test_shapes_of_the_two_halves(spec: OperatorSpec) -> None:
     z = compress(spec, random(5, spec.d_in))
-    assert z.shape == (5, spec.blocks_in if spec.blockwise else 1, spec.r_hat)
+    assert z.shape == (5, spec.blocks_in if spec.blocks > 1 else 1, spec.r_hat)
     assert decompress(spec, z).shape == (5, spec.d_out)
     assert compress(spec, random(spec.d_in)).shape == z.shape[1:]  # without a batch
 
