@@ -27,8 +27,6 @@ from mora_ds.common.errors import UserError
         (MoRAConfig, {"dropout": -0.1, "segments": -1, "operator": "share"}, ["--mora_dropout", "segments"]),
         (MoRAConfig, {"operator": "share", "layer_sizes": {"a": 0}}, ["research.targets:"]),
         (MoRAConfig, {"domains": ("a", ".")}, ["research.domain_adapters:"]),
-        (MoRAConfig, {"domains": ("a", "..")}, ["research.domain_adapters:"]),
-        (MoRAConfig, {"domains": ("a", "shared")}, ["research.domain_adapters:"]),
         (MoRAConfig, {"domains": ("a", "a")}, ["research.domain_adapters:"]),
     ],
 )  # fmt: skip

@@ -231,7 +231,7 @@ def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so() ->
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def test_counts_are_exact() -> None:
+def test_the_report_counts_exactly() -> None:
     model = tiny_model("qwen2")
     base = sum(parameter.numel() for parameter in model.parameters())  # the tied head once
     assert count_parameters(model) == base
@@ -242,10 +242,6 @@ def test_counts_are_exact() -> None:
     assert (report.square_params, report.other_trainable_params) == (squares, norms)
     assert report.trainable_params == squares + norms == sum(p.numel() for p in model.parameters())
     assert report.total_params == base + squares == count_parameters(model)
-
-
-def test_report_for_humans() -> None:
-    report = inject(tiny_model(), MoRAConfig(rank=4, operator="share"))
     lines = str(report).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:-1]}
     assert rows["q_proj"] == ["2", "32", "32", "16", "512"]
@@ -253,9 +249,8 @@ def test_report_for_humans() -> None:
     assert rows["down_proj"] == ["2", "56", "32", "18", "648"]
     assert len(rows) == 7
     share = 100 * report.trainable_params / report.total_params
-    assert f"trainable {report.trainable_params:,}" in lines[-1]
-    assert f"of {report.total_params:,}" in lines[-1] and lines[-1].endswith(f"{share:.3f}%")
-    assert "share/permuted" in lines[-1]
+    assert f"share/permuted: trainable {report.trainable_params:,}" in lines[-1]
+    assert lines[-1].endswith(f"of {report.total_params:,} parameters = {share:.3f}%")
 
 
 def test_a_size_larger_than_the_layer_is_reduced_and_noted() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.layer import MoRALinear, is_linear, linear_shape
@@ -98,47 +99,43 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert layer(inputs().to(dtype)).dtype is dtype
 
 
-def test_what_counts_as_linear() -> None:
-    class Own(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * 2
-
-    class Renamed(nn.Linear):
-        pass
-
-    assert is_linear(nn.Linear(2, 3)) and is_linear(Conv1D(3, 2)) and is_linear(Renamed(2, 3))
-    assert not is_linear(Own(2, 3)), "its forward is not W x + b, so a delta in its weight would mean something else"
-    assert not is_linear(nn.Embedding(2, 3)) and not is_linear(nn.LayerNorm(3))
-    assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
-
-
 def test_repr_says_what_it_is() -> None:
     text = repr(MoRALinear(base_layer("linear"), spec()))
     assert "square=(6, 6)" in text and "rotate/permuted" in text
 
 
-def test_a_linear_subclass_is_taken_when_it_computes_the_same() -> None:
-    from transformers.models.falcon.modeling_falcon import FalconLinear
+class Renamed(nn.Linear):
+    pass
 
-    class Router(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x).softmax(-1)
 
-    class Pair(torch.nn.Linear):
-        def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return super().forward(x) + other
+class Router(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1)
 
-    class Upcast(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.linear(x.float(), self.weight.float())
 
-    def layers() -> list[torch.nn.Module]:
-        return [FalconLinear(6, 4), FalconLinear(6, 4, bias=False), Router(6, 4), Pair(6, 4), Upcast(6, 4, bias=False)]
+class Pair(nn.Linear):
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + other
 
+
+class Upcast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight.float())
+
+
+def test_what_counts_as_linear() -> None:
+    """Subclasses that compute W x + b: in others a delta in the weight would mean something else."""
+
+    def layers() -> list[nn.Module]:
+        linear = [nn.Linear(6, 4), Conv1D(4, 6), Renamed(6, 4), FalconLinear(6, 4), FalconLinear(6, 4, bias=False)]
+        return [*linear, Router(6, 4), Pair(6, 4), Upcast(6, 4, bias=False), nn.Embedding(6, 4), nn.LayerNorm(4)]
+
+    expected = [True] * 5 + [False] * 5
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert [is_linear(each.to(dtype)) for each in layers()] == [True, True, False, False, False], dtype
+        assert [is_linear(layer.to(dtype)) for layer in layers()] == expected, dtype
     with torch.device("meta"):  # a planned model has no numbers to compare
-        assert [is_linear(each) for each in layers()] == [True, True, False, False, False]
+        assert [is_linear(layer) for layer in layers()] == expected
+    assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
 
 
 def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,74 +13,44 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import singular_vectors
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
-from mora_ds.adapters.ops.subspace import SubspaceSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.svd import Wanted, record_of, write_vectors
 from mora_ds.remora.ledger import Ledger
-from mora_ds.research.alignment import FLOOR, Alignment, Factors, factor_bytes, factors_of
+from mora_ds.research.alignment import FLOOR, Alignment, factor_bytes, factors_of
 from mora_ds.train.dry_run import planned
 from tests.helpers.jobs import REPOSITORY, Playground, curve, losses, refusal, research, rows, run
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.operators import random, spec_id, specs
 from tests.helpers.resume import checkpoint_tensors
-from tests.helpers.singular_vectors import MODULE, register_vectors
 
-CPU = torch.device("cpu")
 EVERY = [*(kind.value for kind in OperatorKind), "subspace"]
 SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_segments=2),
              OperatorSpec(OperatorKind.SHARE, 14, 21, 7, Grouping.PERMUTED, seed=3, out_segments=3)]  # fmt: skip
 
 
-def vectors_of(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    left, _, right = torch.linalg.svd(weight, full_matrices=False)
-    return left[:, :rank].T, right[:rank]
-
-
-def by_definition(spec: SquareSpec, square: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(share, energy) from the dense (d_out, d_in) delta."""
-    left, right = vectors_of(weight, rank)
-    delta = spec.delta_weight(square)
-    energy = delta.square().sum()
-    return (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2), energy
-
-
-def factors_by_svd(monkeypatch: pytest.MonkeyPatch, spec: OperatorSpec, weight: Tensor, rank: int) -> Factors:
-    """Factors from the float64 vectors of a weight, without a file."""
-    monkeypatch.setattr(singular_vectors, "read", lambda *given: vectors_of(weight, rank))
-    monkeypatch.setattr(singular_vectors, "norm", lambda *given: weight.norm().item())
-    return factors_of(spec, "", "", rank, CPU, torch.float64)
-
-
 @pytest.mark.parametrize("spec", [*list(specs())[::4], *SEGMENTED], ids=spec_id)
 def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, square = random(spec.d_out, spec.d_in, seed=5), random(spec.r_hat, spec.r_hat)
+    """With the float64 vectors of a weight, without a file."""
+    weight = random(spec.d_out, spec.d_in, seed=5)
+    square = random(spec.r_hat, spec.r_hat)
     rank = min(3, spec.d_in, spec.d_out)
-    factors = factors_by_svd(monkeypatch, spec, weight, rank)
-    share, energy = by_definition(spec, square, weight, rank)
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    left = left[:, :rank].T
+    right = right[:rank]
+    monkeypatch.setattr(singular_vectors, "read", lambda *names: (left, right))
+    monkeypatch.setattr(singular_vectors, "norm", lambda *names: weight.norm().item())
+    factors = factors_of(spec, "", "", rank, torch.device("cpu"), torch.float64)
+    delta = spec.delta_weight(square)
+    energy = delta.square().sum()
+    share = (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2)
     torch.testing.assert_close(factors.delta_energy(square), energy, rtol=1e-8, atol=0)
     torch.testing.assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
     assert 0 <= share <= 1
     assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
-
-
-@pytest.mark.parametrize(("d_in", "d_out", "r_hat"), [(12, 20, 5), (20, 12, 12), (7, 7, 2)])
-def test_the_share_of_the_subspace_operator(d_in: int, d_out: int, r_hat: int, tmp_path: Path) -> None:
-    """Its vectors are stored in fp32, and so no more orthonormal than that: the share is the delta's all the same."""
-    weight, square, rank = random(d_out, d_in, seed=5), random(r_hat, r_hat), 4
-    spec = SubspaceSpec(d_in, d_out, r_hat, MODULE, register_vectors(weight, min(d_in, d_out), tmp_path))
-    factors = factors_of(spec, spec.vectors, MODULE, rank, CPU, torch.float64)
-    left, right = (side.double() for side in singular_vectors.read(spec.vectors, MODULE, rank))
-    delta = spec.delta_weight(square)
-    inside = (left @ delta @ right.T).square().sum()
-    expected = inside / (delta.square().sum() + (FLOOR * singular_vectors.norm(spec.vectors, MODULE)) ** 2)
-    torch.testing.assert_close(factors.share(square), expected, rtol=1e-8, atol=1e-12)
-    corner = torch.zeros_like(square)
-    corner[:rank, :rank] = square[:rank, :rank]
-    assert factors.share(corner).item() == pytest.approx(1.0, abs=1e-4), "all of it is in the leading subspaces"
 
 
 # -- on a model --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -19,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.domains import domain_layers, domains_of, squares_of_rows, update_rows
-from mora_ds.adapters.inject import inject, mora_layers, set_cycle
-from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
+from mora_ds.adapters.inject import inject, set_cycle
+from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError, UserError
@@ -66,71 +65,53 @@ def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return nll.view(len(ids), -1).sum(dim=1)
 
 
-def plain_of(model: Any, operator: str, family: str, domain: int) -> Any:
-    """A model without domains whose matrices are M + M_k of one domain."""
-    plain = tiny_model(family)
-    inject(plain, MoRAConfig(rank=4, operator=operator, compute="activation"))
-    for name, layer in mora_layers(plain).items():
-        both = domain_layers(model)[name]
-        assert both.own_spec == layer.spec == both.spec
-        layer.square.data = both.square.data + both.domain_squares.data[domain]
-    return plain
-
-
 @pytest.mark.parametrize(
-    ("operator", "family"), [("truncate", "gpt2"), ("share", "llama"), ("decouple", "llama"), ("rotate", "gpt2")]
+    ("operator", "family", "cycle"),
+    [
+        ("truncate", "gpt2", 0),
+        ("share", "llama", 0),
+        ("decouple", "llama", 0),
+        ("rotate", "gpt2", 0),
+        ("share", "gpt2", 3),
+        ("rotate", "llama", 3),
+    ],
 )
-def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str) -> None:
-    """Losses of every row and gradients of every matrix, against one model for each domain with matrices M + M_k."""
-    model = domain_model(operator, family)
+def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str, cycle: int) -> None:
+    """Losses of every row and gradients of every matrix, against plain models with the deltas of M and of one M_k in
+    their weights; also after merges, when the two have different operators."""
+    model = domain_model(operator, family, cycle)
     ids = tokens(len(ROWS), 12)
     layers = domain_layers(model)
+    assert all((layer.spec == layer.own_spec) == (cycle == 0) for layer in layers.values())
     domains_of(model).set(ROWS)
     mixed = row_losses(model, ids)
     mixed.sum().backward()
     shared = {name: torch.zeros_like(layer.square) for name, layer in layers.items()}
     for index, domain in enumerate(NAMES):
         chosen = torch.tensor([name == domain for name in ROWS])
-        plain = plain_of(model, operator, family, index)
+        plain = tiny_model(family)
+        weights = {name: plain.get_parameter(f"{name}.weight") for name in layers}
+        for name, layer in layers.items():
+            delta = delta_weight(layer.spec, layer.square.data)
+            delta += delta_weight(layer.own_spec, layer.domain_squares.data[index])
+            weights[name].data += delta.T if layer.transposed else delta
         alone = row_losses(plain, ids[chosen])
         alone.sum().backward()
-        assert torch.allclose(mixed[chosen], alone, rtol=1e-6)
-        for name, layer in mora_layers(plain).items():
-            gradient = layer.value.grad
-            assert gradient is not None
-            assert_close(layers[name].domain_squares.grad, gradient, index)
-            shared[name] += gradient
-    for name, total in shared.items():
-        assert_close(layers[name].square.grad, total)
-        assert total.abs().max() > 1e-3
+        torch.testing.assert_close(mixed[chosen], alone, rtol=1e-5, atol=0)
+        for name, layer in layers.items():
+            gradient = weights[name].grad.T if layer.transposed else weights[name].grad
+            assert_close(layer.domain_squares.grad, adjoint(layer.own_spec, gradient), index)
+            shared[name] += adjoint(layer.spec, gradient)
+    for name, layer in layers.items():
+        assert_close(layer.square.grad, shared[name])
+        assert shared[name].abs().max() > 1e-3
 
 
 def assert_close(gradient: Any, expected: torch.Tensor, domain: int | None = None) -> None:
-    """To within a millionth of the largest element. `domain`: the index of the one that is meant."""
+    """To within a few millionths of the largest element. `domain`: the index of the one that is meant."""
     if domain is not None:
         gradient = gradient[domain]
-    assert (gradient - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max().item())
-
-
-@pytest.mark.parametrize("operator", ["share", "rotate"])
-def test_after_a_merge_a_row_is_that_of_the_model_with_both_deltas_merged(operator: str) -> None:
-    """Each row then takes two products, of different operators."""
-    model = domain_model(operator, cycle=3)
-    ids = tokens(len(ROWS), 12)
-    assert all(layer.spec != layer.own_spec for layer in domain_layers(model).values())
-    domains_of(model).set(ROWS)
-    with torch.no_grad():
-        mixed = row_losses(model, ids)
-    for index, domain in enumerate(NAMES):
-        chosen = torch.tensor([name == domain for name in ROWS])
-        dense = copy.deepcopy(model).eval()
-        for layer in domain_layers(dense).values():
-            update = delta_weight(layer.spec, layer.square.data)
-            layer.write(layer.weight + update + delta_weight(layer.own_spec, layer.domain_squares.data[index]))
-            layer.square.data.zero_()
-        domains_of(dense).set_all(None)
-        with torch.no_grad():
-            torch.testing.assert_close(row_losses(dense, ids[chosen]), mixed[chosen], rtol=1e-5, atol=0)
+    assert (gradient - expected).abs().max() <= 5e-6 * max(1.0, expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
