@@ -23,36 +23,29 @@ def opening(job: Job, total_steps: int) -> list[str]:
     arguments = job.arguments
     training = arguments.training
     world = job.place.ranks.world
-    rows = training.rows_per_step(world)
-    tokens = rows * job.data.train.seq_len
-    model = job.loaded.model
-    share = job.trainable_parameters / job.total_parameters
+    model_type = job.loaded.model.config.model_type
+    rows = {"model": f"{model_type}, {job.total_parameters:,} parameters, from {arguments.model.model_name_or_path}"}
+    if job.is_trained:
+        share = job.trainable_parameters / job.total_parameters
+        sequences = training.rows_per_step(world)
+        tokens = sequences * job.data.train.seq_len
+        first_step = f"from {job.state.step:,} to " if job.state.step else ""
+        every = {"evaluated": training.eval_steps, "saved": training.save_steps}
+        intervals = "".join(f", {what} every {steps:,}" for what, steps in every.items() if steps)
+        rows["trained"] = f"{job.trainable_parameters:,} parameters ({share:.2%}): {_trained(arguments.adapter)}"
+        rows["data"] = f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens, {tokens:,} tokens a step"
+        rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens){intervals}"
     processes = "1 process" if world == 1 else f"each of {world} processes"
     device = "a GPU" if torch.cuda.is_available() else "CPUs"
-    first_step = f"from {job.state.step:,} to " if job.state.step else ""
-    every = [("evaluated", training.eval_steps), ("saved", training.save_steps)]
-    intervals = "".join(f", {what} every {steps:,}" for what, steps in every if steps)
-    return _labelled({
-        "model": f"{model.config.model_type}, {job.total_parameters:,} parameters, "
-                 f"from {arguments.model.model_name_or_path}",
-        "trained": f"{job.trainable_parameters:,} parameters ({share:.2%}): {_adapter_text(arguments.adapter)}",
-        "data": f"{rows:,} sequences of {job.data.train.seq_len:,} tokens, {tokens:,} tokens a step",
-        "steps": f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens){intervals}",
-        "memory": f"{peak_memory_bytes() / 2**30:.2f} GiB in {processes} on {device}, after loading",
-    })  # fmt: skip
+    rows["memory"] = f"{peak_memory_bytes() / 2**30:.2f} GiB in {processes} on {device}, after loading"
+    return _labelled(rows)
 
 
-def _adapter_text(adapter: AdapterArguments) -> str:
+def _trained(adapter: AdapterArguments) -> str:
     """What is trained, such as "MoRA of rank 8, embeddings"."""
-    match AdapterKind(adapter.adapter):
-        case AdapterKind.NONE:
-            return "nothing, the model is evaluated"
-        case AdapterKind.FULL:
-            return "all of the model"
-        case AdapterKind.LORA:
-            kind = "LoRA"
-        case _:
-            kind = "MoRA"
+    if adapter.adapter == AdapterKind.FULL.value:
+        return "all of the model"
+    kind = "LoRA" if adapter.adapter == AdapterKind.LORA.value else "MoRA"
     others = {
         "embeddings": adapter.train_embeddings,
         f"a product of rank {adapter.train_embedding_rank} on the embeddings": adapter.train_embedding_rank > 0,
