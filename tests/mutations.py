@@ -85,7 +85,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed run does not say that its layers take other paths",
-        "train/adapter_job.py",
+        "train/job.py",
         "if before and counted(before) != counted(tokens):",
         "if False:",
         ("train/test_compute_run.py",),

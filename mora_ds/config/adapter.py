@@ -92,8 +92,7 @@ class AdapterArguments:
     restart_warmup_steps: int = 10
     """Optimizer steps of the re-warmup: the learning rate rises again after a merge (the paper: 50 of 2000)."""
     optimizer_reset: str = OptimizerReset.ZERO.value
-    """What a merge does to the optimizer's state: zero (moments and step count), magnitude (zeroes the smallest 90% of
-    each moment), random (a random 99%), or keep."""
+    """What a merge does to the optimizer's state: zero (moments and step count), or keep."""
 
     @property
     def is_control(self) -> bool:

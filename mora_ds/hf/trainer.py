@@ -37,7 +37,7 @@ from mora_ds.hf.options import check_options, fill_config
 from mora_ds.models.load import resolve_folder
 from mora_ds.remora.merge import MergeReport
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run import Run, RunDetails
+from mora_ds.train.run import Run
 
 _Base: Any = object
 """For the type checker: the Trainer whose methods the mixin calls."""
@@ -142,7 +142,8 @@ class MoRATrainer(_Base):
             self.args.output_dir,
             resume=resume,
             overwrite=True,
-            details=RunDetails(keys=keys, identity={"seed": self.args.seed}),
+            keys=keys,
+            identity={"seed": self.args.seed},
         )
         if again is not None:
             self.run.remora.form_base()

@@ -25,14 +25,13 @@ from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
-from mora_ds.engine.muon import uses_muon
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import LayerEntry, Ledger
-from mora_ds.remora.optimizer_reset import STEP, OptimizerReset, rule
+from mora_ds.remora.optimizer_reset import RULES, OptimizerReset
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 3e-2}
 """How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain. In 8
@@ -55,8 +54,6 @@ class MergeReport:
     rounding_loss: float
     """Share of the deltas that the live weights' dtype did not take up (0 in fp32; the ledger has all of it). Above 1
     where deltas are smaller than what rounding changes, as they may be in 8 bits."""
-    states_zeroed: float
-    """Share of the matrices' optimizer moments that is zero after the reset."""
     loss_before: float | None = None
     loss_after: float | None = None
     """Loss on the probe batch before and after the merge, where there is a probe."""
@@ -99,7 +96,6 @@ class ReMoRA:
         keys: dict[str, str],
         reset: OptimizerReset = OptimizerReset.ZERO,
     ) -> None:
-        _check_reset(engine, reset)
         self.engine, self.config, self.ledger = engine, config, ledger
         self.base, self.keys, self.reset = base, keys, reset
 
@@ -122,7 +118,7 @@ class ReMoRA:
         before = probe() if probe else None
         norms = self._merge_layers(recorded)
         self._record(step, entries, recorded)
-        zeroed = self._start_cycle(self.cycle)
+        self._start_cycle(self.cycle)
         after = probe() if probe else None
         self._check_probe(step, before, after)
         square_sum, delta_sum, weight_sum, lost_sum = (sum(norm**2 for norm in column) for column in norms.T.tolist())
@@ -134,7 +130,6 @@ class ReMoRA:
             delta_norm=delta_sum**0.5,
             weight_norm=weight_sum**0.5,
             rounding_loss=(lost_sum / delta_sum) ** 0.5 if delta_sum else 0.0,
-            states_zeroed=zeroed,
             loss_before=before,
             loss_after=after,
         )
@@ -218,28 +213,13 @@ class ReMoRA:
         if self.cycle != cycle + 1:
             raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
 
-    def _start_cycle(self, cycle: int) -> float:
-        """Returns the share of the matrices' optimizer moments that is zero after the reset, over all ranks."""
+    def _start_cycle(self, cycle: int) -> None:
+        """Zero the matrices with their masters, reset the optimizer's state, and set the operators of the cycle."""
         layers = mora_layers(self.engine.module)
-        change = rule(self.reset, self.config.seed, dist.get_rank(), cycle)
+        change = RULES[self.reset]
         zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
         set_cycle(self.engine.module, self.config, cycle)
         for name, layer in layers.items():
             first = layer.spec.first_value(self.config.first_seed(name, cycle))
             if first.any():  # LoRA's A
                 zero.set_fp32(self.engine, layer.value, layer.shard(first))
-        moments = [value for key, value in zero.state_tensors(self.engine, 0) if key != STEP]
-        zeros = sum(int((value == 0).sum()) for value in moments)
-        counts = torch.tensor(
-            [zeros, sum(value.numel() for value in moments)], dtype=torch.float64, device=self.engine.device
-        )
-        dist.all_reduce(counts)
-        return (counts[0] / counts[1]).item() if counts[1] else 1.0
-
-
-def _check_reset(engine: zero.Engine, reset: OptimizerReset) -> None:
-    """At ZeRO stages 1 and 2 two ranks hold the same Muon momentum of a matrix that lies across the border of their
-    partitions. Pruned on each rank by itself, the two copies would differ."""
-    pruned = reset in (OptimizerReset.MAGNITUDE, OptimizerReset.RANDOM)
-    if pruned and uses_muon(engine) and engine.zero_optimization_stage() in (1, 2):
-        raise UserError(f"--optimizer_reset {reset.value} with Muon needs ZeRO stage 3: take it, or zero, or keep")

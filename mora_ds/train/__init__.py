@@ -8,7 +8,7 @@ data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes
 base            the base model on this process; node_room: whether a node has room for what its processes share
 vectors         singular vectors of the base for the operators that read them
-job             the interface of the three kinds of job, full and bare ones; adapter_job: MoRA and LoRA
+job             what a run trains (an adapter, every parameter, nothing), saved, checked and exported
 run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users
 preflight       every check of the live model before the first step
 trainer         the loop; evaluator, replicas: its parts

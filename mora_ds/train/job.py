@@ -1,108 +1,227 @@
-"""The three kinds of job behind one interface: what is trained, saved and exported.
+"""What a run trains: an engine with its state, and how it is saved, checked and exported.
 
-AdapterJob   --adapter mora, lora: MoRA matrices or LoRA factors on a frozen base (`adapter_job`)
-FullJob      --adapter full: every parameter, under plain ZeRO
-BareJob      --adapter none: nothing; the base is only evaluated
+--adapter mora, lora   MoRA matrices or LoRA factors on a frozen base
+                       config (targets, singular vectors) -> injection -> identity check -> engine -> Run
+--adapter full         every parameter, under plain ZeRO
+--adapter none         nothing; the base is only evaluated
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.inject import count_parameters
-from mora_ds.checkpoint.contents import save_full_model
+from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
+from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.tp_plan import plan_of
+from mora_ds.checkpoint.contents import PROBE_TOKENS, save_full_model
 from mora_ds.checkpoint.layout import CHECKPOINTS
-from mora_ds.checkpoint.state import TrainerState, check_identity
+from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
+from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
+from mora_ds.deploy.export import export_merged
+from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.base_ring import ring_of
 from mora_ds.engine.device import current_device
 from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes
-from mora_ds.engine.initialize import initialize_full
+from mora_ds.engine.initialize import initialize, initialize_full, trainable_numels
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
+from mora_ds.models.node_base import node_base_of
+from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
-from mora_ds.remora.merge import MergeReport
+from mora_ds.planning.costs import costs
+from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.train.data import RunData
+from mora_ds.train.run import Run
 from mora_ds.train.setup import Place
+from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
+from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 logger = logging.getLogger(__name__)
 
 
-class Job(ABC):
-    """An engine, its state, and how both are saved and exported. All processes make it, and call it, together."""
+class Job:
+    """An engine and its state. All processes make it, and call it, together.
 
-    is_trained = True
-    """Whether there is anything to train; a job without is evaluated."""
+    Making it prepares the model, starts the engine and, where `place.checkpoint` is set, resumes. Raises `UserError`
+    for settings that do not fit the model or the checkpoint.
+    """
+
     engine: Any
-    """A DeepSpeed engine; the model itself for `BareJob`."""
+    """A DeepSpeed engine; the model itself where nothing is trained."""
     state: TrainerState
     """A new state, or that of the checkpoint which the run resumes from."""
     checkpoints: CheckpointWriter
     """Not of a job that is only evaluated."""
     trainable_parameters: int
     total_parameters: int
+    run: Run | None = None
+    """The merges and checkpoints of an adapter."""
 
     def __init__(
         self, arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
     ) -> None:
-        self.arguments, self.loaded, self.ds_config, self.data, self.place = arguments, loaded, ds_config, data, place
+        self.arguments = arguments
+        self.loaded = loaded
+        self.ds_config = ds_config
+        self.data = data
+        self.place = place
         training = arguments.training
+        self.micro_batch_tokens = (
+            training.per_device_train_batch_size * data.train.seq_len // training.sequence_parallel_size
+        )
         place.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
         self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
         if self.sequence is not None:
             logger.info(describe(loaded.model.config, training.sequence_parallel_size, data.train.seq_len))
-        self.prepare()
+        kind = arguments.adapter.adapter
+        self.is_trained = kind != AdapterKind.NONE.value
+        if not self.is_trained:
+            self._hold_base()
+        elif kind == AdapterKind.FULL.value:
+            self._start_full_training()
+        else:
+            self._start_adapter()
 
-    @abstractmethod
-    def prepare(self) -> None:
-        """Prepare the model, start the engine and, where `place.checkpoint` is set, resume.
-
-        Sets the attributes above. Raises `UserError` for settings that do not fit the model or the checkpoint.
-        """
-
-    def merge(self, step: int, probe: Callable[[], float]) -> MergeReport:
-        """Merge the adapter into the base, and note the step in the state; as `Run.merge`."""
-        raise AssertionError("there is nothing to merge")
+    # -- what a run asks of it -----------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint and return its folder; with --async_save it is complete only later. Raises `RunError` as
-        `check_base` does."""
-        self.check_base()
+        """Write a checkpoint and return its folder; with --async_save it is complete only later."""
         return self.checkpoints.save(self.state, self.arguments.training.save_total_limit)
 
     def check_base(self) -> None:
-        """Raise `BaseChanged`, on all processes, when files have changed from which live weights are read. Here none
-        are: training copies them, and an evaluation is short."""
-        return None
+        """Raise `BaseChanged`, on all processes, when files have changed from which live weights are read: those of an
+        adapter's base. Full training copies them, and an evaluation is short."""
+        if self.run is not None:
+            self.run.check_base()
 
     def changed_base_files(self) -> list[Path]:
         """Files that `check_base` would have to read again on this process. Not collective."""
-        return []
+        return [] if self.run is None else self.loaded.base.changed_files()
 
     def export(self, checkpoint: Path, target: Path) -> None:
-        """Write the merged model of a checkpoint into the folder `target`."""
-        raise AssertionError("there is nothing to export")
+        """Write the merged model of a checkpoint into the folder `target`; of several that the hooks name, each in a
+        folder of its name. Of full training it is the live model, which is that of its last checkpoint."""
+        if self.run is None:
+            save_full_model(self.engine, target, self.data.tokenizer)
+            return
+        variants = self.place.hooks.variants
+
+        def export() -> None:
+            if not variants:
+                export_merged(checkpoint, target, overwrite=True)
+            for variant in variants:
+                export_merged(checkpoint, target / variant, overwrite=True, domain=variant)
+
+        self.place.ranks.on_first("export of the merged model", export, long=True)
 
     @property
     def base_tensors(self) -> Mapping[str, Tensor]:
         """The frozen weights, none of which may be communicated."""
-        return {}
+        if self.run is None:
+            return {}
+        model = self.loaded.model
+        ring = ring_of(model)
+        buffers = {} if ring is None else {f"buffer {number}": slot for number, slot in enumerate(ring.slots)}
+        slots = node_base_of(model).slots.items()  # some are used from the first merge on
+        return {**frozen_buffers(model), **buffers, **{f"{name}, shared": slot for name, slot in slots}}
 
     @property
     def split(self) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """Takes a batch, returns the tokens of each row that this process computes (--sequence_parallel_size)."""
         return (lambda batch: batch) if self.sequence is None else self.sequence.split
 
-    def common_identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its checkpoint, whatever kind of job, to continue its batches and loss."""
+    # -- the three kinds -----------------------------------------------------------------------------------------------
+
+    def _hold_base(self) -> None:
+        """--adapter none."""
+        self.engine = self.loaded.model
+        self.state = TrainerState()
+        self.trainable_parameters = 0
+        self.total_parameters = count_parameters(self.engine)
+        logger.info(f"nothing is trained: all {self.total_parameters:,} parameters stay as they are")
+        self.engine.to(current_device()).requires_grad_(False)
+
+    def _start_full_training(self) -> None:
+        """--adapter full."""
+        model, place = self.loaded.model, self.place
+        self.trainable_parameters = self.total_parameters = count_parameters(model)
+        logger.info(f"full training: all {self.total_parameters:,} parameters are trained, sharded by ZeRO")
+        identity = {"adapter": {"kind": "full"}, **self._common_identity()}
+        self._check_checkpoint(identity)
+        place.ranks.barrier("start of the engine")
+        ds_config = fill_bucket_sizes(self.ds_config, [parameter.numel() for parameter in model.parameters()])
+        self.engine, *_ = initialize_full(model=model, config=ds_config)
+        self._seed_dropout()
+        self.state = place.state or TrainerState(world_size=place.ranks.world, identity=identity)
+        if place.checkpoint is not None:
+            load_checkpoint(place.checkpoint, self.engine, self.state)
+        background = self.arguments.training.async_save
+        self.checkpoints = CheckpointWriter(
+            place.folder / CHECKPOINTS, self.engine, lambda step: lambda folder: None, background, place.ranks
+        )
+
+    def _start_adapter(self) -> None:
+        """--adapter mora, lora."""
+        training, place, base = self.arguments.training, self.place, self.loaded.base
+        self.config = self._with_vectors(self._planned_config())
+        place.ranks.agree("injection of the adapter", self._inject, long=True)
+        fingerprint = base.fingerprint(ranks=place.ranks)
+        common = self._common_identity()
+        self._check_checkpoint(run_identity(fingerprint, self.config, common))
+        if place.checkpoint is None:
+            place.hooks.fit(self.loaded.model, fingerprint, place.ranks)
+        degree = training.tensor_parallel_size
+        place.ranks.barrier("start of the engine")
+        self.engine, *_ = initialize(
+            model=self.loaded.model,
+            config=fill_bucket_sizes(self.ds_config, trainable_numels(self.loaded.model, degree)),
+            tensor_parallel_size=degree,
+            base_on_host=self._streams,
+            node_base=self.arguments.model.node_base,
+        )
+        if text := node_base_of(self.loaded.model).text:
+            logger.info(text)
+        self._seed_dropout()
+        self.run = Run(
+            self.engine,
+            self.config,
+            base,
+            place.folder,
+            resume=place.checkpoint,
+            overwrite=True,
+            async_save=training.async_save,
+            keys=self.loaded.keys,
+            reset=OptimizerReset(self.arguments.adapter.optimizer_reset),
+            identity=common,
+            tokenizer_folder=self.data.tokenizer_folder,
+            probe_ids=self.data.train.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
+            facts={"seq_len": self.data.train.seq_len},
+            ranks=place.ranks,
+            state=place.state,
+        )
+        self.state = self.run.state
+        self.checkpoints = self.run.checkpoints
+        self._log_paths(self.micro_batch_tokens, self.state.micro_batch_tokens)
+        self.state.micro_batch_tokens = self.micro_batch_tokens
+        if place.checkpoint is None:
+            place.hooks.begin(self.engine)
+
+    # -- their steps ---------------------------------------------------------------------------------------------------
+
+    def _common_identity(self) -> dict[str, Any]:
+        """What a resumed run must share with its checkpoint, whatever it trains, to continue its batches and loss."""
         adapter, training, data = self.arguments.adapter, self.arguments.training, self.data
         return {
             "model_config": config_digest(self.loaded.model.config),
@@ -118,50 +237,76 @@ class Job(ABC):
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
         }
 
-    def check_checkpoint(self, identity: dict[str, Any]) -> None:
+    def _check_checkpoint(self, identity: dict[str, Any]) -> None:
         """Raise `UserError` where the checkpoint to resume from is another run's."""
         if self.place.checkpoint is not None and self.place.state is not None:
             check_identity(self.place.checkpoint, self.place.state.identity, identity)
 
-    def seed_dropout(self) -> None:
+    def _seed_dropout(self) -> None:
         """Give every replica its own dropout masks; a checkpoint restores its random states afterwards."""
         training = self.arguments.training
         torch.manual_seed((training.seed << 16) + self.place.ranks.rank // training.ranks_per_replica)
 
+    @property
+    def _streams(self) -> bool:
+        """Whether the base stays in host memory."""
+        return self.arguments.training.base_device == BaseDevice.HOST.value
 
-class BareJob(Job):
-    """The base as it is, to be evaluated (--adapter none)."""
+    def _planned_config(self) -> AdapterConfig:
+        """The adapter's config with what the hooks add to it."""
+        arguments, loaded, place = self.arguments, self.loaded, self.place
+        config = arguments.adapter.config(arguments.training.seed)
+        if arguments.adapter.train_new_embeddings:
+            config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
+        return place.hooks.plan(config, loaded, place.folder, place.checkpoint, place.ranks)
 
-    is_trained = False
+    def _with_vectors(self, config: AdapterConfig) -> AdapterConfig:
+        """The config that names the base's singular vectors, where the operator or a hook reads them."""
+        loaded, place = self.loaded, self.place
+        leading = place.hooks.vectors
+        if not isinstance(config, MoRAConfig) or not (config.is_subspace or leading):
+            return config
+        wanted = wanted_vectors(loaded.model, config, loaded.keys, leading)
+        if place.checkpoint is None:
+            exact = sum(each.is_exact for each in wanted.values())
+            logger.info(
+                f"singular vectors of {len(wanted)} weights, {exact} of them decomposed exactly: "
+                f"{place.folder / VECTORS_FOLDER}"
+            )
+        return prepare_vectors(
+            config, wanted, loaded.base, place.folder, place.ranks, place.checkpoint,
+            current_device(),
+        )  # fmt: skip
 
-    def prepare(self) -> None:
-        self.engine, self.state = self.loaded.model, TrainerState()
-        self.trainable_parameters, self.total_parameters = 0, count_parameters(self.engine)
-        logger.info(f"nothing is trained: all {self.total_parameters:,} parameters stay as they are")
-        self.engine.to(current_device()).requires_grad_(False)
+    def _inject(self) -> None:
+        """Put the adapter into the model, and log what it costs."""
+        training = self.arguments.training
+        model, base, keys = self.loaded.model, self.loaded.base, self.loaded.keys
+        device = torch.device("cpu") if self._streams else current_device()
+        report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
+        self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
+        logger.info(report)
+        self.place.hooks.injected(model, self.config)
+        degree = training.tensor_parallel_size
+        if degree > 1:
+            logger.info(plan_of(model, degree))
+        if self.ds_config["zero_optimization"]["stage"] == 3:
+            replicas = self.place.ranks.world // degree
+            logger.info(costs(model, degree, replicas, self.micro_batch_tokens))
 
+    def _log_paths(self, tokens: int, before: int) -> None:
+        """Log how many layers are computed in which way, with `tokens` in a micro-batch, and `before` where the run
+        resumes (0: not known): other sizes may take other paths, which round differently."""
+        layers = [layer for layer in mora_layers(self.loaded.model).values() if isinstance(layer, MoRALinear)]
 
-class FullJob(Job):
-    """Training of every parameter under plain ZeRO (--adapter full)."""
+        def counted(number: int) -> str:
+            paths = Counter(layer.path(number).value for layer in layers)
+            return ", ".join(f"{path} for {count} layers" for path, count in sorted(paths.items()))
 
-    def prepare(self) -> None:
-        model, place = self.loaded.model, self.place
-        self.trainable_parameters = self.total_parameters = count_parameters(model)
-        logger.info(f"full training: all {self.total_parameters:,} parameters are trained, sharded by ZeRO")
-        identity = {"adapter": {"kind": "full"}, **self.common_identity()}
-        self.check_checkpoint(identity)
-        ds_config = fill_bucket_sizes(self.ds_config, [parameter.numel() for parameter in model.parameters()])
-        place.ranks.barrier("start of the engine")
-        self.engine, *_ = initialize_full(model=model, config=ds_config)
-        self.seed_dropout()
-        self.state = place.state or TrainerState(world_size=place.ranks.world, identity=identity)
-        if place.checkpoint is not None:
-            load_checkpoint(place.checkpoint, self.engine, self.state)
-        background = self.arguments.training.async_save
-        self.checkpoints = CheckpointWriter(
-            place.folder / CHECKPOINTS, self.engine, lambda step: lambda folder: None, background, place.ranks
-        )
-
-    def export(self, checkpoint: Path, target: Path) -> None:
-        """Write the live model, which is the one of `checkpoint`."""
-        save_full_model(self.engine, target, self.data.tokenizer)
+        if layers:
+            logger.info(f"computed over (--compute): {counted(tokens)}, with {tokens:,} tokens in a micro-batch")
+        if before and counted(before) != counted(tokens):
+            logger.warning(
+                f"--compute: up to the checkpoint it was {counted(before)}, with {before:,} tokens in a micro-batch; "
+                "from here on results differ by rounding from those of the same micro-batches as before"
+            )

@@ -26,7 +26,6 @@ from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import FailedBeside, RunError, UserError, reason
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.training import TrainingArguments
@@ -42,7 +41,6 @@ from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.adapter_job import AdapterJob
 from mora_ds.train.agreement import start_up
 from mora_ds.train.attention import check_precision
 from mora_ds.train.base import find_model, prepare_base
@@ -52,7 +50,7 @@ from mora_ds.train.dry_run import dry_run
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
-from mora_ds.train.job import BareJob, FullJob, Job
+from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
 from mora_ds.train.node_room import check_node_base
 from mora_ds.train.output_folder import (
@@ -74,13 +72,6 @@ from mora_ds.train.trackers import Tracker, check_installed, shown_config, start
 from mora_ds.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-JOBS: dict[str, type[Job]] = {
-    AdapterKind.MORA.value: AdapterJob,
-    AdapterKind.LORA.value: AdapterJob,
-    AdapterKind.FULL.value: FullJob,
-    AdapterKind.NONE.value: BareJob,
-}
 
 
 def pretrain(arguments: Arguments) -> dict[str, Any]:
@@ -128,7 +119,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             logger.info(f"attention: dense, because {reason}")
         else:
             use_documents(loaded.model)
-        job = JOBS[adapter.adapter](arguments, loaded, ds_config, data, place)
+        job = Job(arguments, loaded, ds_config, data, place)
         job.state.chunked_loss = _in_chunks(job, training)
         if job.state.chunked_loss:
             chunk_loss(loaded.model)

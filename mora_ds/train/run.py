@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +43,6 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 
-@dataclass(frozen=True)
-class RunDetails:
-    """What the main job knows about its run; the defaults suit a loop written by a user."""
-
-    keys: Mapping[str, str] | None = None
-    """Parameter name -> key in the base; None: found from the model, whose frozen weights are then compared too."""
-    reset: OptimizerReset = OptimizerReset.ZERO
-    """What a merge does to the optimizer's state."""
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    """What a resumed run must share with its checkpoint besides base and adapter."""
-    tokenizer_folder: Path | None = None
-    """Copied into every checkpoint."""
-    probe_ids: Tensor | None = None
-    """(1, T) token ids, recorded in every checkpoint with the model's logits for them."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Further entries of adapter.json."""
-    ranks: Ranks | None = None
-    """The ranks, which have found that they all see `folder`; None: found by looking."""
-    state: TrainerState | None = None
-    """That of the checkpoint which the run resumes from; None: read from it."""
-
-
 class Run:
     """The merge ledger and the checkpoints of one engine, in `folder`. All processes make it, and call it, together.
 
@@ -86,44 +63,61 @@ class Run:
         resume: Path | str | None = None,
         overwrite: bool = False,
         async_save: bool = False,
-        details: RunDetails | None = None,
+        keys: Mapping[str, str] | None = None,
+        reset: OptimizerReset = OptimizerReset.ZERO,
+        identity: Mapping[str, Any] | None = None,
+        tokenizer_folder: Path | None = None,
+        probe_ids: Tensor | None = None,
+        facts: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
+        state: TrainerState | None = None,
     ) -> None:
-        details = details or RunDetails()
+        """What a loop written by a user need not give:
+
+        `keys`: parameter name -> key in the base; None: found from the model, whose frozen weights are then compared
+        too. `reset`: what a merge does to the optimizer's state. `identity`: what a resumed run must share with its
+        checkpoint besides base and adapter. `tokenizer_folder`: copied into every checkpoint. `probe_ids`: (1, T) token
+        ids, recorded in every checkpoint with the model's logits for them. `facts`: further entries of adapter.json.
+        `ranks`: those which have found that they all see `folder`; None: found by looking. `state`: that of the
+        checkpoint to resume from, whose identity is this run's; None: read and compared.
+        """
         self.engine = engine
         self.folder = Path(folder)
-        if details.ranks is None:
+        if ranks is None:
             self.ranks = Ranks.current()
             self.ranks.on_first("output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
             check_shared(self.folder, self.ranks)
         else:
-            self.ranks = details.ranks
+            self.ranks = ranks
         opened = base if isinstance(base, BaseCheckpoint) else BaseCheckpoint.open(base, "base")
-        keys = self._map(opened) if details.keys is None else dict(details.keys)
+        is_mapped = keys is not None
+        keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = opened.fingerprint(ranks=self.ranks)
-        self.identity = run_identity(fingerprint, config, details.identity)
+        self.identity = run_identity(fingerprint, config, identity)
         checkpoint = self._checkpoint(resume, overwrite)
-        self.state = TrainerState(world_size=self.ranks.world, identity=self.identity)
-        if checkpoint is not None:
-            self.state = details.state or TrainerState.read(checkpoint)
-            check_identity(checkpoint, self.state.identity, self.identity)
+        if checkpoint is not None and state is None:
+            state = TrainerState.read(checkpoint)
+            check_identity(checkpoint, state.identity, self.identity)
+        self.state = state or TrainerState(world_size=self.ranks.world, identity=self.identity)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
-        self.remora = ReMoRA(engine, config, ledger, opened, keys, details.reset)
+        self.remora = ReMoRA(engine, config, ledger, opened, keys, reset)
         dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
-        probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if details.probe_ids is None else details.probe_ids
+        if probe_ids is None:
+            probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0)
         writer = RunWriter(
             engine,
             config,
             self.remora,
             BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
-            details.tokenizer_folder,
+            tokenizer_folder,
             probe_ids,
-            {"operator": config.title, **details.facts},
+            {"operator": config.title, **(facts or {})},
         )
         root = self.folder / CHECKPOINTS
         self.checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.ranks)
         if checkpoint is not None:
             self._restore(checkpoint)
-        if details.keys is None and config.base_bits != AS_LOADED and not self.remora.cycle:
+        if not is_mapped and config.base_bits != AS_LOADED and not self.remora.cycle:
             self.remora.form_base()  # from the originals: the model may have been loaded in another dtype
         opened.release()
 

@@ -305,7 +305,8 @@ class Trainer:
         return self.replica.nll(self.train_data.batch(*self.loader.position(self.state.step, 0)))[0]
 
     def _merge(self) -> None:
-        merge = self.job.merge(self.state.step, self._probe_loss)
+        assert self.job.run is not None, "validated: only an adapter is merged"
+        merge = self.job.run.merge(self.state.step, self._probe_loss)
         self.log.record("merge", merge.step, merge.row())
         self.log.event(merge.step, "merges", str(merge))
 

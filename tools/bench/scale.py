@@ -44,7 +44,7 @@ from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import command_parser
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.run import Run, RunDetails
+from mora_ds.train.run import Run
 from tools.bench.measuring import llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
 from tools.bench.report import Report, json_flag
@@ -285,7 +285,7 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         mora_ds.inject(model, adapter)
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
-        run = Run(engine, adapter, base, folder / "out", details=RunDetails(keys=keys))
+        run = Run(engine, adapter, base, folder / "out", keys=keys)
     with one.phase() as spent_in["merge"]:
         run.merge(1)
     return spent_in

@@ -116,7 +116,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
             engine.step()
         losses.append(loss.item())
         report = run.merge(step)
-        assert report.states_zeroed == 1.0 and report.square_norm > 0
+        assert report.square_norm > 0
     layers = mora_layers(model).items()
     starts = {name: zero.full_fp32(engine, layer.value) for name, layer in layers}
     live = causal_loss(engine, tokens(2, seed=99)).item()
