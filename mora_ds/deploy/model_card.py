@@ -32,7 +32,8 @@ def model_card(
     text = ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
     text += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     text += _perplexity_table(checkpoint)
-    cycles = ledger.summary() or ["none: nothing was merged during the run"]
+    cycles = [f"cycle {record.cycle:>3}  step {record.step:>7}" for record in ledger.records]
+    cycles = cycles or ["none: nothing was merged during the run"]
     text += ["", "## Merged cycles", "", "```", *cycles, "```"]
     return card("transformers", "mora", "Merged model", text)
 

@@ -6,14 +6,12 @@ DeepSpeed ignores an unknown top-level key without a message; a test looks for o
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-from mora_ds.common.untrusted import expanded
 from mora_ds.parallel.limits import TENSOR
 
 AUTO = "auto"
@@ -187,12 +185,3 @@ def masked(content: Any, is_secret: bool = False) -> Any:
     if isinstance(content, list):
         return [masked(value, is_secret) for value in content]
     return _MASK if is_secret and isinstance(content, str) and content else content
-
-
-def tracker_folders(config: dict[str, Any]) -> dict[str, Path]:
-    """Dotted path -> folder that DeepSpeed's own monitors write to."""
-    return {
-        f"{name}.output_path": expanded(path, f"--deepspeed: {name}.output_path")
-        for name in ("tensorboard", "csv_monitor")
-        if at(config, f"{name}.enabled") and (path := at(config, f"{name}.output_path"))
-    }

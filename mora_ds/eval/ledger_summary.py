@@ -32,8 +32,6 @@ class CycleSummary:
     """Squared norm of the MoRA matrices M."""
     delta_energy: float = 0.0
     """Squared norm of the deltas, the (d_out, d_in) matrices that the M stand for."""
-    sum_energy: float = 0.0
-    """Squared norm of the sums of deltas up to and including this cycle."""
 
 
 def summarize(ledger: Ledger) -> list[CycleSummary]:
@@ -47,23 +45,13 @@ def summarize(ledger: Ledger) -> list[CycleSummary]:
         names = ", ".join(label for label, _ in operators.most_common())
         summaries.append(CycleSummary(cycle, record.step, len(entries), names, record.size))
     for module in modules_of(ledger):
-        cycles = [cycle for cycle in range(ledger.cycles) if module in ledger.layers(cycle)]
+        merged = [summary for summary in summaries if module in ledger.layers(summary.cycle)]
         for _, updates in histories(module, ledger.squares_of(module)):
-            _add_norms(summaries, cycles, updates)
+            for summary, (spec, value) in zip(merged, updates, strict=True):
+                matrix = value.double()
+                summary.square_energy += matrix.square().sum().item()
+                summary.delta_energy += spec.delta_weight(matrix).square().sum().item()
     return summaries
-
-
-def _add_norms(summaries: list[CycleSummary], cycles: list[int], updates: list[Update]) -> None:
-    """Add the squared norms of one weight's `updates`, which were merged in these `cycles`."""
-    total: Tensor | None = None
-    for (spec, value), cycle, end in zip(updates, cycles, [*cycles[1:], len(summaries)], strict=True):
-        square = value.double()
-        delta = spec.delta_weight(square)
-        total = delta if total is None else total + delta
-        summaries[cycle].square_energy += square.square().sum().item()
-        summaries[cycle].delta_energy += delta.square().sum().item()
-        for later in range(cycle, end):  # cycles that left the layer out keep its sum
-            summaries[later].sum_energy += total.square().sum().item()
 
 
 def require_delta(module: str, spec: UpdateSpec) -> None:
@@ -93,13 +81,13 @@ def show_lines(ledger: Ledger) -> list[str]:
     head = [f"{ledger.folder}: {ledger.cycles} cycle(s) on the base {ledger.base_fingerprint[:16]}..."]
     if not ledger.cycles:
         return head
-    rows = [["cycle", "step", "layers", "operator", "|M|", "|delta|", "|sum|", "MiB"]]
+    rows = [["cycle", "step", "layers", "operator", "|M|", "|delta|", "MiB"]]
     for each in summarize(ledger):
-        norms = [math.sqrt(energy) for energy in (each.square_energy, each.delta_energy, each.sum_energy)]
+        norms = [math.sqrt(energy) for energy in (each.square_energy, each.delta_energy)]
         counts = [str(each.cycle), str(each.step), str(each.layers), each.operators]
         rows.append([*counts, *(f"{norm:.4e}" for norm in norms), f"{each.nbytes / 2**20:.2f}"])
     legend = (
-        "|M|, |delta|, |sum|: Frobenius norms over all layers, of the MoRA matrices, of their deltas, of all deltas so "
-        "far; mora-ds spectrum shows ranks and singular values"
+        "|M|, |delta|: Frobenius norms over all layers, of the MoRA matrices and of their deltas; mora-ds spectrum "
+        "shows those of all deltas so far, ranks and singular values"
     )
     return [*head, *table(rows), legend]

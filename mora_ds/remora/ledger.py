@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -257,15 +256,6 @@ class Ledger:
         for stray in set(folder.glob("cycle-*.safetensors")) - {folder / record.file for record in self._records}:
             remove_quietly(stray)
         return copy
-
-    def summary(self) -> list[str]:
-        """One line a cycle: its step, its layers and the Frobenius norm of all its matrices."""
-        lines = []
-        for record in self._records:
-            names = self.layers(record.cycle)
-            norm = math.sqrt(sum(self.square(record.cycle, name).double().square().sum().item() for name in names))
-            lines.append(f"cycle {record.cycle:>3}  step {record.step:>7}  {len(names):>4} layers  |M| {norm:.4e}")
-        return lines
 
     def verify(self, hashes: bool = True) -> None:
         """Checks every file. Raises `UserError` naming the first that is not as it was written."""

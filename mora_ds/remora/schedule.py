@@ -147,15 +147,8 @@ class Schedule:
 
     def merge_steps(self) -> list[int]:
         """All step counts after which a merge is planned, in order."""
-        return [done for done in self._multiples() if self.merges_after(done)]
+        return [done for done in self.multiples() if self.merges_after(done)]
 
-    def merges_left_out(self) -> list[int]:
-        """Multiples of `merge_every` after the first warm-up without a merge: too close to the end."""
-        return [done for done in self._multiples() if self.warmup_steps <= done and not self.merges_after(done)]
-
-    def merge_steps_in_warmup(self) -> list[int]:
-        """Multiples of `merge_every` without a merge, as they lie in the first warm-up."""
-        return [done for done in self._multiples() if done < self.warmup_steps]
-
-    def _multiples(self) -> range:
+    def multiples(self) -> range:
+        """All step counts within the run that `merge_every` divides."""
         return range(self.merge_every, self.total_steps, self.merge_every) if self.merge_every else range(0)

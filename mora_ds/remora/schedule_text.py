@@ -14,14 +14,19 @@ def start_lines(schedule: Schedule, done: int = 0) -> list[str]:
     """When merges will come, and which are left out, after `done` steps; no lines without merges."""
     if schedule.merge_every == 0:
         return []
-    coming = [step for step in schedule.merge_steps() if step > done]
+    ahead = [step for step in schedule.multiples() if step > done]
+    coming = [step for step in ahead if schedule.merges_after(step)]
+    early = [step for step in ahead if step < schedule.warmup_steps]
     lines = [f"merges after {_steps(coming)} of {schedule.total_steps}"] if coming else []
-    early = [step for step in schedule.merge_steps_in_warmup() if step > done]
     if early:
         lines.append(f"no merge after {_steps(early)}: the first warm-up takes {schedule.warmup_steps}")
-    lines += [_left_out(schedule, step) for step in schedule.merges_left_out() if step > done]
+    late = [step for step in ahead if step >= schedule.warmup_steps and not schedule.merges_after(step)]
+    lines += [_left_out(schedule, step) for step in late]
     if not lines:
-        lines.append(f"there will be no merge: --merge_every is {schedule.merge_every}, {_ahead(schedule, done)}")
+        steps_left = (
+            f"{schedule.total_steps - done} steps are left" if done else f"the run has {schedule.total_steps} steps"
+        )
+        lines.append(f"there will be no merge: --merge_every is {schedule.merge_every}, {steps_left}")
     return lines
 
 
@@ -32,10 +37,6 @@ def _left_out(schedule: Schedule, step: int) -> str:
         f"{schedule.restart_warmup_steps} (--restart_warmup_steps). The cycle before it goes on to step "
         f"{schedule.total_steps}; its update stays unmerged, and exports add it"
     )
-
-
-def _ahead(schedule: Schedule, done: int) -> str:
-    return f"{schedule.total_steps - done} steps are left" if done else f"the run has {schedule.total_steps} steps"
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import logging
-import re
 import sys
 import time
 import traceback
@@ -46,7 +45,6 @@ def run(main: Callable[[], None], restartable: bool = False) -> NoReturn:
     for deprecated in ("torch.distributed.*", "gradient_checkpointing_enable"):
         warnings.filterwarnings("ignore", f"`{deprecated}` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
-    sys.argv[1:] = negative_numbers(sys.argv[1:])
     set_up_logging()
     if sys.__stderr__ is not None:  # the stack of a bus error: a mapped file was truncated
         faulthandler.enable(sys.__stderr__)
@@ -115,10 +113,6 @@ def _lose_contact(error: RuntimeError) -> NoReturn:
     leave(EXIT_FAILURE)
 
 
-_NEGATIVE = re.compile(r"-(\d+\.|(\d+\.?\d*|\.\d+)e[+-]?\d+|inf|nan)", re.IGNORECASE)
-"""Negative numbers that argparse (of Python up to 3.13) takes for flags: it knows no others than -1 and -0.5."""
-
-
 def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     """A parser that takes no abbreviated flags, described by the first line of a module's documentation."""
     return argparse.ArgumentParser(description=(documentation or "").splitlines()[0], allow_abbrev=False)
@@ -128,13 +122,6 @@ def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     """The parser of one action of a command, among its `add_subparsers`."""
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
     return parser
-
-
-def negative_numbers(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with a space before each number that argparse would take for a flag: that makes it a
-    value, and float() skips the space. Words after -- are another program's."""
-    own = list(words).index("--") if "--" in words else len(words)
-    return [*(f" {word}" if _NEGATIVE.fullmatch(word) else word for word in words[:own]), *words[own:]]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ setup           processes, DeepSpeed config, and the place where a run happens
 output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes
-base            the base model on this process; node_room: whether a node has room for what its processes share
+base            the base model on this process
 vectors         singular vectors of the base for the operators that read them
 job             what a run trains (an adapter, every parameter, nothing), saved, checked and exported
 run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users

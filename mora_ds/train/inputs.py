@@ -24,17 +24,18 @@ _READABLE = (BASE_FOLDER, TARGETS)
 def check_inputs(arguments: Arguments, folder: Path, names: Iterable[str] = NAMES) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or deleted.
 
-    `names`: what the run writes into `folder`. Links are followed, and other names of the same file (hard links) found.
-    A resumed run may read what it has made and will not replace.
+    `names`: what the run writes into `folder`. Links are followed, those within a folder too; another name of the same
+    file (a hard link) is safe, as a run replaces files and writes into none. A resumed run may read what it has made
+    and will not replace.
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
     places = [folder.resolve() / name for name in names if not (resumes and name in _READABLE)]
     places += [place.resolve() for place in places if place.is_symlink()]
-    taken = {_identity(path) for place in places for path in _files_in(place)} - {None}
+    holds_any = any(os.path.lexists(place) for place in places)
     for flag, named in inputs_of(arguments):
-        for path in (named, *(_files_in(named) if taken else ())):
+        for path in (named, *(_files_in(named) if holds_any else ())):
             real = path.resolve()
-            if any(place == real or place in real.parents for place in places) or _identity(path) in taken:
+            if any(place == real or place in real.parents for place in places):
                 raise UserError(
                     f"{flag} {named}: the run would read {path} and also replace or delete it in --output_dir "
                     f"{folder}: name a copy elsewhere, or another --output_dir"
@@ -82,12 +83,3 @@ def _files_in(path: Path) -> Iterator[Path]:
         yield path
     for folder, _, names in os.walk(path):
         yield from (Path(folder) / name for name in names)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """The same for all names of one file."""
-    try:
-        status = path.stat()
-    except OSError:  # a broken link, or no file at all
-        return None
-    return status.st_dev, status.st_ino

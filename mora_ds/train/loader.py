@@ -11,8 +11,7 @@ concerns is taken.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,17 +48,18 @@ class BatchLoader:
         self.rows_per_step = training.rows_per_step(replica.world)
         self.mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
         # Processes read a stream together (`Ranks.__call__`), so that each must read at the same moment as the others.
-        self._in_thread = not (isinstance(data, StreamMixture) and replica.world > 1)
+        reads_together = isinstance(data, StreamMixture) and replica.world > 1
+        self._thread = None if reads_together else ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
-        self._ahead: tuple[int, _Outcome] | None = None
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
 
     def take(self, step: int) -> StepBatch:
         """The micro-batches of `step`, the number of steps done before it; raises what reading them has raised."""
         if self._ahead is None or self._ahead[0] != step:  # the first step of this process
-            self._ahead = step, _Outcome(lambda: self._read(step), in_thread=False)
+            self._ahead = step, self._read_now(step)
         batch = self._ahead[1].result()
         self._ahead = None
-        if self._in_thread:
+        if self._thread is not None:
             self._begin(step + 1)
         return batch
 
@@ -68,7 +68,7 @@ class BatchLoader:
         `take` will raise. To be called once the work of the step before is queued."""
         if self._ahead is None:
             self._begin(step)
-        if self._ahead is None or self._ahead[1].error() is not None:
+        if self._ahead is None or self._ahead[1].exception() is not None:
             return 0
         return labels_in(self._ahead[1].result())
 
@@ -81,7 +81,17 @@ class BatchLoader:
 
     def _begin(self, step: int) -> None:
         if step < self.last_step:
-            self._ahead = step, _Outcome(lambda: self._read(step), self._in_thread)
+            future = self._read_now(step) if self._thread is None else self._thread.submit(self._read, step)
+            self._ahead = step, future
+
+    def _read_now(self, step: int) -> Future[StepBatch]:
+        """What `_read` returns or raises, as the thread would give it."""
+        future: Future[StepBatch] = Future()
+        try:
+            future.set_result(self._read(step))
+        except BaseException as error:  # raised when the batch is taken
+            future.set_exception(error)
+        return future
 
     def _read(self, step: int) -> StepBatch:
         if self._device.type == "cuda":  # a new thread has device 0, and would make a context there
@@ -101,38 +111,3 @@ class BatchLoader:
 def labels_in(batch: StepBatch) -> int:
     """How many labels of a step's batch count."""
     return sum(sum(each.labels) for each in batch)
-
-
-class _Outcome:
-    """What a function returns or raises, computed in a thread or at once."""
-
-    def __init__(self, work: Callable[[], StepBatch], in_thread: bool) -> None:
-        self._work = work
-        self._value: StepBatch | None = None
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        if not in_thread:
-            self._run()
-            return
-        # A daemon: a process that ends does not wait for a disk.
-        self._thread = threading.Thread(target=self._run, name="mora_ds batches", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value = self._work()
-        except BaseException as error:  # raised in `result`
-            self._error = error
-
-    def error(self) -> BaseException | None:
-        """What the function has raised, once it has ended."""
-        if self._thread is not None:
-            self._thread.join()
-        return self._error
-
-    def result(self) -> StepBatch:
-        error = self.error()
-        if error is not None:
-            raise error
-        assert self._value is not None
-        return self._value

@@ -209,12 +209,6 @@ class MetricsLog:
         values = flattened(facts, f"{GROUPS[kind]}/", "/").items()
         self._log({curve: value for curve, value in values if isinstance(value, (int, float))}, step)
 
-    def event(self, step: int, title: str, text: str) -> None:
-        """Something that happened after `step`, for the log and the trackers."""
-        logger.info(text)
-        for tracker in self._trackers:
-            tracker.event(step, title, text)
-
     def summary(self, facts: Mapping[str, Any]) -> None:
         """The results of the run, for the trackers."""
         for tracker in self._trackers:

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,16 +201,6 @@ def check_merged(folder: Path) -> None:
         models = list(folder.iterdir())  # one for each domain
     if folder.is_symlink() or not all((model / "config.json").is_file() for model in models):
         raise UserError(f"--export_merged: {folder} holds something other than a model; move it away")
-
-
-def check_trackers(folders: Mapping[str, Path]) -> None:
-    """Raise `UserError` for a folder of DeepSpeed's monitors (dotted path -> folder) that cannot be made or written."""
-    for name, folder in folders.items():
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-        if not nearest.is_dir():
-            raise UserError(f"--deepspeed: {name} = {folder}: {nearest} is no folder")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--deepspeed: {name} = {folder}: {nearest} cannot be written to")
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

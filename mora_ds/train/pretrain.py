@@ -33,7 +33,6 @@ from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.ds_config import compute_dtype
-from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
@@ -52,10 +51,8 @@ from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
-from mora_ds.train.node_room import check_node_base
 from mora_ds.train.output_folder import (
     Reservation,
-    check_trackers,
     give_up,
     join,
     leave,
@@ -99,7 +96,6 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     model, adapter, training = arguments.model, arguments.adapter, arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
     check_precision(model, compute_dtype(ds_config))
-    ranks.on_first("folders of monitors", lambda: check_trackers(tracker_folders(ds_config)))
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks) as place:
@@ -109,7 +105,6 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         check_config(config, training.sequence_parallel_size, model.implementation)
         arguments = settle_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
-        check_node_base(arguments, config, dtype, ranks)
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
         place.hooks.check_sets(list(data.evaluation))

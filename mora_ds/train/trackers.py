@@ -48,9 +48,6 @@ class Tracker(Protocol):
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Add one point to each named curve."""
 
-    def event(self, step: int, title: str, text: str) -> None:
-        """Record something that happened after `step`, such as a merge."""
-
     def summary(self, facts: Mapping[str, Any]) -> None:
         """Record the results of a run that has ended."""
 
@@ -121,10 +118,6 @@ class TensorBoard:
             for tag, value in numbers.items():
                 self._board.add_scalar(tag, value, step)
 
-    def event(self, step: int, title: str, text: str) -> None:
-        with disk_errors(self._folder):
-            self._board.add_text(title, text, step)
-
     def summary(self, facts: Mapping[str, Any]) -> None:
         """Nothing: summary.json lies next to the curves."""
 
@@ -149,9 +142,6 @@ class Service:
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         self._guarded(f"failed at step {step}", lambda client: client.log(numbers, step))
-
-    def event(self, step: int, title: str, text: str) -> None:
-        """Nothing: services get curves, and those of merges are among them."""
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         self._guarded("failed at the end of the run", lambda client: client.summary(facts))

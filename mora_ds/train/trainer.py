@@ -308,7 +308,7 @@ class Trainer:
         assert self.job.run is not None, "validated: only an adapter is merged"
         merge = self.job.run.merge(self.state.step, self._probe_loss)
         self.log.record("merge", merge.step, merge.row())
-        self.log.event(merge.step, "merges", str(merge))
+        logger.info(str(merge))
 
     def _finish(self) -> None:
         state = self.state

@@ -93,12 +93,6 @@ def test_what_belongs_to_no_ledger_is_named(folder: Path) -> None:
     assert Ledger.strays(folder / "missing") == []
 
 
-def test_summary_gives_norms(folder: Path) -> None:
-    lines = Ledger.open(folder).summary()
-    norm = torch.stack(list(squares_for(layers_of(1), 1).values())).norm().item()
-    assert len(lines) == 3 and f"{norm:.4e}" in lines[1] and "200" in lines[1]
-
-
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 

@@ -130,9 +130,7 @@ def test_the_planned_merges_give_the_same_rates_bit_for_bit_as_none_given() -> N
         assert done == schedule.merge_steps()
 
 
-def test_merges_that_are_left_out() -> None:
-    assert dataclasses.replace(JAGGED, total_steps=79).merges_left_out() == [75]
-    assert dataclasses.replace(JAGGED, total_steps=29, warmup_steps=25).merges_left_out() == [25]
+def test_a_cycle_that_is_no_longer_than_its_re_warmup_is_refused() -> None:
     with pytest.raises(UserError, match="--merge_every 4 must be more than --restart_warmup_steps 4"):
         dataclasses.replace(JAGGED, merge_every=4)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterator
@@ -126,19 +125,6 @@ def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
     monkeypatch.setattr(signals, "uninstall", uninstall)
     assert code_of(RuntimeError(CLOSED)) == 75 and not pauses
     assert capsys.readouterr().err == "stopped by SIGTERM with nothing to save\n"
-
-
-def test_negative_numbers_of_every_form_are_values(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """argparse itself takes all but the first three for flags."""
-    words = ["-1", "-0.5", "-.5", "-1e-3", "-1.", "-2.5E+3", "-.5e3", "-inf", "-NaN"]
-    parser, found = argparse.ArgumentParser(), []
-    parser.add_argument("--weights", type=float, nargs="+")
-    parser.add_argument("rest", nargs="*")
-    monkeypatch.setattr(sys, "argv", ["program", "--weights", *words, "--", "-1e-3"])
-    with pytest.raises(Left):
-        cli.run(lambda: found.append(parser.parse_args()))
-    assert list(map(str, found[0].weights)) == list(map(str, map(float, words))) and found[0].rest == ["-1e-3"]
-    assert cli.negative_numbers(["-h", "--learning_rate=-1e3", "a-1e3"]) == ["-h", "--learning_rate=-1e3", "a-1e3"]
 
 
 def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(

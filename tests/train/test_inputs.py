@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "a file of the model": ({"model_name_or_path": "linked"}, "out/base/pytorch_model.bin"),
     "a link to the model": ({"model_name_or_path": "link"}, "--model_name_or_path link"),
     "another name of the output": ({"model_name_or_path": "other/base"}, "--model_name_or_path other/base"),
-    "another name of a file": ({"train_files": ["hard.jsonl"]}, "--train_files hard.jsonl"),
     "config": ({"model_config": "out/base/config.json"}, "--model_config"),
     "tokenizer": ({"tokenizer_name": "out/tokenizer"}, "--tokenizer_name out/tokenizer"),
     "text": ({"train_files": ["out/metrics.jsonl"]}, "--train_files out/metrics.jsonl"),
@@ -59,8 +57,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("linked", "texts"):
         (tmp_path / name).mkdir()
     (tmp_path / "linked" / "pytorch_model.bin").symlink_to("../out/base/pytorch_model.bin")
-    os.link("out/metrics.jsonl", "hard.jsonl")
-    os.link("out/metrics.jsonl", "texts/metrics.jsonl")
+    (tmp_path / "texts" / "metrics.jsonl").symlink_to("../out/metrics.jsonl")
     (tmp_path / "link").symlink_to("out/base")
     (tmp_path / "other").symlink_to("out")
     return tmp_path

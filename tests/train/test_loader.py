@@ -73,7 +73,7 @@ def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
             assert each.labels == counted.tolist() and sum(each.labels) == T
         assert made.labels_ahead(step + 1) == (2 * T if step < 4 else 0)
     main = threading.current_thread().name
-    assert data.threads == [main, main, "mora_ds batches", "mora_ds batches"], "and nothing beyond the last step"
+    assert data.threads == [main, main, "mora_ds batches_0", "mora_ds batches_0"], "and nothing beyond the last step"
 
 
 def test_an_error_is_raised_when_its_batch_is_taken() -> None:
@@ -98,7 +98,7 @@ class Stream(StreamMixture):
 
 
 def test_a_stream_shared_by_processes_is_read_by_the_main_thread() -> None:
-    for world, name in ((1, "mora_ds batches"), (2, threading.current_thread().name)):
+    for world, name in ((1, "mora_ds batches_0"), (2, threading.current_thread().name)):
         stream = Stream()
         made = loader(stream, 0, world)
         made.take(0)

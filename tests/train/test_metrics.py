@@ -144,13 +144,11 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
         for step in range(start + 1, stop + 1):
             log.step(metrics(step, loss))
         log.evaluation(stop, {"held": loss, "old": 3.0}, before={"old": 2.0})
-        log.event(stop, "merges", "merged")
         log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("1_loss/training")] == [
         (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
     ]  # fmt: skip
-    assert [event.step for event in board.Tensors("merges/text_summary")] == [4, 5]
     tags = {tag for tag, _ in STEP_TAGS.values()}
     tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_forgetting/change_percent/old"}
     assert set(board.Tags()["scalars"]) == tags
@@ -171,9 +169,6 @@ class Recorder:
 
     def log(self, numbers: Any, step: int) -> None:
         self.calls.append((dict(numbers), step))
-
-    def event(self, *given: Any) -> None:
-        self.calls.append(given)
 
     def summary(self, facts: Any) -> None:
         self.calls.append(facts)
@@ -197,7 +192,6 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
         log.evaluation(3, {"held": 4.5, "new": 2.0}, before={"held": 3.0})
         log.tasks(3, {"quiz": {"acc": 0.5, "f1": 0.25}})
         log.record("sources", 3, {"web": {"loss": None, "tokens": 7}, "name": "text"})
-        log.event(3, "merge", "merged 1 time")
     log.advance(5)
     log.summary({"steps": 9})
     log.close()
@@ -216,12 +210,11 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
         ({"2_forgetting/change_percent/held": 50.0}, 3),
         ({"2_evaluation/tasks/quiz/acc": 0.5, "2_evaluation/tasks/quiz/f1": 0.25}, 3),
         ({"8_sources/web/tokens": 7}, 3),
-        (3, "merge", "merged 1 time"),
         {"steps": 9},
         "closed",
     ]  # fmt: skip
     assert [(bar.began_at, bar.n, bar.calls) for bar in bars] == [(2, 5, ["closed"])]
-    for line in ("step 3  perplexity held 4.500  new 2.000", "step 3  quiz  acc 0.5000  f1 0.2500", "merged 1 time"):
+    for line in ("step 3  perplexity held 4.500  new 2.000", "step 3  quiz  acc 0.5000  f1 0.2500"):
         assert line in caplog.messages
 
 
@@ -239,7 +232,7 @@ def test_memory_is_in_bytes() -> None:
     assert 2**26 < peak_memory_bytes() < 2**44
 
 
-@pytest.mark.parametrize("told", ["steps", "events", "at the end"])
+@pytest.mark.parametrize("told", ["steps", "at the end"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_in_tensorboards_thread_is_the_error_of_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
@@ -253,6 +246,6 @@ def test_a_full_disk_in_tensorboards_thread_is_the_error_of_a_full_disk(
         monkeypatch.setattr(RecordWriter, method, write)
     with pytest.raises(RunError, match=f"the disk that holds {tmp_path} is full"):
         for step in range(0 if told == "at the end" else 100):
-            log.step(metrics(step)) if told == "steps" else log.event(step, "merges", "merged")
+            log.step(metrics(step))
             time.sleep(0.05)
         log.close()

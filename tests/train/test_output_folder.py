@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.engine.ds_keys import tracker_folders
 from mora_ds.train import output_folder
 from mora_ds.train.output_folder import (
     DEMO,
     NAMES,
     check_merged,
-    check_trackers,
     give_up,
     join,
     leave,
@@ -226,15 +224,6 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: P
         (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
     with untouched(out), pytest.raises(UserError, match="--export_merged"):
         prepared(out, False, True, True)
-
-
-def test_deepspeeds_monitors_have_a_folder_before_training(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    config = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "file" / "csv")}}
-    with pytest.raises(UserError, match=r"csv_monitor\.output_path = .*: .*file is no folder"):
-        check_trackers(tracker_folders(config))
-    check_trackers(tracker_folders({"csv_monitor": {**config["csv_monitor"], "enabled": False}}))
-    check_trackers(tracker_folders({"tensorboard": {"enabled": True, "output_path": str(tmp_path / "a" / "b")}}))
 
 
 class Alone:

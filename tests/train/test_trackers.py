@@ -64,7 +64,6 @@ def logged(folder: Path, start_step: int = 0) -> None:
     """What a run reports after one step and a merge."""
     log = MetricsLog(folder, 9, True, start_step, lambda: start_trackers(["wandb"], "run", CONFIG, folder, start_step))
     log.record("merge", start_step + 1, {"cycle": 0, "loss_before": None})
-    log.event(start_step + 1, "merges", "merged cycle 0")
     log.evaluation(start_step + 1, {"old": 2.2}, {"old": 2.0})
     log.summary({"steps": 1})
     log.close()
