@@ -354,8 +354,8 @@ MUTATIONS = (
     Mutation(
         "the place of the merged model is looked at after training",
         "train/output_folder.py",
-        "                check_merged(self.folder / MERGED_FOLDER)\n",
-        "                pass\n",
+        "            check_merged(self.folder / MERGED_FOLDER)\n",
+        "            pass\n",
         ("train/test_output_folder.py",),
     ),
     Mutation(

@@ -91,7 +91,7 @@ REMOVED: dict[str, str] = {
     "peer_silence_s": "was removed: --collective_timeout_s ends a rank that waits for one that is gone",
     "project": "was removed: set WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT",
     "run_name": "was removed: the run is named after --output_dir, in W&B after WANDB_NAME",
-    "run_tags": "was removed: set WANDB_TAGS; MLflow and trackio tag runs in their pages",
+    "run_tags": "was removed: set WANDB_TAGS; MLflow tags runs in its pages",
     "stall_signal": _LONGER_MERGES,
     "stall_tolerance": _LONGER_MERGES,
     "stall_window": _LONGER_MERGES,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from mora_ds.common.errors import unknown
 
 NONE = "none"
-EXTRAS = ("wandb", "mlflow", "trackio")
+EXTRAS = ("wandb", "mlflow")
 """Trackers whose package is an extra of the same name."""
 KNOWN = ("tensorboard", *EXTRAS, NONE)
 

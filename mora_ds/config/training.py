@@ -166,7 +166,7 @@ class TrainingArguments:
     """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks print warnings and errors;
     with debug they print everything too."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where the curves go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or none."""
+    """Where the curves go besides metrics.jsonl: tensorboard, wandb, mlflow, or none."""
     logging_steps: int = 1
     """Optimizer steps between log lines."""
     eval_steps: int = 0

@@ -120,14 +120,10 @@ class Schedule:
         }[self.kind]
         return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * height)
 
-    def learning_rate(self, step: int, merges: Sequence[int] | None = None) -> float:
-        """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`.
-
-        Without `merges`: after those that are planned.
-        """
-        past = self.merge_steps() if merges is None else merges
-        before = bisect_right(past, step)
-        merged_at = past[before - 1] if before else None
+    def learning_rate(self, step: int, merges: Sequence[int] = ()) -> float:
+        """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`."""
+        before = bisect_right(merges, step)
+        merged_at = merges[before - 1] if before else None
         if merged_at is None or step - merged_at >= self.restart_warmup_steps:
             return self.curve(step)
         target = self.curve(merged_at + self.restart_warmup_steps)

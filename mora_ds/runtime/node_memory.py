@@ -122,30 +122,23 @@ def _memory_available() -> int:
 
 
 def _cgroup_limits() -> list[tuple[int, str]]:
-    """What the memory limits of this process's control groups (a container, a Slurm job) leave, in version 2 and 1."""
+    """What the memory limits of this process's control groups (a container, a Slurm job) leave."""
     limits = []
-    for folder, limit_file, usage_file in _cgroup_folders():
+    for folder in _cgroup_folders():
         with suppress(OSError, ValueError):  # "max": no limit; the root has no such files
-            limit, used = (int((folder / name).read_text()) for name in (limit_file, usage_file))
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             cached = sum(int(stat.get(key, 0)) for key in ("inactive_file", "active_file"))  # given up when needed
             limits.append((max(0, limit - used + cached), f"left by the memory limit of {folder}"))
     return limits
 
 
-def _cgroup_folders() -> list[tuple[Path, str, str]]:
-    """(folder, file with its limit, file with its use) of this process's control groups and those around them."""
-    found = []
+def _cgroup_folders() -> list[Path]:
+    """The folders of this process's control group (version 2) and of those around it."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                root, names = _CGROUP, ("memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                root, names = _CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            else:
-                continue
-            inner = root / path.lstrip("/")
-            around = [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
-            found += [(folder, *names) for folder in around]
-    return found
+            if not controllers:
+                group = _CGROUP / path.lstrip("/")
+                return [folder for folder in (group, *group.parents) if folder == _CGROUP or _CGROUP in folder.parents]
+    return []

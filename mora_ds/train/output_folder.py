@@ -51,8 +51,6 @@ NAMES = (
     TOKENIZER_FOLDER, TARGETS, VECTORS, TRACKERS,
 )  # fmt: skip
 """Everything that a run writes; the demo writes `DEMO`, too."""
-_FILES = (RUN_FILE, METRICS_FILE, SUMMARY_FILE, TARGETS)
-"""Those of the names that are files; the others are folders."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS, VECTORS)
 """What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
 and the merge ledger."""
@@ -90,10 +88,8 @@ class Reservation:
                 f"--output_dir {self.folder} holds {', '.join(strange)}, which the run there has not made and this one "
                 "would replace: move it away, or choose another folder"
             )
-        if resume:
-            _check_kinds(self.folder, owned)
-            if exports:
-                check_merged(self.folder / MERGED_FOLDER)
+        if resume and exports:
+            check_merged(self.folder / MERGED_FOLDER)
         with _writing(self.folder):
             if is_run:
                 (self.folder / ASIDE).mkdir()
@@ -214,13 +210,6 @@ def _check_owned(folder: Path, names: tuple[str, ...]) -> None:
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
             "run has written). A run would replace it: choose another folder, or move it away"
         )
-
-
-def _check_kinds(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if (folder / name).is_dir() == (name in _FILES):
-            kind = "file" if name in _FILES else "folder"
-            raise UserError(f"--output_dir {folder}: {folder / name} is no {kind}, as a run has it; move it away")
 
 
 @contextmanager

@@ -32,8 +32,9 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
+from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
-from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.engine.initialize import require_host
 from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
@@ -46,7 +47,6 @@ from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
-from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
@@ -60,11 +60,10 @@ from mora_ds.train.output_folder import (
     reserve,
 )
 from mora_ds.train.preflight import preflight
-from mora_ds.train.replicas import Replica
 from mora_ds.train.run_file import write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
-from mora_ds.train.tasks import TaskSuite, check_tasks, task_names
+from mora_ds.train.tasks import check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
 
@@ -104,6 +103,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         folder, config = find_model(model, place)
         check_config(config, training.sequence_parallel_size, model.implementation)
         arguments = settle_base_device(arguments, config, ds_config, ranks)
+        require_host(model.node_base, arguments.training.base_device == BaseDevice.HOST.value)
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)
@@ -218,11 +218,7 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
     tasks = task_names(arguments.training.eval_tasks)
     if both := sorted({*sets} & {*tasks}):
         raise UserError(f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name")
-    _watch(arguments.training).check_names([*sets, *tasks])
-
-
-def _watch(training: TrainingArguments) -> Watch:
-    return Watch.of(training.stop_when_forgotten, training.best_by)
+    Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by).check_names([*sets, *tasks])
 
 
 def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> int:
@@ -251,16 +247,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     if job.place.checkpoint is not None:
         logger.info(_resumed(job.place.checkpoint, state, steps))
     state.total_steps = steps
-    replica = Replica(job.engine, arguments.training.ranks_per_replica, job.split)
-    trainer = Trainer(
-        job=job,
-        replica=replica,
-        evaluator=_evaluator(arguments, job, replica, log),
-        schedule=schedule,
-        training=arguments.training,
-        log=log,
-        counter=CollectiveCounter(job.base_tensors.values()),
-    )
+    trainer = Trainer(job, schedule, log)
     for line in opening(job, steps):
         logger.info(line)
     was_finished = trainer.is_finished
@@ -307,29 +294,6 @@ def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: P
 def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:
     config = shown_config(dump(arguments), facts)
     return start_trackers(arguments.training.report_to, folder.resolve().name, config, folder, start_step)
-
-
-def _evaluator(arguments: Arguments, job: Job, replica: Replica, log: MetricsLog) -> Evaluator:
-    training = arguments.training
-    return Evaluator(
-        replica=replica,
-        sets=job.data.evaluation,
-        state=job.state,
-        log=log,
-        batch_size=training.per_device_eval_batch_size,
-        max_batches=training.max_eval_batches,
-        watch=_watch(training),
-        hooks=job.place.hooks,
-        tasks=_tasks(training, job, replica),
-        tasks_steps=training.eval_tasks_steps,
-    )
-
-
-def _tasks(training: TrainingArguments, job: Job, replica: Replica) -> TaskSuite | None:
-    if not training.eval_tasks:
-        return None
-    limit, size = training.eval_tasks_limit, training.per_device_eval_batch_size
-    return TaskSuite(training.eval_tasks, replica, job.data.tokenizer, size, limit)
 
 
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's curves go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, trackio.
+"""Where a run's curves go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
 
 All get the same curves under the same names. TensorBoard's files are the run's own, and a full disk ends the run as it
 does elsewhere. The others are services: one that cannot be reached, or fails later, is reported once and left out, and
@@ -37,7 +37,7 @@ TRACKERS = "trackers"
 """Name of the folder in OUTPUT_DIR."""
 _RUNS = "runs.json"
 _PROJECT = "mora_ds"
-"""W&B's and trackio's project, MLflow's experiment, where its environment variable names none."""
+"""W&B's project, MLflow's experiment, where its environment variable names none."""
 _MOST_CHARACTERS = 500
 """Length of a parameter's value that MLflow takes from every kind of store."""
 
@@ -217,31 +217,7 @@ class _Mlflow:
         self._mlflow.end_run()
 
 
-class _Trackio:
-    """trackio, in its folder of this machine (TRACKIO_DIR) or in a Space (TRACKIO_SPACE_ID). A run is known by name."""
-
-    def __init__(self, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
-        import trackio
-
-        del folder
-        self.run_id = run_id or run_name
-        project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
-        self._run = trackio.init(project=project, name=self.run_id, config=dict(config), resume="allow")
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def summary(self, facts: Mapping[str, Any]) -> None:
-        results = {
-            f"summary/{name}": value for name, value in flattened(facts).items() if isinstance(value, (int, float))
-        }
-        self._run.log(results)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-_CLIENTS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
+_CLIENTS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow}
 
 
 def _plain(name: str) -> str:

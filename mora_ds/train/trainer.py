@@ -14,15 +14,13 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import RunError, Stopped, reason
-from mora_ds.config.forgetting import report
-from mora_ds.config.training import TrainingArguments
+from mora_ds.config.forgetting import Watch, report
 from mora_ds.data import Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
@@ -36,6 +34,7 @@ from mora_ds.train.job import Job
 from mora_ds.train.loader import BatchLoader, MicroBatch, labels_in
 from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
 from mora_ds.train.replicas import NotFinite, Replica, require_finite
+from mora_ds.train.tasks import TaskSuite
 
 logger = logging.getLogger(__name__)
 
@@ -46,26 +45,39 @@ PATIENCE_S = 60.0
 """Seconds that a failing run waits for a checkpoint that is being written in the background."""
 
 
-@dataclass
 class Trainer:
     """Trains one job to the end of its schedule."""
 
-    job: Job
-    replica: Replica
-    evaluator: Evaluator
-    schedule: Schedule
-    training: TrainingArguments
-    log: MetricsLog
-    counter: CollectiveCounter
-
-    def __post_init__(self) -> None:
-        job = self.job
+    def __init__(self, job: Job, schedule: Schedule, log: MetricsLog) -> None:
+        training = job.arguments.training
+        self.job = job
+        self.schedule = schedule
+        self.training = training
+        self.log = log
         self.engine = job.engine
         self.state = job.state
         self.hooks = job.place.hooks
         self.train_data: TrainData = job.data.train
         self.last_checkpoint = job.place.checkpoint
-        self.loader = BatchLoader(self.train_data, self.replica, self.training, self.total_steps)
+        self.counter = CollectiveCounter(job.base_tensors.values())
+        self.replica = Replica(job.engine, training.ranks_per_replica, job.split)
+        tasks = None
+        if training.eval_tasks:
+            batch_size, limit = training.per_device_eval_batch_size, training.eval_tasks_limit
+            tasks = TaskSuite(training.eval_tasks, self.replica, job.data.tokenizer, batch_size, limit)
+        self.evaluator = Evaluator(
+            replica=self.replica,
+            sets=job.data.evaluation,
+            state=job.state,
+            log=log,
+            batch_size=training.per_device_eval_batch_size,
+            max_batches=training.max_eval_batches,
+            watch=Watch.of(training.stop_when_forgotten, training.best_by),
+            hooks=self.hooks,
+            tasks=tasks,
+            tasks_steps=training.eval_tasks_steps,
+        )
+        self.loader = BatchLoader(self.train_data, self.replica, training, self.total_steps)
         self.rows_per_step = self.loader.rows_per_step
         self._next_labels: float | None = None
         """Labels of the next step's global batch; None before the first step of this process."""

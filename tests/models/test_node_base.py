@@ -305,11 +305,8 @@ def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: p
     (group / "memory.current").write_text("4000000\n")
     (group / "memory.stat").write_text("anon 3500000\ninactive_file 300000\nactive_file 200000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [(each, *_V2) for each in (group, tmp_path)])
+    monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [group, tmp_path])
     assert free_bytes() == (1_500_000, f"left by the memory limit of {group}")
     check_room(1_500_000)
     with pytest.raises(UserError, match=r"--node_base auto: .* takes 0\.002 GB, and .* left .*job: --base_bits 8"):
         check_room(1_600_000)
-
-
-_V2 = ("memory.max", "memory.current")

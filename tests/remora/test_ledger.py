@@ -211,22 +211,6 @@ class Killed(BaseException):
     pass
 
 
-def test_append_killed_between_squares(folder: Path) -> None:
-    ledger, layers = Ledger.open(folder), layers_of(3)
-    before, content = state(ledger), (folder / "ledger.json").read_bytes()
-
-    def squares() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "a.q", torch.ones(6, 6)
-        raise Killed
-
-    with pytest.raises(Killed):
-        ledger.append(400, layers, squares())
-    assert (folder / "ledger.json").read_bytes() == content
-    assert ledger.cycles == 3 and state(Ledger.open(folder, BASE)) == before == state(ledger)
-    append(ledger)
-    assert Ledger.open(folder).cycles == 4
-
-
 def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stray file is overwritten by the next append, not appended to the ledger."""
     ledger, before = Ledger.open(folder), state(Ledger.open(folder))
@@ -305,16 +289,6 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(
     with pytest.raises(Killed):
         Ledger.open(folder).copy_to(other.folder)
     assert Ledger.open(other.folder, BASE).cycles == 0
-
-
-def test_copy_without_links(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError("no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    copy = Ledger.open(folder).copy_to(tmp_path / "copy")
-    assert not (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
-    assert state(Ledger.open(copy.folder)) == state(Ledger.open(folder))
 
 
 # -- live weights ----------------------------------------------------------------------------------------------------

@@ -47,10 +47,10 @@ def test_cosine_is_a_cosine() -> None:
 
 def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
     target = JAGGED.curve(29)
-    ramp = [JAGGED.learning_rate(step) for step in range(25, 30)]
+    ramp = [JAGGED.learning_rate(step, [25]) for step in range(25, 30)]
     assert ramp == pytest.approx([target * part / 5 for part in (1, 2, 3, 4, 5)])
-    assert JAGGED.learning_rate(24) == JAGGED.curve(24)
-    assert JAGGED.learning_rate(30) == JAGGED.curve(30)
+    assert JAGGED.learning_rate(24, [25]) == JAGGED.curve(24)
+    assert JAGGED.learning_rate(30, [25]) == JAGGED.curve(30)
 
 
 def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not() -> None:
@@ -58,7 +58,7 @@ def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not(
     assert dataclasses.replace(JAGGED, total_steps=80).merge_steps() == [25, 50, 75]
     short = dataclasses.replace(JAGGED, total_steps=79)
     assert short.merge_steps() == [25, 50]
-    assert short.learning_rate(75) == short.curve(75), "without a merge there is no ramp"
+    assert short.learning_rate(75, [25, 50]) == short.curve(75), "without a merge there is no ramp"
 
 
 def test_no_merge_before_the_first_warmup_ends() -> None:
@@ -81,7 +81,7 @@ def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind:
         schedule = Schedule(kind, 1.0, total, warmup, 0.05, every, ramp)
         ramped = {merge + k for merge in schedule.merge_steps() for k in range(ramp)}
         for step in range(total):
-            rate = schedule.learning_rate(step)
+            rate = schedule.learning_rate(step, schedule.merge_steps())
             assert 0 < rate < schedule.curve(step) if step in ramped else rate == schedule.curve(step)
         assert all(done + ramp < total for done in schedule.merge_steps()), "each cycle reaches the curve"
         assert schedule.merge_steps() == [done for done in range(total + 1) if schedule.merges_after(done)]
@@ -112,22 +112,6 @@ def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
     assert [schedule.learning_rate(step) for step in (10, 50, 85)] == [1.0, 1.0, 1.0]
     assert schedule.learning_rate(97) == pytest.approx(0.1 + 0.9 * (1 - 87 / 100) / 0.25)
     assert schedule.learning_rate(109) == pytest.approx(0.1 + 0.9 * 0.01 / 0.25)
-
-
-# -- given merges ------------------------------------------------------------------------------------------------------
-
-
-def test_the_planned_merges_give_the_same_rates_bit_for_bit_as_none_given() -> None:
-    for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3, 14), (2, 5, 13), (1, 4, 12)):
-        if every <= ramp or warmup >= total:
-            continue
-        schedule = Schedule(ScheduleKind.COSINE, 1.0, total, warmup, 0.05, every, ramp)
-        done: list[int] = []
-        for step in range(total):
-            if schedule.merges_after(step):
-                done.append(step)
-            assert schedule.learning_rate(step, done) == schedule.learning_rate(step)
-        assert done == schedule.merge_steps()
 
 
 def test_a_cycle_that_is_no_longer_than_its_re_warmup_is_refused() -> None:

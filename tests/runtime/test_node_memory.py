@@ -16,27 +16,19 @@ from mora_ds.runtime import node_memory
 from mora_ds.runtime.mappings import Mappings, give_back
 from mora_ds.runtime.node_memory import Offer, free_bytes, machine, node_members
 
-V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
-
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("0::/jobs/17\n", [(each, *V2) for each in ("jobs/17", "jobs", "")]),
-        ("0::/\n", [("", *V2)]),
-        ("4:cpu,memory:/jobs\n3:cpuset:/jobs\n1:name=a:b:/\n", [(each, *V1) for each in ("memory/jobs", "memory")]),
-        ("", []),
-    ],
-    ids=["version 2", "in a container", "version 1", "none"],
+    [("0::/jobs/17\n", ["jobs/17", "jobs", ""]), ("1:name=a:b:/\n0::/\n", [""]), ("", [])],
+    ids=["a job", "in a container", "none"],
 )
 def test_limits_are_those_of_a_group_and_of_all_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: list[tuple[str, str, str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]
 ) -> None:
     (tmp_path / "cgroup").write_text(text)
     monkeypatch.setattr(node_memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
-    found = [(folder, limit, usage) for folder, limit, usage in node_memory._cgroup_folders()]
-    assert found == [(tmp_path / folder, limit, usage) for folder, limit, usage in expected]
+    assert node_memory._cgroup_folders() == [tmp_path / folder for folder in expected]
 
 
 def test_without_a_limit_it_is_the_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import Any
 
@@ -42,16 +41,3 @@ def test_a_rank_with_nothing_to_save_is_given_some_seconds(watch: Any) -> None:
         watch._check()
     watch.defers = True  # a step, a merge or a checkpoint takes as long as it takes
     watch._check()
-
-
-def test_a_launcher_that_has_ended_is_a_request(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    monkeypatch.setattr(signals.os, "kill", lambda process, number: sent.append(number))
-    parents = [8]
-    monkeypatch.setattr(signals.os, "getppid", lambda: parents[0])
-    watch.since, watch._launcher = None, 8
-    watch._check()
-    assert watch.since is None and not sent
-    parents[0] = 1
-    watch._check()
-    assert watch.since is not None and sent == [signal.SIGTERM] and watch._launcher is None

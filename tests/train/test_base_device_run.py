@@ -73,6 +73,7 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> No
         ("--adapter", "lora"),
         ("--optimizer", "muon", "--chunked_loss", "--attn_implementation", "sdpa"),
         ("--operator", "subspace", "--mora_dropout", "0.1"),
+        ("--sequence_parallel_size", 2),
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
@@ -87,14 +88,6 @@ def test_more_runs(user: Playground, more: tuple[Any, ...]) -> None:
         run_ranks(2, interrupted_job, [*argv, *first], 5)
         run(2, [*argv, *map(str, then)])
         assert_same_run(user.root / f"{name}-{label}", user.root / f"{name}-resident")
-
-
-@pytest.mark.heavy
-def test_with_sequence_parallelism(user: Playground) -> None:
-    ulysses = ("--sequence_parallel_size", 2)
-    run(2, deep(user, "resident", *ulysses))
-    run(2, deep(user, "streamed", *ulysses, *HOST))
-    assert_same_run(user.root / "streamed", user.root / "resident")
 
 
 @pytest.mark.heavy

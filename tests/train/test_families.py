@@ -17,20 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.checkpoint.adapter_files import BaseReference
-from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
-from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.writer import CheckpointWriter
+from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.load import load_base
 from mora_ds.models.loss import token_nll
-from mora_ds.remora.ledger import Ledger
-from mora_ds.remora.merge import ReMoRA
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
+from mora_ds.train.run import Run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, alone, causal_loss, tiny_model, tokens
 
@@ -78,34 +74,26 @@ def end_to_end(root: Path, family: str) -> dict[str, Any]:
     config = adapter(family)
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)
-    merger = new_merger(engine, config, folder, loaded.base, loaded.keys)
+    work = Run(
+        engine, config, loaded.base, folder, keys=loaded.keys, probe_ids=tokens(1, PROBE_TOKENS), ranks=Ranks.current()
+    )
     squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
 
     losses = [train_step(engine, seed=1), train_step(engine, seed=2)]
     norms = {name: zero.full_fp32(engine, square).norm().item() for name, square in squares.items()}
     before = probe(engine)
-    merger.merge(2)
+    work.merge(2)
     after = probe(engine)
     left = max(zero.full_fp32(engine, square).abs().max().item() for square in squares.values())
 
     losses.append(train_step(engine, seed=3))  # so that the checkpoint holds matrices that are not merged
     live = probe(engine)
-    reference = BaseReference(str(loaded.base.folder), merger.ledger.base_fingerprint, loaded.keys, "float32")
-    writer = RunWriter(engine, config, merger, reference, None, tokens(1, PROBE_TOKENS), {})
-    state = TrainerState(step=3, world_size=WORLD)
-    CheckpointWriter(folder / "checkpoints", engine, writer.collect).save(state)
+    work.save(3)
     engine.destroy()
     return {
         "losses": losses, "norms": norms, "before": before, "after": after, "left": left, "live": live,
         "own_base": loaded.base.folder != folder / "model",
     }  # fmt: skip
-
-
-def new_merger(engine: zero.Engine, config: MoRAConfig, folder: Path, base: Any, keys: dict[str, str]) -> ReMoRA:
-    if dist.get_rank() == 0:
-        Ledger.create(folder / "ledger", base.fingerprint())
-    dist.barrier()
-    return ReMoRA(engine, config, Ledger.open(folder / "ledger"), base, keys)
 
 
 def train_step(engine: zero.Engine, seed: int) -> float:

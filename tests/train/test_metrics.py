@@ -37,21 +37,6 @@ def metrics(step: int, loss: float = 2.0, grad_norm: float = 0.5, bytes_gathered
     return StepMetrics(step, loss, 1e-3, grad_norm, 64 * step, 128.0, 64.0, 0.5, 2**30, bytes_gathered)
 
 
-def test_a_row_has_the_promised_fields(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 3, enabled=True)
-    log.step(metrics(1))
-    log.evaluation(1, {"held": 7.5})
-    log.record("merge", 1, {"cycle": 0, "square_norm": 0.25, "loss_before": None})
-    log.close()
-    step, evaluation, merge = rows(tmp_path)
-    wanted = {"step": 1, "loss": 2.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens": 64, "tokens_per_s": 128.0,
-              "step_time_s": 0.5, "peak_memory_bytes": 2**30, "bytes_gathered": 1_000_000}  # fmt: skip
-    assert wanted.items() <= step.items()
-    assert step["perplexity"] == pytest.approx(math.exp(2))
-    assert evaluation == {"step": 1, "eval": {"held": 7.5}}
-    assert merge == {"step": 1, "merge": {"cycle": 0, "square_norm": 0.25, "loss_before": None}}
-
-
 def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
     """A kill loses none that was logged."""
     log = MetricsLog(tmp_path, 3, enabled=True)

@@ -207,15 +207,6 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path) -> N
     join(tmp_path / "a node that does not see it")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"])
-def test_a_name_of_the_wrong_kind_is_refused_before_a_run_is_resumed(tmp_path: Path, name: str) -> None:
-    out = a_run(tmp_path / "out", "tokenizer")
-    output_folder._remove(out / name)
-    (out / name).mkdir() if name == "metrics.jsonl" else (out / name).write_text("")
-    with untouched(out), pytest.raises(UserError, match=f"{name} is no (file|folder)"):
-        prepared(out, False, True)
-
-
 @pytest.mark.parametrize("files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]])
 def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: Path, files: list[str]) -> None:
     out = a_run(tmp_path / "out")

@@ -27,7 +27,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, printed, rows, run
+from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, rows, run
 from tests.helpers.models import tiny_model
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
@@ -65,31 +65,6 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
         squares, expected = (load_file(each / "checkpoints/latest/adapter.safetensors") for each in (out, reference))
         for name in expected:
             torch.testing.assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
-
-
-def document_losses(user: Playground) -> tuple[float, float]:
-    """(summed loss of one packed block, sum over its documents each by itself), in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(user.model, attn_implementation="sdpa").eval()
-    tokenizer = AutoTokenizer.from_pretrained(user.model)
-    documents = user.root / "short_documents.jsonl"
-    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("def f(x):", "return 1", "a = b")))
-    cache = build_cache(load_corpus([str(documents)]), tokenizer, user.root / "cache")
-    data = PackedDataset(cache, seq_len=int(cache.n_tokens) - 1)
-    batch = data.first_rows(1)
-    with torch.no_grad():
-        packed = token_nll(model, batch).item()
-        alone, start = 0.0, 0
-        for end in map(int, cache.ends):
-            ids = torch.tensor(cache.tokens[start:end].astype("int64")).unsqueeze(0)
-            logits = model(input_ids=ids).logits[0, :-1]
-            alone += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-            start = end
-    return packed, alone
-
-
-def test_packed_documents_do_not_see_each_other(user: Playground) -> None:
-    packed, alone = document_losses(user)
-    assert packed == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.gloo
@@ -385,16 +360,6 @@ def test_summary_and_files_of_a_run(plain: Path) -> None:
     assert names == {*written, ".lock"}
     assert [row["step"] for row in rows(plain) if "loss" in row] == list(range(1, 9))
     assert [step for step, _ in perplexities(plain)] == [0, 4, 8]
-
-
-@pytest.mark.gloo
-def test_a_run_logs_its_planned_merges_and_those_left_out(user: Playground, tmp_path: Path) -> None:
-    short = ("--merge_every", 3, "--restart_warmup_steps", 2, "--max_steps", 8)
-    told = run_ranks(1, printed, user.flags(tmp_path / "out", *short))[0]
-    before, _, after = told.partition("step 1/8")
-    assert "merges after step 3 of 8\n" in before and "merged cycle 0 at step 3" in after
-    assert "the merge at step 6 is left out: 2 steps would follow and the re-warmup alone takes 2" in before
-    assert [row["step"] for row in rows(tmp_path / "out") if "merge" in row] == [3]
 
 
 # -- several nodes -----------------------------------------------------------------------------------------------------

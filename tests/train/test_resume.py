@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     Playground,
     curve,
-    environment,
-    launcher,
     losses,
     playground,
     printed,
@@ -28,7 +22,6 @@ from tests.helpers.jobs import (
     rows,
     run,
 )
-from tests.helpers.nodes import wait_for
 from tests.helpers.resume import (
     MERGING,
     assert_same_run,
@@ -153,38 +146,6 @@ def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Pat
     run(1, user.flags(whole, *more))
     run_ranks(1, interrupted_job, user.flags(out, *more, "--learning_rate", 0.5), 7)
     run(1, user.flags(out, *more))
-    assert_same_run(out, whole)
-
-
-def children_of(process: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):  # it has ended
-        found = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return found + [grandchild for child in found for grandchild in children_of(child)]
-
-
-@pytest.mark.gloo
-@pytest.mark.heavy(seconds=15)
-def test_killed_ranks_and_auto(user: Playground, tmp_path: Path) -> None:
-    """SIGKILL for both ranks and their launcher, somewhere in mid-run."""
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    more = ("--max_steps", 30, "--merge_every", 7, "--restart_warmup_steps", 2, "--save_steps", 4)
-    run(2, user.flags(whole, *more))
-    flags = user.flags(out, *more, "--resume_from_checkpoint", "auto")
-    log = tmp_path / "log"
-    with log.open("w") as file:  # no pipe, which would fill up and hold the run
-        process = subprocess.Popen(
-            launcher(2, flags), cwd=tmp_path, env=environment(), stdout=file, stderr=file, text=True
-        )
-    wait_for(out / "checkpoints" / "step-000008", [process], seconds=240, log=log)
-    family = children_of(process.pid)
-    assert len(family) >= 3, "launch.py and two ranks"
-    for child in reversed(family):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-    process.wait(timeout=60)  # its exit code says nothing: DeepSpeed's runner turns a signal into 0
-    assert not (out / "summary.json").exists(), "killed too late"
-    run(2, flags)
     assert_same_run(out, whole)
 
 

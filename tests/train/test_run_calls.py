@@ -1,0 +1,102 @@
+"""`mora_ds.Run` in a user's own loop: what is wrong with a call is said before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mora_ds
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.common.errors import UserError
+from mora_ds.models.base import write_own_base
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.snapshot import untouched
+
+pytestmark = pytest.mark.gloo
+
+CONFIG = MoRAConfig(rank=4, operator="share")
+
+WRONG: dict[str, Callable[[mora_ds.Run], object]] = {
+    "merge: `step` must be a whole number from 3 on, got -5": lambda run: run.merge(-5),
+    "merge: `step` must be a whole number from 3 on, got 'x'": lambda run: run.merge("x"),  # type: ignore[arg-type]
+    "merge: `step` must be a whole number from 3 on, got 1.5": lambda run: run.merge(1.5),  # type: ignore[arg-type]
+    "merge: `step` must be a whole number from 3 on, got None": lambda run: run.merge(None),  # type: ignore[arg-type]
+    "merge: `step` must be a whole number from 3 on, got True": lambda run: run.merge(True),
+    f"merge: `step` must be a whole number from 3 on, got {2**70}": lambda run: run.merge(2**70),
+    "merge: `step` must be a whole number from 3 on, got 2": lambda run: run.merge(2),
+    "merge: `probe` must be a function": lambda run: run.merge(3, 1.0),  # type: ignore[arg-type]
+    "save: `step` must be a whole number from 2 on, got -1": lambda run: run.save(-1),
+    "save: `step` must be a whole number from 2 on, got 'x'": lambda run: run.save("x"),  # type: ignore[arg-type]
+    "save: `step` must be a whole number from 2 on, got 1": lambda run: run.save(1),
+    "save: `keep` must be a whole number from 1 on, or None for all, got -1": lambda run: run.save(3, keep=-1),
+    "save: `keep` must be a whole number from 1 on, or None for all, got 0": lambda run: run.save(3, keep=0),
+}
+
+
+def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
+    """A run with two micro-batches a step; one optimizer step and a merge are done, and saved as step 2."""
+    os.chdir(folder)
+    write_own_base(tiny_model("llama"), Path("base"))
+    model = tiny_model("llama")
+    mora_ds.inject(model, CONFIG)
+    engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 2))
+    run = mora_ds.Run(engine, CONFIG, base="base", folder="out")
+    for number in range(2):
+        micro_step(engine, number)
+    run.merge(2)
+    run.save(2)
+    return engine, run
+
+
+def micro_step(engine: Any, seed: int) -> None:
+    engine.backward(causal_loss(engine, tokens(2, seed=seed)))
+    engine.step()
+
+
+def wrong_calls(folder: str) -> None:
+    _, run = started(folder, 3)
+    with untouched(Path("out")):
+        for message, call in WRONG.items():
+            with pytest.raises(UserError) as refused:
+                call(run)
+            assert str(refused.value).startswith(message)
+    run.save(2)
+    run.merge(3)
+    assert [cycle["step"] for cycle in json.loads(Path("out/ledger/ledger.json").read_text())["cycles"]] == [2, 3]
+
+
+def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    run_ranks(1, wrong_calls, str(tmp_path))
+
+
+def calls_within_a_step(folder: str, stage: int) -> None:
+    engine, run = started(folder, stage)
+    with untouched(Path("out")):
+        for number in range(2):
+            engine.backward(causal_loss(engine, tokens(2, seed=number)))
+            for call in (run.merge, run.save):
+                with pytest.raises(UserError, match="the engine has gradients of which no optimizer step is made"):
+                    call(3)
+            engine.step()
+            if number == 0:
+                with pytest.raises(
+                    UserError, match=r"call it after the engine.step\(\) that ends gradient accumulation"
+                ):
+                    run.save(3)
+    with torch.no_grad():
+        causal_loss(engine, tokens(2))  # a forward pass leaves no gradient
+    run.merge(3)
+    run.save(3)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int) -> None:
+    run_ranks(1, calls_within_a_step, str(tmp_path), stage)
