@@ -29,8 +29,7 @@ from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write
 from mora_ds.models.load import create_base
 from mora_ds.train.agreement import start_up
 from mora_ds.train.dry_run import dry_run
-from mora_ds.train.inputs import check_inputs
-from mora_ds.train.output_folder import DEMO, NAMES, give_up, reserve
+from mora_ds.train.output_folder import DEMO, give_up, reserve
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import compare_settings, engine_config, start_processes
 
@@ -103,7 +102,7 @@ def run_demo(arguments: Arguments) -> None:
         job = _continue_arguments(arguments, paths, ranks.world)  # its errors come before anything is written
     sharded = None
     try:  # what is made for the main job goes again where that does not begin
-        ranks.on_first("files of the demo", lambda: _prepare(arguments, job.training, folder, paths), long=True)
+        ranks.on_first("files of the demo", lambda: _prepare(job.training, folder, paths), long=True)
         if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
             rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
             warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
@@ -163,11 +162,10 @@ def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any
     }
 
 
-def _prepare(arguments: Arguments, training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
+def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> None:
     """Reserve the folder, and write corpora, tokenizer and untrained model, unless a resumed run has them already."""
     resumes = training.resume_from_checkpoint is not None
-    check_inputs(arguments, folder, (*NAMES, DEMO))
-    reserve(folder, (*NAMES, DEMO)).prepare(training.overwrite_output_dir, resumes, training.export_merged)
+    reserve(folder).prepare(training.overwrite_output_dir, resumes, training.export_merged)
     logger.info(
         "No --model_name_or_path and no --train_files: running the demo.\n"
         "  general text: Python's language reference and docstrings;  new domain: the standard library's code\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import BASE_FOLDER
@@ -14,22 +14,23 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.train.hooks import hooks_of
-from mora_ds.train.output_folder import NAMES, TARGETS
+from mora_ds.train.output_folder import DEMO, NAMES, TARGETS
 from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
 
 _READABLE = (BASE_FOLDER, TARGETS)
+"""What a resumed run has made and will not replace. The main job of the demo always reads what lies in `DEMO`."""
 
 
-def check_inputs(arguments: Arguments, folder: Path, names: Iterable[str] = NAMES) -> None:
+def check_inputs(arguments: Arguments, folder: Path) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or deleted.
 
-    `names`: what the run writes into `folder`. Links are followed, those within a folder too; another name of the same
+    `folder`: the one that the run writes to. Links are followed, those within a folder too; another name of the same
     file (a hard link) is safe, as a run replaces files and writes into none. A resumed run may read what it has made
     and will not replace.
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
-    places = [folder.resolve() / name for name in names if not (resumes and name in _READABLE)]
+    places = [folder.resolve() / name for name in NAMES if name != DEMO and not (resumes and name in _READABLE)]
     places += [place.resolve() for place in places if place.is_symlink()]
     holds_any = any(os.path.lexists(place) for place in places)
     for flag, named in inputs_of(arguments):

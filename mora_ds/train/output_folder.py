@@ -48,9 +48,9 @@ collective, which is at the end of a step."""
 TARGETS, VECTORS, TENSORBOARD, DEMO = "targets.yaml", "subspace", "tensorboard", "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
-    TOKENIZER_FOLDER, TARGETS, VECTORS, TRACKERS,
+    TOKENIZER_FOLDER, TARGETS, VECTORS, TRACKERS, DEMO,
 )  # fmt: skip
-"""Everything that a run writes; the demo writes `DEMO`, too."""
+"""Everything that a run writes."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS, VECTORS)
 """What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
 and the merge ledger."""
@@ -61,8 +61,6 @@ class Reservation:
     """An output folder that is reserved for a run which has not begun. Held by rank 0."""
 
     folder: Path
-    names: tuple[str, ...]
-    """The names that the run uses."""
     made: tuple[Path, ...]
     """The folders that were made for this run, the innermost first."""
     had_lock_file: bool
@@ -81,8 +79,8 @@ class Reservation:
                 f"--output_dir {self.folder} holds another run: choose another folder, continue it with "
                 "--resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
             )
-        owned = self._owned() if is_run else []
-        written = [name for name in self.names if exports or name != MERGED_FOLDER]
+        owned = _present(self.folder, owned_by_run(self.folder))
+        written = [name for name in NAMES if exports or name != MERGED_FOLDER]
         if strange := [name for name in _present(self.folder, written) if name not in owned]:
             raise UserError(
                 f"--output_dir {self.folder} holds {', '.join(strange)}, which the run there has not made and this one "
@@ -98,7 +96,7 @@ class Reservation:
                 else:
                     _set_aside(self.folder, owned)
             # What is there now is the earlier run's or the user's: the start-up makes none of it.
-            makes = [name for name in self.names if not os.path.lexists(self.folder / name)]
+            makes = [name for name in NAMES if not os.path.lexists(self.folder / name)]
             (self.folder / STARTING).write_text(json.dumps(makes), encoding="utf-8")
 
     def commit(self) -> None:
@@ -121,26 +119,19 @@ class Reservation:
         _open.pop(self.folder.resolve(), None)
         _remove_empty(self.made)
 
-    def _owned(self) -> list[str]:
-        """What the run in the folder has made."""
-        listed = owned_by_run(self.folder)
-        if holds_run(self.folder / DEMO / "warm_start"):
-            listed.append(DEMO)
-        return _present(self.folder, [name for name in self.names if name in listed])
 
-
-def reserve(folder: Path, names: tuple[str, ...] = NAMES) -> Reservation:
+def reserve(folder: Path) -> Reservation:
     """Lock `folder` for a run, and repair what a killed one has left. Called by rank 0.
 
     A reservation that this process holds already is returned as it is: the demo's, whose main job is a run.
-    Raises `UserError` for a folder with any of the `names` and without a run, one that another run is writing to, and
+    Raises `UserError` for a folder with any of the `NAMES` and without a run, one that another run is writing to, and
     one that cannot be written to.
     """
     if (reservation := _open.get(folder.resolve())) is not None:
         return reservation
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
-    _check_owned(folder, names)
+    _check_owned(folder)
     made = tuple(path for path in (folder, *folder.parents) if not path.exists())
     had_lock_file = (folder / LOCK).exists()
     try:
@@ -153,7 +144,7 @@ def reserve(folder: Path, names: tuple[str, ...] = NAMES) -> Reservation:
     except UserError:
         _remove_empty(made)
         raise
-    reservation = _open[folder.resolve()] = Reservation(folder, names, made, had_lock_file)
+    reservation = _open[folder.resolve()] = Reservation(folder, made, had_lock_file)
     return reservation
 
 
@@ -184,8 +175,9 @@ def names_of_run(folder: Path, exports: bool) -> list[str]:
 
     `exports`: whether it writes a merged model.
     """
-    made = {*owned_by_run(folder), *_present(folder, _AT_START), *((MERGED_FOLDER,) if exports else ())}
-    return [name for name in NAMES if name in made or name not in (*_AT_START, MERGED_FOLDER)]
+    optional = (*_AT_START, DEMO, MERGED_FOLDER)
+    made = {*owned_by_run(folder), *_present(folder, (*_AT_START, DEMO)), *((MERGED_FOLDER,) if exports else ())}
+    return [name for name in NAMES if name in made or name not in optional]
 
 
 def check_merged(folder: Path) -> None:
@@ -202,9 +194,9 @@ def check_merged(folder: Path) -> None:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_owned(folder: Path, names: tuple[str, ...]) -> None:
+def _check_owned(folder: Path) -> None:
     """Raise `UserError` for a folder with any of the names, and without a run that has made them."""
-    present = _present(folder, (*names, ASIDE, DELETING))
+    present = _present(folder, (*NAMES, ASIDE, DELETING))
     if present and not (holds_run(folder) or holds_run(folder / ASIDE) or _starting(folder)):
         raise UserError(
             f"--output_dir {folder} holds {', '.join(present)}, and no run that has made it (no run.yaml that a "
@@ -286,7 +278,7 @@ def _starting(folder: Path) -> list[str]:
         names = json.loads((folder / STARTING).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [name for name in (*NAMES, DEMO) if name in names]
+    return [name for name in NAMES if name in names]
 
 
 def _undo(folder: Path) -> None:
@@ -296,7 +288,7 @@ def _undo(folder: Path) -> None:
     # From here on the names are the earlier run's again, which a second attempt must not remove.
     (folder / STARTING).unlink(missing_ok=True)
     aside = folder / ASIDE
-    for name in _present(aside, (*NAMES, DEMO)):
+    for name in _present(aside, NAMES):
         _remove(folder / name)
         (aside / name).rename(folder / name)
     if aside.is_dir():

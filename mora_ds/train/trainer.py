@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mora_ds.common.errors import RunError, Stopped, reason
 from mora_ds.config.forgetting import Watch, report
-from mora_ds.data import Mixture, StreamMixture, TrainData
+from mora_ds.data import StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
@@ -298,23 +298,16 @@ class Trainer:
         raise Stopped(f"stopped at step {step}, saved to {self.last_checkpoint}; --resume_from_checkpoint auto goes on")
 
     def _save(self) -> None:
-        """Write a checkpoint, once the loss of the next batch is finite: a step with a finite loss may leave NaN in the
-        MoRA matrices, and a checkpoint of those would pass for a good one."""
+        """Write a checkpoint, once the loss of the probe batch is finite: a step with a finite loss may leave NaN in
+        the MoRA matrices, and a checkpoint of those would pass for a good one."""
         step = self.state.step
         self.job.check_base()
-        nll = self.replica.sum(self._next_loss())
-        require_finite(nll, f"after step {step} the loss of the next batch is {nll}", step)
+        loss = self.replica.sum(self._probe_loss()) / self.replica.world  # one rank alone may read a damaged base
+        require_finite(loss, f"after step {step} the loss of the probe batch is {loss}", step)
         if isinstance(self.train_data, StreamMixture):
             self.state.stream = self.train_data.states_at(step)
         self.last_checkpoint = self.job.save()
         self._saved_step = step
-
-    def _next_loss(self) -> float:
-        """This process's loss of the next micro-batch; of the probe batch for a mixture, which may have no next batch
-        or not be able to read it yet."""
-        if isinstance(self.train_data, Mixture):
-            return self._probe_loss()
-        return self.replica.nll(self.train_data.batch(*self.loader.position(self.state.step, 0)))[0]
 
     def _merge(self) -> None:
         assert self.job.run is not None, "validated: only an adapter is merged"

@@ -14,7 +14,6 @@ import pytest
 from mora_ds.common.errors import UserError
 from mora_ds.train import output_folder
 from mora_ds.train.output_folder import (
-    DEMO,
     NAMES,
     check_merged,
     give_up,
@@ -84,17 +83,10 @@ def test_all_names_are_listed(tmp_path: Path) -> None:
 def test_other_files_do_not_matter_and_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".writable").write_text("mine")
-    (tmp_path / DEMO).mkdir()
     with untouched(tmp_path):
         reserve(tmp_path).prepare(False, False)
         put(tmp_path, "tokenizer", "new")
         give_up(tmp_path)
-
-
-def test_the_demo_takes_no_folder_that_is_called_demo(tmp_path: Path) -> None:
-    put(tmp_path, f"{DEMO}/corpus.txt", "mine")
-    with untouched(tmp_path), pytest.raises(UserError, match=DEMO):
-        reserve(tmp_path, (*NAMES, DEMO))
 
 
 def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path) -> None:

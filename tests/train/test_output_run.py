@@ -138,8 +138,7 @@ def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path) -> N
     (tmp_path / "mine" / "demo").mkdir(parents=True)
     (tmp_path / "mine" / "demo" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "demo" / "warm_start" / "merged").mkdir(parents=True)
-    for folder in (tmp_path / "run", tmp_path / "run" / "demo" / "warm_start"):
-        (folder / "run.yaml").write_text("versions: {}\nresolved: {owns: [run.yaml]}\n")
+    (tmp_path / "run" / "run.yaml").write_text("versions: {}\nresolved: {owns: [run.yaml, demo]}\n")
     cases = {
         str(tmp_path / "new"): "no file",
         str(tmp_path / "not" / "there"): "no file",
