@@ -47,6 +47,9 @@ LAUNCHES = r"""
 --max_grad_norm -1 | --max_grad_norm must be at least 0
 --report_to wanb | unknown --report_to 'wanb' | 'wandb'
 --report_to none wandb | --report_to none goes with no other tracker
+--report_to wandb wandb | twice
+--eval_tasks a --eval_tasks_steps 3 | --eval_tasks_steps 3 | multiple of --eval_steps, 0
+--eval_tasks a --eval_tasks_limit 0 | --eval_tasks_limit must be at least 1
 --eval_tasks a --eval_tasks_steps 3 --eval_steps 2 | --eval_tasks_steps 3 | multiple of --eval_steps, 2
 --seed -1 | --seed must be at least 0
 --seed 100000000000000000000000 | --seed must be below 9223372036854775808
@@ -122,6 +125,7 @@ stray | 'stray'
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
 --optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
 --base_bits 4 --operator subspace | --base_bits 4: --operator subspace
+--base_bits 8 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 8
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
 --base_device disk | --base_device 'disk' | host
 --base_device host --tensor_parallel_size 2 | --tensor_parallel_size 2 | --base_device host

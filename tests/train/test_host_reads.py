@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
@@ -58,13 +56,3 @@ def test_the_host_waits_once_a_step(user: Playground, tmp_path: Path, name: str)
             assert {place: count for place, count in step.items() if place.startswith("mora_ds/")} == {TRAINER: 1}
         found = {place: count for place, count in last.items() if not place.startswith("transformers/")}
         assert found == {TRAINER: 1, STAGE3: 1, UTILS: 1}
-
-
-def test_a_read_is_counted_once_and_by_its_file() -> None:
-    def reader(x: Any) -> bool:
-        return bool(x.sum() > 0) and torch.equal(x, x)
-
-    with HostReads() as reads:
-        reader(torch.ones(3))
-    assert reads.places == {"elsewhere": 2} and not hasattr(torch.equal, "places")
-    assert reader(torch.ones(3)) and reads.places == {"elsewhere": 2}

@@ -73,13 +73,6 @@ def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, o
     assert str(tmp_path) in str(refused.value) and "move it away" in str(refused.value)
 
 
-def test_all_names_are_listed(tmp_path: Path) -> None:
-    for name in ("ledger", "base", "metrics.jsonl"):
-        put(tmp_path, name, "mine")
-    with untouched(tmp_path), pytest.raises(UserError, match=r"metrics\.jsonl, ledger, base"):
-        reserve(tmp_path)
-
-
 def test_other_files_do_not_matter_and_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".writable").write_text("mine")

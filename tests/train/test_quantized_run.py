@@ -311,22 +311,6 @@ def test_a_dry_run_says_it(user: Playground, bits: int) -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--base_bits", "5"), "--base_bits must be 8 or 4, or 16 for the base as it is loaded, got 5"),
-        (
-            ("--base_bits", "8", "--tensor_parallel_size", "2"),
-            "--tensor_parallel_size 2: --base_bits 8 holds unsplit weights",
-        ),
-    ],
-)
-def test_flags_that_do_not_go_together(flags: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        validate(parse([*flags, "--max_steps", "5"]))
-    assert message in str(caught.value)
-
-
 def refused_by_the_plugin(folder: Path, bits: int) -> None:
     """For `run_ranks`."""
     config = replace(SHARE, base_bits=bits)

@@ -76,20 +76,6 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path,
 
 
 @pytest.mark.gloo
-def test_auto_continues_the_newest_branch(user: Playground, whole: Path, tmp_path: Path) -> None:
-    """Later checkpoints of the branch that was left neither push new ones out nor are taken by auto."""
-    out = copied(whole, tmp_path)
-    keep = (*MERGING, "--save_total_limit", 2)
-    checkpoint = out / "checkpoints" / "step-000002"
-    first = user.flags(out, *keep, "--resume_from_checkpoint", checkpoint, "--learning_rate", 1)
-    run_ranks(1, interrupted_job, first, 4)
-    assert (out / "checkpoints" / "latest").resolve().name == "step-000004"
-    with_rate = user.flags(out, *keep, "--resume_from_checkpoint", "auto", "--learning_rate", 1)
-    run_ranks(1, interrupted_job, with_rate, 5)
-    assert max(row["step"] for row in rows(out)) == 5, "auto went on from step 4, not from the old branch's step 9"
-
-
-@pytest.mark.gloo
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere"
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))

@@ -14,8 +14,6 @@ import torch.distributed as dist
 import yaml
 
 from mora_ds.common.errors import UserError
-from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.train.replicas import Replica
 from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config
@@ -82,20 +80,6 @@ def test_a_file_is_known_by_the_task_in_it(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("a: 1\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"--eval_tasks .*empty.yaml: the file names no task"):
         task_names([str(tmp_path / "empty.yaml")])
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--eval_tasks a --eval_tasks_steps 3 --eval_steps 2", "must be a multiple of --eval_steps, 2"),
-        ("--eval_tasks a --eval_tasks_steps 3", "must be a multiple of --eval_steps, 0"),
-        ("--eval_tasks a --eval_tasks_limit 0", "--eval_tasks_limit must be at least 1"),
-    ],
-)
-def test_settings_that_contradict_are_named(flags: str, message: str) -> None:
-    with pytest.raises(UserError) as refused:
-        validate(parse(flags.split()))
-    assert message in str(refused.value)
 
 
 @pytest.mark.heavy

@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.config.tracking import tracker_problems
 from mora_ds.train import trackers
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.trackers import check_installed, shown_config, start_trackers
@@ -138,13 +137,6 @@ def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[St
     stand_in.log = lambda self, numbers, step: sys.exit(3)  # type: ignore[method-assign]
     with pytest.raises(SystemExit):
         service.log({"a": 1.0}, 1)
-
-
-def test_names_that_cannot_be_are_listed() -> None:
-    assert not list(tracker_problems(["tensorboard", "wandb"])) and not list(tracker_problems(["none"]))
-    assert "did you mean 'wandb'" in next(iter(tracker_problems(["wanb"]))).lower()
-    assert "none" in next(iter(tracker_problems(["none", "wandb"])))
-    assert "twice" in next(iter(tracker_problems(["wandb", "wandb"])))
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,11 +138,3 @@ def test_nodes_with_disks_of_their_own_are_refused(user: Playground, nodes: tupl
     assert 0 not in codes_of(processes, tmp_path, within_s=200)
     assert f"--output_dir: {out} on " in told(tmp_path) and "is another folder than" in told(tmp_path)
     assert not any(out.iterdir())
-
-
-def test_namespaces_are_gone_afterwards() -> None:
-    if (reason := trouble()) is not None:
-        pytest.skip(reason)
-    with two_nodes() as pair:
-        assert all(Path(f"/proc/{node.holder}").exists() for node in pair)
-    assert all(not Path(f"/proc/{node.holder}").exists() for node in pair)
