@@ -43,7 +43,7 @@ def main() -> None:
     from mora_ds.config.arguments import parse
     from mora_ds.config.validate import validate
     from mora_ds.train.agreement import start_up
-    from mora_ds.train.setup import meet
+    from mora_ds.train.setup import start_processes
 
     with start_up():
         arguments = parse(sys.argv[1:])
@@ -52,7 +52,8 @@ def main() -> None:
             logger.info(f"left out of the recipe, as the flags leave them no effect: {', '.join(arguments.left_out)}")
         if not arguments.is_demo:  # the demo's settings depend on the number of ranks
             validate(arguments)
-        meet(arguments)
+        if not arguments.training.dry_run:
+            start_processes(arguments)  # before anything that is slow to import
         run = _job(arguments)
     started = time.monotonic()
     summary = run(arguments)

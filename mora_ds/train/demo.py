@@ -31,7 +31,7 @@ from mora_ds.train.agreement import start_up
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.output_folder import DEMO, give_up, reserve
 from mora_ds.train.pretrain import pretrain
-from mora_ds.train.setup import compare_settings, engine_config, start_processes
+from mora_ds.train.setup import engine_config, start_processes
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,6 @@ def run_demo(arguments: Arguments) -> None:
     training = arguments.training
     if training.dry_run:
         with start_up():
-            compare_settings(arguments)
             _plan(arguments)
         return
     started = time.monotonic()

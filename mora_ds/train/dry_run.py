@@ -1,7 +1,6 @@
 """--dry_run: what each process would compute, store and send, from the flags and the model's config alone.
 
-Every process may call it; rank 0 prints. It reads no weights and no text and writes no file. Processes of a launcher
-meet once before, to compare their settings (`setup.compare_settings`).
+Every process may call it, and needs no other; rank 0 prints. It reads no weights and no text and writes no file.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.domains import frozen_values
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError
@@ -38,8 +36,8 @@ from mora_ds.train.hooks import hooks_of
 from mora_ds.train.setup import engine_config
 
 
-def dry_run(arguments: Arguments) -> dict[str, Any]:
-    """Print the plan of a run that `validate` has passed, on rank 0. Returns the summary of a run of no steps.
+def dry_run(arguments: Arguments) -> None:
+    """Print the plan of a run that `validate` has passed, on rank 0.
 
     Raises `UserError` for what the flags and the model's config show to be wrong.
     """
@@ -47,11 +45,6 @@ def dry_run(arguments: Arguments) -> dict[str, Any]:
     if int(os.environ.get("RANK", "0")) == 0:
         print(*layers, report(plan), sep="\n")
         print(f"dry run: nothing trained, {Path(arguments.training.output_dir)} is as it was")
-    trained = plan.trained.total * plan.work.tensor_parallel
-    frozen = (
-        0 if plan.work.adapter is None else sum(v.numel() for v in frozen_values(planned_model(plan.work)).values())
-    )
-    return {"steps": 0, "trainable_params": trained, "total_params": plan.base_elements + trained + frozen}
 
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:

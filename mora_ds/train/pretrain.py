@@ -62,7 +62,7 @@ from mora_ds.train.output_folder import (
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import Place, compare_settings, engine_config, start_processes
+from mora_ds.train.setup import Place, engine_config, start_processes
 from mora_ds.train.tasks import check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
@@ -71,7 +71,8 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain(arguments: Arguments) -> dict[str, Any]:
-    """Run the job that `arguments` describe, on this process of all. Returns the content of `summary.json`.
+    """Run the job that `arguments` describe, on this process of all. Returns the content of `summary.json`, of a dry
+    run nothing.
 
     Raises `UserError` before anything expensive for what the user can mend, and the output folder is then as it was;
     `RunError` for failures during the run.
@@ -84,8 +85,8 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
         if arguments.training.push_to_hub is not None:
             check_repository(arguments.training.push_to_hub)
         if arguments.training.dry_run:
-            compare_settings(arguments)
-            return dry_run(arguments)
+            dry_run(arguments)
+            return {}
         job, schedule = _prepare(arguments, start_processes(arguments))
     return _run(arguments, job, schedule)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,14 +43,6 @@ class Place:
     """What the run does besides MoRA."""
 
 
-def meet(arguments: Arguments) -> None:
-    """What a run begins with, before anything that is slow to import: `start_processes`, or what --dry_run needs."""
-    if arguments.training.dry_run:
-        compare_settings(arguments)
-    else:
-        start_processes(arguments)
-
-
 def start_processes(arguments: Arguments) -> Ranks:
     """Join the process group and compare the settings of all ranks. Raises `UserError` where they differ.
 
@@ -66,17 +57,6 @@ def start_processes(arguments: Arguments) -> Ranks:
     if not (ranks.is_first and sys.stderr.isatty()):
         disable_progress_bar()
     return ranks
-
-
-def compare_settings(arguments: Arguments) -> None:
-    """Compare the settings of all ranks for --dry_run, which needs no process group otherwise.
-
-    Does nothing for a process that plans alone.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
-        timeout_s = arguments.training.collective_timeout_s
-        start_distributed(timeout_s=timeout_s)
-        check_settings(arguments, Ranks.current(timeout_s))
 
 
 def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -40,19 +40,6 @@ _PROJECT = "mora_ds"
 """W&B's project, MLflow's experiment, where its environment variable names none."""
 _MOST_CHARACTERS = 500
 """Length of a parameter's value that MLflow takes from every kind of store."""
-
-
-class Tracker(Protocol):
-    """What receives the curves of a run."""
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Add one point to each named curve."""
-
-    def summary(self, facts: Mapping[str, Any]) -> None:
-        """Record the results of a run that has ended."""
-
-    def close(self) -> None:
-        """Write what is left."""
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -164,6 +151,10 @@ class Service:
             f"--report_to {self.name} {failure}: {reason(error)}. The run goes on without it; metrics.jsonl has the "
             "curves"
         )
+
+
+Tracker = TensorBoard | Service
+"""What receives the curves of a run, its results, and word of its end."""
 
 
 class _Wandb:

@@ -38,7 +38,6 @@ DIFFERENT: dict[str, tuple[tuple[Any, ...], list[str]]] = {
         ("--gradient_accumulation_steps", 2),
         ["--gradient_accumulation_steps: 1 on rank 0; 2 on rank 1"],
     ),
-    "dry_run": (("--dry_run",), ["--dry_run: false on rank 0; true on rank 1"]),
     "only valid on one rank": (("--mora_rank", 0), ["rank 1: --mora_rank must be at least 1"]),
     "a missing DeepSpeed file": (("--deepspeed", "/nowhere.json"), ["rank 1: ", "--deepspeed /nowhere.json"]),
     "a missing text": (("--train_files", "/nowhere.txt"), ["rank 1: ", "/nowhere.txt"]),
