@@ -44,6 +44,8 @@ class TrainerState:
     """Whether all steps are done, with the merge and the evaluation after the last one."""
     evaluation_pending: bool = False
     """Whether the evaluation after this step is still to be made: the run stopped before or during it."""
+    merge_pending: bool = False
+    """Whether the merge after this step is still to be made."""
     micro_batch_tokens: Count = 0
     """Tokens of a micro-batch that a rank computes, by which --compute auto chooses; 0: not known."""
     stream: dict[str, Any] | None = None

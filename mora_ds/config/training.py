@@ -79,7 +79,7 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "save_steps": NOT_NEGATIVE,
     "save_total_limit": COUNT,
     "seed": SEED,
-    "collective_timeout_s": Bounds(above=0, most=SECONDS.most),
+    "collective_timeout_s": Bounds(least=1, most=SECONDS.most),
 }
 """Setting -> the limits of its number, or the enum of its words."""
 

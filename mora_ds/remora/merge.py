@@ -105,13 +105,11 @@ class ReMoRA:
         return self.ledger.cycles
 
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
-        """Merge the MoRA matrices of all layers after optimizer step `step`. Collective.
+        """Merge the MoRA matrices of all layers after optimizer step `step`, with no gradient of the next. Collective.
 
         `probe`: the loss on a fixed batch, the same on every rank; measured before and after. Raises `RunError` when it
         moves by more than rounding explains.
         """
-        if not zero.at_accumulation_boundary(self.engine):
-            raise RunError("a merge in the middle of gradient accumulation would lose gradients: call it after a step")
         model, cycle = self.engine.module, self.cycle
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}

@@ -7,7 +7,11 @@ from typing import Any
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.data import ModelArguments
+from mora_ds.engine.device import is_cpu
 from mora_ds.models.attention import NAME, is_flash, why_dense
+
+FLEX = "flex_attention"
+"""transformers' name of it."""
 
 
 def implementation_of(model: ModelArguments, config: Any) -> str | None:
@@ -24,4 +28,14 @@ def check_precision(model: ModelArguments, dtype: str) -> None:
         raise UserError(
             f"--attn_implementation {model.implementation}: FlashAttention computes in bf16 or fp16, and this run in "
             f"{dtype}: add --bf16 or --fp16 (or enable it in --deepspeed), or leave --attn_implementation at auto"
+        )
+
+
+def check_device(model: ModelArguments) -> None:
+    """Raises `UserError` for FlexAttention on a CPU, where torch has no backward pass of it: it would find out at the
+    first step, after compiling."""
+    if model.implementation == FLEX and is_cpu():
+        raise UserError(
+            f"--attn_implementation {FLEX} trains on a GPU alone: leave --attn_implementation at auto, which attends "
+            "document by document, too"
         )

@@ -42,6 +42,7 @@ from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
+from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
 from mora_ds.train.run import Run
 from mora_ds.train.setup import Place
@@ -191,8 +192,12 @@ class Job:
             base_on_host=self._streams,
             node_base=self.arguments.model.node_base,
         )
-        if text := node_base_of(self.loaded.model).text:
-            logger.info(text)
+        node = node_base_of(self.loaded.model)
+        if node.text:
+            logger.info(node.text)
+        if self.arguments.adapter.merge_every:  # what merges change is a mapped file until the first one
+            needed = sum(node.slots[name].nbytes for name in node.waiting)
+            place.ranks.agree("room for merges", lambda: check_room(self.arguments.model.node_base, needed))
         self._seed_dropout()
         self.run = Run(
             self.engine,

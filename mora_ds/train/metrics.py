@@ -7,7 +7,7 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -153,16 +153,18 @@ class MetricsLog:
         enabled: bool,
         start_step: int = 0,
         report_to: Callable[[], Sequence[Tracker]] | None = None,
+        pending: Collection[str] = (),
     ) -> None:
         """Drop the rows after `start_step`, of a run that was interrupted after its last checkpoint, so that a resumed
-        curve reads as an uninterrupted one; 0 drops all rows. `report_to` starts the trackers, by default TensorBoard.
+        curve reads as an uninterrupted one; 0 drops all rows. `pending`: kinds of rows of `start_step` that come again.
+        `report_to` starts the trackers, by default TensorBoard.
         """
         self.total_steps, self.enabled = total_steps, enabled
         self._trackers: Sequence[Tracker] = ()
         if not enabled:
             return
         self._path = folder / METRICS_FILE
-        _keep_rows(self._path, start_step)
+        _keep_rows(self._path, start_step, pending)
         self._file = self._path.open("a", encoding="utf-8")
         self._trackers = [TensorBoard(folder, start_step)] if report_to is None else report_to()
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
@@ -245,18 +247,24 @@ def plain_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_rows(path: Path, last_step: int) -> None:
+def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = [line + "\n" for line in lines if 0 < last_step >= _step_of(line)]
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        row = _row_of(line)
+        if row is None or last_step == 0 or row["step"] > last_step:
+            continue
+        if row["step"] < last_step or not any(kind in row for kind in pending):
+            kept.append(line + "\n")
     with atomic_path(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
 
 
-def _step_of(line: str) -> float:
-    """The step of a row; infinity for a damaged row, such as one that a killed process was writing."""
+def _row_of(line: str) -> dict[str, Any] | None:
+    """The row with its step; None for a damaged one, such as one that a killed process was writing."""
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) else None
     except (ValueError, TypeError, KeyError):
-        return math.inf
+        return None

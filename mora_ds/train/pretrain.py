@@ -26,6 +26,7 @@ from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import FailedBeside, RunError, UserError, reason
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import expanded
+from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.training import TrainingArguments
@@ -42,7 +43,7 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.agreement import start_up
-from mora_ds.train.attention import check_precision
+from mora_ds.train.attention import check_device, check_precision
 from mora_ds.train.base import find_model, prepare_base
 from mora_ds.train.base_device import settle_base_device
 from mora_ds.train.data import RunData, load_data
@@ -60,7 +61,7 @@ from mora_ds.train.output_folder import (
     reserve,
 )
 from mora_ds.train.preflight import preflight
-from mora_ds.train.run_file import write_run_file
+from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import Place, engine_config, start_processes
 from mora_ds.train.tasks import check_tasks, task_names
@@ -96,6 +97,8 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     model, adapter, training = arguments.model, arguments.adapter, arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
     check_precision(model, compute_dtype(ds_config))
+    if adapter.adapter != AdapterKind.NONE.value:
+        check_device(model)
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks) as place:
@@ -129,6 +132,10 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         if ranks.is_first:
             owns = names_of_run(place.folder, training.export_merged)
             facts = {"world_size": ranks.world, "steps": _steps(job, schedule), **_facts(job)}
+            if place.checkpoint is not None:
+                run_folder = place.checkpoint.resolve().parents[1]
+                if changes := changed_settings(run_folder, dump(arguments)):
+                    logger.info(f"changed since the run was last started: {', '.join(changes)}")
             write_run_file(place.folder, dump(arguments), facts, owns)
     return job, schedule
 
@@ -244,7 +251,16 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
     folder, ranks, state = job.place.folder, job.place.ranks, job.state
     steps, facts = _steps(job, schedule), _facts(job)
-    log = MetricsLog(folder, steps, ranks.is_first, state.step, lambda: _trackers(arguments, folder, facts, state.step))
+    pending = {"merge"} if state.merge_pending else set()
+    pending |= {"eval", "tasks"} if state.evaluation_pending else set()
+    log = MetricsLog(
+        folder,
+        steps,
+        ranks.is_first,
+        state.step,
+        lambda: _trackers(arguments, folder, facts, state.step),
+        pending,
+    )
     if job.place.checkpoint is not None:
         logger.info(_resumed(job.place.checkpoint, state, steps))
     state.total_steps = steps

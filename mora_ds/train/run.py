@@ -82,6 +82,10 @@ class Run:
         checkpoint to resume from, whose identity is this run's; None: read and compared.
         """
         self.engine = engine
+        self._gradient_of: int | None = None
+        """Number of the micro-batch of the newest backward pass; `engine.step` counts on."""
+        first_layer = next(iter(mora_layers(engine.module).values()))
+        first_layer.value.register_hook(self._note_gradient)
         self.folder = Path(folder)
         if ranks is None:
             self.ranks = Ranks.current()
@@ -101,7 +105,7 @@ class Run:
         self.state = state or TrainerState(world_size=self.ranks.world, identity=self.identity)
         ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
         self.remora = ReMoRA(engine, config, ledger, opened, keys, reset)
-        dtype = dtype_name(next(iter(mora_layers(engine.module).values())).dtype)
+        dtype = dtype_name(first_layer.dtype)
         if probe_ids is None:
             probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0)
         writer = RunWriter(
@@ -124,8 +128,12 @@ class Run:
     def merge(self, step: int, probe: Callable[[], float] | None = None) -> MergeReport:
         """Merge the MoRA matrices of all layers after optimizer step `step` and start the next cycle.
 
-        `probe`: as in `ReMoRA.merge`.
+        `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a `step` before those of earlier
+        calls, and while the engine has gradients of which no optimizer step has been made.
         """
+        self._check_call("merge", step, self.state.merges[-1] + 1 if self.state.merges else 0)
+        if probe is not None and not callable(probe):
+            raise UserError(f"merge: `probe` must be a function without arguments, got {probe!r}")
         self.check_base()
         report = self.remora.merge(step, probe)
         self.state.merges.append(step)
@@ -134,8 +142,12 @@ class Run:
     def save(self, step: int, keep: int | None = None, folder: Path | str | None = None) -> Path:
         """Write the checkpoint of `step` and keep the newest `keep`. Returns its folder.
 
-        `folder`: another one than the run's, in it; the checkpoint is then complete when the call returns.
+        `folder`: another one than the run's, in it; the checkpoint is then complete when the call returns. Raises
+        `UserError`, and changes nothing, as `merge` does.
         """
+        self._check_call("save", step, self.state.merges[-1] if self.state.merges else 0)
+        if keep is not None and (not isinstance(keep, int) or keep < 1):
+            raise UserError(f"save: `keep` must be a whole number from 1 on, or None for all, got {keep!r}")
         self.state.step = step
         self.check_base()
         checkpoints = self.checkpoints
@@ -143,6 +155,21 @@ class Run:
             root = Path(folder) / CHECKPOINTS
             checkpoints = CheckpointWriter(root, self.engine, checkpoints.collect, ranks=self.ranks)
         return checkpoints.save(self.state, keep)
+
+    def _check_call(self, method: str, step: Any, least: int) -> None:
+        """Raise `UserError` for a step that is no whole number from `least` on, or before the newest one, and in the
+        middle of an optimizer step, whose gradients would be of another adapter, or lost."""
+        least = max(least, self.state.step)
+        if not isinstance(step, int) or isinstance(step, bool) or not least <= step < 2**63:
+            raise UserError(f"{method}: `step` must be a whole number from {least} on, got {step!r}")
+        if not zero.at_accumulation_boundary(self.engine) or self._gradient_of == self.engine.micro_steps:
+            raise UserError(
+                f"{method}: the engine has gradients of which no optimizer step is made yet: call it after the "
+                "engine.step() that ends gradient accumulation"
+            )
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self._gradient_of = self.engine.micro_steps
 
     def check_base(self) -> None:
         """Raise `RunError`, on all processes, when the base's files have changed on the disk of one of them."""

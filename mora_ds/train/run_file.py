@@ -15,6 +15,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
+from mora_ds.train.agreement import NODE_SETTINGS
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OWNS = "owns"
@@ -38,6 +39,16 @@ def without_secrets(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def changed_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now"."""
+    before = _read(folder) or {}
+    return [
+        f"--{name} {before[name]} -> {value}"
+        for name, value in settings.items()
+        if name not in NODE_SETTINGS and name in before and before[name] != value
+    ]
 
 
 def holds_run(folder: Path) -> bool:

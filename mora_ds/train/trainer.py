@@ -148,8 +148,8 @@ class Trainer:
         with signals.deferred(), self.counter.counting():
             if state.step == 0 and self.training.eval_on_start:
                 state.perplexity_before = self._evaluate()
-            if state.evaluation_pending:
-                self._evaluate_and_save_best()
+            if state.step < self.total_steps:
+                self._do_what_is_pending()
             while state.step < self.total_steps and not evaluator.forgotten:
                 self.train_step()
             self._finish()
@@ -263,19 +263,34 @@ class Trainer:
     # -- what follows a step -----------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
+        """Merge, evaluate and save where that is due. A checkpoint that is due comes first, and says what is pending:
+        whatever happens in a merge or an evaluation, the step is not lost."""
         state, training = self.state, self.training
         at_end = state.step == self.total_steps
-        merges = self.schedule.merges_after(state.step)
+        state.merge_pending = self.schedule.merges_after(state.step)
+        state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
+        if state.merge_pending and self._save_is_due:
+            self._save()
+        self._do_what_is_pending()
+
+    def _do_what_is_pending(self) -> None:
+        """What follows the newest step, after it or when a run resumes there."""
+        merges = self.state.merge_pending
         if merges:
             self._merge()
-        state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
         self._leave_if_asked(hear_again=merges)
-        if state.evaluation_pending:
+        if self._save_is_due and self._saved_step != self.state.step:
+            self._save()
+        if self.state.evaluation_pending:
             self._evaluate_and_save_best()
-        if training.save_steps and state.step % training.save_steps == 0 and not at_end:
-            if self._saved_step != state.step:
-                self._save()
+        if self._save_is_due:
             self._leave_if_asked()
+
+    @property
+    def _save_is_due(self) -> bool:
+        """Whether --save_steps asks for a checkpoint of the newest step. The last one is written in any case."""
+        step, every = self.state.step, self.training.save_steps
+        return bool(every) and step % every == 0 and 0 < step < self.total_steps
 
     def _leave_if_asked(self, hear_again: bool = True) -> None:
         """Save and raise `Stopped` once a process was asked to stop.
@@ -312,6 +327,8 @@ class Trainer:
     def _merge(self) -> None:
         assert self.job.run is not None, "validated: only an adapter is merged"
         merge = self.job.run.merge(self.state.step, self._probe_loss)
+        self.state.merge_pending = False
+        self._saved_step = None  # what was saved before is not the merged model
         self.log.record("merge", merge.step, merge.row())
         logger.info(str(merge))
 
@@ -320,6 +337,9 @@ class Trainer:
         if state.step < self.total_steps:
             logger.info(f"stopping after step {state.step} of {self.total_steps}: {self.evaluator.forgotten}")
         else:
+            state.evaluation_pending = True
+            if self._saved_step != state.step:
+                self._save()
             self._evaluate()
         for line in report(state.perplexity_before, state.perplexity_last):
             logger.info(line)

@@ -56,8 +56,8 @@ LAUNCHES = r"""
 --seed 281474976710656 | --seed must be at least 0 and below 281,474,976,710,656
 --seed 1e23 | --seed | 1e23
 --seed | --seed
---collective_timeout_s 0 | --collective_timeout_s must be above 0
---collective_timeout_s 1e30 | --collective_timeout_s must be above 0 and at most 1,000,000,000
+--collective_timeout_s 1e-9 | --collective_timeout_s must be at least 1
+--collective_timeout_s 1e30 | --collective_timeout_s must be at least 1 and at most 1,000,000,000
 --max_steps 0 | --max_steps must be at least 1
 --max_steps 1000000000000000000000000000000 | --max_steps must be below
 --max_steps -1 --num_train_epochs 0 | --num_train_epochs must be above 0
@@ -159,6 +159,7 @@ stray | 'stray'
 --resume_from_checkpoint latest | --resume_from_checkpoint latest: no checkpoint at
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
+--attn_implementation flex_attention | --attn_implementation flex_attention | trains on a GPU alone
 --attn_implementation magic | --attn_implementation magic
 --node_base privat | unknown --node_base 'privat'; known: auto, private. Did you mean 'private'?
 --target_modules re:[ | --target_modules 're:['

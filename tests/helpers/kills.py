@@ -233,7 +233,8 @@ MOMENTS: dict[str, Moment] = {
     "before_the_manifest": Moment(lambda: before(files, "write_manifest", 3)),
     "before_the_rename": Moment(lambda: before(writer, "_replace_folder", 3)),
     "before_the_first_latest": Moment(lambda: before(files, "replace_symlink", 1)),
-    "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 6)),
+    "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 9)),
+    "before_a_merge_that_is_pending": Moment(lambda: before(files, "replace_symlink", 5)),
     "latest_made_and_not_moved": Moment(
         lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
     ),
@@ -241,7 +242,7 @@ MOMENTS: dict[str, Moment] = {
     "between_the_two_renames": Moment(
         lambda: within(writer, "_replace_folder", 1, lambda: after(os, "replace")), start=Start.UNNAMED
     ),
-    "retention_half_done": Moment(lambda: half_deleted("step-000002")),
+    "retention_half_done": Moment(lambda: half_deleted("step-000003")),
     # a merge
     "before_a_merge": Moment(lambda: before(ReMoRA, "merge", 2), Passes.ALL),
     "base_half_copied_to_the_memory_of_the_node": Moment(lambda: after(NodeBase, "copy", 2), Passes.ALL),

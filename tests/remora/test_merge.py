@@ -134,15 +134,6 @@ def test_what_a_probe_may_move_by() -> None:
     remora._check_probe(1, None, None)
 
 
-def test_no_merge_in_the_middle_of_gradient_accumulation() -> None:
-    remora: Any = ReMoRA.__new__(ReMoRA)
-    remora.engine = SimpleNamespace(
-        _is_gradient_accumulation_boundary=None, micro_steps=3, gradient_accumulation_steps=lambda: 2
-    )
-    with pytest.raises(RunError, match="in the middle of gradient accumulation"):
-        remora.merge(1)
-
-
 @pytest.mark.gloo
 def test_a_moved_probe_stops_the_run(tmp_path: Path) -> None:
     (message,) = run_ranks(1, moved_probe, str(tmp_path))

@@ -12,13 +12,16 @@ import pytest
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.config.arguments import parse
+from mora_ds.remora.merge import ReMoRA
 from mora_ds.train import pretrain as program
 from mora_ds.train import trackers
 from mora_ds.train.evaluator import Evaluator
+from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.replicas import NotFinite
 from mora_ds.train.tasks import TaskSuite
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, run
+from tests.helpers.resume import assert_same_run
 
 pytestmark = pytest.mark.gloo
 
@@ -75,7 +78,7 @@ def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground
 def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_path: Path) -> None:
     error = NotFinite("the loss is nan")
     ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), "evaluator", "evaluate", error, (2,))
-    assert kind == "RunError" and "the loss is nan" in message and "step-000002" not in message
+    assert kind == "RunError" and "the loss is nan" in message and "Last good checkpoint: " in message
 
 
 def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path) -> None:
@@ -85,6 +88,48 @@ def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path)
         ((kind, message),) = run_ranks(1, failing, argv, "program", "push_adapter", error, (0,))
     assert kind == "FailedBeside" and "--push_to_hub me/adapter: the network is gone" in message
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
+def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
+    """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
+    target = {"evaluator": Evaluator, "remora": ReMoRA, "log": MetricsLog}[owner]
+    real = getattr(target, method)
+    made: list[int] = []
+
+    def end(*arguments: Any, **options: Any) -> Any:
+        made.append(len(made))
+        result = real(*arguments, **options) if owner == "log" else None
+        if made[-1] == call:
+            raise KeyboardInterrupt
+        return result if owner == "log" else real(*arguments, **options)
+
+    with mock.patch.object(target, method, end), pytest.raises(KeyboardInterrupt):
+        program.pretrain(parse(argv))
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "call", "step"),
+    [
+        ("evaluator", "evaluate", 1, 4),
+        ("log", "evaluation", 1, 4),
+        ("remora", "merge", 0, 4),
+        ("remora", "_start_cycle", 0, 4),
+        ("evaluator", "evaluate", 2, 6),
+        ("log", "evaluation", 2, 6),
+    ],
+    ids=["evaluation", "after an evaluation", "merge", "half a merge", "last evaluation", "after the last evaluation"],
+)
+def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
+    user: Playground, tmp_path: Path, owner: str, method: str, call: int, step: int
+) -> None:
+    """And the run that resumes there does what was pending, once."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warmup_steps", 1)
+    run(1, user.flags(whole, *flags))
+    run_ranks(1, ended_within, user.flags(out, *flags), owner, method, call)
+    assert TrainerState.read(out / "checkpoints" / "latest").step == step
+    run(1, user.flags(out, *flags, "--resume_from_checkpoint", "auto"))
+    assert_same_run(out, whole)
 
 
 class Broken:

@@ -76,6 +76,21 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path,
 
 
 @pytest.mark.gloo
+def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Path, tmp_path: Path) -> None:
+    out = copied(whole, tmp_path)
+    longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
+    changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2)
+    (told,) = run_ranks(1, printed, [*longer, *map(str, changed), "--cache_dir", str(tmp_path / "cache")])
+    (line,) = [line for line in told.splitlines() if line.startswith("changed since the run was last started: ")]
+    parts = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
+    for part in (*parts, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0"):
+        assert part in line
+    assert "cache_dir" not in line and "output_dir" not in line
+    (told,) = run_ranks(1, printed, [*longer, *map(str, changed)])
+    assert "changed since" not in told
+
+
+@pytest.mark.gloo
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere"
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))
