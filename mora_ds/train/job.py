@@ -197,7 +197,7 @@ class Job:
             logger.info(node.text)
         if self.arguments.adapter.merge_every:  # what merges change is a mapped file until the first one
             needed = sum(node.slots[name].nbytes for name in node.waiting)
-            place.ranks.agree("room for merges", lambda: check_room(self.arguments.model.node_base, needed))
+            place.ranks.agree("room for merges", lambda: check_room(needed))
         self._seed_dropout()
         self.run = Run(
             self.engine,

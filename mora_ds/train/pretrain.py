@@ -33,9 +33,7 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
-from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
-from mora_ds.engine.initialize import require_host
 from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
 from mora_ds.parallel.ulysses_checks import check_config
@@ -107,7 +105,6 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         folder, config = find_model(model, place)
         check_config(config, training.sequence_parallel_size, model.implementation)
         arguments = settle_base_device(arguments, config, ds_config, ranks)
-        require_host(model.node_base, arguments.training.base_device == BaseDevice.HOST.value)
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, place)
         _check_evaluation_sets(arguments, data)

@@ -97,6 +97,6 @@ def calls_within_a_step(folder: str, stage: int) -> None:
     run.save(3)
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int) -> None:
     run_ranks(1, calls_within_a_step, str(tmp_path), stage)
