@@ -1,7 +1,6 @@
-"""List, show or copy the recipes, DeepSpeed files and model configs that come with mora_ds.
+"""List or copy the recipes, DeepSpeed files and model configs that come with mora_ds.
 
     mora-ds recipes                              every file, and what it is for
-    mora-ds recipes show recipes/continual.yaml
     mora-ds recipes copy my-configs              all of them, to be changed
 
 Without copying, a path that begins with configs/ means the package's own file wherever the working directory has none:
@@ -15,16 +14,14 @@ import re
 from itertools import takewhile
 from pathlib import Path
 
-from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import CONFIGS, copy_folder
 from mora_ds.runtime.cli import add_action, command_parser
 
 
 def main() -> None:
     options = _parser().parse_args()
-    if options.action == "show":
-        print(_read(options.name), end="")
-    elif options.action == "copy":
+    if options.action == "copy":
         if options.folder.is_symlink() or options.folder.exists():
             raise UserError(f"{options.folder} exists already; name a new folder")
         copy_folder(CONFIGS, options.folder)
@@ -42,25 +39,16 @@ def names() -> list[str]:
 _KINDS = (".json", ".yaml")
 
 
-def _read(name: str) -> str:
-    name = name.removeprefix("configs/")
-    if name not in names():
-        raise UserError(unknown("file", name, names()))
-    return (CONFIGS / name).read_text(encoding="utf-8")
-
-
 def _purpose(name: str) -> str:
     """What a recipe's comment begins with; nothing for JSON, which has no comments."""
-    lines = takewhile(lambda line: line.startswith("#"), _read(name).splitlines())
+    lines = takewhile(lambda line: line.startswith("#"), (CONFIGS / name).read_text(encoding="utf-8").splitlines())
     text = " ".join(line.removeprefix("#").strip() for line in lines)
     return re.split(r"[.:;(,]\s|\s\(", text)[0].removesuffix(".")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    actions = parser.add_subparsers(dest="action", metavar="show|copy")
-    show = add_action(actions, "show", "print a file")
-    show.add_argument("name", help="as listed, such as recipes/continual.yaml")
+    actions = parser.add_subparsers(dest="action", metavar="copy")
     copy = add_action(actions, "copy", "write all files into a new folder")
     copy.add_argument("folder", type=Path, help="folder to write; must be new")
     return parser
