@@ -236,7 +236,7 @@ MUTATIONS = (
         "data/cache.py",
         "if not contents or sum(sizes.values()) > HASHED_BYTES:",
         "if not contents or sum(sizes.values()) > 0:",
-        ("data/test_cache.py",),
+        ("data/test_cache_damage.py",),
     ),
     Mutation(
         "elements that two shards hold are accepted",

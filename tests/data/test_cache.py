@@ -215,28 +215,19 @@ def test_a_failed_build_leaves_nothing(
 
 
 def test_a_damaged_cache_is_not_opened(files: list[str], build: Build) -> None:
-    """(That it is named and rebuilt, whatever the damage, is in tests/checkpoint/test_damage.py.)"""
+    """(That it is named and rebuilt, whatever the damage, is in test_cache_damage.py.)"""
     built = build(files)
     (built.folder / "documents.bin").unlink()
     with pytest.raises(RunError, match=r"is damaged: there is no .*documents.bin; delete that folder"):
         TokenCache.open(built.folder)
 
 
-def test_small_caches_are_hashed_each_time(files: list[str], build: Build) -> None:
-    """A byte that changed while the times of the files did not: found there, and the cache is built again."""
-    built = build(files)
-    path = built.folder / "tokens.bin"
-    sound, times = path.read_bytes(), path.stat()
-    path.write_bytes(b"\x09" + sound[1:])
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    again = build(files)
-    assert (again.folder / "tokens.bin").read_bytes() == sound
-
-
 def test_only_the_builder_builds_and_all_meet_at_the_barrier(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus, cache_dir, met = load_corpus(files), tmp_path / "cache", []
+    corpus = load_corpus(files)
+    cache_dir = tmp_path / "cache"
+    met = []
 
     def builder_meanwhile() -> None:
         assert not cache_dir.exists()
@@ -250,7 +241,8 @@ def test_only_the_builder_builds_and_all_meet_at_the_barrier(
 
 def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    corpus, met = load_corpus([str(tmp_path / "a.jsonl")]), []
+    corpus = load_corpus([str(tmp_path / "a.jsonl")])
+    met = []
     for is_builder in (True, False):
         with pytest.raises(UserError, match="line 2"):
             build_cache(corpus, tokenizer, tmp_path / "c", is_builder=is_builder, barrier=lambda: met.append(1))
@@ -264,7 +256,8 @@ def test_of_two_builders_at_once_the_first_wins(
     files: list[str], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two nodes with one shared folder: the other one finishes just before this one renames."""
-    sync, others = cache.fsync_tree, list[Any]()
+    sync = cache.fsync_tree
+    others = list[Any]()
 
     def late(folder: Path) -> None:
         sync(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import demo_corpus, domain_documents, load_corpus, write_demo_corpus
+from mora_ds.data import demo_corpus, domain_documents, write_demo_corpus
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +26,6 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def sources(path: Path) -> set[str]:
     return {row["source"] for row in rows(path)}
-
-
-def test_the_files_are_corpora_of_some_size(written: Path) -> None:
-    for name, least in (
-        ("general_train", 600_000),
-        ("general_eval", 10_000),
-        ("domain_train", 3_000_000),
-        ("domain_eval", 50_000),
-    ):
-        texts = load_corpus([str(written / f"{name}.jsonl")]).texts()
-        assert sum(len(text.encode()) for text in texts) > least
 
 
 def test_a_module_is_held_out_of_both_or_of_neither(written: Path) -> None:

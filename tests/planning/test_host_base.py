@@ -31,7 +31,8 @@ def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it() -> None:
     assert placed.work.base_on_host and place_base(small, BaseDevice.DEVICE) is small
     plan = recommend(placed)
     assert plan is not None and plan.fits and plan.work.tensor_parallel == 1
-    memory, resident = plan.memory, small.plan().memory
+    memory = plan.memory
+    resident = small.plan().memory
     assert memory.base - memory.base_buffers + memory.host_base == resident.base
     assert plan.host_memory - memory.host_save == resident.base  # one copy a node
     assert "copied from host memory" in report(plan)
