@@ -63,8 +63,8 @@ def take_command(argv: list[str]) -> str:
 
     `argv[0]` becomes what `--help` calls the program.
     """
-    place = 2 if argv[1:] and argv[1].startswith("--local_rank=") else 1
-    name = argv.pop(place) if len(argv) > place else ""
+    index = 2 if argv[1:] and argv[1].startswith("--local_rank=") else 1
+    name = argv.pop(index) if len(argv) > index else ""
     argv[0] = f"mora-ds {name}"
     return name
 

@@ -33,12 +33,13 @@ def main() -> None:
     _check(options)
     arguments = _arguments(options, settings)
     planner = _planner(options, arguments)
-    device, chosen = BaseDevice(arguments.training.base_device), None
+    device = BaseDevice(arguments.training.base_device)
+    chosen = None
     if options.micro_batch is None:
         both = planner.work.adapter is not None and not options.cpu
-        places = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
-        for place in places if device is BaseDevice.AUTO else [device]:
-            planner = place_base(planner, place)
+        devices = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
+        for where in devices if device is BaseDevice.AUTO else [device]:
+            planner = place_base(planner, where)
             if chosen := recommend(planner, options.rows):
                 break
     else:
@@ -78,19 +79,20 @@ def _check(options: argparse.Namespace) -> None:
 
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`. Raises `UserError`."""
-    own = ["--model_name_or_path", shipped(options.model), "--dry_run"]
-    own += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
-    own += ["--bf16", str(options.dtype == "bf16"), "--fp16", str(options.dtype == "fp16")]
+    flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
+    flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
+    flags += ["--bf16", str(options.dtype == "bf16"), "--fp16", str(options.dtype == "fp16")]
     if options.accumulation is not None:
-        own += ["--gradient_accumulation_steps", str(options.accumulation)]
-    arguments = parse([*settings, *own])
+        flags += ["--gradient_accumulation_steps", str(options.accumulation)]
+    arguments = parse([*settings, *flags])
     validate(arguments)
     return arguments
 
 
 def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     """Plans of that run on the cluster that is named, in place of this machine."""
-    model, training = arguments.model, arguments.training
+    model = arguments.model
+    training = arguments.training
     config = named_config(shipped(options.model), model.trust_remote_code, "--model")
     file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
     replicas = options.gpus // training.ranks_per_replica

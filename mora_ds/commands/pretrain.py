@@ -28,11 +28,11 @@ def start() -> None:
     with several GPUs, each of which gets a process."""
     from mora_ds.engine.launcher import accelerators, command, launcher_flags
 
-    given, flags = launcher_flags(sys.argv[1:])
+    for_launcher, flags = launcher_flags(sys.argv[1:])
     is_rank = "RANK" in os.environ or any(flag.startswith("--local_rank") for flag in flags)
     only_prints = {"-h", "--help"} & set(flags)
-    if not is_rank and not only_prints and (given or accelerators() > 1):
-        words = command(given, flags)
+    if not is_rank and not only_prints and (for_launcher or accelerators() > 1):
+        words = command(for_launcher, flags)
         os.execv(words[0], words)  # signals reach the launcher itself
     main()
 

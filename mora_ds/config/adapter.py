@@ -107,11 +107,11 @@ class AdapterArguments:
     @property
     def rows_flags(self) -> list[str]:
         """The flags given that train a part of embeddings and head."""
-        given = {
+        values = {
             "--train_new_embeddings": self.train_new_embeddings,
             "--train_embedding_rank": self.train_embedding_rank,
         }
-        return [flag for flag, value in given.items() if value]
+        return [flag for flag, value in values.items() if value]
 
     @property
     def adapts_experts(self) -> bool:
@@ -175,9 +175,9 @@ class AdapterArguments:
 
     def _expert_problems(self) -> Iterator[str]:
         """Settings that experts of a mixture do not go with."""
-        given = {
+        chosen = {
             f"--adapter {self.adapter}": self.adapter == AdapterKind.LORA.value,
             "--operator subspace": self.operator == SUBSPACE,
         }
-        for flag in (flag for flag, is_given in given.items() if is_given):
+        for flag in (flag for flag, is_chosen in chosen.items() if is_chosen):
             yield f"{flag} is for linear layers, and --target_modules names experts: leave out one of them"

@@ -50,7 +50,8 @@ class Arguments:
 
     def schedule(self, total_steps: int) -> Schedule:
         """The schedule of a run of `total_steps` optimizer steps. Raises `UserError` for contradicting settings."""
-        training, adapter = self.training, self.adapter
+        training = self.training
+        adapter = self.adapter
         return Schedule(
             kind=schedule_kind(training.lr_scheduler_type),
             peak=training.peak_learning_rate,
@@ -94,12 +95,14 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
     """Arguments from {field: value} of a recipe, and of flags that win over it and leave keys of it without effect."""
-    kept = dict(recipe)
+    effective = dict(recipe)
     mistakes = idle_settings(from_flat(recipe)).keys()  # the recipe's own: `validate` refuses them
-    while idle := [name for name in idle_settings(from_flat({**kept, **flags})) if name not in {*flags, *mistakes}]:
-        kept = {name: value for name, value in kept.items() if name not in idle}
-    left_out = tuple(name for name in recipe if name not in kept)
-    return dataclasses.replace(from_flat({**kept, **flags}), left_out=left_out)
+    while idle := [
+        name for name in idle_settings(from_flat({**effective, **flags})) if name not in {*flags, *mistakes}
+    ]:
+        effective = {name: value for name, value in effective.items() if name not in idle}
+    left_out = tuple(name for name in recipe if name not in effective)
+    return dataclasses.replace(from_flat({**effective, **flags}), left_out=left_out)
 
 
 def from_flat(settings: dict[str, Any]) -> Arguments:

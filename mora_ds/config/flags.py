@@ -185,7 +185,8 @@ def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str 
     """
     if not isinstance(content, dict):
         raise UserError(f"{path}: {prefix.rstrip('.')} must be {_NAMES[dict]}, got {content!r}")
-    values, problems = {}, []
+    values = {}
+    problems = []
     for key, value in content.items():
         if key not in hints and key in REMOVED and not prefix:
             problems.append(f"{path}: {key} {REMOVED[key]}")
@@ -206,10 +207,10 @@ def _coerce(value: Any, hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (part for part in get_args(hint) if part is not type(None))
+        (hint,) = (entry for entry in get_args(hint) if entry is not type(None))
     if get_origin(hint) is list:
         (item,) = get_args(hint)
-        return [_coerce(part, item) for part in (value if isinstance(value, list) else [value])]
+        return [_coerce(entry, item) for entry in (value if isinstance(value, list) else [value])]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)  # YAML 1.1 reads 4e-4, without a point, as a string

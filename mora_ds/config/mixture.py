@@ -171,7 +171,8 @@ def _read(path: str) -> MixturePlan:
     content = typed_values(load_yaml(path, "--mixture"), {"sources": dict, "phases": list[dict] | None}, path)
     if not content.get("sources"):
         raise UserError(f"{path}: `sources` must map the name of each source to its files and weight")
-    sources, weights = [], []
+    sources = []
+    weights = []
     for name, entry in content["sources"].items():
         values = typed_values(entry, _SOURCE_KEYS, path, f"sources.{name}.")
         weights.append(values.pop("weight", 1.0))
@@ -194,7 +195,9 @@ def _read(path: str) -> MixturePlan:
 def _source(where: str, name: str, values: dict[str, Any]) -> SourcePlan:
     if not re.fullmatch(_NAME, name):
         raise UserError(f"{where}: a name has letters, digits, _, . and - only")
-    files, dataset, epochs = values.get("files"), values.get("dataset"), values.get("epochs")
+    files = values.get("files")
+    dataset = values.get("dataset")
+    epochs = values.get("epochs")
     if bool(files) == bool(dataset):
         raise UserError(f"{where}: give `files` or `dataset`" + (", not both" if files else ""))
     if epochs is not None and not POSITIVE.allow(epochs):

@@ -31,7 +31,10 @@ _UNKNOWN_LENGTH = 2**62
 def validate(arguments: Arguments) -> None:
     """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line; where nothing is, the
     settings that have no effect."""
-    model, adapter, data, training = arguments.model, arguments.adapter, arguments.data, arguments.training
+    model = arguments.model
+    adapter = arguments.adapter
+    data = arguments.data
+    training = arguments.training
     steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
     refuse(
         [

@@ -232,7 +232,8 @@ def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: t
             for name, data in ((TOKENS, tokens), (DOCUMENTS, ends + total)):
                 files[name].write(data.data)
                 hashes[name].update(data.data)
-            total, documents = total + len(tokens), documents + len(ends)
+            total += len(tokens)
+            documents += len(ends)
     finally:
         bar.close()
         for file in files.values():
@@ -251,7 +252,8 @@ def _counted(corpus: Corpus, bar: tqdm) -> Iterator[Document]:
 
 def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
     """Raises `UserError` where the disk is too full. Text has rarely more than 6 characters a token."""
-    needed, free = characters // 6 * np.dtype(dtype).itemsize, shutil.disk_usage(cache_dir).free
+    needed = characters // 6 * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(cache_dir).free
     if free < needed:
         raise UserError(
             f"--cache_dir {cache_dir}: the disk has {free / 2**30:.1f} GiB left, the tokens need at least "

@@ -182,8 +182,10 @@ def _without_held_out_paragraphs(documents: list[DemoDocument]) -> list[DemoDocu
     cleaned = []
     for document in documents:
         if not document.held_out:
-            rest = [part for part in document.text.split("\n\n") if _normalised(part) not in held_out]
-            document = DemoDocument(document.source, "\n\n".join(rest).strip() + "\n")
+            for_training = [
+                paragraph for paragraph in document.text.split("\n\n") if _normalised(paragraph) not in held_out
+            ]
+            document = DemoDocument(document.source, "\n\n".join(for_training).strip() + "\n")
         if document.text.strip():
             cleaned.append(document)
     return cleaned

@@ -85,7 +85,7 @@ def extend_tokenizer(
             f"--pieces {wanted}: the corpus yields only {len(tokens)} tokens that this tokenizer does not have; "
             "lower it, or give more text"
         )
-    replaced = tuple(tuple(part.id for part in backend.model.tokenize(token)) for token in tokens)
+    replaced = tuple(tuple(token.id for token in backend.model.tokenize(new)) for new in tokens)
     tokenizer.save_pretrained(folder)
     for stale in (*folder.glob("*.model"), *folder.glob("vocab.*"), *folder.glob("merges.txt")):
         stale.unlink()  # files of the old vocabulary
@@ -106,7 +106,7 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
         config.unlink()
     model = tokenizer.backend_tokenizer.model
     for number, token in enumerate(extension.tokens, start=extension.first_id):
-        if [part.id for part in model.tokenize(token)] != [number]:
+        if [match.id for match in model.tokenize(token)] != [number]:
             raise UserError(
                 f"MODEL: transformers loads this tokenizer, in the folder of a {model_type!r} model, as "
                 f"{type(tokenizer).__name__}, which does not know the new token {token!r}"
@@ -135,46 +135,48 @@ def _grow(model: dict[str, Any], candidates: list[str], wanted: int, first_id: i
     In each pass the best candidates still needed are segmented by the merges so far. One of two parts is one merge
     away and is added. Where there is none, the first two parts of the best candidates are joined to a token first.
     """
-    vocabulary, merges = model["vocab"], model["merges"]
+    vocabulary = model["vocab"]
+    merges = model["merges"]
     ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
     added: list[str] = []
 
-    def add(token: str, parts: Sequence[str] = ()) -> None:
+    def add(token: str, segments: Sequence[str] = ()) -> None:
         if token in vocabulary or len(added) == wanted:
             return
         vocabulary[token] = first_id + len(added)
         added.append(token)
-        if parts:
-            ranks[tuple(parts)] = len(ranks)
-            merges.append(list(parts))
+        if segments:
+            ranks[tuple(segments)] = len(ranks)
+            merges.append(list(segments))
 
     while candidates and len(added) < wanted:
-        before, window = len(added), candidates[: wanted - len(added)]
+        before = len(added)
+        window = candidates[: wanted - len(added)]
         distant: list[tuple[str, list[str]]] = []
         for token in window:
             if len(token) == 1:
                 add(token)
             elif all(character in vocabulary for character in token):
-                parts = _segment(token, ranks)
-                if len(parts) == 2:
-                    add(token, parts)
-                elif len(parts) > 2:
-                    distant.append((token, parts))
+                segments = _segment(token, ranks)
+                if len(segments) == 2:
+                    add(token, segments)
+                elif len(segments) > 2:
+                    distant.append((token, segments))
         if len(added) == before:
-            for _, parts in distant[: 1 + len(distant) // _INTERMEDIATE_SHARE]:
-                add(parts[0] + parts[1], parts[:2])
+            for _, segments in distant[: 1 + len(distant) // _INTERMEDIATE_SHARE]:
+                add(segments[0] + segments[1], segments[:2])
         candidates = [token for token, _ in distant] + candidates[len(window) :]
     return added
 
 
 def _segment(token: str, ranks: Mapping[tuple[str, ...], int]) -> list[str]:
     """The parts that BPE makes of a token: the pair of the lowest rank is joined first, the left one of two equals."""
-    parts = list(token)
-    while len(parts) > 1:
-        pair_ranks = [ranks.get(pair) for pair in pairwise(parts)]
+    segments = list(token)
+    while len(segments) > 1:
+        pair_ranks = [ranks.get(pair) for pair in pairwise(segments)]
         known = [rank for rank in pair_ranks if rank is not None]
         if not known:
             break
         index = pair_ranks.index(min(known))
-        parts[index : index + 2] = [parts[index] + parts[index + 1]]
-    return parts
+        segments[index : index + 2] = [segments[index] + segments[index + 1]]
+    return segments

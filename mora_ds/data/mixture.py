@@ -61,7 +61,8 @@ class SampleSchedule:
 
     def _lay_out(self, phases: Sequence[Phase], caps: Sequence[int | None]) -> int | None:
         """Fills `_segments`: a new one begins with each phase and where a source is used up. Returns the limit."""
-        first, before = 0, np.zeros(len(caps), dtype=np.int64)
+        first = 0
+        before = np.zeros(len(caps), dtype=np.int64)
         ends = [*(phase.first for phase in phases[1:]), None]
         for phase, end in zip(phases, ends, strict=True):
             while end is None or first < end:
@@ -77,7 +78,8 @@ class SampleSchedule:
                     stop = end
                 if stop is None:
                     return None
-                first, before = stop, segment.counts(stop)
+                first = stop
+                before = segment.counts(stop)
         raise AssertionError("the last phase has no end")
 
 

@@ -45,7 +45,8 @@ def pack(tokens: np.ndarray, document_starts: np.ndarray, seq_len: int, eos_id: 
     real = len(tokens) - 1
     inputs = np.full(seq_len, eos_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORED, dtype=np.int64)
-    inputs[:real], labels[:real] = tokens[:-1], tokens[1:]
+    inputs[:real] = tokens[:-1]
+    labels[:real] = tokens[1:]
     positions = np.arange(seq_len, dtype=np.int64)
     if document_mask:
         labels[document_starts[document_starts <= real] - 1] = IGNORED

@@ -86,7 +86,8 @@ def batched(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterato
         size += characters(item)
         if size >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
@@ -227,7 +228,8 @@ def _read_text(path: Path) -> Iterator[Document]:
 def _decoded(path: Path) -> Iterator[str]:
     """Blocks of text; a byte order mark is dropped, line ends stay as they are."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    lines, size = 1, 0
+    lines = 1
+    size = 0
     with _open(path) as stream:
         while True:
             block = stream.read(_READ_BYTES)

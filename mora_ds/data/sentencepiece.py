@@ -38,7 +38,8 @@ _LINE_BYTES = 4096
 _SAMPLE_BYTES = 128 << 20
 """Of a larger corpus a fixed random sample of about this size is trained on."""
 
-_NORMAL, _BYTE = 1, 6
+_NORMAL = 1
+_BYTE = 6
 """Types of pieces."""
 _BPE = 2
 

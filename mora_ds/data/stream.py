@@ -91,7 +91,9 @@ class DocumentStream:
         for document, after in documents:
             if window and not document.ends:
                 yield opening, self._shuffled(window, opening)
-                opening, window, characters = replace(end, window=opening.window + 1), [], 0
+                opening = replace(end, window=opening.window + 1)
+                window = []
+                characters = 0
             end = after
             if not document.ends:
                 yield opening, chunks(document)
@@ -101,7 +103,9 @@ class DocumentStream:
             characters += len(document.text)
             if len(window) >= (self.buffer or IN_ORDER_WINDOW) or characters >= WINDOW_CHARACTERS:
                 yield opening, self._shuffled(window, opening)
-                opening, window, characters = replace(end, window=opening.window + 1), [], 0
+                opening = replace(end, window=opening.window + 1)
+                window = []
+                characters = 0
         if window:
             yield opening, self._shuffled(window, opening)
 
@@ -117,7 +121,9 @@ class DocumentStream:
         if self.buffer:
             order = epoch_order(f"{self.seed}/parts", position.epoch, len(parts))
             parts = [parts[index] for index in order]
-        keep, mark, passes = self.corpus.keep, position.mark, True
+        keep = self.corpus.keep
+        mark = position.mark
+        passes = True
         for number in range(position.part, len(parts)):
             for document, after in self._read(parts[number], mark):
                 if document.begins:

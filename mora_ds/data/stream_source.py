@@ -86,9 +86,11 @@ class StreamSource:
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON for a checkpoint."""
-        position, offset = self._position, self._offset
+        position = self._position
+        offset = self._offset
         if self._queue:
-            position, offset = self._queue[0].position, self._queue[0].used
+            position = self._queue[0].position
+            offset = self._queue[0].used
         return {"place": position.to_json(), "offset": offset, "samples": self._samples}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -124,7 +126,8 @@ class StreamSource:
         self._batches: Iterator[list[tuple[Document, StreamPosition]]] = batched(documents, lambda d: len(d[0].text))
 
     def _next_epoch(self) -> None:
-        epoch, name = self._position.epoch, self.documents.name
+        epoch = self._position.epoch
+        name = self.documents.name
         if self._at_epoch_start:
             raise UserError(f"source {name!r} holds no text to train on: every document is empty or left out")
         if self.epochs is not None and epoch + 1 >= self.epochs:
@@ -171,7 +174,8 @@ class StreamSource:
         while count:
             first = self._queue[0]
             used = min(count, len(first.tokens) - first.used)
-            first.used, count = first.used + used, count - used
+            first.used += used
+            count -= used
             if first.used == len(first.tokens):
                 self._queue.popleft()
 
@@ -210,7 +214,8 @@ class StreamMixture(Mixture):
 
     def _draw(self, samples: Sequence[int]) -> None:
         """Every rank draws the streams' part of the global batch, so that all ranks stay at the same position."""
-        self._before, self._drawn = self._now(), {}
+        self._before = self._now()
+        self._drawn = {}
         for sample in samples:
             source, number = self.schedule.locate(sample)
             if isinstance(self.sources[source], StreamSource):

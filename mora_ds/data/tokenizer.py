@@ -61,8 +61,8 @@ class Encoder:
         start = [] if self.start_id is None else [self.start_id]
         rows = []
         for document, ids in zip(batch, encoded, strict=True):
-            parts = (start if document.begins else [], ids, [self.eos_id] if document.ends else [])
-            rows.append(np.concatenate([np.asarray(part, self.dtype) for part in parts]))
+            pieces = (start if document.begins else [], ids, [self.eos_id] if document.ends else [])
+            rows.append(np.concatenate([np.asarray(piece, self.dtype) for piece in pieces]))
         return rows
 
 

@@ -111,7 +111,8 @@ def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model:
     if different := set(layers) ^ set(facts.layers):
         raise UserError(f"{folder} adapts other layers than this model has, e.g. {min(different)}")
     for name, layer in layers.items():
-        ours, theirs = layer.spec, facts.layers[name].operator
+        ours = layer.spec
+        theirs = facts.layers[name].operator
         if (type(ours), ours.d_in, ours.d_out, ours.value_shape) != (
             type(theirs), theirs.d_in, theirs.d_out, theirs.value_shape,
         ):  # fmt: skip

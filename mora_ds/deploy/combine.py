@@ -260,7 +260,8 @@ class _Trained:
     """Sums of the tensors that were trained beside the matrices: embeddings, norms, heads."""
 
     def __init__(self, sources: Sequence[_Source], base_folder: Path | None) -> None:
-        self._sources, self._base_folder = sources, base_folder
+        self._sources = sources
+        self._base_folder = base_folder
         self._of_base = 1 - sum((source.weight for source in sources), Fraction(0))
         self._base: BaseCheckpoint | None = None
         names = sources[-1].file.trainables
@@ -304,7 +305,7 @@ def _write_tensors(
             writer.write(entry.square, live.value(module))
             if adapter.domains is not None:
                 name = adapter.domains.tensor(module)
-                stacks = (each.tensors.trained(name).double() * float(each.weight) for each in sources)
+                stacks = (source.tensors.trained(name).double() * float(source.weight) for source in sources)
                 writer.write(name, _rounded_sum(stacks, name))
         for name in adapter.trainables:
             writer.write(name, trained.value(name))

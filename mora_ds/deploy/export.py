@@ -165,7 +165,8 @@ def _write(
     """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
     the names of the weight files too."""
     trained = {run.reference.keys[stands_for(name)]: name for name in run.file.trainables}
-    comparison, adapter = None, run.file
+    comparison = None
+    adapter = run.file
     with atomic_folder(output.absolute()) as folder:
         names = write_shards(folder, shards, _tensor_of(run, trained))
         write_companions(run.base, folder, dtype, tokenizer_of(run.folder))

@@ -40,7 +40,8 @@ def push_folder(folder: Path, repository: str) -> str:
         url = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name} by mora_ds")
     except (HTTPError, OSError) as error:  # OSError: also huggingface_hub's own errors, and its offline mode
-        text, token = reason(error), get_token()
+        text = reason(error)
+        token = get_token()
         text = text.replace(token, "***") if token else text
         raise RunError(
             f"{FLAG} {repository}: not uploaded ({text}); it stays in {folder}: hf upload {repository} {folder}"

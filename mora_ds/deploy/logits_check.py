@@ -69,7 +69,7 @@ def compare_logits(
         logits = model(input_ids=tokens, use_cache=False).logits.float()
     if logits.shape != live.shape:
         raise RunError(f"the export gives logits of shape {tuple(logits.shape)}, recorded were {tuple(live.shape)}")
-    coarser = max((dtype, recorded), key=lambda each: torch.finfo(each).eps)
+    coarser = max((dtype, recorded), key=lambda candidate: torch.finfo(candidate).eps)
     comparison = _compare(live, logits, coarser, model.config.get_text_config().num_hidden_layers)
     if not comparison.error <= comparison.tolerance:  # NaN must fail
         raise RunError(f"the export does not match: {comparison.line()}")
@@ -82,7 +82,8 @@ def read_probe(path: Path, name: str = "logits") -> tuple[Tensor, Tensor, torch.
     handle = open_safetensors(path)
     if missing := {name, "input_ids"} - set(handle.keys()):
         raise UserError(f"{path} holds no {min(missing)}")
-    live, tokens = handle.get_tensor(name).float(), handle.get_tensor("input_ids")
+    live = handle.get_tensor(name).float()
+    tokens = handle.get_tensor("input_ids")
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or live.shape[:-1] != tokens.shape:
         raise UserError(f"{path} holds tokens of shape {tuple(tokens.shape)}, logits of {tuple(live.shape)}")
     if not bool(((tokens >= 0) & (tokens < live.shape[-1])).all()):

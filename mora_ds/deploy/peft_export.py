@@ -72,7 +72,8 @@ def export_peft(
     loses. Raises `UserError` for a rank below 1, a rank that is missing where an update has no bound on its own, and a
     folder that is not empty; `RunError` for a damaged checkpoint.
     """
-    source, output = find_adapter(Path(checkpoint)), Path(output)
+    source = find_adapter(Path(checkpoint))
+    output = Path(output)
     if rank is not None and rank < 1:
         raise UserError(f"--rank must be at least 1, got {rank}")
     require_new(output)
@@ -119,7 +120,8 @@ def _bound(spec: UpdateSpec) -> float:
 
 def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     """A (rank, d_in), B (d_out, rank), and the share of the update's energy (its squared norm) that they lack."""
-    spec, updates = plan.entry.operator, run.updates(plan.entry)
+    spec = plan.entry.operator
+    updates = run.updates(plan.entry)
     if plan.is_exact:
         pairs = [factors for own, value in updates if (factors := own.low_rank(value.float())) is not None]
         return torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1), 0.0

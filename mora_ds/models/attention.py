@@ -97,5 +97,6 @@ def model_inputs(model: Callable[..., object], batch: Mapping[str, Any]) -> dict
 def _flash_arguments(documents: Documents) -> dict[str, Any]:
     """transformers/modeling_flash_attention_utils.py, `FlashAttentionKwargs`: with them rows are flattened, whatever
     their number (`_flash_attention_forward`)."""
-    bounds, longest = documents.bounds, documents.longest
+    bounds = documents.bounds
+    longest = documents.longest
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

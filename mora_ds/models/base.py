@@ -124,7 +124,8 @@ class BaseCheckpoint:
         if not is_stack(key):
             return shape_dtype(self._handle(key), key)
         members = self.members(key)
-        (first, dtype), parts = self.shape_dtype(members[0][0]), members[0]
+        first, dtype = self.shape_dtype(members[0][0])
+        parts = members[0]
         return (len(members), sum(self.shape_dtype(part)[0][0] for part in parts), *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
@@ -135,8 +136,8 @@ class BaseCheckpoint:
         if is_stack(key):
             shape, dtype = self.shape_dtype(key)
             stack = torch.empty(shape, dtype=dtype)
-            for index, parts in enumerate(self.members(key)):
-                torch.cat([self.read(part) for part in parts], out=stack[index])
+            for index, rows_of_expert in enumerate(self.members(key)):
+                torch.cat([self.read(name) for name in rows_of_expert], out=stack[index])
             return stack
         try:
             return self._handle(key).get_tensor(key)
@@ -148,8 +149,8 @@ class BaseCheckpoint:
         Empty where the files do not have them in these numbers."""
         if key not in self._members:
             members = members_of(key, self._file_of)
-            shapes = [[self.shape_dtype(part) for part in parts] for parts in members]
-            if any(each != shapes[0] for each in shapes):
+            shapes = [[self.shape_dtype(name) for name in names] for names in members]
+            if any(of_expert != shapes[0] for of_expert in shapes):
                 raise UserError(f"{self.folder}: the experts of {key!r} have several shapes")
             self._members[key] = members
         return self._members[key]
@@ -183,7 +184,7 @@ class BaseCheckpoint:
             else:
                 sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
                 slices = deal(sizes, ranks.width)
-                lines = [line for part in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in part]
+                lines = [line for of_rank in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in of_rank]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint
 
@@ -208,7 +209,8 @@ class BaseCheckpoint:
         `ties`: tied parameter -> the parameter whose storage it shares (transformers' `all_tied_weights_keys`).
         `renamed`: from `renamed_keys`. Raises `NotOneToOne` with all names that have no key.
         """
-        ties, renamed = ties or {}, renamed or {}
+        ties = ties or {}
+        renamed = renamed or {}
         mapping: dict[str, str] = {}
         lost = []
         for name in names:
@@ -225,8 +227,8 @@ class BaseCheckpoint:
         return mapping
 
     def _find(self, name: str, prefix: str, renamed: Mapping[str, str]) -> str | None:
-        other = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-        for candidate in (name, other) if prefix else (name,):
+        with_other_prefix = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+        for candidate in (name, with_other_prefix) if prefix else (name,):
             if candidate in self._file_of:
                 return candidate
             if candidate in renamed:
@@ -294,7 +296,8 @@ def verify_against_model(
     Raises `NotOneToOne` naming the first that does not.
     """
     for name in names:
-        live, key = tensors[name].detach(), mapping[name]
+        live = tensors[name].detach()
+        key = mapping[name]
         if base.shape_dtype(key)[0] != tuple(live.shape):
             stored = base.shape_dtype(key)[0]
             raise NotOneToOne(f"{name} is {tuple(live.shape)} in the model, {stored} in {base.folder}")
@@ -325,15 +328,16 @@ def tensor_checksum(tensor: Tensor) -> int:
     raw = _as_bytes(tensor)
     words_at_once = _CHUNK if raw.device.type == "cpu" else _CHUNK * _CHUNKS_AT_ONCE
     scratch = torch.empty(words_at_once, dtype=torch.int64, device=raw.device)
-    shifted, factors = torch.empty_like(scratch), _factors(raw.device)
+    shifted = torch.empty_like(scratch)
+    factors = _factors(raw.device)
     sums = []
     for start in range(0, raw.numel(), words_at_once * 8):
-        part = raw[start : start + words_at_once * 8]
-        chunks = -(-part.numel() // (_CHUNK * 8))
+        piece = raw[start : start + words_at_once * 8]
+        chunks = -(-piece.numel() // (_CHUNK * 8))
         words = scratch[: chunks * _CHUNK]
-        if part.numel() < words.numel() * 8:
+        if piece.numel() < words.numel() * 8:
             words.zero_()
-        words.view(torch.uint8)[: part.numel()].copy_(part)
+        words.view(torch.uint8)[: piece.numel()].copy_(piece)
         sums.append(_sum_of_words(words, shifted[: words.numel()], factors))
     digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
     if sums:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.common.errors import UserError
 
-_ALIGNMENT, _LINE = 256, 64
+_ALIGNMENT = 256
+_LINE = 64
 """Bytes: the places of tensors in a buffer are multiples of the first, as in CUDA's allocator. On a CPU a tensor keeps
 its place within a cache line, the second: a matrix product may round otherwise at another one."""
 
@@ -26,12 +27,14 @@ def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
     the one with most frozen elements. Nothing for a model that has none."""
     count = _count(model)
     lists = {
-        name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each) == count
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
     }
     frozen = frozen_buffers(model)
 
     def elements(name: str) -> int:
-        return sum(tensor.numel() for each, tensor in frozen.items() if each.startswith(f"{name}."))
+        return sum(tensor.numel() for buffer, tensor in frozen.items() if buffer.startswith(f"{name}."))
 
     chosen = max(lists, key=elements, default=None)
     return {} if chosen is None else {f"{chosen}.{index}": layer for index, layer in enumerate(lists[chosen])}
@@ -75,14 +78,14 @@ def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
 
 def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
     """(id of a tensor -> its first byte in a buffer that holds each once, bytes of the buffer)."""
-    places: dict[int, int] = {}
+    starts: dict[int, int] = {}
     size = 0
     for tensor in tensors:
-        if id(tensor) not in places:
+        if id(tensor) not in starts:
             within = 0 if tensor.is_meta else tensor.data_ptr() % _LINE // tensor.itemsize * tensor.itemsize
-            places[id(tensor)] = size + within
+            starts[id(tensor)] = size + within
             size += -(-(extent(tensor) * tensor.itemsize + _LINE) // _ALIGNMENT) * _ALIGNMENT
-    return places, size
+    return starts, size
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:

@@ -145,7 +145,8 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, scores: Scores
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v). The kernel wants one head size, a multiple of 8."""
-    head, wanted = value.shape[2], -(-max(query.shape[2], value.shape[2]) // 8) * 8
+    head = value.shape[2]
+    wanted = -(-max(query.shape[2], value.shape[2]) // 8) * 8
     query, key, value = (_padded(part, wanted) for part in (query, key, value))
     kernel = VarlenKernel(documents.bounds, documents.longest, -1 if window is None else window - 1, scores.scale)
     if scores.sinks is None:
@@ -181,14 +182,18 @@ def groups_of(lengths: tuple[int, ...]) -> _Groups:
     by_size: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         by_size.setdefault(_rounded(length), []).append(document)
-    total, places, shapes = sum(lengths), [], []
-    scatter, used = np.empty(total, dtype=np.int64), 0
+    total = sum(lengths)
+    places = []
+    shapes = []
+    scatter = np.empty(total, dtype=np.int64)
+    used = 0
     for members in by_size.values():
         size = max(lengths[document] for document in members)
         places.append(np.minimum(begins[members][:, None] + np.arange(size), total - 1).ravel())
         shapes.append((len(members), size))
         for row, document in enumerate(members):
-            begin, length = begins[document], lengths[document]
+            begin = begins[document]
+            length = lengths[document]
             scatter[begin : begin + length] = used + row * size + np.arange(length)
         used += len(members) * size
     gather = np.concatenate(places)
@@ -209,7 +214,8 @@ def _by_documents(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None, scores: Scores
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
-    groups, attend = groups_of(lengths), _attend_for(query, key, value, scores)
+    groups = groups_of(lengths)
+    attend = _attend_for(query, key, value, scores)
     parts = []
     for part in (query, key, value):
         if groups.gather is not None:
@@ -227,7 +233,8 @@ def _by_documents(
 def _rows(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: Attend) -> Tensor:
     """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where scores are computed, or a
     window is shorter than a document, in blocks of queries with the keys that they see."""
-    length, is_scored = query.shape[2], isinstance(attend, partial) and attend.func is _scored
+    length = query.shape[2]
+    is_scored = isinstance(attend, partial) and attend.func is _scored
     window = None if window is None or window >= length else window
     if window is None and not is_scored:
         return attend(query, key, value, None)
@@ -255,7 +262,8 @@ def _attend_for(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> At
     if scores.softcap is not None or (scores.sinks is not None and not fused):
         return partial(_scored, scores)
     if scores.sinks is not None:
-        sinks, scale = scores.sinks, scores.scale
+        sinks = scores.sinks
+        scale = scores.scale
         return lambda q, k, v, seen: attend_with_sinks(q, k, v, sinks, CPUKernel(seen, scale))
     return partial(_fused, scores)
 
@@ -296,7 +304,8 @@ def _weigh(
     scale: float, softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
     """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
-    shared, count = key.shape[1], query.shape[2]
+    shared = key.shape[1]
+    count = query.shape[2]
     groups = query.shape[1] // shared
     scores = query.unflatten(1, (shared, groups)).flatten(2, 3) @ key.transpose(-1, -2) * scale
     if softcap is not None:
@@ -320,7 +329,8 @@ def _masked(
     if scores.softcap is None and scores.sinks is None:
         out, _ = sdpa_attention_forward(module, query, key, value, mask, scores.dropout, scores.scale)
         return out
-    length, keys = query.shape[2], key.shape[2]
+    length = query.shape[2]
+    keys = key.shape[2]
     if mask is None:
         mask = _seen(keys - length, length, keys, None, query.device)[None, None]
     blocks = zip(query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True)

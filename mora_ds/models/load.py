@@ -113,13 +113,14 @@ def load_base(
 
     def load_first() -> Any:
         model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))
-        for config in (model.config, *(getattr(model.config, part, None) for part in model.config.sub_configs)):
+        for config in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
             if config is not None:
                 config.dtype = dtype
         return model
 
     model = ranks.agree("loading of the model", load_first, long=True)
-    is_own, keys = False, _one_to_one(model, folder, ranks)
+    is_own = False
+    keys = _one_to_one(model, folder, ranks)
     if keys is None:
         originals = partial(_originals, model, folder, own_base, dtype, load)
         is_own, keys = ranks.on_first("originals of the model", originals, long=True)
@@ -232,7 +233,8 @@ def load_model(
     except NotOneToOne:  # pickled weights
         count = MAX_LAYERS
     except UserError as error:  # for the message below: transformers may not name the file
-        count, damage = MAX_LAYERS, str(error).removeprefix(f"{MODEL_FLAG}: ")
+        count = MAX_LAYERS
+        damage = str(error).removeprefix(f"{MODEL_FLAG}: ")
     if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > count:  # before they are made
         raise UserError(f"{flag} {folder}: weights are missing: {layers:,} layers, and {count:,} tensors in the files")
     try:
@@ -313,8 +315,8 @@ def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
     (stored,) = dtypes
     config = folder_config(folder)
     with torch.device("meta"):
-        models = [make_model(config, f"{MODEL_FLAG} {folder}", dtype=each) for each in (stored, dtype)]
-    one, other = ({name: each.dtype for name, each in model.named_buffers()} for model in models)
+        models = [make_model(config, f"{MODEL_FLAG} {folder}", dtype=candidate) for candidate in (stored, dtype)]
+    one, other = ({name: buffer.dtype for name, buffer in model.named_buffers()} for model in models)
     return stored if one == other else dtype
 
 
@@ -330,9 +332,9 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return reduce(torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32})
 
 
-def _map_and_verify(model: Any, base: BaseCheckpoint, part: int = 0, parts: int = 1) -> dict[str, str]:
-    """Parameter name -> key of all tensors; every `parts`-th of them, from `part` on, is compared."""
+def _map_and_verify(model: Any, base: BaseCheckpoint, rank: int = 0, world: int = 1) -> dict[str, str]:
+    """Parameter name -> key of all tensors; every `world`-th of them, from number `rank` on, is compared."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     keys = map_model(base, model, tensors)
-    verify_against_model(base, keys, tensors, list(tensors)[part::parts])
+    verify_against_model(base, keys, tensors, list(tensors)[rank::world])
     return keys

@@ -79,7 +79,10 @@ class ChunkedHead:
 
     def __init__(self, head: Any, finish: Callable[[Tensor], Tensor], chunk_tokens: int) -> None:
         """`finish`: the model's own function of the head's output. `chunk_tokens`: tokens of a chunk."""
-        self.chunk_tokens, self.finish, self._head, self._project = chunk_tokens, finish, head, head.forward
+        self.chunk_tokens = chunk_tokens
+        self.finish = finish
+        self._head = head
+        self._project = head.forward
         self._labels: Tensor | None = None
         self._outputs: list[Tensor] | None = None
         head.forward = self._forward
@@ -114,7 +117,9 @@ class ChunkedHead:
         """(B, T, d) -> logits (B, T, vocabulary), or losses (B, T, 1) inside `token_losses`."""
         if self._labels is None:
             return self._project(hidden)
-        flat, labels, is_trained = hidden.flatten(0, -2), self._labels.flatten(), not is_frozen(self._head)
+        flat = hidden.flatten(0, -2)
+        labels = self._labels.flatten()
+        is_trained = not is_frozen(self._head)
         if torch.is_grad_enabled() and hidden.requires_grad and not is_trained:
             losses = _FrozenHeadLosses.apply(flat, labels, self)
         elif torch.is_grad_enabled() and is_trained:
@@ -135,7 +140,8 @@ class ChunkedHead:
         """(N, d) and labels (N,) -> the losses (N,) in fp32 and their gradients (N, d)."""
         logits = self._logits(hidden := hidden.detach().requires_grad_())
         values = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
-        counts, label = (labels != IGNORED).unsqueeze(-1), labels.clamp(min=0).unsqueeze(-1)
+        counts = (labels != IGNORED).unsqueeze(-1)
+        label = labels.clamp(min=0).unsqueeze(-1)
         losses = torch.where(counts, -values.gather(-1, label), 0.0).squeeze(-1)
         # of a loss by its logits: the probabilities, less 1 at the label
         values.exp_().scatter_add_(-1, label, values.new_full(label.shape, -1.0)).mul_(counts)
@@ -174,7 +180,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 def is_frozen(head: Any) -> bool:
     """Whether this is a module that trains nothing."""
-    return isinstance(head, nn.Module) and not any(each.requires_grad for each in head.parameters())
+    return isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def bound(model: Any) -> ChunkedHead | None:
@@ -189,10 +195,11 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
     `chunk_tokens`: by default as many as make `CHUNK_NUMBERS` logits, on a GPU `GPU_CHUNK_NUMBERS`. Raises `UserError`
     for a model without a head.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
     if not isinstance(head, nn.Module):
         raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
-    device = next((each.device for each in (*head.parameters(), *head.buffers())), torch.device("cpu"))
+    device = next((tensor.device for tensor in (*head.parameters(), *head.buffers())), torch.device("cpu"))
     numbers = CHUNK_NUMBERS if device.type == "cpu" else GPU_CHUNK_NUMBERS
     chunked = ChunkedHead(head, finish_of(config), chunk_tokens or max(1, numbers // config.vocab_size))
     vars(model)[_ATTRIBUTE] = chunked
@@ -207,7 +214,8 @@ def whole_loss(model: Any) -> None:
 def finish_of(config: Any) -> Callable[[Tensor], Tensor]:
     """The function that a model of this config applies to its head's output: scaling (Cohere, Granite), capping
     (Gemma 2), or none."""
-    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
     cap = getattr(config, "final_logit_softcapping", None)
 
     def finish(logits: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class NodeBase:
         """Names of the adapted layers whose frozen weights this process writes: its part of those that are shared, and
         all others, which lie on its device."""
         layers = mora_layers(model)
-        own = set(self._owned({name: layers[name].weight.numel() for name in layers if self._is_shared(name)}))
-        return [name for name in layers if name in own or not self._is_shared(name)]
+        written_here = set(self._owned({name: layers[name].weight.numel() for name in layers if self._is_shared(name)}))
+        return [name for name in layers if name in written_here or not self._is_shared(name)]
 
     def _is_shared(self, layer: str) -> bool:
         return f"{layer}.weight" in self.slots
@@ -191,7 +191,9 @@ class _Layout:
     @classmethod
     def of(cls, model: nn.Module, frozen: Mapping[str, Tensor], everything: bool) -> _Layout:
         """`everything`: files that hold the live weights are copied too."""
-        mappings, offsets, end = Mappings.read(), {}, 0
+        mappings = Mappings.read()
+        offsets = {}
+        end = 0
         written = {f"{name}.weight" for name in mora_layers(model)}
         is_file = {name: mappings.place_of(tensor) is not None for name, tensor in frozen.items()}
         now = tuple(name for name in frozen if everything or not is_file[name])
@@ -231,7 +233,8 @@ def _distinct(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _map(ranks: Ranks, members: tuple[int, ...], layout: _Layout | None) -> tuple[torch.UntypedStorage | None, str]:
     """(memory of the node, mapped into this process; what kept one of its processes from it). Collective; `layout` None
     on a node that shares nothing."""
-    mine, problem = None, ""
+    mine = None
+    problem = ""
     if layout is not None and ranks.rank == members[0]:
         try:
             mine = Offer.make(layout.size, layout.digest)

@@ -116,6 +116,7 @@ def _require_own(path: Path, folder: Path) -> None:
     """Raises `UserError` for a link out of `folder`, which would copy a stranger's choice of file into the model. The
     hub's cache keeps the files of snapshots/REVISION in blobs/ beside it."""
     if path.is_symlink():
-        resolved, home = path.resolve(), folder.resolve()
-        if not any(resolved.is_relative_to(each) for each in (home, home.parent.parent / "blobs")):
+        resolved = path.resolve()
+        home = folder.resolve()
+        if not any(resolved.is_relative_to(allowed) for allowed in (home, home.parent.parent / "blobs")):
             raise UserError(f"{path} is a link to {resolved}, which is not copied: put the file itself in its place")

@@ -115,7 +115,8 @@ class _WithSinks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, sinks = ctx.saved_tensors
-        kernel, (_, _, _, out, with_sink, *_) = ctx.kernel, saved
+        kernel = ctx.kernel
+        _, _, _, out, with_sink, *_ = saved
         gradients = kernel.backward(grad.contiguous(), *saved)
         given = None
         if ctx.needs_input_grad[3]:

@@ -28,10 +28,10 @@ def members_of(key: str, known: Container[str]) -> list[list[str]]:
     sides = [pattern.partition("*") for pattern in key.split(_JOIN)]
     members: list[list[str]] = []
     while True:
-        parts = [f"{before}{len(members)}{after}" for before, _, after in sides]
-        if not all(part in known for part in parts):
+        names = [f"{before}{len(members)}{after}" for before, _, after in sides]
+        if not all(name in known for name in names):
             return members
-        members.append(parts)
+        members.append(names)
 
 
 def renamed_keys(model: Any, keys: Iterable[str]) -> dict[str, str]:
@@ -48,17 +48,17 @@ def stacked_files(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
     Not what it transposes or interleaves. That it did no more is for `verify_against_model` to say.
     """
-    found: dict[str, dict[str, str]] = {}
+    by_pattern: dict[str, dict[str, str]] = {}
     orders: dict[str, list[str]] = {}
     for key, name, converter, pattern in _as_loaded(model, keys):
         expert = _EXPERT.fullmatch(key)
         if converter is not None and expert is not None and _only_stacks(converter):
-            found.setdefault(name, {})[pattern] = "*".join(expert.groups())
+            by_pattern.setdefault(name, {})[pattern] = "*".join(expert.groups())
             orders[name] = converter.source_patterns
     return {
-        name: _JOIN.join(each[pattern] for pattern in orders[name])
-        for name, each in found.items()
-        if len(each) == len(orders[name])
+        name: _JOIN.join(keys_of[pattern] for pattern in orders[name])
+        for name, keys_of in by_pattern.items()
+        if len(keys_of) == len(orders[name])
     }
 
 

@@ -55,7 +55,7 @@ class Wanted:
 
 def cache_key(fingerprint: str, wanted: Mapping[str, Wanted]) -> str:
     """16 hex digits that identify a base and the vectors needed of it."""
-    content = [fingerprint, [(module, vars(each)) for module, each in sorted(wanted.items())]]
+    content = [fingerprint, [(module, vars(vectors)) for module, vectors in sorted(wanted.items())]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -68,18 +68,18 @@ def write_vectors(
     Raises `UserError` naming a weight that is not finite, and `RunError` on a full disk.
     """
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for module, each in wanted.items():
-        layout[f"{module}.left"] = ((each.count, each.d_out), torch.float32)
-        layout[f"{module}.right"] = ((each.count, each.d_in), torch.float32)
+    for module, vectors in wanted.items():
+        layout[f"{module}.left"] = ((vectors.count, vectors.d_out), torch.float32)
+        layout[f"{module}.right"] = ((vectors.count, vectors.d_in), torch.float32)
         layout[f"{module}.norm"] = ((1,), torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, SafetensorsWriter(temporary, layout, {"base": base.fingerprint()}) as writer:
-        for module, each in wanted.items():
-            weight = base.read(each.key).to(device, torch.float64)
-            weight = weight.T if each.transposed else weight
+        for module, vectors in wanted.items():
+            weight = base.read(vectors.key).to(device, torch.float64)
+            weight = weight.T if vectors.transposed else weight
             if not torch.isfinite(weight).all():
-                raise UserError(f"{base.folder}: {each.key} has NaN or infinite values, and no singular vectors")
-            left, right = leading_vectors(weight, each, module)
+                raise UserError(f"{base.folder}: {vectors.key} has NaN or infinite values, and no singular vectors")
+            left, right = leading_vectors(weight, vectors, module)
             writer.write(f"{module}.left", left.float())
             writer.write(f"{module}.right", right.float())
             writer.write(f"{module}.norm", weight.norm().reshape(1))
@@ -100,7 +100,8 @@ def leading_vectors(weight: Tensor, wanted: Wanted, module: str) -> tuple[Tensor
         with torch.random.fork_rng(devices, device_type=weight.device.type):
             torch.manual_seed(int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little"))
             left, _, right = torch.svd_lowrank(weight.float(), wanted.count + OVERSAMPLED, niter=_ITERATIONS)
-    left, right = left[:, : wanted.count].T, right[:, : wanted.count].T
+    left = left[:, : wanted.count].T
+    right = right[:, : wanted.count].T
     largest = right.abs().argmax(dim=1, keepdim=True)
     signs = right.gather(1, largest).sign()
     return (left * signs).contiguous(), (right * signs).contiguous()

@@ -55,7 +55,8 @@ class VocabularyReport:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        (old, new), (before, after) = self.vocabulary, self.tokens_per_byte
+        old, new = self.vocabulary
+        before, after = self.tokens_per_byte
         return [
             f"{self.output}: {self.new_tokens:,} new tokens, {old:,} -> {new:,} rows",
             f"tokens per byte, on {self.measured_bytes:,} bytes of the corpus: {before:.4f} -> {after:.4f} "
@@ -116,7 +117,8 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
     """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise UserError(f"{FLAG}: its input embeddings are a {type(embedding).__name__}, not a table of rows")
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
@@ -124,11 +126,13 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
         kind = "it has none" if head is None else f"it is a {type(head).__name__}"
         raise UserError(f"{FLAG}: the output head is neither tied to the embeddings nor a linear layer ({kind})")
     rows = embedding.num_embeddings
-    tables = {name: each for name, each in model.named_modules() if isinstance(each, nn.Embedding)}
-    others = [name for name, each in tables.items() if each.num_embeddings == rows and each not in (embedding, head)]
-    if others or (isinstance(head, nn.Linear) and head.out_features != rows):
-        raise UserError(f"{FLAG}: other tables depend on the vocabulary too ({', '.join(others) or 'the head'})")
-    wanted = {id(embedding.weight), *(id(each) for each in head.parameters(recurse=False))}
+    tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
+    further = [
+        name for name, table in tables.items() if table.num_embeddings == rows and table not in (embedding, head)
+    ]
+    if further or (isinstance(head, nn.Linear) and head.out_features != rows):
+        raise UserError(f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})")
+    wanted = {id(embedding.weight), *(id(parameter) for parameter in head.parameters(recurse=False))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     mapping = map_model(base, model, parameters)
     keys = {mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted}

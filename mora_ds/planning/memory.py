@@ -187,19 +187,21 @@ def rank_memory(
     """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one micro-batch, without persistent
     parameters; `streamed`: the part of the base that stays in host memory."""
     buffers, host_base = (0, 0) if streamed is None else (streamed.on_device, streamed.total)
-    shard, total, each = trained.shard, trained.total, trained.bytes_each
+    shard = trained.shard
+    total = trained.total
+    itemsize = trained.bytes_each
     persistent = sum(trained.persistent)
     masters, moments, gradients = _optimizer_bytes(trained)
     host = masters + moments + gradients if trained.offloads else 0
     if trained.offloads:
         masters = moments = gradients = 0
-    squares = (shard if trained.stage == 3 else total) * each
+    squares = (shard if trained.stage == 3 else total) * itemsize
     bucket, reduced = _bucket_bytes(trained)
-    unsharded = (gathered.most_at_once + persistent) * each if trained.ranks > 1 and trained.stage == 3 else 0
+    unsharded = (gathered.most_at_once + persistent) * itemsize if trained.ranks > 1 and trained.stage == 3 else 0
     # An all-gather has an output buffer until it is split up: early in forward, unless backward gathers again.
     gathers_again = gathered.elements > total - persistent
-    output_buffer = gathered.largest_call * each if unsharded and gathers_again else 0
-    stays = persistent * each if trained.ranks > 1 else 0
+    output_buffer = gathered.largest_call * itemsize if unsharded and gathers_again else 0
+    stays = persistent * itemsize if trained.ranks > 1 else 0
     largest = max(trained.numels, default=0) * FP32
     step_needs = 0 if trained.offloads else (2 + trained.on_cpu) * shard * FP32
     if trained.muon and trained.stage == 3:
@@ -229,7 +231,8 @@ def rank_memory(
 def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
     """(master weights, moments, gradients). ZeRO has master weights even in fp32: stage3.py compares a torch.device
     with its name, and so never uses the parameters as their own master weights."""
-    shard, stage = trained.shard, trained.stage
+    shard = trained.shard
+    stage = trained.stage
     masters = shard * FP32
     squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
     moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (shard - squares) * FP32)

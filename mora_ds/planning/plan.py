@@ -230,7 +230,8 @@ class _MeasuredModel:
             self.base_elements = base_elements(model)
             self.base_bytes, self.quantized = base_bytes(model, work.dtype)
         self.other_buffers = other_buffer_bytes(model)
-        self.merge, self.a_merge_adds = measure_merge(model), merge_bytes(model)
+        self.merge = measure_merge(model)
+        self.a_merge_adds = merge_bytes(model)
 
     def streamed(self) -> Streamed:
         return Streamed.of(self._unsplit)

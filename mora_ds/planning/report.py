@@ -26,7 +26,8 @@ def report(plan: Plan) -> str:
 
 def verdict(plan: Plan) -> str:
     """Whether the run fits, as a sentence."""
-    peak, capacity = plan.memory.peak, plan.cluster.memory
+    peak = plan.memory.peak
+    capacity = plan.cluster.memory
     if plan.trained.on_cpu:
         return f"a node needs {size_text(plan.host_memory)}"
     if plan.fits:
@@ -44,7 +45,8 @@ def verdict(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> list[str]:
-    work, cluster = plan.work, plan.cluster
+    work = plan.work
+    cluster = plan.cluster
     replicas = cluster.ranks // (work.tensor_parallel * work.sequence_parallel)
     what = f"{plan.trained.total:,} trained" + (" a tensor-parallel rank" if work.tensor_parallel > 1 else "")
     flags = [
@@ -69,12 +71,14 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    memory, trained = plan.memory, plan.trained
+    memory = plan.memory
+    trained = plan.trained
     in_host_memory = "in host memory" if trained.offloads else ""
     quantized = f"; {size_text(plan.quantized)} of it in {plan.work.base_bits} bits" if plan.quantized else ""
     where = "never sharded"
     if memory.host_base:
-        buffers, host = size_text(memory.base_buffers), size_text(memory.host_base)
+        buffers = size_text(memory.base_buffers)
+        host = size_text(memory.host_base)
         where = f"{buffers} of it buffers of decoder layers, which are in host memory: {host}, unsharded"
     merges = (
         [("each merge adds", plan.a_merge_adds, "its matrices, unsharded, and index tables")]

@@ -115,15 +115,18 @@ class _SingleRank(Topology):
 def step_memory(work: Work) -> StepMemory:
     """The memory of a step of the complete model, from two shallow ones: every figure is a constant plus a multiple of
     the number of layers."""
-    layers, period = work.layers, layer_period(work.config)
+    layers = work.layers
+    period = layer_period(work.config)
     planned = work.adapter is not None and work.adapter.planned_layers  # every layer may then be different
     if layers <= 3 * period or planned:
         return measure_step(planned_model(work), work)
     # The shallow models have as many layers beyond complete periods as the model, and its first dense ones.
     dense = min(getattr(work.config.get_text_config(), "first_k_dense_replace", None) or 0, layers - 3 * period)
     short = (layers - dense) % period + dense + 2 * period
-    shallow, deeper = (with_layers(work, depth) for depth in (short, short + period))
-    first, second = (measure_step(planned_model(each), each) for each in (shallow, deeper))
+    shallow = with_layers(work, short)
+    deeper = with_layers(work, short + period)
+    first = measure_step(planned_model(shallow), shallow)
+    second = measure_step(planned_model(deeper), deeper)
     times = (layers - short) // period
     return StepMemory(**{name: value + times * (getattr(second, name) - value) for name, value in vars(first).items()})
 
@@ -205,10 +208,12 @@ def measure_merge(model: nn.Module) -> int:
 
 def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes of the frozen base in a run that computes in `dtype`, those of its quantized weights with scales)."""
-    rounded = {id(each) for layer in quantized_layers(model).values() for each in (layer.weight, layer.weight_scales)}
-    others = {id(t): t.numel() * dtype.itemsize for t in frozen_buffers(model).values() if id(t) not in rounded}
+    rounded = {
+        id(tensor) for layer in quantized_layers(model).values() for tensor in (layer.weight, layer.weight_scales)
+    }
+    unrounded = {id(t): t.numel() * dtype.itemsize for t in frozen_buffers(model).values() if id(t) not in rounded}
     quantized = quantized_bytes(model)
-    return quantized + sum(others.values()), quantized
+    return quantized + sum(unrounded.values()), quantized
 
 
 @dataclass(frozen=True)

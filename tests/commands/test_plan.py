@@ -29,7 +29,8 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.Monk
     )
     options, settings = tool._parser().parse_known_args(flags.split())
     planner = tool._planner(options, tool._arguments(options, settings))
-    work, config = planner.work, planner.ds_config
+    work = planner.work
+    config = planner.ds_config
     assert (work.seq_len, work.micro_batch, work.dtype, work.sequence_parallel) == (256, 2, torch.float16, 2)
     assert (work.document_mask, work.checkpointing, work.by_documents) == (False, False, True)
     assert work.adapter == MoRAConfig(rank=4, embedding_rank=3)

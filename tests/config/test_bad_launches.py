@@ -350,7 +350,8 @@ def answers(folder: Path, user: Playground) -> dict[str, Answer]:
     launch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launch)
     places = {"bad": folder, "user": user.root, "tok": user.model}
-    load, found = AutoModelForCausalLM.from_pretrained, {}
+    load = AutoModelForCausalLM.from_pretrained
+    found = {}
     for number, line in enumerate(CASES):
         out = folder / "out" / str(number)
         case = line.split(" | ")[0]

@@ -62,7 +62,8 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -
 def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
     """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
     more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     summary = run(1, forgetting(user, whole, *more))
     scores = {
         row["step"]: math.log(row["eval"]["held"]) + 0.5 * math.log(row["eval"]["short"])

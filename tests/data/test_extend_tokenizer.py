@@ -99,9 +99,11 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
     assert report.measured_bytes == sum(len(text.encode()) for text in DOMAIN)
     assert report.tokens_per_byte[1] < 0.93 * report.tokens_per_byte[0]
 
-    old, new = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(out)
+    old = AutoTokenizer.from_pretrained(folder)
+    new = AutoTokenizer.from_pretrained(out)
     extension = json.loads((out / EXTENSION_JSON).read_text())
-    first, pieces = extension["first_row"], extension["pieces"]
+    first = extension["first_row"]
+    pieces = extension["pieces"]
     assert len(pieces) == 150 and new.convert_tokens_to_ids(pieces) == list(range(first, first + 150))
     assert {token: new.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()
     used = set()
@@ -173,7 +175,9 @@ class Letters:
 
 
 def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
-    whole, lossy, worse = Letters(), Letters("é"), Letters("éa")
+    whole = Letters()
+    lossy = Letters("é")
+    worse = Letters("éa")
     made: Any = vocabulary._compare
     assert made(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
     assert made(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), "the old one has lost of it too"
@@ -214,7 +218,8 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path) -> Non
 
 def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path) -> None:
     """Also in a config that holds the text model's own, and for a head with a bias."""
-    folder, out = tmp_path / "model", tmp_path / "out"
+    folder = tmp_path / "model"
+    out = tmp_path / "out"
     out.mkdir()
     settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "pad_token_id": 0}
     config = AutoConfig.for_model("phi", **settings, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
@@ -252,7 +257,8 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: 
     small = byte_level_folder(tmp_path / "small", vocab_size=599)
     with pytest.raises(UserError, match="the tokenizer does not fit the model"):
         extend_vocabulary(small, domain(tmp_path), 10, tmp_path / "out")
-    make, folder = vocabulary.make_model, byte_level_folder(tmp_path / "model")
+    make = vocabulary.make_model
+    folder = byte_level_folder(tmp_path / "model")
     for name, module, words in (
         ("lm_head", torch.nn.Linear(32, 641), r"\(the head\)"),
         ("by_token", torch.nn.Embedding(640, 4), r"\(by_token\)"),

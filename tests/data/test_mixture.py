@@ -215,7 +215,9 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     """Per-source losses included: exact over ranks and micro-batches."""
     mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
     more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
-    whole, out, wide = tmp_path / "whole", tmp_path / "out", tmp_path / "wide"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
+    wide = tmp_path / "wide"
     run(1, mixture_flags(user, whole, mix, *more, "--per_device_train_batch_size", 4))
     argv = mixture_flags(user, out, mix, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
     for step in (3, 5):

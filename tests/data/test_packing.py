@@ -32,7 +32,8 @@ def make_cache(lengths: list[int]) -> TokenCache:
 def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask: bool) -> None:
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len, document_mask=mask)
-    predicted, read = [], []
+    predicted = []
+    read = []
     for index in range(data.n_blocks):
         block = data.block(index)
         assert all(value.shape == (seq_len,) and value.dtype == np.int64 for value in block.values())
@@ -70,7 +71,8 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len: int) -> None:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle: bool) -> None:
     data = PackedDataset(make_cache(LENGTHS), 7, seed=3, shuffle=shuffle)
-    blocks, size = data.n_blocks, 4
+    blocks = data.n_blocks
+    size = 4
     assert blocks % size  # so that batches straddle epochs
     first_tokens = [t for step in range(3 * blocks) for t in data.batch(step, size)["input_ids"][:, 0].tolist()]
     epochs = [first_tokens[start : start + blocks] for start in range(0, len(first_tokens), blocks)]
@@ -84,7 +86,8 @@ def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
 def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
-    whole, rows = PackedDataset(make_cache(LENGTHS), 7, seed=1), 12 // world
+    whole = PackedDataset(make_cache(LENGTHS), 7, seed=1)
+    rows = 12 // world
     for step in (0, 1, 7, 10**6):
         parts = []
         for rank in reversed(range(world)):  # each rank has a dataset of its own and asks in another order

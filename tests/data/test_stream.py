@@ -143,7 +143,8 @@ def test_how_many_tokenise_makes_no_difference(
 ) -> None:
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 700)
     corpus = corpus_of(tmp_path / "shards")
-    one, other = source(corpus, tokenizer, 9), source(corpus, tokenizer, 9, parallel_map=Recalled(width))
+    one = source(corpus, tokenizer, 9)
+    other = source(corpus, tokenizer, 9, parallel_map=Recalled(width))
     assert_equal(taken(other, 0, 400), taken(one, 0, 400))
 
 
@@ -163,7 +164,8 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
         return StreamMixture(sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states=states)
 
     cached = Mixture({"left": packed[0], "right": packed[1]}, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12)
-    whole, state = made(), None
+    whole = made()
+    state = None
     for step in range(20):
         if step % 3 == 0:
             resumed = made(json.loads(json.dumps(state)) if state else None)
@@ -185,7 +187,9 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
 @pytest.mark.gloo
 def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Playground, tmp_path: Path) -> None:
     more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
-    whole, out, wide = tmp_path / "whole", tmp_path / "out", tmp_path / "wide"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
+    wide = tmp_path / "wide"
     run(1, user.flags(whole, *more, "--per_device_train_batch_size", 4))
     argv = user.flags(out, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
     for step in (3, 5):

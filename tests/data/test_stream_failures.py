@@ -30,7 +30,9 @@ class Broken:
     """A part that fails as disks and networks do, before record 5."""
 
     def __init__(self, part: Any, error: Exception) -> None:
-        self.part, self.error, self.label = part, error, part.label
+        self.part = part
+        self.error = error
+        self.label = part.label
 
     def marked(self, mark: Any) -> Iterator[tuple[Document, Any]]:
         for document, behind in self.part.marked(mark):
@@ -54,7 +56,8 @@ def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path) -> None:
         taken(source(load_corpus([str(tmp_path / "broken.jsonl")]), tokenizer), 0, 2000)
     numbers = random.Random(0)  # do not compress
     content = b"".join(json.dumps({"text": numbers.randbytes(1000).hex()}).encode() + b"\n" for _ in range(900))
-    gz, zst = gzip.compress(content), pa.compress(content, "zstd", asbytes=True)
+    gz = gzip.compress(content)
+    zst = pa.compress(content, "zstd", asbytes=True)
     for name, damaged in {"a.gz": gz[:-40], "b.gz": gz[:-8] + bytes(4) + gz[-4:], "c.zst": zst[:-40]}.items():
         path = tmp_path / f"damaged.jsonl.{name[2:]}"  # in b.gz the checksum
         path.write_bytes(damaged)

@@ -141,7 +141,8 @@ def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_pa
     """The first cycle is in each of them, and weights such as a third sum to one."""
     folders = [step_folder(run.checkpoint.parent, 3), run.checkpoint, run.checkpoint]
     combine_adapters(folders, [Fraction(1, 3)] * 3, tmp_path / "mean")
-    ledger, original = Ledger.open(tmp_path / "mean" / "ledger"), Ledger.open(run.checkpoint / "ledger")
+    ledger = Ledger.open(tmp_path / "mean" / "ledger")
+    original = Ledger.open(run.checkpoint / "ledger")
     assert all(torch.equal(ledger.square(0, name), original.square(0, name)) for name in original.layers(0))
 
 

@@ -79,7 +79,8 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
     run = fake_run(tmp_path, stored=torch.bfloat16, dtype="bfloat16")
     export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
-    ledger, base = Ledger.open(run.checkpoint / "ledger"), BaseCheckpoint.open(run.base)
+    ledger = Ledger.open(run.checkpoint / "ledger")
+    base = BaseCheckpoint.open(run.base)
     exported = load_file(tmp_path / "merged" / "model.safetensors")
     for name, entry in run.adapter.layers.items():
         updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
@@ -304,8 +305,10 @@ print(max(peaks) - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never the model."""
-    side, count = 1024, 56
-    base, checkpoint = tmp_path / "base", tmp_path / "step"
+    side = 1024
+    count = 56
+    base = tmp_path / "base"
+    checkpoint = tmp_path / "step"
     base.mkdir()
     checkpoint.mkdir()
     (base / "config.json").write_text("{}")

@@ -54,7 +54,8 @@ def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
 
 
 def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path) -> None:
-    run, merged = fake_run(tmp_path), tmp_path / "merged"
+    run = fake_run(tmp_path)
+    merged = tmp_path / "merged"
     flags = ["--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
     with uploads_to(tmp_path / "hub"):
         assert answer(export.main, "mora-ds export", flags) == (0, "")
@@ -65,7 +66,8 @@ def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path) -> None:
 def test_an_export_that_is_refused_stays_where_it_is(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, merged = fake_run(tmp_path), tmp_path / "merged"
+    run = fake_run(tmp_path)
+    merged = tmp_path / "merged"
     words = ["mora-ds export", "--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
     monkeypatch.setattr("sys.argv", words)
     with uploads_to(tmp_path / "hub", error), pytest.raises(RunError, match="not uploaded") as failed:

@@ -72,7 +72,8 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterCon
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
 def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str) -> None:
-    config, rank = MoRAConfig(rank=2, operator=operator), 5
+    config = MoRAConfig(rank=2, operator=operator)
+    rank = 5
     _, updates = adapter(tmp_path, config, cycles=1)
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora", rank)
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

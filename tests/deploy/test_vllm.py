@@ -111,8 +111,10 @@ def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path) ->
     model = base()
     maker = Maker(model, tmp_path / "base")
     weights = originals(model)
-    prompts, tokens = [[5, 17, 99], [400, 3, 3, 8, 250]], 16
-    expected, adapters = greedy(model, prompts, tokens), {}
+    prompts = [[5, 17, 99], [400, 3, 3, 8, 250]]
+    tokens = 16
+    expected = greedy(model, prompts, tokens)
+    adapters = {}
     for name, (config, cycles, rank) in CONFIGS.items():
         updates = maker.write(tmp_path / name, config, cycles, scale=0.1)  # type: ignore[arg-type]
         adapters[name] = tmp_path / f"{name}-lora"

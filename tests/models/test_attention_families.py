@@ -102,19 +102,22 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other() -> N
 def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that attends by documents also generates: sinks, capped scores and windows included."""
     monkeypatch.setattr(document_attention, "QUERIES", 20)
-    own, model = tiny_model(family).eval(), tiny_model(family).eval()
+    own = tiny_model(family).eval()
+    model = tiny_model(family).eval()
     for each in (own, model):
         for name, parameter in each.named_parameters():
             if "norm" not in name:
                 parameter.data *= 3
     use_documents(model)
-    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    ids = tokens(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :9] = 0
     with torch.no_grad():
         found, wanted = (each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, own))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
         whole = own(ids).logits
-        cache, parts = None, []
+        cache = None
+        parts = []
         for part in ids.split([4, 25, 1], dim=1):
             output = model(part, past_key_values=cache, use_cache=True)
             cache = output.past_key_values

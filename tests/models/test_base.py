@@ -55,7 +55,8 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def test_reads_what_is_stored(llama: Path) -> None:
-    base, stored = BaseCheckpoint.open(llama), load_file(llama / "model.safetensors")
+    base = BaseCheckpoint.open(llama)
+    stored = load_file(llama / "model.safetensors")
     assert set(base.keys()) == set(stored)
     assert all(torch.equal(base.read(key), stored[key]) for key in stored)
     assert base.shape_dtype("lm_head.weight") == ((128, 32), torch.float32)
@@ -63,7 +64,8 @@ def test_reads_what_is_stored(llama: Path) -> None:
 
 
 def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
-    one, many = BaseCheckpoint.open(llama), BaseCheckpoint.open(sharded)
+    one = BaseCheckpoint.open(llama)
+    many = BaseCheckpoint.open(sharded)
     assert len(many.files()) > 2
     assert all(torch.equal(one.read(key), many.read(key)) for key in set(many.keys()))
     assert one.fingerprint() == many.fingerprint()
@@ -83,7 +85,8 @@ def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
 
 
 def test_pickled_weights_lead_to_an_own_base(tmp_path: Path) -> None:
-    folder, model = tmp_path / "bin", tiny_model()
+    folder = tmp_path / "bin"
+    model = tiny_model()
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(NotOneToOne, match=r"only pickled weights \(pytorch_model.bin\)"):
@@ -171,7 +174,8 @@ def test_hub_files_without_the_prefix(tmp_path: Path) -> None:
 
 
 def test_tie_is_symmetric_and_prefers_the_twin(llama: Path) -> None:
-    base, ties = BaseCheckpoint.open(llama), {"lm_head.weight": "model.embed_tokens.weight"}
+    base = BaseCheckpoint.open(llama)
+    ties = {"lm_head.weight": "model.embed_tokens.weight"}
     names = ["lm_head.weight", "model.embed_tokens.weight"]
     assert set(base.map_parameters(names, "model", ties).values()) == {"model.embed_tokens.weight"}
     only_head = BaseCheckpoint(llama, {"lm_head.weight": llama / "model.safetensors"})
@@ -184,8 +188,10 @@ def test_unmapped_names_are_listed(llama: Path) -> None:
 
 
 def test_first_differing_tensor_is_named(llama: Path) -> None:
-    model, base = tiny_model(), BaseCheckpoint.open(llama)
-    mapping, tensors = mapping_of(model, base), parameters(model)
+    model = tiny_model()
+    base = BaseCheckpoint.open(llama)
+    mapping = mapping_of(model, base)
+    tensors = parameters(model)
     with torch.no_grad():
         tensors["model.norm.weight"][3] = torch.nextafter(tensors["model.norm.weight"][3], torch.tensor(9.0))
     with pytest.raises(NotOneToOne, match=r"model\.norm\.weight of the model is not the tensor"):

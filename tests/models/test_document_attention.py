@@ -35,7 +35,8 @@ def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monke
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
         query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
-        softcap, given = 2.0 if kind == "capped" else None, sinks if kind == "sinks" else None
+        softcap = 2.0 if kind == "capped" else None
+        given = sinks if kind == "sinks" else None
         inputs = [query, key, value] + ([sinks] if kind == "sinks" else [])
         for documents in (Documents.of(positions), None):
             out, _ = document_attention(
@@ -61,7 +62,8 @@ def test_a_window_of_blocks_is_dense_attention() -> None:
 def test_documents_are_read_from_the_positions_of_all_rows() -> None:
     """Positions of one row are those of every row; positions of several axes, or of other tokens, say nothing."""
     query, key, value, _ = parts(2, LENGTH, 2)
-    module, split = torch.nn.Module(), positions_of([[40, 56]])
+    module = torch.nn.Module()
+    split = positions_of([[40, 56]])
 
     def attended(positions: Tensor | None) -> Tensor:
         return document_attention(module, query, key, value, None, position_ids=positions)[0]
@@ -90,7 +92,8 @@ def test_the_output_has_the_precision_of_the_query(kind: str) -> None:
 
 def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequence parallelism wraps itself around it."""
-    name, known = module_under_test.NAME, module_under_test.ALL_ATTENTION_FUNCTIONS
+    name = module_under_test.NAME
+    known = module_under_test.ALL_ATTENTION_FUNCTIONS
     module_under_test.register()
     wrapped = document_attention if known[name] is not document_attention else sum
     monkeypatch.setitem(known._global_mapping, name, wrapped)

@@ -63,7 +63,8 @@ def check_merged(model: Any) -> None:
     with torch.no_grad():
         for name, layer in layers.items():
             layer.value.data = 0.05 * torch.randn(layer.value.shape) if layer.value.grad.any() else layer.value.data
-            module, delta = model.get_submodule(name), delta_weight(layer.spec, layer.value.data)
+            module = model.get_submodule(name)
+            delta = delta_weight(layer.spec, layer.value.data)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta
         live, merged = (each(input_ids=tokens(2)).logits for each in (adapted, model))
     apart = ((live - merged).norm() / merged.norm()).item()
@@ -83,7 +84,8 @@ def check_cast(model: Any, folder: Path) -> None:
 
 @pytest.mark.heavy
 def test_every_type_is_adapted_merged_and_cast(tmp_path: Path) -> None:
-    wrong, tried = {}, 0
+    wrong = {}
+    tried = 0
     for kind, model in small_models():
         tried += 1
         try:

@@ -60,7 +60,8 @@ def model_of(family: str, train_head: bool = True) -> Any:
 def batch_of(rows: int = 3, length: int = 16) -> dict[str, Tensor]:
     """Two documents a row, and padding."""
     ids = tokens(rows, length + 1)
-    labels, positions = ids[:, 1:].clone(), torch.arange(length).expand(rows, -1).clone()
+    labels = ids[:, 1:].clone()
+    positions = torch.arange(length).expand(rows, -1).clone()
     labels[:, length // 2 - 1] = labels[-1, -3:] = IGNORED
     positions[:, length // 2 :] -= length // 2
     return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
@@ -89,7 +90,8 @@ def assert_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor,
     ],
 )
 def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, checkpointing: bool) -> None:
-    model, batch = model_of(family, train_head), batch_of()
+    model = model_of(family, train_head)
+    batch = batch_of()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -100,7 +102,8 @@ def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, ch
 
 def test_an_adapted_head_too() -> None:
     torch.manual_seed(0)
-    model, batch = tiny_model(), batch_of()
+    model = tiny_model()
+    batch = batch_of()
     inject(model, MoRAConfig(rank=4, target_modules=["q_proj", "lm_head"]))
     expected = gradients(model, batch)
     chunk_loss(model, CHUNK)
@@ -109,9 +112,11 @@ def test_an_adapted_head_too() -> None:
 
 
 def test_evaluation_and_whole_logits_are_as_before() -> None:
-    model, batch = model_of("llama").eval(), batch_of()
+    model = model_of("llama").eval()
+    batch = batch_of()
     with torch.no_grad():
-        expected, logits = token_nll(model, batch), model(batch["input_ids"]).logits
+        expected = token_nll(model, batch)
+        logits = model(batch["input_ids"]).logits
         chunk_loss(model, CHUNK)
         torch.testing.assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
         assert torch.equal(model(batch["input_ids"]).logits, logits)
@@ -124,7 +129,8 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, n
     """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 20_000, bias=False).to(dtype).requires_grad_(False)
-    hidden, labels = torch.randn(5, 64).to(dtype), torch.tensor([3, 9, IGNORED, 19_999, 0])
+    hidden = torch.randn(5, 64).to(dtype)
+    labels = torch.tensor([3, 9, IGNORED, 19_999, 0])
     exact = hidden.float().requires_grad_()
     F.cross_entropy(exact @ head.weight.float().T, labels, ignore_index=IGNORED, reduction="sum").backward()
     rows = hidden.clone().requires_grad_()
@@ -141,9 +147,12 @@ def test_no_more_logits_than_a_chunk_are_ever_made(
     monkeypatch: pytest.MonkeyPatch, train_head: bool, times: int
 ) -> None:
     """Nothing of the size of logits is kept for backward, which makes them again where the head is trained."""
-    model, batch = model_of("llama", train_head), batch_of()
+    model = model_of("llama", train_head)
+    batch = batch_of()
     chunked = chunk_loss(model, CHUNK)
-    project, sizes, kept = chunked._project, list[int](), list[int]()
+    project = chunked._project
+    sizes = list[int]()
+    kept = list[int]()
 
     def projected(hidden: Tensor) -> Tensor:
         sizes.append(hidden.shape[:-1].numel())
@@ -169,21 +178,25 @@ def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token() -> None
 @pytest.mark.parametrize("train_head", [False, True])
 def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool) -> None:
     """Of logits in bf16, whose own losses would have two digits."""
-    model, batch = model_of("llama", train_head).bfloat16(), batch_of()
+    model = model_of("llama", train_head).bfloat16()
+    batch = batch_of()
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     logits = model(**inputs, use_cache=False).logits.double()
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="none")
     if chunked:
         chunk_loss(model, CHUNK)
-    rows, total = row_nll(model, batch), token_nll(model, batch)
+    rows = row_nll(model, batch)
+    total = token_nll(model, batch)
     assert rows.dtype == total.dtype == torch.float32
     torch.testing.assert_close(rows.double(), expected.view(3, -1).sum(1), rtol=2e-6, atol=0)
     torch.testing.assert_close(total.double(), expected.sum(), rtol=2e-6, atol=0)
 
 
 def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = model_of("llama"), batch_of()
-    logits, hooks = model(batch["input_ids"]).logits, len(model.lm_head._forward_hooks)
+    model = model_of("llama")
+    batch = batch_of()
+    logits = model(batch["input_ids"]).logits
+    hooks = len(model.lm_head._forward_hooks)
     chunked = chunk_loss(model, CHUNK)
     assert bound(model) is chunked and bound(_Engine(model)) is chunked
 
@@ -208,7 +221,8 @@ class _Engine:
 
     def __init__(self, model: Any) -> None:
         self.module = model
-        self.train, self.eval = model.train, model.eval
+        self.train = model.train
+        self.eval = model.eval
 
     def __call__(self, **batch: Tensor) -> Any:
         return self.module(**batch)
@@ -224,7 +238,8 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
     """Of the same batch on every rank, the head sharded over them."""
-    model, batch = model_of(family), batch_of()
+    model = model_of(family)
+    batch = batch_of()
     config = {
         "train_micro_batch_size_per_gpu": 3,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -238,7 +253,8 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
         engine.backward(nll * 0.5)
         found = {name: safe_get_full_grad(parameter).clone() for name, parameter in model.named_parameters()}
         if step == 0:
-            first, gradient = nll.item(), found
+            first = nll.item()
+            gradient = found
             engine.optimizer.zero_grad()
             continue
         engine.step()
@@ -252,7 +268,8 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_trained_head_that_zero_3_shards(family: str) -> None:
     """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
-    model, batch = model_of(family), batch_of()
+    model = model_of(family)
+    batch = batch_of()
     nll, expected = gradients(model, batch)
     for loss, found in run_ranks(2, zero3_gradients, family):
         assert abs(loss - nll.item()) <= 1e-6 * nll.item()
@@ -267,7 +284,8 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize("split", ["sequence", "tensor"])
 def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, split: str) -> None:
-    whole, chunked = user.root / "whole", user.root / f"chunked-{split}"
+    whole = user.root / "whole"
+    chunked = user.root / f"chunked-{split}"
     expected = run(1, user.flags(whole, "--overwrite_output_dir", "true"))
     found = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
     torch.testing.assert_close(losses(chunked), losses(whole), rtol=1e-5, atol=0)

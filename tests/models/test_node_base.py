@@ -52,7 +52,9 @@ FEW = ("fp32", "Conv1D, int8, bf16")
 def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
     """A run of one process of several, with merges after its steps: its frozen tensors and what was sent."""
     family, dtype, bits = (CASES[case].get(key, default) for key, default in _DEFAULTS.items())
-    rank, world, base = dist.get_rank(), dist.get_world_size(), folder / case / "base"
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    base = folder / case / "base"
     if rank == 0 and not base.exists():
         tiny_model(family).save_pretrained(base)
     dist.barrier()
@@ -66,9 +68,11 @@ def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
     half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if dtype is torch.bfloat16 else {}
     engine, *_ = initialize(model=loaded.model, config=ds_config(3, 2, 1, **half), node_base=choice)
     run = Run(engine, config, base, folder / case / f"{choice}-{world}", overwrite=True)
-    node, below = node_base_of(loaded.model), {}
+    node = node_base_of(loaded.model)
+    below = {}
     counter = CollectiveCounter([*frozen_buffers(loaded.model).values(), *node.slots.values()])
-    reports, losses = [], []
+    reports = []
+    losses = []
     for step in range(MERGES + 1):
         loss = causal_loss(engine, tokens(2 * world, seed=step)[2 * rank :][:2])
         engine.backward(loss)
@@ -124,7 +128,7 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int
             assert found["base_bytes"] == 0
             small = 64 * len(found["places"]) * MERGES + 4096  # norms of the layers, and checks
             assert found["sent"] - rank[case]["private"]["sent"] < small
-            assert f"one for the {world} processes" in found["text"]
+            assert f"one for {world} processes" in found["text"]
 
 
 def on_two_nodes(folder: str) -> dict[str, Any]:
@@ -147,7 +151,8 @@ def test_nodes_of_one_and_of_two_processes(tmp_path: Path) -> None:
 
 def faults() -> dict[str, str]:
     """What goes wrong on one process only, and what all are told."""
-    model, found = tiny_model(), {}
+    model = tiny_model()
+    found = {}
     inject(model, MoRAConfig(rank=4))
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
@@ -176,7 +181,8 @@ def test_an_error_of_one_process_is_one_of_all() -> None:
 
 def checked(folder: str) -> tuple[int, str]:
     """Bytes of the mapped base that this process's checksums read; the error for files that differ."""
-    rank, read = dist.get_rank(), []
+    rank = dist.get_rank()
+    read = []
 
     def counted(tensor: torch.Tensor) -> int:
         read.append(tensor.nbytes)
@@ -225,7 +231,8 @@ def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp
 @pytest.mark.heavy
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path) -> None:
     flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     run(2, user.flags(whole, *flags, "--node_base", "private"))
     killed_run(2, user.flags(out, *flags, "--node_base", "private"), "right_after_a_merge", [0, 1])
     run(2, user.flags(out, *flags))
@@ -250,7 +257,8 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     inject(model, MoRAConfig(rank=4, target_modules=("q_proj", "lm_head")))
     layers = mora_layers(model)
     slots = {f"{name}.weight": layer.weight for name, layer in layers.items() if name != "lm_head"}
-    total, written = torch.zeros(len(layers), 1), []
+    total = torch.zeros(len(layers), 1)
+    written = []
     for rank in range(2):
         ranks: Any = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
         base = NodeBase(ranks, (0, 1), slots)
@@ -271,7 +279,8 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping() -> None:
     before = named_memory()
     offer = Offer.make(1 << 16, "layout")
     descriptors = len(os.listdir("/proc/self/fd"))
-    one, other = offer.map("layout"), offer.map("layout")
+    one = offer.map("layout")
+    other = offer.map("layout")
     with pytest.raises(RunError, match="different layouts"):
         offer.map("another")
     offer.close()

@@ -44,7 +44,8 @@ def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
 
 
 def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
-    base, asked = base_folder(tmp_path / "base", {"model_type": "llama"}), list[tuple[str, torch.dtype]]()
+    base = base_folder(tmp_path / "base", {"model_type": "llama"})
+    asked = list[tuple[str, torch.dtype]]()
 
     def tensor_of(key: str, dtype: torch.dtype) -> torch.Tensor:
         asked.append((key, dtype))
@@ -94,7 +95,8 @@ COPIED = {
 
 
 def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
-    base, own = base_folder(tmp_path / "base", {"model_type": "llama"}), tmp_path / "tokenizer"
+    base = base_folder(tmp_path / "base", {"model_type": "llama"})
+    own = tmp_path / "tokenizer"
     for name in (*COPIED, "README.md", "optimizer.pt"):
         (base.folder / name).write_text("base")
     (base.folder / "vocab.d").mkdir()
@@ -143,7 +145,8 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
 
 def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> None:
     """Each tensor begins at a multiple of its element size, which readers that map the file rely on."""
-    path, tensors = tmp_path / "t.safetensors", dict[str, torch.Tensor]()
+    path = tmp_path / "t.safetensors"
+    tensors = dict[str, torch.Tensor]()
     for note in ("xx", "xxx"):  # tensors begin at a multiple of eight bytes, however long the header is
         write_safetensors_atomic(path, {"a": torch.ones(1)}, {"note": note})
         assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
@@ -151,7 +154,9 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> Non
         tensors[f"é{number}"] = torch.tensor([0.0, 1.0, 2.0]).to(dtype)
     tensors.update(empty=torch.zeros(0, 4), scalar=torch.tensor(2.5), strided=torch.arange(24.0).view(4, 6).T)
     write_safetensors_atomic(path, tensors, {"step": "3"})
-    read, raw, handle = load_file(path), path.read_bytes(), open_safetensors(path)
+    read = load_file(path)
+    raw = path.read_bytes()
+    handle = open_safetensors(path)
     assert read.keys() == tensors.keys() and handle.metadata() == {"format": "pt", "step": "3"}
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])

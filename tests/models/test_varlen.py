@@ -51,8 +51,10 @@ def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks:
 def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale: float) -> tuple[Tensor, Tensor]:
     """(N, H, N) scores under the mask of causal documents with `left` keys before a query's own, and values (H, N, D)
     with their heads repeated: what torch's kernels compute with."""
-    groups, index = q.shape[1] // k.shape[1], torch.arange(len(q))
-    document, distance = torch.bucketize(index, bounds[1:], right=True), index[:, None] - index
+    groups = q.shape[1] // k.shape[1]
+    index = torch.arange(len(q))
+    document = torch.bucketize(index, bounds[1:], right=True)
+    distance = index[:, None] - index
     seen = (document[:, None] == document) & (distance >= 0) & (distance <= (left if left >= 0 else len(q)))
     keys, values = (part.repeat_interleave(groups, 1).transpose(0, 1) for part in (k, v))
     return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
@@ -61,7 +63,8 @@ def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale:
 def forward_stand_in(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, return_debug_mask: bool, **told: Any) -> Any:
     assert return_debug_mask is False
     scores, values = as_varlen(q, k, v, *told_of(q, k, v, lengths, told))
-    out, nothing = (scores.softmax(-1) @ values).transpose(0, 1), torch.empty(0)
+    out = (scores.softmax(-1) @ values).transpose(0, 1)
+    nothing = torch.empty(0)
     return out, scores.logsumexp(-1), None, None, nothing  # no state of dropout, as there is none
 
 
@@ -70,7 +73,8 @@ def told_of(q: Tensor, k: Tensor, v: Tensor, lengths: Any, told: dict[str, Any])
     begins, ends, longest, most, dropout, is_causal = lengths
     assert begins is ends and longest == most == int(begins.diff().max()) and len(q) == int(begins[-1])
     assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
-    left, scale = told.pop("window_size_left"), told.pop("scale")
+    left = told.pop("window_size_left")
+    scale = told.pop("scale")
     assert told == {"window_size_right": 0} and dropout == 0 and is_causal is (left < 0)
     return begins, left, scale
 
@@ -85,10 +89,12 @@ def backward_stand_in(
     bounds, left, scale = told_of(q, k, v, lengths, told)
     groups = q.shape[1] // k.shape[1]
     scores, values = as_varlen(q, k, v, bounds, left, scale)
-    weights, g = torch.exp(scores - sums[..., None]), grad.transpose(0, 1)
+    weights = torch.exp(scores - sums[..., None])
+    g = grad.transpose(0, 1)
     of_scores = weights * (g @ values.mT - (grad * out).sum(-1).T[..., None]) * scale
     of_query = of_scores @ k.repeat_interleave(groups, 1).transpose(0, 1)
-    of_key, of_value = of_scores.mT @ q.transpose(0, 1), weights.mT @ g
+    of_key = of_scores.mT @ q.transpose(0, 1)
+    of_value = weights.mT @ g
     shared = (each.unflatten(0, (-1, groups)).sum(1).transpose(0, 1) for each in (of_key, of_value))
     return of_query.transpose(0, 1), *shared
 
