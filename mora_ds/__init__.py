@@ -2,7 +2,7 @@
 
     inject(model, MoRAConfig(rank=8))            every target layer gets a MoRA matrix, the base becomes buffers
     engine, ... = initialize(model=model, config="ds.json")      in place of deepspeed.initialize
-    run = Run(engine, config, base=..., folder="out"); run.merge(step); run.save(step)
+    run = Run(engine, base=..., folder="out"); run.merge(step); run.save(step)
     export_merged(checkpoint, output)                            a merged Hugging Face model
     export_adapter(checkpoint, folder); load_adapter(base, folder)      the adapter alone, and its use on a base
     combine_adapters([a, b], [0.5, 0.5], folder)                 a weighted sum of updates of one base

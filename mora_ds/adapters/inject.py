@@ -88,6 +88,8 @@ class InjectionReport:
         return "\n".join(lines)
 
 
+_CONFIG = "_mora_config"
+"""The attribute of a model that holds the config it was injected with."""
 _SIDES = {Style.COLWISE: Side.OUT, Style.ROWWISE: Side.IN}
 """The side that tensor parallelism splits, and that segments confine groups on."""
 
@@ -130,6 +132,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
             delattr(holder, child)  # torch puts no module in a parameter's place
             compute_sorted(holder)
         setattr(holder, child, layer)
+    setattr(model, _CONFIG, config)
     _freeze_to_buffers(model, trained)
     if config.new_rows_from:
         train_new_rows(model, config.new_rows_from)
@@ -149,6 +152,14 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
         total_params=total + values + frozen,
         left_out=_matrices_left_out(model) if all_linear else {},
     )
+
+
+def config_of(model: nn.Module) -> AdapterConfig:
+    """The config that `model` was injected with. Raises `UserError` for a model without an adapter."""
+    config: AdapterConfig | None = getattr(model, _CONFIG, None)
+    if config is None:
+        raise UserError("the model has no adapter: call mora_ds.inject(model, MoRAConfig(...)) first")
+    return config
 
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

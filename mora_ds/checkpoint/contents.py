@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values
 from mora_ds.adapters.inject import mora_layers, value_names
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, logits_name, write_adapter
@@ -32,8 +31,6 @@ PROBE_TOKENS = 8
 class RunWriter:
     """Writes the files of a run with an adapter. Call it on all ranks: MoRA matrices are gathered one by one."""
 
-    engine: zero.Engine
-    config: AdapterConfig
     remora: ReMoRA
     base: BaseReference
     tokenizer_folder: Path | None
@@ -41,12 +38,18 @@ class RunWriter:
     """(1, PROBE_TOKENS) token ids whose logits are recorded for `export --verify`."""
     facts: dict[str, Any]
 
+    @property
+    def engine(self) -> zero.Engine:
+        return self.remora.engine
+
     def collect(self, step: int) -> Callable[[Path], None]:
         """Gathers everything onto rank 0. The returned function writes it, however training changes it meanwhile."""
-        layers, others = mora_layers(self.engine.module), other_trainables(self.engine.module)
+        model = self.engine.module
+        layers = mora_layers(model)
+        others = other_trainables(model)
         squares = dict(self._gathered({name: (layer.value, layer.unshard) for name, layer in layers.items()}))
         trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
-        of_domains = {name: layer.domain_squares for name, layer in domain_layers(self.engine.module).items()}
+        of_domains = {name: layer.domain_squares for name, layer in domain_layers(model).items()}
         own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
         probe = self._probe()
         adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.snapshot()
@@ -85,7 +88,7 @@ class RunWriter:
     def _adapter_file(self, step: int, trainables: tuple[str, ...]) -> AdapterFile:
         return AdapterFile(
             layers=layer_entries(self.engine.module),
-            config=self.config,
+            config=self.remora.config,
             dtype=self.base.dtype,
             cycle=self.remora.cycle,
             step=step,

@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
-from mora_ds.adapters.inject import frozen_buffers, mora_layers, move_base
+from mora_ds.adapters.inject import config_of, frozen_buffers, mora_layers, move_base
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError
@@ -91,8 +91,7 @@ def initialize(
     (`runtime.node_memory.Sharing`).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
-    if not mora_layers(model):
-        raise UserError("the model has no adapter: call mora_ds.inject(model, MoRAConfig(...)) first")
+    config_of(model)  # refuses a model without an adapter
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1

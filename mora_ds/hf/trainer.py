@@ -137,9 +137,8 @@ class MoRATrainer(_Base):
         base = resolve_folder(self._base_name, Ranks.current()) if again is None else again.remora.base
         self.run = Run(
             self.deepspeed,
-            self.mora,
-            base,
-            self.args.output_dir,
+            base=base,
+            folder=self.args.output_dir,
             resume=resume,
             overwrite=True,
             keys=keys,

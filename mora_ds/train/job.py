@@ -201,9 +201,8 @@ class Job:
         self._seed_dropout()
         self.run = Run(
             self.engine,
-            self.config,
-            base,
-            place.folder,
+            base=base,
+            folder=place.folder,
             resume=place.checkpoint,
             overwrite=True,
             async_save=training.async_save,

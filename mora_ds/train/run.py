@@ -1,23 +1,24 @@
 """One MoRA run around an engine: merge, save, resume. For the main job and for training loops written by users.
 
-run = Run(engine, config, base="path/of/the/model", folder="out")      resume="auto" continues what is there
+run = Run(engine, base="path/of/the/model", folder="out")      resume="auto" continues what is there
 run.merge(step)        at intervals: ReMoRA
 run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mora_ds.adapters.config import AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domains import frozen_values, restore_frozen
-from mora_ds.adapters.inject import base_weights, mora_layers, value_names
+from mora_ds.adapters.inject import base_weights, config_of, mora_layers, set_cycle, value_names
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
@@ -27,7 +28,7 @@ from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.folder import resume_checkpoint
-from mora_ds.checkpoint.layout import CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
+from mora_ds.checkpoint.layout import ADAPTER_JSON, CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError
@@ -35,8 +36,8 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import start_distributed
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model
 from mora_ds.models.tensor_files import dtype_name
-from mora_ds.remora.ledger import LEDGER_FILE, Ledger
-from mora_ds.remora.merge import MergeReport, ReMoRA
+from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
+from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
@@ -46,6 +47,7 @@ from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 class Run:
     """The merge ledger and the checkpoints of one engine, in `folder`. All processes make it, and call it, together.
 
+    The adapter's config is the one that the engine's model was injected with: `config`, if given, must equal it.
     `base` is the Hugging Face folder that the model was loaded from: it is read again at every merge and never written.
     With `resume` ("auto", "latest", a path) engine, merge ledger and base are restored from that checkpoint, and
     `state` holds its position; without, the folder must hold no other run, unless `overwrite` is set. A `resume` that
@@ -56,10 +58,10 @@ class Run:
     def __init__(
         self,
         engine: zero.Engine,
-        config: AdapterConfig,
+        config: AdapterConfig | None = None,
+        *,
         base: Path | str | BaseCheckpoint,
         folder: Path | str,
-        *,
         resume: Path | str | None = None,
         overwrite: bool = False,
         async_save: bool = False,
@@ -81,6 +83,7 @@ class Run:
         `ranks`: those which have found that they all see `folder`; None: found by looking. `state`: that of the
         checkpoint to resume from, whose identity is this run's; None: read and compared.
         """
+        config = _injected_config(engine.module, config)
         self.engine = engine
         self._gradient_of: int | None = None
         """Number of the micro-batch of the newest backward pass; `engine.step` counts on."""
@@ -109,8 +112,6 @@ class Run:
         if probe_ids is None:
             probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0)
         writer = RunWriter(
-            engine,
-            config,
             self.remora,
             BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
             tokenizer_folder,
@@ -181,10 +182,13 @@ class Run:
         self.checkpoints.wait(timeout_s)
 
     def _restore(self, checkpoint: Path) -> None:
+        model = self.engine.module
+        adapter = read_adapter(checkpoint)
+        set_cycle(model, self.remora.config, adapter.cycle)
+        _require_operators(checkpoint, adapter.layers, layer_entries(model))
         load_checkpoint(checkpoint, self.engine, self.state)
-        if frozen_values(self.engine.module):
-            tensors = AdapterTensors.open(checkpoint, read_adapter(checkpoint))
-            restore_frozen(self.engine.module, dict(tensors.items()))
+        if frozen_values(model):
+            restore_frozen(model, dict(AdapterTensors.open(checkpoint, adapter).items()))
         self.remora.replay()
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
@@ -233,6 +237,36 @@ class Run:
         self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, own), long=True)
         self.ranks.on_first("quantized weights of the base", lambda: _verify_rounded(base, keys, rounded), long=True)
         return keys
+
+
+def _injected_config(model: nn.Module, given: AdapterConfig | None) -> AdapterConfig:
+    """The config that the model was injected with. Raises `UserError` naming each field in which `given` differs."""
+    config = config_of(model)
+    if given in (None, config):
+        return config
+    injected = config.to_dict()
+    of_run = given.to_dict()
+    differences = [
+        f"{name} is {of_run.get(name)!r}, and {injected.get(name)!r} in the model"
+        for name in {**injected, **of_run}
+        if of_run.get(name) != injected.get(name)
+    ]
+    raise UserError(f"Run(config=...) is not what the model was injected with: {'; '.join(differences)}: leave it out")
+
+
+def _require_operators(checkpoint: Path, saved: Mapping[str, LayerEntry], live: Mapping[str, LayerEntry]) -> None:
+    """Raise `UserError` naming the first layer whose operator in the checkpoint is another one than that of the live
+    model in the same cycle: its matrix would act through other permutations."""
+    for name in {**saved, **live}:
+        if saved.get(name) != live.get(name):
+            raise UserError(
+                f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model: "
+                f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
+            )
+
+
+def _operator(entry: LayerEntry | None) -> str:
+    return "none" if entry is None else json.dumps(entry.operator.to_dict())
 
 
 def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]) -> None:

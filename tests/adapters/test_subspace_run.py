@@ -141,7 +141,7 @@ def user_loop(folder: str) -> dict[str, Any]:
     config = with_vectors(MoRAConfig(rank=2, operator="subspace"), model, root / "base", root / "out")
     inject(model, config)
     engine, *_ = initialize(model=model, config=ds_config(3, micro=4, accumulation=1))
-    work = Run(engine, config, base=root / "base", folder=root / "out")
+    work = Run(engine, base=root / "base", folder=root / "out")
     for _ in range(2):
         engine.backward(causal_loss(engine, ids))
         engine.step()

@@ -37,7 +37,7 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
             if more:
                 more["data_types"] = {"grad_accum_dtype": "fp32"}
             engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 1, **more))
-            run = mora_ds.Run(engine, config, place / "model", place / f"{stage}-{dtype}")
+            run = mora_ds.Run(engine, base=place / "model", folder=place / f"{stage}-{dtype}")
             engine.backward(causal_loss(engine, tokens(2)))
             engine.step()
             checkpoint = run.save(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+import mora_ds
+from mora_ds.adapters.config import LoRAConfig
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.folder import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import replace_symlink
-from tests.helpers.damage import checkpoint_at
+from tests.helpers.crafted import reseal
+from tests.helpers.damage import change_json, checkpoint_at
+from tests.helpers.engines import ds_config
+from tests.helpers.gloo import run_ranks
+from tests.helpers.models import tiny_model
 
 
 def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +113,40 @@ def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path) -
     with pytest.raises(RunError, match=r"ranks \[1\] trained other parameters or with other settings than rank 0"):
         writer._complete(tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None)  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
+
+
+def refused_configs(root: str) -> list[str]:
+    """What is said of a run with another config than its model's, and of a checkpoint with another operator."""
+    folder = Path(root)
+    tiny_model("llama").save_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = mora_ds.MoRAConfig(rank=4, seed=42)
+    mora_ds.inject(model, config)
+    engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, 2, 1))
+    where = {"base": folder / "model", "folder": folder / "out"}
+    told = []
+    for other in (replace(config, seed=9, operator="share"), LoRAConfig(rank=4, seed=42)):
+        with pytest.raises(UserError) as caught:
+            mora_ds.Run(engine, other, **where)
+        told.append(str(caught.value))
+    assert not (folder / "out").exists()
+    checkpoint = mora_ds.Run(engine, config, **where).save(1)
+    change_json(checkpoint / "adapter.json", lambda adapter: other_seed(adapter["layers"]))
+    reseal(checkpoint)
+    before = torch.cat([parameter.flatten() for parameter in engine.module.parameters()])
+    with pytest.raises(UserError) as caught:
+        mora_ds.Run(engine, **where, resume="latest")
+    assert torch.equal(torch.cat([parameter.flatten() for parameter in engine.module.parameters()]), before)
+    return [*told, str(caught.value)]
+
+
+def other_seed(layers: dict[str, Any]) -> None:
+    next(iter(layers.values()))["operator"]["seed"] += 1
+
+
+@pytest.mark.gloo
+def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path: Path) -> None:
+    ((fields, kind, operator),) = run_ranks(1, refused_configs, str(tmp_path))
+    assert "seed is 9, and 42 in the model; operator is 'share', and 'auto' in the model: leave it out" in fields
+    assert "rank" not in fields and "kind is 'lora', and 'mora' in the model" in kind
+    assert "adapter.json: model.layers.0.self_attn.q_proj has another operator there" in operator

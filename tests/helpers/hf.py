@@ -122,7 +122,7 @@ def own_loop(root: Path, rates: list[float]) -> tuple[dict[str, Tensor], list[fl
         "optimizer": {"type": "AdamW", "params": {"lr": RATE, "eps": 1e-4, "weight_decay": 0.01}},
     }
     engine, *_ = mora_ds.initialize(model=model, config=settings)
-    run = mora_ds.Run(engine, config, base=base, folder=root / "loop")
+    run = mora_ds.Run(engine, base=base, folder=root / "loop")
     rows = torch.stack([row["input_ids"] for row in dataset()]).view(STEPS, ROWS, -1)
     losses = []
     engine.train()

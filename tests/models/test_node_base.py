@@ -67,7 +67,7 @@ def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
     inject(loaded.model, config, lambda name: loaded.base.read(loaded.keys[name]))
     half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if dtype is torch.bfloat16 else {}
     engine, *_ = initialize(model=loaded.model, config=ds_config(3, 2, 1, **half), node_base=choice)
-    run = Run(engine, config, base, folder / case / f"{choice}-{world}", overwrite=True)
+    run = Run(engine, base=base, folder=folder / case / f"{choice}-{world}", overwrite=True)
     node = node_base_of(loaded.model)
     below = {}
     counter = CollectiveCounter([*frozen_buffers(loaded.model).values(), *node.slots.values()])

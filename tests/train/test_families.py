@@ -75,7 +75,12 @@ def end_to_end(root: Path, family: str) -> dict[str, Any]:
     inject(loaded.model, config)
     engine, *_ = initialize(model=loaded.model, config=DS_CONFIG)
     work = Run(
-        engine, config, loaded.base, folder, keys=loaded.keys, probe_ids=tokens(1, PROBE_TOKENS), ranks=Ranks.current()
+        engine,
+        base=loaded.base,
+        folder=folder,
+        keys=loaded.keys,
+        probe_ids=tokens(1, PROBE_TOKENS),
+        ranks=Ranks.current(),
     )
     squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
 

@@ -79,7 +79,7 @@ def loop_in_bf16(folder: str, file_dtype: str, merges: int) -> dict[str, Any]:
     inject(model, SHARE)
     half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     engine, *_ = initialize(model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1, **half))
-    work = mora_ds.Run(engine, SHARE, base="base", folder="out")
+    work = mora_ds.Run(engine, base="base", folder="out")
     at_first = quantized(model)
     reports = []
     for step in range(1, merges + 1):
@@ -120,7 +120,7 @@ def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int) -> dict
     model = tiny_model("llama")
     inject(model, config)
     engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1))
-    work = mora_ds.Run(engine, config, base="base", folder=f"out-{world}")
+    work = mora_ds.Run(engine, base="base", folder=f"out-{world}")
     counter, losses, lost = CollectiveCounter(frozen_buffers(model).values()), [], 0.0
     with counter.counting():
         for step in range(1, merges + 3):
@@ -324,7 +324,7 @@ def refused_by_the_plugin(folder: Path, bits: int) -> None:
     other.model.layers[1].mlp.down_proj.weight.data.neg_()
     write_own_base(other, folder / "other")
     with pytest.raises(UserError, match=f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"):
-        mora_ds.Run(engine, config, folder / "other", folder / "out")
+        mora_ds.Run(engine, base=folder / "other", folder=folder / "out")
 
 
 @pytest.mark.parametrize("bits", BITS)

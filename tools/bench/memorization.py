@@ -186,7 +186,7 @@ def run_trial(trial: Trial, work: Path) -> None:
         trained = inject(model, adapter).trainable_params
         engine, *_ = initialize(model=model, config=_ds_config(trial))
         if method.merges:
-            run = Run(engine, adapter, trial.base, work / trial.name / "run", overwrite=True)
+            run = Run(engine, base=trial.base, folder=work / trial.name / "run", overwrite=True)
     every = trial.steps // trial.cycles if method.merges else 0
     schedule = Schedule(
         ScheduleKind.CONSTANT, trial.rate, trial.steps, WARMUP, merge_every=every, restart_warmup_steps=RAMP

@@ -212,7 +212,6 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
     def other(value: Any, rank: int) -> Any:
         if not isinstance(value, _Share):
             return value
-        assert value.shard is not None
         files = {_renamed(name, one.rank, rank): facts for name, facts in value.files.items()}
         for name, source in zip(files, value.files, strict=True):
             if name != source:
@@ -285,7 +284,7 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
         mora_ds.inject(model, adapter)
         settings = zero3_config(1, bf16={"enabled": True}, gradient_accumulation_steps=1)
         engine, *_ = mora_ds.initialize(model=model, config=settings)
-        run = Run(engine, adapter, base, folder / "out", keys=keys)
+        run = Run(engine, base=base, folder=folder / "out", keys=keys)
     with one.phase() as spent_in["merge"]:
         run.merge(1)
     return spent_in

@@ -107,7 +107,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
     config = LoRAConfig(rank=3)
     inject(model, config)
     engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, **half))
-    run = Run(engine, config, Path(folder) / "base", Path(folder) / "out")
+    run = Run(engine, base=Path(folder) / "base", folder=Path(folder) / "out")
     losses = []
     for step in range(1, merges + 1):
         for _ in range(2):  # after the first of them B is no longer zero, and A learns too
