@@ -11,26 +11,22 @@ and blocks, summed in fp32 and rounded once.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
+from mora_ds.adapters.ops.frozen import Weight, dense
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.linear import Compute, linear_by
 
 
 def kernel_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, path: Compute
 ) -> Tensor:
-    """`ops.linear.mora_linear` by kernels: (..., D) -> (..., O). Both paths save the folded input for share and
-    truncate, the input itself for decouple and rotate."""
-    function = _Weight if path is Compute.WEIGHT else _Activation
-    y: Tensor = function.apply(x, weight, bias, square, tables)
-    return y
+    """`ops.linear.mora_linear` by kernels: (..., D) -> (..., O)."""
+    return linear_by(KernelProducts(tables), x, weight, bias, square, path)
 
 
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
@@ -46,75 +42,47 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     return formed
 
 
-def _fold(x: Tensor, tables: KernelTables) -> Tensor:
-    """(T, D) -> (T, N * R), rotated for rotate."""
-    folded: Tensor = ops.gather_sum(x, tables.fold, *tables.rotation, False)
-    return folded
+@dataclass(frozen=True)
+class KernelProducts:
+    """`LayerProducts` of the operations of `ops`."""
 
+    tables: KernelTables
 
-def _collect(g: Tensor, tables: KernelTables) -> Tensor:
-    """(T, O) -> (T * N, R)."""
-    collected: Tensor = ops.gather_sum(g, tables.collect, None, None, False)
-    return collected.view(-1, tables.spec.r_hat)
+    def saved_input(self, x: Tensor) -> Tensor:
+        return x if self.tables.spec.blocks > 1 else self._fold(x)
 
+    def form(self, weight: Weight, square: Tensor) -> Tensor:
+        return form_weight(weight, square, self.tables)
 
-def _square_gradient(c: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    gradient: Tensor = ops.sum_parts(ops.product(c, z.view(c.shape)), dtype)
-    return gradient
+    def add_update_(self, y: Tensor, square: Tensor, saved: Tensor) -> None:
+        z = self._folded(saved)
+        u = z.view(-1, self.tables.spec.r_hat) @ square.T
+        ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), self.tables.deal, None, None, False)
+
+    def collect_once(self, g: Tensor) -> Tensor:
+        """(..., O) -> (T * N, R)."""
+        collected: Tensor = ops.gather_sum(_flat(g), self.tables.collect, None, None, False)
+        return collected.view(-1, self.tables.spec.r_hat)
+
+    def add_input_gradient_(self, g_x: Tensor, square: Tensor, g: Tensor, collected: Tensor | None) -> None:
+        c = self.collect_once(g) if collected is None else collected
+        g_z = (c @ square).view(-1, self.tables.fold.shape[1])
+        ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, self.tables.unfold, *self.tables.rotation, True)
+
+    def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
+        c = self.collect_once(g) if collected is None else collected
+        gradient: Tensor = ops.sum_parts(ops.product(c, self._folded(saved).view(c.shape)), g.dtype)
+        return gradient
+
+    def _fold(self, x: Tensor) -> Tensor:
+        """(..., D) -> (T, N * R), rotated for rotate."""
+        folded: Tensor = ops.gather_sum(_flat(x), self.tables.fold, *self.tables.rotation, False)
+        return folded
+
+    def _folded(self, saved: Tensor) -> Tensor:
+        return self._fold(saved) if self.tables.spec.blocks > 1 else saved
 
 
 def _flat(x: Tensor) -> Tensor:
     """(..., D) -> (T, D), contiguous."""
     return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-class _Weight(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
-    ) -> Tensor:
-        saved = x if tables.spec.blocks > 1 else _fold(_flat(x), tables)
-        ctx.tables, ctx.make = tables, maker_of(weight)
-        ctx.save_for_backward(saved, square, *parts_of(weight))
-        return linear(x, form_weight(weight, square, tables), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), tables = gradients, ctx.tables
-        saved, square, *parts = ctx.saved_tensors
-        g_x = g_square = None
-        if ctx.needs_input_grad[0]:
-            g_x = g @ form_weight(weight_of(ctx.make, *parts), square, tables)
-        if ctx.needs_input_grad[3]:
-            z = _fold(_flat(saved), tables) if tables.spec.blocks > 1 else saved
-            g_square = _square_gradient(_collect(_flat(g), tables), z, square.dtype)
-        return g_x, None, None, g_square, None
-
-
-class _Activation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables
-    ) -> Tensor:
-        z = _fold(_flat(x), tables)
-        ctx.tables, ctx.make = tables, maker_of(weight)
-        ctx.save_for_backward(x if tables.spec.blocks > 1 else z, square, *parts_of(weight))
-        u = z.view(-1, tables.spec.r_hat) @ square.T
-        y = product(x, weight, bias)
-        ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), tables.deal, None, None, False)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), tables = gradients, ctx.tables
-        saved, square, *parts = ctx.saved_tensors
-        c = _collect(_flat(g), tables)
-        g_x = g_square = None
-        if ctx.needs_input_grad[0]:
-            g_x = input_gradient(g, weight_of(ctx.make, *parts))
-            g_z = (c @ square).view(-1, tables.fold.shape[1])
-            ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, tables.unfold, *tables.rotation, True)
-        if ctx.needs_input_grad[3]:
-            z = _fold(_flat(saved), tables) if tables.spec.blocks > 1 else saved
-            g_square = _square_gradient(c, z, square.dtype)
-        return g_x, None, None, g_square, None

@@ -13,8 +13,9 @@ A quantized weight is made dense for each product of either path, and freed afte
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,34 +63,67 @@ def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
     return Compute.WEIGHT if formed <= moved else Compute.ACTIVATION
 
 
+class LayerProducts(Protocol):
+    """The steps that both paths are made of, for one operator: in plain torch here, by kernels in `kernels.linear`."""
+
+    def saved_input(self, x: Tensor) -> Tensor:
+        """What is kept of x (..., D) for M's gradient."""
+
+    def form(self, weight: Weight, square: Tensor) -> Tensor:
+        """weight + delta (O, D), in the dtype of M, which holds until the next call."""
+
+    def add_update_(self, y: Tensor, square: Tensor, saved: Tensor) -> None:
+        """y (..., O) += decompress(M compress(x)). `saved`: `saved_input` of x."""
+
+    def collect_once(self, g: Tensor) -> Tensor | None:
+        """What both gradients of the activation path read of g (..., O), where they read the same."""
+
+    def add_input_gradient_(self, g_x: Tensor, square: Tensor, g: Tensor, collected: Tensor | None) -> None:
+        """g_x (..., D) += the transpose of the update's linear map, applied to g (..., O)."""
+
+    def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
+        """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g before."""
+
+
 def mora_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute
 ) -> Tensor:
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do. `path`: not AUTO."""
-    if path is Compute.WEIGHT:
-        return _WeightPath.apply(x, weight, bias, square, spec)
-    return _ActivationPath.apply(x, weight, bias, square, spec)
+    return linear_by(TorchProducts(spec), x, weight, bias, square, path)
+
+
+def linear_by(
+    products: LayerProducts, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, path: Compute
+) -> Tensor:
+    """The layer's product on one of the paths, of these steps."""
+    function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
+    y: Tensor = function.apply(x, weight, bias, square, products)
+    return y
 
 
 class _WeightPath(torch.autograd.Function):
-    """Saves the folded input for share and truncate (tokens * r_hat). For decouple and rotate, whose folded input is as
-    large as the input, it saves the input itself, which layers that read the same tensor share."""
+    """Saves the folded input where M is applied once (tokens * r_hat). That of several blocks is as large as the input,
+    which is saved in its place, as layers that read the same tensor share it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
-        ctx.spec, ctx.make = spec, maker_of(weight)
-        ctx.save_for_backward(saved_input(spec, x), square, *parts_of(weight))
-        return linear(x, effective_weight(spec, square, dense(weight, x.dtype)), bias)
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, products: LayerProducts
+    ) -> Tensor:
+        ctx.products = products
+        ctx.make = maker_of(weight)
+        ctx.save_for_backward(products.saved_input(x), square, *parts_of(weight))
+        return linear(x, products.form(weight, square), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), spec = gradients, ctx.spec
+        (g,) = gradients
+        products: LayerProducts = ctx.products
         saved, square, *parts = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ effective_weight(spec, square, dense(weight_of(ctx.make, *parts), g.dtype))
+            g_x = g @ products.form(weight_of(ctx.make, *parts), square)
         if ctx.needs_input_grad[3]:
-            g_square = square_gradient(spec, saved, g, form_dense=sums_by_product(g))
+            g_square = products.square_gradient(saved, g, None, by_weight=True)
         return g_x, None, None, g_square, None
 
 
@@ -97,27 +131,57 @@ class _ActivationPath(torch.autograd.Function):
     """Saves what the weight path saves. All sums go into the product with W0, without another tensor of its size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec) -> Tensor:
-        ctx.spec, ctx.make = spec, maker_of(weight)
-        saved = saved_input(spec, x)
+    def forward(
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, products: LayerProducts
+    ) -> Tensor:
+        ctx.products = products
+        ctx.make = maker_of(weight)
+        saved = products.saved_input(x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
-        return add_update_(product(x, weight, bias), spec, square, saved)
+        y = product(x, weight, bias)
+        products.add_update_(y, square, saved)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), spec = gradients, ctx.spec
+        (g,) = gradients
+        products: LayerProducts = ctx.products
         saved, square, *parts = ctx.saved_tensors
-        g_x = g_square = sums = None
-        if not (spec.blocks > 1 or sums_by_product(g)):
-            sums = decompress_transpose(spec, g)  # both gradients read them
+        g_x = g_square = None
+        collected = products.collect_once(g)
         if ctx.needs_input_grad[0]:
-            g_x = add_input_gradient_(input_gradient(g, weight_of(ctx.make, *parts)), spec, square, g, sums)
+            g_x = input_gradient(g, weight_of(ctx.make, *parts))
+            products.add_input_gradient_(g_x, square, g, collected)
         if ctx.needs_input_grad[3]:
-            if sums is None:
-                g_square = square_gradient(spec, saved, g)
-            else:
-                g_square = sums.flatten(0, -2).T @ saved.flatten(0, -2)
+            g_square = products.square_gradient(saved, g, collected, by_weight=False)
         return g_x, None, None, g_square, None
+
+
+@dataclass(frozen=True)
+class TorchProducts:
+    """`LayerProducts` in plain torch."""
+
+    spec: OperatorSpec
+
+    def saved_input(self, x: Tensor) -> Tensor:
+        return saved_input(self.spec, x)
+
+    def form(self, weight: Weight, square: Tensor) -> Tensor:
+        return effective_weight(self.spec, square, dense(weight, square.dtype))
+
+    def add_update_(self, y: Tensor, square: Tensor, saved: Tensor) -> None:
+        add_update_(y, self.spec, square, saved)
+
+    def collect_once(self, g: Tensor) -> Tensor | None:
+        return None if self.spec.blocks > 1 or sums_by_product(g) else decompress_transpose(self.spec, g)
+
+    def add_input_gradient_(self, g_x: Tensor, square: Tensor, g: Tensor, collected: Tensor | None) -> None:
+        add_input_gradient_(g_x, self.spec, square, g, collected)
+
+    def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
+        if collected is not None:
+            return collected.flatten(0, -2).T @ saved.flatten(0, -2)
+        return square_gradient(self.spec, saved, g, form_dense=by_weight and sums_by_product(g))
 
 
 def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) -> Tensor:
