@@ -1,0 +1,33 @@
+"""What a run prints after its last step, by what it was asked for; a launched run's lines are in test_pretrain.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from mora_ds.config.arguments import parse
+from mora_ds.train.screen import closing
+
+SUMMARY = {"steps": 1200, "tokens": 2_400_000}
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        ([], ["done", "checkpoint", "curves", "evaluate", "export"]),
+        (["--export_merged"], ["done", "checkpoint", "curves", "evaluate", "serve"]),
+        (["--adapter", "full", "--report_to", "none"], ["done", "checkpoint"]),
+        (["--adapter", "none"], ["done"]),
+    ],
+    ids=["an adapter", "exported", "full training", "an evaluation"],
+)
+def test_the_last_lines_name_the_commands_that_work_now(flags: list[str], labels: list[str]) -> None:
+    lines = closing(parse(["--output_dir", "runs/law", *flags]), SUMMARY, 3723.4)
+    assert [line.split()[0] for line in lines] == labels
+    assert lines[0].endswith("in 1:02:03")
+    assert len({len(line) - len(line[12:].lstrip()) for line in lines}) == 1, "aligned"
+
+
+def test_the_next_commands_have_the_paths_of_the_run() -> None:
+    lines = closing(parse(["--output_dir", "runs/law"]), SUMMARY, 1)
+    assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
+    assert lines[-1] == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
