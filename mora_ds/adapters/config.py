@@ -8,7 +8,7 @@ AdapterConfig          what all adapters share: rank, target layers, dropout, ot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -76,6 +76,7 @@ class AdapterConfig:
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
+        refuse(self._wrong_types())
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         refuse(self._complaints())
 
@@ -87,6 +88,18 @@ class AdapterConfig:
         except UserError as error:
             return str(error).splitlines()
         return []
+
+    def _wrong_types(self) -> Iterator[str]:
+        """One message for each field whose value is of another type than its default, named as an argument."""
+        if isinstance(self.target_modules, str) or not isinstance(self.target_modules, Collection):
+            yield f"target_modules must be names in a list or tuple, got {self.target_modules!r}"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for kind, kinds in ((bool, bool), (int, int), (float, (int, float)), (str, str)):
+                if type(field.default) is kind and not (
+                    isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+                ):
+                    yield f"{field.name} must be of the type {kind.__name__}, got {value!r}"
 
     def _complaints(self) -> Iterator[str]:
         if self.rank < 1:

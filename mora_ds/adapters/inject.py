@@ -102,6 +102,10 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     Raises `UserError` when a target matches nothing, when the model already has an adapter, and when a target shares
     its weight with another module (a merge would change both) or is trained itself.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"inject: `model` must be a torch module, got {model!r}")
+    if not isinstance(config, AdapterConfig):
+        raise UserError(f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}")
     if mora_layers(model):
         raise UserError("this model already has an adapter: inject it once")
     targets = targets_of(model, config)

@@ -91,6 +91,10 @@ def initialize(
     (`runtime.node_memory.Sharing`).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
+    if not isinstance(config, (dict, str, Path)):
+        raise UserError(
+            f"initialize: `config` must be a DeepSpeed config, a dict or the path of its file, got {config!r}"
+        )
     config_of(model)  # refuses a model without an adapter
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")

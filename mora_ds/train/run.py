@@ -83,6 +83,10 @@ class Run:
         `ranks`: those which have found that they all see `folder`; None: found by looking. `state`: that of the
         checkpoint to resume from, whose identity is this run's; None: read and compared.
         """
+        if not isinstance(engine, zero.Engine):
+            raise UserError(
+                f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
+            )
         config = _injected_config(engine.module, config)
         self.engine = engine
         self._gradient_of: int | None = None

@@ -234,7 +234,6 @@ MOMENTS: dict[str, Moment] = {
     "before_the_rename": Moment(lambda: before(writer, "_replace_folder", 3)),
     "before_the_first_latest": Moment(lambda: before(files, "replace_symlink", 1)),
     "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 9)),
-    "before_a_merge_that_is_pending": Moment(lambda: before(files, "replace_symlink", 5)),
     "latest_made_and_not_moved": Moment(
         lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
     ),

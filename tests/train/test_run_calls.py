@@ -100,3 +100,30 @@ def calls_within_a_step(folder: str, stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int) -> None:
     run_ranks(1, calls_within_a_step, str(tmp_path), stage)
+
+
+def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    calls: dict[str, Callable[[], object]] = {
+        "rank must be of the type int, got '8'": lambda: MoRAConfig(rank="8"),  # type: ignore[arg-type]
+        "rank must be of the type int, got True": lambda: MoRAConfig(rank=True),
+        "rank must be of the type int, got 4.5": lambda: MoRAConfig(rank=4.5),  # type: ignore[arg-type]
+        "dropout must be of the type float, got None": lambda: MoRAConfig(dropout=None),  # type: ignore[arg-type]
+        "train_norms must be of the type bool, got 1": lambda: MoRAConfig(train_norms=1),  # type: ignore[arg-type]
+        "target_modules must be names in a list or tuple, got 'q_proj'": lambda: MoRAConfig(target_modules="q_proj"),  # type: ignore[arg-type]
+        "target_modules must be names in a list or tuple, got 3": lambda: MoRAConfig(target_modules=3),  # type: ignore[arg-type]
+        "inject: `model` must be a torch module, got None": lambda: mora_ds.inject(None, CONFIG),  # type: ignore[arg-type]
+        "inject: `config` must be a MoRAConfig or a LoRAConfig, got None": lambda: mora_ds.inject(model, None),  # type: ignore[arg-type]
+        "initialize: `config` must be a DeepSpeed config": lambda: mora_ds.initialize(model=model, config=None),  # type: ignore[arg-type]
+        "Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausalLM": lambda: mora_ds.Run(
+            model,  # type: ignore[arg-type]
+            CONFIG,
+            "base",
+            tmp_path,
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(UserError) as refused:
+            call()
+        assert str(refused.value).startswith(message)
+    assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == ("q_proj",)  # type: ignore[arg-type]
