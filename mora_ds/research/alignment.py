@@ -43,6 +43,10 @@ FLOOR = 1e-3
 """Share of the weight's norm whose square is added to that of the delta's norm."""
 
 
+_Key = tuple[SquareSpec, torch.device, torch.dtype]
+"""What the factors of a layer are made for."""
+
+
 class Alignment:
     """The alignment loss of a model with MoRA matrices. Construct it after `inject` and before `initialize`."""
 
@@ -52,13 +56,17 @@ class Alignment:
         """`vectors`: name of the file of the base's singular vectors (`ops.singular_vectors`), of which the first
         `rank` on each side span the leading subspaces."""
         layers = mora_layers(model)
-        self.weight, self.layers = weight, len(layers)
+        self.weight = weight
+        self.layers = len(layers)
         self.value = torch.zeros(())
         """The mean share over layers at the latest `loss`, for logs."""
+        self._vectors = vectors
+        self._rank = rank
         self._shares: dict[str, Tensor] = {}
         self._recording = False
+        self._factors: dict[str, tuple[_Key, Factors]] = {}
         for name, layer in layers.items():
-            layer.register_forward_hook(_Hook(self, name, vectors, rank))
+            layer.register_forward_hook(partial(self._after_forward, name))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -70,11 +78,6 @@ class Alignment:
         finally:
             self._recording = False
 
-    def record(self, name: str, share: Tensor) -> None:
-        """The share of one layer in this forward."""
-        if self._recording:
-            self._shares[name] = share
-
     def loss(self) -> Tensor:
         """The term that the latest forward adds to its loss; layers that it did not use contribute 0. Raises `RunError`
         where there was no forward in training mode within `recording`."""
@@ -84,6 +87,26 @@ class Alignment:
         self._shares.clear()
         self.value = mean.detach()
         return -self.weight * mean
+
+    def _after_forward(self, name: str, layer: AdaptedLinear, inputs: object, output: Tensor) -> Tensor:
+        """Forward hook of one layer, in training: notes its share."""
+        if not (layer.training and torch.is_grad_enabled()):
+            return output
+        if layer.split is not None:
+            raise RunError(f"the alignment loss needs unsharded matrices, and tensor parallelism splits {name}")
+        output, share = _WithShare.apply(output, layer.value, self._factors_of(name, layer))
+        if self._recording:
+            self._shares[name] = share
+        return output
+
+    def _factors_of(self, name: str, layer: AdaptedLinear) -> Factors:
+        """Made again when a merge has changed the layer's operator."""
+        spec = layer.spec
+        assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
+        key = (spec, layer.value.device, torch.promote_types(layer.value.dtype, torch.float32))
+        if name not in self._factors or self._factors[name][0] != key:
+            self._factors[name] = key, factors_of(spec, self._vectors, name, self._rank, *key[1:])
+        return self._factors[name][1]
 
 
 def check_rank(model: nn.Module, config: MoRAConfig, rank: int) -> None:
@@ -106,31 +129,6 @@ def factor_bytes(model: nn.Module, rank: int) -> int:
         assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
         numbers += 2 * rank * spec.blocks * spec.r_hat + (2 * spec.r_hat**2 if isinstance(spec, SubspaceSpec) else 0)
     return 4 * numbers
-
-
-class _Hook:
-    """Forward hook of one layer. Its factors are made again when a merge has changed the layer's operator."""
-
-    def __init__(self, alignment: Alignment, name: str, vectors: str, rank: int) -> None:
-        self._alignment, self._name, self._vectors, self._rank = alignment, name, vectors, rank
-        self._cached: tuple[tuple[SquareSpec, torch.device, torch.dtype], Factors] | None = None
-
-    def __call__(self, layer: AdaptedLinear, args: object, output: Tensor) -> Tensor:
-        if not (layer.training and torch.is_grad_enabled()):
-            return output
-        if layer.split is not None:
-            raise RunError(f"the alignment loss needs unsharded matrices, and tensor parallelism splits {self._name}")
-        output, share = _WithShare.apply(output, layer.value, self._factors_of(layer))
-        self._alignment.record(self._name, share)
-        return output
-
-    def _factors_of(self, layer: AdaptedLinear) -> Factors:
-        spec, device, dtype = layer.spec, layer.value.device, torch.promote_types(layer.value.dtype, torch.float32)
-        assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
-        if self._cached is None or self._cached[0] != (spec, device, dtype):
-            factors = factors_of(spec, self._vectors, self._name, self._rank, device, dtype)
-            self._cached = (spec, device, dtype), factors
-        return self._cached[1]
 
 
 class _WithShare(torch.autograd.Function):

@@ -72,3 +72,11 @@ def assert_same_result(out: Path, whole: Path) -> None:
 def assert_same_run(out: Path, whole: Path) -> None:
     assert curve(out) == curve(whole)
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
+
+
+def assert_close_runs(out: Path, whole: Path) -> None:
+    """The same losses and the same last checkpoint, up to the order in which ranks sum."""
+    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    tensors = checkpoint_tensors(out)
+    for name, tensor in checkpoint_tensors(whole).items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

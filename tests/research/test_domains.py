@@ -37,7 +37,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, losses, printed, refusal, refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import tiny_model, tokens
-from tests.helpers.resume import assert_same_run, checkpoint_tensors, interrupted_job, stop_and_resume
+from tests.helpers.resume import assert_close_runs, assert_same_run, interrupted_job, stop_and_resume
 
 NAMES = ("law", "code", "news", "prose")
 
@@ -266,14 +266,6 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
     message = refusal(domain_flags(user, out, mix, *resume, eval_domains=["plain=new"]), ranks=2)
     assert "research.domain_adapters" in message and "['new', 'old'] there, ['new', 'older'] here" in message
-
-
-def assert_close_runs(out: Path, whole: Path) -> None:
-    """The same up to the order in which ranks sum."""
-    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
-    tensors = checkpoint_tensors(out)
-    for name, tensor in checkpoint_tensors(whole).items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.gloo
