@@ -7,6 +7,7 @@ import logging
 import math
 import resource
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -116,11 +117,11 @@ class StepMetrics:
     def perplexity(self) -> float:
         return perplexity(self.loss)
 
-    def line(self, total_steps: int) -> str:
-        """What is printed: the time left is that of the other steps, if each takes as long as those just logged."""
+    def line(self, total_steps: int, seconds_a_step: float) -> str:
+        """What is printed. The time left is that of the other steps, if each takes `seconds_a_step`."""
         width = len(str(total_steps))
         gathered = f"  gathered {self.bytes_gathered / 1e6:.2f} MB" if self.bytes_gathered else ""
-        left = duration((total_steps - self.step) * self.step_time_s)
+        left = duration((total_steps - self.step) * seconds_a_step)
         return (
             f"step {self.step:>{width}}/{total_steps}  loss {self.loss:.4f}  ppl {self.perplexity:.2f}  "
             f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  {self.tokens_per_s:,.0f} tok/s  "
@@ -160,6 +161,8 @@ class MetricsLog:
         `report_to` starts the trackers, by default TensorBoard.
         """
         self.total_steps, self.enabled = total_steps, enabled
+        self._start_step = start_step
+        self._started = time.monotonic()
         self._trackers: Sequence[Tracker] = ()
         if not enabled:
             return
@@ -179,7 +182,9 @@ class MetricsLog:
         row = metrics.row()
         self._write(row)
         self._log({tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items()}, metrics.step)
-        logger.info(metrics.line(self.total_steps))
+        # The mean of all steps of this process, with what lies between them: a single step says little.
+        seconds_a_step = (time.monotonic() - self._started) / max(metrics.step - self._start_step, 1)
+        logger.info(metrics.line(self.total_steps, seconds_a_step))
 
     def evaluation(self, step: int, perplexities: dict[str, float], before: Mapping[str, float] | None = None) -> None:
         """The perplexity of each evaluation set after `step`; `before`: before the first step.

@@ -82,11 +82,11 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
 
 
 def test_the_line_for_humans() -> None:
-    line = metrics(7).line(100)
+    line = metrics(7).line(100, 0.5)
     parts = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
     assert all(part in line for part in parts), line
     assert line.endswith("  0:00:46 left"), "93 steps of half a second"
-    assert "gathered" not in metrics(7, bytes_gathered=0).line(100)
+    assert "gathered" not in metrics(7, bytes_gathered=0).line(100, 0.5)
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
