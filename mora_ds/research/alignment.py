@@ -146,7 +146,8 @@ class _WithShare(torch.autograd.Function):
         g_output, g_share = gradients
         if g_share is None or not ctx.needs_input_grad[1]:
             return g_output, None, None
-        (square,), factors = ctx.saved_tensors, ctx.factors
+        (square,) = ctx.saved_tensors
+        factors = ctx.factors
         with torch.enable_grad():
             leaf = square.detach().to(factors.left.dtype).requires_grad_()
             (g_square,) = torch.autograd.grad(factors.share(leaf), leaf, g_share)
@@ -225,14 +226,16 @@ def _where_groups_meet(spec: OperatorSpec, square: Tensor, outputs: Tensor) -> T
     if not later:
         return square.new_zeros(())
     meets = later[0] >= 0
-    one, other = square[:, first[meets]], square[:, later[0][meets]]
-    return (outputs * one * other).sum()
+    first_columns = square[:, first[meets]]
+    later_columns = square[:, later[0][meets]]
+    return (outputs * first_columns * later_columns).sum()
 
 
 def _where_blocks_meet(spec: OperatorSpec, square: Tensor) -> Tensor:
     """Decouple, rotate: the last input block is filled up with the first inputs; where the first output block reads
     both blocks, the last columns of M R_last and the first ones of M R_0 are summed."""
-    last, wrapped = spec.blocks_in - 1, spec.blocks_in * spec.r_hat - spec.d_in
+    last = spec.blocks_in - 1
+    wrapped = spec.blocks_in * spec.r_hat - spec.d_in
     if not wrapped or last % spec.blocks_out:
         return square.new_zeros(())
     rows = min(spec.r_hat, spec.d_out)

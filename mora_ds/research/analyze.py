@@ -38,55 +38,55 @@ FLAG = "--probe"
 
 
 def main() -> None:
-    given = _parser().parse_args()
-    config = MoRAConfig(rank=given.mora_rank, operator=given.operator, target_modules=tuple(given.target_modules))
-    _check(given)
-    opened = OpenModel.in_folder(given.model, given.target_modules, given.trust_remote_code)
-    if given.write:  # before the long part
-        opened.check_budget(config, given.trainable_budget)
-    gradients = _probe(given, config) if given.probe else {}
-    weights = list(analyse(opened.base, opened.weights, given.device))
+    options = _parser().parse_args()
+    config = MoRAConfig(rank=options.mora_rank, operator=options.operator, target_modules=tuple(options.target_modules))
+    _check(options)
+    opened = OpenModel.in_folder(options.model, options.target_modules, options.trust_remote_code)
+    if options.write:  # before the long part
+        opened.check_budget(config, options.trainable_budget)
+    gradients = _probe(options, config) if options.probe else {}
+    weights = list(analyse(opened.base, opened.weights, options.device))
     print("\n".join(report_lines(weights, gradients)))
-    if given.json:
+    if options.json:
         layers: list[dict[str, Any]] = []
         for measures in weights:
             gradient = gradients.get(measures.module)
             layers.append(measures.to_dict() | ({} if gradient is None else {"gradient": gradient.to_dict()}))
-        write_json_atomic(given.json, {"format": 1, "model": str(given.model), "layers": layers})
-    if given.write:
+        write_json_atomic(options.json, {"format": 1, "model": str(options.model), "layers": layers})
+    if options.write:
         if gradients:
             scores = {module: gradient.score for module, gradient in gradients.items()}
         else:
             scores = {measures.module: measures.score for measures in weights}
-        plan = opened.plan(scores, "probe" if gradients else "weights", config, given.trainable_budget)
-        plan.write(given.write)
-        print(f"{plan}\nwrote {given.write}: research.targets of a recipe takes it")
+        plan = opened.plan(scores, "probe" if gradients else "weights", config, options.trainable_budget)
+        plan.write(options.write)
+        print(f"{plan}\nwrote {options.write}: research.targets of a recipe takes it")
 
 
-def _check(given: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> None:
     for flag in ("json", "write"):
-        check_writable(f"--{flag}", getattr(given, flag))
-    if (given.write is None) != (given.trainable_budget is None):
+        check_writable(f"--{flag}", getattr(options, flag))
+    if (options.write is None) != (options.trainable_budget is None):
         raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
-    if given.probe and given.operator == SUBSPACE:
+    if options.probe and options.operator == SUBSPACE:
         raise UserError(
             "--probe has no singular vectors for --operator subspace: plan it by the weights, or probe another operator"
         )
-    if given.trainable_budget is not None:
-        parse_budget(given.trainable_budget)
+    if options.trainable_budget is not None:
+        parse_budget(options.trainable_budget)
     for name, least in {"probe_batches": 1, "batch_size": 1, "seq_len": 2}.items():
-        if getattr(given, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(given, name)}")
-    check_device(given.device)
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    check_device(options.device)
 
 
-def _probe(given: argparse.Namespace, config: MoRAConfig) -> dict[str, GradientMeasures]:
-    corpus = load_corpus(given.probe, text_column=given.text_column, flag=FLAG)
-    target = load_target(given.model, None, "float32", given.device, given.trust_remote_code)
-    longest = getattr(target.model.config.get_text_config(), "max_position_embeddings", None) or given.seq_len
-    if given.seq_len > longest:
-        raise UserError(f"--seq_len {given.seq_len} is longer than the model's {longest} positions")
-    batches = token_batches(corpus, target.tokenizer, given.seq_len, given.probe_batches, given.batch_size)
+def _probe(options: argparse.Namespace, config: MoRAConfig) -> dict[str, GradientMeasures]:
+    corpus = load_corpus(options.probe, text_column=options.text_column, flag=FLAG)
+    target = load_target(options.model, None, "float32", options.device, options.trust_remote_code)
+    longest = getattr(target.model.config.get_text_config(), "max_position_embeddings", None) or options.seq_len
+    if options.seq_len > longest:
+        raise UserError(f"--seq_len {options.seq_len} is longer than the model's {longest} positions")
+    batches = token_batches(corpus, target.tokenizer, options.seq_len, options.probe_batches, options.batch_size)
     print(f"probe: {sum(ids.numel() for ids in batches):,} tokens in {len(batches)} batch(es), {config.title}")
     return probe(target.model, config, batches)
 

@@ -65,7 +65,7 @@ def find_adapters(folder: Path) -> dict[str, Path]:
     adapters = {}
     for path in sorted(folder.iterdir()):
         is_hidden = path.name.startswith(".")  # as of one that is being written
-        if not is_hidden and (has_adapter(path) or any((path / part).exists() for part in ADAPTER_PARTS)):
+        if not is_hidden and (has_adapter(path) or any((path / name).exists() for name in ADAPTER_PARTS)):
             adapters[path.name] = adapter_folder(path) or path
     if not adapters:
         raise UserError(f"DIR: no folder in {folder} holds an adapter ({ADAPTER_JSON})")

@@ -91,7 +91,8 @@ def _target_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
 
 
 def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterator[str]:
-    adapter, training = arguments.adapter, arguments.training
+    adapter = arguments.adapter
+    training = arguments.training
     flag = f"{NAME}domain_adapters"
     if not settings.domain_adapters:
         for name in ("freeze", "eval_domains", "init_adapter"):
