@@ -92,7 +92,8 @@ class Run:
         self._gradient_of: int | None = None
         """Number of the micro-batch of the newest backward pass; `engine.step` counts on."""
         first_layer = next(iter(mora_layers(engine.module).values()))
-        first_layer.value.register_hook(self._note_gradient)
+        trained = next(first_layer.parameters(recurse=False))  # not `value`, which may be frozen beside domains
+        trained.register_hook(self._note_gradient)
         self.folder = Path(folder)
         if ranks is None:
             self.ranks = Ranks.current()
