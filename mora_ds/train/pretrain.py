@@ -248,8 +248,8 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
     folder, ranks, state = job.place.folder, job.place.ranks, job.state
     steps, facts = _steps(job, schedule), _facts(job)
-    pending = {"merge"} if state.merge_pending else set()
-    pending |= {"eval", "tasks"} if state.evaluation_pending else set()
+    kinds = {"merge": state.merge_pending, "eval": state.evaluation_pending, "tasks": state.evaluation_pending}
+    pending = [kind for kind, is_pending in kinds.items() if is_pending]
     log = MetricsLog(
         folder,
         steps,

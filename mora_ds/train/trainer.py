@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mora_ds.checkpoint.layout import CHECKPOINTS
 from mora_ds.common.errors import RunError, Stopped, reason
 from mora_ds.config.forgetting import Watch, report
 from mora_ds.data import StreamMixture, TrainData
@@ -87,6 +88,10 @@ class Trainer:
         self.failures: list[str] = []
         """What has failed beside training, one line each; the same on all processes."""
         self._saved_step: int | None = None
+        """The step whose checkpoint in the run's folder holds all that the run is now."""
+        checkpoint = job.place.checkpoint
+        if checkpoint is not None and checkpoint.resolve().parent == (job.place.folder / CHECKPOINTS).resolve():
+            self._saved_step = self.state.step
         self._mixture = self.loader.mixture
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
 
@@ -148,7 +153,7 @@ class Trainer:
         with signals.deferred(), self.counter.counting():
             if state.step == 0 and self.training.eval_on_start:
                 state.perplexity_before = self._evaluate()
-            if state.step < self.total_steps:
+            if state.step < self.total_steps and (state.merge_pending or state.evaluation_pending):
                 self._do_what_is_pending()
             while state.step < self.total_steps and not evaluator.forgotten:
                 self.train_step()
