@@ -248,6 +248,8 @@ def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) 
         if run["method"] not in methods.methods:
             raise UserError(f"--with {path}: {unknown('--methods_file', run['method'], methods.methods)}")
         alike = list(trials({run["method"]: [run["learning_rate"]]}, [run["seed"]]))
+        if not alike:  # what learns nothing is measured with seed 1 alone
+            raise UserError(f"--with {path}: {run['method']} with seed {run['seed']} is none of the runs here")
         trial = next((each for each in alike if each.marks == run.get("marks")), alike[0])
         unlike = [name for name, mark in trial.marks.items() if run.get("marks", {}).get(name) != mark]
         if unlike:
