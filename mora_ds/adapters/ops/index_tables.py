@@ -60,6 +60,8 @@ class IndexMap:
     """The results whose first term is zero; None for none."""
     additions: tuple[tuple[Results, slice], ...]
     """For each other term the results that have it, and where it was gathered to."""
+    in_order: bool
+    """Whether result q is number q, for each of them."""
 
     @classmethod
     def of(cls, table: Tensor) -> IndexMap:
@@ -78,7 +80,8 @@ class IndexMap:
                 stop += len(results)
                 additions.append((_run_or_indices(results), slice(start, stop)))
         index = torch.cat(gathered) if additions else gathered[0]
-        return cls(table, index, missing, tuple(additions))
+        in_order = torch.equal(table, torch.arange(len(first), dtype=table.dtype).unsqueeze(0))
+        return cls(table, index, missing, tuple(additions), in_order)
 
     def __call__(self, x: Tensor, use: str | None = None) -> Tensor:
         """(..., size) -> (..., Q), which may be a view of more numbers. With `use` it may lie in `scratch`."""
@@ -104,7 +107,8 @@ class IndexMap:
         table = self.table.to(device)
         index = self.index.to(device) if self.additions or self.missing is not None else table[0]
         missing = None if self.missing is None else moved(self.missing)
-        return IndexMap(table, index, missing, tuple((moved(results), terms) for results, terms in self.additions))
+        additions = tuple((moved(results), terms) for results, terms in self.additions)
+        return IndexMap(table, index, missing, additions, self.in_order)
 
 
 def _run_or_indices(results: Tensor) -> Results:

@@ -152,9 +152,9 @@ def collect(spec: OperatorSpec, g: Tensor, use: str | None = None) -> Tensor:
 def fold_input(spec: OperatorSpec, x: Tensor, use: str | None = None) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without the rotation of rotate. With `use` the result may lie in
     `scratch`."""
-    if spec.blocks > 1 and spec.grouping is Grouping.PLAIN and spec.d_in % spec.r_hat == 0:
-        return x.unflatten(-1, (spec.blocks, spec.r_hat))  # a view
     tables = tables_of(spec, x.device)
+    if spec.blocks > 1 and tables.fold.in_order and spec.d_in == spec.blocks * spec.r_hat:
+        return x.unflatten(-1, (spec.blocks, spec.r_hat))  # a view
     return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(-1, (spec.blocks, spec.r_hat))
 
 

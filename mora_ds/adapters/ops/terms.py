@@ -30,7 +30,7 @@ def join(updates: Iterable[Term]) -> tuple[Term, ...]:
     """As few terms as have the same sum: values of equal specs are added up in their order, in fp32; LoRA's factors are
     lined up, as factors of a larger rank."""
     joined: dict[UpdateSpec, Tensor] = {}
-    factors: list[Term] = []
+    factors: list[tuple[LoRASpec, Tensor]] = []
     for spec, value in updates:
         value = value.float()
         if isinstance(spec, LoRASpec):
@@ -38,10 +38,8 @@ def join(updates: Iterable[Term]) -> tuple[Term, ...]:
         else:
             joined[spec] = joined[spec] + value if spec in joined else value
     if factors:
-        spec, _ = factors[0]
-        assert isinstance(spec, LoRASpec)
-        count = len(factors)
-        wide = replace(spec, rank=spec.rank * count, alpha=spec.alpha * count)
+        one = factors[0][0]
+        wide = replace(one, rank=one.rank * len(factors), alpha=one.alpha * len(factors))
         joined[wide] = torch.cat([value for _, value in factors])
     return tuple(joined.items())
 

@@ -11,6 +11,9 @@ import torch
 from safetensors import safe_open
 
 from mora_ds.adapters.ops import index_tables
+from mora_ds.adapters.ops.delta import add_deltas_
+from mora_ds.adapters.ops.index_tables import Operator
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, compress, decompress, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import (
     Grouping,
@@ -22,7 +25,15 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import UserError
-from tests.helpers.operators import KINDS_AND_GROUPINGS, random, spec_id, specs
+from tests.helpers.operators import (
+    KINDS_AND_GROUPINGS,
+    by_definition,
+    by_path,
+    outputs_and_gradients,
+    random,
+    spec_id,
+    specs,
+)
 
 GOLDEN = Path(__file__).parent / "golden_operators.safetensors"
 REFERENCE_TYPES = {
@@ -149,6 +160,61 @@ def test_share_by_hand() -> None:
     assert strided.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4], [1, 2, 1, 2]]
     contiguous = delta_weight(OperatorSpec(OperatorKind.SHARE, 4, 3, 2, Grouping.CONTIGUOUS), square)
     assert contiguous.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
+
+
+# -- another operator -------------------------------------------------------------------------------------------------
+
+
+def mirrored_groups(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like share, with groups of inputs in reverse order, and of outputs in runs."""
+    inputs, outputs = torch.arange(spec.d_in), torch.arange(spec.d_out)
+    fold = index_tables.lists(spec.r_hat - 1 - inputs % spec.r_hat, inputs, spec.r_hat)
+    return fold, index_tables.lists(outputs * spec.r_hat // spec.d_out, outputs, spec.r_hat)
+
+
+def blocks_onto_few_outputs(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """All blocks of the input, from the last number to the first and on from the last again, onto the same outputs:
+    these read some inputs in two blocks, and the outputs after them read none."""
+    fold = torch.arange(spec.blocks_in * spec.r_hat).flip(0).unsqueeze(0) % spec.d_in
+    outputs = torch.arange(spec.r_hat).unsqueeze(0)
+    return fold, outputs.where(outputs < spec.d_out, -1)
+
+
+@pytest.mark.parametrize("grouping", [Grouping.PLAIN, Grouping.PERMUTED])
+@pytest.mark.parametrize("sizes", [(18, 11, 4), (12, 20, 4), (21, 3, 6)], ids=str)
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Operator(mirrored_groups),
+        Operator(blocks_onto_few_outputs, in_blocks=True),
+        Operator(blocks_onto_few_outputs, in_blocks=True, rotates=True),
+    ],
+    ids=["groups", "blocks", "rotated blocks"],
+)
+def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
+    operator: Operator, sizes: tuple[int, int, int], grouping: Grouping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the name of one that is."""
+    index_tables.clear_tables()
+    monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
+    spec = OperatorSpec(OperatorKind.TRUNCATE, *sizes, grouping, seed=4)
+    square, x = random(spec.r_hat, spec.r_hat), random(5, spec.d_in, seed=1)
+    delta = delta_weight(spec, square)
+    torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T)
+    gradient = random(spec.d_out, spec.d_in, seed=2)
+    torch.testing.assert_close((delta * gradient).sum(), (square * adjoint(spec, gradient)).sum())
+    factors = spec.low_rank(square)
+    assert (factors is None) == operator.in_blocks
+    if factors is not None:
+        torch.testing.assert_close(factors[1] @ factors[0], delta)
+    expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
+    for path in (Compute.ACTIVATION, Compute.WEIGHT):
+        torch.testing.assert_close(outputs_and_gradients(spec, torch.float64, by_path(spec, path)), expected)
+    merged = random(spec.d_out, spec.d_in, seed=3)
+    right = merged + delta
+    add_deltas_(merged, [(spec, square)])
+    assert torch.equal(merged, right)
+    index_tables.clear_tables()
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
