@@ -184,26 +184,30 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
 
 def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: set[str]) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine."""
-    parts, state_parts = _parts(flat.spans, names), _parts(flat.state_spans, names)
+    parts = _parts(flat.spans, names)
+    state_parts = _parts(flat.state_spans, names)
     _fill(flat.master, MASTER, parts, shards, transposed)
-    own = parts or [Part(next(iter(shards.layout.groups[flat.group])), 0, 0, 0)]
-    state_of = [(shards.keys(p.name, p.start, p.numel), shards.scalars(p.name, p.start, p.numel)) for p in own]
-    keys, scalars = state_of[0]
-    for part, state in zip(own, state_of, strict=True):
-        if state != (keys, scalars):
+    # A tensor of padding alone steps as often as the others of its group: it gets the counts of the group's first one.
+    sources = parts or [Part(next(iter(shards.layout.groups[flat.group])), 0, 0, 0)]
+    first = sources[0]
+    keys = shards.keys(first.name, first.start, first.numel)
+    counts = shards.scalars(first.name, first.start, first.numel)
+    for part in sources[1:]:
+        same_keys = shards.keys(part.name, part.start, part.numel) == keys
+        if not same_keys or shards.scalars(part.name, part.start, part.numel) != counts:
             raise UserError(
-                f"{shards.folder}: {own[0].name} and {part.name} are one tensor here, with different state there"
+                f"{shards.folder}: {first.name} and {part.name} are one tensor here, with different state there"
             )
-    for key in set(flat.state) - {*keys, *scalars}:
+    for key in set(flat.state) - {*keys, *counts}:
         del flat.state[key]
-    for key, value in scalars.items():  # before the moments, as torch.optim.AdamW orders them: the same file again
+    for key, value in counts.items():
         old = flat.state.get(key)
         if isinstance(value, Tensor):
             value = value.item() if isinstance(old, int) else value.to(old.device if isinstance(old, Tensor) else "cpu")
         flat.state[key] = value
     for key in keys:
         if not isinstance(flat.state.get(key), Tensor):
-            dtype = shards.read(own[0].name, key, own[0].start, 0).dtype
+            dtype = shards.read(first.name, key, first.start, 0).dtype
             flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_parts != parts:
                 flat.state[key] = flat.state[key].new_zeros(sum(part.numel for part in state_parts))
