@@ -1,9 +1,9 @@
 """An adapted layer's product, by the operations of `ops`: both paths of `ops.linear`, in the fewest kernels.
 
-    weight        forward    W' = W0 + delta, W' x, fold(x) for share
-                  backward   W', g W', fold(x) for decouple and rotate, collect(g), dM
-    activation    forward    fold(x), M z, W0 x, += deal(u)
-                  backward   collect(g), c M, g W0, += unfold(g_z), fold(x) for decouple and rotate, dM
+    weight        forward    fold(x) where M is applied once, W' = W0 + delta, W' x
+                  backward   W', g W', collect(g), fold(x) of several blocks, dM
+    activation    forward    fold(x) where M is applied once, W0 x, fold(x) of several blocks, M z, += deal(u)
+                  backward   collect(g), g W0, c M, += unfold(g_z), fold(x) of several blocks, dM
 
 The folded input is rotated for rotate, so that M's gradient is one product for every operator, c^T z over all tokens
 and blocks, summed in fp32 and rounded once.
