@@ -161,6 +161,20 @@ MUTATIONS = (
         ("remora/test_ledger.py",),
     ),
     Mutation(
+        "a merge comes before the checkpoint of its step",
+        "train/trainer.py",
+        "if state.merge_pending and self._save_is_due:",
+        "if False:",
+        ("train/test_beside.py",),
+    ),
+    Mutation(
+        "a merge may come between a backward pass and its step",
+        "train/run.py",
+        " or self._gradient_of == self.engine.micro_steps:",
+        ":",
+        ("train/test_run_calls.py",),
+    ),
+    Mutation(
         "a request to stop is not heard",
         "train/trainer.py",
         "self._stop_asked |= requests.item() > 0",

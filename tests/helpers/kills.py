@@ -189,7 +189,8 @@ class Passes(Enum):
 class Moment:
     install: Install
     """Patches a process so that it dies then. The numbers of calls are those of a run with the flags `STEPS`: a
-    checkpoint after every step, merges after steps 2 and 4."""
+    checkpoint after every step, merges after steps 2 and 4. Before each merge, and before the last evaluation, there is
+    a checkpoint more."""
     passes: Passes = Passes.FIRST
     start: Start = Start.NOTHING
     more: tuple[str | int, ...] = ()
