@@ -48,7 +48,7 @@ def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
     model = tiny_model("llama")
     mora_ds.inject(model, CONFIG)
     engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 2))
-    run = mora_ds.Run(engine, CONFIG, base="base", folder="out")
+    run = mora_ds.Run(engine, base="base", folder="out")
     for number in range(2):
         micro_step(engine, number)
     run.merge(2)
@@ -117,9 +117,8 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> Non
         "initialize: `config` must be a DeepSpeed config": lambda: mora_ds.initialize(model=model, config=None),  # type: ignore[arg-type]
         "Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausalLM": lambda: mora_ds.Run(
             model,  # type: ignore[arg-type]
-            CONFIG,
-            "base",
-            tmp_path,
+            base="base",
+            folder=tmp_path,
         ),
     }
     for message, call in calls.items():
