@@ -84,7 +84,7 @@ class IndexMap:
         return cls(table, index, missing, tuple(additions), in_order)
 
     def __call__(self, x: Tensor, use: str | None = None) -> Tensor:
-        """(..., size) -> (..., Q), which may be a view of more numbers. With `use` it may lie in `scratch`."""
+        """(..., size) -> (..., Q). With `use` it may lie in `scratch`, as a view of more numbers."""
         gathered = gather(x, self.index, use)
         if not self.additions and self.missing is None:
             return gathered
@@ -98,7 +98,8 @@ class IndexMap:
                 total[..., results] += gathered[..., terms]
             else:
                 total.index_add_(-1, results, gathered[..., terms].clone())  # autograd keeps it, and `total` changes
-        return total
+        # A layer may save the result: not with it the other terms, of which it is a view.
+        return total if use else total.contiguous()
 
     def to(self, device: torch.device) -> IndexMap:
         def moved(results: Results) -> Results:

@@ -162,7 +162,7 @@ def saved_input(spec: OperatorSpec, x: Tensor) -> Tensor:
     """What a layer saves of its input x (..., D) for M's gradient: the folded input (..., 1, R) where M is applied
     once. That of several blocks is as large as x itself, which is saved in its place: layers that read one tensor share
     it."""
-    return fold_input(spec, x).contiguous() if spec.blocks == 1 else x
+    return fold_input(spec, x) if spec.blocks == 1 else x
 
 
 def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
