@@ -36,7 +36,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     one_file = len(config.args) == 1 and config.args[0].partition("::")[0].endswith(".py")
     if config.pluginmanager.has_plugin("xdist") and option.numprocesses is None and not one_file and not option.usepdb:
-        option.numprocesses, option.dist = len(os.sched_getaffinity(0)), "loadfile"
+        option.numprocesses = len(os.sched_getaffinity(0))
+        option.dist = "loadfile"
         option.loadscopereorder = False  # ours is below
 
 

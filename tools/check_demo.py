@@ -10,7 +10,8 @@ from pathlib import Path
 def problems(folder: Path) -> list[str]:
     """One line for each result in `folder` that is not as promised."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    before = summary["perplexity_before"]
+    after = summary["perplexity_after"]
     checks = [
         (
             after["code"] > 0.4 * before["code"],

@@ -149,7 +149,8 @@ def _flags(actions: Sequence[argparse.Action]) -> list[str]:
     from mora_ds.config import arguments
 
     settings = {field.name for group in arguments._GROUPS.values() for field in dataclasses.fields(group)}
-    lines, trained = [], []
+    lines = []
+    trained = []
     for action in actions:
         if isinstance(action, argparse._HelpAction):
             continue
@@ -246,7 +247,8 @@ def pages() -> dict[Path, str]:
     """Every generated page, as the code says it now: {path: text}."""
     reference = ROOT / "docs" / "reference"
     memory = ROOT / "docs" / "results" / "memory.md"
-    readme, contributing = ROOT / "README.md", ROOT / "docs" / "contributing.md"
+    readme = ROOT / "README.md"
+    contributing = ROOT / "docs" / "contributing.md"
     results = {
         path: docs_results.results(text)
         for path in sorted((ROOT / "docs").rglob("*.md"))

@@ -23,7 +23,8 @@ README_LEARNING = {
 
 def between(text: str, name: str, body: Sequence[str]) -> str:
     """`text` with `body` between its two comments `name` and `end of name`."""
-    start, end = f"<!-- {name}, by tools/docs.py -->", f"<!-- end of {name} -->"
+    start = f"<!-- {name}, by tools/docs.py -->"
+    end = f"<!-- end of {name} -->"
     head, _, after_start = text.partition(start)
     _, end_comment, tail = after_start.partition(end)
     assert end_comment, f"no {start} ... {end}"
@@ -81,7 +82,8 @@ LONGEST_COMMAND = 14
 
 def _machine(measured_on: dict[str, Any]) -> str:
     """The machine of a result in a few words."""
-    cores, versions = measured_on["cores"], measured_on["versions"]
+    cores = measured_on["cores"]
+    versions = measured_on["versions"]
     amx = "with AMX" if "amx_bf16" in measured_on["cpu_features"] else "without AMX"
     device = f"{cores} CPU core{'s' * (cores > 1)} ({amx})" if measured_on["device"] == "CPU" else measured_on["device"]
     return f"{device}, torch {versions['torch'].partition('+')[0]}, mora_ds {versions['mora_ds']}"

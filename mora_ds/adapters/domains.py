@@ -48,7 +48,8 @@ class DomainLinear(MoRALinear):
         """All matrices are zero at first. Those that `freeze` excludes from training are fp32 buffers, which DeepSpeed
         does not partition."""
         super().__init__(base, spec, dropout, Compute.ACTIVATION)
-        self.domains, self.own_spec = domains, spec
+        self.domains = domains
+        self.own_spec = spec
         own = self.square.data.new_zeros(len(domains.names), *self.square.shape)
         self.register_parameter(OWN, nn.Parameter(own))
         if freeze is not Freeze.NONE:
@@ -166,7 +167,9 @@ class Domains:
         return self._moved[key]
 
     def _set(self, choice: Tensor | None, same_for_all: bool) -> None:
-        self._choice, self._same_for_all, self._moved = choice, same_for_all, {}
+        self._choice = choice
+        self._same_for_all = same_for_all
+        self._moved = {}
 
     def _one_hot(self, rows: Sequence[str]) -> Tensor:
         """(B, K) fp32."""

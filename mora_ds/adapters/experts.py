@@ -61,7 +61,8 @@ class MoRAExperts(AdaptedLinear):
         self._held = tables_of(each, x.device)
         z = compress(each, F.dropout(x, self.dropout, self.training))
         if spread:
-            x, z = rows.spread(x), rows.spread(z)
+            x = rows.spread(x)
+            z = rows.spread(z)
         u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), rows.ends * each.blocks)
         return grouped_linear(x, self.frozen, rows.ends) + decompress(each, u.view_as(z))
 

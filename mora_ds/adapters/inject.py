@@ -355,7 +355,8 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
     if config.planned_layers:
         largest = max(shapes)[0]
         return f"(to {largest}, as planned)" if largest > min(shapes)[0] else "(as planned)"
-    size, wanted = shapes[0][0], config.requested_size(d_in, d_out)
+    size = shapes[0][0]
+    wanted = config.requested_size(d_in, d_out)
     if size >= wanted:
         return ""
     return f"(rank {config.rank} asks for {wanted}: the {config.limiting_side} side is enough)"

@@ -58,7 +58,9 @@ class ExpertStack(nn.Module):
     def __init__(self, weight: Tensor, transposed: bool, experts_per_token: int) -> None:
         """`experts_per_token`: how many experts compute each token; 0 where the config does not say."""
         super().__init__()
-        self.weight, self.transposed, self.experts_per_token = weight, transposed, experts_per_token
+        self.weight = weight
+        self.transposed = transposed
+        self.experts_per_token = experts_per_token
         self.count = len(weight)
         self.out_features, self.in_features = (weight.mT if transposed else weight).shape[1:]
 
@@ -197,7 +199,8 @@ class AdaptedLinear(nn.Module):
 
     def keep_merged(self, updates: Iterable[Term]) -> None:
         """Adds all these to a packed weight from now on, and no others."""
-        device, dtype = self.device, self.dtype
+        device = self.device
+        dtype = self.dtype
         joined = join((spec, value.to(device)) for spec, value in updates)
         self.merged = tuple((spec, value.to(dtype)) for spec, value in joined)
         self._hold_merged_tables()
@@ -345,7 +348,8 @@ def _computes_linear(module: nn.Linear) -> bool:
     tensors = {name: tried(each) for name, each in (*module.named_parameters(), *module.named_buffers())}
     x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(tensors["weight"].device)
     try:
-        output, expected = functional_call(module, tensors, x), F.linear(x, tensors["weight"], tensors.get("bias"))
+        output = functional_call(module, tensors, x)
+        expected = F.linear(x, tensors["weight"], tensors.get("bias"))
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False  # other arguments, or a weight of another layout
     if not isinstance(output, Tensor) or (output.shape, output.dtype) != (expected.shape, expected.dtype):

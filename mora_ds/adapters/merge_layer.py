@@ -52,7 +52,8 @@ def merge_layer(
         layer.keep_merged(updates)  # the original's 4 bits stay as they are
     else:
         write_live(layer, original, updates)
-    before, moved = _norm(dense(old, torch.float32)), None
+    before = _norm(dense(old, torch.float32))
+    moved = None
     if layer.weight.dtype is not torch.float32:
         moved = dense(layer.frozen_on(layer.device), torch.float32).float().sub_(dense(old, torch.float32))
     del old

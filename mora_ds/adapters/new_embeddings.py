@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mora_ds.common.errors import UserError
 
-NEW_ROWS, LOW_RANK = "new_rows", "low_rank"
+NEW_ROWS = "new_rows"
+LOW_RANK = "low_rank"
 """The trained tensors of these modules and of those of `low_rank_embeddings`."""
 FLAG = "--train_new_embeddings"
 
@@ -93,7 +94,8 @@ def train_new_rows(model: Any, first: int) -> None:
 
 def plain_tables(model: Any, flag: str) -> tuple[nn.Embedding, nn.Linear]:
     """The model's embeddings and its head. Raises `UserError` where either is not a plain look-up or linear layer."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if type(embedding).forward is not nn.Embedding.forward:
         raise UserError(f"{flag}: the embeddings are a {type(embedding).__name__}, which computes more than a look-up")
     if getattr(type(head), "forward", None) is not nn.Linear.forward:  # None for a model without a head

@@ -89,7 +89,8 @@ class NF4Weight(QuantizedWeight):
         if self.packed.is_meta:
             return torch.empty(self.shape, dtype=dtype, device="meta")
         known = dtype if dtype in _DTYPES else torch.float32
-        library, row = _library(), torch.Size((1, 2 * len(self.packed)))
+        library = _library()
+        row = torch.Size((1, 2 * len(self.packed)))
         state = library.QuantState(absmax=self.scales, shape=row, dtype=known, blocksize=BLOCK, quant_type=_TYPE)
         numbers: Tensor = library.dequantize_4bit(self.packed, state).reshape(-1)
         return numbers[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
@@ -126,8 +127,10 @@ def _library() -> Any:
 def _quiet_and_offline() -> Iterator[None]:
     """While bitsandbytes is imported: backends/cpu/ops.py would load a kernel from the Hub, code that nobody asked for,
     where the package `kernels` is installed, and warns where it is not."""
-    name, logger = "kernels", getLogger("bitsandbytes.backends.cpu.ops")
-    before, level = sys.modules.get(name), logger.level
+    name = "kernels"
+    logger = getLogger("bitsandbytes.backends.cpu.ops")
+    before = sys.modules.get(name)
+    level = logger.level
     sys.modules[name] = None  # type: ignore[assignment]
     logger.setLevel(ERROR)
     try:

@@ -36,7 +36,8 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
     """Name -> linear layer, or projection of experts, for every one that a pattern matches, in the model's order.
     Raises `UserError` for a pattern that matches nothing, and for experts of a layout that is not known."""
-    linear, stacks = _linear_layers(model), find_stacks(model)
+    linear = _linear_layers(model)
+    stacks = find_stacks(model)
     chosen: set[str] = set()
     for pattern in patterns:
         matched = _match(pattern, linear, model)

@@ -63,8 +63,10 @@ def plan_of(model: nn.Module, degree: int) -> TensorPlan:
     """The plan at `degree`, before or after injection; at 1, everything that the model's own plan would split."""
     names = [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear) or is_linear(module)]
     parents = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    styles, reasons = dict.fromkeys(names, Style.WHOLE), {}
-    blocks, summed = [], []
+    styles = dict.fromkeys(names, Style.WHOLE)
+    reasons = {}
+    blocks = []
+    summed = []
     for parent in parents:
         children = [name for name in names if name.rpartition(".")[0] == parent]
         wanted = {name: _planned(model, name) for name in children}

@@ -50,7 +50,9 @@ class Background:
         thread.join(self.limit_s if timeout_s is None else timeout_s)
         if thread.is_alive() and timeout_s is not None:
             return
-        self.thread, error, self.error = None, self.error, None
+        self.thread = None
+        error = self.error
+        self.error = None
         if thread.is_alive():
             raise RunError(
                 f"{thread.name}: not written after {self.limit_s:.0f} s in which training waited for it "

@@ -52,7 +52,8 @@ class RunWriter:
         of_domains = {name: layer.domain_squares for name, layer in domain_layers(model).items()}
         own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
         probe = self._probe()
-        adapter, ledger = self._adapter_file(step, tuple(trained)), self.remora.ledger.snapshot()
+        adapter = self._adapter_file(step, tuple(trained))
+        ledger = self.remora.ledger.snapshot()
 
         def write(folder: Path) -> None:
             if dist.get_rank() != 0:

@@ -150,7 +150,8 @@ def resume_checkpoint(wanted: str, root: Path) -> Path | None:
 
 def _newest_intact(root: Path) -> Path | None:
     """Passes over checkpoints after the one that `latest` names: a resume from an earlier one has left them behind."""
-    latest, folders = (root / LATEST).resolve(), complete_checkpoints(root)
+    latest = (root / LATEST).resolve()
+    folders = complete_checkpoints(root)
     named = [number for number, folder in enumerate(folders, 1) if folder.resolve() == latest]
     if named:
         folders = folders[: named[-1]]

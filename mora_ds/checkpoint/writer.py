@@ -221,7 +221,8 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     saved it the run continues bit for bit. With another one masters, moments and step counts are the same to the bit,
     but sums over ranks round differently.
     """
-    ranks, place = Ranks.current(), folder / ENGINE_TAG
+    ranks = Ranks.current()
+    place = folder / ENGINE_TAG
     index = ranks.on_first("layouts of the checkpoint", lambda: ShardIndex.read(place), long=True)
     shard_writer.restore(engine, EngineShards(place, index, min(ranks.rank, len(index.files) - 1)))
     _load_rng(folder, dist.get_rank(), state)

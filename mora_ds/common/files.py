@@ -362,7 +362,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_MAX_YAML, _MAX_NODES, _MAX_DIGITS = 8 * 2**20, 1_000_000, 200  # a float takes 308 digits, Python prints 4,300
+# a float takes 308 digits, Python prints 4,300
+_MAX_YAML = 8 * 2**20
+_MAX_NODES = 1_000_000
+_MAX_DIGITS = 200
 
 
 def _nodes(node: yaml.Node, seen: dict[int, int]) -> int:

@@ -100,7 +100,8 @@ def plain_json(text: str, where: object) -> Any:
         content = parse_json(text)
     except ValueError as error:
         raise UserError(f"{where} is damaged: {error}") from error
-    level, depth = [content], 0
+    level = [content]
+    depth = 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
@@ -247,7 +248,8 @@ def _mapping(hint: Any, value: Any, where: object) -> dict[Any, Any]:
 @lru_cache(maxsize=64)
 def _hints(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
     """(hint of each field, names of those without a default)."""
-    hints, of_class = get_type_hints(cls, include_extras=True), [each for each in fields(cls) if each.init]
+    hints = get_type_hints(cls, include_extras=True)
+    of_class = [each for each in fields(cls) if each.init]
     needed = [each.name for each in of_class if each.default is MISSING and each.default_factory is MISSING]
     return {each.name: hints[each.name] for each in of_class}, frozenset(needed)
 
@@ -288,7 +290,8 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
 
 def links(folder: Path) -> list[str]:
     """A message for every link, pipe, socket and device under `folder`, by its own path; links are not followed."""
-    problems, waiting = [], [folder]
+    problems = []
+    waiting = [folder]
     while waiting:
         inner = waiting.pop()
         try:
@@ -326,7 +329,8 @@ def expanded(path: str | Path, flag: str = "") -> Path:
 
 def require_memory(nbytes: int, what: str) -> None:
     """Raises `UserError` where this machine, or this process by its limit, has fewer bytes left than `what` takes."""
-    free, limit = psutil.virtual_memory().available, resource.getrlimit(resource.RLIMIT_AS)[0]
+    free = psutil.virtual_memory().available
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         free = min(free, limit - psutil.Process().memory_info().vms)
     if nbytes > free:

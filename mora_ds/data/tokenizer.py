@@ -21,7 +21,8 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import wrap_sentencepiece
 
-AUTO, NOTHING = "auto", "none"
+AUTO = "auto"
+NOTHING = "none"
 """What may stand before every document in place of a named token: BOS where the tokenizer puts it, or nothing."""
 
 

@@ -44,7 +44,8 @@ class _Layer:
         self.entries: list[tuple[dict[str, Any], str, Tensor]] = []
         for name, tensor in tensors.items():
             if id(tensor) not in views:
-                start, size = places[id(tensor)], extent(tensor) * tensor.element_size()
+                start = places[id(tensor)]
+                size = extent(tensor) * tensor.element_size()
                 flat = slot[start : start + size].view(tensor.dtype)
                 views[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride())
             owner, _, key = name.rpartition(".")
@@ -155,7 +156,8 @@ class BaseRing:
                 self._copy(following)
 
     def _following(self, index: int, backward: bool) -> Iterable[int]:
-        upwards, downwards = range(len(self._layers)), range(len(self._layers) - 1, -1, -1)
+        upwards = range(len(self._layers))
+        downwards = range(len(self._layers) - 1, -1, -1)
         if backward:
             return chain(downwards[len(self._layers) - index :], upwards)
         return chain(upwards[index + 1 :], downwards if torch.is_grad_enabled() else upwards)

@@ -205,7 +205,8 @@ def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]
     filled = copy.deepcopy(ds_config)
     zero = filled["zero_optimization"]
     numels = sorted(trainable_numels)
-    total, largest = sum(numels), numels[-1] if numels else 0
+    total = sum(numels)
+    largest = numels[-1] if numels else 0
     bucket = max(min(total, REDUCE_BUCKET_NUMEL), largest, 1)
     bucket += bucket % 2  # stage_1_and_2.py refuses an odd one (`nccl_start_alignment_factor`)
     sizes = {
@@ -220,7 +221,8 @@ def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]
 
 def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
     """The largest threshold at which all parameters of at most that many elements fit in the budget together."""
-    threshold, used = 0, 0
+    threshold = 0
+    used = 0
     for numel, equals in groupby(numels):
         used += sum(equals) * bytes_each
         if used > PERSIST_BUDGET_BYTES:
@@ -276,7 +278,8 @@ def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: int) -> list[str]:
-    micro, accumulation = settings.micro_batch_size, settings.gradient_accumulation_steps
+    micro = settings.micro_batch_size
+    accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
     formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
     wanted: list[tuple[str, Any, str]] = [

@@ -16,7 +16,8 @@ from mora_ds.parallel.limits import TENSOR
 
 AUTO = "auto"
 
-SECTION, KEY = "tensor_parallel", "autotp_size"
+SECTION = "tensor_parallel"
+KEY = "autotp_size"
 
 
 def degree_in(config: dict[str, Any]) -> int | None:

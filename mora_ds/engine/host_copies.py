@@ -104,7 +104,8 @@ def copies_for(device: torch.device) -> Copies:
 
 def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """(start, stop) of the memory of all tensors in whole pages, in order and disjoint: a page is locked once."""
-    page, ranges = mmap.PAGESIZE, []
+    page = mmap.PAGESIZE
+    ranges = []
     for tensor in tensors:
         if size := extent(tensor) * tensor.element_size():
             start = tensor.data_ptr() // page * page

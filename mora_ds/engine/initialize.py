@@ -155,7 +155,8 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
 def check_compute_dtype(config: dict[str, Any]) -> None:
     """Raises `UserError` if this device does not compute in the config's dtype (deepspeed engine.py,
     `_do_sanity_check`, which comes after the base is loaded)."""
-    dtype, accelerator = compute_dtype(config), get_accelerator()
+    dtype = compute_dtype(config)
+    accelerator = get_accelerator()
     supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
     if dtype in supported and not supported[dtype]():
         short = {"float16": "fp16", "bfloat16": "bf16"}
@@ -239,7 +240,8 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
     them each.
     """
     tensors = list(tensors)
-    mappings, rank = Mappings.read(), dist.get_rank()
+    mappings = Mappings.read()
+    rank = dist.get_rank()
     places = [mappings.place_of(tensor) for tensor in tensors]
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     facts = _gathered([_number(shapes), _number((machine(), places))])

@@ -31,7 +31,9 @@ class LayerGathers:
     PartitionedParameterCoordinator reads them."""
 
     def __init__(self, coordinator: Any, layer: Any, parameters: list[Any]) -> None:
-        self.coordinator, self.ds_id, self.training = coordinator, layer.ds_id, True
+        self.coordinator = coordinator
+        self.ds_id = layer.ds_id
+        self.training = True
         self.ds_recompute_parameters: set[Any] = set()
         self._named = [(str(number), parameter) for number, parameter in enumerate(parameters)]
         self._runs_again = False

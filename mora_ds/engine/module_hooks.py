@@ -23,7 +23,8 @@ def drop_idle_hooks(engine: Any) -> list[str]:
     """Remove the hooks of modules without a parameter that is gathered when they run, and of those in a decoder layer,
     which gathers for them all (`layer_gathers`); to be called once, after `deepspeed.initialize`, at stage 3. Returns
     the names of the modules that keep theirs."""
-    offload, root = engine.optimizer.parameter_offload, engine.module
+    offload = engine.optimizer.parameter_offload
+    root = engine.module
     handles = {handle.id: handle for handle in (*offload.forward_hooks, *offload.backward_hooks)}
     layers = _gather_by_layer(root, offload)
     gathered = {module for layer in layers for module in layer.modules()}

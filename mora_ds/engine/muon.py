@@ -46,7 +46,8 @@ def preparing(matrices: Iterable[nn.Parameter]) -> Iterator[None]:
     its name gets Muon. So would GPT-2's embedding `wte`, while a MoRA matrix in a module called `embed_in` would not,
     which would also split the parameter group of the MoRA matrices.
     """
-    ours, tag_by_name = {id(matrix) for matrix in matrices}, deepspeed.set_optimizer_flags
+    ours = {id(matrix) for matrix in matrices}
+    tag_by_name = deepspeed.set_optimizer_flags
 
     def tag(config: Any, model: nn.Module) -> None:
         tag_by_name(config, model)
@@ -102,7 +103,8 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
     Of the matrices that it gathers at a time, up to `reduce_bucket_size` elements, each process orthogonalises one
     after the other its share: 8 of 1,024 processes would work at a time where a bucket holds 8 matrices.
     """
-    orthogonalise, find_norms = optimizer._apply_muon_to_accumulated_grads, optimizer._get_norm_groups
+    orthogonalise = optimizer._apply_muon_to_accumulated_grads
+    find_norms = optimizer._get_norm_groups
     norms: list[Any] = []
     groups = zip(optimizer.fp16_groups, optimizer.sub_groups_using_muon, strict=True)
     numels = [parameter.ds_numel for group, uses_muon in groups if uses_muon for parameter in group]
@@ -120,7 +122,8 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
                 _scale([optimizer.fp32_partitioned_groups_flat[index].grad], factor)
             else:
                 _scale(optimizer.averaged_gradients[index], factor / (optimizer.loss_scale if uses_muon else 1.0))
-        bucket, optimizer.reduce_bucket_size = optimizer.reduce_bucket_size, chunk
+        bucket = optimizer.reduce_bucket_size
+        optimizer.reduce_bucket_size = chunk
         try:
             orthogonalise()
         finally:
@@ -142,7 +145,8 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
     if optimizer.cpu_offload:
         _repair_stages_1_and_2_offloaded(optimizer, limit)
         return
-    flatten, find_norm = optimizer.get_flat_partition, optimizer.scaled_global_norm
+    flatten = optimizer.get_flat_partition
+    find_norm = optimizer.scaled_global_norm
     postponed: dict[int, tuple[list[Tensor], Any]] = {}
 
     def postpone(tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any) -> list[Tensor]:
@@ -177,12 +181,14 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
             else:
                 _scale(optimizer.averaged_gradients[index], factor)
 
-    optimizer.get_flat_partition, optimizer.scaled_global_norm = postpone, clip_and_orthogonalise
+    optimizer.get_flat_partition = postpone
+    optimizer.scaled_global_norm = clip_and_orthogonalise
 
 
 def _repair_stages_1_and_2_offloaded(optimizer: Any, limit: float) -> None:
     """Wrap what `step` calls in turn: `_apply_muon_updates_cpu_offload`, then `scaled_global_norm`."""
-    orthogonalise, find_norm = optimizer._apply_muon_updates_cpu_offload, optimizer.scaled_global_norm
+    orthogonalise = optimizer._apply_muon_updates_cpu_offload
+    find_norm = optimizer.scaled_global_norm
     norms: list[Tensor] = []
 
     def clip_and_orthogonalise() -> None:

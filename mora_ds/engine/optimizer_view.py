@@ -56,7 +56,8 @@ class OptimizerView:
     """The interface, and what holds for most optimizers."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        self.engine, self.optimizer = engine, engine.optimizer
+        self.engine = engine
+        self.optimizer = engine.optimizer
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The parameters of each parameter group."""

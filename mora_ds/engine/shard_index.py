@@ -189,7 +189,9 @@ def _table(tensor: torch.Tensor) -> np.ndarray:
 
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> int | None:
     """The index of the first parameter of which a part is missing, out of bounds or (`once`) held twice; else None."""
-    name, start, numel = rows[:, NAME], rows[:, START], rows[:, NUMEL]
+    name = rows[:, NAME]
+    start = rows[:, START]
+    numel = rows[:, NUMEL]
     wrong = (start < 0) | (numel < 1) | (numel > sizes[name]) | (start > sizes[name] - numel)
     wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
     if wrong.any():

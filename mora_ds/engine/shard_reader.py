@@ -94,7 +94,8 @@ class EngineShards:
         self.layout = index.layout
         self.shapes = index.shapes
         """Parameter name -> complete shape."""
-        self._index, self._rank = index, rank
+        self._index = index
+        self._rank = rank
         self._number = {name: number for number, name in enumerate(self.shapes)}
         self._begins = [  # of each parameter's rows, in the table of the masters and in that of the state
             np.searchsorted(table[:, NAME], np.arange(len(self.shapes) + 1)) for table in (index.parts, index.moments)
@@ -118,7 +119,8 @@ class EngineShards:
     def _rows(self, name: str, is_master: bool, start: int = 0, numel: int | None = None) -> np.ndarray:
         """The rows of the table that hold any of `numel` elements from `start` on (of none: that hold the first one),
         those of the preferred rank first."""
-        number, begins = self._number[name], self._begins[0 if is_master else 1]
+        number = self._number[name]
+        begins = self._begins[0 if is_master else 1]
         rows = (self._index.parts if is_master else self._index.moments)[begins[number] : begins[number + 1]]
         end = math.prod(self.shapes[name]) if numel is None else start + max(numel, 1)
         rows = rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]

@@ -177,7 +177,8 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
             f"{shards.folder} does not fit this model in {len(different)} parameters, e.g. {name}: "
             f"{shards.shapes.get(name, 'none')} there, {here.get(name, 'none')} here"
         )
-    mine, theirs = type(engine.basic_optimizer).__name__, shards.layout.optimizer
+    mine = type(engine.basic_optimizer).__name__
+    theirs = shards.layout.optimizer
     if mine != theirs:
         raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
 

@@ -111,11 +111,13 @@ class Windows:
 
     def cut(self, ids: Sequence[int], known: int) -> Iterator[_Window]:
         """Windows over `ids` that score every token but the first `known` once."""
-        begin, done = 0, known
+        begin = 0
+        done = known
         while done < len(ids):
             end = min(begin + self.window, len(ids))
             yield ids[begin:end], end - done
-            begin, done = begin + self.stride, end
+            begin = begin + self.stride
+            done = end
 
 
 def load_target(
@@ -186,7 +188,9 @@ class _Counter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: Windows, max_documents: int | None) -> None:
         self.documents = self.tokens = self.text_bytes = 0
-        self._tokenizer, self._windows, self._most = tokenizer, windows, max_documents
+        self._tokenizer = tokenizer
+        self._windows = windows
+        self._most = max_documents
         if windows.document_start == NOTHING:
             raise UserError(f"--document_start {NOTHING}: the first token of a document is scored too, after a token")
         start = start_id(tokenizer, windows.document_start)
@@ -260,7 +264,8 @@ def named_sets(entries: Iterable[str]) -> dict[str, str]:
     for entry in entries:
         name, mark, path = entry.partition("=")
         if not mark or "/" in name:
-            name, path = Path(entry).name.split(".")[0], entry
+            name = Path(entry).name.split(".")[0]
+            path = entry
         if name in sets:
             raise UserError(f"--sets: {name} would name two sets; write NAME=PATH")
         sets[name] = path

@@ -178,7 +178,8 @@ class MoRATrainer(_Base):
             with bare_model(self.args.hf_deepspeed_config.dtype()):
                 return super().evaluation_loop(*arguments, **kwargs)
         finally:
-            self.deepspeed, self.model_wrapped = None, self.model
+            self.deepspeed = None
+            self.model_wrapped = self.model
             self.accelerator.deepspeed_engine_wrapped = None  # there is no engine to be destroyed
             self.accelerator._models.clear()
 
@@ -208,7 +209,8 @@ class MoRATrainer(_Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write_merged(self, folder: Path) -> None:
-        run, saving = self._open_run, folder / _SAVING
+        run = self._open_run
+        saving = folder / _SAVING
         run.ranks.on_first("folder of the model", lambda: saving.mkdir(parents=True, exist_ok=True))
         run.save(self.state.global_step, folder=saving)
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from mora_ds.common.errors import UserError, refuse
 
-TENSOR, SEQUENCE = "--tensor_parallel_size", "--sequence_parallel_size"
+TENSOR = "--tensor_parallel_size"
+SEQUENCE = "--sequence_parallel_size"
 
 
 def check_world(world: int, tensor: int = 1, sequence: int = 1) -> None:

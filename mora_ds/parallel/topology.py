@@ -77,7 +77,8 @@ class Topology:
 
     def sum_scatter(self, whole: Tensor) -> Tensor:
         """(size, ...) -> this process's share of the sum over the group."""
-        size, longest = len(whole), -(-len(whole) // self.degree)
+        size = len(whole)
+        longest = -(-len(whole) // self.degree)
         start, stop = self.share(size)
         if longest * self.degree != size:
             parts = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
@@ -168,7 +169,8 @@ class Slice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, topology: Topology) -> Tensor:
-        ctx.topology, ctx.r_hat = topology, z.shape[-1]
+        ctx.topology = topology
+        ctx.r_hat = z.shape[-1]
         start, stop = topology.share(z.shape[-1])
         return z[..., start:stop]
 

@@ -85,7 +85,8 @@ def whole_rows(model: nn.Module) -> Iterator[None]:
     if sequence is None:
         yield
         return
-    before, sequence.splits = sequence.splits, False
+    before = sequence.splits
+    sequence.splits = False
     try:
         yield
     finally:
@@ -101,7 +102,8 @@ class SequenceParallel:
     """The group of processes that share rows, and attention over it."""
 
     def __init__(self, size: int, group: Any) -> None:
-        self.size, self.group = size, group
+        self.size = size
+        self.group = group
         self.rank = dist.get_rank(group)
         self.splits = True
         """Whether the bound model is given parts of rows."""

@@ -120,14 +120,18 @@ class Window:
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """(R, R), for decouple and rotate: the window's part of dL/dM, from its input x (..., w_in) and the gradient g
         (..., w_out) of its output. Only the slots of each block that the window has are multiplied."""
-        spec, tables = self.spec, _block_tables(self, g.device)
-        inputs, outputs = tables.inputs, tables.outputs
-        x, g = x.flatten(0, -2), g.flatten(0, -2)
+        spec = self.spec
+        tables = _block_tables(self, g.device)
+        inputs = tables.inputs
+        outputs = tables.outputs
+        x = x.flatten(0, -2)
+        g = g.flatten(0, -2)
         tokens = max(1, len(g)) if sums_by_product(g) else tokens_in_cache(g, max(self.d_in, self.d_out))
         runs = block_pairs(spec)
         products = [g.new_zeros(into.stop - into.start, outputs.width, inputs.width) for into, _ in runs]
         for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
-            z, c = inputs.of(x_part), outputs.of(g_part)
+            z = inputs.of(x_part)
+            c = outputs.of(g_part)
             for product, (into, out) in zip(products, runs, strict=True):
                 product.baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
         total = g.new_zeros(spec.blocks_in, spec.r_hat**2)
@@ -139,7 +143,8 @@ class Window:
 
 
 def _delta_of_blocks(window: Window, matrix: Tensor) -> Tensor:
-    spec, tables = window.spec, _block_tables(window, matrix.device)
+    spec = window.spec
+    tables = _block_tables(window, matrix.device)
     inputs = tables.inputs
     values = block_squares(spec, matrix).gather(2, inputs.slots.unsqueeze(1).expand(-1, spec.r_hat, -1))
     values = values.masked_fill(inputs.padding.unsqueeze(1), 0).flatten(0, 1)  # (N * R, Li)
@@ -166,10 +171,12 @@ def _tables(window: Window, device: torch.device) -> IndexTables:
         spec, (first, last) = window.spec, window.columns
         tables = tables_of(spec, torch.device("cpu"))
         fold = _within(tables.fold.table if spec.blocks > 1 else tables.fold.table[:, first:last], window.inputs)
-        deal, size = tables.deal.table[:, slice(*window.outputs)], spec.blocks * spec.r_hat
+        deal = tables.deal.table[:, slice(*window.outputs)]
+        size = spec.blocks * spec.r_hat
         if spec.blocks == 1:
             used = _rows_read(window)
-            deal, size = torch.searchsorted(used, deal.long()).where(deal >= 0, -1), len(used)
+            deal = torch.searchsorted(used, deal.long()).where(deal >= 0, -1)
+            size = len(used)
         return IndexTables(
             fold=IndexMap.of(fold),
             unfold=IndexMap.of(transposed(fold, window.d_in)),

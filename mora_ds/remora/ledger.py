@@ -232,7 +232,8 @@ class Ledger:
         path = self.folder / f"cycle-{cycle:05d}.safetensors"
         with atomic_path(path) as beside:
             _write_cycle(beside, cycle, step, layers, squares)
-            sha256, size = sha256_file(beside), beside.stat().st_size
+            sha256 = sha256_file(beside)
+            size = beside.stat().st_size
         record = CycleRecord(cycle, step, path.name, sha256, size, _link(self._head(), sha256))
         self._write([*self._records, record])
         self._records.append(record)
@@ -260,7 +261,8 @@ class Ledger:
     def verify(self, hashes: bool = True) -> None:
         """Checks every file. Raises `UserError` naming the first that is not as it was written."""
         if self.vectors is not None:
-            path, sha256 = self.folder / VECTORS_FILE, self.vectors.sha256
+            path = self.folder / VECTORS_FILE
+            sha256 = self.vectors.sha256
             if problem := file_problem(path, self.vectors.size, sha256 if hashes else None):
                 raise UserError(f"the ledger is damaged: {problem}")
         known: dict[str, LayerEntry] = {}

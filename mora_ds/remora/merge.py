@@ -96,8 +96,12 @@ class ReMoRA:
         keys: dict[str, str],
         reset: OptimizerReset = OptimizerReset.ZERO,
     ) -> None:
-        self.engine, self.config, self.ledger = engine, config, ledger
-        self.base, self.keys, self.reset = base, keys, reset
+        self.engine = engine
+        self.config = config
+        self.ledger = ledger
+        self.base = base
+        self.keys = keys
+        self.reset = reset
 
     @property
     def cycle(self) -> int:
@@ -110,7 +114,8 @@ class ReMoRA:
         `probe`: the loss on a fixed batch, the same on every rank; measured before and after. Raises `RunError` when it
         moves by more than rounding explains.
         """
-        model, cycle = self.engine.module, self.cycle
+        model = self.engine.module
+        cycle = self.cycle
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}
         before = probe() if probe else None
@@ -137,7 +142,8 @@ class ReMoRA:
         in `recorded`, on rank 0. Returns the `MergeNorms` (layers, 4)."""
         self._forget_copies()
         model = self.engine.module
-        layers, node = mora_layers(model), node_base_of(model)
+        layers = mora_layers(model)
+        node = node_base_of(model)
         own = set(node.layers(model))
 
         def matrices() -> Iterator[tuple[str, Tensor]]:
@@ -182,7 +188,8 @@ class ReMoRA:
         """Form every live weight from its original and the ledger. Collective, as a merge."""
         self._forget_copies()
         model = self.engine.module
-        layers, node = mora_layers(model), node_base_of(model)
+        layers = mora_layers(model)
+        node = node_base_of(model)
 
         def form(name: str, layer: AdaptedLinear) -> None:
             write_live(layer, self._original(layer.spec.weight_name(name)), self.ledger.squares_of(name))

@@ -40,8 +40,10 @@ def new_group(timeout_s: float) -> Any:
 def gather_to_first(value: Any, group: Any) -> list[Any] | None:
     """The `value` of every rank, in the order of ranks, on rank 0; None on the others. Collective over `group`, a gloo
     group of all ranks. Each value is unpickled on rank 0 alone."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    parts, step = [pickle.dumps(value)], 1
+    rank = dist.get_rank(group)
+    world = dist.get_world_size(group)
+    parts = [pickle.dumps(value)]
+    step = 1
     while step < world:
         if rank & step:
             _send(parts, rank - step, group)

@@ -53,7 +53,8 @@ class Mappings:
         for mapping in _MAPPING.finditer(_SMAPS.read_text() if _SMAPS.exists() else ""):
             start, end, permissions, offset, device, inode, written = mapping.groups()
             if inode != "0":
-                file, is_shared = f"{device} {inode}", permissions[3] == "s"
+                file = f"{device} {inode}"
+                is_shared = permissions[3] == "s"
                 found.append(_Mapping(int(start, 16), int(end, 16), is_shared, int(offset, 16), file, int(written)))
         return cls(found)
 

@@ -52,7 +52,8 @@ def node_members(ranks: Ranks) -> tuple[int, ...]:
     which do not see each other, count as several nodes.
     """
     facts = ranks.gather("processes of the node", (ranks.local_rank, machine()))
-    leader, nodes = 0, []
+    leader = 0
+    nodes = []
     for rank, (local_rank, kernel) in enumerate(facts):
         leader = rank if local_rank == 0 else leader
         nodes.append((leader, kernel))

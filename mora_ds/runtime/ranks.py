@@ -198,7 +198,8 @@ class Ranks:
     def _arrive(self, check: str | None, error: Exception | None, gathers: bool, timeout_s: float) -> bool | None:
         """Wait for all ranks. Whether all are at this check without an error; None when a rank that has failed waits
         in vain."""
-        since, limit = time.monotonic(), _LEAVING_S if check is None else timeout_s
+        since = time.monotonic()
+        limit = _LEAVING_S if check is None else timeout_s
         place = _number(f"{gathers} {check}")
         highest = torch.tensor([int(error is not None), place, -place])
         try:

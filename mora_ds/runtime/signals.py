@@ -68,7 +68,8 @@ def deferred() -> Iterator[None]:
     try:
         yield
     finally:
-        _watch.defers, _watch.since = False, None
+        _watch.defers = False
+        _watch.since = None
 
 
 def requested() -> bool:

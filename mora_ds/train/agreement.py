@@ -78,7 +78,8 @@ def check_settings(arguments: Arguments, ranks: Ranks) -> None:
 def settings_in_common(arguments: Arguments) -> dict[str, Any]:
     """Flag, key of the DeepSpeed config, or package -> its value, for all that must be the same on every rank."""
     flags = {f"--{name}": value for name, value in dump(arguments).items() if name not in NODE_SETTINGS}
-    file, plan = arguments.training.deepspeed, mixture_plan(arguments.data)
+    file = arguments.training.deepspeed
+    plan = mixture_plan(arguments.data)
     ds_config = load_ds_config(None if file is None else expanded(file, "--deepspeed"))
     if plan is not None:
         flags["sources of the mixture"] = [replace(source, files=(), dataset=None) for source in plan.sources]

@@ -50,7 +50,8 @@ def prepare_base(
     Collective."""
     own = place.folder / BASE_FOLDER
     if folder is None:
-        config_file, vocabulary = expanded(str(model.model_config), "--model_config"), largest_id(tokenizer)[1] + 1
+        config_file = expanded(str(model.model_config), "--model_config")
+        vocabulary = largest_id(tokenizer)[1] + 1
 
         def create() -> None:
             if place.checkpoint is None or not (own / "config.json").exists():

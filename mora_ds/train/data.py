@@ -73,7 +73,8 @@ def load_data(
     checkpoint. Raises `UserError` for files, tokenizers and lengths that do not fit, where possible before anything is
     tokenized.
     """
-    plan, ranks = mixture_plan(data), place.ranks
+    plan = mixture_plan(data)
+    ranks = place.ranks
     corpora, evaluation = _text(data, plan)
     _check_positions(model_config, data.seq_len)
     folder = place.folder / TOKENIZER_FOLDER
@@ -261,7 +262,8 @@ class _Tokenization:
 
     def stream(self, source: SourcePlan, corpus: Corpus, seed: str) -> StreamSource:
         """A training source that is tokenized while training."""
-        data, encoder = self.data, Encoder.of(self.tokenizer, self.data.document_start)
+        data = self.data
+        encoder = Encoder.of(self.tokenizer, self.data.document_start)
         facts = {
             "files": [(Path(part.label).name, part.size_bytes()) for part in corpus.parts],
             "text_column": corpus.text_column,
@@ -290,12 +292,15 @@ def _train_data(
         return tokenization.pack_source(PLAIN, corpora[PLAIN], seed)
     sources: dict[str, Source] = {}
     for source in plan.sources:
-        name, corpus, source_seed = source.name, corpora[source.name], f"{seed}/{source.name}"
+        name = source.name
+        corpus = corpora[source.name]
+        source_seed = f"{seed}/{source.name}"
         if source.streaming:
             sources[name] = tokenization.stream(source, corpus, source_seed)
         else:
             sources[name] = tokenization.pack_source(name, corpus, source_seed)
-    epochs, seq_len = [source.epochs for source in plan.sources], tokenization.data.seq_len
+    epochs = [source.epochs for source in plan.sources]
+    seq_len = tokenization.data.seq_len
     mixture = (
         StreamMixture(sources, plan.phases, epochs, seq_len, rows_per_step, states=stream_state)
         if plan.streams

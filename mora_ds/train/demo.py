@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 MODEL_CONFIG = CONFIGS / "models" / "tiny_llama.json"
 VOCABULARY = 2048
-PROSE_BYTES, CODE_BYTES, EVAL_BYTES = 1_700_000, 2_500_000, 60_000
+PROSE_BYTES = 1_700_000
+CODE_BYTES = 2_500_000
+EVAL_BYTES = 60_000
 
 _SHARED: dict[str, Any] = {
     "seq_len": 128,
@@ -135,8 +137,11 @@ class DemoPaths:
     """Where the demo keeps what it starts from."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.corpus, self.tokens = root, root / "corpus", root / "tokens"
-        self.start, self.warm = root / "start", root / "warm_start" / MERGED_FOLDER
+        self.root = root
+        self.corpus = root / "corpus"
+        self.tokens = root / "tokens"
+        self.start = root / "start"
+        self.warm = root / "warm_start" / MERGED_FOLDER
         """The untrained model, and what the warm start makes of it."""
         evaluation = (("prose", "general"), ("code", "domain"))
         self.eval_files = [f"{name}={self.corpus / f'{text}_eval.jsonl'}" for name, text in evaluation]
@@ -222,7 +227,8 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
 
 def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | None, world: int, seconds: float) -> None:
     """Log the results as a table. `sharded`: the summary of the warm start, whose base was sharded."""
-    before, after = summary["perplexity_before"], summary["perplexity_after"]
+    before = summary["perplexity_before"]
+    after = summary["perplexity_after"]
     percent = 100 * summary["trainable_params"] / summary["total_params"]
     logger.info(f"\n{'':<24}{'before':>12}{'after':>12}{'change':>10}")
     for name, value in after.items():
@@ -249,7 +255,8 @@ def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | Non
 def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: int) -> str:
     """The all-gather volume of a step and process, next to that of plain ZeRO-3."""
     if world == 1:
-        matrices, everything = 4 * summary["trainable_params"], 4 * summary["total_params"]
+        matrices = 4 * summary["trainable_params"]
+        everything = 4 * summary["total_params"]
         return (
             f"nothing on one rank; with more what is trained, {matrices / 1e6:.2f} MB, "
             f"where ZeRO-3 with a sharded base gathers {everything / 1e6:.2f} MB"

@@ -49,7 +49,9 @@ def dry_run(arguments: Arguments) -> None:
 
 def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     """The plan, and the lines about the adapted layers with which the run would start."""
-    adapter, training, model = arguments.adapter, arguments.training, arguments.model
+    adapter = arguments.adapter
+    training = arguments.training
+    model = arguments.model
     ds_config = engine_config(training, adapter.adapter, world)
     check_precision(model, compute_dtype(ds_config))
     name, flag = _model_of(arguments)
@@ -75,7 +77,8 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
 def planner_of(arguments: Arguments, config: Any, ds_config: dict[str, Any], world: int) -> Planner:
     """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model. Raises
     `UserError` for a run that trains nothing, and for rows that cannot be split."""
-    training, model = arguments.training, arguments.model
+    training = arguments.training
+    model = arguments.model
     check_config(config, training.sequence_parallel_size, model.implementation)
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         raise UserError("--adapter none trains nothing: there is nothing to plan")

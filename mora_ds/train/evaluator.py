@@ -43,7 +43,8 @@ class Evaluator:
 
     def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""
-        step, perplexities = self.state.step, {}
+        step = self.state.step
+        perplexities = {}
         for name, data in self.sets.items():
             with self.hooks.reading(name):
                 nll = self.replica.mean_nll(self._batches(data, before_batch))
@@ -57,10 +58,12 @@ class Evaluator:
             before = self.state.perplexity_before if step else perplexities
             self.log.evaluation(step, perplexities, before)
         costs = {} if tasks is None else self._evaluate_tasks(tasks)
-        self.state.perplexity_last, self.state.evaluation_pending = perplexities, False
+        self.state.perplexity_last = perplexities
+        self.state.evaluation_pending = False
         score = self.watch.score({**perplexities, **costs})
         if score is not None and step > 0 and (self.state.best_score is None or score < self.state.best_score):
-            self.state.best_step, self.state.best_score = step, score
+            self.state.best_step = step
+            self.state.best_score = score
             logger.info(f"step {step}: the best so far by --best_by, {score:.4f}")
         return perplexities
 
@@ -79,7 +82,8 @@ class Evaluator:
 
     def _evaluate_tasks(self, tasks: TaskSuite) -> dict[str, float]:
         """{task: cost}, also in the run's state. Collective."""
-        state, results = self.state, tasks.evaluate()
+        state = self.state
+        results = tasks.evaluate()
         costs = {name: result.cost for name, result in results.items()}
         self.log.tasks(state.step, {name: result.metrics for name, result in results.items()})
         if state.step == 0:
@@ -89,7 +93,8 @@ class Evaluator:
 
     def _batches(self, data: PackedDataset, before_batch: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
         """The batches of this replica; every process has equally many, as ZeRO-3 needs."""
-        index, count = self.replica.index, self.replica.count
+        index = self.replica.index
+        count = self.replica.count
         limit = self.max_batches or sys.maxsize
         for round_, batch in enumerate(data.eval_batches(index, count, self.batch_size)):
             if round_ * count >= limit:

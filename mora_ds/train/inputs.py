@@ -45,7 +45,8 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
 
 def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
     """(flag, path) of every file and folder that validated settings name; names on the Hub are among them."""
-    model, training = arguments.model, arguments.training
+    model = arguments.model
+    training = arguments.training
     named = [
         ("--model_name_or_path", model.model_name_or_path),
         ("--model_config", model.model_config),

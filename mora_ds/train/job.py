@@ -156,7 +156,8 @@ class Job:
 
     def _start_full_training(self) -> None:
         """--adapter full."""
-        model, place = self.loaded.model, self.place
+        model = self.loaded.model
+        place = self.place
         self.trainable_parameters = self.total_parameters = count_parameters(model)
         logger.info(f"full training: all {self.total_parameters:,} parameters are trained, sharded by ZeRO")
         identity = {"adapter": {"kind": "full"}, **self._common_identity()}
@@ -175,7 +176,9 @@ class Job:
 
     def _start_adapter(self) -> None:
         """--adapter mora, lora."""
-        training, place, base = self.arguments.training, self.place, self.loaded.base
+        training = self.arguments.training
+        place = self.place
+        base = self.loaded.base
         self.config = self._with_vectors(self._planned_config())
         place.ranks.agree("injection of the adapter", self._inject, long=True)
         fingerprint = base.fingerprint(ranks=place.ranks)
@@ -226,7 +229,9 @@ class Job:
 
     def _common_identity(self) -> dict[str, Any]:
         """What a resumed run must share with its checkpoint, whatever it trains, to continue its batches and loss."""
-        adapter, training, data = self.arguments.adapter, self.arguments.training, self.data
+        adapter = self.arguments.adapter
+        training = self.arguments.training
+        data = self.data
         return {
             "model_config": config_digest(self.loaded.model.config),
             **data.train.identity,
@@ -258,7 +263,9 @@ class Job:
 
     def _planned_config(self) -> AdapterConfig:
         """The adapter's config with what the hooks add to it."""
-        arguments, loaded, place = self.arguments, self.loaded, self.place
+        arguments = self.arguments
+        loaded = self.loaded
+        place = self.place
         config = arguments.adapter.config(arguments.training.seed)
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
@@ -266,7 +273,8 @@ class Job:
 
     def _with_vectors(self, config: AdapterConfig) -> AdapterConfig:
         """The config that names the base's singular vectors, where the operator or a hook reads them."""
-        loaded, place = self.loaded, self.place
+        loaded = self.loaded
+        place = self.place
         leading = place.hooks.vectors
         if not isinstance(config, MoRAConfig) or not (config.is_subspace or leading):
             return config
@@ -285,10 +293,13 @@ class Job:
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""
         training = self.arguments.training
-        model, base, keys = self.loaded.model, self.loaded.base, self.loaded.keys
+        model = self.loaded.model
+        base = self.loaded.base
+        keys = self.loaded.keys
         device = torch.device("cpu") if self._streams else current_device()
         report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
-        self.trainable_parameters, self.total_parameters = report.trainable_params, report.total_params
+        self.trainable_parameters = report.trainable_params
+        self.total_parameters = report.total_params
         logger.info(report)
         self.place.hooks.injected(model, self.config)
         degree = training.tensor_parallel_size

@@ -43,7 +43,9 @@ class BatchLoader:
     """This process's batches of the steps up to `last_step`."""
 
     def __init__(self, data: TrainData, replica: Replica, training: TrainingArguments, last_step: int) -> None:
-        self.data, self.replica, self.training = data, replica, training
+        self.data = data
+        self.replica = replica
+        self.training = training
         self.last_step = last_step
         self.rows_per_step = training.rows_per_step(replica.world)
         self.mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None

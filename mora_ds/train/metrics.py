@@ -160,7 +160,8 @@ class MetricsLog:
         curve reads as an uninterrupted one; 0 drops all rows. `pending`: kinds of rows of `start_step` that come again.
         `report_to` starts the trackers, by default TensorBoard.
         """
-        self.total_steps, self.enabled = total_steps, enabled
+        self.total_steps = total_steps
+        self.enabled = enabled
         self._start_step = start_step
         self._started = time.monotonic()
         self._trackers: Sequence[Tracker] = ()

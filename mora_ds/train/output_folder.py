@@ -36,7 +36,8 @@ from mora_ds.common.files import disk_errors, link_or_copy
 from mora_ds.train.run_file import holds_run, owned_by_run
 from mora_ds.train.trackers import TRACKERS
 
-ASIDE, DELETING = ".overwritten", ".deleting"
+ASIDE = ".overwritten"
+DELETING = ".deleting"
 STARTING = ".mora_ds-starting"
 """Lists the names that a run which has not begun may have made."""
 LOCK = ".lock"
@@ -45,7 +46,10 @@ ends with its process, however that ends."""
 _ORPHANS_S = 60.0
 """How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at their next
 collective, which is at the end of a step."""
-TARGETS, VECTORS, TENSORBOARD, DEMO = "targets.yaml", "subspace", "tensorboard", "demo"
+TARGETS = "targets.yaml"
+VECTORS = "subspace"
+TENSORBOARD = "tensorboard"
+DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
     TOKENIZER_FOLDER, TARGETS, VECTORS, TRACKERS, DEMO,

@@ -48,7 +48,9 @@ _SPLIT_ROUNDING = 16
 
 def preflight(job: Job, arguments: Arguments) -> None:
     """Run all checks that apply to this job. Collective. Raises `UserError` naming the flag to change."""
-    model, training, document_mask = job.loaded.model, arguments.training, arguments.data.document_mask
+    model = job.loaded.model
+    training = arguments.training
+    document_mask = arguments.data.document_mask
     vocab_size = model.config.get_text_config().vocab_size
     sizes = {1, 2, training.per_device_train_batch_size, training.per_device_eval_batch_size}
     implementation = arguments.model.implementation
@@ -176,7 +178,9 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
         complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})["logits"]
         alone = engine(**model_inputs(engine, part)).logits
     engine.train()
-    error, effect, size = _norm(split.double() - complete), _norm(alone.double() - complete), _norm(complete)
+    error = _norm(split.double() - complete)
+    effect = _norm(alone.double() - complete)
+    size = _norm(complete)
     if error > _SPLIT_ERROR * effect + _SPLIT_ROUNDING * torch.finfo(complete.dtype).eps * size:
         raise UserError(
             f"{SEQUENCE}: this model mixes tokens outside of the attention that can be split over processes, so a "

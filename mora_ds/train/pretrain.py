@@ -92,7 +92,9 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
 
 def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     """Everything before the first step, with all checks. Collective; an error of one rank is one of all ranks."""
-    model, adapter, training = arguments.model, arguments.adapter, arguments.training
+    model = arguments.model
+    adapter = arguments.adapter
+    training = arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
     check_precision(model, compute_dtype(ds_config))
     if adapter.adapter != AdapterKind.NONE.value:
@@ -196,7 +198,8 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
 def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, Reservation]:
     """The checkpoint to resume from, if any, with its state, and the reserved output folder. On rank 0."""
     training = arguments.training
-    wanted, root = training.resume_from_checkpoint, folder / CHECKPOINTS
+    wanted = training.resume_from_checkpoint
+    root = folder / CHECKPOINTS
     check_inputs(arguments, folder)
     reservation = reserve(folder)
     try:
@@ -246,8 +249,11 @@ def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> in
 
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
-    folder, ranks, state = job.place.folder, job.place.ranks, job.state
-    steps, facts = _steps(job, schedule), _facts(job)
+    folder = job.place.folder
+    ranks = job.place.ranks
+    state = job.state
+    steps = _steps(job, schedule)
+    facts = _facts(job)
     kinds = {"merge": state.merge_pending, "eval": state.evaluation_pending, "tasks": state.evaluation_pending}
     pending = [kind for kind, is_pending in kinds.items() if is_pending]
     log = MetricsLog(

@@ -45,7 +45,8 @@ class Replica:
 
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.index, self.count = self.rank // self.processes_per_replica, self.world // self.processes_per_replica
+        self.index = self.rank // self.processes_per_replica
+        self.count = self.world // self.processes_per_replica
         self._rows_checked = False
 
     def rows(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,17 +84,20 @@ class Replica:
 
     def mean_nll(self, batches: Iterable[Mapping[str, Any]]) -> float:
         """Mean loss over all predicted tokens of all processes, which bring equally many batches. Collective."""
-        total, predicted = 0.0, 0
+        total = 0.0
+        predicted = 0
         for batch in batches:
             nll, tokens = self.nll(batch)
-            total, predicted = total + nll, predicted + tokens
+            total = total + nll
+            predicted = predicted + tokens
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
     def replica_nll(self, batch: Mapping[str, Any]) -> float:
         """Mean loss of a batch that is the same in every replica. Collective."""
         nll, predicted = self.nll(batch)
         if self.processes_per_replica > 1:
-            nll, predicted = self.sum(nll), int(self.sum(predicted))
+            nll = self.sum(nll)
+            predicted = int(self.sum(predicted))
         return nll / max(predicted, 1)
 
 

@@ -278,7 +278,8 @@ def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mappi
     """Raise `NotOneToOne` naming the first quantized weight that differs from its original by more than rounding, the
     quantization's and that of the dtype in which the model was loaded."""
     for name, layer in layers.items():
-        frozen, weight = layer.frozen, layer.spec.weight_name(name)
+        frozen = layer.frozen
+        weight = layer.spec.weight_name(name)
         key = keys[weight]
         assert isinstance(frozen, QuantizedWeight)
         original = base.read(key).to(layer.weight.device, torch.float32)

@@ -97,7 +97,10 @@ class TaskSuite:
     ) -> None:
         """`batch_size`: rows of a pass; `limit`: documents of each task."""
         self.names, self._manager = task_names(names), _loaded(names)
-        self._replica, self._tokenizer, self._batch_size, self._limit = replica, tokenizer, batch_size, limit
+        self._replica = replica
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._limit = limit
 
     def evaluate(self) -> dict[str, TaskResult]:
         """Task (or group) -> its result, the same on all ranks. Collective. Random states stay as they are."""
@@ -138,7 +141,8 @@ class _InStep:
     """While it is entered, a pass of the model begins on all ranks together, or on none."""
 
     def __init__(self, module: nn.Module, replica: Replica) -> None:
-        self._module, self._device = module, replica.engine.device
+        self._module = module
+        self._device = replica.engine.device
         self._is_idle = False
 
     def __enter__(self) -> _InStep:
@@ -212,7 +216,8 @@ def _weights_stay_tied(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _random_states_kept() -> Iterator[None]:
     """The harness seeds Python, numpy and torch; a run's dropout must not notice."""
-    python, numbers = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    numbers = np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield

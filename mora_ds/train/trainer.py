@@ -64,7 +64,8 @@ class Trainer:
         self.replica = Replica(job.engine, training.ranks_per_replica, job.split)
         tasks = None
         if training.eval_tasks:
-            batch_size, limit = training.per_device_eval_batch_size, training.eval_tasks_limit
+            batch_size = training.per_device_eval_batch_size
+            limit = training.eval_tasks_limit
             tasks = TaskSuite(training.eval_tasks, self.replica, job.data.tokenizer, batch_size, limit)
         self.evaluator = Evaluator(
             replica=self.replica,
@@ -143,7 +144,8 @@ class Trainer:
         return f"Last good checkpoint: {self.last_checkpoint or 'none was written'}"
 
     def _run(self) -> None:
-        state, evaluator = self.state, self.evaluator
+        state = self.state
+        evaluator = self.evaluator
         if self.is_finished:
             logger.info(evaluator.forgotten or f"all {state.step} steps of this run are done: nothing left to train")
             return
@@ -270,7 +272,8 @@ class Trainer:
     def _after_step(self) -> None:
         """Merge, evaluate and save where that is due. A checkpoint that is due comes first, and says what is pending:
         whatever happens in a merge or an evaluation, the step is not lost."""
-        state, training = self.state, self.training
+        state = self.state
+        training = self.training
         at_end = state.step == self.total_steps
         state.merge_pending = self.schedule.merges_after(state.step)
         state.evaluation_pending = bool(training.eval_steps) and state.step % training.eval_steps == 0 and not at_end
@@ -294,7 +297,8 @@ class Trainer:
     @property
     def _save_is_due(self) -> bool:
         """Whether --save_steps asks for a checkpoint of the newest step. The last one is written in any case."""
-        step, every = self.state.step, self.training.save_steps
+        step = self.state.step
+        every = self.training.save_steps
         return bool(every) and step % every == 0 and 0 < step < self.total_steps
 
     def _leave_if_asked(self, hear_again: bool = True) -> None:

@@ -40,7 +40,8 @@ def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, A
 
 
 def test_defaults() -> None:
-    config, lora = MoRAConfig(), LoRAConfig()
+    config = MoRAConfig()
+    lora = LoRAConfig()
     assert (config.rank, config.target_modules, config.dropout, config.seed) == (8, ("all-linear",), 0.0, 42)
     assert (config.operator, config.grouping, config.compute, config.base_bits) == ("auto", "permuted", "auto", 16)
     assert lora.operator_for("a", 64, 64, 0).alpha == 2 * 8, "the update is 2 B A"

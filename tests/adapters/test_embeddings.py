@@ -59,7 +59,9 @@ def low_rank_model(tied: bool) -> Any:
 @pytest.mark.parametrize("tied", [True, False])
 def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bool) -> None:
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
-    model, whole, ids = low_rank_model(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
+    model = low_rank_model(tied)
+    whole = tiny_model("llama", tie_word_embeddings=tied)
+    ids = tokens(3)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(modules[0], LowRankEmbedding) and isinstance(modules[1], LowRankHead)
     assert (modules[0].low_rank is modules[1].low_rank) == tied
@@ -78,15 +80,18 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bo
 
 
 def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
-    model, ids = tiny_model("llama"), tokens(2)
+    model = tiny_model("llama")
+    ids = tokens(2)
     before = model(ids).logits
     inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
     assert torch.equal(model(ids).logits, before)
-    head, again = model.get_output_embeddings(), tiny_model("llama")
+    head = model.get_output_embeddings()
+    again = tiny_model("llama")
     inject(again, MoRAConfig(rank=2, embedding_rank=RANK))
     assert torch.equal(again.get_output_embeddings().low_rank, head.low_rank), "drawn by the seed"
     assert not torch.equal(head.low_rank, model.get_input_embeddings().low_rank)
-    table, x = torch.nn.Linear(4, 9), torch.randn(3, 4)
+    table = torch.nn.Linear(4, 9)
+    x = torch.randn(3, 4)
     torch.testing.assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
 
 
@@ -94,7 +99,8 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
 def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path) -> None:
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of it,
     and the mean of two checkpoints the mean of their tables."""
-    out, base = tmp_path / "out", BaseCheckpoint.open(user.model)
+    out = tmp_path / "out"
+    base = BaseCheckpoint.open(user.model)
     more = ("--train_embedding_rank", RANK, "--embedding_learning_rate", 0.01, "--merge_every", 3)
     more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
     run(2, user.flags(out, *more))
@@ -138,7 +144,8 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
 def test_products_are_summed_side_by_side() -> None:
     lows = torch.randn(7 + 4, 2), torch.randn(7 + 4, 3)
     total = sum_of_products(((low, weight) for low, weight in zip(lows, (0.5, -2.0), strict=True)), 7)
-    table, nothing = torch.randn(7, 4), torch.zeros(7, 4)
+    table = torch.randn(7, 4)
+    nothing = torch.zeros(7, 4)
     wanted = table + 0.5 * with_product(nothing, lows[0]) - 2 * with_product(nothing, lows[1])
     assert total.shape == (11, 5) and torch.allclose(with_product(table, total), wanted, atol=1e-5)
 
@@ -158,13 +165,16 @@ def model_with_new_rows(tied: bool) -> Any:
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool) -> None:
     """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
-    model, whole, ids = model_with_new_rows(tied), tiny_model("llama", tie_word_embeddings=tied), tokens(3)
+    model = model_with_new_rows(tied)
+    whole = tiny_model("llama", tie_word_embeddings=tied)
+    ids = tokens(3)
     is_new = ids >= FIRST
     assert is_new.any() and not is_new.all()
     for each in (model, whole):
         causal_loss(each, ids).backward()
     assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     assert isinstance(embedding, NewRowEmbedding) and isinstance(head, NewRowHead)
     assert (embedding.new_rows is head.new_rows) == tied
     wanted = whole.get_input_embeddings().weight.grad[FIRST:]
@@ -181,7 +191,8 @@ def test_a_tied_table_is_counted_once(tied: bool) -> None:
     report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
     assert count_parameters(model) == before + report.trainable_params
     move_base(model, "cpu", torch.bfloat16)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     assert (embedding.weight is head.weight) == tied and head.weight.dtype == torch.bfloat16
 
 
@@ -195,7 +206,8 @@ def extended(user: Playground) -> Playground:
 @pytest.mark.gloo
 def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path) -> None:
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
-    out, base = tmp_path / "out", BaseCheckpoint.open(extended.model)
+    out = tmp_path / "out"
+    base = BaseCheckpoint.open(extended.model)
     first = json.loads((extended.model / EXTENSION_JSON).read_text())["first_row"]
     flags = extended.flags(
         out, "--train_new_embeddings", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4,
@@ -210,7 +222,8 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_pat
         assert verdict.is_good, verdict.lines()
     report = export_merged(out, tmp_path / "merged", verify=True)
     assert report.replaced == 2 and report.cycles == 1
-    live, merged = load_adapter(extended.model, out), AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    live = load_adapter(extended.model, out)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     text = json.loads(extended.train.read_text().splitlines()[0])["text"]
     ids = torch.tensor([load_tokenizer(extended.model)(text)["input_ids"][:100]])
     assert (ids >= first).any()
@@ -218,13 +231,15 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_pat
         assert torch.allclose(live(ids).logits, merged(ids).logits, atol=1e-5)
     assert (tmp_path / "merged" / EXTENSION_JSON).is_file()
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
-        table, was = merged.state_dict()[key], base.read(key)
+        table = merged.state_dict()[key]
+        was = base.read(key)
         assert torch.equal(table[:first], was[:first]), key
         assert not torch.equal(table[first : first + 40], was[first : first + 40]), key
 
 
 def test_a_head_keeps_its_bias() -> None:
-    table, x = torch.nn.Linear(4, 128), torch.randn(3, 4)
+    table = torch.nn.Linear(4, 128)
+    x = torch.randn(3, 4)
     head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
     torch.testing.assert_close(head(x), table(x))
 

@@ -69,9 +69,11 @@ def stacks_in(model: nn.Module) -> dict[str, MoRAExperts]:
 @pytest.mark.parametrize("family", MIXTURES)
 def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family: str) -> None:
     """Also a contract: each class of transformers computes, by its own code, what its marks say."""
-    model, ids = adapted(family), tokens(2)
+    model = adapted(family)
+    ids = tokens(2)
     live = live_of(model, family, "eager")
-    loss, expected = causal_loss(model, ids), causal_loss(live, ids)
+    loss = causal_loss(model, ids)
+    expected = causal_loss(live, ids)
     loss.backward()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -94,7 +96,8 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
     dropping = adapted(dropout=0.5)
     dropping.train()
     assert causal_loss(dropping, ids).item() != causal_loss(dropping.eval(), ids).item()
-    plain, checkpointed = adapted(), tiny_model("mixtral")
+    plain = adapted()
+    checkpointed = tiny_model("mixtral")
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for each in (plain, adapted(model=checkpointed)):
         causal_loss(each.train(), ids).backward()
@@ -107,7 +110,8 @@ def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
     assert torch.isfinite(causal_loss(half, tokens(2))) and half.dtype == torch.bfloat16
     for family in ("mixtral", "gpt_oss"):  # weights (out, in), and (in, out)
         model = adapted(family, base_bits=8)
-        live, ids = live_of(model, family, "eager"), tokens(2)
+        live = live_of(model, family, "eager")
+        ids = tokens(2)
         for name, layer in mora_layers(model).items():
             weight = live.get_parameter(layer.spec.weight_name(name))
             assert layer.weight.dtype is torch.int8 and layer.weight.shape == weight.shape
@@ -133,12 +137,15 @@ def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, k
     """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no rows."""
     monkeypatch.setattr(grouped, "has_kernel", lambda x, width: kernel)
     generator = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(20, 16, generator=generator), torch.randn(4, 8, 16, generator=generator)
+    x = torch.randn(20, 16, generator=generator)
+    weights = torch.randn(4, 8, 16, generator=generator)
     ends = torch.tensor([5, 5, 18, 20], dtype=torch.int32)
     stack = weights if bits == 16 else Int8Weight(*quantize(weights))
     formed = dense(stack, torch.float32)
-    inputs, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
-    trained, reference = formed.clone().requires_grad_(), formed.clone().requires_grad_()
+    inputs = x.clone().requires_grad_()
+    wanted = x.clone().requires_grad_()
+    trained = formed.clone().requires_grad_()
+    reference = formed.clone().requires_grad_()
     g = torch.randn(20, 8, generator=generator)
     found = grouped_linear(inputs, trained if bits == 16 else stack, ends)
     found.backward(g)
@@ -152,7 +159,8 @@ def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, k
 
 def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
     saved: list[tuple[int, ...]] = []
-    x, ends = torch.randn(6, 4, requires_grad=True), torch.tensor([2, 6], dtype=torch.int32)
+    x = torch.randn(6, 4, requires_grad=True)
+    ends = torch.tensor([2, 6], dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
         grouped_linear(x, torch.randn(2, 3, 4), ends)
     assert (6, 4) not in saved and (2, 3, 4) in saved
@@ -164,7 +172,8 @@ def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
 def test_a_stack_is_its_members() -> None:
     model = adapted()
     layer = next(iter(stacks_in(model).values()))
-    spec, value = layer.spec, layer.square.data
+    spec = layer.spec
+    value = layer.square.data
     assert spec_from_dict(spec.to_dict()) == spec and hash(spec) == hash(replace(spec))
     assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
     for index, (name, each, square) in enumerate(spec.members("a", value)):

@@ -148,7 +148,8 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds() -> None:
 
 def test_injection_changes_no_output() -> None:
     for family in ("llama", "gpt2"):
-        model, ids = tiny_model(family), tokens(2)
+        model = tiny_model(family)
+        ids = tokens(2)
         before = model(input_ids=ids).logits
         inject(model, MoRAConfig(rank=4, train_norms=True))
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-6)
@@ -160,7 +161,8 @@ def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
     model = tiny_model(family)
     inject(model, MoRAConfig(rank=4, **changes))
     move_base(model, "cpu", torch.bfloat16)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
     assert embedding is head
     trained = bool(changes.get("train_embeddings"))
     assert isinstance(embedding, nn.Parameter) is trained
@@ -276,7 +278,8 @@ def test_sides_are_multiples_or_the_papers() -> None:
 
 
 def test_every_cycle_has_its_own_permutations() -> None:
-    model, config = tiny_model(), MoRAConfig(rank=4, operator="share", seed=7)
+    model = tiny_model()
+    config = MoRAConfig(rank=4, operator="share", seed=7)
     inject(model, config)
     seeds = set()
     for cycle in range(3):

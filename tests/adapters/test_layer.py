@@ -17,7 +17,9 @@ from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.pairwise import pairwise
 
-D_IN, D_OUT, R_HAT = 14, 10, 6
+D_IN = 14
+D_OUT = 10
+R_HAT = 6
 
 
 def base_layer(kind: str) -> nn.Module:
@@ -42,7 +44,8 @@ BASES = ["linear", "linear with bias", "conv1d"]
 
 @pairwise({"kind": BASES, "operator": list(OperatorKind)})
 def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKind) -> None:
-    base, x = base_layer(kind), inputs()
+    base = base_layer(kind)
+    x = inputs()
     expected = base(x)
     layer = MoRALinear(base, spec(operator))
     assert torch.equal(layer.square, torch.zeros(R_HAT, R_HAT))
@@ -73,7 +76,8 @@ def test_only_the_square_trains_and_is_saved(kind: str) -> None:
 
 
 def test_dropout_is_on_the_squares_input_and_only_while_training() -> None:
-    base, x = base_layer("linear"), inputs()
+    base = base_layer("linear")
+    x = inputs()
     base_output = base(x).detach()
     layer = MoRALinear(base, spec(), dropout=0.5)
     torch.testing.assert_close(layer(x), base_output, rtol=0, atol=1e-6)  # the base sees all of x

@@ -155,7 +155,8 @@ def test_merges_never_round_the_weight_again_and_lose_nothing(conv: bool) -> Non
     base = base_of(SHARE, conv, torch.float32)
     original = base.weight.data.clone()
     layer = in_4_bits(adapt(base, SHARE, 0.0, Compute.AUTO, 0))
-    bits, rounded = (layer.weight.clone(), layer.weight_scales.clone()), layer.read().clone()  # type: ignore[union-attr]
+    bits = (layer.weight.clone(), layer.weight_scales.clone())
+    rounded = layer.read().clone()  # type: ignore[union-attr]
     updates = [(spec, value.float()) for spec, value in some_terms(SHARE, 10)]
     for cycle, (spec, value) in enumerate(updates, start=1):
         layer.spec = spec  # type: ignore[assignment]

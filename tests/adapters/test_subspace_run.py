@@ -135,7 +135,8 @@ def user_loop(folder: str) -> dict[str, Any]:
     from tests.helpers.engines import ds_config
     from tests.helpers.models import causal_loss
 
-    root, ids = Path(folder), tokens(4)
+    root = Path(folder)
+    ids = tokens(4)
     write_own_base(tiny_model("gpt2"), root / "base")
     model = tiny_model("gpt2")
     config = with_vectors(MoRAConfig(rank=2, operator="subspace"), model, root / "base", root / "out")

@@ -27,7 +27,8 @@ def test_what_of_each_family_is_split(family: str) -> None:
     model = tiny_model(family)
     plan = plan_of(model, 2)
     kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
-    has_attention, has_mlp = family in SPLIT | ATTENTION, family in SPLIT | MLP
+    has_attention = family in SPLIT | ATTENTION
+    has_mlp = family in SPLIT | MLP
     assert ("attention" in kinds, "mlp" in kinds) == (has_attention, has_mlp), plan.reasons
     assert len(plan.blocks) == 2 * len(kinds)
     assert set(plan.reasons) == {name for name, style in plan.styles.items() if style is Style.WHOLE}

@@ -60,7 +60,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     """No shard is written before a step has been done since its save, the last one's apart: a save that waited for the
     disk would wait for ever. (shards that were written beside training, summary)."""
-    write, after_step, save = shard_writer.write_shard, Trainer._after_step, checkpoints.CheckpointWriter.save
+    write = shard_writer.write_shard
+    after_step = Trainer._after_step
+    save = checkpoints.CheckpointWriter.save
     stepped, beside = threading.Event(), 0
 
     def slowly(path: Path, content: Any) -> None:
@@ -80,7 +82,8 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
         stepped.set()
         after_step(trainer)
 
-    shard_writer.write_shard, Trainer._after_step = slowly, step  # type: ignore[method-assign]
+    shard_writer.write_shard = slowly
+    Trainer._after_step = step  # type: ignore[method-assign]
     checkpoints.CheckpointWriter.save = counted  # type: ignore[method-assign]
     summary = job(argv)
     return beside, summary
@@ -110,7 +113,8 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
 
 def failing_job(argv: list[str]) -> tuple[str, str]:
     """The disk of rank 1 is full from the second checkpoint on."""
-    write, written = shard_writer.write_shard, []
+    write = shard_writer.write_shard
+    written = []
 
     def fail(path: Path, content: Any) -> None:
         written.append(path)

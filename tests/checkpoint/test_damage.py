@@ -170,7 +170,8 @@ def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -
     ("kind", "harm"), [("ledger.json", "cut"), ("cycle-00000.safetensors", "flip"), ("cycle-00000.safetensors", "gone")]
 )
 def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str) -> None:
-    damaged, latest = out / "ledger" / kind, (out / "checkpoints" / "latest").resolve()
+    damaged = out / "ledger" / kind
+    latest = (out / "checkpoints" / "latest").resolve()
     content = damaged.read_bytes()
     damaged.unlink()
     damaged.write_bytes(content)
@@ -337,7 +338,8 @@ def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
 def test_a_folder_that_becomes_read_only(
     user: Playground, golden: Path, tmp_path: Path, read_only: Callable[[Path], None], name: str
 ) -> None:
-    out, probe = tmp_path / "out", tmp_path / "probe"
+    out = tmp_path / "out"
+    probe = tmp_path / "probe"
     probe.mkdir()
     read_only(probe)  # skips where mounting is not allowed
     argv = golden_flags(user, out)

@@ -33,10 +33,12 @@ def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:
 def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
     """Runs up to optimizer step `last`; (step, first global row, token ids) of every training batch of this rank."""
     seen: list[tuple[int, int, torch.Tensor]] = []
-    forward, after_step = Trainer._nll, Trainer._after_step
+    forward = Trainer._nll
+    after_step = Trainer._after_step
 
     def watch(trainer: Trainer, batch: MicroBatch) -> torch.Tensor:
-        step, size = trainer.state.step, trainer.training.per_device_train_batch_size
+        step = trainer.state.step
+        size = trainer.training.per_device_train_batch_size
         index = sum(earlier == step for earlier, _, _ in seen)
         first = (index * trainer.replica.world + trainer.replica.rank) * size
         seen.append((step, first, batch.rows["input_ids"].clone()))
@@ -47,13 +49,15 @@ def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
         if trainer.state.step == last:
             raise KeyboardInterrupt
 
-    Trainer._nll, Trainer._after_step = watch, stop  # type: ignore[method-assign]
+    Trainer._nll = watch
+    Trainer._after_step = stop  # type: ignore[method-assign]
     try:
         job(argv)
     except KeyboardInterrupt:
         pass
     finally:
-        Trainer._nll, Trainer._after_step = forward, after_step  # type: ignore[method-assign]
+        Trainer._nll = forward
+        Trainer._after_step = after_step  # type: ignore[method-assign]
     return seen
 
 

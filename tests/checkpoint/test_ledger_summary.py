@@ -63,7 +63,8 @@ def test_a_layer_counts_in_the_cycles_that_merged_it(original: FakeRun, tmp_path
 
 def test_table(original: FakeRun, tmp_path: Path) -> None:
     ledger = find_ledger(original.output).open()
-    lines, second = show_lines(ledger), summarize(ledger)[1]
+    lines = show_lines(ledger)
+    second = summarize(ledger)[1]
     assert "3 cycle(s)" in lines[0] and len(lines) == 6
     assert lines[3].split()[:3] == ["1", "2", "7"] and f"{math.sqrt(second.delta_energy):.4e}" in lines[3]
     assert "truncate/permuted" in lines[3]

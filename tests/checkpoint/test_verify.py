@@ -127,7 +127,8 @@ def changed_shard(folder: Path, name: str, change: Callable[[torch.Tensor], torc
 def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     path = folder / "engine" / "layouts.safetensors"
     with safe_open(path, "pt") as handle:
-        metadata, rows = handle.metadata(), handle.get_tensor("parts")
+        metadata = handle.metadata()
+        rows = handle.get_tensor("parts")
     save_file({"parts": change(rows).contiguous()}, path, metadata)
 
 

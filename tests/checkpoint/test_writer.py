@@ -64,7 +64,9 @@ def test_its_files_and_links(golden: Path) -> None:
 def flushed_job(argv: list[str]) -> list[str]:
     """What a run flushes, renames and links, in order, from its first checkpoint's manifest on."""
     events: list[str] = []
-    flush, rename, link = os.fsync, checkpoints._replace_folder, checkpoints.files.replace_symlink
+    flush = os.fsync
+    rename = checkpoints._replace_folder
+    link = checkpoints.files.replace_symlink
 
     def fsync(descriptor: int) -> None:
         flush(descriptor)
@@ -78,7 +80,9 @@ def flushed_job(argv: list[str]) -> list[str]:
         events.append(f"{path} links")
         link(path, target)
 
-    os.fsync, checkpoints._replace_folder, checkpoints.files.replace_symlink = fsync, replace_folder, replace_symlink
+    os.fsync = fsync
+    checkpoints._replace_folder = replace_folder
+    checkpoints.files.replace_symlink = replace_symlink
     job(argv)
     return events[next(index for index, event in enumerate(events) if "manifest.json" in event) :]
 

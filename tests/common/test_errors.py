@@ -28,7 +28,8 @@ from mora_ds.common.errors import (
 
 
 class Kind(str, Enum):
-    ONE, TWO = "one", "two"
+    ONE = "one"
+    TWO = "two"
 
 
 def test_each_problem_is_told_once() -> None:

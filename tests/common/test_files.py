@@ -92,7 +92,9 @@ def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path: Path) -> None:
 def recorded(patch: pytest.MonkeyPatch) -> list[str]:
     """What is flushed and renamed from now on, in order."""
     events: list[str] = []
-    flush, rename, replace = os.fsync, os.rename, os.replace
+    flush = os.fsync
+    rename = os.rename
+    replace = os.replace
 
     def fsync(descriptor: int) -> None:
         flush(descriptor)
@@ -115,7 +117,8 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a power cut leaves a name without its content, or loses what was reported as written."""
-    folder, events = tmp_path / "folder", recorded(monkeypatch)
+    folder = tmp_path / "folder"
+    events = recorded(monkeypatch)
     folder.mkdir()
     files.write_json_atomic(folder / "a.json", {})
     assert events == [".a.json.partial", "-> a.json", "folder"]
@@ -197,7 +200,8 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
+    source = tmp_path / "source"
+    target = tmp_path / "target"
     source.write_text("content")
     target.write_text("old")
     for _ in range(2):  # the second time they are one file already
@@ -241,7 +245,8 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch:
 
 
 def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, waits = tmp_path / "late", list[float]()
+    path = tmp_path / "late"
+    waits = list[float]()
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)

@@ -59,7 +59,8 @@ def written() -> dict[Path, str]:
 
 
 def test_the_support_matrix_asks_the_checks_of_a_run() -> None:
-    lora, full = OPTIONS["`--adapter lora`"], OPTIONS["`--adapter full`"]
+    lora = OPTIONS["`--adapter lora`"]
+    full = OPTIONS["`--adapter full`"]
     assert "--tensor_parallel_size 2" in (refusal(lora, COLUMNS["tensor parallel"]) or "")
     assert "--merge_every" in (refusal(full, COLUMNS["ReMoRA merges"]) or "")
     assert refusal(OPTIONS["`--operator share`"], COLUMNS["tensor parallel"]) is None

@@ -35,7 +35,8 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 
-LAYERS, CPU = 5, torch.device("cpu")
+LAYERS = 5
+CPU = torch.device("cpu")
 
 
 class Late(Copies):
@@ -45,7 +46,8 @@ class Late(Copies):
         self.waiting: list[tuple[object, list[tuple[Tensor, Tensor]]]] = []
 
     def start(self, pairs: Any) -> Any:
-        ticket, kept = object(), list(pairs)
+        ticket = object()
+        kept = list(pairs)
         for target, _ in kept:
             target.fill_(float("nan") if target.is_floating_point() else 99)
         self.waiting.append((ticket, kept))
@@ -86,7 +88,8 @@ MORE: list[dict[str, Any]] = [
 
 def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     """Two steps of this rank, with a change of the base in host memory between them."""
-    bf16, accumulation = case.get("bf16", False), case.get("accumulation", 1)
+    bf16 = case.get("bf16", False)
+    accumulation = case.get("accumulation", 1)
     torch.manual_seed(0)
     model = tiny_model(case.get("family", "llama"), num_hidden_layers=LAYERS)
     if case.get("checkpointing"):
@@ -96,7 +99,9 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     config = ds_config(case.get("stage", 3), 2, accumulation, **({"bf16": {"enabled": True}} if bf16 else {}))
     with patch.object(base_ring, "copies_for", lambda device: Late()):
         engine, *_ = initialize(model=model, config=config, base_on_host=streamed)
-    ring, seen, losses = ring_of(model), Seen(model), []
+    ring = ring_of(model)
+    seen = Seen(model)
+    losses = []
     slots = ring.slots if ring else []
     counter = CollectiveCounter([*frozen_buffers(model).values(), *slots])
     with counter.counting(), seen.counting():
@@ -120,7 +125,8 @@ def change(model: Any) -> None:
     """As a merge does."""
     if ring := ring_of(model):
         ring.forget()
-    layers, node = mora_layers(model), node_base_of(model)
+    layers = mora_layers(model)
+    node = node_base_of(model)
 
     def grow(_: str, layer: Any) -> None:
         if base_bits_of(model) != 4:  # which no merge writes
@@ -253,8 +259,10 @@ def test_a_copy_that_is_being_used_is_not_replaced() -> None:
 
 def test_a_second_ring_takes_the_place_of_the_first() -> None:
     model, first = streamed_model()
-    expected, host = gradients(model), {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
-    copied, second = first.copied, stream_base(model, CPU)
+    expected = gradients(model)
+    host = {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
+    copied = first.copied
+    second = stream_base(model, CPU)
     found = gradients(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert first.copied == copied and second.copied > 0 and ring_of(model) is second

@@ -20,7 +20,8 @@ class Memory:
     """A tensor of bytes at an address."""
 
     def __init__(self, start: int, nbytes: int) -> None:
-        self.start, self.nbytes = start, nbytes
+        self.start = start
+        self.nbytes = nbytes
 
     def data_ptr(self) -> int:
         return self.start
@@ -50,7 +51,9 @@ def test_whole_pages_once_and_in_order(
 
 
 def test_a_cpu_copies_at_once() -> None:
-    copies, target, source = copies_for(torch.device("cpu")), torch.zeros(3), torch.arange(3.0)
+    copies = copies_for(torch.device("cpu"))
+    target = torch.zeros(3)
+    source = torch.arange(3.0)
     assert type(copies) is Copies
     copies.pin([source])
     copies.wait(copies.start([(target, source)]))
@@ -64,7 +67,9 @@ class Cuda:
     """Stands for `torch.cuda`: what is called, in order. `answer`: of cudaHostRegister."""
 
     def __init__(self, answer: int = 0) -> None:
-        self.calls, self.answer, self.current = list[Any](), answer, "arithmetic"
+        self.calls = list[Any]()
+        self.answer = answer
+        self.current = "arithmetic"
 
     def Stream(self, device: Any) -> Any:
         return self._named("copies")
@@ -86,7 +91,8 @@ class Cuda:
 
     @contextmanager
     def stream(self, stream: Any) -> Any:
-        before, self.current = self.current, stream.name
+        before = self.current
+        self.current = stream.name
         yield
         self.current = before
 

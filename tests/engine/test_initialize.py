@@ -114,7 +114,8 @@ def test_a_model_without_squares_is_refused() -> None:
 
 
 def test_what_an_engine_is_not_made_of_is_refused() -> None:
-    model, experts = tiny_model("llama"), tiny_model("mixtral")
+    model = tiny_model("llama")
+    experts = tiny_model("mixtral")
     inject(model, MoRAConfig(rank=4))
     inject(experts, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
     with pytest.raises(UserError, match="leave model_parameters out"):

@@ -64,7 +64,8 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
 def test_what_is_gathered_and_unchanged_is_freed_at_once(
     status: str, location: str | None, given: dict[str, Any], is_quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    freed, partitioned = list[Any](), list[Any]()
+    freed = list[Any]()
+    partitioned = list[Any]()
     monkeypatch.setattr(layer_gathers, "free_param", freed.append)
     parameter: Any = SimpleNamespace(
         ds_status=ZeroParamStatus[status], ds_tensor=SimpleNamespace(final_location=location),

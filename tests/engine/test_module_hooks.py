@@ -41,7 +41,8 @@ def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) 
 
 def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
     """Losses and trained tensors after 3 steps, and how many modules have DeepSpeed's hooks."""
-    engine, losses = engine_of(setting), []
+    engine = engine_of(setting)
+    losses = []
     for step in range(6):
         loss = causal_loss(engine, tokens(2, seed=10 * step + dist.get_rank()))
         engine.backward(loss)
@@ -87,7 +88,8 @@ def test_every_familys_layers_gather_together_with_the_same_bits() -> None:
 def held_at_once(setting: str) -> list[set[str]]:
     """The decoder layers whose matrices are gathered, at each linear layer that runs or has its gradient computed."""
     none = {f"stage3_{name}": 0 for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")}
-    engine, found = engine_of(setting, zero=none), []
+    engine = engine_of(setting, zero=none)
+    found = []
     layers = mora_layers(engine.module)
     matrices = {name: layer.value for name, layer in layers.items()}  # asked for in a forward, DeepSpeed gathers them
 
@@ -141,7 +143,8 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
     """Arguments and results of any form, with what needs no gradient left as it is."""
     recorder: Any = Recorder()
     inputs = [torch.randn(3, requires_grad=True) for _ in range(4)]
-    plain, ids = torch.randn(3), torch.arange(3)
+    plain = torch.randn(3)
+    ids = torch.arange(3)
     named = {"pair": Pair(inputs[1], ids), "list": [inputs[2], None], "name": "x", "more": inputs[3]}
     given = ((inputs[0], plain), named)
     (first, same), others = marked(given, partial(recorder.release, forward=False))

@@ -23,8 +23,14 @@ from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.models import adapted_model, causal_loss, tokens
 from tests.helpers.resume import assert_same_run, interrupted_job
 
-ROWS, STEPS, ACCUMULATION, CLIP = 6, 3, 2, 0.05
-RATE, OTHERS_RATE, BETA, DECAY = 0.05, 0.01, 0.9, 0.1
+ROWS = 6
+STEPS = 3
+ACCUMULATION = 2
+CLIP = 0.05
+RATE = 0.05
+OTHERS_RATE = 0.01
+BETA = 0.9
+DECAY = 0.1
 MUON = {
     "type": "Muon",
     "params": {
@@ -75,7 +81,8 @@ def without_half_precision() -> None:
 def plain_run(merge_at: int | None = None) -> dict[str, Any]:
     """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and AdamW."""
     model = small_model()
-    squares, others = squares_of(model), others_of(model)
+    squares = squares_of(model)
+    others = others_of(model)
     momentum = [torch.zeros_like(square) for square in squares]
     adam = torch.optim.AdamW(others, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY)
     norms = []
@@ -107,7 +114,8 @@ def _norm(tensors: list[Tensor]) -> float:
 
 def train(engine: zero.Engine, steps: range, merge_at: int | None = None) -> list[float]:
     """Gradient norms of the steps."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
+    rank = dist.get_rank()
     norms = []
     for step in steps:
         batch = tokens(ROWS * ACCUMULATION, seed=step).view(ACCUMULATION, world, ROWS // world, -1)
@@ -203,7 +211,8 @@ def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
     config["zero_optimization"]["reduce_bucket_size"] = bucket
     model = small_model()
     engine, *_ = initialize(model=model, config=config)
-    orthogonalise, sizes = engine.optimizer._muon_update_sub_group, []
+    orthogonalise = engine.optimizer._muon_update_sub_group
+    sizes = []
 
     def counted(group: int, items: list[Any], dtype: torch.dtype) -> None:
         sizes.append(len(items))
@@ -273,7 +282,8 @@ JOB = ("--optimizer", "muon", "--learning_rate", 0.05, "--max_steps", 6, "--merg
 
 @pytest.mark.gloo
 def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     run(2, user.flags(whole, *JOB))
     run_ranks(2, interrupted_job, user.flags(out, *JOB), 5)
     run(2, user.flags(out, *JOB, "--resume_from_checkpoint", "latest"))

@@ -29,7 +29,12 @@ from tests.helpers.models import causal_loss, tiny_model, tokens
 
 pytestmark = pytest.mark.gloo
 
-WORLD, ROWS, STEPS, MERGE_AFTER, LEARNING_RATE, CLIP = 2, 2, 4, 2, 1e-2, 0.5
+WORLD = 2
+ROWS = 2
+STEPS = 4
+MERGE_AFTER = 2
+LEARNING_RATE = 1e-2
+CLIP = 0.5
 PROBE = tokens(4, seed=99)
 
 
@@ -114,7 +119,8 @@ def plain_run(case: Case) -> dict[str, Any]:
     model = case.model()
     squares = {name: layer.square for name, layer in mora_layers(model).items()}
     optimizer = torch.optim.AdamW(list(model.parameters()), lr=LEARNING_RATE, weight_decay=0.0)
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step in range(STEPS):
         loss = causal_loss(model, batch(step, case.accumulation).flatten(0, 2))
         loss.backward()

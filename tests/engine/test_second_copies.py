@@ -66,7 +66,9 @@ def set_and_reset() -> list[float]:
         config["zero_optimization"]["zero_hpz_partition_size"] = 2
         engine, *_ = initialize(model=model, config=config)
     layers = list(mora_layers(model).values())
-    first, seen, found = layers[0], list[torch.Tensor](), list[float]()
+    first = layers[0]
+    seen = list[torch.Tensor]()
+    found = list[float]()
     forward = first.forward
 
     def watched(x: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,8 @@ def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytes
         values = torch.full((17,), float(rank))
         save_file({"0.exp_avg": values, "1.exp_avg": values.clone()}, tmp_path / f"{rank}.st")
     index = index_of(layout(), LAYOUTS, flats)
-    opened, open_file = list[str](), shard_reader.open_safetensors
+    opened = list[str]()
+    open_file = shard_reader.open_safetensors
     monkeypatch.setattr(shard_reader, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
     for rank in range(2):
         shards = EngineShards(tmp_path, index, rank)

@@ -36,8 +36,10 @@ from tests.helpers.tools import call
 
 def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[float, int]:
     """(nats, tokens): one token at a time, each in the first window that reaches it."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(folder)
-    nats, tokens = 0.0, 0
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    nats = 0.0
+    tokens = 0
     for text in texts:
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
         for place in range(1, len(ids)):
@@ -71,7 +73,8 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
 class Letters:
     """A tokenizer with a token a letter."""
 
-    bos_token_id, eos_token_id = None, 0
+    bos_token_id = None
+    eos_token_id = 0
 
     def __call__(self, text: str, **anything: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) - 96 for letter in text]}
@@ -147,7 +150,8 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
     assert "bits/byte" in capsys.readouterr().out
     live = json.loads((tmp_path / "scores.json").read_text())["sets"]
     assert set(live) == {"held", "other"}
-    merged, base = load_target(tmp_path / "merged"), load_target(user.model)
+    merged = load_target(tmp_path / "merged")
+    base = load_target(user.model)
     for name, path in (("held", user.held), ("other", user.other)):
         nats = [evaluate(each, load_corpus([str(path)]), Windows(64, 32)).nats for each in (merged, base)]
         assert live[name]["nats"] == pytest.approx(nats[0], rel=1e-6)

@@ -79,7 +79,8 @@ class Maker:
                 updates.setdefault(name, []).append((entry.operator, squares[name]))
             if cycle < cycles:
                 ledger.append(cycle + 1, layers, squares.items())
-        extra, operators = dict(trained or {}), {name: entry.operator for name, entry in layers.items()}
+        extra = dict(trained or {})
+        operators = {name: entry.operator for name, entry in layers.items()}
         adapter = AdapterFile(
             layers=layers, config=config, dtype=dtype, cycle=cycles, step=7, trainables=tuple(extra),
             facts=dict(facts or {}), domains=DomainSquares(domains, operators) if domains else None,

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LENGTH, HEADS, SIZE = 96, 4, 16
+LENGTH = 96
+HEADS = 4
+SIZE = 16
 LAYOUTS = {
     "whole rows": [[LENGTH], [LENGTH]],
     "two documents": [[40, 56], [LENGTH]],
@@ -33,7 +35,8 @@ def reference(
     softcap: float | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """(B, T, H, D_v), from complete scores."""
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    length = query.shape[2]
     scores = query @ key.repeat_interleave(groups, 1).mT * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     document = torch.nn.functional.pad((positions.diff(dim=1) != 1).cumsum(1), (1, 0))

@@ -35,7 +35,8 @@ def whole_checkpoint(folder: Path) -> FakeRun:
 
 def _write_engine(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "adapter.safetensors")
-    parts, offset = [], 0
+    parts = []
+    offset = 0
     for name, tensor in tensors.items():
         parts.append(Part(name, 0, tensor.numel(), offset))
         offset += tensor.numel()

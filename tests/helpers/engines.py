@@ -25,7 +25,11 @@ from mora_ds.remora.merge import ReMoRA
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
-ROWS, STEPS, ACCUMULATION, LEARNING_RATE, CLIP = 6, 3, 2, 1e-2, 0.5
+ROWS = 6
+STEPS = 3
+ACCUMULATION = 2
+LEARNING_RATE = 1e-2
+CLIP = 0.5
 EPSILON = 1e-4
 """Large against rounding errors of a gradient: Adam's first step is a sign where epsilon is small, and a sign of noise
 says nothing about equality."""
@@ -83,7 +87,8 @@ def plain_steps(
 
 def merge_by_hand(engine: zero.Engine) -> None:
     model = engine.module
-    layers, node = mora_layers(model), node_base_of(model)
+    layers = mora_layers(model)
+    node = node_base_of(model)
     squares = {name: zero.full_fp32(engine, layer.square) for name, layer in layers.items()}
 
     def add(name: str, square: Tensor) -> None:
@@ -152,7 +157,8 @@ def one_step(engine: Any) -> None:
 
 def merging_run(folder: str, dtype: str, merges: int, reset: OptimizerReset = OptimizerReset.ZERO) -> dict[str, Any]:
     """Train a step, merge, train a step, ... on this rank of several."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
+    rank = dist.get_rank()
     half = {} if dtype == "float32" else {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     base_folder = Path(folder) / "base"

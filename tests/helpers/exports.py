@@ -56,7 +56,8 @@ def fake_run(
 ) -> FakeRun:
     """A checkpoint after `cycles` merges with live squares, made without any training. `twice`: the base's file holds
     tied weights under each of their names."""
-    base_folder, checkpoint = folder / "base", folder / "out" / "checkpoints" / "step-000007"
+    base_folder = folder / "base"
+    checkpoint = folder / "out" / "checkpoints" / "step-000007"
     original_model = tiny_model(family, dtype=stored, **changes)
     original_model.save_pretrained(base_folder, max_shard_size=shard)
     if twice:

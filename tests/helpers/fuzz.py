@@ -33,7 +33,8 @@ from tests.helpers.jobs import playground
 from tests.helpers.mutate import Mutator
 from tests.helpers.tools import call, tool
 
-SECONDS, NBYTES = 10, 2**30
+SECONDS = 10
+NBYTES = 2**30
 """What one call may take: seconds of its own, on a machine that others use too, and bytes."""
 
 Tool = Callable[[Path, Path], None]
@@ -67,7 +68,8 @@ _EXPORT = ("export_hf", "--checkpoint", _CHECKPOINT, "--output", "{out}")
 
 def subjects(folder: Path) -> list[Subject]:
     """Made once, without training. The slow tools, which load a model, are listed apart and seldom."""
-    run, base = folder / "run", "{case}/base"
+    run = folder / "run"
+    base = "{case}/base"
     made = whole_checkpoint(run)
     shutil.copytree(made.checkpoint / "ledger", made.output / "ledger")
     user = playground(folder / "user")

@@ -46,7 +46,8 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
 def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[Connection], list[Any]]:
     """The pipes that results come through and the processes, in rank order, for a caller that ends them itself."""
     port = free_port()
-    pipes, processes = [], []
+    pipes = []
+    processes = []
     for rank in range(world):
         receiver, sender = _context.Pipe(duplex=False)
         process = _context.Process(target=_rank_main, args=(rank, world, port, sender, function, arguments))

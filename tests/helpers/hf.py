@@ -17,7 +17,11 @@ from mora_ds.hf import MoRACallback, MoRATrainer
 from mora_ds.models.base import write_own_base
 from tests.helpers.models import tiny_model, tokens
 
-ROWS, STEPS, MERGE_EVERY, REWARMUP, RATE = 4, 8, 3, 1, 1e-2
+ROWS = 4
+STEPS = 8
+MERGE_EVERY = 3
+REWARMUP = 1
+RATE = 1e-2
 """Sequences a step over all ranks; optimizer steps; the merges' settings; learning rate."""
 
 
@@ -108,7 +112,8 @@ def matrices(engine: zero.Engine) -> dict[str, Tensor]:
 
 def own_loop(root: Path, rates: list[float]) -> tuple[dict[str, Tensor], list[float]]:
     """The same run by a loop around `mora_ds.initialize`: (matrices and weights at the end, losses)."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
+    rank = dist.get_rank()
     base = base_in(root / "base")
     model = AutoModelForCausalLM.from_pretrained(base)
     config = mora_ds.MoRAConfig(rank=4)

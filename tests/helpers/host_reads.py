@@ -33,7 +33,8 @@ class HostReads:
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
-        self._thread, self._depth = threading.get_ident(), 0
+        self._thread = threading.get_ident()
+        self._depth = 0
         self._patches = [
             *(patch.object(Tensor, name, self._counted(getattr(Tensor, name))) for name in METHODS),
             *(patch.object(torch, name, self._counted(getattr(torch, name))) for name in FUNCTIONS),

@@ -52,7 +52,8 @@ def _ordinal(x: Tensor) -> Tensor:
 def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
     tables = KernelTables(spec, CPU)
     rotation = tables.rotation
-    x, g = random(TOKENS, spec.d_in).to(dtype), random(TOKENS, spec.d_out, seed=1).to(dtype)
+    x = random(TOKENS, spec.d_in).to(dtype)
+    g = random(TOKENS, spec.d_out, seed=1).to(dtype)
     z = plain.gather_sum(x, tables.fold, *rotation, False)
     same(triton_ops.gather_sum(x, tables.fold, *rotation, False), z, "fold")
     c = plain.gather_sum(g, tables.collect, None, None, False)
@@ -61,13 +62,15 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
         (g, z, (tables.deal, None, None, False)),
         (x, c, (tables.unfold, *rotation, True)),
     ):
-        found, expected = target.clone(), target.clone()
+        found = target.clone()
+        expected = target.clone()
         triton_ops.gather_add_(found, source, *arguments)
         plain.gather_add_(expected, source, *arguments)
         same(found, expected, "deal or unfold")
     check_form(spec, tables, dtype)
     # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter (`create_dot`): fp16 in its place.
-    c, z = c.view(-1, spec.r_hat).half(), z.view(-1, spec.r_hat).half()
+    c = c.view(-1, spec.r_hat).half()
+    z = z.view(-1, spec.r_hat).half()
     parts = triton_ops.product(c, z)
     torch.testing.assert_close(parts.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
     stack = torch.stack([parts[0], 2 * parts[0], -parts[0] / 3])
@@ -75,7 +78,8 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
 
 
 def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> None:
-    square, weight = random(spec.r_hat, spec.r_hat, seed=2).to(dtype), random(spec.d_out, spec.d_in, seed=3).to(dtype)
+    square = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
+    weight = random(spec.d_out, spec.d_in, seed=3).to(dtype)
     blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     rest = square, tables.unfold, tables.deal, tables.members, *tables.rotation, *blocks
     expected = plain.form(weight, None, *rest)
@@ -88,7 +92,8 @@ def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> 
 def check_parts() -> None:
     """A sum so long that it is made in several parts, the last of them shorter; with sides of several tiles."""
     for terms, r_hat in ((1300, 18), (70, 150)):
-        c, z = random(terms, r_hat).half(), random(terms, r_hat, seed=1).half()
+        c = random(terms, r_hat).half()
+        z = random(terms, r_hat, seed=1).half()
         parts = triton_ops.product(c, z)
         assert len(parts) == (2 if terms == 1300 else 1)
         torch.testing.assert_close(parts.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
@@ -137,7 +142,8 @@ def main() -> None:
     names = list(VARIANTS)
     start, step = map(int, sys.argv[1:])
     for number, spec in islice(enumerate(specs()), start, None, step):
-        dtype, name = dtypes[number % 3], names[number // 3 % 2]
+        dtype = dtypes[number % 3]
+        name = names[number // 3 % 2]
         try:
             check_kernels(spec, torch.float32)
             with variant(VARIANTS[name]):

@@ -76,7 +76,9 @@ def playground(root: Path) -> Playground:
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     model.save_pretrained(root / "model")
     load_tokenizer(trained).save_pretrained(root / "model")
-    train, held, other = root / "train.jsonl", root / "held.txt", root / "other.txt"
+    train = root / "train.jsonl"
+    held = root / "held.txt"
+    other = root / "other.txt"
     train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     held.write_text(sources[1][20_000:21_200], encoding="utf-8")
     other.write_text("def f(x):\n    return x\n", encoding="utf-8")

@@ -142,7 +142,8 @@ def half_a_tokenizer() -> None:
 
 def half_a_layer(nth: int) -> None:
     """Die when half of the n-th frozen weight that is written has its new numbers."""
-    calls, write = itertools.count(1), AdaptedLinear.write
+    calls = itertools.count(1)
+    write = AdaptedLinear.write
 
     def patched(layer: AdaptedLinear, weight: Any) -> None:
         if next(calls) == nth:

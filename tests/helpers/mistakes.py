@@ -186,7 +186,8 @@ def model_folders(folder: Path, user: Playground) -> None:
     (length,) = memoryview(weights[:8]).cast("Q")
     header = json.loads(weights[8 : 8 + length])
     tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
-    names, first = list(tensors), next(iter(tensors))
+    names = list(tensors)
+    first = next(iter(tensors))
 
     def with_header(content: str) -> bytes:
         return len(content).to_bytes(8, "little") + content.encode() + weights[8 + length :]

@@ -44,7 +44,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_same_bits_for_every_number_of_threads(compute: Callable[[], Tensor]) -> None:
-    threads, results = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    results = []
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
@@ -73,13 +74,13 @@ def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
 
 def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """2 y, dL/dx, dL/dM of one layer, in float64; y is doubled in place, which a model may do with a layer's output."""
-    x, square = random(2, 3, spec.d_in), random(spec.r_hat, spec.r_hat, seed=1)
-    weight, bias, g = (
-        random(spec.d_out, spec.d_in, seed=2),
-        random(spec.d_out, seed=3),
-        random(2, 3, spec.d_out, seed=4),
-    )
-    x, square = x.to(dtype).requires_grad_(), square.to(dtype).requires_grad_()
+    x = random(2, 3, spec.d_in)
+    square = random(spec.r_hat, spec.r_hat, seed=1)
+    weight = random(spec.d_out, spec.d_in, seed=2)
+    bias = random(spec.d_out, seed=3)
+    g = random(2, 3, spec.d_out, seed=4)
+    x = x.to(dtype).requires_grad_()
+    square = square.to(dtype).requires_grad_()
     y = layer(x, weight.to(dtype), bias.to(dtype), square).mul_(2)
     return tuple(found.double() for found in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
 

@@ -34,7 +34,8 @@ def _content(path: Path) -> bytes:
 def assert_same_outcome(out: Path, reference: Path) -> None:
     """Checkpoints (MoRA matrices, moments, random states, manifest), ledger, merged model and curve are equal."""
     assert curve(out) == curve(reference)
-    ours, expected = tree(out), tree(reference)
+    ours = tree(out)
+    expected = tree(reference)
     assert ours.keys() == expected.keys(), f"differ: {ours.keys() ^ expected.keys()}"
     assert [path for path in expected if ours[path] != expected[path]] == []
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, reference)]

@@ -33,6 +33,7 @@ def in_bits(layer: AdaptedLinear, bits: int) -> AdaptedLinear:
 def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
     """y, dL/dx, dL/dM."""
     dtype = layer.value.dtype
-    x, g = random(2, 3, spec.d_in).to(dtype).requires_grad_(), random(2, 3, spec.d_out, seed=4).to(dtype)
+    x = random(2, 3, spec.d_in).to(dtype).requires_grad_()
+    g = random(2, 3, spec.d_out, seed=4).to(dtype)
     y = layer(x)
     return (y, *torch.autograd.grad(y, (x, layer.value), g))

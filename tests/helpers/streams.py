@@ -25,7 +25,8 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
     """Three shards of one format."""
     folder.mkdir()
     for number in range(3):
-        part, path = texts[number::3], folder / f"{number}.{kind}"
+        part = texts[number::3]
+        path = folder / f"{number}.{kind}"
         lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode()
         match kind:
             case "jsonl":

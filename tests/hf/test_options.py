@@ -136,7 +136,9 @@ def test_where_the_merged_model_is_written(
 ) -> None:
     """The tokenizer lies in every folder, written by one process."""
     defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": None, "should_save": True}
-    folder, written, tokenizers = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path, [], []
+    folder = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path
+    written = []
+    tokenizers = []
     trainer: Any = SimpleNamespace(
         args=SimpleNamespace(output_dir=str(tmp_path), **{**defaults, **settings}),
         _write_merged=written.append,

@@ -30,7 +30,8 @@ SMALL = {
 }  # fmt: skip
 """Names that configs have for their sizes."""
 
-LARGEST, LEAST_TYPES = 4_000_000, 115
+LARGEST = 4_000_000
+LEAST_TYPES = 115
 """Parameters of a model that is still tried; types that must be left."""
 
 

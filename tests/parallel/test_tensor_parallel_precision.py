@@ -29,7 +29,8 @@ from tests.helpers.tensor_parallel import (
 
 pytestmark = pytest.mark.gloo
 
-STEPS, COMPARED_EVERY = 30, 5
+STEPS = 30
+COMPARED_EVERY = 5
 LEARNING_RATE = 2e-3
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -19,7 +19,8 @@ from tests.helpers.jobs import Playground, launch, losses, playground, printed, 
 pytestmark = pytest.mark.gloo
 
 ZERO3_TP2 = str(Path(__file__).parents[2] / "configs" / "zero3_tp2.json")
-STEPS, HALF = 6, 4
+STEPS = 6
+HALF = 4
 ROWS = 4
 """Sequences a step."""
 ALIGNED = ("--operator", "share", "--mora_rank", "4", "--tp_grouping", "aligned")
@@ -46,7 +47,8 @@ def flags(ground: Playground, out: Path, degree: int, replicas: int, *more: str 
 def saved(request: Any, ground: Playground) -> tuple[str, Path, torch.Tensor]:
     """(name, run of (2, 2), losses of (1, 1))."""
     more = RUNS[request.param]
-    alone, shared = ground.root / f"{request.param}-alone", ground.root / f"{request.param}-2-2"
+    alone = ground.root / f"{request.param}-alone"
+    shared = ground.root / f"{request.param}-2-2"
     run(1, flags(ground, alone, 1, 1, *more))
     run(4, flags(ground, shared, 2, 2, *more, "--export_merged"))
     return request.param, shared, losses(alone)
@@ -62,7 +64,8 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
     for step in (HALF, STEPS):
         folder = f"checkpoints/step-{step:06d}"
         assert [verdict.problems for verdict in verify(out / folder)] == [[]]
-        here, there = EngineShards.open(out / folder / "engine"), EngineShards.open(alone / folder / "engine")
+        here = EngineShards.open(out / folder / "engine")
+        there = EngineShards.open(alone / folder / "engine")
         assert here.shapes == there.shapes
         sizes = [
             {

@@ -13,7 +13,8 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tokens
 from tests.helpers.tensor_parallel import Case, model_of, start
 
-ROWS, LENGTH = 2, 16
+ROWS = 2
+LENGTH = 16
 PASSES = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 """MoRA matrices are gathered in forward and again in backward, as at a size that matters."""
 SHAPE = {"num_key_value_heads": 4, "intermediate_size": 68}
@@ -24,7 +25,8 @@ CASES: dict[str, Case] = {
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
 }
-DEGREE, REPLICAS = 2, 2
+DEGREE = 2
+REPLICAS = 2
 
 
 def counted(case: Case) -> dict[str, Any]:

@@ -31,7 +31,10 @@ from tests.helpers.pairwise import pairwise_cases
 
 pytestmark = pytest.mark.gloo
 
-ROWS, ACCUMULATION, LENGTH, STEPS = 4, 2, 24, 5
+ROWS = 4
+ACCUMULATION = 2
+LENGTH = 24
+STEPS = 5
 """Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
 LEARNING_RATE = 2e-3
 """Low: where queries and keys are normed, larger steps blow rounding up."""
@@ -66,7 +69,8 @@ def batch_of(case: Case, step: int) -> dict[str, Tensor]:
     Every rank draws all of it."""
     rows = ROWS * ACCUMULATION
     ids = tokens(rows, LENGTH + 1, seed=step)
-    labels, positions = ids[:, 1:].clone(), torch.arange(LENGTH).expand(rows, -1).clone()
+    labels = ids[:, 1:].clone()
+    positions = torch.arange(LENGTH).expand(rows, -1).clone()
     for row in range(rows) if case.documents else ():
         for begin in (
             torch.randint(1, LENGTH, (row % 4,), generator=torch.Generator().manual_seed(row)).sort()[0].tolist()
@@ -93,8 +97,10 @@ def plain_run(case: Case) -> dict[str, Any]:
 
 def split_run(case: Case, size: int) -> dict[str, Any]:
     """The same on this rank of several, `size` of which share each row."""
-    world, replicas = dist.get_world_size(), dist.get_world_size() // size
-    replica, micro = dist.get_rank() // size, ROWS // replicas
+    world = dist.get_world_size()
+    replicas = dist.get_world_size() // size
+    replica = dist.get_rank() // size
+    micro = ROWS // replicas
     model = model_of(case)
     use_documents(model)
     sequence = share_rows(model, size)
@@ -105,7 +111,8 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     check_split(engine, model, sequence, case.documents)
     found: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
-        batch, total = batch_of(case, step), torch.zeros((), dtype=torch.float64)
+        batch = batch_of(case, step)
+        total = torch.zeros((), dtype=torch.float64)
         predicted = int((batch["labels"] != IGNORED).sum())
         for index in range(ACCUMULATION):
             first = (index * replicas + replica) * micro
@@ -155,7 +162,8 @@ def assert_equal_run(found: dict[str, Any], expected: dict[str, Any], case: Case
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
     for what, tolerance in (("gradients", 1e-5), ("values", 2e-5), ("base", 1e-5)):
         for name, tensor in found[what].items():
-            error, scale = (tensor - expected[what][name]).abs().max(), expected[what][name].abs().max()
+            error = (tensor - expected[what][name]).abs().max()
+            scale = expected[what][name].abs().max()
             assert error <= tolerance * scale, (what, name, error, scale, case)
 
 

@@ -70,7 +70,8 @@ def handed_to_flash_attention() -> float:
 
     def kernel(module: Any, query: Any, key: Any, value: Any, mask: None, **told: Any) -> Any:
         assert mask is None and query.shape[1:3] == (2, LENGTH) and key.shape[1:3] == (1, LENGTH)
-        index, document = torch.arange(LENGTH), (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
+        index = torch.arange(LENGTH)
+        document = (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
         distance = index[:, None] - index
         seen = (distance >= 0) & (distance < told["sliding_window"]) & (document == document.T)
         return sdpa(module, query, key, value, seen[None, None], **told)
@@ -115,13 +116,18 @@ PARTS = 2
 def part_of(rank: int) -> SequenceParallel:
     """A rank of a group that is not there."""
     sequence = object.__new__(SequenceParallel)
-    sequence.size, sequence.rank, sequence.group, sequence.splits = PARTS, rank, "the group", True
-    sequence.saw_window, sequence._ulysses = False, {}
+    sequence.size = PARTS
+    sequence.rank = rank
+    sequence.group = "the group"
+    sequence.splits = True
+    sequence.saw_window = False
+    sequence._ulysses = {}
     return sequence
 
 
 def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
-    ids, documents = tokens(3, LENGTH, seed=5), object()
+    ids = tokens(3, LENGTH, seed=5)
+    documents = object()
     parts = [part_of(rank).split({"input_ids": ids, "documents": documents}) for rank in range(PARTS)]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts], dim=1), ids)
     assert all(part["documents"] is documents and part["input_ids"].is_contiguous() for part in parts)
@@ -129,7 +135,9 @@ def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
 
 @pytest.mark.parametrize("rank", range(PARTS))
 def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequence, module, told = part_of(rank), nn.Module(), list[Any]()
+    sequence = part_of(rank)
+    module = nn.Module()
+    told = list[Any]()
     module.num_key_value_groups = 2
 
     def split_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> Any:
@@ -140,7 +148,9 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkey
         return query.transpose(1, 2).flatten(2), None
 
     monkeypatch.setattr(sequence, "_ulysses_for", lambda query, key: split_attention)
-    query, key, sinks = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.arange(4.0)
+    query = torch.randn(2, 4, 3, 8)
+    key = torch.randn(2, 2, 3, 8)
+    sinks = torch.arange(4.0)
     told_layer = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
     split_attention.attn = None  # type: ignore[attr-defined]
     out, _ = sequence.attend(lambda: None, module, query, key, key, **told_layer)  # type: ignore[arg-type, return-value]

@@ -40,7 +40,8 @@ def one(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6) -> None:
-    found, wanted = curve(out), curve(expected)
+    found = curve(out)
+    wanted = curve(expected)
     assert len(found) == len(wanted)
     for mine, theirs in zip(found, wanted, strict=True):
         assert_close(mine, theirs, rel)
@@ -113,7 +114,8 @@ def job_in_fp32(argv: list[str]) -> dict[str, Any]:
 @pytest.mark.heavy
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
-    ours, theirs = tmp_path / "split", tmp_path / "whole"
+    ours = tmp_path / "split"
+    theirs = tmp_path / "whole"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
         found = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *VARIANTS[variant]))[0]
         assert found["perplexity_before"]
@@ -126,7 +128,8 @@ def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
 
 @pytest.mark.heavy
 def test_bf16_and_the_real_launcher(user: Playground, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     run(1, flags(user, one, 1, 1, "--bf16", "true"))
     done = launch(2, flags(user, two, 2, 2, "--bf16", "true"), tmp_path)
     assert done.returncode == 0, done.stderr

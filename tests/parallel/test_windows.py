@@ -57,9 +57,12 @@ def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
 def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
     _, x, g = tensors(spec)
     for part in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
-        inside, outside = x[..., slice(*part.inputs)], g[..., slice(*part.outputs)]
-        folded, collected = part.fold(inside), part.collect(outside)
-        z, u = torch.randn_like(folded), torch.randn_like(collected)
+        inside = x[..., slice(*part.inputs)]
+        outside = g[..., slice(*part.outputs)]
+        folded = part.fold(inside)
+        collected = part.collect(outside)
+        z = torch.randn_like(folded)
+        u = torch.randn_like(collected)
         assert torch.isclose((folded * z).sum(), (inside * part.unfold(z)).sum())
         assert torch.isclose((collected * u).sum(), (outside * part.deal(u)).sum())
         torch.testing.assert_close(part.rotate(part.rotate(z), back=True), z)
@@ -103,7 +106,8 @@ def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grou
     square, x, _ = tensors(plain)
     for parts in (2, 4):
         own = bounds(r_hat, parts)
-        outwards, inwards = replace(plain, out_segments=SEGMENTS), replace(plain, in_segments=SEGMENTS)
+        outwards = replace(plain, out_segments=SEGMENTS)
+        inwards = replace(plain, in_segments=SEGMENTS)
         columns = [
             update(Window.of(outwards, outputs=part, rows=lanes), square, x)
             for part, lanes in zip(bounds(d_out, parts), own, strict=True)

@@ -47,7 +47,8 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str) -> None:
-    ours, theirs = tiny_model(family), tiny_model(family)
+    ours = tiny_model(family)
+    theirs = tiny_model(family)
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
     theirs = get_peft_model(theirs, MoraConfig(r=4, operator=operator))
     fill(theirs, "default", seed=1)

@@ -31,7 +31,8 @@ def test_ulysses_exchanges_queries_keys_values_and_outputs() -> None:
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
-STEP, GATHERED = StepMemory(saved=300, peak=500, tables=20), Gathers(200, 90, 40)
+STEP = StepMemory(saved=300, peak=500, tables=20)
+GATHERED = Gathers(200, 90, 40)
 
 
 def trained(stage: int, **changes: Any) -> Trained:

@@ -28,7 +28,8 @@ from mora_ds.planning.step import Work, measure_step, planned_model, step_memory
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 
-ROWS, LENGTH = 2, 64
+ROWS = 2
+LENGTH = 64
 ADAPTER = MoRAConfig(rank=8, operator="share")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,8 +154,10 @@ def test_ranks_that_share_work_keep_less() -> None:
 # -- a rank -----------------------------------------------------------------------------------------------------------
 
 SHAPE = {"num_hidden_layers": 8}
-P, PREFETCH = "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"
-REUSE, LIVE = "stage3_max_reuse_distance", "stage3_max_live_parameters"
+P = "stage3_param_persistence_threshold"
+PREFETCH = "stage3_prefetch_bucket_size"
+REUSE = "stage3_max_reuse_distance"
+LIVE = "stage3_max_live_parameters"
 CASES: list[tuple[Any, ...]] = [
     (False, 1, {}),
     (True, 2, {P: 0}),

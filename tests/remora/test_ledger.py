@@ -196,7 +196,8 @@ def test_operator_unknown_to_this_version_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float) -> None:
-    ledger, layers = Ledger.open(folder), layers_of(3)
+    ledger = Ledger.open(folder)
+    layers = layers_of(3)
     squares = squares_for(layers, 3)
     squares["a.v"][0, 0] = bad
     with pytest.raises(RunError, match=r"a\.v\.square is not finite"):
@@ -213,7 +214,8 @@ class Killed(BaseException):
 
 def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stray file is overwritten by the next append, not appended to the ledger."""
-    ledger, before = Ledger.open(folder), state(Ledger.open(folder))
+    ledger = Ledger.open(folder)
+    before = state(Ledger.open(folder))
 
     def kill(*_: Any) -> None:
         raise Killed
@@ -318,7 +320,8 @@ def test_live_weight_is_the_sum_in_order_rounded_once(
 
 
 def test_live_weight_keeps_what_repeated_rounding_loses() -> None:
-    original, spec = torch.ones(8, 8, dtype=torch.bfloat16), OperatorSpec(OperatorKind.SHARE, 8, 8, 8)
+    original = torch.ones(8, 8, dtype=torch.bfloat16)
+    spec = OperatorSpec(OperatorKind.SHARE, 8, 8, 8)
     updates = [(spec, torch.full((8, 8), 1e-3))] * 8
     assert (live_weight(original, updates, False, torch.bfloat16) == torch.tensor(1.0078125)).all()
     step = original
@@ -332,7 +335,8 @@ def test_live_weight_has_the_same_bits_for_any_number_of_threads() -> None:
     specs = [OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind]
     updates = [(spec, torch.randn(94, 94, generator=generator)) for spec in specs]
     original = torch.randn(500, 700, generator=generator)
-    threads, results = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    results = []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)

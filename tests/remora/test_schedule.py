@@ -110,6 +110,8 @@ def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
 
 
 def test_defaults_are_those_of_the_flags() -> None:
-    schedule, adapter, training = Schedule(ScheduleKind.LINEAR, 1.0, 9), AdapterArguments(), TrainingArguments()
+    schedule = Schedule(ScheduleKind.LINEAR, 1.0, 9)
+    adapter = AdapterArguments()
+    training = TrainingArguments()
     assert schedule.restart_warmup_steps == adapter.restart_warmup_steps == 10
     assert schedule.decay_ratio == training.decay_ratio == 0.2

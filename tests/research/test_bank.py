@@ -120,7 +120,8 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None
 
 
 def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
-    bank, ids = rotating.open(), tokens(2)
+    bank = rotating.open()
+    ids = tokens(2)
     weights = {name: weight.clone() for name, weight in bank.model.named_parameters()}
     assert set(weights) == set(originals(rotating.maker.model)), "parameters keep their names"
     with bank.use(["one", "three"]):

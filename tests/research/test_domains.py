@@ -154,7 +154,9 @@ class Wrapped:
     device = "cpu"
 
     def __init__(self, module: Any) -> None:
-        self.module, self.eval, self.train = module, module.eval, module.train
+        self.module = module
+        self.eval = module.eval
+        self.train = module.train
 
     def __call__(self, **batch: Any) -> Any:
         return self.module(**batch)
@@ -272,7 +274,8 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
 @pytest.mark.heavy
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path) -> None:
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     run(2, domain_flags(user, whole, mix, *MERGING))
     stop_and_resume(2, domain_flags(user, out, mix, *MERGING), 5)
     assert_same_run(out, whole)
@@ -297,7 +300,9 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
 def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, freeze: str) -> None:
     """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    first, out, whole = tmp_path / "first", tmp_path / "out", tmp_path / "whole"
+    first = tmp_path / "first"
+    out = tmp_path / "out"
+    whole = tmp_path / "whole"
     run(1, domain_flags(user, first, mix, "--max_steps", 2))
     mix.write_text(mix.read_text() + f"  fresh: {{files: '{user.other}', weight: 0.5}}\n")
     block = {"freeze": freeze, "init_adapter": first}
@@ -414,7 +419,8 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 def test_domains_with_other_options(user: Playground, tmp_path: Path, way: str) -> None:
     """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
     world, more = WAYS[way]
-    mix, out = write_mixture(user, tmp_path / "mix.yaml"), tmp_path / "out"
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    out = tmp_path / "out"
     argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
     assert run(world, argv)["merges"] == 1
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]

@@ -33,7 +33,8 @@ def square(side: int, seed: int = 0) -> torch.Tensor:
 def test_measures() -> None:
     values = torch.tensor([3.0, 1.0, 1.0, 0.05] + [0.0] * 16, dtype=torch.float64)
     found = measure(values, 20, threshold=0.1)
-    energy, total = 9 + 1 + 1 + 0.05**2, 5.05
+    energy = 9 + 1 + 1 + 0.05**2
+    total = 5.05
     shares = [value / total for value in (3.0, 1.0, 1.0, 0.05)]
     assert found.norm == pytest.approx(math.sqrt(energy)) and found.largest == 3.0
     assert (found.above, found.rank) == (3, 4)

@@ -352,7 +352,8 @@ def job_that_reads_weights_on_the_first_rank(argv: list[str]) -> dict[str, Any]:
 
 @pytest.mark.gloo
 def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path) -> None:
-    query, down = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    query = "model.layers.0.self_attn.q_proj"
+    down = "model.layers.1.mlp.down_proj"
     path = tmp_path / "mine.yaml"
     out = tmp_path / "out"
     fingerprint = BaseCheckpoint.open(user.model).fingerprint()

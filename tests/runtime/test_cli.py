@@ -33,7 +33,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr(cli.time, "sleep", found.append)
     monkeypatch.setattr(sys, "__stderr__", None)  # no handler of bus errors is left behind
     yield found
-    logger.handlers, logger.propagate = before[0], before[1]
+    logger.handlers = before[0]
+    logger.propagate = before[1]
     logger.setLevel(before[2])
 
 

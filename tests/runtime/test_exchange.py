@@ -24,7 +24,8 @@ def sockets() -> int:
 
 
 def gathered() -> tuple[Any, Any]:
-    group, rank = Ranks.current().group, dist.get_rank()
+    group = Ranks.current().group
+    rank = dist.get_rank()
     value = {"rank": rank, "text": "x" * (1 + 1000 * rank)}
     return gather_to_first(value, group), gather_to_all(value["rank"], group)
 

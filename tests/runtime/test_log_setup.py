@@ -19,7 +19,8 @@ def unchanged_logger() -> Iterator[None]:
     logger = logging.getLogger(LOGGER)
     before = list(logger.handlers), logger.propagate, logger.level
     yield
-    logger.handlers, logger.propagate = before[0], before[1]
+    logger.handlers = before[0]
+    logger.propagate = before[1]
     logger.setLevel(before[2])
 
 

@@ -71,7 +71,8 @@ def test_a_descriptor_that_means_another_file_is_not_mapped() -> None:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path) -> None:
     """Pages at its ends hold other tensors, too. What this process has written to is lost with its page, and tells."""
-    path, page = tmp_path / "numbers", mmap.PAGESIZE
+    path = tmp_path / "numbers"
+    page = mmap.PAGESIZE
     path.write_bytes(bytes(4 * page))
     mapped = torch.from_file(str(path), shared=False, size=4 * page, dtype=torch.uint8)
     mapped.fill_(1)
@@ -83,7 +84,8 @@ def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 def test_places_are_told_by_file_and_offset(tmp_path: Path) -> None:
-    path, page = tmp_path / "numbers", mmap.PAGESIZE
+    path = tmp_path / "numbers"
+    page = mmap.PAGESIZE
     path.write_bytes(bytes(2 * page))
     one, other = (torch.from_file(str(path), shared=False, size=2 * page, dtype=torch.uint8) for _ in range(2))
     mappings = Mappings.read()

@@ -30,7 +30,8 @@ def refused_on_two_nodes(argv: list[str], other: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("more", [(), ("--resume_from_checkpoint", "auto")], ids=["new", "resumed"])
 def test_both_nodes_and_the_folder_are_named(user: Playground, tmp_path: Path, more: tuple[str, ...]) -> None:
-    argv, other = user.flags(tmp_path / "first", *more), tmp_path / "other"
+    argv = user.flags(tmp_path / "first", *more)
+    other = tmp_path / "other"
     other.mkdir()
     (other / "mine").touch()
     found = set(run_ranks(3, refused_on_two_nodes, argv, str(other)))

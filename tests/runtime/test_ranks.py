@@ -30,7 +30,8 @@ def error_of(work: Callable[[], Any]) -> str:
 
 def meetings(rank: int) -> dict[str, str]:
     """Case -> the error of this rank where `rank` alone does something else than the others."""
-    ranks, is_odd = Ranks.current(), dist.get_rank() == rank
+    ranks = Ranks.current()
+    is_odd = dist.get_rank() == rank
     odd = f"of rank {rank}"
 
     def between() -> None:
@@ -80,7 +81,8 @@ def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int) -> None:
 
 
 def late(seconds: float) -> tuple[str, float]:
-    ranks, since = Ranks.current(timeout_s=seconds), time.monotonic()
+    ranks = Ranks.current(timeout_s=seconds)
+    since = time.monotonic()
     ranks.barrier("both are here")
     if dist.get_rank() == 1:
         time.sleep(3 * seconds)

@@ -28,7 +28,10 @@ def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
 def watch(leaving: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A rank that was asked to stop, in training; it has no thread."""
     made: Any = object.__new__(signals._Watch)
-    made.since, made.defers, made.settled, made._launcher = time.monotonic(), True, False, None
+    made.since = time.monotonic()
+    made.defers = True
+    made.settled = False
+    made._launcher = None
     monkeypatch.setattr(signals, "_watch", made)
     return made
 

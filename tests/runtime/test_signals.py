@@ -192,7 +192,8 @@ def start(user: Playground, tmp_path: Path) -> Any:
     processes: list[subprocess.Popen[str]] = []
 
     def begin(*more: str | int, script: Path | None = None, past: str = "step-000003") -> tuple[Any, Path, list[int]]:
-        out, log = tmp_path / "out", tmp_path / "log"
+        out = tmp_path / "out"
+        log = tmp_path / "log"
         words = launcher(2, user.flags(out, *MERGING, "--max_steps", 5000, "--eval_steps", 0, *more))
         words[1:1] = ["--master_port", str(free_port())]
         if script is not None:

@@ -142,7 +142,8 @@ def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: li
 def test_a_table_grows_by_the_runs_of_an_earlier_one(
     user: Playground, tmp_path: Path, ran: list[dict[str, Any]]
 ) -> None:
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first = tmp_path / "first.json"
+    second = tmp_path / "second.json"
     call("bench/learning", *texts(user), *FLAGS, "--work", tmp_path / "one", "--methods", "lora", "--json", first)
     assert len(ran) == 4
     moved = replace(user, train=Path(shutil.copy(user.train, tmp_path / "moved.jsonl")))

@@ -125,7 +125,8 @@ def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path) -> N
 @contextmanager
 def before_meetings(act: Callable[[int, str | None], None]) -> Iterator[None]:
     """`act(number, check)` is called whenever this rank is about to meet the others."""
-    meet, numbers = Ranks._meet, iter(range(10_000))
+    meet = Ranks._meet
+    numbers = iter(range(10_000))
 
     def watched(self: Ranks, check: str | None, *more: Any, **named: Any) -> Any:
         if check is not None:

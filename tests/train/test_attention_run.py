@@ -76,7 +76,8 @@ def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path
 def test_dense_attention_is_what_it_was_to_the_bit() -> None:
     """The model is given what transformers reads, and nothing of it is replaced."""
     batch = batch_of(4)
-    one, other = tiny_model("mistral"), tiny_model("mistral")
+    one = tiny_model("mistral")
+    other = tiny_model("mistral")
     logits = one(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
     found = token_nll(other, batch)
@@ -179,7 +180,9 @@ def test_attention_sinks_by_documents() -> None:
     """GPT-OSS, which takes no mask from the positions: its documents in one row are what each is alone."""
     with pytest.raises(UserError, match="--no_document_mask"):
         check_attention(with_sinks(), 128, (1, 4), document_mask=True)
-    model, alone, batch = with_sinks(), with_sinks(), batch_of(4)
+    model = with_sinks()
+    alone = with_sinks()
+    batch = batch_of(4)
     use_documents(model)
     check_attention(model, 128, (1, 4), document_mask=True)
     found = model(**model_inputs(model, batch)).logits

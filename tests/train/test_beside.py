@@ -57,7 +57,8 @@ def last_state(out: Path) -> TrainerState:
 def test_a_failed_evaluation_does_not_end_the_run(
     user: Playground, tmp_path: Path, ranks: int, calls: tuple[int, ...]
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     run(ranks, user.flags(whole, *FLAGS))
     error = RuntimeError("no evaluation today")
     told = run_ranks(ranks, failing, user.flags(out, *FLAGS), "evaluator", "evaluate", error, calls)
@@ -123,7 +124,8 @@ def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
     user: Playground, tmp_path: Path, owner: str, method: str, call: int, step: int
 ) -> None:
     """And the run that resumes there does what was pending, once."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     flags = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warmup_steps", 1)
     run(1, user.flags(whole, *flags))
     run_ranks(1, ended_within, user.flags(out, *flags), owner, method, call)

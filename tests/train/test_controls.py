@@ -22,7 +22,8 @@ RELORA = (
 
 
 def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground, tmp_path: Path) -> None:
-    one, two = tmp_path / "1", tmp_path / "2"
+    one = tmp_path / "1"
+    two = tmp_path / "2"
     run(1, user.flags(one, *RELORA, "--per_device_train_batch_size", 4))
     summary = run(2, user.flags(two, *RELORA))
     assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
@@ -35,7 +36,8 @@ def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground
 
 def test_relora_interrupted_and_resumed_is_the_same_run(user: Playground, tmp_path: Path) -> None:
     """Right after a merge that is not saved yet, and in mid-cycle."""
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole = tmp_path / "whole"
+    resumed = tmp_path / "resumed"
     run(2, user.flags(whole, *RELORA))
     stop_and_resume(2, user.flags(resumed, *RELORA), 3, 5)
     assert_same_run(resumed, whole)
@@ -61,7 +63,8 @@ def test_an_adapter_of_another_kind_does_not_continue_a_run(user: Playground, tm
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_none_reports_the_base(user: Playground, tmp_path: Path, ranks: int) -> None:
-    trained, bare = tmp_path / "trained", tmp_path / "bare"
+    trained = tmp_path / "trained"
+    bare = tmp_path / "bare"
     expected = run(1, user.flags(trained, "--max_steps", 2))["perplexity_before"]
     summary = run(ranks, user.flags(bare, "--adapter", "none"))
     assert summary["perplexity_before"] == summary["perplexity_after"] == pytest.approx(expected, rel=1e-6)

@@ -22,7 +22,8 @@ START = ("--document_start", TOKEN)
 
 def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground) -> None:
     tokenizer = load_tokenizer(user.model)
-    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos = tokenizer.bos_token_id
+    end = tokenizer.eos_token_id
     assert [start_id(tokenizer, start) for start in ("auto", "none", TOKEN)] == [bos, None, end]
     tokenizer.bos_token = None
     assert start_id(tokenizer) is None
@@ -74,7 +75,8 @@ def test_a_resume_needs_it_again(user: Playground, tmp_path: Path, more: tuple[s
 
 
 def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path) -> None:
-    target, corpus = load_target(user.model), load_corpus([str(user.other)])
+    target = load_target(user.model)
+    corpus = load_corpus([str(user.other)])
     scores = {
         start: evaluate(target, corpus, Windows.of(target.model, 64, 32, start)).nats
         for start in ("auto", "<s>", TOKEN)

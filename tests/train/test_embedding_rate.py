@@ -13,7 +13,8 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
-RATE, SHARE = 0.05, 0.125
+RATE = 0.05
+SHARE = 0.125
 
 
 def first_step(stage: int) -> list[float]:

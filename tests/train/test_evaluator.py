@@ -116,13 +116,16 @@ def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None,
     model = Model(hooks)
     held = SimpleNamespace(eval_batches=lambda *share: iter(()))
     settings = {"tasks": model, "tasks_steps": 4, **more}
-    watch, state = Watch(bounds or {}, weights), TrainerState(total_steps=6)
+    watch = Watch(bounds or {}, weights)
+    state = TrainerState(total_steps=6)
     made: Any = Evaluator
     return made(model, {"held": held}, state, Log(), 2, watch=watch, hooks=hooks, **settings)
 
 
 def at(made: Any, step: int, nll: float, score: float = 0.5) -> None:
-    made.state.step, made.replica.nll, made.replica.score = step, nll, score
+    made.state.step = step
+    made.replica.nll = nll
+    made.replica.score = score
     before = made.evaluate()
     if step == 0:  # as `Trainer` keeps it
         made.state.perplexity_before = before
@@ -145,7 +148,8 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
     at(made, 0, 1.0)
     made.state.evaluation_pending = True
     at(made, 2, 2.0)
-    start, now = {"held": math.exp(1)}, {"held": math.exp(2)}
+    start = {"held": math.exp(1)}
+    now = {"held": math.exp(2)}
     assert made.log.rows == [(0, start, start), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
     assert made.state.perplexity_last == now and not made.state.evaluation_pending
     assert made.replica.read_as == ["held", "held"] and made.hooks.now == ""
@@ -153,7 +157,8 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
 
 def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    made, found = evaluator({"held": 1.0}), []
+    made = evaluator({"held": 1.0})
+    found = []
     for step, nll in enumerate((1.0, 3.0, 2.0, 2.0, 2.5)):
         at(made, step, nll)
         found.append(made.state.best_step)
@@ -187,7 +192,8 @@ def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation
     def leave() -> None:
         raise Stopped("stopped")
 
-    made.state.evaluation_pending, made.state.step = True, 4
+    made.state.evaluation_pending = True
+    made.state.step = 4
     with pytest.raises(Stopped):
         made.evaluate(before_batch=leave)
     assert made.log.rows == [] and made.state.evaluation_pending

@@ -30,7 +30,9 @@ from mora_ds.train.run import Run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, alone, causal_loss, tiny_model, tokens
 
-WORLD, ROWS, LEARNING_RATE = 2, 2, 1e-2
+WORLD = 2
+ROWS = 2
+LEARNING_RATE = 1e-2
 
 ALSO_TRAINED: dict[str, dict[str, Any]] = {
     "llama": {"train_embeddings": True, "train_norms": True, "train_head": True},
@@ -202,7 +204,8 @@ def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path) -> None:
 
 # -- documents in one row ----------------------------------------------------------------------------------------------
 
-FIRST, SECOND = 9, 23
+FIRST = 9
+SECOND = 23
 """Lengths of two documents in one row; the second is longer than the sliding windows of 12."""
 
 
@@ -238,7 +241,8 @@ def test_documents_do_not_see_each_other(family: str, attention: str) -> None:
     model = adapted(family, attention)
     for training in (False, True):
         model.train(training)
-        one, other = two_documents(1), two_documents(2)
+        one = two_documents(1)
+        other = two_documents(2)
         assert not torch.equal(one["input_ids"], other["input_ids"])
         with torch.no_grad():
             alone = logits_of(model, one["input_ids"][:, FIRST:], one["position_ids"][:, FIRST:])

@@ -12,7 +12,8 @@ from tests.helpers.host_reads import HostReads
 from tests.helpers.jobs import Playground, job
 
 TRAINER = "mora_ds/train/trainer.py"
-STAGE3, UTILS = "deepspeed/runtime/zero/stage3.py", "deepspeed/runtime/utils.py"
+STAGE3 = "deepspeed/runtime/zero/stage3.py"
+UTILS = "deepspeed/runtime/utils.py"
 """The gradient norm of each parameter group, copied to the host (stage3.py, `_get_norm_groups`), and looked at there.
 In the first three steps DeepSpeed also compares its trace of the model between ranks."""
 

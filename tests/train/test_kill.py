@@ -60,7 +60,9 @@ def prepare(out: Path, whole: Path, start: Start) -> None:
 def kill_and_run_again(
     user: Playground, tmp_path: Path, whole: Path, moment: str, victims: list[int], ranks: int, precision: str
 ) -> None:
-    out, cache, start = tmp_path / "out", tmp_path / "cache", MOMENTS[moment].start
+    out = tmp_path / "out"
+    cache = tmp_path / "cache"
+    start = MOMENTS[moment].start
     prepare(out, whole, start)
     how = ("--overwrite_output_dir", "true") if start is Start.ANOTHER else ("--resume_from_checkpoint", "auto")
     own_cache = ("--cache_dir", cache) if moment.startswith(("tokens", "corpus")) else ()
@@ -105,7 +107,8 @@ def test_killed(
 @pytest.mark.gloo
 def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, tmp_path: Path) -> None:
     """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
-    whole, out = whole_of(2, "fp32", ()), tmp_path / "out"
+    whole = whole_of(2, "fp32", ())
+    out = tmp_path / "out"
     prepare(out, whole, Start.UNNAMED)
     killed_run(2, command(user, out, "fp32", "--overwrite_output_dir", "true"), "old_run_set_aside", [0, 1])
     assert not (out / "checkpoints").exists()

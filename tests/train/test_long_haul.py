@@ -22,7 +22,8 @@ from tests.helpers.outcome import assert_same_outcome
 
 RANKS = 2
 STEPS = int(os.environ.get("LONG_HAUL_STEPS", "400"))
-MERGE_EVERY, SAVE_EVERY = 50, 20
+MERGE_EVERY = 50
+SAVE_EVERY = 20
 KILLS = max(6, STEPS // 100)
 SEED = int(os.environ.get("LONG_HAUL_SEED", "0"))
 LOOK_EVERY = 10
@@ -55,7 +56,8 @@ def assert_flat(seen: list[tuple[int, int, int]], rank: int) -> None:
     """The last tenth against the second one, when every buffer has its size: the most memory, and the fewest
     descriptors, as another thread may have a file open at the moment of a look."""
     tenth = len(seen) // 10
-    early, late = seen[tenth : 2 * tenth], seen[-tenth:]
+    early = seen[tenth : 2 * tenth]
+    late = seen[-tenth:]
     for what, place, extreme, growth in (("resident bytes", 1, max, GROWTH), ("open file descriptors", 2, min, 0.0)):
         before, now = (extreme(row[place] for row in part) for part in (early, late))
         print(f"rank {rank}: {what} {before:,} -> {now:,} ({now / before - 1:+.2%})")
@@ -99,14 +101,16 @@ def _last_step(out: Path) -> int:
 @pytest.mark.timeout(3 * STEPS)
 def test_long_haul(tmp_path: Path) -> None:
     user: Playground = playground(tmp_path / "user")
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
 
     def flags(folder: Path) -> list[str]:
         return user.flags(folder, *FLAGS, "--eval_files", f"short={user.other}")
 
     for rank, seen in enumerate(run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)):
         assert_flat(seen, rank)
-    dice, done = random.Random(SEED), 0
+    dice = random.Random(SEED)
+    done = 0
     steps = sorted(dice.sample(range(5, STEPS - 5), KILLS))
     for step in steps:
         victims = dice.choice([[0], [1], [0, 1]])

@@ -165,7 +165,8 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
 ) -> None:
     bars: list[Recorder] = []
     monkeypatch.setattr(metrics_module, "tqdm", lambda **given: bars.append(Recorder(**given)) or bars[-1])
-    one, other = Recorder(), Recorder()
+    one = Recorder()
+    other = Recorder()
     log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda: [one, other])
     with caplog.at_level("INFO"):
         log.step(metrics(3))

@@ -205,7 +205,9 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: P
 class Alone:
     """The parts of `Ranks` that opening a ledger uses, for a single process."""
 
-    rank, world, is_local_first = 0, 1, True
+    rank = 0
+    world = 1
+    is_local_first = True
 
     def on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
         return work()

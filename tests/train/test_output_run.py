@@ -72,7 +72,8 @@ def run_privately(argv: list[str]) -> dict[str, Any]:
 @pytest.mark.gloo
 def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickled: Path, tmp_path: Path) -> None:
     """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's file is in any of them."""
-    out, cache = tmp_path / "out", tmp_path / "cache"
+    out = tmp_path / "out"
+    cache = tmp_path / "cache"
     secret = {**json.loads(ZERO3.read_text()), "comet": {"enabled": False, "api_key": "s3cret"}}
     (tmp_path / "ds.json").write_text(json.dumps(secret))
     more = ("--export_merged", "--cache_dir", cache, "--deepspeed", tmp_path / "ds.json")
@@ -122,7 +123,8 @@ def demo_refused(argv: list[str]) -> str:
     def refuse(arguments: Any) -> None:
         raise UserError("--eval_files: no file")
 
-    demo.write_inputs, demo.pretrain = write_inputs, refuse  # type: ignore[assignment]
+    demo.write_inputs = write_inputs
+    demo.pretrain = refuse  # type: ignore[assignment]
     with pytest.raises(UserError) as caught:
         demo.run_demo(parse(argv))
     return str(caught.value)

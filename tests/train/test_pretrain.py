@@ -80,7 +80,8 @@ def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> No
 @pytest.mark.gloo
 def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_path: Path) -> None:
     more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     run(1, user.flags(one, *more, "--per_device_train_batch_size", 4))
     summary = run(2, user.flags(two, *more))
     with pytest.raises(UserError, match=r"--adapter full.* resume the run with --export_merged"):
@@ -373,7 +374,8 @@ def job_of_a_node(argv: list[str]) -> dict[str, Any]:
 
 @pytest.mark.gloo
 def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path) -> None:
-    out, one = tmp_path / "nodes", tmp_path / "one"
+    out = tmp_path / "nodes"
+    one = tmp_path / "one"
     short = user.flags(out, *MERGING, "--save_steps", 4)
     summaries = run_ranks(3, job_of_a_node, short)
     assert [summary["merges"] for summary in summaries] == [2, 2, 2]

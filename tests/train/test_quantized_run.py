@@ -51,7 +51,8 @@ BITS = [8, pytest.param(4, marks=packed)]
 
 def step_of(engine: Any, step: int) -> float:
     """Train on this rank's rows of a step. Returns the mean loss over all ranks."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
+    rank = dist.get_rank()
     loss = causal_loss(engine, tokens(ROWS, seed=step).view(world, ROWS // world, -1)[rank])
     engine.backward(loss)
     engine.step()
@@ -101,7 +102,8 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
     tmp_path: Path, file_dtype: str
 ) -> None:
     results = run_ranks(2, loop_in_bf16, str(tmp_path), file_dtype, 10)
-    base, ledger = BaseCheckpoint.open(tmp_path / "base"), Ledger.open(tmp_path / "out" / "ledger")
+    base = BaseCheckpoint.open(tmp_path / "base")
+    ledger = Ledger.open(tmp_path / "out" / "ledger")
     assert ledger.cycles == 10
     for result in results:
         assert_rounded_once(result["at_first"], base, None)
@@ -121,7 +123,9 @@ def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int) -> dict
     inject(model, config)
     engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1))
     work = mora_ds.Run(engine, base="base", folder=f"out-{world}")
-    counter, losses, lost = CollectiveCounter(frozen_buffers(model).values()), [], 0.0
+    counter = CollectiveCounter(frozen_buffers(model).values())
+    losses = []
+    lost = 0.0
     with counter.counting():
         for step in range(1, merges + 3):
             losses.append(step_of(engine, step))
@@ -176,7 +180,8 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_ranks(1, loop_of, str(tmp_path), config, stage, 3)[0]
     two = run_ranks(2, loop_of, str(tmp_path), config, stage, 3)
-    base, ledger = BaseCheckpoint.open(tmp_path / "base"), Ledger.open(tmp_path / "out-2" / "ledger")
+    base = BaseCheckpoint.open(tmp_path / "base")
+    ledger = Ledger.open(tmp_path / "out-2" / "ledger")
     loaded = mora_layers(load_adapter(tmp_path / "base", tmp_path / "out-2"))
     for found in two:
         if not config.dropout:
@@ -200,7 +205,8 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
 def exact_export(out: Path, model: Path) -> dict[str, Tensor]:
     """The original plus all deltas and the live matrices, by the checkpoint's own files."""
     latest = out / "checkpoints" / "latest"
-    adapter, base = load_file(latest / "adapter.safetensors"), BaseCheckpoint.open(model)
+    adapter = load_file(latest / "adapter.safetensors")
+    base = BaseCheckpoint.open(model)
     ledger = Ledger.open(latest / "ledger")
     return {
         f"{name}.weight": live_weight(
@@ -219,7 +225,8 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     user: Playground, tmp_path: Path, ranks: int, bits: int
 ) -> None:
     """The export knows nothing of few bits: originals and deltas, in fp32."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
     summary = run(ranks, user.flags(whole, *flags))
     assert summary["base_bytes_gathered"] == 0 and summary["merges"] == 2
@@ -227,7 +234,8 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     assert_same_run(out, whole)
     comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
     assert comparison is not None and comparison.error < 0.6 * comparison.tolerance
-    exported, expected = load_file(tmp_path / "merged" / "model.safetensors"), exact_export(out, user.model)
+    exported = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = exact_export(out, user.model)
     assert expected and all(torch.equal(exported[name], weight) for name, weight in expected.items())
     message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
     assert f"--base_bits: {bits} there, 16 here" in message
@@ -254,9 +262,11 @@ def plan_of(bits: int, compute: str) -> Plan:
 def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
     compute = "activation" if bits == 4 else "auto"  # nothing but index tables then outlives a layer's call
-    small, whole = plan_of(bits, compute), plan_of(16, compute)
+    small = plan_of(bits, compute)
+    whole = plan_of(16, compute)
     model = planned_model(work_of(bits, compute))
-    frozen, layers = frozen_buffers(model).values(), mora_layers(model).values()
+    frozen = frozen_buffers(model).values()
+    layers = mora_layers(model).values()
     rotary = small.memory.base - sum(tensor.nbytes for tensor in frozen)
     assert 0 <= rotary < 1000
     in_few_bits = sum(weight.nbytes + scales.nbytes for weight, scales in quantized(model).values())

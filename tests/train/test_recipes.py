@@ -70,7 +70,8 @@ def test_recipes_are_planned(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--dry_run on as many ranks as the recipe is for: of the right model, within the device that its plan names."""
-    size, text = size_of(path), path.read_text(encoding="utf-8")
+    size = size_of(path)
+    text = path.read_text(encoding="utf-8")
     asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", text)
     ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))

@@ -36,7 +36,8 @@ from tests.helpers.resume import (
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.heavy), 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, ranks: int) -> None:
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     run(ranks, user.flags(whole, *more))
     argv = user.flags(out, *more, "--resume_from_checkpoint")
     for step in (3, 5, 7):  # after a merge that is not saved yet, then twice between checkpoints
@@ -142,7 +143,8 @@ def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Pa
 @pytest.mark.gloo
 def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path) -> None:
     """Also over what a run has left that was killed before its first checkpoint, merges included."""
-    out, whole = tmp_path / "out", tmp_path / "whole"
+    out = tmp_path / "out"
+    whole = tmp_path / "whole"
     more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
     run(1, user.flags(whole, *more))
     run_ranks(1, interrupted_job, user.flags(out, *more, "--learning_rate", 0.5), 7)

@@ -101,7 +101,8 @@ def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    files, out = task_files(tmp_path), tmp_path / "out"
+    files = task_files(tmp_path)
+    out = tmp_path / "out"
     flags = user.flags(
         out, "--eval_tasks", *files.values(), "--eval_steps", 2, "--eval_tasks_steps", 4, "--best_by", "rolling:1",
         "--stop_when_forgotten", "rolling:50", "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged",

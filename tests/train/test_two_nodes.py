@@ -42,7 +42,8 @@ def nodes() -> Iterator[tuple[Node, Node]]:
 
 
 def command(how: str, node: int, folder: Path, flags: list[str]) -> list[str]:
-    program, script = Path(sys.executable).with_name(how), str(REPOSITORY / "launch" / "pretrain.py")
+    program = Path(sys.executable).with_name(how)
+    script = str(REPOSITORY / "launch" / "pretrain.py")
     place = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
     if how == "torchrun":
         return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *place, script, *flags]
@@ -100,15 +101,18 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
     user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path
 ) -> None:
     """Everything of DeepSpeed's but the connection; a node gets what it needs to know from .deepspeed_env alone."""
-    out, programs = tmp_path / "out", remote_shell.install(tmp_path / "bin")
+    out = tmp_path / "out"
+    programs = remote_shell.install(tmp_path / "bin")
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n")
     needed = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in needed.items()))
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
-    program, script = str(Path(sys.executable).with_name("deepspeed")), str(REPOSITORY / "launch" / "pretrain.py")
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    script = str(REPOSITORY / "launch" / "pretrain.py")
     place = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
-    words, outside = [program, *place, script, *user.flags(out, *MORE)], {"PATH": path, remote_shell.NODES: holders}
+    words = [program, *place, script, *user.flags(out, *MORE)]
+    outside = {"PATH": path, remote_shell.NODES: holders}
     with (tmp_path / "log0").open("w") as log:
         done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
     assert done.returncode == 0, (tmp_path / "log0").read_text()

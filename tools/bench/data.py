@@ -78,7 +78,8 @@ def main() -> None:
             sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
         return StreamMixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states=states)
 
-    train, stream = _training(options), streamed()
+    train = _training(options)
+    stream = streamed()
     train()
     ways: dict[str, Mixture] = {"cached": cached(), "streaming": stream}
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "training")}
@@ -118,14 +119,16 @@ def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
     texts = [document.text for document in domain_documents()]
     corpora = {}
     for name, weight in zip("abc", WEIGHTS, strict=True):
-        wanted, written = megabytes * 1e6 * weight, 0
+        wanted = megabytes * 1e6 * weight
+        written = 0
         (folder / name).mkdir(parents=True, exist_ok=True)
         files = [(folder / name / f"{shard}.jsonl").open("w", encoding="utf-8") for shard in range(4)]
         number = 0
         while written < wanted:
             text = f"# {name} {number}\n{texts[number % len(texts)]}"
             files[number % 4].write(json.dumps({"text": text}) + "\n")
-            written, number = written + len(text), number + 1
+            written = written + len(text)
+            number = number + 1
         for file in files:
             file.close()
         corpora[name] = load_corpus([str(folder / name / "*.jsonl")])

@@ -158,7 +158,8 @@ def step(options: argparse.Namespace, report: Report) -> None:
     rows = [["ZeRO", "tokens/s", "peak, GiB", "waits inside a micro-batch"]]
     _one_rank()
     for stage in (1, 2, 3):
-        engine, ids = _engine(options, stage), _ids(options)
+        engine = _engine(options, stage)
+        ids = _ids(options)
         _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
         waits = "none" if options.device.type == "cuda" else "only a GPU can say"
         with _waits_are_errors(options.device):
@@ -179,7 +180,9 @@ def step(options: argparse.Namespace, report: Report) -> None:
 
 def memory(options: argparse.Namespace, report: Report) -> None:
     _one_rank()
-    adapter, ids, cuda = MoRAConfig(rank=8), _ids(options), options.device.type == "cuda"
+    adapter = MoRAConfig(rank=8)
+    ids = _ids(options)
+    cuda = options.device.type == "cuda"
     model = _model(options)
     dtype = torch.bfloat16 if cuda else torch.float32
     work = Work(model.config, adapter, ids.shape[1], len(ids), dtype, document_mask=False)
@@ -213,7 +216,8 @@ def resume(options: argparse.Namespace, report: Report) -> None:
     _one_rank()
     config = MoRAConfig(rank=8)
     with tempfile.TemporaryDirectory() as folder:
-        base, out = Path(folder) / "base", Path(folder) / "out"
+        base = Path(folder) / "base"
+        out = Path(folder) / "out"
         write_own_base(_model(options), base)
         whole = _engine(options, 3, config)
         run = Run(whole, base=base, folder=out)
@@ -267,7 +271,8 @@ def _tokens(options: argparse.Namespace) -> int:
 
 def _product(spec: OperatorSpec, x: Tensor, weight: Tensor, square: Tensor, path: Compute) -> tuple[Tensor, ...]:
     """y, and the gradients of x and M for a gradient of one everywhere."""
-    x, square = x.detach().requires_grad_(), square.detach().requires_grad_()
+    x = x.detach().requires_grad_()
+    square = square.detach().requires_grad_()
     y = mora_linear(x, weight, None, square, spec, path)
     return y.detach(), *torch.autograd.grad(y.sum(), (x, square))
 

@@ -67,7 +67,9 @@ def make(kind: OperatorKind, rank: int, shape: tuple[int, int], tokens: int, lik
 
 def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     """Name -> (forward, what it trains)."""
-    x, weight, spec = layer.x, layer.base.weight, layer.spec
+    x = layer.x
+    weight = layer.base.weight
+    spec = layer.spec
     square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
     trained = weight.clone().requires_grad_()
     ours = LoRALinear(layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank))

@@ -296,7 +296,8 @@ def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _report(options: argparse.Namespace, trials: Sequence[Trial], best: Mapping[tuple[str, int], float]) -> None:
     shown = [row for row in _rows(trials) if row.rate == best[row.kind]]
-    report, ranks = Report(options), ", ".join(map(str, options.rank))
+    report = Report(options)
+    ranks = ", ".join(map(str, options.rank))
     report.say(
         f"perplexity after {options.steps} steps, rank {ranks}, up to {options.seeds} seed(s), at the best"
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
@@ -363,7 +364,8 @@ def _gap(row: Row, of: dict[str, Row]) -> str:
     """The part of the distance from LoRA to full training that a method closes, on the new text."""
     if row.method in ("lora", "full") or not {"lora", "full"} <= set(of) or not row.trained:
         return "-"
-    lora, full = of["lora"].new, of["full"].new
+    lora = of["lora"].new
+    full = of["full"].new
     if not (seeds := set(lora) & set(full) & set(row.new)):
         return "-"
     start, end, own = (sum(each[seed] for seed in seeds) for each in (lora, full, row.new))

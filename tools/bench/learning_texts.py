@@ -10,7 +10,8 @@ from mora_ds.common.files import sha256_file
 from mora_ds.data import load_tokenizer, tokenizer_fingerprint
 from mora_ds.models.base import BaseCheckpoint
 
-NEW, OLD = "new", "old"
+NEW = "new"
+OLD = "old"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,10 @@ from tools.bench.trials import at_edge, run_all, run_alone
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
 from tools.tables import mean_and_spread
 
-WARMUP, RAMP, KNOWN, LEARNT = 10, 5, 0.9, 0.995
+WARMUP = 10
+RAMP = 5
+KNOWN = 0.9
+LEARNT = 0.995
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def run_trial(trial: Trial, work: Path) -> None:
     torch.manual_seed(trial.seed)
     rows = Digits(trial.base).rows(trial.pairs, trial.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(trial.base, dtype=torch.float32)
-    method, run = METHODS[trial.method], None
+    method = METHODS[trial.method]
+    run = None
     if method.adapter is None:
         trained = sum(parameter.numel() for parameter in model.parameters())
         engine, *_ = initialize_full(model=model, config=_ds_config(trial))
@@ -192,7 +196,8 @@ def run_trial(trial: Trial, work: Path) -> None:
         ScheduleKind.CONSTANT, trial.rate, trial.steps, WARMUP, merge_every=every, restart_warmup_steps=RAMP
     )
     result: dict[str, Any] = {"trained": trained, "steps": [], "accuracy": [], "loss": []}
-    draw, merges = random.Random(f"order/{trial.seed}"), list[int]()
+    draw = random.Random(f"order/{trial.seed}")
+    merges = list[int]()
     for step in range(trial.steps):
         zero.set_learning_rate(engine, schedule.learning_rate(step, merges))
         loss = _step(engine, rows, [draw.randrange(len(rows)) for _ in range(trial.batch)], trial.micro_batch)

@@ -67,7 +67,8 @@ class OneRank:
             module.gather_to_all = self._gather_to_all  # type: ignore[attr-defined]
         ranks.Ranks.on_first = self._on_first  # type: ignore[method-assign, assignment]
         lengths: Any = sys.modules["deepspeed.runtime.zero.utils"]  # compared with what rank 0 broadcasts
-        lengths.get_lst_from_rank0, lengths.assert_lst_len_same_as_other_ranks = (lambda own: own), (lambda own: None)
+        lengths.get_lst_from_rank0 = lambda own: own
+        lengths.assert_lst_len_same_as_other_ranks = lambda own: None
         sys.addaudithook(self._audit)
 
     @contextmanager

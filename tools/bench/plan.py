@@ -79,7 +79,8 @@ def _adapter(options: argparse.Namespace) -> MoRAConfig:
 
 
 def _show(report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, float]]) -> None:
-    memory, mine = plan.memory, by_rank[0]
+    memory = plan.memory
+    mine = by_rank[0]
     rows = [
         ("held between steps", memory.static + _persistent(plan), mine["held"]),
         ("kept at the end of forward", memory.activations, mine["kept"]),
@@ -112,7 +113,9 @@ def measure(ranks: int, folder: str, options: argparse.Namespace) -> list[dict[s
 def _measured(folder: str, options: argparse.Namespace) -> dict[str, float]:
     _train(f"{folder}/tiny", options, warm_up=True)  # libraries and code are in memory
     gc.collect()
-    tensors, resident, pss = _alive(), memory_of("VmRSS"), memory_of("Pss")
+    tensors = _alive()
+    resident = memory_of("VmRSS")
+    pss = memory_of("Pss")
     return _train(folder, options, False, tensors, resident, pss)
 
 

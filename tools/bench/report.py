@@ -63,7 +63,8 @@ class Report:
 
 def command() -> str:
     """The command of this process, without the flags that only say where to write."""
-    words, kept = list(sys.argv[1:]), []
+    words = list(sys.argv[1:])
+    kept = []
     while words:
         word = words.pop(0)
         if word in ("--json", "--folder", "--work"):

@@ -63,7 +63,8 @@ TITLES = ("phase", "model", "ranks", "rank", "setting", "CPU s", "files")
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
 """Of the matrices in the phase `step`, which shows what DeepSpeed does in Python: the arithmetic is the GPU's."""
-WARM_UP, STEPS = 2, 3
+WARM_UP = 2
+STEPS = 3
 """DeepSpeed's trace of modules is complete from the third micro-batch on."""
 
 
@@ -254,8 +255,10 @@ def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, s
         rows = np.stack([np.arange(len(sizes)), start, np.minimum(share_size, sizes - start), np.full(len(sizes), rank),
                          np.zeros(len(sizes), np.int64), np.cumsum(share_size) - share_size], axis=1)  # fmt: skip
     else:
-        begins, share = np.cumsum(sizes) - sizes, -(-int(sizes.sum()) // one.world)
-        start, end = np.maximum(begins, rank * share), np.minimum(begins + sizes, (rank + 1) * share)
+        begins = np.cumsum(sizes) - sizes
+        share = -(-int(sizes.sum()) // one.world)
+        start = np.maximum(begins, rank * share)
+        end = np.minimum(begins + sizes, (rank + 1) * share)
         rows = np.stack([np.arange(len(sizes)), start - begins, end - start, np.full(len(sizes), rank),
                          np.zeros(len(sizes), np.int64), start - rank * share], axis=1)  # fmt: skip
     rows = rows[rows[:, NUMEL] > 0]

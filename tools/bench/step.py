@@ -43,7 +43,8 @@ from tools.bench.measuring import llama_config, seconds_of, zero3_config
 from tools.bench.report import Report, json_flag
 
 VOCABULARY = 8192
-PEER, RIVAL = "PEFT LoRA, ZeRO-3", "PEFT LoRA, ZeRO-2"
+PEER = "PEFT LoRA, ZeRO-3"
+RIVAL = "PEFT LoRA, ZeRO-2"
 
 Step = Callable[[], None]
 

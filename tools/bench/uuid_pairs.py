@@ -15,7 +15,8 @@ from mora_ds.common.files import atomic_folder
 from mora_ds.data import load_tokenizer
 from tools.bench.trials import warm_base
 
-DIGITS, HEX = 32, "0123456789abcdef"
+DIGITS = 32
+HEX = "0123456789abcdef"
 
 
 class Digits:
@@ -59,7 +60,8 @@ def teach_digits(base: Path, folder: Path, steps: int, rate: float = 1e-3, pairs
     """`base` after training on pairs that never come again, as a plain folder: it knows that digits follow, and none of
     them. A large pretrained model does by itself; a small one, frozen, would spend its adapter on it."""
     torch.manual_seed(0)
-    digits, model = Digits(base), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    digits = Digits(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     for step in range(steps):
         ids = digits.rows(pairs, f"never again/{step}")
@@ -78,10 +80,13 @@ def accuracy(engine: Any, rows: Tensor) -> float:
     `engine`: a causal model of transformers, or the engine around it; it is in training mode afterwards.
     """
     engine.eval()
-    ids, cache, right = rows[:, :-DIGITS].to(engine.device), None, 0
+    ids = rows[:, :-DIGITS].to(engine.device)
+    cache = None
+    right = 0
     for position in range(DIGITS):
         output = engine(input_ids=ids, past_key_values=cache, use_cache=True)
-        ids, cache = output.logits[:, -1:].argmax(dim=-1), output.past_key_values
+        ids = output.logits[:, -1:].argmax(dim=-1)
+        cache = output.past_key_values
         right += int((ids[:, 0].cpu() == rows[:, position - DIGITS]).sum())
     engine.train()
     return right / (len(rows) * DIGITS)

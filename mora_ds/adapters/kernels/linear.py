@@ -33,9 +33,11 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round otherwise."""
     spec = tables.spec
     if isinstance(weight, Int8Weight):
-        values, scales = weight.values, weight.scales
+        values = weight.values
+        scales = weight.scales
     else:
-        values, scales = dense(weight, square.dtype), None
+        values = dense(weight, square.dtype)
+        scales = None
     cos, sin = tables.rotation
     blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     formed: Tensor = ops.form(values, scales, square, tables.unfold, tables.deal, tables.members, cos, sin, *blocks)

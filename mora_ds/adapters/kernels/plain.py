@@ -37,7 +37,8 @@ def form(
 ) -> Tensor:  # fmt: skip
     """See `ops.form`."""
     del members
-    r_hat, slots = len(square), deal[0]
+    r_hat = len(square)
+    slots = deal[0]
     rows = _with_zero_row(square)[slots.where(slots < 0, slots % r_hat)]
     rows = F.pad(_unturned(_wide(rows).repeat(1, blocks_in), cos, sin), (0, 1))  # (O, N * R + 1)
     delta = torch.zeros(weight.shape, dtype=rows.dtype, device=rows.device)

@@ -32,7 +32,9 @@ _SHARED = 1 << 16
 _TOKENS = 4
 """Tokens of one program of `gather_sum`, which all read the same part of the table."""
 
-_NONE, _FORTH, _BACK = 0, 1, 2
+_NONE = 0
+_FORTH = 1
+_BACK = 2
 """Which rotation `_gather_sum` makes: of what it gathered, or of what it gathers from."""
 
 
@@ -106,8 +108,10 @@ def plan_form_groups(
     out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, members: Tensor
 ) -> Launch:
     """`form` for share: a program gathers a row of M once, and adds it to all rows of the weight that read it."""
-    columns, r_hat = weight.shape[1], len(square)
-    row, part = triton.next_power_of_2(r_hat), min(triton.next_power_of_2(columns), 2048)
+    columns = weight.shape[1]
+    r_hat = len(square)
+    row = triton.next_power_of_2(r_hat)
+    part = min(triton.next_power_of_2(columns), 2048)
     return Launch(
         _form_groups,
         (r_hat, triton.cdiv(columns, part)),
@@ -126,7 +130,8 @@ def plan_form_blocks(
 ) -> Launch:  # fmt: skip
     """`form` for the other operators: most elements of the delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
-    part, lines = min(triton.next_power_of_2(columns), 512), 8
+    part = min(triton.next_power_of_2(columns), 512)
+    lines = 8
     return Launch(
         _form_blocks,
         (triton.cdiv(rows, lines), triton.cdiv(columns, part)),
@@ -151,7 +156,8 @@ def product(c: Tensor, z: Tensor) -> Tensor:
 def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
     """`product` into out (P, R, R). The order of the sums depends on P alone."""
     (parts, r_hat, _), terms = out.shape, len(c)
-    tile, deep = max(16, min(plain.TILE, triton.next_power_of_2(r_hat))), 64
+    tile = max(16, min(plain.TILE, triton.next_power_of_2(r_hat)))
+    deep = 64
     tiles = triton.cdiv(r_hat, tile)
     return Launch(
         _product,
@@ -301,7 +307,8 @@ def _form_blocks(
 ):  # fmt: skip
     output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * PART + tl.arange(0, PART)
-    in_rows, in_columns = output < rows, column < columns
+    in_rows = output < rows
+    in_columns = column < columns
     inside = in_rows[:, None] & in_columns[None, :]
     slot = tl.load(deal + output, mask=in_rows, other=-1)
     block = tl.where(slot >= 0, slot // r_hat % blocks_in, -1)

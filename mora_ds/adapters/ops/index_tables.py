@@ -234,7 +234,8 @@ def lists(keys: Tensor, values: Tensor, size: int) -> Tensor:
     """(K, size): in column k the values whose key is k, in their order, and -1 up to the length K of the longest column
     (at least 1)."""
     order = keys.argsort(stable=True)
-    keys, values = keys[order], values[order]
+    keys = keys[order]
+    values = values[order]
     counts = torch.bincount(keys, minlength=size)
     rank = torch.arange(len(keys)) - (counts.cumsum(0) - counts)[keys]
     longest = int(rank.max()) + 1 if len(rank) else 1
@@ -252,7 +253,8 @@ def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
 
 
 def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
-    in_runs, out_runs = spec.grouping.contiguous_in, spec.grouping.contiguous_out
+    in_runs = spec.grouping.contiguous_in
+    out_runs = spec.grouping.contiguous_out
     if in_runs or spec.in_segments > 1:
         fold = _groups(spec.d_in, spec.r_hat, spec.in_segments, in_runs)
     else:
@@ -331,9 +333,11 @@ def group_of_each(size: int, groups: int, segments: int, contiguous: bool) -> Te
     Within a segment groups are residues modulo their number, or contiguous runs of which the first are longer by one.
     """
     parts = []
-    index_bounds, group_bounds = segment_bounds(size, segments), segment_bounds(groups, segments)
+    index_bounds = segment_bounds(size, segments)
+    group_bounds = segment_bounds(groups, segments)
     for (start, stop), (first, last) in zip(index_bounds, group_bounds, strict=True):
-        indices, count = torch.arange(stop - start), last - first
+        indices = torch.arange(stop - start)
+        count = last - first
         if contiguous:
             lengths = torch.full((count,), len(indices) // count)
             lengths[: len(indices) % count] += 1
@@ -375,7 +379,8 @@ def rope_table(blocks: int, r_hat: int, dtype: torch.dtype, device: torch.device
         cos = torch.ones(blocks, r_hat // 2, dtype=torch.float64)
         sin = torch.zeros_like(cos)
         for block in range(1, blocks):
-            before_cos, before_sin = cos[block - 1], sin[block - 1]
+            before_cos = cos[block - 1]
+            before_sin = sin[block - 1]
             cos[block] = before_cos * first_cos - before_sin * first_sin
             sin[block] = before_sin * first_cos + before_cos * first_sin
         return cos.float().to(device, dtype), sin.float().to(device, dtype)

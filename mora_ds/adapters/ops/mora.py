@@ -363,7 +363,8 @@ def output_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
 def block_pairs(spec: OperatorSpec) -> list[tuple[slice, slice]]:
     """For decouple and rotate, the pairs (input block, output block) that M connects, as slices of both: p mod N and
     p mod blocks_out for p below the larger number of blocks."""
-    most, least = max(spec.blocks_in, spec.blocks_out), min(spec.blocks_in, spec.blocks_out)
+    most = max(spec.blocks_in, spec.blocks_out)
+    least = min(spec.blocks_in, spec.blocks_out)
     runs = [
         (slice(start, min(start + least, most)), slice(0, min(least, most - start))) for start in range(0, most, least)
     ]

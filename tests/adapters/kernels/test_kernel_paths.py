@@ -70,7 +70,8 @@ def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind) ->
 
 
 def check_formed(spec: OperatorSpec) -> None:
-    square, weight = random(spec.r_hat, spec.r_hat).float(), random(spec.d_out, spec.d_in, seed=1).float()
+    square = random(spec.r_hat, spec.r_hat).float()
+    weight = random(spec.d_out, spec.d_in, seed=1).float()
     formed = form_weight(weight, square, KernelTables(spec, CPU))
     assert torch.equal(formed, effective_weight(spec, square, weight))
     transposed = form_weight(weight.T.contiguous().T, square, KernelTables(spec, CPU))
@@ -88,7 +89,9 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
     """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain operations."""
     monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
-    base, x, square = nn.Linear(12, 8), torch.randn(5, 12), torch.randn(6, 6)
+    base = nn.Linear(12, 8)
+    x = torch.randn(5, 12)
+    square = torch.randn(6, 6)
     original = base.weight.data.clone()
     layer = MoRALinear(base, spec, compute=Compute.WEIGHT)
     layer.square.data.copy_(square)
@@ -113,8 +116,10 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
 @both_paths
 def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
-    x, weight = torch.randn(40, 64, requires_grad=True), torch.randn(64, 64)
-    square, tables = torch.randn(16, 16, requires_grad=True), KernelTables(spec, CPU)
+    x = torch.randn(40, 64, requires_grad=True)
+    weight = torch.randn(64, 64)
+    square = torch.randn(16, 16, requires_grad=True)
+    tables = KernelTables(spec, CPU)
     step = lambda: kernel_linear(x, weight, None, square, tables, path)  # noqa: E731
     assert saved_bytes(step, weight, square) == 40 * 16 * 4
 
@@ -148,8 +153,11 @@ def test_a_layer_starts_few_kernels_and_never_waits(
 ) -> None:
     d_in, d_out = shape
     spec = OperatorSpec(kind, d_in, d_out, 256, Grouping.PERMUTED, seed=1)
-    x, square, weight = meta(2, 2048, d_in).requires_grad_(), meta(256, 256).requires_grad_(), meta(d_out, d_in)
-    tables, g = KernelTables(spec, x.device), meta(2, 2048, d_out)
+    x = meta(2, 2048, d_in).requires_grad_()
+    square = meta(256, 256).requires_grad_()
+    weight = meta(d_out, d_in)
+    tables = KernelTables(spec, x.device)
+    g = meta(2, 2048, d_out)
     with Kernels() as kernels:
         y = kernel_linear(x, weight, meta(d_out) if bias else None, square, tables, path)
         torch.autograd.grad(y, (x, square), g)

@@ -28,7 +28,8 @@ SLICES = 4
 SHORT = 40
 """Of so many operators the default tests try one."""
 
-TOKENS, PARTS = 4096, 8
+TOKENS = 4096
+PARTS = 8
 
 REGISTERS = 65536
 """Of a multiprocessor, sm_80 and sm_90."""
@@ -68,14 +69,18 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict[str, Launch]:
     """What one layer starts, by name."""
     tables = KernelTables(spec, META)
-    rotation, side = tables.rotation, spec.r_hat
-    x, g, square = meta(TOKENS, spec.d_in, dtype=dtype), meta(TOKENS, spec.d_out, dtype=dtype), meta(side, side)
+    rotation = tables.rotation
+    side = spec.r_hat
+    x = meta(TOKENS, spec.d_in, dtype=dtype)
+    g = meta(TOKENS, spec.d_out, dtype=dtype)
+    square = meta(side, side)
     square = meta(side, side, dtype=dtype)
     z = meta(TOKENS, tables.fold.shape[1], dtype=dtype)
     weight = meta(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
     scales = meta(spec.d_out, dtype=torch.float32) if int8 else None
     formed = meta(spec.d_out, spec.d_in, dtype=dtype)
-    base, plan = (formed, weight, scales, square, tables.unfold), triton_ops.plan_gather_sum
+    base = (formed, weight, scales, square, tables.unfold)
+    plan = triton_ops.plan_gather_sum
     blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     if tables.members is not None:
         form = triton_ops.plan_form_groups(*base, tables.members)

@@ -127,7 +127,9 @@ def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, path: Compute
 
 def test_the_frozen_layer_alone() -> None:
     values, scales = quantize(random(5, 8).float())
-    weight, bias, x = Int8Weight(values, scales), random(5, seed=1), random(3, 8, seed=2).requires_grad_()
+    weight = Int8Weight(values, scales)
+    bias = random(5, seed=1)
+    x = random(3, 8, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: frozen_linear(x, weight, bias), (x,))
     assert torch.equal(frozen_linear(x, weight, bias), F.linear(x, dense(weight, torch.float64), bias))
 
@@ -178,7 +180,8 @@ def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bit
             for layer in mora_layers(model).values():
                 layer.keep_merged([(layer.spec, 0.1 * random(*layer.spec.value_shape))])
                 merged += [value for _, value in layer.merged]
-        ids, model = tokens(2), model.train()
+        ids = tokens(2)
+        model = model.train()
         causal_loss(model, ids)  # makes the tables
         with MemoryMeter((*model.parameters(), *model.buffers(), *merged, ids)) as meter:
             loss = causal_loss(model, ids)
@@ -227,7 +230,8 @@ def test_many_merges_are_one(conv: bool) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.float32)
     original = base.weight.data.clone()
-    layer, drifting = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0)), original.clone()
+    layer = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0))
+    drifting = original.clone()
     updates: list[Any] = []
     for cycle in range(30):
         turned = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=cycle)
@@ -252,7 +256,8 @@ def test_norms_of_a_merge(bits: int, conv: bool) -> None:
     """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or bf16 keeps out of it."""
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.bfloat16)
-    original, value = base.weight.data.clone(), 0.05 * random(10, 10).float()
+    original = base.weight.data.clone()
+    value = 0.05 * random(10, 10).float()
     layer = adapt(base, spec, 0.0, Compute.AUTO, 0)
     if bits == 8:
         in_8_bits(layer)

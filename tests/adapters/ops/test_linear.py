@@ -43,7 +43,9 @@ def test_all_paths_in_bf16(spec: OperatorSpec, path: Compute) -> None:
 @all_paths
 def test_a_transposed_weight_will_do(path: Compute) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
-    x, weight, square = random(5, 12), random(12, 8, seed=1), random(6, 6, seed=2)
+    x = random(5, 12)
+    weight = random(12, 8, seed=1)
+    square = random(6, 6, seed=2)
     found = mora_linear(x, weight.T, None, square, spec, path)
     torch.testing.assert_close(found, x @ (weight.T + delta_weight(spec, square)).T)
 
@@ -53,14 +55,18 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
 
 @all_paths
 def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
-    d, rank, tokens = 64, 4, 40
+    d = 64
+    rank = 4
+    tokens = 40
     spec = OperatorSpec(
         OperatorKind.SHARE, d, d, square_size(d, d, rank, OperatorKind.SHARE), Grouping.PERMUTED, seed=1
     )
-    x, weight = torch.randn(tokens, d), torch.randn(d, d)
+    x = torch.randn(tokens, d)
+    weight = torch.randn(d, d)
     square = torch.randn(spec.r_hat, spec.r_hat, requires_grad=True)
     kept = saved_bytes(lambda: mora_linear(x.requires_grad_(), weight, None, square, spec, path), weight, square)
-    down, up = torch.randn(rank, d, requires_grad=True), torch.randn(d, rank, requires_grad=True)
+    down = torch.randn(rank, d, requires_grad=True)
+    up = torch.randn(d, rank, requires_grad=True)
     lora = saved_bytes(lambda: F.linear(x, weight) + F.linear(F.linear(x, down), up), weight, down, up)
     assert kept == tokens * spec.r_hat * 4
     assert lora == tokens * (d + rank) * 4
@@ -70,7 +76,8 @@ def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
 @all_paths
 def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
     spec = OperatorSpec(OperatorKind.ROTATE, 32, 32, 8, Grouping.PERMUTED, seed=1)
-    x, square = torch.randn(9, 32, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(9, 32, requires_grad=True)
+    square = torch.randn(8, 8, requires_grad=True)
     weight = torch.randn(32, 32)
     assert saved_bytes(lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x) == 0
 
@@ -86,7 +93,8 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
     monkeypatch.setattr(gather, "_kept", gather._Kept())
     specs = [OperatorSpec(kind, d_in, d_out, 6, Grouping.PERMUTED, 1) for d_in, d_out in ((16, 12), (12, 20), (20, 16))]
     weights = [random(spec.d_out, spec.d_in, seed=spec.d_in) for spec in specs]
-    x, squares = random(7, 16).requires_grad_(), [random(6, 6, seed=seed).requires_grad_() for seed in range(3)]
+    x = random(7, 16).requires_grad_()
+    squares = [random(6, 6, seed=seed).requires_grad_() for seed in range(3)]
 
     def outputs() -> torch.Tensor:
         y = x
@@ -106,7 +114,8 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
 
 
 def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
-    like, places = torch.zeros(3), []
+    like = torch.zeros(3)
+    places = []
 
     def place() -> None:
         with torch.no_grad():
@@ -139,8 +148,10 @@ def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in: int, d_out: 
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_auto_computes_what_the_named_path_computes(tokens: int) -> None:
     """To the bit, with the tokens of all rows counted; and each call by its own tokens."""
-    spec, base = OperatorSpec(OperatorKind.ROTATE, 16, 16, 8, Grouping.PERMUTED, seed=1), nn.Linear(16, 16)
-    square, x = random(8, 8).float(), random(2, tokens // 2, 16, seed=1).float()
+    spec = OperatorSpec(OperatorKind.ROTATE, 16, 16, 8, Grouping.PERMUTED, seed=1)
+    base = nn.Linear(16, 16)
+    square = random(8, 8).float()
+    x = random(2, tokens // 2, 16, seed=1).float()
     path = Compute.WEIGHT if tokens == 8 else Compute.ACTIVATION
     outputs = {}
     for compute in (Compute.AUTO, *PATHS):

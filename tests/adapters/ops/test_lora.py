@@ -39,7 +39,8 @@ def random_factors(spec: LoRASpec, seed: int = 0) -> torch.Tensor:
 
 def test_update_and_delta_agree_with_the_formula() -> None:
     factors = random_factors(SPEC)
-    down, up = factors[:, :12], factors[:, 12:].T
+    down = factors[:, :12]
+    up = factors[:, 12:].T
     expected = SPEC.alpha / SPEC.rank * up @ down
     torch.testing.assert_close(SPEC.delta_weight(factors), expected)
     torch.testing.assert_close(SPEC.delta_weight(SPEC.scaled(factors, 3.0)), 3 * expected)
@@ -68,7 +69,8 @@ def test_spec_survives_json() -> None:
 
 
 def test_injected_layers_have_as_many_parameters_as_their_squares_at_most() -> None:
-    lora, mora = tiny_model("llama"), tiny_model("llama")
+    lora = tiny_model("llama")
+    mora = tiny_model("llama")
     report = inject(lora, LoRAConfig(rank=4))
     assert all(isinstance(layer, LoRALinear) for layer in mora_layers(lora).values())
     squares = inject(mora, MoRAConfig(rank=4)).square_params
@@ -98,7 +100,8 @@ def test_gradients_are_those_of_the_two_matrices() -> None:
 
 
 def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
+    rank = dist.get_rank()
     half = {} if dtype == "float32" else {"bf16": {"enabled": True}}
     model = tiny_model("llama", dtype=getattr(torch, dtype))
     if rank == 0:
@@ -138,7 +141,8 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
 )  # fmt: skip
 def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str) -> None:
     ranks = run_ranks(world, relora, str(tmp_path), stage, dtype, 4)
-    ledger, base = Ledger.open(tmp_path / "out" / "ledger"), BaseCheckpoint.open(tmp_path / "base")
+    ledger = Ledger.open(tmp_path / "out" / "ledger")
+    base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == 4
     for name, weight in ranks[0]["weights"].items():
         replayed = summed(base.read(f"{name}.weight"), ledger.squares_of(name), False, getattr(torch, dtype))

@@ -88,7 +88,8 @@ def test_golden_file_holds_every_type_of_the_reference() -> None:
 
 @every_operator
 def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
-    square, x = random(spec.r_hat, spec.r_hat), random(2, 3, spec.d_in, seed=1)
+    square = random(spec.r_hat, spec.r_hat)
+    x = random(2, 3, spec.d_in, seed=1)
     delta = delta_weight(spec, square)
     assert delta.shape == (spec.d_out, spec.d_in)
     torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
@@ -100,15 +101,18 @@ def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
 
 @every_operator
 def test_adjoint(spec: OperatorSpec) -> None:
-    square, gradient = random(spec.r_hat, spec.r_hat), random(spec.d_out, spec.d_in, seed=1)
-    left, right = (delta_weight(spec, square) * gradient).sum(), (square * adjoint(spec, gradient)).sum()
+    square = random(spec.r_hat, spec.r_hat)
+    gradient = random(spec.d_out, spec.d_in, seed=1)
+    left = (delta_weight(spec, square) * gradient).sum()
+    right = (square * adjoint(spec, gradient)).sum()
     torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
 @every_operator
 def test_gradient_of_the_square_is_the_adjoint(spec: OperatorSpec) -> None:
     """What autograd makes of the forward pass is what the adjoint makes of dL/dW: the two definitions are one."""
-    square, x = random(spec.r_hat, spec.r_hat).requires_grad_(), random(3, spec.d_in, seed=1)
+    square = random(spec.r_hat, spec.r_hat).requires_grad_()
+    x = random(3, spec.d_in, seed=1)
     g = random(3, spec.d_out, seed=2)
     (found,) = torch.autograd.grad(mora_update(spec, square, x), square, g)
     torch.testing.assert_close(found, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
@@ -117,7 +121,8 @@ def test_gradient_of_the_square_is_the_adjoint(spec: OperatorSpec) -> None:
 @every_grouping
 def test_low_precision(kind: OperatorKind, grouping: Grouping) -> None:
     spec = OperatorSpec(kind, 33, 20, 6, grouping, seed=5)
-    square, x = random(6, 6), random(4, 33, seed=1)
+    square = random(6, 6)
+    x = random(4, 33, seed=1)
     exact = mora_update(spec, square, x)
     for dtype in (torch.bfloat16, torch.float16):
         low = mora_update(spec, square.to(dtype), x.to(dtype))
@@ -167,7 +172,8 @@ def test_share_by_hand() -> None:
 
 def mirrored_groups(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Like share, with groups of inputs in reverse order, and of outputs in runs."""
-    inputs, outputs = torch.arange(spec.d_in), torch.arange(spec.d_out)
+    inputs = torch.arange(spec.d_in)
+    outputs = torch.arange(spec.d_out)
     fold = index_tables.lists(spec.r_hat - 1 - inputs % spec.r_hat, inputs, spec.r_hat)
     return fold, index_tables.lists(outputs * spec.r_hat // spec.d_out, outputs, spec.r_hat)
 
@@ -198,7 +204,8 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
     spec = OperatorSpec(OperatorKind.TRUNCATE, *sizes, grouping, seed=4)
-    square, x = random(spec.r_hat, spec.r_hat), random(5, spec.d_in, seed=1)
+    square = random(spec.r_hat, spec.r_hat)
+    x = random(5, spec.d_in, seed=1)
     delta = delta_weight(spec, square)
     torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T)
     gradient = random(spec.d_out, spec.d_in, seed=2)
@@ -225,7 +232,8 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
     """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
     index_tables.clear_tables()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
-    square, x = random(4, 4).requires_grad_(), random(2, 10, seed=1).requires_grad_()
+    square = random(4, 4).requires_grad_()
+    x = random(2, 10, seed=1).requires_grad_()
     with torch.inference_mode():
         mora_update(spec, square, x)
         delta_weight(spec, square)
@@ -271,7 +279,8 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
 
 def summed_ranks(groupings: list[Grouping], seeds: list[int], d: int = 512, r_hat: int = 128) -> list[int]:
     """Rank of the sum of the deltas after each cycle, with a random M in each."""
-    total, ranks = torch.zeros(d, d, dtype=torch.float64), []
+    total = torch.zeros(d, d, dtype=torch.float64)
+    ranks = []
     for cycle, (grouping, seed) in enumerate(zip(groupings, seeds, strict=True)):
         total += delta_weight(
             OperatorSpec(OperatorKind.SHARE, d, d, r_hat, grouping, seed), random(r_hat, r_hat, seed=cycle)

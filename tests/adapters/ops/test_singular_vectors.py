@@ -30,7 +30,8 @@ def test_vectors_are_those_of_the_weight(tmp_path: Path) -> None:
 
 def test_a_weight_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mora_ds.models.svd.EXACT_NUMBERS", 0)
-    count, side = 4, 2 * OVERSAMPLED + 40
+    count = 4
+    side = 2 * OVERSAMPLED + 40
     values = torch.cat((torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((side - 4,), 0.01))).double()
     left, _ = torch.linalg.qr(random(side, side))
     right, _ = torch.linalg.qr(random(side, side, seed=1))

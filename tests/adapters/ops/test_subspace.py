@@ -41,7 +41,8 @@ def spec(request: pytest.FixtureRequest, tmp_path: Path) -> SubspaceSpec:
 
 
 def test_delta_weight_is_the_update(spec: SubspaceSpec) -> None:
-    square, x = random(spec.r_hat, spec.r_hat), random(2, 3, spec.d_in, seed=1)
+    square = random(spec.r_hat, spec.r_hat)
+    x = random(2, 3, spec.d_in, seed=1)
     delta = spec.delta_weight(square)
     assert delta.shape == (spec.d_out, spec.d_in)
     a, b = spec.low_rank(square)
@@ -51,10 +52,13 @@ def test_delta_weight_is_the_update(spec: SubspaceSpec) -> None:
 
 
 def test_adjoint_and_the_gradient_of_the_square(spec: SubspaceSpec) -> None:
-    square, gradient = random(spec.r_hat, spec.r_hat).requires_grad_(), random(spec.d_out, spec.d_in, seed=1)
-    left, right = (spec.delta_weight(square) * gradient).sum(), (square * spec.adjoint(gradient)).sum()
+    square = random(spec.r_hat, spec.r_hat).requires_grad_()
+    gradient = random(spec.d_out, spec.d_in, seed=1)
+    left = (spec.delta_weight(square) * gradient).sum()
+    right = (square * spec.adjoint(gradient)).sum()
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    x, g = random(3, spec.d_in, seed=1), random(3, spec.d_out, seed=2)
+    x = random(3, spec.d_in, seed=1)
+    g = random(3, spec.d_out, seed=2)
     update = subspace_update(square, spec.sides(x.device, x.dtype), x)
     (found,) = torch.autograd.grad(update, square, g)
     torch.testing.assert_close(found, spec.adjoint(g.T @ x), rtol=1e-12, atol=1e-12)
@@ -73,8 +77,10 @@ def test_the_layer_is_base_plus_delta(kind: str, dtype: torch.dtype, tmp_path: P
     torch.manual_seed(0)
     base: Any = Conv1D(10, 14) if kind == "conv1d" else nn.Linear(14, 10, bias=kind == "linear with bias")
     weight = base.weight.T if kind == "conv1d" else base.weight
-    base, spec = base.to(dtype), SubspaceSpec(14, 10, 6, MODULE, register_vectors(weight.detach(), 10, tmp_path))
-    layer, x = SubspaceLinear(base, spec), torch.randn(3, 5, 14).to(dtype).requires_grad_()
+    base = base.to(dtype)
+    spec = SubspaceSpec(14, 10, 6, MODULE, register_vectors(weight.detach(), 10, tmp_path))
+    layer = SubspaceLinear(base, spec)
+    x = torch.randn(3, 5, 14).to(dtype).requires_grad_()
     assert torch.equal(layer(x), base(x)), "a zero square changes nothing"
     layer.square.data.normal_()
     expected = base(x) + x @ spec.delta_weight(layer.square.data.float()).to(dtype).T
@@ -86,9 +92,12 @@ def test_the_layer_is_base_plus_delta(kind: str, dtype: torch.dtype, tmp_path: P
 
 
 def test_it_saves_tokens_by_r_hat(tmp_path: Path) -> None:
-    tokens_seen, d, r_hat = 40, 64, 8
+    tokens_seen = 40
+    d = 64
+    r_hat = 8
     spec = SubspaceSpec(d, d, r_hat, MODULE, register_vectors(random(d, d), r_hat, tmp_path))
-    layer, x = SubspaceLinear(nn.Linear(d, d), spec), torch.randn(tokens_seen, d, requires_grad=True)
+    layer = SubspaceLinear(nn.Linear(d, d), spec)
+    x = torch.randn(tokens_seen, d, requires_grad=True)
     assert saved_bytes(lambda: layer(x), layer.weight, layer.square, *layer._sides(x)) == tokens_seen * r_hat * 4
 
 
