@@ -219,8 +219,8 @@ MUTATIONS = (
     Mutation(
         "int8 scales are those of the columns",
         "adapters/ops/int8.py",
-        "least, most = torch.aminmax(part, dim=1)",
-        "least, most = torch.aminmax(part.view(part.shape[::-1]).T, dim=1)",
+        "least, most = torch.aminmax(chunk, dim=1)",
+        "least, most = torch.aminmax(chunk.view(chunk.shape[::-1]).T, dim=1)",
         ("adapters/ops/test_int8.py",),
     ),
     Mutation(
@@ -341,7 +341,7 @@ MUTATIONS = (
         "links inside a checkpoint are followed",
         "common/untrusted.py",
         "elif stat.S_ISLNK(mode):",
-        "elif stat.S_ISLNK(mode) and not each.path:",
+        "elif stat.S_ISLNK(mode) and not child.path:",
         ("checkpoint/test_crafted.py",),
     ),
     Mutation(
@@ -674,20 +674,20 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="run the complete default suite where the first tests pass")
     parser.add_argument("--list", action="store_true", help="print the faults and check their anchors; run nothing")
     options = parser.parse_args()
-    chosen = [each for each in MUTATIONS if not options.only or any(part in each.name for part in options.only)]
-    problems = {each.name: each.problem(ROOT) for each in chosen}
+    chosen = [case for case in MUTATIONS if not options.only or any(word in case.name for word in options.only)]
+    problems = {case.name: case.problem(ROOT) for case in chosen}
     if options.list or any(problems.values()):
-        for each in chosen:
-            print(f"{each.name}: {problems[each.name] or f'mora_ds/{each.file}, ' + ', '.join(each.tests)}")
+        for fault in chosen:
+            print(f"{fault.name}: {problems[fault.name] or f'mora_ds/{fault.file}, ' + ', '.join(fault.tests)}")
         return 1 if any(problems.values()) else 0
     missed = 0
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy_of_checkout(Path(folder))
-        for each in chosen:
+        for fault in chosen:
             started = time.monotonic()
-            by = noticed(each, Path(folder), options.all)
+            by = noticed(fault, Path(folder), options.all)
             missed += by == "nothing"
-            print(f"{each.name:<60} noticed by {by:<12} {time.monotonic() - started:4.0f} s", flush=True)
+            print(f"{fault.name:<60} noticed by {by:<12} {time.monotonic() - started:4.0f} s", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} noticed")
     return 1 if missed else 0
 

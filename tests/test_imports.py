@@ -68,8 +68,8 @@ WITHOUT_DEEPSPEED = ("adapters", "data", "deploy", "eval")
 
 def name_of(path: Path) -> str:
     """The dotted name of a module: mora_ds/data/cache.py -> mora_ds.data.cache."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
 MODULES = {name_of(path): path for path in sorted((ROOT / "mora_ds").rglob("*.py"))}
@@ -106,12 +106,12 @@ def package_of(module: str) -> str:
 def modules_imported(module: str) -> set[str]:
     """The modules of mora_ds that one imports, by their longest name: `from mora_ds.engine import zero` is
     mora_ds.engine.zero."""
-    found = set()
+    modules = set()
     for imported in IMPORTS[module]:
-        parts = imported.split(".")
-        if parts[0] == "mora_ds":
-            found.add(next(".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in MODULES))
-    return found - {module}
+        names = imported.split(".")
+        if names[0] == "mora_ds":
+            modules.add(next(".".join(names[:n]) for n in range(len(names), 0, -1) if ".".join(names[:n]) in MODULES))
+    return modules - {module}
 
 
 def libraries(module: str) -> set[str]:
@@ -121,7 +121,7 @@ def libraries(module: str) -> set[str]:
 def forbidden(package: str, imported: set[str]) -> set[str]:
     """Those of the `imported` modules that the table does not grant to a module of `package`."""
     granted = MAY_IMPORT[package] | {COMMON, package}
-    return {other for other in imported if package_of(other) not in granted}
+    return {module for module in imported if package_of(module) not in granted}
 
 
 def reachable(module: str) -> set[str]:
@@ -149,18 +149,18 @@ def test_a_module_imports_what_its_package_may(module: str) -> None:
 def test_the_common_modules_import_nothing_above_them() -> None:
     for name in MODULES:
         if package_of(name) == COMMON:
-            assert {package_of(other) for other in modules_imported(name)} <= {COMMON}
+            assert {package_of(module) for module in modules_imported(name)} <= {COMMON}
 
 
 def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used() -> None:
     used: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
     for module in MODULES:
         if package_of(module) in MAY_IMPORT:
-            used[package_of(module)] |= {package_of(other) for other in modules_imported(module)}
+            used[package_of(module)] |= {package_of(imported) for imported in modules_imported(module)}
     for package, granted in MAY_IMPORT.items():
         assert granted - {package} <= used[package], f"{package} no longer imports {granted - used[package]}"
-        for other in granted - {package}:
-            assert package not in MAY_IMPORT[other], f"{package} and {other} may import each other"
+        for allowed in granted - {package}:
+            assert package not in MAY_IMPORT[allowed], f"{package} and {allowed} may import each other"
 
 
 def test_an_upward_import_is_noticed() -> None:
@@ -171,22 +171,22 @@ def test_an_upward_import_is_noticed() -> None:
 
 def test_no_two_modules_import_each_other() -> None:
     for module in MODULES:
-        for other in modules_imported(module):
-            assert module not in reachable(other), f"{module} and {other} import each other"
+        for imported in modules_imported(module):
+            assert module not in reachable(imported), f"{module} and {imported} import each other"
 
 
 def test_packages_hand_on_from_their_own_modules_only() -> None:
     """An `__init__` that imported another package would make every import of the package pay for it."""
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name != "mora_ds":
-            others = {other for other in modules_imported(name) if package_of(other) != COMMON}
-            assert all(other.startswith(f"{name}.") for other in others), name
-            assert name not in COSTLY or not (others or libraries(name)), name
+            imported = {module for module in modules_imported(name) if package_of(module) != COMMON}
+            assert all(module.startswith(f"{name}.") for module in imported), name
+            assert name not in COSTLY or not (imported or libraries(name)), name
 
 
 def test_deepspeed_is_imported_by_two_packages() -> None:
-    found = {package_of(name) for name in MODULES if "deepspeed" in libraries(name)}
-    assert found == DEEPSPEED
+    packages = {package_of(name) for name in MODULES if "deepspeed" in libraries(name)}
+    assert packages == DEEPSPEED
 
 
 @pytest.mark.parametrize("package", WITHOUT_DEEPSPEED)
@@ -206,10 +206,10 @@ def test_the_operators_need_torch_alone() -> None:
 def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels() -> None:
     """The kernels round otherwise than merges, merge ledgers and exports, which must have the same bits everywhere."""
     assert {name for name in MODULES if "triton" in libraries(name)} == {"mora_ds.adapters.kernels.triton_ops"}
-    users = {name for name in MODULES if any(".kernels" in other for other in modules_imported(name))}
+    users = {name for name in MODULES if any(".kernels" in module for module in modules_imported(name))}
     assert {name for name in users if ".kernels" not in name} == {"mora_ds.adapters.layer"}
     for name in ("delta", "mora", "int8", "update"):
-        assert not [other for other in reachable(f"mora_ds.adapters.ops.{name}") if ".kernels" in other]
+        assert not [module for module in reachable(f"mora_ds.adapters.ops.{name}") if ".kernels" in module]
 
 
 def test_research_is_loaded_through_one_door() -> None:
@@ -226,8 +226,8 @@ def test_entry_points_do_not_reach_around_mora_ds() -> None:
     for name in MODULES:
         assert not {imported.split(".")[0] for imported in IMPORTS[name]} & {"launch", "tools", "tests"}, name
     for entry in entries:
-        found = imports(ast.parse(entry.read_text(encoding="utf-8")))
-        assert "deepspeed" not in {name.split(".")[0] for name in found}, entry
+        names = imports(ast.parse(entry.read_text(encoding="utf-8")))
+        assert "deepspeed" not in {name.split(".")[0] for name in names}, entry
 
 
 def test_tests_share_code_through_helpers_only() -> None:

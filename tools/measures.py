@@ -82,7 +82,7 @@ def count_flags(config: Path) -> int:
     """Flags of training: the fields of the classes of settings, which the decorator `documented` marks."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in config.glob("*.py")]
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    settings = [node for node in classes if any(ast.unparse(each) == "documented" for each in node.decorator_list)]
+    settings = [node for node in classes if any(ast.unparse(mark) == "documented" for mark in node.decorator_list)]
     return sum(isinstance(statement, ast.AnnAssign) for node in settings for statement in node.body)
 
 

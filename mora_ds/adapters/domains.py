@@ -50,8 +50,8 @@ class DomainLinear(MoRALinear):
         super().__init__(base, spec, dropout, Compute.ACTIVATION)
         self.domains = domains
         self.own_spec = spec
-        own = self.square.data.new_zeros(len(domains.names), *self.square.shape)
-        self.register_parameter(OWN, nn.Parameter(own))
+        squares = self.square.data.new_zeros(len(domains.names), *self.square.shape)
+        self.register_parameter(OWN, nn.Parameter(squares))
         if freeze is not Freeze.NONE:
             name = "square" if freeze is Freeze.SHARED else OWN
             value = self._parameters.pop(name)
@@ -73,15 +73,15 @@ class DomainLinear(MoRALinear):
                 raise RunError("training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first")
             return super().forward(x)
         self.hold_tables(x.device)
-        own = squares_of_rows(self.domain_squares.to(x.dtype), choice)
+        row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         if self.training and self.dropout:
             rows = nn.functional.dropout(rows, self.dropout)
         if self.spec != self.own_spec:  # from the first merge on
-            return super().forward(x) + update_rows(self.own_spec, own, rows).view(*x.shape[:-1], -1)
+            return super().forward(x) + update_rows(self.own_spec, row_squares, rows).view(*x.shape[:-1], -1)
         frozen = self.frozen
         check_floating(x, frozen)
-        update = update_rows(self.spec, self.square.to(x.dtype) + own, rows)
+        update = update_rows(self.spec, self.square.to(x.dtype) + row_squares, rows)
         return frozen_linear(x, frozen, self.bias) + update.view(*x.shape[:-1], -1)
 
 

@@ -57,14 +57,14 @@ class MoRAExperts(AdaptedLinear):
 
     def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
         """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a token takes."""
-        each = self.spec.each
-        self._held = tables_of(each, x.device)
-        z = compress(each, F.dropout(x, self.dropout, self.training))
+        expert_spec = self.spec.each
+        self._held = tables_of(expert_spec, x.device)
+        z = compress(expert_spec, F.dropout(x, self.dropout, self.training))
         if spread:
             x = rows.spread(x)
             z = rows.spread(z)
-        u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), rows.ends * each.blocks)
-        return grouped_linear(x, self.frozen, rows.ends) + decompress(each, u.view_as(z))
+        u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), rows.ends * expert_spec.blocks)
+        return grouped_linear(x, self.frozen, rows.ends) + decompress(expert_spec, u.view_as(z))
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,9 @@ def _odd_shapes(module: Any) -> str:
     first, last = (_stack_of(module, name) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"))
     if not (isinstance(first, Tensor) and isinstance(last, Tensor) and first.dim() == last.dim() == 3):
         return f"{kind} does not have the projections up and down"
-    (d_out, d_in), (outputs, inputs) = ((each.mT if module.is_transposed else each).shape[1:] for each in (first, last))
+    (d_out, d_in), (outputs, inputs) = (
+        (stack.mT if module.is_transposed else stack).shape[1:] for stack in (first, last)
+    )
     hidden = getattr(module.config, "hidden_size", d_in)
     if len(first) != len(last) or d_in != outputs or d_out != inputs * (2 if module.has_gate else 1):
         return f"{kind} has projections {tuple(first.shape)} and {tuple(last.shape)}, which do not follow each other"
@@ -189,9 +191,9 @@ def _odd_shapes(module: Any) -> str:
 
 def require_known(stacks: dict[str, ExpertStack | str], pattern: str) -> None:
     """Raises `UserError` naming the first of the projections that a pattern asks for whose layout is not known."""
-    for name, found in stacks.items():
-        if isinstance(found, str):
+    for name, stack_or_reason in stacks.items():
+        if isinstance(stack_or_reason, str):
             raise UserError(
                 f"--target_modules {pattern!r} includes {name}, experts of a layout that mora_ds does not know: "
-                f"{found}. Leave them out, and they stay frozen"
+                f"{stack_or_reason}. Leave them out, and they stay frozen"
             )

@@ -145,14 +145,14 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     layers = list(mora_layers(model).values())
     values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
     frozen = sum(value.numel() for value in frozen_values(model).values())
-    other = sum(parameter.numel() for parameter in model.parameters()) - values
+    other_trainable = sum(parameter.numel() for parameter in model.parameters()) - values
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     return InjectionReport(
         rows=_shape_rows(specs, config),
         operator=config.title,
         values="matrices" if isinstance(layers[0].spec, SquareSpec) else "factors",
         square_params=values,
-        other_trainable_params=other,
+        other_trainable_params=other_trainable,
         total_params=total + values + frozen,
         left_out=_matrices_left_out(model) if all_linear else {},
     )
@@ -188,13 +188,13 @@ def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, ali
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):
         count = module.count if isinstance(module, ExpertStack) else module.spec.count
-        each = config.of_expert(name, module.experts_per_token).operator_for(name, d_in, d_out, cycle)
-        if not isinstance(each, OperatorSpec):
+        expert_spec = config.of_expert(name, module.experts_per_token).operator_for(name, d_in, d_out, cycle)
+        if not isinstance(expert_spec, OperatorSpec):
             raise UserError(
                 f"--target_modules includes {name}, experts, which take --operator truncate, share, decouple or "
-                f"rotate, not {each.describe()}: leave them out"
+                f"rotate, not {expert_spec.describe()}: leave them out"
             )
-        return StackSpec(count, each)
+        return StackSpec(count, expert_spec)
     return config.operator_for(name, d_in, d_out, cycle, aligned)
 
 
@@ -221,7 +221,7 @@ def scale_names(model: nn.Module) -> set[str]:
 def base_elements(model: nn.Module) -> int:
     """Elements of the frozen base, each tied tensor once, packed or not, without scales."""
     packed = {id(layer.weight): math.prod(layer.shape) for layer in quantized_layers(model).values()}
-    return sum({id(each): packed.get(id(each), each.numel()) for each in base_weights(model).values()}.values())
+    return sum({id(weight): packed.get(id(weight), weight.numel()) for weight in base_weights(model).values()}.values())
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -261,9 +261,9 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     """A weight that two modules use, or a module with two names, cannot have one adapter."""
     modules = list(model.modules())
     owners = Counter(id(parameter) for module in modules for parameter in module._parameters.values())
-    places = Counter(id(child) for module in modules for child in module._modules.values())
+    occurrences = Counter(id(child) for module in modules for child in module._modules.values())
     for name, module in targets.items():
-        if owners[id(module.weight)] > 1 or places[id(module)] > 1:
+        if owners[id(module.weight)] > 1 or occurrences[id(module)] > 1:
             raise UserError(
                 f"--target_modules includes {name!r}, whose weight is tied to another module (the embeddings?): "
                 "a merge would change both. Leave it out, or use --train_head"
@@ -305,8 +305,8 @@ def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, AdaptedLinear):
-            own = {name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
-            names |= {prefix + name for name in own - {*module.frozen_values}}
+            buffer_names = {name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
+            names |= {prefix + name for name in buffer_names - {*module.frozen_values}}
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is None or id(parameter) in trained:

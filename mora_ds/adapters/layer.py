@@ -218,9 +218,9 @@ class AdaptedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
         """Moves but does not cast scales and frozen values: `module.to(bf16)` would round the scales, and with them
         every weight. Casts the terms of merged cycles, as it casts the matrix."""
-        kept = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
+        uncast = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
         super()._apply(fn, recurse)
-        for name, tensor in kept.items():
+        for name, tensor in uncast.items():
             self._buffers[name] = None if tensor is None else tensor.to(self.device)
         self.merged = tuple((spec, fn(value)) for spec, value in self.merged)
         self._hold_merged_tables()
@@ -345,7 +345,7 @@ def _computes_linear(module: nn.Linear) -> bool:
             tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
         return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
-    tensors = {name: tried(each) for name, each in (*module.named_parameters(), *module.named_buffers())}
+    tensors = {name: tried(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(tensors["weight"].device)
     try:
         output = functional_call(module, tensors, x)

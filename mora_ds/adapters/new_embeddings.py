@@ -119,8 +119,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 def stands_for(name: str) -> str:
     """The parameter of the base that a trained tensor replaces, of which it replaces rows, or to which it adds."""
-    module, dot, part = name.rpartition(".")
-    return f"{module}{dot}weight" if part in (NEW_ROWS, LOW_RANK) else name
+    module, dot, ending = name.rpartition(".")
+    return f"{module}{dot}weight" if ending in (NEW_ROWS, LOW_RANK) else name
 
 
 def is_new_rows(name: str) -> bool:

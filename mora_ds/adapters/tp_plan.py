@@ -107,8 +107,8 @@ def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int)
         return f"style in the model's plan: {', '.join(odd)}"
     if list(wanted.values()).count(Style.ROWWISE.value) != 1 or len(wanted) < 2:
         return "the model's plan has no pair of colwise and rowwise here"
-    if others := [name for name in _holders(model, block) if _planned(model, name) not in {*known, SUMMED}]:
-        return f"the model's plan leaves {ending_of(others[0])} out"
+    if unplanned := [name for name in _holders(model, block) if _planned(model, name) not in {*known, SUMMED}]:
+        return f"the model's plan leaves {ending_of(unplanned[0])} out"
     config = text_config(model)
     if is_attention(model.get_submodule(block)):
         heads = config.num_attention_heads

@@ -175,7 +175,9 @@ class AdapterFile:
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every MoRA matrix in adapter.safetensors, those of domains included."""
-        shapes: dict[str, tuple[int, ...]] = {each.square: each.operator.value_shape for each in self.layers.values()}
+        shapes: dict[str, tuple[int, ...]] = {
+            layer.square: layer.operator.value_shape for layer in self.layers.values()
+        }
         if self.domains is not None:
             for module, spec in self.domains.operators.items():
                 shapes[self.domains.tensor(module)] = (len(self.domains.names), *spec.value_shape)

@@ -50,7 +50,7 @@ class RunWriter:
         squares = dict(self._gathered({name: (layer.value, layer.unshard) for name, layer in layers.items()}))
         trained = dict(self._gathered({name: (parameter, _as_it_is) for name, parameter in others.items()}))
         of_domains = {name: layer.domain_squares for name, layer in domain_layers(model).items()}
-        own = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
+        domain_squares = dict(self._gathered({name: (squares, _as_it_is) for name, squares in of_domains.items()}))
         probe = self._probe()
         adapter = self._adapter_file(step, tuple(trained))
         ledger = self.remora.ledger.snapshot()
@@ -58,7 +58,7 @@ class RunWriter:
         def write(folder: Path) -> None:
             if dist.get_rank() != 0:
                 return
-            write_adapter(folder, adapter, squares, trained, own)
+            write_adapter(folder, adapter, squares, trained, domain_squares)
             self.base.write(folder)
             ledger.copy_to(folder / LEDGER_FOLDER)
             if self.tokenizer_folder is not None:  # no links: one damaged file would be damaged in every checkpoint

@@ -108,7 +108,7 @@ _LABELS = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path",
     "tokens": "tokens of the training text (--train_files, --dataset_name, --document_start and the tokenizer)",
-    **{f"mixture.{part}": f"{part} of --mixture" for part in ("sources", "weights", "epochs")},
+    **{f"mixture.{setting}": f"{setting} of --mixture" for setting in ("sources", "weights", "epochs")},
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank",
     "adapter.r_hat_multiple": "--r_hat_multiple",
@@ -138,8 +138,8 @@ _FLAGS = {
 
 def _label(key: str) -> str:
     """`key` as the user calls it; parts of a mixture with the name of the source or the phase."""
-    part, _, name = key.partition("mixture.")[2].partition(".")
+    setting, _, name = key.partition("mixture.")[2].partition(".")
     if name:
-        return f"{_LABELS[f'mixture.{part}']}, {name}"
+        return f"{_LABELS[f'mixture.{setting}']}, {name}"
     plain = key.removeprefix("adapter.")
     return f"--{plain}" if plain in _FLAGS else _LABELS.get(key, key)

@@ -222,9 +222,9 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     but sums over ranks round differently.
     """
     ranks = Ranks.current()
-    place = folder / ENGINE_TAG
-    index = ranks.on_first("layouts of the checkpoint", lambda: ShardIndex.read(place), long=True)
-    shard_writer.restore(engine, EngineShards(place, index, min(ranks.rank, len(index.files) - 1)))
+    engine_folder = folder / ENGINE_TAG
+    index = ranks.on_first("layouts of the checkpoint", lambda: ShardIndex.read(engine_folder), long=True)
+    shard_writer.restore(engine, EngineShards(engine_folder, index, min(ranks.rank, len(index.files) - 1)))
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 
@@ -308,4 +308,4 @@ def _saved_rng(folder: Path, rank: int) -> dict[str, Tensor] | None:
         slices = {kind: handle.get_slice(kind) for kind in handle.keys()}  # noqa: SIM118  (no mapping)
         if rank >= slices["cpu"].get_shape()[0]:
             return None
-        return {kind: each[rank : rank + 1].flatten().clone() for kind, each in slices.items()}
+        return {kind: states[rank : rank + 1].flatten().clone() for kind, states in slices.items()}

@@ -54,7 +54,7 @@ def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing else is close."""
-    close = difflib.get_close_matches(word, [other for other in known if other != word], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -97,8 +97,8 @@ class Bounds:
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
-        parts = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        finite = {word: bound for word, bound in parts.items() if math.isfinite(bound)}
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        finite = {word: bound for word, bound in bounds.items() if math.isfinite(bound)}
         return " and ".join(
             f"{word} {bound:g}" if bound < 1e6 else f"{word} {bound:,.0f}" for word, bound in finite.items()
         )

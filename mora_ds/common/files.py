@@ -44,8 +44,8 @@ _WRITE_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTAL
 
 def shipped(path: str) -> str:
     """`path`, or that of the package's own file where it begins with configs/ and the working directory has none."""
-    own = CONFIGS.parent / path
-    return str(own) if path.startswith("configs/") and not Path(path).exists() and own.is_file() else path
+    packaged = CONFIGS.parent / path
+    return str(packaged) if path.startswith("configs/") and not Path(path).exists() and packaged.is_file() else path
 
 
 @contextmanager
@@ -249,8 +249,8 @@ def write_manifest(folder: Path, recorded: Mapping[str, dict[str, Any]] | None =
     for name, facts in known.items():
         await_file(folder / name, facts["size"])
     listed = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    own = [path for path in listed if path.relative_to(folder).as_posix() not in known]
-    files = dict(sorted({**known, **record(folder, own)}.items()))
+    unrecorded = [path for path in listed if path.relative_to(folder).as_posix() not in known]
+    files = dict(sorted({**known, **record(folder, unrecorded)}.items()))
     write_json_atomic(folder / MANIFEST, {"format": FORMAT, "files": files, "seal": _seal(files)})
 
 
@@ -286,8 +286,8 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
     facts_of = listed_files(folder)
     listed = [(folder / name, facts.size, facts.sha256) for name, facts in facts_of.items()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
-        found = pool.map(lambda file: file_problem(file[0], file[1], file[2] if hashes else None), listed)
-        return [problem for problem in found if problem]
+        messages = pool.map(lambda file: file_problem(file[0], file[1], file[2] if hashes else None), listed)
+        return [problem for problem in messages if problem]
 
 
 @dataclass(frozen=True)
@@ -302,8 +302,8 @@ def listed_files(folder: Path) -> dict[str, FileFacts]:
     """{relative path: facts} from the manifest of `folder`, each path one that stays in the folder. Raises `UserError`
     for a missing or damaged manifest; only `verify_manifest` compares the facts with the files."""
     path = folder / MANIFEST
-    found: dict[str, FileFacts] = entry(read_json(path), "files", dict[RelativePath, FileFacts], path)
-    return found
+    facts_of: dict[str, FileFacts] = entry(read_json(path), "files", dict[RelativePath, FileFacts], path)
+    return facts_of
 
 
 def recorded_hashes(folder: Path) -> dict[str, str]:
@@ -337,8 +337,8 @@ def malformed(path: Path) -> Iterator[None]:
 
 def require_format(path: Path, content: dict[str, Any]) -> None:
     """Raises `UserError` for a file that another version of mora_ds has written in another format."""
-    if (found := content.get("format")) != FORMAT:
-        raise UserError(f"{path} has format {shown(found)}; mora_ds {__version__} reads format {FORMAT}")
+    if (file_format := content.get("format")) != FORMAT:
+        raise UserError(f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}")
 
 
 def remove_quietly(path: Path) -> None:
@@ -376,7 +376,7 @@ def _nodes(node: yaml.Node, seen: dict[int, int]) -> int:
             raise ValueError(f"a whole number has more than {_MAX_DIGITS} digits")
         seen[id(node)] = _MAX_NODES + 1  # for whatever meets it again while it is counted
         value: Any = node.value
-        children = [each for pair in value for each in pair] if isinstance(node, yaml.MappingNode) else value
+        children = [child for pair in value for child in pair] if isinstance(node, yaml.MappingNode) else value
         inner = children if isinstance(node, yaml.CollectionNode) else ()
         seen[id(node)] = 1 + sum(_nodes(child, seen) for child in inner)
     return seen[id(node)]

@@ -143,8 +143,8 @@ def file_name(text: str, where: str) -> str:
 
 def relative_path(text: str, where: str) -> str:
     """`text`, if it is a path of a file below a folder: a/b/c, each part a `file_name`."""
-    for part in text.split("/"):
-        file_name(part, f"{where}: {shown(text)}")
+    for component in text.split("/"):
+        file_name(component, f"{where}: {shown(text)}")
     return text
 
 
@@ -178,7 +178,7 @@ def typed(hint: Any, value: Any, where: object) -> Any:
     if origin is Annotated:
         return _annotated(hint, value, where)
     if origin in (Union, types.UnionType):
-        (inner,) = (part for part in get_args(hint) if part is not type(None))
+        (inner,) = (argument for argument in get_args(hint) if argument is not type(None))
         return None if value is None else typed(inner, value, where)
     if is_dataclass(hint):
         return _instance(hint, value, where)
@@ -227,12 +227,12 @@ def _sequence(hint: Any, value: Any, where: object) -> Any:
         raise UserError(f"{where} must be a list, got {shown(value)}")
     items = get_args(hint)
     if get_origin(hint) is list or items[-1] is Ellipsis:
-        made = [typed(items[0], each, f"{where}[{index}]") for index, each in enumerate(value)]
+        converted = [typed(items[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     elif len(items) != len(value):
         raise UserError(f"{where} must have {len(items)} entries, got {shown(value)}")
     else:
-        made = [typed(*pair, f"{where}[{index}]") for index, pair in enumerate(zip(items, value, strict=True))]
-    return made if get_origin(hint) is list else tuple(made)
+        converted = [typed(*pair, f"{where}[{index}]") for index, pair in enumerate(zip(items, value, strict=True))]
+    return converted if get_origin(hint) is list else tuple(converted)
 
 
 def _mapping(hint: Any, value: Any, where: object) -> dict[Any, Any]:
@@ -240,8 +240,8 @@ def _mapping(hint: Any, value: Any, where: object) -> dict[Any, Any]:
         raise UserError(f"{where} must be a mapping, got {shown(value)}")
     key_hint, value_hint = get_args(hint)
     return {
-        typed(key_hint, key, f"{where}: a key"): typed(value_hint, each, f"{where}: {shown(key)}")
-        for key, each in value.items()
+        typed(key_hint, key, f"{where}: a key"): typed(value_hint, item, f"{where}: {shown(key)}")
+        for key, item in value.items()
     }
 
 
@@ -249,9 +249,9 @@ def _mapping(hint: Any, value: Any, where: object) -> dict[Any, Any]:
 def _hints(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
     """(hint of each field, names of those without a default)."""
     hints = get_type_hints(cls, include_extras=True)
-    of_class = [each for each in fields(cls) if each.init]
-    needed = [each.name for each in of_class if each.default is MISSING and each.default_factory is MISSING]
-    return {each.name: hints[each.name] for each in of_class}, frozenset(needed)
+    of_class = [field for field in fields(cls) if field.init]
+    needed = [field.name for field in of_class if field.default is MISSING and field.default_factory is MISSING]
+    return {field.name: hints[field.name] for field in of_class}, frozenset(needed)
 
 
 def _instance(cls: Any, value: Any, where: object) -> Any:
@@ -263,19 +263,19 @@ def _instance(cls: Any, value: Any, where: object) -> Any:
             raise UserError(f"{where}: unknown key {shown(key)}.{nearest(str(key)[:99], hints)}")
     if missing := sorted(needed - value.keys()):
         raise UserError(f"{where}: {missing[0]!r} is missing")
-    made = {name: typed(hints[name], each, f"{where}: {name}") for name, each in value.items()}
+    arguments = {name: typed(hints[name], item, f"{where}: {name}") for name, item in value.items()}
     try:
-        return cls(**made)
+        return cls(**arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
 def typed_fully(cls: Any, value: Any, where: object) -> Any:
     """As `typed`, of a dataclass that mora_ds has written: also a field with a default must be there."""
-    made = typed(cls, value, where)
-    if missing := [each for each in _hints(cls)[0] if each not in value]:
+    instance = typed(cls, value, where)
+    if missing := [name for name in _hints(cls)[0] if name not in value]:
         raise UserError(f"{where}: {missing[0]!r} is missing")
-    return made
+    return instance
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
@@ -300,14 +300,14 @@ def links(folder: Path) -> list[str]:
         except OSError as error:
             problems.append(f"{inner} cannot be read: {error.strerror}")
             continue
-        for each in listed:
-            mode = each.stat(follow_symlinks=False).st_mode
+        for child in listed:
+            mode = child.stat(follow_symlinks=False).st_mode
             if stat.S_ISDIR(mode):
-                waiting.append(Path(each.path))
+                waiting.append(Path(child.path))
             elif stat.S_ISLNK(mode):
-                problems.append(f"{each.path} is a link to {os.readlink(each.path)}, and links are not followed")
+                problems.append(f"{child.path} is a link to {os.readlink(child.path)}, and links are not followed")
             elif not stat.S_ISREG(mode):
-                problems.append(f"{each.path} is neither a file nor a folder")
+                problems.append(f"{child.path} is neither a file nor a folder")
     return problems
 
 

@@ -136,9 +136,9 @@ def parse_flat(
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
     names = [field.name for group in groups for field in dataclasses.fields(group)]
-    parsed, rest = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
-    if rest:
-        raise UserError(_unknown_flags(rest, parser))
+    parsed, unknown = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+    if unknown:
+        raise UserError(_unknown_flags(unknown, parser))
     return of_recipe, {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
 
 

@@ -170,7 +170,7 @@ def _settings(corpus: Corpus, encoder: Encoder, facts: list[PartFacts]) -> dict[
         "dtype": encoder.dtype,
         "text_column": corpus.text_column,
         "filter": None if corpus.keep is None else corpus.keep.identity,
-        "contents": [part.content_hash for part in facts],
+        "contents": [part_facts.content_hash for part_facts in facts],
     }
 
 
@@ -191,7 +191,7 @@ def _build(
     num_proc: int,
     progress: bool,
 ) -> None:
-    characters = sum(part.characters for part in facts)
+    characters = sum(part_facts.characters for part_facts in facts)
     _check_space(folder.parent, characters, encoder.dtype)
     _remove_leftovers(folder.parent)
     with writable(folder.parent):
@@ -203,7 +203,7 @@ def _build(
             counts = _write(corpus, encoder, temporary, num_proc, bar)
             if not counts["documents"]:
                 raise UserError(f"{corpus.flag}: {_nothing_left(corpus.keep)}")
-            documents_read = sum(part.documents for part in facts)
+            documents_read = sum(part_facts.documents for part_facts in facts)
             meta = {**counts, "documents_read": documents_read, "settings": settings}
             (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
             fsync_tree(temporary)

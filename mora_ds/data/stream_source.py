@@ -210,7 +210,7 @@ class StreamMixture(Mixture):
         return states
 
     def _now(self) -> dict[str, Any]:
-        return {"step": self._next_step, "sources": {name: part.state() for name, part in self._streams.items()}}
+        return {"step": self._next_step, "sources": {name: stream.state() for name, stream in self._streams.items()}}
 
     def _draw(self, samples: Sequence[int]) -> None:
         """Every rank draws the streams' part of the global batch, so that all ranks stay at the same position."""

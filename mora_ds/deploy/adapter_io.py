@@ -94,9 +94,9 @@ def load_adapter(
         write_live(layer, original, opened.ledger.squares_of(name))
         set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
         if facts.domains is not None:
-            own = facts.domains.operators[name]
-            assert isinstance(layer, DomainLinear) and isinstance(own, OperatorSpec)
-            layer.own_spec = own
+            domain_spec = facts.domains.operators[name]
+            assert isinstance(layer, DomainLinear) and isinstance(domain_spec, OperatorSpec)
+            layer.own_spec = domain_spec
     trainable = dict(model.named_parameters())
     for name in facts.trainables:
         trainable[name].data = tensors.trained(name).to(dtype)

@@ -141,12 +141,14 @@ def combine_adapters(
         _check_pair(source, last)
     terms = _terms(opened)
     trained = _Trained(opened, None if base_folder is None else Path(base_folder))
-    facts = [{"adapter": str(each.folder), "step": each.file.step, "weight": float(each.weight)} for each in opened]
+    facts = [
+        {"adapter": str(source.folder), "step": source.file.step, "weight": float(source.weight)} for source in opened
+    ]
     rank = sum(source.file.config.embedding_rank for source in opened)  # products of low rank lie side by side
     config = replace(last.file.config, embedding_rank=rank)
     adapter = replace(last.file, cycle=len(terms) - 1, config=config, facts={**last.file.facts, COMBINED: facts})
     with atomic_folder(output.absolute()) as folder:
-        vectors = next((path for each in opened if (path := each.ledger.vectors_path) is not None), None)
+        vectors = next((path for source in opened if (path := source.ledger.vectors_path) is not None), None)
         ledger = Ledger.create(folder / LEDGER_FOLDER, last.reference.fingerprint, vectors)
         for term in terms[:-1]:
             ledger.append(term.step, term.layers, ((module, term.value(module)) for module in term.layers))
@@ -159,8 +161,8 @@ def combine_adapters(
         if tokenizer := tokenizer_of(last.folder):
             copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
         write_manifest(folder)
-    parts = ", ".join(f"{float(each.weight):g} x {each.folder}" for each in opened)
-    return [f"wrote {output}: {parts}", f"{len(terms)} term(s) in {len(adapter.layers)} layers; {len(terms) - 1} of"
+    formula = ", ".join(f"{float(source.weight):g} x {source.folder}" for source in opened)
+    return [f"wrote {output}: {formula}", f"{len(terms)} term(s) in {len(adapter.layers)} layers; {len(terms) - 1} of"
             " them in its ledger"]  # fmt: skip
 
 
@@ -218,8 +220,8 @@ class _Term:
     def value(self, module: str) -> Tensor:
         """The layer's MoRA matrix or LoRA factors in fp32. Raises `RunError` where they are not finite."""
         scaled = self.layers[module].operator.scaled
-        parts = (scaled(value(module).double(), float(weight)) for weight, value in self.parts.values())
-        return _rounded_sum(parts, module)
+        values = (scaled(value(module).double(), float(weight)) for weight, value in self.parts.values())
+        return _rounded_sum(values, module)
 
 
 def _terms(sources: Sequence[_Source]) -> list[_Term]:
@@ -270,18 +272,18 @@ class _Trained:
 
     def value(self, name: str) -> Tensor:
         """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products of low rank side by side."""
-        parts = [(source.weight, source.tensors.trained(name)) for source in self._sources]
+        weighted_tensors = [(source.weight, source.tensors.trained(name)) for source in self._sources]
         if is_low_rank(name):
             base, key = self._original(name)
-            products = ((low_rank, float(weight)) for weight, low_rank in parts)
+            products = ((low_rank, float(weight)) for weight, low_rank in weighted_tensors)
             return _rounded_sum([sum_of_products(products, base.shape_dtype(key)[0][0])], name)
         if self._of_base:
             base, key = self._original(name)
             original = base.read(key)
             if is_new_rows(name):
-                original = original[len(original) - len(parts[0][1]) :]
-            parts.append((self._of_base, original))
-        return _rounded_sum((tensor.double() * float(weight) for weight, tensor in parts), name)
+                original = original[len(original) - len(weighted_tensors[0][1]) :]
+            weighted_tensors.append((self._of_base, original))
+        return _rounded_sum((tensor.double() * float(weight) for weight, tensor in weighted_tensors), name)
 
     def _original(self, name: str) -> tuple[BaseCheckpoint, str]:
         """The base, and the key of what a trained tensor stands for. Raises `UserError` where the base has none."""

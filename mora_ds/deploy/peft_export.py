@@ -123,7 +123,7 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     spec = plan.entry.operator
     updates = run.updates(plan.entry)
     if plan.is_exact:
-        pairs = [factors for own, value in updates if (factors := own.low_rank(value.float())) is not None]
+        pairs = [factors for update, value in updates if (factors := update.low_rank(value.float())) is not None]
         return torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1), 0.0
     delta = torch.zeros(spec.d_out, spec.d_in)
     add_deltas_(delta, updates)
@@ -172,15 +172,15 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
     """adapter_config.json. Alpha is the rank everywhere, so that every scaling is 1."""
     ranks = {plan.entry.module: plan.rank for plan in plans}
     largest = max(ranks.values())
-    others = {module: rank for module, rank in ranks.items() if rank != largest}
+    rank_pattern = {module: rank for module, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(run.base.folder),
         "r": largest,
         "lora_alpha": largest,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": rank_pattern,
         "target_modules": list(ranks),
         "modules_to_save": sorted({name.rpartition(".")[0] for name, _ in _saved(run)}) or None,
         "fan_in_fan_out": any(plan.entry.transposed for plan in plans),

@@ -39,12 +39,12 @@ class _Layer:
     """The frozen tensors of a decoder layer: where its modules hold them, and where they lie in its buffer."""
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], slot: Tensor) -> None:
-        places, _ = offsets(tensors.values())
+        starts, _ = offsets(tensors.values())
         views: dict[int, Tensor] = {}
         self.entries: list[tuple[dict[str, Any], str, Tensor]] = []
         for name, tensor in tensors.items():
             if id(tensor) not in views:
-                start = places[id(tensor)]
+                start = starts[id(tensor)]
                 size = extent(tensor) * tensor.element_size()
                 flat = slot[start : start + size].view(tensor.dtype)
                 views[id(tensor)] = flat.as_strided(tensor.size(), tensor.stride())
@@ -199,8 +199,8 @@ class BaseRing:
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[int, Tensor]:
         number = self._slot_at.get(tensor.untyped_storage().data_ptr())
-        held = None if number is None else self._held[number]
-        return tensor if held is None else (held, tensor)
+        index = None if number is None else self._held[number]
+        return tensor if index is None else (index, tensor)
 
     def _unpack(self, packed: Tensor | tuple[int, Tensor]) -> Tensor:
         if isinstance(packed, Tensor):

@@ -38,15 +38,15 @@ def match_optimizer(
     config: dict[str, Any], kind: OptimizerKind, learning_rate: float, other_learning_rate: float
 ) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
-    given = at(config, "optimizer.type")
-    other_names = {name.lower() for other, names in _NAMES.items() if other is not kind for name in names}
-    is_free = given in (None, AUTO) or str(given).lower() in other_names
-    name = _NAMES[kind][0] if is_free else given  # `optimizer_problems` reports an unknown one
+    optimizer_type = at(config, "optimizer.type")
+    other_names = {name.lower() for optimizer, names in _NAMES.items() if optimizer is not kind for name in names}
+    is_free = optimizer_type in (None, AUTO) or str(optimizer_type).lower() in other_names
+    name = _NAMES[kind][0] if is_free else optimizer_type  # `optimizer_problems` reports an unknown one
     wanted: list[tuple[str, Any, str]] = [("optimizer.type", name, f"--optimizer = {kind.value}")]
     if kind is OptimizerKind.MUON:
         wanted.append(("optimizer.params.muon_lr", learning_rate, f"--learning_rate = {learning_rate}"))
-        others = f"--embedding_learning_rate = {other_learning_rate}"
-        wanted.append(("optimizer.params.lr", other_learning_rate, others))
+        setting = f"--embedding_learning_rate = {other_learning_rate}"
+        wanted.append(("optimizer.params.lr", other_learning_rate, setting))
         wanted.append(("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"))
     else:
         wanted.append(("optimizer.params.lr", learning_rate, f"--learning_rate = {learning_rate}"))

@@ -160,9 +160,9 @@ def check_compute_dtype(config: dict[str, Any]) -> None:
     supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
     if dtype in supported and not supported[dtype]():
         short = {"float16": "fp16", "bfloat16": "bf16"}
-        others = " or ".join(f"--{short[name]}" for name in supported if name != dtype and supported[name]())
+        usable = " or ".join(f"--{short[name]}" for name in supported if name != dtype and supported[name]())
         raise UserError(
-            f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {others or 'fp32'}"
+            f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {usable or 'fp32'}"
         )
 
 
@@ -179,8 +179,8 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     squares = {id(layer.value): layer.value.shape for layer in mora_layers(model).values()}
     numels = []
     for parameter in model.parameters():
-        rows, *others = squares.get(id(parameter), (0,))
-        numels.append(-(-rows // tensor_parallel_size) * math.prod(others) if rows else parameter.numel())
+        rows, *inner_shape = squares.get(id(parameter), (0,))
+        numels.append(-(-rows // tensor_parallel_size) * math.prod(inner_shape) if rows else parameter.numel())
     return numels
 
 
@@ -228,8 +228,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """
     values = [layer.value for layer in mora_layers(model).values()]
     squares = {id(value): value for value in values if isinstance(value, nn.Parameter)}  # a frozen one is a buffer
-    others = [parameter for parameter in model.parameters() if id(parameter) not in squares]
-    groups = [{"params": list(squares.values())}, {"params": others}]
+    other_parameters = [parameter for parameter in model.parameters() if id(parameter) not in squares]
+    groups = [{"params": list(squares.values())}, {"params": other_parameters}]
     return [group for group in groups if group["params"]]
 
 
@@ -242,14 +242,14 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
     mappings = Mappings.read()
     rank = dist.get_rank()
-    places = [mappings.place_of(tensor) for tensor in tensors]
+    locations = [mappings.place_of(tensor) for tensor in tensors]
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    facts = _gathered([_number(shapes), _number((machine(), places))])
+    facts = _gathered([_number(shapes), _number((machine(), locations))])
     _require_same([shape == facts[0][0] for shape, _ in facts])
-    sharers = [other for other, (_, place) in enumerate(facts) if place == facts[rank][1]]
-    sizes = {str(index): tensor.nbytes for index, tensor in enumerate(tensors) if places[index] is not None}
+    sharers = [sharer for sharer, (_, location) in enumerate(facts) if location == facts[rank][1]]
+    sizes = {str(index): tensor.nbytes for index, tensor in enumerate(tensors) if locations[index] is not None}
     dealt = {int(index) for index in deal(sizes, len(sharers))[sharers.index(rank)]}
-    computed = [index for index in range(len(tensors)) if index in dealt or places[index] is None]
+    computed = [index for index in range(len(tensors)) if index in dealt or locations[index] is None]
     checksums = torch.zeros(len(tensors), dtype=torch.int64)
     for index in computed:
         checksums[index] = tensor_checksum(tensors[index]) - (1 << 63)
@@ -272,7 +272,7 @@ def _gathered(numbers: list[int]) -> list[list[int]]:
     value = torch.tensor(numbers, dtype=torch.int64, device=current_device())
     everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, value)
-    return [each.tolist() for each in everyone]
+    return [tensor.tolist() for tensor in everyone]
 
 
 def _require_same(is_same: list[bool]) -> None:

@@ -37,9 +37,9 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         parser.add_argument(f"--{name}")
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
-    parsed, rest = parser.parse_known_args(list(argv))
-    given = [word for name in VALUES if (value := getattr(parsed, name)) is not None for word in (f"--{name}", value)]
-    return [*given, *(f"--{name}" for name in SWITCHES if getattr(parsed, name))], rest
+    parsed, remaining = parser.parse_known_args(list(argv))
+    words = [word for name in VALUES if (value := getattr(parsed, name)) is not None for word in (f"--{name}", value)]
+    return [*words, *(f"--{name}" for name in SWITCHES if getattr(parsed, name))], remaining
 
 
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:

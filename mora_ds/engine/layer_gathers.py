@@ -91,8 +91,8 @@ def _each_tensor(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value) if value.requires_grad else value
     if isinstance(value, (tuple, list)):
-        parts = [_each_tensor(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        elements = [_each_tensor(element, change) for element in value]
+        return type(value)(*elements) if hasattr(value, "_fields") else type(value)(elements)
     if isinstance(value, dict):
         for key in value:
             value[key] = _each_tensor(value[key], change)

@@ -28,12 +28,12 @@ def drop_idle_hooks(engine: Any) -> list[str]:
     handles = {handle.id: handle for handle in (*offload.forward_hooks, *offload.backward_hooks)}
     layers = _gather_by_layer(root, offload)
     gathered = {module for layer in layers for module in layer.modules()}
-    kept = []
+    hooked = []
     for name, module in root.named_modules():
         # The root's start and end a pass (`setup_zero_stage3_hooks`).
-        needed = any(not each.ds_persist for each in iter_params(module, z3_leaf_module(module)))
+        needed = any(not parameter.ds_persist for parameter in iter_params(module, z3_leaf_module(module)))
         if module is root or (needed and module not in gathered):
-            kept.append(name)
+            hooked.append(name)
             continue
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key in hooks if key in handles]:
@@ -43,14 +43,14 @@ def drop_idle_hooks(engine: Any) -> list[str]:
     persistent = offload.persistent_parameters
     if persistent:
         root.register_forward_pre_hook(lambda *_: _gather(persistent), prepend=True)
-    return kept
+    return hooked
 
 
 def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
     """Has each decoder layer with a sharded parameter gather all of its own; returns these layers."""
     layers = []
     for layer in find_decoder_layers(root).values():
-        if sharded := [each for each in layer.parameters() if not each.ds_persist]:  # type: ignore[attr-defined]
+        if sharded := [parameter for parameter in layer.parameters() if not parameter.ds_persist]:  # type: ignore[attr-defined]
             LayerGathers(offload.param_coordinator, layer, sharded)
             layers.append(layer)
             for parameter in sharded if offload.zero_param_parallel_group is None else ():
@@ -63,12 +63,14 @@ def _views(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     module's operations return for an input are added up before those of other modules: so they are added up here, too,
     and losses stay the same to the bit."""
     del module
-    return tuple(each.view_as(each) if isinstance(each, Tensor) and each.requires_grad else each for each in inputs)
+    return tuple(item.view_as(item) if isinstance(item, Tensor) and item.requires_grad else item for item in inputs)
 
 
 def _gather(persistent: list[Any]) -> None:
     """All-gather the persistent parameters that are sharded: before the first pass, after a step that fp16 has skipped
     and after a context that has gathered one (`GatheredParameters`). Else the step has gathered them already."""
-    sharded: list[nn.Parameter] = [each for each in persistent if each.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    sharded: list[nn.Parameter] = [
+        parameter for parameter in persistent if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    ]
     if sharded:
         persistent[0].all_gather(sharded)

@@ -211,7 +211,7 @@ def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: se
             dtype = shards.read(first.name, key, first.start, 0).dtype
             flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_parts != parts:
-                flat.state[key] = flat.state[key].new_zeros(sum(part.numel for part in state_parts))
+                flat.state[key] = flat.state[key].new_zeros(sum(state_part.numel for state_part in state_parts))
         _fill(flat.state[key], key, state_parts, shards, transposed)
 
 

@@ -62,7 +62,7 @@ def require_delta(module: str, spec: UpdateSpec) -> None:
 def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
     """(name, its updates) of every matrix that the updates of a layer change: of experts one after the other."""
     members = [list(spec.members(module, value)) for spec, value in updates]
-    return [(each[0][0], [(spec, square) for _, spec, square in each]) for each in zip(*members, strict=True)]
+    return [(history[0][0], [(spec, square) for _, spec, square in history]) for history in zip(*members, strict=True)]
 
 
 def modules_of(ledger: Ledger) -> list[str]:
@@ -82,10 +82,10 @@ def show_lines(ledger: Ledger) -> list[str]:
     if not ledger.cycles:
         return head
     rows = [["cycle", "step", "layers", "operator", "|M|", "|delta|", "MiB"]]
-    for each in summarize(ledger):
-        norms = [math.sqrt(energy) for energy in (each.square_energy, each.delta_energy)]
-        counts = [str(each.cycle), str(each.step), str(each.layers), each.operators]
-        rows.append([*counts, *(f"{norm:.4e}" for norm in norms), f"{each.nbytes / 2**20:.2f}"])
+    for summary in summarize(ledger):
+        norms = [math.sqrt(energy) for energy in (summary.square_energy, summary.delta_energy)]
+        counts = [str(summary.cycle), str(summary.step), str(summary.layers), summary.operators]
+        rows.append([*counts, *(f"{norm:.4e}" for norm in norms), f"{summary.nbytes / 2**20:.2f}"])
     legend = (
         "|M|, |delta|: Frobenius norms over all layers, of the MoRA matrices and of their deltas; mora-ds spectrum "
         "shows those of all deltas so far, ranks and singular values"

@@ -155,8 +155,8 @@ def _adapted(
     domain = chosen_domain(read_adapter(checkpoint).domains, domain, "--domain")
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
-    own = tokenizer_of(checkpoint) or folder
-    tokenizer = load_tokenizer(own, trust_remote_code=trust_remote_code, flag="MODEL")
+    tokenizer_folder = tokenizer_of(checkpoint) or folder
+    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code, flag="MODEL")
     model: Any = load_adapter(folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))

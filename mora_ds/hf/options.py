@@ -76,10 +76,10 @@ def fill_config(args: Any, trainable_numels: list[int]) -> None:
     parameters need, where transformers would take the model's hidden size. Raises `UserError` for another optimizer."""
     config = args.hf_deepspeed_config.config
     drop_null_sections(config)
-    given = config.setdefault("optimizer", {}).get("type", "AdamW")
-    if not isinstance(given, str):
-        raise UserError(f'"optimizer.type" in the DeepSpeed config must be a name, got {given!r}')
-    config["optimizer"]["type"] = "AdamW" if given == "auto" else given
+    optimizer_type = config.setdefault("optimizer", {}).get("type", "AdamW")
+    if not isinstance(optimizer_type, str):
+        raise UserError(f'"optimizer.type" in the DeepSpeed config must be a name, got {optimizer_type!r}')
+    config["optimizer"]["type"] = "AdamW" if optimizer_type == "auto" else optimizer_type
     defaults = {
         "lr": args.learning_rate,
         "betas": [args.adam_beta1, args.adam_beta2],

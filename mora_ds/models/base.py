@@ -126,7 +126,7 @@ class BaseCheckpoint:
         members = self.members(key)
         first, dtype = self.shape_dtype(members[0][0])
         parts = members[0]
-        return (len(members), sum(self.shape_dtype(part)[0][0] for part in parts), *first[1:]), dtype
+        return (len(members), sum(self.shape_dtype(member_key)[0][0] for member_key in parts), *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
         """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to it.

@@ -90,7 +90,7 @@ def document_attention(
     documents.windows.add(sliding_window)
     window = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
     fits = fits_varlen(query, value, scores)
-    query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     if fits:
         out = _varlen(query, key, value, documents, window, scores)
     else:
@@ -147,7 +147,7 @@ def _varlen(
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v). The kernel wants one head size, a multiple of 8."""
     head = value.shape[2]
     wanted = -(-max(query.shape[2], value.shape[2]) // 8) * 8
-    query, key, value = (_padded(part, wanted) for part in (query, key, value))
+    query, key, value = (_padded(tensor, wanted) for tensor in (query, key, value))
     kernel = VarlenKernel(documents.bounds, documents.longest, -1 if window is None else window - 1, scores.scale)
     if scores.sinks is None:
         out, *_ = kernel.forward(query, key, value)
@@ -183,20 +183,20 @@ def groups_of(lengths: tuple[int, ...]) -> _Groups:
     for document, length in enumerate(lengths):
         by_size.setdefault(_rounded(length), []).append(document)
     total = sum(lengths)
-    places = []
+    positions = []
     shapes = []
     scatter = np.empty(total, dtype=np.int64)
     used = 0
     for members in by_size.values():
         size = max(lengths[document] for document in members)
-        places.append(np.minimum(begins[members][:, None] + np.arange(size), total - 1).ravel())
+        positions.append(np.minimum(begins[members][:, None] + np.arange(size), total - 1).ravel())
         shapes.append((len(members), size))
         for row, document in enumerate(members):
             begin = begins[document]
             length = lengths[document]
             scatter[begin : begin + length] = used + row * size + np.arange(length)
         used += len(members) * size
-    gather = np.concatenate(places)
+    gather = np.concatenate(positions)
     if len(gather) == total and (gather == np.arange(total)).all():
         return _Groups(shapes, None, None)
     return _Groups(shapes, torch.from_numpy(gather), torch.from_numpy(scatter))
@@ -216,14 +216,14 @@ def _by_documents(
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
     groups = groups_of(lengths)
     attend = _attend_for(query, key, value, scores)
-    parts = []
-    for part in (query, key, value):
+    pieces = []
+    for tensor in (query, key, value):
         if groups.gather is not None:
-            part = part.index_select(0, groups.gather.to(part.device))
-        parts.append(part.split([count * size for count, size in groups.shapes]))
+            tensor = tensor.index_select(0, groups.gather.to(tensor.device))
+        pieces.append(tensor.split([count * size for count, size in groups.shapes]))
     outs = []
-    for shape, *tokens in zip(groups.shapes, *parts, strict=True):
-        query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in tokens)
+    for shape, *tokens in zip(groups.shapes, *pieces, strict=True):
+        query, key, value = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in tokens)
         out = _rows(query, key, value, window, attend)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs) if len(outs) > 1 else outs[0]
@@ -334,4 +334,4 @@ def _masked(
     if mask is None:
         mask = _seen(keys - length, length, keys, None, query.device)[None, None]
     blocks = zip(query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True)
-    return torch.cat([_scored(scores, part, key, value, seen) for part, seen in blocks], dim=2).transpose(1, 2)
+    return torch.cat([_scored(scores, queries, key, value, seen) for queries, seen in blocks], dim=2).transpose(1, 2)

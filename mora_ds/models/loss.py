@@ -123,10 +123,12 @@ class ChunkedHead:
         if torch.is_grad_enabled() and hidden.requires_grad and not is_trained:
             losses = _FrozenHeadLosses.apply(flat, labels, self)
         elif torch.is_grad_enabled() and is_trained:
-            parts = (checkpoint(self._losses_of, *part, use_reentrant=False) for part in self._chunks(flat, labels))
-            losses = torch.cat(list(parts))
+            by_chunk = (
+                checkpoint(self._losses_of, *chunk, use_reentrant=False) for chunk in self._chunks(flat, labels)
+            )
+            losses = torch.cat(list(by_chunk))
         else:
-            losses = torch.cat([self._losses_of(*part) for part in self._chunks(flat, labels)])
+            losses = torch.cat([self._losses_of(*chunk) for chunk in self._chunks(flat, labels)])
         return losses.view(*hidden.shape[:-1], 1)
 
     def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -118,9 +118,9 @@ class _WithSinks(torch.autograd.Function):
         kernel = ctx.kernel
         _, _, _, out, with_sink, *_ = saved
         gradients = kernel.backward(grad.contiguous(), *saved)
-        given = None
+        sink_gradient = None
         if ctx.needs_input_grad[3]:
             taken = torch.exp(sinks.float()[:, None] - with_sink)
             taken = taken * kernel.heads_first(grad.float() * out.float()).sum(-1)
-            given = -taken.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
-        return (*gradients, given, None)
+            sink_gradient = -taken.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
+        return (*gradients, sink_gradient, None)

@@ -72,8 +72,8 @@ class Topology:
         if len(whole) == size:
             return whole
         bounds = [share(size, self.degree, index) for index in range(self.degree)]
-        parts = zip(whole.chunk(self.degree), bounds, strict=True)
-        return torch.cat([part[: stop - start] for part, (start, stop) in parts])
+        pieces = zip(whole.chunk(self.degree), bounds, strict=True)
+        return torch.cat([piece[: stop - start] for piece, (start, stop) in pieces])
 
     def sum_scatter(self, whole: Tensor) -> Tensor:
         """(size, ...) -> this process's share of the sum over the group."""
@@ -81,8 +81,8 @@ class Topology:
         longest = -(-len(whole) // self.degree)
         start, stop = self.share(size)
         if longest * self.degree != size:
-            parts = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
-            whole = torch.cat([_padded(part, longest) for part in parts])
+            pieces = [whole[slice(*share(size, self.degree, index))] for index in range(self.degree)]
+            whole = torch.cat([_padded(piece, longest) for piece in pieces])
         shard = whole.new_empty(longest, *whole.shape[1:])
         comm.reduce_scatter_tensor(shard, whole.contiguous(), group=self.group)
         return shard[: stop - start]

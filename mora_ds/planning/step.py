@@ -170,7 +170,7 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
         for parameter in model.parameters()
     ]
     merged = [value for layer in mora_layers(model).values() for _, value in layer.merged]
-    rows = [each for each in batch.values() if isinstance(each, Tensor)]
+    rows = [tensor for tensor in batch.values() if isinstance(tensor, Tensor)]
     known = (*model.parameters(), *model.buffers(), *merged, *rows)
     try:
         with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
@@ -229,9 +229,9 @@ class Streamed:
     @classmethod
     def of(cls, model: nn.Module) -> Streamed:
         """Raises `UserError` for a model whose decoder layers are not found."""
-        weights = [list(own.values()) for own in weights_of_layers(model).values()]
-        sizes = tuple(sum({id(tensor): tensor.nbytes for tensor in own}.values()) for own in weights)
-        return cls(sizes, min(BUFFERS, len(sizes)), max(stored_bytes(own) for own in weights))
+        weights = [list(tensors.values()) for tensors in weights_of_layers(model).values()]
+        sizes = tuple(sum({id(tensor): tensor.nbytes for tensor in tensors}.values()) for tensors in weights)
+        return cls(sizes, min(BUFFERS, len(sizes)), max(stored_bytes(tensors) for tensors in weights))
 
     @property
     def total(self) -> int:

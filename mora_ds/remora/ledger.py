@@ -82,13 +82,13 @@ class LayerEntry:
 
 def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:
     """{module name: entry} as JSON."""
-    return {name: each.to_dict() for name, each in layers.items()}
+    return {name: layer.to_dict() for name, layer in layers.items()}
 
 
 def layers_from_dict(values: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerEntry]:
     """Inverse of `layers_to_dict`. Raises `UserError`."""
     entries = typed(dict[FileName, Any], values, "layers")
-    return {name: LayerEntry.from_dict(name, each) for name, each in entries.items()}
+    return {name: LayerEntry.from_dict(name, content) for name, content in entries.items()}
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def agree_on_layers(known: dict[str, LayerEntry], layers: Mapping[str, LayerEntr
     for name, layer in layers.items():
         first = known.setdefault(name, layer)
         shape, was = (
-            (each.operator.d_in, each.operator.d_out, each.transposed, *each.operator.value_shape[:-2])
-            for each in (layer, first)
+            (either.operator.d_in, either.operator.d_out, either.transposed, *either.operator.value_shape[:-2])
+            for either in (layer, first)
         )
         if shape != was:
             raise UserError(
@@ -183,8 +183,8 @@ class Ledger:
     def strays(folder: Path) -> list[str]:
         """Names of what lies in a ledger's folder, which need not exist, and belongs to no ledger."""
         names = (LEDGER_FILE, VECTORS_FILE, "cycle-*.safetensors")
-        own = {path for name in names for pattern in (name, f".{name}.partial") for path in folder.glob(pattern)}
-        return sorted(path.name for path in folder.glob("*") if path not in own)
+        known = {path for name in names for pattern in (name, f".{name}.partial") for path in folder.glob(pattern)}
+        return sorted(path.name for path in folder.glob("*") if path not in known)
 
     def snapshot(self) -> Ledger:
         """A ledger with the present cycles, which later appends to this one do not change."""
@@ -272,7 +272,7 @@ class Ledger:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
             agree_on_layers(known, self.layers(record.cycle), self.folder / record.file)
-            expected = {each.square: each.operator.value_shape for each in self.layers(record.cycle).values()}
+            expected = {layer.square: layer.operator.value_shape for layer in self.layers(record.cycle).values()}
             if set(handle.keys()) != set(expected):
                 raise UserError(f"{self.folder / record.file} does not hold the matrices that its header lists")
             for name, shape in expected.items():
@@ -327,7 +327,7 @@ def _link(chain: str, sha256: str) -> str:
 def _write_cycle(
     path: Path, cycle: int, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]
 ) -> None:
-    layout = {each.square: (each.operator.value_shape, torch.float32) for each in layers.values()}
+    layout = {layer.square: (layer.operator.value_shape, torch.float32) for layer in layers.values()}
     metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}
     with SafetensorsWriter(path, layout, metadata) as writer:
         for module, square in squares:

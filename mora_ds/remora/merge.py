@@ -144,14 +144,14 @@ class ReMoRA:
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)
-        own = set(node.layers(model))
+        owned = set(node.layers(model))
 
         def matrices() -> Iterator[tuple[str, Tensor]]:
             for name, layer in layers.items():
                 square = layer.unshard(zero.full_fp32(self.engine, layer.value))
                 if dist.get_rank() == 0:
                     recorded[name] = square.cpu()
-                if name in own:
+                if name in owned:
                     yield name, square if node.ranks is None else square.cpu()  # all of them wait for the others
                 elif layer.is_packed:  # every process keeps the matrices
                     layer.keep_merged(chain(self.ledger.squares_of(name), [(layer.spec, square)]))

@@ -45,5 +45,5 @@ def _steps(steps: Sequence[int]) -> str:
         return f"step {steps[0]}"
     if len(steps) <= 2 * _SHOWN:
         return f"steps {', '.join(map(str, steps))}"
-    ends = [", ".join(map(str, part)) for part in (steps[:_SHOWN], steps[-_SHOWN:])]
+    ends = [", ".join(map(str, end)) for end in (steps[:_SHOWN], steps[-_SHOWN:])]
     return f"steps {ends[0]}, ..., {ends[1]} ({len(steps)} in all)"

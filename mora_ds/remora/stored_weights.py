@@ -35,9 +35,7 @@ class StoredWeight:
 
     def live(self, base: BaseCheckpoint, updates: Iterable[tuple[UpdateSpec, Tensor]], dtype: torch.dtype) -> Tensor:
         """The tensor with the updates of its layer, summed as `live_weight` sums them."""
-        original = (
-            torch.cat([base.read(part) for part in self.parts]) if len(self.parts) > 1 else base.read(*self.parts)
-        )
+        original = torch.cat([base.read(key) for key in self.parts]) if len(self.parts) > 1 else base.read(*self.parts)
         if self.expert is not None:
             updates = (single(spec, value, self.expert) for spec, value in updates)
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
@@ -47,14 +45,14 @@ def stored_weights(entry: LayerEntry, key: str, base: BaseCheckpoint) -> dict[st
     """Key -> tensor, for all tensors of the layer's weight, whose key in the base is `key`."""
     if not is_stack(key):
         return {key: StoredWeight(entry, (key,), slice(None))}
-    found = {}
-    for expert, parts in enumerate(base.members(key)):
+    weights = {}
+    for expert, keys in enumerate(base.members(key)):
         start = 0
-        for part in parts:
-            stop = start + base.shape_dtype(part)[0][0]
-            found[part] = StoredWeight(entry, tuple(parts), slice(start, stop), expert)
+        for member_key in keys:
+            stop = start + base.shape_dtype(member_key)[0][0]
+            weights[member_key] = StoredWeight(entry, tuple(keys), slice(start, stop), expert)
             start = stop
-    return found
+    return weights
 
 
 def weight_shape(entry: LayerEntry) -> tuple[int, ...]:

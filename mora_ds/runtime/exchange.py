@@ -42,16 +42,16 @@ def gather_to_first(value: Any, group: Any) -> list[Any] | None:
     group of all ranks. Each value is unpickled on rank 0 alone."""
     rank = dist.get_rank(group)
     world = dist.get_world_size(group)
-    parts = [pickle.dumps(value)]
+    pickled_values = [pickle.dumps(value)]
     step = 1
     while step < world:
         if rank & step:
-            _send(parts, rank - step, group)
+            _send(pickled_values, rank - step, group)
             return None
         if rank + step < world:
-            parts += _receive(rank + step, group)
+            pickled_values += _receive(rank + step, group)
         step *= 2
-    return [pickle.loads(part) for part in parts]
+    return [pickle.loads(pickled) for pickled in pickled_values]
 
 
 def gather_to_all(value: Any, group: Any) -> list[Any]:
@@ -64,7 +64,7 @@ def gather_to_all(value: Any, group: Any) -> list[Any]:
 
 def _send(parts: list[bytes], to: int, group: Any) -> None:
     """A message is the lengths of its parts, then the parts as one tensor of bytes."""
-    lengths = torch.tensor([len(part) for part in parts])
+    lengths = torch.tensor([len(pickled) for pickled in parts])
     dist.send(torch.tensor([len(lengths)]), dst=to, group=group)
     dist.send(lengths, dst=to, group=group)
     dist.send(torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8), dst=to, group=group)
@@ -74,7 +74,7 @@ def _receive(sender: int, group: Any) -> list[bytes]:
     (count,) = _received(1, torch.int64, sender, group).tolist()
     lengths = _received(count, torch.int64, sender, group).tolist()
     content = _received(sum(lengths), torch.uint8, sender, group)
-    return [part.numpy().tobytes() for part in content.split(lengths)]
+    return [raw.numpy().tobytes() for raw in content.split(lengths)]
 
 
 def _received(numel: int, dtype: torch.dtype, sender: int, group: Any) -> Tensor:

@@ -49,14 +49,14 @@ class Mappings:
     @classmethod
     def read(cls) -> Mappings:
         """The mappings as they are now."""
-        found = []
+        mappings = []
         for mapping in _MAPPING.finditer(_SMAPS.read_text() if _SMAPS.exists() else ""):
             start, end, permissions, offset, device, inode, written = mapping.groups()
             if inode != "0":
                 file = f"{device} {inode}"
                 is_shared = permissions[3] == "s"
-                found.append(_Mapping(int(start, 16), int(end, 16), is_shared, int(offset, 16), file, int(written)))
-        return cls(found)
+                mappings.append(_Mapping(int(start, 16), int(end, 16), is_shared, int(offset, 16), file, int(written)))
+        return cls(mappings)
 
     def place_of(self, tensor: Tensor) -> str | None:
         """Where the tensor's bytes come from; None for one on another device, in memory of its own, or in a mapped

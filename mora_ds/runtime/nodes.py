@@ -40,10 +40,10 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         if ranks.is_first:
             (folder / name).unlink(missing_ok=True)
     _, first_place = seen[0]
-    for rank, (is_visible, place) in enumerate(seen):
+    for rank, (is_visible, rank_folder) in enumerate(seen):
         if not is_visible:
             raise UserError(
-                f"--output_dir: {place} (rank {rank}) is another folder than {first_place} (rank 0): name one on "
+                f"--output_dir: {rank_folder} (rank {rank}) is another folder than {first_place} (rank 0): name one on "
                 "storage that all nodes share"
             )
 

@@ -128,10 +128,10 @@ class Ranks:
             return
         everyone: list[dict[str, str]] = self.gather(f"{check}: values", mine)
         lines = []
-        for name in dict.fromkeys(name for each in everyone for name in each):
+        for name in dict.fromkeys(name for mapping in everyone for name in mapping):
             holders: dict[str, list[int]] = {}
-            for rank, each in enumerate(everyone):
-                holders.setdefault(each.get(name, _ABSENT), []).append(rank)
+            for rank, rank_values in enumerate(everyone):
+                holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(holders) > 1:
                 lines.append(f"  {name}: " + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items()))
         raise UserError("\n".join([f"{check}: not the same on all ranks; give every rank the same", *lines]))
@@ -200,8 +200,8 @@ class Ranks:
         in vain."""
         since = time.monotonic()
         limit = _LEAVING_S if check is None else timeout_s
-        place = _number(f"{gathers} {check}")
-        highest = torch.tensor([int(error is not None), place, -place])
+        check_number = _number(f"{gathers} {check}")
+        highest = torch.tensor([int(error is not None), check_number, -check_number])
         try:
             work = dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             work.wait(timedelta(seconds=limit))
@@ -226,11 +226,11 @@ class Ranks:
 
 def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """The names in `count` parts of about the same size in sum, the largest ones dealt out first."""
-    parts: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(count)]
+    heap: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(count)]
     for name in sorted(sizes, key=lambda name: -sizes[name]):
-        size, number, names = parts[0]
-        heapq.heapreplace(parts, (size + sizes[name], number, [*names, name]))
-    return [names for _, _, names in sorted(parts, key=lambda part: part[1])]
+        size, number, names = heap[0]
+        heapq.heapreplace(heap, (size + sizes[name], number, [*names, name]))
+    return [names for _, _, names in sorted(heap, key=lambda part: part[1])]
 
 
 def _number(text: str) -> int:
@@ -252,29 +252,29 @@ def _first_failure(outcomes: Iterable[_Outcome]) -> Exception | None:
     failed = [(rank, outcome.error) for rank, outcome in enumerate(outcomes) if outcome.error is not None]
     if not failed:
         return None
-    rank, error = next((each for each in failed if isinstance(each[1], UserError)), failed[0])
+    rank, error = next((failure for failure in failed if isinstance(failure[1], UserError)), failed[0])
     return error if rank == 0 else type(error)(f"rank {rank}: {error}")
 
 
 def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
-    places: dict[str, list[int]] = {}
+    ranks_at: dict[str, list[int]] = {}
     for rank, outcome in enumerate(outcomes):
-        places.setdefault(str(outcome.check), []).append(rank)
-    if len(places) == 1:
+        ranks_at.setdefault(str(outcome.check), []).append(rank)
+    if len(ranks_at) == 1:
         return None
-    where = "; ".join(f"{_named(ranks)} at {check!r}" for check, ranks in places.items())
+    where = "; ".join(f"{_named(ranks)} at {check!r}" for check, ranks in ranks_at.items())
     return UserError(f"the ranks do different things: {where}. Do all nodes have the same files and the same packages?")
 
 
 def _named(ranks: list[int]) -> str:
     """Such as "ranks 0-3, 6"."""
-    parts: list[list[int]] = []
+    spans: list[list[int]] = []
     for rank in ranks:
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1] = [parts[-1][0], rank]
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1] = [spans[-1][0], rank]
         else:
-            parts.append([rank])
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join("-".join(map(str, part)) for part in parts)
+            spans.append([rank])
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join("-".join(map(str, span)) for span in spans)
 
 
 _groups: dict[Any, Any] = {}

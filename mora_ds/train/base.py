@@ -48,18 +48,18 @@ def prepare_base(
 ) -> LoadedBase:
     """Load the complete base on this process, from `folder` or created from --model_config; `cast` as in `load_base`.
     Collective."""
-    own = place.folder / BASE_FOLDER
+    base_folder = place.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
         vocabulary = largest_id(tokenizer)[1] + 1
 
         def create() -> None:
-            if place.checkpoint is None or not (own / "config.json").exists():
-                create_base(config_file, own, training.seed, tokenizer, vocabulary)
+            if place.checkpoint is None or not (base_folder / "config.json").exists():
+                create_base(config_file, base_folder, training.seed, tokenizer, vocabulary)
 
         place.ranks.on_first("creation of the base", create, long=True)
-        folder = own
-    loaded = load_base(folder, own, place.ranks, dtype, model.implementation, model.trust_remote_code, cast)
+        folder = base_folder
+    loaded = load_base(folder, base_folder, place.ranks, dtype, model.implementation, model.trust_remote_code, cast)
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded

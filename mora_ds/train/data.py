@@ -79,8 +79,8 @@ def load_data(
     _check_positions(model_config, data.seq_len)
     folder = place.folder / TOKENIZER_FOLDER
     ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, place.checkpoint))
-    first, *others = corpora.values()
-    joined = replace(first, parts=first.parts + tuple(part for other in others for part in other.parts))
+    first, *remaining = corpora.values()
+    joined = replace(first, parts=first.parts + tuple(part for corpus in remaining for part in corpus.parts))
     tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.ranks)
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
@@ -100,7 +100,7 @@ def load_data(
         {
             "tokenizer (digest)": tokenizer_fingerprint(tokenizer),
             "training text": train.identity,
-            "evaluation sets": [(name, each.content_id) for name, each in packed.items()],
+            "evaluation sets": [(name, dataset.content_id) for name, dataset in packed.items()],
         },
     )
     return RunData(tokenizer, folder, train, packed)
@@ -312,7 +312,7 @@ def _train_data(
 
 def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
     for index, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
-        weights = [(step, part[index] / sum(part)) for step, part in plan.phases]
+        weights = [(step, phase_weights[index] / sum(phase_weights)) for step, phase_weights in plan.phases]
         shares = ", ".join(f"{100 * weight:.4g}%" + (f" from step {step}" if step else "") for step, weight in weights)
         size = "a stream" if source.n_blocks is None else f"{source.n_blocks:,} sequences an epoch"
         limit = f", {epochs:g} epochs" if (epochs := plan.sources[index].epochs) else ""

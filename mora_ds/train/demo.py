@@ -196,7 +196,7 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user gave. Raises `UserError`."""
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    given = {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
+    user_settings = {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
     replicas = max(1, world // arguments.training.ranks_per_replica)
     settings = {
         **CONTINUE,
@@ -211,10 +211,10 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         validate(job)
         engine_config(job.training, job.adapter.adapter, world)
 
-    plain = with_flags(settings, given)
+    plain = with_flags(settings, user_settings)
     if not arguments.research:
         (text,) = paths.train_files("general")
-        job = with_flags({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}, given)
+        job = with_flags({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}, user_settings)
         if not (reasons := refusal(check, job)):
             return job
         logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")

@@ -57,9 +57,9 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
     planner = planner_of(arguments, config, ds_config, world)
-    place = BaseDevice(training.base_device)
-    if place is not BaseDevice.AUTO or not device.is_cpu():
-        planner = place_base(planner, place)
+    base_device = BaseDevice(training.base_device)
+    if base_device is not BaseDevice.AUTO or not device.is_cpu():
+        planner = place_base(planner, base_device)
     layers = _layer_lines(planner.work, world)
     model = planned_model(replace(planner.work, adapter=None, tensor_parallel=1))
     layers += hooks_of(arguments).dry_lines(model, planner.work.adapter)

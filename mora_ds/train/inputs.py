@@ -31,7 +31,7 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
     places = [folder.resolve() / name for name in NAMES if name != DEMO and not (resumes and name in _READABLE)]
-    places += [place.resolve() for place in places if place.is_symlink()]
+    places += [output.resolve() for output in places if output.is_symlink()]
     holds_any = any(os.path.lexists(place) for place in places)
     for flag, named in inputs_of(arguments):
         for path in (named, *(_files_in(named) if holds_any else ())):

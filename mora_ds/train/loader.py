@@ -112,4 +112,4 @@ class BatchLoader:
 
 def labels_in(batch: StepBatch) -> int:
     """How many labels of a step's batch count."""
-    return sum(sum(each.labels) for each in batch)
+    return sum(sum(micro_batch.labels) for micro_batch in batch)

@@ -249,7 +249,7 @@ class MetricsLog:
 def plain_json(value: Any) -> Any:
     """`value` with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
     if isinstance(value, dict):
-        return {key: plain_json(part) for key, part in value.items()}
+        return {key: plain_json(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -136,7 +136,7 @@ def reserve(folder: Path) -> Reservation:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
     _check_owned(folder)
-    made = tuple(path for path in (folder, *folder.parents) if not path.exists())
+    new_folders = tuple(path for path in (folder, *folder.parents) if not path.exists())
     had_lock_file = (folder / LOCK).exists()
     try:
         with _writing(folder):
@@ -146,9 +146,9 @@ def reserve(folder: Path) -> Reservation:
             shutil.rmtree(folder / DELETING, ignore_errors=True)
             _undo(folder)
     except UserError:
-        _remove_empty(made)
+        _remove_empty(new_folders)
         raise
-    reservation = _open[folder.resolve()] = Reservation(folder, made, had_lock_file)
+    reservation = _open[folder.resolve()] = Reservation(folder, new_folders, had_lock_file)
     return reservation
 
 

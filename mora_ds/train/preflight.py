@@ -109,8 +109,8 @@ def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float
     """The largest change of a row's second document, as a norm of its logits, when the first one is another."""
     ids = _random_ids(engine, vocab_size, max(rows, 2), 2 * _DOCUMENT)
     ids[1:, _DOCUMENT:] = ids[0, _DOCUMENT:]
-    parts = ids.split(1 if rows == 1 else len(ids))
-    batches = ({"input_ids": part, **_places(engine, positions, len(part))} for part in parts)
+    row_groups = ids.split(1 if rows == 1 else len(ids))
+    batches = ({"input_ids": group, **_places(engine, positions, len(group))} for group in row_groups)
     logits = torch.cat([engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double() for batch in batches])
     return max((row - logits[0]).norm().item() for row in logits[1:])
 
@@ -125,12 +125,12 @@ def _places(engine: Any, positions: Tensor, rows: int) -> dict[str, Any]:
 def check_window(engine: Any, vocab_size: int) -> None:
     """Raise `UserError` where the config has a sliding window that attention by documents does not receive. Collective:
     a forward pass of one short row."""
-    places = _places(engine, torch.arange(2 * _DOCUMENT), 1)
-    batch = {"input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT), **places}
+    position_inputs = _places(engine, torch.arange(2 * _DOCUMENT), 1)
+    batch = {"input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT), **position_inputs}
     engine.eval()
     engine(**model_inputs(engine, batch))
     engine.train()
-    if places["documents"].windows == {None}:
+    if position_inputs["documents"].windows == {None}:
         raise UserError(
             "this model's config has a sliding window that its attention does not receive: "
             "give --attn_implementation sdpa"
@@ -170,13 +170,13 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
     batch = {"input_ids": rows, **_places(engine, positions, 2)}
-    part = sequence.split(batch)
+    local_batch = sequence.split(batch)
     engine.eval()
-    split = engine(**model_inputs(engine, part)).logits
-    part["documents"] = Documents.of(part["position_ids"].cpu()).to(engine.device)
+    split = engine(**model_inputs(engine, local_batch)).logits
+    local_batch["documents"] = Documents.of(local_batch["position_ids"].cpu()).to(engine.device)
     with whole_rows(model):
         complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})["logits"]
-        alone = engine(**model_inputs(engine, part)).logits
+        alone = engine(**model_inputs(engine, local_batch)).logits
     engine.train()
     error = _norm(split.double() - complete)
     effect = _norm(alone.double() - complete)

@@ -75,10 +75,10 @@ class Replica:
     @torch.no_grad()
     def nll(self, batch: Mapping[str, Any]) -> tuple[float, int]:
         """(summed loss, number of predicted tokens) of this process's part of a batch. Collective under ZeRO-3."""
-        part = self.split(dict(batch))
-        predicted = int((part["labels"] != IGNORED).sum())
+        local_batch = self.split(dict(batch))
+        predicted = int((local_batch["labels"] != IGNORED).sum())
         self.engine.eval()
-        nll = token_nll(self.engine, self.on_device(part)).item()
+        nll = token_nll(self.engine, self.on_device(local_batch)).item()
         self.engine.train()
         return nll, predicted
 
@@ -112,7 +112,7 @@ def check_same_rows(batch: Mapping[str, Any], processes_per_replica: int, device
     mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=device)
     digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(digests, mine)
-    for rank, other in enumerate(digests):
+    for rank, rank_digest in enumerate(digests):
         first = rank - rank % processes_per_replica
-        if not torch.equal(other, digests[first]):
+        if not torch.equal(rank_digest, digests[first]):
             raise RunError(f"ranks {first} and {rank} compute the same rows together, but were given different ones")

@@ -238,8 +238,8 @@ class Run:
         keys = map_model(base, model, names)
         rounded = quantized_layers(model)
         unquantized = {name: frozen[name] for name in frozen if name.removesuffix(".weight") not in rounded}
-        own = list(unquantized)[self.ranks.rank :: self.ranks.world]
-        self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, own), long=True)
+        share = list(unquantized)[self.ranks.rank :: self.ranks.world]
+        self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, share), long=True)
         self.ranks.on_first("quantized weights of the base", lambda: _verify_rounded(base, keys, rounded), long=True)
         return keys
 

@@ -121,7 +121,7 @@ class TaskSuite:
 
 def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
     """The harness keys a metric as "acc,none": its name and the filter of answers."""
-    found = {}
+    task_results = {}
     for name in names:
         values = {
             key.partition(",")[0]: float(value)
@@ -133,8 +133,8 @@ def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
         main = next((metric for metric in PREFERRED if metric in values), next(iter(values)))
         rises = results.get("higher_is_better", {}).get(name, {}).get(main)
         rises = not main.endswith("perplexity") if rises is None else rises
-        found[name] = TaskResult(values, 1 / max(values[main], SMALLEST) if rises else values[main])
-    return found
+        task_results[name] = TaskResult(values, 1 / max(values[main], SMALLEST) if rises else values[main])
+    return task_results
 
 
 class _InStep:
@@ -190,8 +190,8 @@ def _model(module: nn.Module, tokenizer: Any, batch_size: int, replica: Replica,
             return self._shared(super().generate_until, requests)
 
         def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
-            own = requests[replica.index :: replica.count]
-            answers = answer(own, disable_tqdm=True) if own else []
+            share = requests[replica.index :: replica.count]
+            answers = answer(share, disable_tqdm=True) if share else []
             in_step.wait_for_all()
             everyone = Ranks.current().gather("answers to tasks", answers)
             joined: list[Any] = [None] * len(requests)

@@ -99,10 +99,10 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
     plain = adapted()
     checkpointed = tiny_model("mixtral")
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for each in (plain, adapted(model=checkpointed)):
-        causal_loss(each.train(), ids).backward()
-    for one, other in zip(mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True):
-        assert torch.equal(one.square.grad, other.square.grad)
+    for variant in (plain, adapted(model=checkpointed)):
+        causal_loss(variant.train(), ids).backward()
+    for one, another in zip(mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True):
+        assert torch.equal(one.square.grad, another.square.grad)
 
 
 def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
@@ -124,8 +124,8 @@ def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
 
 
 def one_by_one(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    parts = x.tensor_split(ends[:-1].tolist())
-    return torch.cat([part @ weight.T for part, weight in zip(parts, weights, strict=True)])
+    segments = x.tensor_split(ends[:-1].tolist())
+    return torch.cat([segment @ weight.T for segment, weight in zip(segments, weights, strict=True)])
 
 
 with_kernel = pytest.param(True, marks=pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10"))
@@ -147,11 +147,11 @@ def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, k
     trained = formed.clone().requires_grad_()
     reference = formed.clone().requires_grad_()
     g = torch.randn(20, 8, generator=generator)
-    found = grouped_linear(inputs, trained if bits == 16 else stack, ends)
-    found.backward(g)
+    output = grouped_linear(inputs, trained if bits == 16 else stack, ends)
+    output.backward(g)
     expected = one_by_one(wanted, reference, ends)
     expected.backward(g)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(output, expected)
     torch.testing.assert_close(inputs.grad, wanted.grad)
     if bits == 16:
         torch.testing.assert_close(trained.grad, reference.grad)
@@ -176,14 +176,14 @@ def test_a_stack_is_its_members() -> None:
     value = layer.square.data
     assert spec_from_dict(spec.to_dict()) == spec and hash(spec) == hash(replace(spec))
     assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
-    for index, (name, each, square) in enumerate(spec.members("a", value)):
+    for index, (name, member_spec, square) in enumerate(spec.members("a", value)):
         assert name == f"a.{index}"
-        assert torch.equal(spec.delta_weight(value)[index], each.delta_weight(square))
+        assert torch.equal(spec.delta_weight(value)[index], member_spec.delta_weight(square))
     original = torch.randn(4, spec.d_out, spec.d_in)
     whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
     turned = live_weight(original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16)
-    parts = [live_weight(original[e], [(spec.each, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
-    assert torch.equal(whole, torch.stack(parts)) and torch.equal(whole, turned.mT)
+    matrices = [live_weight(original[e], [(spec.each, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
+    assert torch.equal(whole, torch.stack(matrices)) and torch.equal(whole, turned.mT)
     both = histories("a", [(spec, value), (spec, value)])
     assert [name for name, _ in both] == [f"a.{index}" for index in range(4)] and len(both[0][1]) == 2
     for damaged in ({"count": 0}, {"count": 2**40}, {"each": {}}, {"more": 1}):
@@ -286,11 +286,11 @@ def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -
 
 def test_how_many_experts_a_token_has() -> None:
     """HunYuan's config has a number for each layer."""
-    for value, found in ((3, 3), ([2, 2], 2), ([2, 3], 0), ([], 0), (None, 0)):
+    for value, count in ((3, 3), ([2, 2], 2), ([2, 3], 0), ([], 0), (None, 0)):
         model = tiny_model("mixtral")
         for layer in model.model.layers:
             layer.mlp.experts.config = SimpleNamespace(hidden_size=32, moe_topk=value)
-        assert {each.experts_per_token for each in find_stacks(model).values()} == {found}  # type: ignore[union-attr]
+        assert {stack.experts_per_token for stack in find_stacks(model).values()} == {count}  # type: ignore[union-attr]
 
 
 def test_adapters_that_experts_cannot_have_are_refused() -> None:
@@ -323,12 +323,17 @@ def test_transformers_still_has_what_the_forward_is_built_on() -> None:
             return "its own"
 
     config = SimpleNamespace(_experts_implementation="eager")
-    made: Any = use_experts_implementation(Experts, is_transposed=True, has_bias=True)(config)
-    assert (made.is_transposed, made.has_bias, made.has_gate, made.has_post_expert_norm) == (True, True, True, False)
-    assert made() == "its own" and made._apply_gate is not None
-    made.config = SimpleNamespace(_experts_implementation=module_of_experts.IMPLEMENTATION)
+    layer: Any = use_experts_implementation(Experts, is_transposed=True, has_bias=True)(config)
+    assert (layer.is_transposed, layer.has_bias, layer.has_gate, layer.has_post_expert_norm) == (
+        True,
+        True,
+        True,
+        False,
+    )
+    assert layer() == "its own" and layer._apply_gate is not None
+    layer.config = SimpleNamespace(_experts_implementation=module_of_experts.IMPLEMENTATION)
     with pytest.raises(TypeError, match="experts_forward"):
-        made()
+        layer()
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_the_rank_of_an_experts_update_grows_over_cycles(whole: Path) -> None:
         first, second = layer_spectra(updates)
         side = updates[0][1].shape[-1]
         assert first.cumulative.rank <= side < second.cumulative.rank, name
-    assert [each.layers for each in summarize(ledger)] == [12, 12]
+    assert [summary.layers for summary in summarize(ledger)] == [12, 12]
     assert all(verdict.is_good for verdict in [*verify(whole), *verify(whole / "ledger")])
 
 
@@ -164,5 +164,5 @@ def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Pa
         shutil.rmtree(out / "checkpoints" / "step-000006")
         run(world, user.flags(out, *settings, "--per_device_train_batch_size", 4 // world))
         torch.testing.assert_close(losses(out), losses(tmp_path / "whole"), rtol=1e-5, atol=0)
-        one, other = (load_file(each / "ledger" / "cycle-00000.safetensors") for each in (out, tmp_path / "whole"))
-        assert all(torch.equal(one[name], other[name]) for name in one)
+        one, two = (load_file(folder / "ledger" / "cycle-00000.safetensors") for folder in (out, tmp_path / "whole"))
+        assert all(torch.equal(one[name], two[name]) for name in one)

@@ -144,16 +144,16 @@ def test_what_counts_as_linear() -> None:
 
 def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 70B model with domains uses 1,120 operators one after the other: more than the cache of tables holds."""
-    made: list[OperatorSpec] = []
+    specs: list[OperatorSpec] = []
     original = index_tables.make_tables
-    monkeypatch.setattr(index_tables, "make_tables", lambda spec, device: made.append(spec) or original(spec, device))
+    monkeypatch.setattr(index_tables, "make_tables", lambda spec, device: specs.append(spec) or original(spec, device))
     index_tables.clear_tables()
     layer = MoRALinear(base_layer("linear"), spec())
     x = inputs().requires_grad_()
     for _ in range(3):
         layer(x).sum().backward()
         index_tables.tables_of.cache_clear()  # as 1,024 other layers do
-    assert made == [spec()]
+    assert specs == [spec()]
     layer.spec = replace(spec(), seed=2)
     layer(x)
     index_tables.tables_of.cache_clear()

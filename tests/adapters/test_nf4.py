@@ -57,27 +57,27 @@ def some_terms(spec: Any, cycles: int = 3) -> list[Term]:
 @pytest.mark.parametrize("shape", [(40, 64), (9, 33), (5, 7), (1, 1), (1, 2), (130, 70)])
 def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, int]) -> None:
     weight = random(*shape).float()
-    found = held(weight)
-    assert found.packed.dtype is torch.uint8 and found.packed.numel() == -(-weight.numel() // 2)
-    assert found.scales.dtype is torch.float32 and found.scales.numel() == -(-weight.numel() // BLOCK)
-    error = (found.dense(torch.float32) - weight).abs()
+    quantized = held(weight)
+    assert quantized.packed.dtype is torch.uint8 and quantized.packed.numel() == -(-weight.numel() // 2)
+    assert quantized.scales.dtype is torch.float32 and quantized.scales.numel() == -(-weight.numel() // BLOCK)
+    error = (quantized.dense(torch.float32) - weight).abs()
     blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK).abs().amax(dim=1)
     bound = blocks.repeat_interleave(BLOCK)[: weight.numel()].view(shape)
-    assert (error <= bound * 0.1525).all() and error.max() <= found.largest_error * 1.01
-    assert found.largest_error == pytest.approx(0.152 * blocks.max().item())
+    assert (error <= bound * 0.1525).all() and error.max() <= quantized.largest_error * 1.01
+    assert quantized.largest_error == pytest.approx(0.152 * blocks.max().item())
     assert (error == 0).sum() >= len(blocks)  # the largest number of a block is exact
 
 
 def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_files_dtype() -> None:
     weight = random(300, 500).to(torch.bfloat16)
-    found = held(weight)
+    quantized = held(weight)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(found.dense(dtype), found.dense(torch.float32).to(dtype))
-    for other in (weight.float(), weight.T.contiguous().T, weight.double()):
-        assert all(map(torch.equal, quantize(other), quantize(weight)))
+        assert torch.equal(quantized.dense(dtype), quantized.dense(torch.float32).to(dtype))
+    for variant in (weight.float(), weight.T.contiguous().T, weight.double()):
+        assert all(map(torch.equal, quantize(variant), quantize(weight)))
     for part in (0, 1):
         assert_same_bits_for_every_number_of_threads(lambda part=part: quantize(weight)[part])
-    assert_same_bits_for_every_number_of_threads(lambda: found.dense(torch.bfloat16))
+    assert_same_bits_for_every_number_of_threads(lambda: quantized.dense(torch.bfloat16))
 
 
 def test_numbers_that_cannot_be_held() -> None:
@@ -107,7 +107,7 @@ def test_factors_are_lined_up() -> None:
     ((wide, value),) = join(updates)
     assert value.shape == wide.value_shape == (9, 21)
     torch.testing.assert_close(
-        wide.delta_weight(value.double()), sum(spec.delta_weight(each) for _, each in updates), rtol=1e-6, atol=1e-6
+        wide.delta_weight(value.double()), sum(spec.delta_weight(term) for _, term in updates), rtol=1e-6, atol=1e-6
     )
 
 
@@ -135,7 +135,7 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
             for conv in (False, True):
                 layer = in_4_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))
                 base = base_of(spec, conv)
-                deltas = sum(each.delta_weight(value) for each, value in updates)
+                deltas = sum(update_spec.delta_weight(value) for update_spec, value in updates)
                 base.weight.data = layer.read().double() + (deltas.T if conv else deltas)  # type: ignore[union-attr]
                 layer.keep_merged(updates)
                 over_dense = adapt(base, spec, 0.0, path, seed=1)
@@ -208,10 +208,10 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
         assert tensor.dtype is (torch.uint8 if adapted else torch.float32), name
     for layer in layers.values():
         layer.keep_merged(some_terms(layer.spec))
-    kept = {name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()}
+    scales = {name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()}
     move_base(model, "cpu", torch.bfloat16)
     model.to(torch.bfloat16)
-    assert all(torch.equal(layer.get_buffer("weight_scales"), kept[name]) for name, layer in layers.items())
+    assert all(torch.equal(layer.get_buffer("weight_scales"), scales[name]) for name, layer in layers.items())
     assert {value.dtype for layer in layers.values() for _, value in layer.merged} == {torch.bfloat16}
 
 

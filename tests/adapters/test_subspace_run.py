@@ -55,7 +55,7 @@ def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> 
 @pytest.mark.gloo
 def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: Path, tmp_path: Path) -> None:
     ledger = Ledger.open(whole / "ledger")
-    assert [each.operators for each in summarize(ledger)] == ["subspace"] * 2
+    assert [summary.operators for summary in summarize(ledger)] == ["subspace"] * 2
     assert all(verdict.is_good for verdict in [*verify(whole), *verify(whole / "ledger")])
     export_merged(whole, tmp_path / "merged", verify=True)
     export_adapter(whole, tmp_path / "adapter")
@@ -80,8 +80,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, t
     assert [row for row in curve(whole) if row["step"] > 3 and "merge" not in row] == [
         row for row in curve(tmp_path / "again") if "merge" not in row
     ]
-    one, other = (load_file(out / "checkpoints/latest/adapter.safetensors") for out in (whole, tmp_path / "again"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, another = (load_file(out / "checkpoints/latest/adapter.safetensors") for out in (whole, tmp_path / "again"))
+    assert all(torch.equal(one[name], another[name]) for name in one)
     assert not (tmp_path / "again" / "subspace").exists(), "nothing was decomposed again"
 
 
@@ -125,8 +125,8 @@ def test_three_ranks_and_other_settings(user: Playground, tmp_path: Path, more: 
 
 
 def test_a_training_loop_of_the_user(tmp_path: Path) -> None:
-    found = run_ranks(1, user_loop, str(tmp_path))[0]
-    assert found["after"] == pytest.approx(found["before"], rel=1e-6) and found["verified"]
+    result = run_ranks(1, user_loop, str(tmp_path))[0]
+    assert result["after"] == pytest.approx(result["before"], rel=1e-6) and result["verified"]
 
 
 def user_loop(folder: str) -> dict[str, Any]:

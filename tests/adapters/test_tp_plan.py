@@ -65,7 +65,7 @@ def test_shares_are_contiguous_and_differ_by_one_at_most() -> None:
         for degree in range(1, 6):
             bounds = [share(size, degree, index) for index in range(degree)]
             assert bounds[0][0] == 0 and bounds[-1][1] == size
-            assert all(one[1] == other[0] for one, other in pairwise(bounds))
+            assert all(one[1] == following[0] for one, following in pairwise(bounds))
             lengths = [stop - start for start, stop in bounds]
             assert max(lengths) - min(lengths) <= 1 and max(lengths) == -(-size // degree)
 
@@ -113,10 +113,10 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
 def test_aligned_segments_depend_on_the_models_plan_only() -> None:
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, operator="share", segments=4))
-    found: dict[str, Any] = {}
+    segments: dict[str, Any] = {}
     for name, layer in mora_layers(model).items():
-        found[name.rpartition(".")[2]] = (layer.spec.in_segments, layer.spec.out_segments)
-    assert found["q_proj"] == found["up_proj"] == (1, 4) and found["o_proj"] == found["down_proj"] == (4, 1)
+        segments[name.rpartition(".")[2]] = (layer.spec.in_segments, layer.spec.out_segments)
+    assert segments["q_proj"] == segments["up_proj"] == (1, 4) and segments["o_proj"] == segments["down_proj"] == (4, 1)
     fallback = tiny_model("phi3")
     inject(fallback, MoRAConfig(rank=4, operator="share", segments=4))
     assert all(max(layer.spec.in_segments, layer.spec.out_segments) == 1 for layer in mora_layers(fallback).values())

@@ -48,8 +48,8 @@ def copied(original: FakeRun, tmp_path: Path) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount(place, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mount(mount_point, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    yield mount_point
+    subprocess.run(["umount", "-l", str(mount_point)], check=True)

@@ -97,8 +97,8 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     (tmp_path / "shard").write_bytes(b"drahs")
     with pytest.raises(UserError, match="shard is damaged"):
         Adapter.open(tmp_path)
-    found = Adapter.open(tmp_path, adapter_only=True)
-    assert found.file == adapter
+    opened = Adapter.open(tmp_path, adapter_only=True)
+    assert opened.file == adapter
     flip(tmp_path / name, 0.9)
     with pytest.raises(RunError, match=f"{name} is not as it was written"):
         Adapter.open(tmp_path, damaged=RunError, adapter_only=True)

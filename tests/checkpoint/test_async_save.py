@@ -101,14 +101,14 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
     assert all(verdict.is_good for verdict in verdicts), [verdict.problems for verdict in verdicts]
     assert verdicts[-1].is_latest
     for verdict in verdicts:
-        other = whole / "checkpoints" / verdict.folder.name
+        reference = whole / "checkpoints" / verdict.folder.name
         for name in ("trainer_state.json", "adapter.json", "ledger/ledger.json"):
-            assert (verdict.folder / name).read_bytes() == (other / name).read_bytes(), (verdict.folder, name)
-        for path in sorted(other.rglob("*.safetensors")):
-            assert_same(load_file(verdict.folder / path.relative_to(other)), load_file(path))
-        shards = [EngineShards.open(each / "engine").layout.counters for each in (verdict.folder, other)]
+            assert (verdict.folder / name).read_bytes() == (reference / name).read_bytes(), (verdict.folder, name)
+        for path in sorted(reference.rglob("*.safetensors")):
+            assert_same(load_file(verdict.folder / path.relative_to(reference)), load_file(path))
+        shards = [EngineShards.open(folder / "engine").layout.counters for folder in (verdict.folder, reference)]
         assert shards[0] == shards[1]
-        assert_same(contents_of(verdict.folder / "engine"), contents_of(other / "engine"))
+        assert_same(contents_of(verdict.folder / "engine"), contents_of(reference / "engine"))
 
 
 def failing_job(argv: list[str]) -> tuple[str, str]:

@@ -23,28 +23,28 @@ CONSTANT = 60 << 10
 
 def sizes(folder: str) -> dict[str, tuple[int, int]]:
     """Stage and dtype -> (bytes of a checkpoint without its ledger, trained parameters)."""
-    place = Path(folder)
+    root = Path(folder)
     if dist.get_rank() == 0:
-        tiny_model("llama").save_pretrained(place / "model")
+        tiny_model("llama").save_pretrained(root / "model")
     dist.barrier()
-    found = {}
+    measured = {}
     for stage in (1, 2, 3):
         for dtype in ("float32", "bf16"):
-            model = AutoModelForCausalLM.from_pretrained(place / "model")
+            model = AutoModelForCausalLM.from_pretrained(root / "model")
             config = mora_ds.MoRAConfig(rank=64, r_hat_multiple=1, train_norms=True)
             report = mora_ds.inject(model, config)
             more = {} if dtype == "float32" else {"bf16": {"enabled": True}}
             if more:
                 more["data_types"] = {"grad_accum_dtype": "fp32"}
             engine, *_ = mora_ds.initialize(model=model, config=ds_config(stage, 2, 1, **more))
-            run = mora_ds.Run(engine, base=place / "model", folder=place / f"{stage}-{dtype}")
+            run = mora_ds.Run(engine, base=root / "model", folder=root / f"{stage}-{dtype}")
             engine.backward(causal_loss(engine, tokens(2)))
             engine.step()
             checkpoint = run.save(1)
             ledger = checkpoint / "ledger"
             paths = [path for path in checkpoint.rglob("*") if path.is_file() and ledger not in path.parents]
-            found[f"{stage} {dtype}"] = sum(path.stat().st_size for path in paths), report.trainable_params
-    return found
+            measured[f"{stage} {dtype}"] = sum(path.stat().st_size for path in paths), report.trainable_params
+    return measured
 
 
 @pytest.mark.gloo

@@ -147,8 +147,8 @@ def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: 
     else:
         change_layout(checkpoint, change)
     reseal(checkpoint)
-    found = [problem for problem in verify(checkpoint)[0].problems if words in problem]
-    assert found and file.split("/")[-1] in found[0]
+    problems = [problem for problem in verify(checkpoint)[0].problems if words in problem]
+    assert problems and file.split("/")[-1] in problems[0]
 
 
 def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:

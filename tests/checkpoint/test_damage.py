@@ -264,16 +264,16 @@ def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path:
 
 @pytest.fixture
 def read_only() -> Iterator[Callable[[Path], None]]:
-    places: list[Path] = []
+    mounted: list[Path] = []
 
     def freeze(folder: Path) -> None:
         mount(folder, "--bind", str(folder))
-        places.append(folder)
+        mounted.append(folder)
         mount(folder, "-o", "remount,bind,ro")
 
     yield freeze
-    for place in reversed(places):
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    for mount_point in reversed(mounted):
+        subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
 def fill(disk: Path, leave: int) -> None:

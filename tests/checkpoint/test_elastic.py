@@ -42,30 +42,30 @@ def trained(combination: Combination) -> Any:
 def live(engine: Any) -> dict[str, torch.Tensor]:
     """Masters as the engine gathers them itself, and the parameters that forward reads."""
     model = engine.module
-    found = {}
+    tensors = {}
     for name, parameter in model.named_parameters():
-        found[f"{name}.{MASTER}"] = zero.full_fp32(engine, parameter).clone()
+        tensors[f"{name}.{MASTER}"] = zero.full_fp32(engine, parameter).clone()
         if hasattr(parameter, "ds_tensor"):
             parameter.all_gather()
-            found[f"{name}.copy"] = parameter.data.clone()
+            tensors[f"{name}.copy"] = parameter.data.clone()
             parameter.partition()
         else:
-            found[f"{name}.copy"] = parameter.data.clone()
-    return found
+            tensors[f"{name}.copy"] = parameter.data.clone()
+    return tensors
 
 
 def whole(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that the shards in a folder hold, put together."""
     shards = EngineShards.open(folder / "engine")
     assert set(shards.shapes) == {"first", "second"}
-    found = {}
+    tensors = {}
     for name in shards.shapes:
         assert shards.keys(name) == MOMENTS
         for key in (MASTER, *MOMENTS):
-            found[f"{name}.{key}"] = shards.whole(name, key).clone()
+            tensors[f"{name}.{key}"] = shards.whole(name, key).clone()
         (step,) = shards.scalars(name).values()
-        found[f"{name}.step"] = torch.as_tensor(step).double()
-    return found
+        tensors[f"{name}.step"] = torch.as_tensor(step).double()
+    return tensors
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], where: object) -> None:
@@ -79,12 +79,12 @@ def place(root: str, combination: Combination) -> Path:
 
 
 def save_all(root: str) -> dict[Combination, Any]:
-    found = {}
+    results = {}
     for combination in COMBINATIONS:
         engine = trained(combination)
         save_engine(engine, place(root, combination))
-        found[combination] = {**live(engine), "scale": scale_of(engine), "next": next_loss(engine)}
-    return found
+        results[combination] = {**live(engine), "scale": scale_of(engine), "next": next_loss(engine)}
+    return results
 
 
 def scale_of(engine: Any) -> Any:
@@ -105,13 +105,13 @@ def restored(combination: Combination, folder: Path) -> Any:
 
 def restore_all(root: str, target: str, pairs: list[tuple[Combination, Combination]]) -> list[Any]:
     """Each of `pairs`: a checkpoint of the first combination into an engine of the second, saved anew."""
-    found = []
+    results = []
     for saved, now in pairs:
         engine = restored(now, place(root, saved))
         facts = {**live(engine), "scale": scale_of(engine)}
         save_engine(engine, place(target, saved) / str(now))
-        found.append({**facts, "next": next_loss(engine)})
-    return found
+        results.append({**facts, "next": next_loss(engine)})
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +136,14 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
 ) -> None:
     root, expected = saved
     for rank in run_ranks(world, restore_all, root, str(tmp_path), pairs):
-        for (before, after), found in zip(pairs, rank, strict=True):
+        for (before, after), result in zip(pairs, rank, strict=True):
             wanted = expected[before]
             tensors = [name for name in wanted if name not in ("scale", "next")]
-            assert_equal({n: found[n] for n in tensors}, {n: wanted[n] for n in tensors}, (before, after))
-            assert found["next"] == pytest.approx(wanted["next"], rel=1e-5 if before[1] == "float32" else 2e-2)
+            assert_equal({n: result[n] for n in tensors}, {n: wanted[n] for n in tensors}, (before, after))
+            assert result["next"] == pytest.approx(wanted["next"], rel=1e-5 if before[1] == "float32" else 2e-2)
             if before[0] == after[0]:
-                assert found["scale"] == wanted["scale"]
-                assert world != 2 or found["next"] == wanted["next"], "the same number of ranks: bit for bit"
+                assert result["scale"] == wanted["scale"]
+                assert world != 2 or result["next"] == wanted["next"], "the same number of ranks: bit for bit"
     for before, after in pairs:
         assert_equal(whole(place(str(tmp_path), before) / str(after)), whole(place(root, before)), (before, after))
 
@@ -152,11 +152,11 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
     """`whole` is not compared with itself alone: its masters are the engine's, its state is what the run must have."""
     root, expected = saved
     for combination in COMBINATIONS:
-        found = whole(place(root, combination))
+        stored = whole(place(root, combination))
         for name in ("first", "second"):
-            assert torch.equal(found[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
-            assert all(found[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
-        assert (found["first.step"].item(), found["second.step"].item()) in ((3, 2), (4, 2)), combination
+            assert torch.equal(stored[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
+            assert all(stored[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
+        assert (stored["first.step"].item(), stored["second.step"].item()) in ((3, 2), (4, 2)), combination
         layout = ShardIndex.read(place(root, combination) / "engine").layout
         assert (layout.world_size, layout.stage) == (2, combination[0])
 
@@ -171,19 +171,19 @@ def opened_while_restored(folder: str) -> list[list[str]]:
         return load(path)
 
     shard_reader.open_safetensors = watch
-    found = []
+    opened_files = []
     for combination in COMBINATIONS:
         index = ShardIndex.read(place(folder, combination) / "engine")
         engine = new_engine(*combination)
         opened.clear()
         shard_writer.restore(engine, EngineShards(place(folder, combination) / "engine", index, dist.get_rank()))
-        found.append(sorted(set(opened)))
-    return found
+        opened_files.append(sorted(set(opened)))
+    return opened_files
 
 
 def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any]]) -> None:
-    for rank, found in enumerate(run_ranks(2, opened_while_restored, saved[0])):
-        assert found == [[f"rank-{rank:05d}.safetensors"]] * len(COMBINATIONS)
+    for rank, rank_files in enumerate(run_ranks(2, opened_while_restored, saved[0])):
+        assert rank_files == [[f"rank-{rank:05d}.safetensors"]] * len(COMBINATIONS)
 
 
 def deepspeeds_own_state(root: str) -> list[str]:

@@ -85,8 +85,8 @@ def test_a_run_goes_on_at_another_size_and_back(
     reference, batches = two
     out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
     resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
-    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
-    middle = in_order(run_ranks(world, watched, flags(user, out, world, *resume, *other), 6))
+    stage_flags = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    middle = in_order(run_ranks(world, watched, flags(user, out, world, *resume, *stage_flags), 6))
     last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto"), -1))
     assert set(middle) >= {4, 5} and set(last) >= {6, 7}  # and the batch that a save looks ahead at
     for step, ids in {**middle, **last}.items():
@@ -117,8 +117,8 @@ def test_muons_momentum_goes_on_at_another_size_and_stage(
 ) -> None:
     out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
     resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
-    other = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
-    run(world, flags(user, out, world, *MUON, *resume, *other))
+    stage_flags = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
+    run(world, flags(user, out, world, *MUON, *resume, *stage_flags))
     torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
     (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
     assert verdict.is_good, verdict.problems

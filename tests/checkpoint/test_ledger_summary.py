@@ -25,23 +25,23 @@ def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: 
     assert find_ledger(original.output / "ledger").checkpoint is None
     for path in (original.checkpoint, latest):
         assert find_ledger(path).checkpoint == original.checkpoint.resolve()
-    places = (original.output, original.output / "ledger", latest, original.checkpoint / "ledger")
-    assert {find_ledger(path).reference for path in places} == {original.checkpoint.resolve()}
+    paths = (original.output, original.output / "ledger", latest, original.checkpoint / "ledger")
+    assert {find_ledger(path).reference for path in paths} == {original.checkpoint.resolve()}
     with pytest.raises(UserError, match="holds no ledger"):
         find_ledger(tmp_path)
 
 
 def test_summary_is_that_of_the_formed_deltas(original: FakeRun) -> None:
     ledger = find_ledger(original.output).open()
-    found = summarize(ledger)
-    for cycle, each in enumerate(found):
+    summaries = summarize(ledger)
+    for cycle, summary in enumerate(summaries):
         entries = ledger.layers(cycle)
         squares = {name: ledger.square(cycle, name).double() for name in entries}
         deltas = {name: delta_weight(entries[name].operator, square) for name, square in squares.items()}
-        assert each.square_energy == pytest.approx(energy_of(squares), rel=1e-6)
-        assert each.delta_energy == pytest.approx(energy_of(deltas), rel=1e-6)
-        assert (each.cycle, each.step, each.layers) == (cycle, ledger.records[cycle].step, len(entries))
-        assert each.nbytes == (ledger.folder / ledger.records[cycle].file).stat().st_size
+        assert summary.square_energy == pytest.approx(energy_of(squares), rel=1e-6)
+        assert summary.delta_energy == pytest.approx(energy_of(deltas), rel=1e-6)
+        assert (summary.cycle, summary.step, summary.layers) == (cycle, ledger.records[cycle].step, len(entries))
+        assert summary.nbytes == (ledger.folder / ledger.records[cycle].file).stat().st_size
 
 
 def energy_of(matrices: dict[str, Any]) -> float:

@@ -40,15 +40,15 @@ def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("root", [".", "linked", "absolute"])
 def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the folder is named: relative to where one is, through a link, or by its own path."""
-    old, new, other = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
+    old, new, abandoned = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
     (tmp_path / "linked").symlink_to("own")
     monkeypatch.chdir(tmp_path / "own")
-    place = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[root]
-    replace_symlink(place / "latest", new.name)
-    assert resume_checkpoint("auto", place) == place / new.name
+    folder = {".": Path("."), "linked": tmp_path / "linked", "absolute": tmp_path / "own"}[root]
+    replace_symlink(folder / "latest", new.name)
+    assert resume_checkpoint("auto", folder) == folder / new.name
     (new / "file").unlink()
-    assert resume_checkpoint("auto", place) == place / old.name
-    assert other.is_dir()
+    assert resume_checkpoint("auto", folder) == folder / old.name
+    assert abandoned.is_dir()
 
 
 def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         check_identity(tmp_path, saved, {"base": "b", "adapter": {"rank": 4, "target_modules": ["q_proj"]}, "more": 1})
     rank = "--mora_rank: 8 there, 4 here"
-    for part in ("--model_name_or_path", rank, "--seed: 1 there, None here", "more: None"):
-        assert part in str(error.value)
+    for phrase in ("--model_name_or_path", rank, "--seed: 1 there, None here", "more: None"):
+        assert phrase in str(error.value)
     assert "target_modules" not in str(error.value)
 
 
@@ -92,15 +92,15 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> 
         checkpoints._load_rng(tmp_path, rank, TrainerState(step=step, identity={"seed": seed}))
         return torch.rand(1).item()
 
-    kept = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     try:
         for rank, seed in enumerate((3, 4)):
             expected = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
             assert drawn(rank) == expected
-        others = [drawn(2), drawn(3), drawn(2, step=6), drawn(2, seed=1)]
-        assert len(set(others)) == 4 and others[0] == drawn(2)
+        draws = [drawn(2), drawn(3), drawn(2, step=6), drawn(2, seed=1)]
+        assert len(set(draws)) == 4 and draws[0] == drawn(2)
     finally:
-        torch.set_rng_state(kept)
+        torch.set_rng_state(rng_state)
 
 
 def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path) -> None:

@@ -51,12 +51,12 @@ def test_a_good_run(user: Playground, golden: Path) -> None:
         (True, True),
     ]
     text = "\n".join(verdicts[-1].lines())
-    for part in (
+    for phrase in (
         "step-000006: good, latest", "as the manifest says", "state: step 6, 768 tokens, 2 merge(s), 2 rank(s)",
         "2 file(s) of 2 rank(s), ZeRO 3, 19 tensors (exp_avg, exp_avg_sq, master)", "14 layers, cycle 2, 5 other",
         "ledger: 2 cycle(s)", "19 live tensor(s) equal their masters", "has the recorded fingerprint",
     ):  # fmt: skip
-        assert part in text, text
+        assert phrase in text, text
     assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [verdict.folder for verdict in verdicts]
     assert verify(golden / "checkpoints" / "latest")[0].folder == verdicts[-1].folder.resolve()
 
@@ -181,31 +181,31 @@ def not_finite(ledger: Path) -> None:
     ],
 )
 def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str) -> None:
-    made = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
-    ledger = made.checkpoint / "ledger"
-    (verdict,) = verify(ledger, made.base)
+    fake = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
+    ledger = fake.checkpoint / "ledger"
+    (verdict,) = verify(ledger, fake.base)
     assert verdict.is_good and "ledger: 3 cycle(s), hashes and chain" in verdict.facts
-    other = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
+    another_base = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
-        verify(ledger, other)
+        verify(ledger, another_base)
     change(ledger)
     assert told in wrong(ledger)
 
 
 def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
-    other = Path(shutil.copytree(user.model, tmp_path / "model"))
-    tensors = load_file(other / "model.safetensors")
+    another_base = Path(shutil.copytree(user.model, tmp_path / "model"))
+    tensors = load_file(another_base / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    save_file(tensors, another_base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
-        verify(golden, other)
+        verify(golden, another_base)
     with pytest.raises(UserError, match="--base: no such folder"):
         verify(golden, tmp_path / "none")
     with pytest.raises(UserError, match=r"--base: .* is not a model folder"):
         verify(checkpoint, tmp_path)
     changed_tensor(checkpoint, 7.0)
-    assert "is not what the shards hold" in wrong(checkpoint, base=other)
+    assert "is not what the shards hold" in wrong(checkpoint, base=another_base)
 
 
 def test_latest_that_leads_nowhere(golden: Path, tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path) -> No
     frozen = {name: tensor for name, tensor in base.named_parameters() if "norm" not in name}
     shapes = {tuple(tensor.shape) for tensor in frozen.values()}
     checkpoint = golden / "checkpoints" / "latest"
-    found = list(tensors_of(checkpoint.resolve()))
-    assert {path.parent.name for path, _ in found} >= {"engine", "ledger"}
+    tensors = list(tensors_of(checkpoint.resolve()))
+    assert {path.parent.name for path, _ in tensors} >= {"engine", "ledger"}
     trainable = 1_680
-    for path, tensor in found:
+    for path, tensor in tensors:
         assert tuple(tensor.shape) not in shapes, path
         assert tensor.numel() <= max(trainable, 8 * 400) or path.name == "rng.safetensors", path
     content = b"".join(path.read_bytes() for path in checkpoint.resolve().rglob("*") if path.is_file())
@@ -140,8 +140,8 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, di
         argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
         kind, message = run_ranks(1, careless_job, argv)[0]
         assert kind == "RunError" and f"the disk that holds {out}" in message and "is full" in message
-        kept = complete_checkpoints(out / "checkpoints")
-        assert kept and all(verify_manifest(folder) == [] for folder in kept)
-        assert (out / "checkpoints" / "latest").resolve() == kept[-1]
+        complete = complete_checkpoints(out / "checkpoints")
+        assert complete and all(verify_manifest(folder) == [] for folder in complete)
+        assert (out / "checkpoints" / "latest").resolve() == complete[-1]
         assert not list((out / "checkpoints").glob(".*")), "half a checkpoint would keep the disk full"
         shutil.rmtree(out)

@@ -49,15 +49,15 @@ def test_the_recipes_of_the_package_are_those_of_the_checkout() -> None:
 def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = ["--mixture", "configs/mixtures/two_domains.yaml", "--model_config", "configs/models/tiny_llama.json"]
-    given = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
-    assert given.training.deepspeed == str(CONFIGS / "zero3.json") and given.training.seed == 3
-    assert given.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
-    assert given.model.model_config == str(CONFIGS / "models/tiny_llama.json")
+    arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
+    assert arguments.training.deepspeed == str(CONFIGS / "zero3.json") and arguments.training.seed == 3
+    assert arguments.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
+    assert arguments.model.model_config == str(CONFIGS / "models/tiny_llama.json")
     with pytest.raises(UserError, match="configs/recipes/gone"):
         parse(["configs/recipes/gone.yaml"])
-    own = tmp_path / "configs" / "zero3.json"
-    own.parent.mkdir()
-    own.write_text("{}")
+    local_file = tmp_path / "configs" / "zero3.json"
+    local_file.parent.mkdir()
+    local_file.write_text("{}")
     assert shipped("configs/zero3.json") == "configs/zero3.json", "a file of the user's comes first"
 
 
@@ -76,9 +76,9 @@ FLAGS = ["recipe.yaml", "--num_gpus", "2", "--eval_files", "a", "b", "--no_ssh",
 
 
 def test_the_launchers_flags_are_told_from_the_others() -> None:
-    given, rest = launcher.launcher_flags(FLAGS)
-    assert given == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
-    assert rest == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]
+    launch_flags, remaining = launcher.launcher_flags(FLAGS)
+    assert launch_flags == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
+    assert remaining == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]
     with pytest.raises(UserError, match="--num_gpus"):
         launcher.launcher_flags(["--num_gpus"])
 

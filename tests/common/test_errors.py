@@ -91,8 +91,8 @@ def test_bounds(bounds: Bounds, allowed: list[float], refused: list[float]) -> N
 
 def test_a_value_out_of_bounds_is_told_with_its_flag() -> None:
     large = 2**63
-    given = [("a", None, COUNT), ("b", 0, COUNT), ("c", large - 1, COUNT), ("d", large, COUNT), ("e", 2e9, SECONDS)]
-    assert list(out_of_bounds(given)) == [
+    values = [("a", None, COUNT), ("b", 0, COUNT), ("c", large - 1, COUNT), ("d", large, COUNT), ("e", 2e9, SECONDS)]
+    assert list(out_of_bounds(values)) == [
         "--b must be at least 1, got 0",
         f"--d must be below {large}, got {large}",
         "--e must be at least 0 and at most 1,000,000,000, got 2000000000.0",

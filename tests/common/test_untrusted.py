@@ -186,6 +186,6 @@ UNSAFE = {"trust_remote_code": r"trust_remote_code(?:: bool)? ?= ?(\w+)", "torch
 
 def test_no_module_runs_code_that_comes_with_a_file_unasked() -> None:
     sources = [path.read_text() for path in Path(mora_ds.__file__).parent.rglob("*.py")]
-    found = {name: [match for text in sources for match in re.findall(rule, text)] for name, rule in UNSAFE.items()}
-    assert "False" in found["trust_remote_code"] and "True" not in found["trust_remote_code"]
-    assert found["torch.load"] and all("weights_only=True" in call for call in found["torch.load"])
+    matches = {name: [match for text in sources for match in re.findall(rule, text)] for name, rule in UNSAFE.items()}
+    assert "False" in matches["trust_remote_code"] and "True" not in matches["trust_remote_code"]
+    assert matches["torch.load"] and all("weights_only=True" in call for call in matches["torch.load"])

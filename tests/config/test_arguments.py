@@ -122,10 +122,10 @@ def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
 
 def numbers() -> list[str]:
     """The settings that are numbers."""
-    groups = [type(each) for each in vars(parse([])).values() if dataclasses.is_dataclass(each)]
+    groups = [type(group) for group in vars(parse([])).values() if dataclasses.is_dataclass(group)]
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    found = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
-    return [name for name in found if name != "local_rank"]
+    numeric = [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+    return [name for name in numeric if name != "local_rank"]
 
 
 @pytest.mark.parametrize("name", numbers())

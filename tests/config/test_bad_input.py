@@ -29,7 +29,7 @@ def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:
     """Each run of `cases` is refused with a message that has all of its `parts`."""
     results = run_ranks(1, refused_each, cases)[0]
     for argv, expected, (kind, message) in zip(cases, parts, results, strict=True):
-        assert kind == "UserError" and all(part in message for part in expected), (argv, message)
+        assert kind == "UserError" and all(phrase in message for phrase in expected), (argv, message)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
         "--mora_rank: 2": user.flags(tmp_path / "out", "--resume_from_checkpoint", checkpoint, "--mora_rank", 4),
         "is a file": user.flags(other_run / "run.yaml"),
     }
-    assert_user_errors(list(cases.values()), [[part] for part in cases])
+    assert_user_errors(list(cases.values()), [[phrase] for phrase in cases])
     assert contents(other_run) == before
     assert not (tmp_path / "out").exists()
 

@@ -349,33 +349,33 @@ def answers(folder: Path, user: Playground) -> dict[str, Answer]:
     assert spec is not None and spec.loader is not None
     launch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launch)
-    places = {"bad": folder, "user": user.root, "tok": user.model}
+    folders = {"bad": folder, "user": user.root, "tok": user.model}
     load = AutoModelForCausalLM.from_pretrained
-    found = {}
+    results = {}
     for number, line in enumerate(CASES):
         out = folder / "out" / str(number)
         case = line.split(" | ")[0]
         adapter = re.findall(r"--adapter \S+", case)
-        flags = flags_of(case, user.flags(out, *" ".join(adapter).split()), places)
+        flags = flags_of(case, user.flags(out, *" ".join(adapter).split()), folders)
         usage = contextlib.redirect_stderr(io.StringIO())  # of argparse
         with usage, mock.patch.object(AutoModelForCausalLM, "from_pretrained", wraps=load) as loading:
             code, message = answer(launch.main, "pretrain.py", flags)
-        found[line] = code, message, out.exists(), loading.called
-    return found
+        results[line] = code, message, out.exists(), loading.called
+    return results
 
 
 @pytest.fixture(scope="module")
 def answered(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     folder = tmp_path_factory.mktemp("bad")
     make_mistakes(folder, user)
-    found: dict[str, Answer] = run_ranks(1, answers, folder, user)[0]
-    return found
+    results: dict[str, Answer] = run_ranks(1, answers, folder, user)[0]
+    return results
 
 
 @pytest.mark.parametrize("line", CASES)
 def test_a_launch_with_a_mistake(line: str, answered: dict[str, Answer]) -> None:
     code, message, wrote, loaded = answered[line]
     assert code == 2, message
-    assert [part for part in line.split(" | ")[1:] if part not in message] == [], message
+    assert [phrase for phrase in line.split(" | ")[1:] if phrase not in message] == [], message
     assert not wrote
     assert not loaded or line.startswith(NEED_WEIGHTS), "found only after the weights were loaded"

@@ -125,9 +125,9 @@ def places(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize("line", CASES)
 def test_a_call_with_a_mistake(line: str, places: dict[str, Path]) -> None:
-    case, *parts = line.format(**places).split(" | ")
+    case, *phrases = line.format(**places).split(" | ")
     name, *flags = shlex.split(case)
     code, message = answer(tool(name).main, f"{name}.py", flags)
     assert code == 2, message
-    assert [part for part in parts if part not in message] == [], message
+    assert [phrase for phrase in phrases if phrase not in message] == [], message
     assert not places["new"].exists()

@@ -157,8 +157,8 @@ def test_contents_order_and_settings_each_make_a_new_key(
 
     keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
     keys.append(build(files, document_start="none").folder.name)
-    other = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))
-    keys.append(key(files, other))
+    another_tokenizer = load_tokenizer(train_sentencepiece(TEXTS, 290, tmp_path))
+    keys.append(key(files, another_tokenizer))
     changed = Path(files[0]).read_text().replace("document 0", "document X")
     Path(files[0]).write_text(changed)
     keys.append(key(files))
@@ -227,26 +227,26 @@ def test_only_the_builder_builds_and_all_meet_at_the_barrier(
 ) -> None:
     corpus = load_corpus(files)
     cache_dir = tmp_path / "cache"
-    met = []
+    arrivals = []
 
     def builder_meanwhile() -> None:
         assert not cache_dir.exists()
-        build_cache(corpus, tokenizer, cache_dir, barrier=lambda: met.append("builder"))
+        build_cache(corpus, tokenizer, cache_dir, barrier=lambda: arrivals.append("builder"))
         forbid_building(monkeypatch)
-        met.append("other")
+        arrivals.append("other")
 
     opened = build_cache(corpus, tokenizer, cache_dir, is_builder=False, barrier=builder_meanwhile)
-    assert opened.n_documents == 40 and met == ["builder", "other"]
+    assert opened.n_documents == 40 and arrivals == ["builder", "other"]
 
 
 def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     corpus = load_corpus([str(tmp_path / "a.jsonl")])
-    met = []
+    arrivals = []
     for is_builder in (True, False):
         with pytest.raises(UserError, match="line 2"):
-            build_cache(corpus, tokenizer, tmp_path / "c", is_builder=is_builder, barrier=lambda: met.append(1))
-    assert met == [1, 1]
+            build_cache(corpus, tokenizer, tmp_path / "c", is_builder=is_builder, barrier=lambda: arrivals.append(1))
+    assert arrivals == [1, 1]
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
     with pytest.raises(RunError, match=r"there is no token cache .* see the error of the rank that builds it"):
         build_cache(corpus, tokenizer, tmp_path / "c", is_builder=False)

@@ -92,8 +92,8 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Pat
     for name, content in (("__init__.py", ""), ("a.py", "x = 1\n"), ("none/__init__.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    for found in (tmp_path, tmp_path / "*.py", tmp_path / "**/*.py"):
-        assert texts(found) == ["x = 1\n"]
+    for pattern in (tmp_path, tmp_path / "*.py", tmp_path / "**/*.py"):
+        assert texts(pattern) == ["x = 1\n"]
     for named in (tmp_path / "__init__.py", tmp_path / "none", tmp_path / "none" / "*.py"):
         assert "__init__.py is empty" in error(named)
     assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
@@ -167,8 +167,8 @@ WRONG: list[tuple[str, bytes, str]] = [
 @pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=lambda value: value if type(value) is str else "")
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    found = error(tmp_path / name)
-    assert found.startswith(f"--train_files: {tmp_path / name}") and message in found
+    text = error(tmp_path / name)
+    assert text.startswith(f"--train_files: {tmp_path / name}") and message in text
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])

@@ -37,8 +37,12 @@ def test_a_module_is_held_out_of_both_or_of_neither(written: Path) -> None:
 
 
 def test_no_held_out_prose_is_trained_on(written: Path) -> None:
-    held_out = {part for row in rows(written / "general_eval.jsonl") for part in demo_corpus._paragraphs(row["text"])}
-    trained = {part for row in rows(written / "general_train.jsonl") for part in demo_corpus._paragraphs(row["text"])}
+    held_out = {
+        paragraph for row in rows(written / "general_eval.jsonl") for paragraph in demo_corpus._paragraphs(row["text"])
+    }
+    trained = {
+        paragraph for row in rows(written / "general_train.jsonl") for paragraph in demo_corpus._paragraphs(row["text"])
+    }
     assert held_out and not held_out & trained
 
 
@@ -46,8 +50,8 @@ def test_code_is_the_library_as_it_stands() -> None:
     documents = {document.source: document.text for document in domain_documents()}
     for module in (json, ast):
         assert documents[module.__name__] == Path(module.__file__ or "").read_bytes().decode()
-    parts = {part for source in documents for part in source.split(".")}
-    assert not parts & {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages"}
+    names = {name for source in documents for name in source.split(".")}
+    assert not names & {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages"}
     assert not any(source.startswith("_sysconfigdata") for source in documents)
 
 

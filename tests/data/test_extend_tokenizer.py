@@ -27,7 +27,9 @@ from mora_ds.models.vocabulary import EXTENSION_JSON, VocabularyReport, extend_v
 from tests.helpers.models import tiny_model
 
 GENERAL = [text.strip()[:1500] for _, text in sorted(topics.items())]
-SOURCES = [Path(each.__file__ or "").read_text(encoding="utf-8") for each in (argparse, subprocess, random, inspect)]
+SOURCES = [
+    Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, subprocess, random, inspect)
+]
 DOMAIN = [source[start : start + 1500].strip() + "\n" for source in SOURCES for start in range(0, 30_000, 1500)]
 PLAIN = ["The quick brown fox.", "two  spaces ", "def f(self):\n    return self._x\n", "naïve Ελλ 漢字 😀", "42 3.14"]
 PROBES = [*PLAIN, " leading", "", " ", "  hypothetical  "]
@@ -114,7 +116,7 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
     assert len(used & set(range(first, first + 150))) > 75
     assert not list(out.glob("*.model")), "that is the old vocabulary"
 
-    before, after = (AutoModelForCausalLM.from_pretrained(each) for each in (folder, out))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
     rows = after.get_input_embeddings().num_embeddings
     assert rows == report.vocabulary[1] and rows % 64 == 0 and first + 150 <= rows < max(first + 150, 640) + 64
     tied = before.config.tie_word_embeddings
@@ -178,11 +180,11 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
     whole = Letters()
     lossy = Letters("é")
     worse = Letters("éa")
-    made: Any = vocabulary._compare
-    assert made(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
-    assert made(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), "the old one has lost of it too"
+    compare: Any = vocabulary._compare
+    assert compare(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
+    assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), "the old one has lost of it too"
     with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
-        made(whole, lossy, ["b", "aé"])
+        compare(whole, lossy, ["b", "aé"])
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -229,10 +231,10 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Pat
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"}, 8)
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"text_config": written, "dtype": "float32", "vocab_size": 3}))
-    own = tmp_path / "tokenizer"
-    own.mkdir()
-    (own / "tokenizer.json").write_text("{}")
-    vocabulary._write(base, out, keys, extension_of(own), 64)
+    tokenizer_folder = tmp_path / "tokenizer"
+    tokenizer_folder.mkdir()
+    (tokenizer_folder / "tokenizer.json").write_text("{}")
+    vocabulary._write(base, out, keys, extension_of(tokenizer_folder), 64)
     changed = json.loads((out / "config.json").read_text())
     assert changed["text_config"]["vocab_size"] == 64 and changed["vocab_size"] == 3
     assert changed["dtype"] == changed["text_config"]["dtype"] == "bfloat16"
@@ -248,7 +250,7 @@ def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path) -> None:
     """Files may hold lm_head.weight though it is tied."""
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    save_file({name: each.clone() for name, each in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
     keys, rows = vocabulary._vocabulary_keys(BaseCheckpoint.open(tmp_path), model.config, False)
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight"}, 128)
 

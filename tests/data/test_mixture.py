@@ -35,12 +35,12 @@ def order(shares: SampleSchedule, samples: int) -> np.ndarray:
 def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]) -> None:
     shares = SampleSchedule([Phase(0, weights)], [None] * 3)
     wanted = np.array(weights) / sum(weights)
-    given = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
+    counts = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
     n = np.arange(1, 10_001)[:, None]
-    assert np.abs(given / n - wanted)[1000:].max() <= 0.001
-    assert np.abs(given - n * wanted).max() < 1, "no prefix, however short, is off by a whole sample"
+    assert np.abs(counts / n - wanted)[1000:].max() <= 0.001
+    assert np.abs(counts - n * wanted).max() < 1, "no prefix, however short, is off by a whole sample"
     starts = np.arange(0, 9000, 7)
-    assert np.abs(given[starts + 1000] - given[starts] - 1000 * wanted).max() < 2, "nor any window by two"
+    assert np.abs(counts[starts + 1000] - counts[starts] - 1000 * wanted).max() < 2, "nor any window by two"
 
 
 def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> None:
@@ -60,8 +60,8 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
     assert (drawn == 1).sum() == 10 and (drawn == 2).sum() == 40
     last = int(np.flatnonzero(drawn == 1)[-1])
     assert 36 <= last <= 40, "after 10 / 0.25 samples"
-    rest = drawn[last + 1 :][:30]
-    assert (rest == 0).sum() == 20, "what is left shares as 0.5 to 0.25"
+    later = drawn[last + 1 :][:30]
+    assert (later == 0).sum() == 20, "what is left shares as 0.5 to 0.25"
     assert shares.limit is None
     ending = SampleSchedule([Phase(0, (1, 1))], [3, 4])
     assert ending.limit == 7 and sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
@@ -132,7 +132,7 @@ def test_its_identity_tells_sources_weights_and_epochs() -> None:
     changed = [mixture(phases=phases) for phases in (((0, (1, 1)),), ((0, (0.6, 0.4)), (9, (1, 0))))]
     changed.append(mixture(epochs=(2, None)))
     changed.append(Mixture({"a": source(0, 3, "a"), "b": source(0, 3, "c")}, ((0, (0.6, 0.4)),), (None, None), 4, 12))
-    assert mixture().identity == mixture().identity not in [other.identity for other in changed]
+    assert mixture().identity == mixture().identity not in [variant.identity for variant in changed]
 
 
 def test_the_end_of_capped_sources_is_known_beforehand() -> None:
@@ -198,10 +198,10 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_named(tmp_path: Path, case: str) -> None:
-    text, flags, parts = WRONG[case]
+    text, flags, phrases = WRONG[case]
     with pytest.raises(UserError) as error:
         plan_of(tmp_path, text or "", **flags)
-    assert all(part in str(error.value) for part in parts), str(error.value)
+    assert all(phrase in str(error.value) for phrase in phrases), str(error.value)
 
 
 # -- complete runs ---------------------------------------------------------------------------------------------------
@@ -228,10 +228,10 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
         2, mixture_flags(user, wide, mix, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
     )
     torch.testing.assert_close(losses(wide), losses(whole), rtol=1e-5, atol=0)
-    for one, other in zip(source_rows(wide), source_rows(whole), strict=True):
+    for one, another in zip(source_rows(wide), source_rows(whole), strict=True):
         for name in ("new", "old"):
-            assert one[name]["tokens"] == other[name]["tokens"]
-            assert one[name]["loss"] == pytest.approx(other[name]["loss"], rel=1e-5)
+            assert one[name]["tokens"] == another[name]["tokens"]
+            assert one[name]["loss"] == pytest.approx(another[name]["loss"], rel=1e-5)
     shown = source_rows(whole)
     assert [row["new"]["tokens"] for row in shown] == [64, 128, 192, 256, 288, 320]
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
@@ -285,12 +285,12 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     again.write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2]))
     share = 0.3
     corpora = [load_corpus([str(path)]) for path in (user.train, again)]
-    held = {document_hash(text) for text in texts if document_hash(text) < share * 2**64}
-    assert 5 < len(held) < 40
+    held_out = {document_hash(text) for text in texts if document_hash(text) < share * 2**64}
+    assert 5 < len(held_out) < 40
     for corpus in corpora:
         trained = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share)))
-        kept = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share, takes_held_out=True)))
-        assert trained and kept and not trained & held and kept <= held
+        evaluated = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share, takes_held_out=True)))
+        assert trained and evaluated and not trained & held_out and evaluated <= held_out
     eval_file = tmp_path / "eval.jsonl"
     eval_file.write_text(json.dumps({"text": texts[3] + "  "}) + "\n")
     argv = mixture_flags(
@@ -299,7 +299,9 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     at = argv.index("--mixture")
     argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={again}:0.5", "--eval_files", f"mine={eval_file}"]
     told = run_ranks(1, printed, argv)[0]
-    out_of_a = len({document_hash(text) for text in texts if document_hash(text) in held | {document_hash(texts[3])}})
+    out_of_a = len(
+        {document_hash(text) for text in texts if document_hash(text) in held_out | {document_hash(texts[3])}}
+    )
     assert f"a: {out_of_a} of {len(texts)} documents are not trained on" in told
     (after,) = [row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6]
     assert set(after) == {"mine", "held_out_a", "held_out_b"}

@@ -89,23 +89,23 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
     whole = PackedDataset(make_cache(LENGTHS), 7, seed=1)
     rows = 12 // world
     for step in (0, 1, 7, 10**6):
-        parts = []
+        rank_batches = []
         for rank in reversed(range(world)):  # each rank has a dataset of its own and asks in another order
-            part = PackedDataset(make_cache(LENGTHS), 7, seed=1).batch(step, 12, slice(rank * rows, (rank + 1) * rows))
-            assert part["labels"].shape == (rows, 7)
-            parts.insert(0, part)
+            local = PackedDataset(make_cache(LENGTHS), 7, seed=1).batch(step, 12, slice(rank * rows, (rank + 1) * rows))
+            assert local["labels"].shape == (rows, 7)
+            rank_batches.insert(0, local)
         batch = whole.batch(step, 12)
         for key in KEYS:
-            assert torch.equal(batch[key], torch.cat([part[key] for part in parts]))
-        assert batch["documents"].lengths == sum((part["documents"].lengths for part in parts), ())
+            assert torch.equal(batch[key], torch.cat([local[key] for local in rank_batches]))
+        assert batch["documents"].lengths == sum((local["documents"].lengths for local in rank_batches), ())
 
 
 def test_the_order_is_drawn_from_the_seed_and_never_changes() -> None:
     """Recorded numbers: a run of today must resume on the numpy of tomorrow."""
     data = PackedDataset(make_cache([80]), 8, seed=42)
     assert [data.block_of_sample(sample) for sample in range(20)] == RECORDED
-    other = PackedDataset(make_cache([80]), 8, seed=43)
-    assert [other.block_of_sample(sample) for sample in range(20)] != RECORDED
+    reseeded = PackedDataset(make_cache([80]), 8, seed=43)
+    assert [reseeded.block_of_sample(sample) for sample in range(20)] != RECORDED
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -119,7 +119,7 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size
     real = sorted((row for row in rows if (row[1] != IGNORED).any()), key=lambda row: int(row[0][0]))
     assert [int(row[0][0]) for row in real] == [7 * index for index in range(data.n_blocks)]
     for index, row in enumerate(real):
-        assert all(np.array_equal(mine, kept) for mine, kept in zip(row, data.block(index).values(), strict=True))
+        assert all(np.array_equal(mine, right) for mine, right in zip(row, data.block(index).values(), strict=True))
     assert len(rows) - len(real) < world * batch_size
 
 

@@ -35,7 +35,9 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None
         path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
     (part,) = load_corpus([str(path)]).parts
     whole = list(part.marked(readers.START))
-    assert [document.text for document, _ in whole] == rows and all(each.begins and each.ends for each, _ in whole)
+    assert [document.text for document, _ in whole] == rows and all(
+        document.begins and document.ends for document, _ in whole
+    )
     for count, (_, mark) in enumerate(whole, start=1):
         assert list(part.marked(mark)) == whole[count:]
     word, numbers = ("line", [1, 3, 5, 6, 7, 8, 9]) if kind.startswith("jsonl") else ("row", range(1, 8))

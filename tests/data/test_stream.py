@@ -77,8 +77,8 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     epochs = [[document.text for document, _ in reader.epoch(StreamPosition(epoch=number))] for number in range(3)]
     assert all(sorted(epoch) == sorted(texts) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    other = DocumentStream("a", corpus, buffer=8, seed=4)
-    assert [document.text for document, _ in other.epoch(StreamPosition())] != epochs[0]
+    reseeded = DocumentStream("a", corpus, buffer=8, seed=4)
+    assert [document.text for document, _ in reseeded.epoch(StreamPosition())] != epochs[0]
     alone = DocumentStream("a", Corpus(corpus.parts[:1]), buffer=4, seed=3)
     read = [int(document.text) // 3 for document, _ in alone.epoch(StreamPosition())]
     windows = [read[start : start + 4] for start in range(0, 16, 4)]
@@ -92,8 +92,8 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
 def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 50)
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", ["x" * 20] * 30))
-    places = [place for _, place in DocumentStream("a", corpus).epoch(StreamPosition())]
-    assert [(place.window, place.done) for place in places] == [divmod(number, 3) for number in range(30)]
+    positions = [position for _, position in DocumentStream("a", corpus).epoch(StreamPosition())]
+    assert [(position.window, position.done) for position in positions] == [divmod(number, 3) for number in range(30)]
 
 
 def test_a_document_longer_than_memory_passes_in_chunks(
@@ -108,11 +108,11 @@ def test_a_document_longer_than_memory_passes_in_chunks(
     corpus = load_corpus([str(tmp_path / "*.txt")])
     cached = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False)
     streamed = source(corpus, tokenizer, buffer=50)
-    held = 0
+    longest_queue = 0
     for number in range(cached.n_blocks):
         block = streamed.sample(number)
-        held = max(held, sum(len(part.tokens) for part in streamed._queue))
-    assert held < 3000 < cached.cache.n_tokens / 10
+        longest_queue = max(longest_queue, sum(len(chunk.tokens) for chunk in streamed._queue))
+    assert longest_queue < 3000 < cached.cache.n_tokens / 10
     assert block["labels"].shape == (T,)
 
 
@@ -144,8 +144,8 @@ def test_how_many_tokenise_makes_no_difference(
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 700)
     corpus = corpus_of(tmp_path / "shards")
     one = source(corpus, tokenizer, 9)
-    other = source(corpus, tokenizer, 9, parallel_map=Recalled(width))
-    assert_equal(taken(other, 0, 400), taken(one, 0, 400))
+    parallel = source(corpus, tokenizer, 9, parallel_map=Recalled(width))
+    assert_equal(taken(parallel, 0, 400), taken(one, 0, 400))
 
 
 # -- mixtures --------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
     left = corpus_of(tmp_path / "left", count=70)
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
     packed = [
-        PackedDataset(build_cache(part, tokenizer, tmp_path / "cache"), T, shuffle=False) for part in (left, right)
+        PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False) for corpus in (left, right)
     ]
 
     def made(states: Any = None) -> StreamMixture:
@@ -169,12 +169,12 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
     for step in range(20):
         if step % 3 == 0:
             resumed = made(json.loads(json.dumps(state)) if state else None)
-        for part in (slice(6, 12), slice(0, 6), slice(0, 6)):  # ranks and micro-batches, some twice
-            wanted = cached.batch(step, 12, part)
-            batch = whole.batch(step, 12, part)
+        for row_range in (slice(6, 12), slice(0, 6), slice(0, 6)):  # ranks and micro-batches, some twice
+            wanted = cached.batch(step, 12, row_range)
+            batch = whole.batch(step, 12, row_range)
             for key in ("input_ids", "labels", "position_ids"):
                 assert torch.equal(batch[key], wanted[key])
-                assert torch.equal(resumed.batch(step, 12, part)[key], wanted[key])
+                assert torch.equal(resumed.batch(step, 12, row_range)[key], wanted[key])
         assert resumed.states_at(step) == whole.states_at(step)
         state = resumed.states_at(step + 1)
     late = made()

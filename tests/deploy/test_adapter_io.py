@@ -40,8 +40,8 @@ def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Mak
     for domain, times in ((None, 1), ("shared", 1), ("code", 2)):
         model = load_adapter(maker.folder, tmp_path / "adapter", domain=domain)
         expected = tiny_model("llama", num_hidden_layers=1)
-        own = {name: [*cycles, *cycles[-1:] * (times - 1)] for name, cycles in updates.items()}
-        merge(expected, originals(maker.model), own)
+        domain_updates = {name: [*cycles, *cycles[-1:] * (times - 1)] for name, cycles in updates.items()}
+        merge(expected, originals(maker.model), domain_updates)
         torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=1e-5)
         assert domains_of(model).names == ("law", "code")
 

@@ -35,16 +35,16 @@ TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     """A run with two merges, embeddings and norm trained too; before its checkpoint lies one with a single merge."""
-    made = fake_run(tmp_path_factory.mktemp("run"), trained=TRAINED, num_hidden_layers=1, tie_word_embeddings=True)
-    earlier = step_folder(made.checkpoint.parent, 3)
-    shutil.copytree(made.checkpoint, earlier)
+    fake = fake_run(tmp_path_factory.mktemp("run"), trained=TRAINED, num_hidden_layers=1, tie_word_embeddings=True)
+    earlier = step_folder(fake.checkpoint.parent, 3)
+    shutil.copytree(fake.checkpoint, earlier)
     opened = Adapter.open(earlier)
-    layers = layers_of(made.live, 1)
+    layers = layers_of(fake.live, 1)
     shortened(opened.ledger.folder, 1)
     trained = {name: opened.tensors.trained(name) + 0.5 for name in TRAINED}
     write_adapter(earlier, replace(opened.file, layers=layers, cycle=1, step=3), random_squares(layers, 77), trained)
     files.write_manifest(earlier)
-    return made
+    return fake
 
 
 def content(folder: Path) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path) -> None
         opened = Adapter.open(folder)
     check(content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)]))
     assert opened.ledger.cycles == opened.file.cycle == 2, "checkpoints of a run share operators: no term is added"
-    assert [each["step"] for each in opened.file.facts[COMBINED]] == [3, 7]
+    assert [source["step"] for source in opened.file.facts[COMBINED]] == [3, 7]
     assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
 
 
@@ -181,16 +181,16 @@ def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) ->
     """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
     updates: Updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
     opened = Adapter.open(tmp_path / "all")
-    parts = []
+    folders = []
     for cycle in range(3):
         layers = opened.file.layers if cycle == 2 else opened.ledger.layers(cycle)
-        parts.append(folder := tmp_path / f"part-{cycle}")
+        folders.append(folder := tmp_path / f"part-{cycle}")
         folder.mkdir()
         Ledger.create(folder / "ledger", maker.reference.fingerprint)
         values = {name: updates[name][cycle][1] for name in layers}
         write_adapter(folder, replace(opened.file, layers=layers, cycle=0), values, {})
         maker.reference.write(folder)
-    combine_adapters(parts, [1, 1, 1], tmp_path / "sum")
+    combine_adapters(folders, [1, 1, 1], tmp_path / "sum")
     for name in ("all", "sum"):
         export_merged(tmp_path / name, tmp_path / f"{name}-merged")
     whole = content(tmp_path / "all-merged")

@@ -245,9 +245,9 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
             export_merged(run.checkpoint, run.checkpoint / inside)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("")
-    for place, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
+    for path, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
         with pytest.raises(UserError, match=words):
-            export_merged(run.checkpoint, place, overwrite=True)
+            export_merged(run.checkpoint, path, overwrite=True)
     with pytest.raises(UserError, match="something other than a model"):
         export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
 

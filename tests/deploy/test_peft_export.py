@@ -64,9 +64,9 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterCon
     close(logits_of(model), logits_of(merged))
     close(logits_of(model.merge_and_unload()), logits_of(merged))
     ranks = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
-    name, own = next(iter(updates.items()))
-    side = min(own[0][0].d_in, own[0][0].d_out)
-    total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in own)  # type: ignore[attr-defined]
+    name, terms = next(iter(updates.items()))
+    side = min(terms[0][0].d_in, terms[0][0].d_out)
+    total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in terms)  # type: ignore[attr-defined]
     assert ranks["rank_pattern"].get(name, ranks["r"]) == min(side, total)
 
 
@@ -78,11 +78,11 @@ def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str) -> N
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora", rank)
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     shares = {}
-    for name, own in updates.items():
-        delta = summed(torch.zeros(own[0][0].d_out, own[0][0].d_in), own, False, torch.float32)
+    for name, terms in updates.items():
+        delta = summed(torch.zeros(terms[0][0].d_out, terms[0][0].d_in), terms, False, torch.float32)
         left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
-        kept = (left[:, :rank] * values[:rank]) @ right[:rank]
-        best.get_submodule(name).weight.data += kept.float()
+        leading = (left[:, :rank] * values[:rank]) @ right[:rank]
+        best.get_submodule(name).weight.data += leading.float()
         shares[name] = (values[rank:].square().sum() / values.square().sum()).item()
     close(logits_of(loaded(tmp_path / "base", tmp_path / "lora")), logits_of(best))
     assert min(shares.values()) > 0.01

@@ -89,11 +89,11 @@ def base() -> Any:
 def served(python: Path, base: Path, adapters: Mapping[str, Path], prompts: list[list[int]], tokens: int) -> Any:
     """(1 + adapters) x prompts lists of tokens, by vLLM in one batch, the base's first."""
     paths = {name: str(path) for name, path in adapters.items()}
-    given = json.dumps({"base": str(base), "adapters": paths, "prompts": prompts, "tokens": tokens})
+    request = json.dumps({"base": str(base), "adapters": paths, "prompts": prompts, "tokens": tokens})
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [str(python), "-c", SERVER, given], cwd=base.parent, env=environment, capture_output=True, text=True
+        [str(python), "-c", SERVER, request], cwd=base.parent, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))

@@ -19,7 +19,7 @@ def texts(node: ast.AST) -> Iterator[str]:
         if isinstance(child, ast.Constant) and isinstance(child.value, str):
             yield child.value
         elif isinstance(child, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else GAP for part in child.values)
+            yield "".join(str(segment.value) if isinstance(segment, ast.Constant) else GAP for segment in child.values)
 
 
 def quoted(page: Path) -> list[str]:
@@ -29,8 +29,8 @@ def quoted(page: Path) -> list[str]:
 
 def matches(message: str, text: str) -> bool:
     """Whether the parts of a message between its dots stand in a string of the code, in order."""
-    parts = [re.escape(part) for part in (each.strip(" ") for each in message.split("...")) if part]
-    return re.search(rf"[\s\S]*?{GAP}?".join(parts), text) is not None
+    patterns = [re.escape(phrase) for phrase in (segment.strip(" ") for segment in message.split("...")) if phrase]
+    return re.search(rf"[\s\S]*?{GAP}?".join(patterns), text) is not None
 
 
 def test_every_quoted_message_is_in_the_code() -> None:

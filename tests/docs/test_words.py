@@ -36,12 +36,12 @@ def written_by_hand(text: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_has_none_of_the_banned_words(page) -> None:  # type: ignore[no-untyped-def]
     text = written_by_hand(prose(page))
-    found = [
+    problems = [
         f"{match[0]!r} in {text[max(0, match.start() - 40) : match.end() + 20]!r}: say {better}"
         for pattern, better in BANNED.items()
         for match in re.finditer(pattern, text, flags=re.IGNORECASE)
     ]
-    assert not found
+    assert not problems
 
 
 def test_the_list_catches_what_it_names() -> None:

@@ -47,14 +47,14 @@ class Late(Copies):
 
     def start(self, pairs: Any) -> Any:
         ticket = object()
-        kept = list(pairs)
-        for target, _ in kept:
+        pending = list(pairs)
+        for target, _ in pending:
             target.fill_(float("nan") if target.is_floating_point() else 99)
-        self.waiting.append((ticket, kept))
+        self.waiting.append((ticket, pending))
         return ticket
 
     def wait(self, ticket: Any) -> None:
-        known = [each for each, _ in self.waiting]
+        known = [queued for queued, _ in self.waiting]
         for _, pairs in self.waiting[: known.index(ticket) + 1]:  # a stream copies in order
             super().start(pairs)
         del self.waiting[: known.index(ticket) + 1]
@@ -115,7 +115,7 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     engine.eval()
     with torch.no_grad():
         losses.append(causal_loss(engine, tokens(2, seed=99)).item())
-    values = {name: zero.full_fp32(engine, each).clone() for name, each in engine.module.named_parameters()}
+    values = {name: zero.full_fp32(engine, parameter).clone() for name, parameter in engine.module.named_parameters()}
     frozen = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
     used = len(seen.storages)
     return {"losses": losses, "values": values, "frozen": frozen, "sent": counter.base_bytes, "used": used}
@@ -205,7 +205,7 @@ def test_an_evaluation_copies_each_layer_once() -> None:
         for _ in range(3):
             before = ring.copied
             causal_loss(model, tokens(2))
-    weights = [stored_bytes(own.values()) for own in weights_of_layers(model).values()]
+    weights = [stored_bytes(tensors.values()) for tensors in weights_of_layers(model).values()]
     assert LAYERS - 2 <= (ring.copied - before) / (Streamed.of(model).layers[0]) <= LAYERS
     assert max(weights) == ring.slots[0].nbytes
 
@@ -222,9 +222,9 @@ def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: in
     for name, tensor in frozen_buffers(model).items():
         assert (id(tensor), True) == (host[name][0], torch.equal(tensor, host[name][1])), name
     with ring.aside():
-        found = {tensor.untyped_storage().data_ptr() for name, tensor in frozen_buffers(model).items()
+        storages = {tensor.untyped_storage().data_ptr() for name, tensor in frozen_buffers(model).items()
                  if name in base_ring.names_on_host(model)}  # fmt: skip
-    assert found == {slot.data_ptr() for slot in ring.slots}
+    assert storages == {slot.data_ptr() for slot in ring.slots}
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
@@ -244,9 +244,9 @@ def test_a_saved_weight_is_there_again_when_backward_asks_for_it() -> None:
 
 def gradients(model: Any) -> dict[str, Tensor]:
     causal_loss(model.train(), tokens(2)).backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    by_name = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    return found
+    return by_name
 
 
 def test_a_copy_that_is_being_used_is_not_replaced() -> None:
@@ -263,8 +263,8 @@ def test_a_second_ring_takes_the_place_of_the_first() -> None:
     host = {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
     copied = first.copied
     second = stream_base(model, CPU)
-    found = gradients(model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = gradients(model)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert first.copied == copied and second.copied > 0 and ring_of(model) is second
     assert {name: id(tensor) for name, tensor in frozen_buffers(model).items()} == host
 
@@ -275,7 +275,7 @@ def test_tied_tensors_stay_on_the_device() -> None:
     layers = find_decoder_layers(model)
     shared = model.model.layers[0].input_layernorm._buffers
     model.model.layers[2].input_layernorm._buffers["weight"] = shared["weight"]
-    names = {name for own in weights_of_layers(model).values() for name in own}
+    names = {name for tensors in weights_of_layers(model).values() for name in tensors}
     assert list(layers) == [f"model.layers.{index}" for index in range(3)]
     assert "model.layers.1.input_layernorm.weight" in names and "model.layers.1.mlp.up_proj.weight" in names
     assert not names & {f"model.layers.{index}.input_layernorm.weight" for index in (0, 2)}
@@ -322,12 +322,12 @@ def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: p
     monkeypatch.setattr(CudaCopies, "wait", Copies.wait)
     monkeypatch.setattr(base_ring, "copies_for", CudaCopies)
     model, first = streamed_model()
-    kept = dict(locked)
-    assert kept
+    locked_before = dict(locked)
+    assert locked_before
     stream_base(model, CPU)
-    assert locked == kept
+    assert locked == locked_before
     first.close()
-    assert locked == kept, "it unlocks no pages of another ring"
+    assert locked == locked_before, "it unlocks no pages of another ring"
 
 
 @pytest.mark.gpu
@@ -335,7 +335,7 @@ def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: p
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bool) -> None:
     device = torch.device("cuda")
-    found = []
+    all_gradients = []
     for streamed in (False, True):
         torch.manual_seed(0)
         model = tiny_model("llama", num_hidden_layers=LAYERS)
@@ -344,7 +344,9 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bo
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if streamed:
             ring = stream_base(model, device)
-            assert all(tensor.is_pinned() for own in weights_of_layers(model).values() for tensor in own.values())
+            assert all(
+                tensor.is_pinned() for tensors in weights_of_layers(model).values() for tensor in tensors.values()
+            )
             with ring.aside():
                 model.to(device)
             for _ in range(3):
@@ -353,5 +355,5 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bo
         else:
             model.to(device)
             causal_loss(model.train(), tokens(2).to(device)).backward()
-        found.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        all_gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*all_gradients, strict=True))

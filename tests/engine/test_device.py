@@ -24,8 +24,8 @@ def deterministic_job(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
 
 @pytest.mark.gloo
 def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any) -> None:
-    found = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
-    for enabled, environment in found:
+    results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
+    for enabled, environment in results:
         assert enabled and environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, "what the user has set stays"
     run(2, user.flags(tmp_path / "other"))
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "other"))

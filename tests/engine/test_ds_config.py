@@ -107,13 +107,13 @@ def test_small_squares_persist_and_large_ones_are_partitioned() -> None:
 
 def test_persistence_budget_is_in_bytes_of_the_compute_dtype() -> None:
     numel = PERSIST_BUDGET_BYTES // 2
-    kept = {}
+    thresholds = {}
     for bf16 in (True, False):
         config = fill_bucket_sizes(
             resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=bf16), 2), [numel]
         )
-        kept[bf16] = config["zero_optimization"]["stage3_param_persistence_threshold"]
-    assert kept == {True: numel, False: 0}
+        thresholds[bf16] = config["zero_optimization"]["stage3_param_persistence_threshold"]
+    assert thresholds == {True: numel, False: 0}
 
 
 def test_a_bucket_always_holds_the_largest_parameter() -> None:
@@ -206,9 +206,9 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path: str) -> None:
     ],
 )
 def test_a_degree_that_the_flag_does_not_say(section: Any, wanted: int, expected: str) -> None:
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=wanted), 1)
-    assert expected in str(found.value)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("section", [{"autotp_size": 2}, {"autotp_size": "auto"}, {}, None])

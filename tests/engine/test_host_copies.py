@@ -46,7 +46,7 @@ def test_whole_pages_once_and_in_order(
 ) -> None:
     monkeypatch.setattr(host_copies.mmap, "PAGESIZE", PAGE)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
-    pieces: list[Any] = [Memory(*each) for each in tensors]
+    pieces: list[Any] = [Memory(*tensor) for tensor in tensors]
     assert page_ranges(pieces) == ranges
 
 

@@ -72,8 +72,8 @@ def different_base() -> str:
 
 
 def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
@@ -96,7 +96,7 @@ def tensors_that_are_files(folder: str) -> tuple[int, int]:
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
     mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
     base = frozen_buffers(model).values()
-    return sum(any(tensor.data_ptr() in part for part in mapped) for tensor in base), len(base)
+    return sum(any(tensor.data_ptr() in address_range for address_range in mapped) for tensor in base), len(base)
 
 
 @pytest.mark.gloo
@@ -157,10 +157,10 @@ def test_bucket_sizes_are_those_of_the_largest_share() -> None:
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
     rows = [layer.value.shape[0] for layer in mora_layers(model).values()]
-    norms = [each.numel() for each in model.parameters() if each.dim() == 1]
-    assert any(each % 3 for each in rows) and norms
+    norms = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
+    assert any(count % 3 for count in rows) and norms
     for degree in (1, 2, 3):
-        shares = [-(-each // degree) * each for each in rows]
+        shares = [-(-count // degree) * count for count in rows]
         assert sorted(trainable_numels(model, degree)) == sorted([*norms, *shares])
 
 
@@ -174,6 +174,6 @@ def test_tensor_parallelism_needs_stage_3() -> None:
 def test_squares_have_a_parameter_group_of_their_own() -> None:
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, train_norms=True))
-    squares, others = parameter_groups(model)
+    squares, remaining = parameter_groups(model)
     assert {id(p) for p in squares["params"]} == {id(layer.square) for layer in mora_layers(model).values()}
-    assert all(isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in others["params"])
+    assert all(isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in remaining["params"])

@@ -51,27 +51,27 @@ def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
     offload = engine.optimizer.parameter_offload
     hooked = {handle.id for handle in offload.forward_hooks}
     count = sum(bool(hooked & set(module._forward_hooks)) for module in engine.module.modules())
-    values = {name: zero.full_fp32(engine, each).clone() for name, each in engine.module.named_parameters()}
+    values = {name: zero.full_fp32(engine, parameter).clone() for name, parameter in engine.module.named_parameters()}
     return losses, values, count
 
 
 def with_and_without(setting: str) -> tuple[int, int]:
     with patch.object(initialize_module, "drop_idle_hooks", lambda engine: []):
         losses, values, everywhere = trained(setting)
-    found, own, kept = trained(setting)
-    assert found == losses
+    actual, actual_values, hooked = trained(setting)
+    assert actual == losses
     for name in values:
-        assert torch.equal(own[name], values[name]), name
-    return everywhere, kept
+        assert torch.equal(actual_values[name], values[name]), name
+    return everywhere, hooked
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str) -> None:
-    for everywhere, kept in run_ranks(2, with_and_without, setting):
+    for everywhere, hooked in run_ranks(2, with_and_without, setting):
         layers = len(mora_layers(_injected("gpt2" if setting == "some" else "llama")))
         assert everywhere > 2 * layers
-        assert kept == (3 if setting == "embeddings" else 1)
+        assert hooked == (3 if setting == "embeddings" else 1)
 
 
 def families_with_and_without() -> list[tuple[str, int]]:
@@ -81,15 +81,15 @@ def families_with_and_without() -> list[tuple[str, int]]:
 @pytest.mark.gloo
 @pytest.mark.heavy
 def test_every_familys_layers_gather_together_with_the_same_bits() -> None:
-    for found in run_ranks(2, families_with_and_without):
-        assert found == [(family, 1) for family in FAMILIES]
+    for hook_counts in run_ranks(2, families_with_and_without):
+        assert hook_counts == [(family, 1) for family in FAMILIES]
 
 
 def held_at_once(setting: str) -> list[set[str]]:
     """The decoder layers whose matrices are gathered, at each linear layer that runs or has its gradient computed."""
     none = {f"stage3_{name}": 0 for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")}
     engine = engine_of(setting, zero=none)
-    found = []
+    gathered_layers = []
     layers = mora_layers(engine.module)
     matrices = {name: layer.value for name, layer in layers.items()}  # asked for in a forward, DeepSpeed gathers them
 
@@ -98,7 +98,7 @@ def held_at_once(setting: str) -> list[set[str]]:
 
     def note(module: nn.Module) -> None:
         assert any(layers[name] is module for name in gathered())
-        found.append({name.split(".")[2] for name in gathered()})
+        gathered_layers.append({name.split(".")[2] for name in gathered()})
 
     def note_all(module: nn.Module, _: Any, output: torch.Tensor) -> None:
         note(module)
@@ -111,14 +111,14 @@ def held_at_once(setting: str) -> list[set[str]]:
         engine.backward(causal_loss(engine, tokens(2, seed=step)))
         engine.step()
         assert not gathered()
-    return found
+    return gathered_layers
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
 def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str) -> None:
-    for found in run_ranks(2, held_at_once, setting):
-        assert all(len(layers) == 1 for layers in found) and set.union(*found) == {"0", "1"}
+    for gathered_layers in run_ranks(2, held_at_once, setting):
+        assert all(len(layers) == 1 for layers in gathered_layers) and set.union(*gathered_layers) == {"0", "1"}
 
 
 class Recorder:
@@ -146,19 +146,19 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
     plain = torch.randn(3)
     ids = torch.arange(3)
     named = {"pair": Pair(inputs[1], ids), "list": [inputs[2], None], "name": "x", "more": inputs[3]}
-    given = ((inputs[0], plain), named)
-    (first, same), others = marked(given, partial(recorder.release, forward=False))
-    assert same is plain and others["pair"].other is ids and others["list"][1] is None and others["name"] == "x"
-    assert type(others["pair"]) is Pair and type(others["list"]) is list
-    results = (first + others["pair"].one, {"sum": others["list"][0] * others["more"]})
+    arguments = ((inputs[0], plain), named)
+    (first, same), keywords = marked(arguments, partial(recorder.release, forward=False))
+    assert same is plain and keywords["pair"].other is ids and keywords["list"][1] is None and keywords["name"] == "x"
+    assert type(keywords["pair"]) is Pair and type(keywords["list"]) is list
+    results = (first + keywords["pair"].one, {"sum": keywords["list"][0] * keywords["more"]})
     outputs = marked(results, partial(recorder.fetch, forward=False))
     assert recorder.calls == []
     (outputs[0].sum() + outputs[1]["sum"].sum()).backward()
     assert recorder.calls == ["fetch False", "release False"], "once each, however many tensors there are"
-    assert [each.grad.tolist() for each in inputs[:2]] == [[1.0] * 3] * 2
+    assert [tensor.grad.tolist() for tensor in inputs[:2]] == [[1.0] * 3] * 2
     assert torch.equal(inputs[2].grad, inputs[3]) and torch.equal(inputs[3].grad, inputs[2])
     with torch.no_grad():
-        assert marked(given, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
+        assert marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
 
 
 def _injected(family: str) -> Any:
@@ -171,27 +171,27 @@ def gathered_when_needed() -> list[Any]:
     """Steps after fp16 has skipped one, and after a context that gathers a matrix and shards it again."""
     engine = engine_of("persistent", fp16={"enabled": True, "initial_scale_power": 30, "hysteresis": 1})
     persistent = engine.optimizer.parameter_offload.persistent_parameters
-    found = []
+    history = []
     for step in range(8):
-        sharded = any(each.ds_status.name == "NOT_AVAILABLE" for each in persistent)
+        sharded = any(parameter.ds_status.name == "NOT_AVAILABLE" for parameter in persistent)
         loss = causal_loss(engine, tokens(2, seed=step))
         engine.backward(loss)
         engine.step()
-        found.append((sharded, getattr(engine.optimizer, "overflow", False), bool(torch.isfinite(loss))))
+        history.append((sharded, getattr(engine.optimizer, "overflow", False), bool(torch.isfinite(loss))))
     with zero.whole_parameter(engine, persistent[0]):
         pass
     with torch.no_grad():
         last = causal_loss(engine, tokens(2, seed=0))
-    return [found, bool(torch.isfinite(last)), _gather(persistent)]
+    return [history, bool(torch.isfinite(last)), _gather(persistent)]
 
 
 @pytest.mark.gloo
 def test_persistent_matrices_are_gathered_again_after_a_skipped_step() -> None:
-    for found, last, _ in run_ranks(2, gathered_when_needed):
-        assert found[0][0], "nothing is gathered before the first pass"
-        assert any(sharded for sharded, _, _ in found[2:]), "a skipped step leaves the matrices sharded"
-        assert any(skipped for _, skipped, _ in found) and last
-        assert all(finite for _, _, finite in found)
+    for history, last, _ in run_ranks(2, gathered_when_needed):
+        assert history[0][0], "nothing is gathered before the first pass"
+        assert any(sharded for sharded, _, _ in history[2:]), "a skipped step leaves the matrices sharded"
+        assert any(skipped for _, skipped, _ in history) and last
+        assert all(finite for _, _, finite in history)
 
 
 def hooks_of_deepspeed() -> list[str]:

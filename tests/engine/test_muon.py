@@ -82,9 +82,9 @@ def plain_run(merge_at: int | None = None) -> dict[str, Any]:
     """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and AdamW."""
     model = small_model()
     squares = squares_of(model)
-    others = others_of(model)
+    adam_parameters = others_of(model)
     momentum = [torch.zeros_like(square) for square in squares]
-    adam = torch.optim.AdamW(others, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY)
+    adam = torch.optim.AdamW(adam_parameters, lr=OTHERS_RATE, eps=EPSILON, weight_decay=DECAY)
     norms = []
     for step in range(STEPS):
         model.zero_grad()
@@ -102,7 +102,7 @@ def plain_run(merge_at: int | None = None) -> dict[str, Any]:
                 layer.weight += delta_weight(layer.spec, layer.square.data)
                 layer.square.data.zero_()
                 moving.zero_()
-    return {"squares": squares, "others": others, "norms": norms, "momentum": _norm(momentum)}
+    return {"squares": squares, "others": adam_parameters, "norms": norms, "momentum": _norm(momentum)}
 
 
 def _norm(tensors: list[Tensor]) -> float:
@@ -143,7 +143,7 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
         "optimizer": type(engine.optimizer).__name__,
         "muon": [group["use_muon"] for group in engine.optimizer.param_groups],
         "squares": [zero.full_fp32(engine, square) for square in squares_of(model)],
-        "others": [zero.full_fp32(engine, other) for other in others_of(model)],
+        "others": [zero.full_fp32(engine, parameter) for parameter in others_of(model)],
         "norms": norms,
         "state": {(key, dtype) for key, dtype, _ in state},
         "momentum": _norm([value for key, _, value in state if key == "momentum_buffer"]),
@@ -153,21 +153,21 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
 
 def worst(found: list[Tensor], expected: list[Any], unit: float) -> float:
     """The largest difference, in learning rates."""
-    return max((one - other.detach()).abs().max().item() for one, other in zip(found, expected, strict=True)) / unit
+    return max((one - another.detach()).abs().max().item() for one, another in zip(found, expected, strict=True)) / unit
 
 
 def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
     """A step moves a matrix by one learning rate: an update that is clipped itself, or orthogonalised in parts, is off
     by more than that."""
-    for found in ranks:
-        assert found["muon"] == [True, False]
-        assert worst(found["squares"], expected["squares"], RATE) < tolerance
-        assert worst(found["others"], expected["others"], OTHERS_RATE) < 3 * tolerance  # half: AdamW of small gradients
-        assert found["norms"] == pytest.approx(expected["norms"], rel=tolerance)
-        for one, other in zip(found["squares"], ranks[0]["squares"], strict=True):
-            assert torch.equal(one, other), "ranks have moved apart"
-        assert found["state"] == {("momentum_buffer", torch.float32)}
-        assert found["frames"] == 0, "something was compiled"
+    for rank in ranks:
+        assert rank["muon"] == [True, False]
+        assert worst(rank["squares"], expected["squares"], RATE) < tolerance
+        assert worst(rank["others"], expected["others"], OTHERS_RATE) < 3 * tolerance  # half: AdamW of small gradients
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=tolerance)
+        for one, another in zip(rank["squares"], ranks[0]["squares"], strict=True):
+            assert torch.equal(one, another), "ranks have moved apart"
+        assert rank["state"] == {("momentum_buffer", torch.float32)}
+        assert rank["frames"] == 0, "something was compiled"
 
 
 def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -238,10 +238,10 @@ def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:
 
 @pytest.mark.gloo
 def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket() -> None:
-    for (found, sizes), (expected, _) in run_ranks(2, small_and_large_bucket):
-        assert sum(sizes) == STEPS * len(found)
-        assert len(sizes) <= STEPS * -(-len(found) // 2), f"one matrix at a time: {sizes}"
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for (matrices, sizes), (expected, _) in run_ranks(2, small_and_large_bucket):
+        assert sum(sizes) == STEPS * len(matrices)
+        assert len(sizes) <= STEPS * -(-len(matrices) // 2), f"one matrix at a time: {sizes}"
+        assert all(torch.equal(one, another) for one, another in zip(matrices, expected, strict=True))
 
 
 def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
@@ -252,8 +252,8 @@ def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
 
 @pytest.mark.gloo
 def test_the_schedule_keeps_the_two_rates_in_proportion() -> None:
-    (found,) = run_ranks(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
-    assert found == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
+    (settings,) = run_ranks(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
+    assert settings == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
 
 
 def groups_of(family: str) -> tuple[list[int], list[int], bool]:
@@ -269,8 +269,8 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> None:
     """By names, GPT-2's embeddings would get Muon."""
-    ((found, expected, muon),) = run_ranks(1, groups_of, family)
-    assert found == expected and len(found) == 2 and muon
+    ((numels, expected, muon),) = run_ranks(1, groups_of, family)
+    assert numels == expected and len(numels) == 2 and muon
 
 
 # -- the main job --------------------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_pat
     steps = [row for row in rows(out) if "loss" in row]
     assert min(row["loss"] for row in steps) < steps[0]["loss"] - 0.02
     assert max(row["learning_rate"] for row in steps) <= 0.05
-    other = user.flags(out, *JOB, "--resume_from_checkpoint", "latest", "--optimizer", "adamw")
-    assert "--optimizer" in run_ranks(2, refused, other)[0][1]
+    flags = user.flags(out, *JOB, "--resume_from_checkpoint", "latest", "--optimizer", "adamw")
+    assert "--optimizer" in run_ranks(2, refused, flags)[0][1]
 
 
 def carried(persistent: bool) -> dict[str, int]:
@@ -315,6 +315,6 @@ def carried(persistent: bool) -> dict[str, int]:
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_step_gathers_the_squares_five_times(persistent: bool) -> None:
     """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""
-    for found in run_ranks(2, carried, persistent):
-        assert 4.9 < found["gathered"] / found["squares"] < 5.5  # padding apart
-        assert found["all"] - found["gathered"] <= 1.1 * found["squares"] + 1024  # the gradients' reduction
+    for traffic in run_ranks(2, carried, persistent):
+        assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart
+        assert traffic["all"] - traffic["gathered"] <= 1.1 * traffic["squares"] + 1024  # the gradients' reduction

@@ -123,8 +123,8 @@ def everything(folder: str) -> dict[str, Any]:
 
 @pytest.mark.gloo
 def test_the_faults_are_still_there(tmp_path: Any) -> None:
-    for found in run_ranks(2, everything, str(tmp_path)):
-        for case, norm in found["clipped"].items():
+    for faults in run_ranks(2, everything, str(tmp_path)):
+        for case, norm in faults["clipped"].items():
             assert 0.009 < norm <= 0.01, f"{case}: the gradient is clipped now? See muon.repair_clipping"
-        assert not found["buffer resumed"], "save_muon_momentum_buffer_in_memory can be allowed now"
-        assert found["tags"] == [True, False]
+        assert not faults["buffer resumed"], "save_muon_momentum_buffer_in_memory can be allowed now"
+        assert faults["tags"] == [True, False]

@@ -135,8 +135,8 @@ def plain_run(case: Case) -> dict[str, Any]:
                 layer.square.data.zero_()
                 optimizer.state.pop(layer.square)
             set_cycle(model, case.mora(), 1)
-    others = others_of(model, squares)
-    return {"losses": losses, "norms": norms, "squares": detached(squares), "others": detached(others)}
+    other_parameters = others_of(model, squares)
+    return {"losses": losses, "norms": norms, "squares": detached(squares), "others": detached(other_parameters)}
 
 
 def batch(step: int, accumulation: int) -> Tensor:
@@ -161,30 +161,30 @@ def sharded_run(case: Case, folder: Path) -> dict[str, Any]:
     engine, *_ = initialize(model=model, config=case.deepspeed())
     merger = new_merger(case, engine, folder)
     squares = {name: layer.square for name, layer in mora_layers(model).items()}
-    others = others_of(model, squares)
-    found: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "probes": []}
+    other_parameters = others_of(model, squares)
+    result: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "probes": []}
     for step in range(STEPS):
-        found["losses"].append(train_step(engine, batch(step, case.accumulation)))
+        result["losses"].append(train_step(engine, batch(step, case.accumulation)))
         if step == 0:
-            found["start"] = largest(masters(engine, squares))
-        found["norms"].append(zero.gradient_norm(engine))
-        found["skipped"].append(getattr(engine.optimizer, "overflow", False))
+            result["start"] = largest(masters(engine, squares))
+        result["norms"].append(zero.gradient_norm(engine))
+        result["skipped"].append(getattr(engine.optimizer, "overflow", False))
         if step + 1 == MERGE_AFTER:
-            found["probes"].append(probe(engine))
-            kept = masters(engine, others)
+            result["probes"].append(probe(engine))
+            masters_before = masters(engine, other_parameters)
             merger.merge(step + 1)
-            found["left"] = largest(masters(engine, squares))
-            found["state"] = {key: tensor.abs().max().item() for key, tensor in zero.state_tensors(engine, 0)}
-            found["others_kept"] = same(kept, masters(engine, others))
-            found["others_moved"] = others_state(engine, others)
-            found["probes"].append(probe(engine))
+            result["left"] = largest(masters(engine, squares))
+            result["state"] = {key: tensor.abs().max().item() for key, tensor in zero.state_tensors(engine, 0)}
+            result["others_kept"] = same(masters_before, masters(engine, other_parameters))
+            result["others_moved"] = others_state(engine, other_parameters)
+            result["probes"].append(probe(engine))
         if step == MERGE_AFTER:
-            found["first"] = largest(masters(engine, squares))
-    found |= {"squares": masters(engine, squares), "others": masters(engine, others)}
-    found["dtypes"] = {str(tensor.dtype) for tensor in frozen_buffers(model).values()}
-    found["positions"] = {str(b.dtype) for name, b in model.named_buffers() if name.endswith("inv_freq")}
+            result["first"] = largest(masters(engine, squares))
+    result |= {"squares": masters(engine, squares), "others": masters(engine, other_parameters)}
+    result["dtypes"] = {str(tensor.dtype) for tensor in frozen_buffers(model).values()}
+    result["positions"] = {str(b.dtype) for name, b in model.named_buffers() if name.endswith("inv_freq")}
     engine.destroy()
-    return found
+    return result
 
 
 def new_merger(case: Case, engine: zero.Engine, folder: Path) -> ReMoRA:
@@ -254,14 +254,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, A
 @pytest.mark.parametrize("name", EXACT_CASES)
 def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any) -> None:
     expected = plain_run(EXACT_CASES[name])
-    for found in (rank[name] for rank in runs):
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
-        assert found["probes"][1] == pytest.approx(found["probes"][0], abs=1e-6)
-        for part in ("squares", "others"):
-            assert found[part].keys() == expected[part].keys()
-            for key, tensor in expected[part].items():
-                difference = found[part][key] - tensor  # Adam turns rounding of a gradient near zero into a step
+    for result in (rank[name] for rank in runs):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert result["probes"][1] == pytest.approx(result["probes"][0], abs=1e-6)
+        for group in ("squares", "others"):
+            assert result[group].keys() == expected[group].keys()
+            for key, tensor in expected[group].items():
+                difference = result[group][key] - tensor  # Adam turns rounding of a gradient near zero into a step
                 assert difference.norm() <= 1e-3 * tensor.norm(), key
                 assert difference.abs().max() <= 0.01 * LEARNING_RATE, key
 
@@ -272,27 +272,27 @@ def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any) -> None:
 @pytest.mark.parametrize("name", ROUNDED_CASES)
 def test_low_precision_stays_near_fp32(name: str, runs: Any) -> None:
     expected = plain_run(ROUNDED_CASES[name])
-    for found in (rank[name] for rank in runs):
-        assert not any(found["skipped"])
-        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-2)
-        assert found["norms"] == pytest.approx(expected["norms"], rel=0.05)
-        assert found["dtypes"] == {f"torch.{ROUNDED_CASES[name].dtype}"}
-        assert found["positions"] <= {"torch.float32"}, "rotary frequencies must not be rounded"
+    for result in (rank[name] for rank in runs):
+        assert not any(result["skipped"])
+        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-2)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
+        assert result["dtypes"] == {f"torch.{ROUNDED_CASES[name].dtype}"}
+        assert result["positions"] <= {"torch.float32"}, "rotary frequencies must not be rounded"
 
 
 @pytest.mark.parametrize("name", [*EXACT_CASES, *ROUNDED_CASES])
 def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs: Any) -> None:
     case = {**EXACT_CASES, **ROUNDED_CASES}[name]
     tolerance = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 5e-4}[case.dtype]
-    for found in (rank[name] for rank in runs):
-        before, after = found["probes"]
+    for result in (rank[name] for rank in runs):
+        before, after = result["probes"]
         assert after == pytest.approx(before, abs=tolerance)
-        assert found["left"] == 0.0
-        assert found["state"].keys() >= {"exp_avg", "exp_avg_sq"}
-        assert max(found["state"].values()) == 0.0
-        assert found["start"] == pytest.approx(LEARNING_RATE, rel=0.02)
-        assert found["first"] == pytest.approx(LEARNING_RATE, rel=0.02)  # 2.94 x this with the old step count
-        assert found["others_kept"]
+        assert result["left"] == 0.0
+        assert result["state"].keys() >= {"exp_avg", "exp_avg_sq"}
+        assert max(result["state"].values()) == 0.0
+        assert result["start"] == pytest.approx(LEARNING_RATE, rel=0.02)
+        assert result["first"] == pytest.approx(LEARNING_RATE, rel=0.02)  # 2.94 x this with the old step count
+        assert result["others_kept"]
     assert any(rank[name]["others_moved"] for rank in runs)  # a rank's share may be all zeros
 
 
@@ -302,9 +302,9 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs:
 @pytest.mark.parametrize("name", OVERFLOW_CASES)
 def test_a_skipped_step_can_be_followed_by_a_merge(name: str, runs: Any) -> None:
     """The loss scale starts far too high: the steps before the merge are skipped, the MoRA matrices are still zero."""
-    for found in (rank[name] for rank in runs):
-        assert found["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER
-        before, after = found["probes"]
+    for result in (rank[name] for rank in runs):
+        assert result["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER
+        before, after = result["probes"]
         assert after == before
-        assert found["left"] == 0.0
-        assert all(torch.isfinite(square).all() for square in found["squares"].values())
+        assert result["left"] == 0.0
+        assert all(torch.isfinite(square).all() for square in result["squares"].values())

@@ -68,7 +68,7 @@ def set_and_reset() -> list[float]:
     layers = list(mora_layers(model).values())
     first = layers[0]
     seen = list[torch.Tensor]()
-    found = list[float]()
+    differences = list[float]()
     forward = first.forward
 
     def watched(x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ def set_and_reset() -> list[float]:
     ones = torch.ones(first.value.ds_shape)
     changes: list[tuple[float, Callable[[], None]]] = [
         (1.0, lambda: zero.set_fp32(engine, first.value, ones)),
-        (0.0, lambda: zero.reset_group(engine, 0, [each.value for each in layers], lambda key, state: None)),
+        (0.0, lambda: zero.reset_group(engine, 0, [layer.value for layer in layers], lambda key, state: None)),
     ]
     with torch.no_grad():
         causal_loss(engine, tokens(2, seed=1))
@@ -87,8 +87,8 @@ def set_and_reset() -> list[float]:
             assert first.value.ds_secondary_tensor is not None, "else this tests nothing"
             change()
             causal_loss(engine, tokens(2, seed=1))
-            found.append((seen[-1] - wanted).abs().max().item())
-    return found
+            differences.append((seen[-1] - wanted).abs().max().item())
+    return differences
 
 
 @pytest.mark.gloo

@@ -85,8 +85,8 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
         for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
             for start in range(len(values)):
                 for numel in range(len(values) - start + 1):
-                    found = shards.read(name, key, start, numel)
-                    assert found.dtype == dtype and found.tolist() == (values[start : start + numel] + plus).tolist()
+                    piece = shards.read(name, key, start, numel)
+                    assert piece.dtype == dtype and piece.tolist() == (values[start : start + numel] + plus).tolist()
                 assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.keys(name) == ["exp_avg", "exp_avg_sq"] and shards.scalars(name) == {"step": 3}
@@ -97,11 +97,11 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
     """Of "a", which is stored as it is, and of "c", whose shards hold the transpose."""
     write(tmp_path, transposed=["c"])
     shards = EngineShards.open(tmp_path)
-    for name, stored, other in (("a", False, True), ("c", True, False)):
+    for name, stored, opposite in (("a", False, True), ("c", True, False)):
         turned = VALUES[name].view(SHAPES[name]).T.flatten()
         assert shards.read(name, MASTER, 1, 2, transposed=stored).tolist() == VALUES[name][1:3].tolist()
-        assert shards.read(name, MASTER, 1, 2, transposed=other).tolist() == turned[1:3].tolist()
-        assert shards.read(name, MASTER, 1, transposed=other).tolist() == turned[1:].tolist()
+        assert shards.read(name, MASTER, 1, 2, transposed=opposite).tolist() == turned[1:3].tolist()
+        assert shards.read(name, MASTER, 1, transposed=opposite).tolist() == turned[1:].tolist()
 
 
 def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def restored(shards: EngineShards, spans: list[tuple[str, int, int, int]], **sta
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
     flat = Flat(1, torch.ones(9), state, listed, listed)
-    shard_writer._restore_flat(flat, {id(each): name for name, each in parameters.items()}, shards, set())
+    shard_writer._restore_flat(flat, {id(parameter): name for name, parameter in parameters.items()}, shards, set())
     return flat
 
 

@@ -58,9 +58,9 @@ def test_the_version_is_one_that_was_tried() -> None:
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SYMBOLS.items() for name in names])
 def test_symbols(module: str, name: str) -> None:
     value = import_module(module)
-    for part in name.split("."):
-        assert hasattr(value, part), f"{module}.{name} is gone"
-        value = getattr(value, part)
+    for attribute in name.split("."):
+        assert hasattr(value, attribute), f"{module}.{name} is gone"
+        value = getattr(value, attribute)
 
 
 def test_methods() -> None:

@@ -42,13 +42,13 @@ def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[flo
     tokens = 0
     for text in texts:
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        for place in range(1, len(ids)):
+        for position in range(1, len(ids)):
             begin = 0
-            while place >= begin + window:
+            while position >= begin + window:
                 begin += stride
             with torch.no_grad():
-                logits = model(torch.tensor([ids[begin:place]])).logits[0, -1].double()
-            nats -= torch.log_softmax(logits, -1)[ids[place]].item()
+                logits = model(torch.tensor([ids[begin:position]])).logits[0, -1].double()
+            nats -= torch.log_softmax(logits, -1)[ids[position]].item()
             tokens += 1
     return nats, tokens
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
     merged = load_target(tmp_path / "merged")
     base = load_target(user.model)
     for name, path in (("held", user.held), ("other", user.other)):
-        nats = [evaluate(each, load_corpus([str(path)]), Windows(64, 32)).nats for each in (merged, base)]
+        nats = [evaluate(target, load_corpus([str(path)]), Windows(64, 32)).nats for target in (merged, base)]
         assert live[name]["nats"] == pytest.approx(nats[0], rel=1e-6)
         assert abs(live[name]["nats"] - nats[1]) > 1e-3 * nats[1]
         assert live[name]["text_bytes"] == path.stat().st_size
@@ -162,8 +162,8 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
     scaled = json.loads((tmp_path / "scales.json").read_text())["delta_scales"]
     assert set(scaled) == {"0", "1", "1.0000001"}
     assert scaled["1"]["sets"]["held"] == live["held"]
-    held = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32))
-    assert scaled["0"]["sets"]["held"]["nats"] == pytest.approx(held.nats, rel=1e-6)
+    score = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32))
+    assert scaled["0"]["sets"]["held"]["nats"] == pytest.approx(score.nats, rel=1e-6)
 
 
 def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"--lm_eval needs the package lm-eval: pip install"):
         harness(target, ["arc_easy"], 64, 2)
-    package, models, huggingface = (ModuleType(f"lm_eval{each}") for each in ("", ".models", ".models.huggingface"))
+    package, models, huggingface = (ModuleType(f"lm_eval{suffix}") for suffix in ("", ".models", ".models.huggingface"))
     huggingface.HFLM = lambda **given: given  # type: ignore[attr-defined]
 
     def simple_evaluate(model: dict[str, Any], tasks: list[str], log_samples: bool) -> dict[str, Any]:

@@ -30,8 +30,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
 
 
 def check(made: list[Subject], seeds: range, scratch: Path) -> None:
-    found = fuzz(made, seeds, scratch)
-    assert not found, json.dumps(found[:5], indent=1)
+    failures = fuzz(made, seeds, scratch)
+    assert not failures, json.dumps(failures[:5], indent=1)
 
 
 def test_a_few_mutations(made: list[Subject], tmp_path: Path) -> None:

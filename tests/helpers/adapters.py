@@ -42,11 +42,11 @@ class Maker:
 
     def layers(self, config: MoRAConfig, cycle: int) -> dict[str, LayerEntry]:
         """Of a cycle, for every layer that the config targets."""
-        found = {}
+        entries = {}
         for name, module in match_targets(self.model, config.target_modules).items():
             spec = config.operator_for(name, *linear_shape(module), cycle)
-            found[name] = LayerEntry(name, f"{name}.weight", not isinstance(module, nn.Linear), spec)
-        return found
+            entries[name] = LayerEntry(name, f"{name}.weight", not isinstance(module, nn.Linear), spec)
+        return entries
 
     def write(
         self,
@@ -85,8 +85,8 @@ class Maker:
             layers=layers, config=config, dtype=dtype, cycle=cycles, step=7, trainables=tuple(extra),
             facts=dict(facts or {}), domains=DomainSquares(domains, operators) if domains else None,
         )  # fmt: skip
-        own = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
-        write_adapter(folder, adapter, squares, extra, own)
+        domain_squares = {name: square.expand(len(domains), -1, -1) for name, square in squares.items() if domains}
+        write_adapter(folder, adapter, squares, extra, domain_squares)
         about.write(folder)
         files.write_manifest(folder)
         return updates

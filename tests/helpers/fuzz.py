@@ -70,8 +70,8 @@ def subjects(folder: Path) -> list[Subject]:
     """Made once, without training. The slow tools, which load a model, are listed apart and seldom."""
     run = folder / "run"
     base = "{case}/base"
-    made = whole_checkpoint(run)
-    shutil.copytree(made.checkpoint / "ledger", made.output / "ledger")
+    fake = whole_checkpoint(run)
+    shutil.copytree(fake.checkpoint / "ledger", fake.output / "ledger")
     user = playground(folder / "user")
     model = folder / "model"
     shutil.copytree(user.model, model / "base")
@@ -183,12 +183,12 @@ def _one(made: list[Subject], seed: int, scratch: Path) -> dict[str, Any]:
 
 def _state(case: Path) -> set[tuple[str, tuple[int, int]]]:
     """Names, sizes and times of everything but the output."""
-    found = set()
+    facts = set()
     for path in case.rglob("*"):
         if path.relative_to(case).parts[0] != "made":
             status = path.lstat()
-            found.add((str(path.relative_to(case)), (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)))
-    return found
+            facts.add((str(path.relative_to(case)), (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)))
+    return facts
 
 
 def _error(tool: Tool, case: Path) -> str:

@@ -55,13 +55,13 @@ class HostReads:
         return read
 
     def __enter__(self) -> HostReads:
-        for each in self._patches:
-            each.start()
+        for patcher in self._patches:
+            patcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for each in self._patches:
-            each.stop()
+        for patcher in self._patches:
+            patcher.stop()
 
 
 def _asker() -> str:

@@ -62,18 +62,18 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
         (g, z, (tables.deal, None, None, False)),
         (x, c, (tables.unfold, *rotation, True)),
     ):
-        found = target.clone()
+        result = target.clone()
         expected = target.clone()
-        triton_ops.gather_add_(found, source, *arguments)
+        triton_ops.gather_add_(result, source, *arguments)
         plain.gather_add_(expected, source, *arguments)
-        same(found, expected, "deal or unfold")
+        same(result, expected, "deal or unfold")
     check_form(spec, tables, dtype)
     # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter (`create_dot`): fp16 in its place.
     c = c.view(-1, spec.r_hat).half()
     z = z.view(-1, spec.r_hat).half()
-    parts = triton_ops.product(c, z)
-    torch.testing.assert_close(parts.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
-    stack = torch.stack([parts[0], 2 * parts[0], -parts[0] / 3])
+    partial_sums = triton_ops.product(c, z)
+    torch.testing.assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
+    stack = torch.stack([partial_sums[0], 2 * partial_sums[0], -partial_sums[0] / 3])
     same(triton_ops.sum_parts(stack, dtype), plain.sum_parts(stack, dtype), "sum_parts")
 
 
@@ -81,12 +81,12 @@ def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> 
     square = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
     weight = random(spec.d_out, spec.d_in, seed=3).to(dtype)
     blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
-    rest = square, tables.unfold, tables.deal, tables.members, *tables.rotation, *blocks
-    expected = plain.form(weight, None, *rest)
-    same(triton_ops.form(weight, None, *rest), expected, "form")
-    same(triton_ops.form(weight.T.contiguous().T, None, *rest), expected, "form of a transposed weight")
+    operands = square, tables.unfold, tables.deal, tables.members, *tables.rotation, *blocks
+    expected = plain.form(weight, None, *operands)
+    same(triton_ops.form(weight, None, *operands), expected, "form")
+    same(triton_ops.form(weight.T.contiguous().T, None, *operands), expected, "form of a transposed weight")
     values, scales = quantize(weight)
-    same(triton_ops.form(values, scales, *rest), plain.form(values, scales, *rest), "form of int8")
+    same(triton_ops.form(values, scales, *operands), plain.form(values, scales, *operands), "form of int8")
 
 
 def check_parts() -> None:
@@ -94,9 +94,9 @@ def check_parts() -> None:
     for terms, r_hat in ((1300, 18), (70, 150)):
         c = random(terms, r_hat).half()
         z = random(terms, r_hat, seed=1).half()
-        parts = triton_ops.product(c, z)
-        assert len(parts) == (2 if terms == 1300 else 1)
-        torch.testing.assert_close(parts.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
+        partial_sums = triton_ops.product(c, z)
+        assert len(partial_sums) == (2 if terms == 1300 else 1)
+        torch.testing.assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
 
 
 def check_layer(spec: OperatorSpec) -> None:
@@ -109,8 +109,8 @@ def check_layer(spec: OperatorSpec) -> None:
 
         expected = outputs_and_gradients(spec, torch.float64, layer)
         with by_triton():
-            found = outputs_and_gradients(spec, torch.float64, layer)
-        for one, right in zip(found, expected, strict=True):
+            results = outputs_and_gradients(spec, torch.float64, layer)
+        for one, right in zip(results, expected, strict=True):
             same(one, right, path.value)
 
 

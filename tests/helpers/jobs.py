@@ -77,12 +77,12 @@ def playground(root: Path) -> Playground:
     model.save_pretrained(root / "model")
     load_tokenizer(trained).save_pretrained(root / "model")
     train = root / "train.jsonl"
-    held = root / "held.txt"
-    other = root / "other.txt"
+    held_file = root / "held.txt"
+    other_file = root / "other.txt"
     train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    held.write_text(sources[1][20_000:21_200], encoding="utf-8")
-    other.write_text("def f(x):\n    return x\n", encoding="utf-8")
-    return Playground(root, root / "model", train, held, other)
+    held_file.write_text(sources[1][20_000:21_200], encoding="utf-8")
+    other_file.write_text("def f(x):\n    return x\n", encoding="utf-8")
+    return Playground(root, root / "model", train, held_file, other_file)
 
 
 def research(flags: list[str], folder: Path, **settings: Any) -> list[str]:

@@ -23,7 +23,7 @@ def layers_of(cycle: int, modules: tuple[str, ...] = ("a.q", "a.v")) -> dict[str
 
 def squares_for(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    sides = {name: each.operator.r_hat for name, each in layers.items()}
+    sides = {name: layer.operator.r_hat for name, layer in layers.items()}
     return {name: torch.randn(side, side, generator=generator) for name, side in sides.items()}
 
 

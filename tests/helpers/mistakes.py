@@ -49,12 +49,12 @@ def flags_of(case: str, defaults: list[str], places: dict[str, Path]) -> list[st
     """The words of `case`, with the paths of `places` in place of {NAME}, after the flags `defaults`; "-FLAG" takes a
     flag and its value out of them. A recipe comes first, as it has to."""
     words = shlex.split(case.format(**places))
-    kept = list(defaults)
+    remaining = list(defaults)
     while words and words[0].startswith("-") and not words[0].startswith("--"):
-        position = kept.index(f"-{words.pop(0)}")
-        del kept[position : position + 2]
+        position = remaining.index(f"-{words.pop(0)}")
+        del remaining[position : position + 2]
     recipe = [words.pop(0)] if words and words[0].endswith(".yaml") else []
-    return [*recipe, *kept, *words]
+    return [*recipe, *remaining, *words]
 
 
 def write(folder: Path, name: str, content: str | bytes) -> None:
@@ -73,7 +73,7 @@ def deepspeed_files(folder: Path) -> None:
         "hpz": {"zero_hpz_partition_size": "two"},
         "hpz_4": {"stage": 3, "zero_hpz_partition_size": 4},
     }
-    others: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "activation": {"activation_checkpointing": 7},
         "flops": {"flops_profiler": "on"},
         "comms": {"comms_logger": {"enabled": "often"}},
@@ -100,7 +100,7 @@ def deepspeed_files(folder: Path) -> None:
         "section": {"zero_optimization": 3},
         "list": [{"zero_optimization": {"stage": 3}}],
     }
-    files = {name: {"zero_optimization": {"stage": 3, **values}} for name, values in zero.items()} | others
+    files = {name: {"zero_optimization": {"stage": 3, **values}} for name, values in zero.items()} | sections
     for name, content in files.items():
         write(folder, f"ds/{name}.json", json.dumps(content))
     texts = {

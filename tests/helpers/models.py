@@ -104,8 +104,8 @@ def with_own_code(llama: Path, folder: Path) -> Path:
     if folder != llama:
         shutil.copytree(llama, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=own)
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=auto_map)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "modeling_own.py").write_text(OWN_CODE, encoding="utf-8")
     return folder

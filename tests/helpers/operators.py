@@ -82,7 +82,7 @@ def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callabl
     x = x.to(dtype).requires_grad_()
     square = square.to(dtype).requires_grad_()
     y = layer(x, weight.to(dtype), bias.to(dtype), square).mul_(2)
-    return tuple(found.double() for found in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
+    return tuple(tensor.double() for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
 
 
 def by_definition(spec: OperatorSpec) -> Callable[..., Tensor]:

@@ -18,7 +18,7 @@ def snapshot(path: Path) -> Snapshot:
     """
     if not os.path.lexists(path):
         return {}
-    return {os.path.relpath(each, path): _facts(each) for each in (path, *sorted(path.rglob("*")))}
+    return {os.path.relpath(entry, path): _facts(entry) for entry in (path, *sorted(path.rglob("*")))}
 
 
 def _facts(path: Path) -> tuple[str, int, bytes]:

@@ -25,9 +25,9 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
     """Three shards of one format."""
     folder.mkdir()
     for number in range(3):
-        part = texts[number::3]
+        shard = texts[number::3]
         path = folder / f"{number}.{kind}"
-        lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in part).encode()
+        lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in shard).encode()
         match kind:
             case "jsonl":
                 path.write_bytes(lines)
@@ -36,9 +36,9 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
             case "jsonl.zst":
                 path.write_bytes(pa.compress(lines, "zstd", asbytes=True))
             case "parquet":
-                pyarrow.parquet.write_table(pa.table({"text": part}), path, row_group_size=7)
+                pyarrow.parquet.write_table(pa.table({"text": shard}), path, row_group_size=7)
             case _:
-                path.write_text("".join(part))
+                path.write_text("".join(shard))
     return [str(folder / f"*.{kind}")]
 
 
@@ -51,6 +51,6 @@ def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndar
 
 
 def assert_equal(one: Any, other: Any) -> None:
-    for mine, kept in zip(one, other, strict=True):
-        for key in kept:
-            assert np.array_equal(mine[key], kept[key]), key
+    for mine, expected in zip(one, other, strict=True):
+        for key in expected:
+            assert np.array_equal(mine[key], expected[key]), key

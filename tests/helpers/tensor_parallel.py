@@ -106,31 +106,31 @@ def split_run(case: Case, degree: int, steps: int = STEPS, **zero_settings: Any)
     """The same on this rank of t x dp. `gradients` and `values` are put together, as one process has them."""
     engine, replica, replicas = start(case, degree, **zero_settings)
     micro = BATCHES // replicas
-    found: dict[str, Any] = {"losses": [], "norms": [], "logits": logits(engine)}
+    results: dict[str, Any] = {"losses": [], "norms": [], "logits": logits(engine)}
     for step in range(steps):
         total = 0.0
         for index, ids in enumerate(batches(step)):
             loss = loss_of(case, engine, ids[replica * micro :][:micro])
             engine.backward(loss)
             if step == 0 and index == ACCUMULATION - 1:
-                found["gradients"] = whole(engine, safe_get_full_grad)
+                results["gradients"] = whole(engine, safe_get_full_grad)
             engine.step()
             total += loss.item() / ACCUMULATION
         mean = torch.tensor(total, dtype=torch.float64)
         dist.all_reduce(mean)
-        found["losses"].append(mean.item() / dist.get_world_size())
-        found["norms"].append(zero.gradient_norm(engine))
-    found["values"] = whole(engine, lambda parameter: zero.full_fp32(engine, parameter))
-    return found
+        results["losses"].append(mean.item() / dist.get_world_size())
+        results["norms"].append(zero.gradient_norm(engine))
+    results["values"] = whole(engine, lambda parameter: zero.full_fp32(engine, parameter))
+    return results
 
 
 def whole(engine: Any, get: Any) -> dict[str, torch.Tensor]:
     layers = {f"{name}.square": layer for name, layer in mora_layers(engine.module).items()}
-    found = {}
+    tensors = {}
     for name, parameter in engine.module.named_parameters():
         value = get(parameter).clone()
-        found[name] = layers[name].split.unshard(value) if name in layers and layers[name].split else value
-    return found
+        tensors[name] = layers[name].split.unshard(value) if name in layers and layers[name].split else value
+    return tensors
 
 
 @torch.no_grad()

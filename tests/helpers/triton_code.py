@@ -50,9 +50,9 @@ class Code:
     def loads(self, bits: int) -> int:
         """Loads from global memory of so many bits a thread, to registers or, of 128 bits, to shared memory."""
         sizes = {f".v{count}.b{width}": count * width for count in (1, 2, 4, 8) for width in (8, 16, 32, 64)}
-        found = re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+) ", self.ptx)
+        kinds = re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+) ", self.ptx)
         to_shared = len(re.findall(r"cp\.async\.cg\.shared\.global", self.ptx)) if bits == 128 else 0
-        return to_shared + sum(sizes.get(each if each.startswith(".v") else f".v1{each}") == bits for each in found)
+        return to_shared + sum(sizes.get(kind if kind.startswith(".v") else f".v1{kind}") == bits for kind in kinds)
 
 
 def compile_launch(launch: Launch, capability: int) -> Code:

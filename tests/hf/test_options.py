@@ -181,8 +181,8 @@ def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path) -> No
 
 
 def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"type": "auto", "params": {"lr": 0.5}}
-    args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": given})
+    section: dict[str, Any] = {"type": "auto", "params": {"lr": 0.5}}
+    args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": section})
     fill_config(args, [100])
     optimizer = args.hf_deepspeed_config.config["optimizer"]
     assert optimizer["type"] == "AdamW" and optimizer["params"]["lr"] == 0.5 and optimizer["params"]["eps"] == 1e-8

@@ -51,10 +51,10 @@ def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bo
     model = model_of(family, checkpointing)
     use_documents(model)
     assert attention_of(model) == NAME and why_dense(model.config, None) is None
-    loss, found = losses_and_gradients(model, batch)
+    loss, gradients = losses_and_gradients(model, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert found.keys() == wanted.keys() and len(found) >= len(mora_layers(model))
-    for name, gradient in found.items():
+    assert gradients.keys() == wanted.keys() and len(gradients) >= len(mora_layers(model))
+    for name, gradient in gradients.items():
         scale = float(wanted[name].abs().max())
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
 
@@ -102,10 +102,10 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other() -> N
 def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that attends by documents also generates: sinks, capped scores and windows included."""
     monkeypatch.setattr(document_attention, "QUERIES", 20)
-    own = tiny_model(family).eval()
+    original = tiny_model(family).eval()
     model = tiny_model(family).eval()
-    for each in (own, model):
-        for name, parameter in each.named_parameters():
+    for variant in (original, model):
+        for name, parameter in variant.named_parameters():
             if "norm" not in name:
                 parameter.data *= 3
     use_documents(model)
@@ -113,16 +113,16 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monk
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :9] = 0
     with torch.no_grad():
-        found, wanted = (each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, own))
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        whole = own(ids).logits
+        outputs, wanted = (variant(ids, attention_mask=mask).logits[mask.bool()] for variant in (model, original))
+        torch.testing.assert_close(outputs, wanted, rtol=1e-4, atol=1e-4)
+        whole = original(ids).logits
         cache = None
-        parts = []
-        for part in ids.split([4, 25, 1], dim=1):
-            output = model(part, past_key_values=cache, use_cache=True)
+        chunk_logits = []
+        for chunk in ids.split([4, 25, 1], dim=1):
+            output = model(chunk, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            parts.append(output.logits)
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+            chunk_logits.append(output.logits)
+        torch.testing.assert_close(torch.cat(chunk_logits, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 # -- FlashAttention ----------------------------------------------------------------------------------------------------
@@ -160,12 +160,12 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypat
     model.config._attn_implementation_internal = "flash_attention_2"
     use_documents(model)
     assert attention_of(model) == "flash_attention_2"
-    loss, found = losses_and_gradients(model, batch)
+    loss, gradients = losses_and_gradients(model, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
-    for name, gradient in found.items():
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
     with pytest.raises(KeyError, match="documents"):
-        token_nll(model, {name: part for name, part in batch.items() if name != "documents"})
+        token_nll(model, {name: value for name, value in batch.items() if name != "documents"})
     untold = model_of("mistral")
     untold.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(AssertionError, match="rows were not taken for documents"):

@@ -36,14 +36,14 @@ def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monke
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
         query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
         softcap = 2.0 if kind == "capped" else None
-        given = sinks if kind == "sinks" else None
+        used_sinks = sinks if kind == "sinks" else None
         inputs = [query, key, value] + ([sinks] if kind == "sinks" else [])
         for documents in (Documents.of(positions), None):
             out, _ = document_attention(
                 torch.nn.Module(), query, key, value, None, scaling=0.3, softcap=softcap, sliding_window=window,
-                s_aux=given, documents=documents, position_ids=positions,
+                s_aux=used_sinks, documents=documents, position_ids=positions,
             )  # fmt: skip
-            expected = reference(query, key, value, positions, 0.3, window, softcap, given)
+            expected = reference(query, key, value, positions, 0.3, window, softcap, used_sinks)
             assert_same_attention(out, expected, inputs)
 
 
@@ -51,11 +51,11 @@ def test_a_window_of_blocks_is_dense_attention() -> None:
     """Documents longer than a block of queries under a window."""
     positions = torch.cat([torch.arange(500), torch.arange(140)])[None]
     query, key, value, sinks = parts(1, 640, 2)
-    for window, given in product((30, 200), (None, sinks)):
+    for window, used_sinks in product((30, 200), (None, sinks)):
         out, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=given, position_ids=positions
+            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=used_sinks, position_ids=positions
         )
-        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, given)
+        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, used_sinks)
         assert_same_attention(out, expected, [query, key, value])
 
 
@@ -79,15 +79,15 @@ def test_documents_are_read_from_the_positions_of_all_rows() -> None:
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
 def test_the_output_has_the_precision_of_the_query(kind: str) -> None:
     inputs = parts(1, LENGTH, 2)[: 4 if kind == "sinks" else 3]
-    half = [part.detach().bfloat16().requires_grad_() for part in inputs]
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
     more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": half[3] if kind == "sinks" else None}
     out, _ = document_attention(torch.nn.Module(), *half[:3], None, **more)
-    exact = [part.detach().double() for part in half]
+    exact = [tensor.detach().double() for tensor in half]
     sinks = exact[3] if kind == "sinks" else None
     wanted = reference(*exact[:3], positions_of([[LENGTH]]), SIZE**-0.5, None, more["softcap"], sinks)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.double(), wanted, rtol=2e-2, atol=2e-2)
-    assert {each.dtype for each in gradients(out, half)} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in gradients(out, half)} == {torch.bfloat16}
 
 
 def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_what_the_varlen_kernel_can_compute() -> None:
     """The meta device stands for a GPU."""
 
     def fits(dtype: torch.dtype, size: int = 64, value_size: int = 64, device: str = "meta", **scores: Any) -> bool:
-        query, value = (torch.empty(1, 2, 4, each, dtype=dtype, device=device) for each in (size, value_size))
+        query, value = (torch.empty(1, 2, 4, head_size, dtype=dtype, device=device) for head_size in (size, value_size))
         return fits_varlen(query, value, Scores(1.0, **scores))
 
     assert fits(torch.float16) and fits(torch.bfloat16) and fits(torch.bfloat16, 256, 256)
@@ -142,11 +142,11 @@ def test_gpus_from_ampere_on_have_the_kernel(
 
 
 def test_capped_scores_are_not_kept_for_backward() -> None:
-    kept: list[int] = []
+    saved: list[int] = []
     query, key, value, _ = parts(1, 1024, 2)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel() * t.is_floating_point()) or t, id):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id):
         document_attention(torch.nn.Module(), query, key, value, None, softcap=2.0)
-    assert 0 < sum(kept) < 1024 * 1024
+    assert 0 < sum(saved) < 1024 * 1024
 
 
 def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
@@ -188,8 +188,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
-        sizes = [storage.nbytes() // 4 for storage in made]
+        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        sizes = [storage.nbytes() // 4 for storage in storages]
         self.numbers = max([self.numbers, *sizes])
         return out
 
@@ -219,21 +219,21 @@ def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str) -
 
 
 def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[weakref.ref[Tensor]] = []
+    masks: list[weakref.ref[Tensor]] = []
 
     def noted(*given: Any) -> Tensor:
         mask = seen(*given)
-        made.append(weakref.ref(mask))
+        masks.append(weakref.ref(mask))
         return mask
 
     seen = module_under_test._seen
     monkeypatch.setattr(module_under_test, "_seen", noted)
     query, key, value, _ = parts(1, LENGTH, 2)
     out, _ = document_attention(torch.nn.Module(), query, key, value, None, softcap=5.0)
-    assert made and not any(mask() is not None for mask in made)
-    count = len(made)
+    assert masks and not any(mask() is not None for mask in masks)
+    count = len(masks)
     out.sum().backward()
-    assert len(made) == 2 * count, "made again"
+    assert len(masks) == 2 * count, "made again"
 
 
 # -- what it does not compute ------------------------------------------------------------------------------------------

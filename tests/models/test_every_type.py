@@ -67,7 +67,7 @@ def check_merged(model: Any) -> None:
             module = model.get_submodule(name)
             delta = delta_weight(layer.spec, layer.value.data)
             module.weight.data += delta.T if isinstance(module, Conv1D) else delta
-        live, merged = (each(input_ids=tokens(2)).logits for each in (adapted, model))
+        live, merged = (network(input_ids=tokens(2)).logits for network in (adapted, model))
     apart = ((live - merged).norm() / merged.norm()).item()
     assert apart < 1e-4, f"merged is {apart:.1e} from live"
 
@@ -77,10 +77,10 @@ def check_cast(model: Any, folder: Path) -> None:
     model.half().save_pretrained(folder)
     late, early = (loaded_model(folder, torch.bfloat16, cast) for cast in (False, True))
     assert late.config.to_dict() == early.config.to_dict()
-    found, expected = (on_device(each, torch.bfloat16) for each in (late, early))
-    assert found.keys() == expected.keys()
+    tensors, expected = (on_device(network, torch.bfloat16) for network in (late, early))
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype is tensor.dtype and torch.equal(found[name], tensor), name
+        assert tensors[name].dtype is tensor.dtype and torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.heavy

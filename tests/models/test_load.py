@@ -53,8 +53,8 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
     assert type(model).__name__ == "OwnForCausalLM" and type(load.folder_config(folder, True)).__name__ == "OwnConfig"
     assert type(load.named_config(str(folder), True)).__name__ == "OwnConfig"
     with torch.device("meta"):
-        made = load.make_model(model.config, "the model", trust_remote_code=True)
-    assert type(made).__name__ == "OwnForCausalLM"
+        meta_model = load.make_model(model.config, "the model", trust_remote_code=True)
+    assert type(meta_model).__name__ == "OwnForCausalLM"
     base = load.load_base(folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True, cast=False)
     assert type(base.model).__name__ == "OwnForCausalLM" and base.model.dtype == torch.bfloat16
     for use in (
@@ -83,8 +83,8 @@ def pickled(folder: Path, dtype: torch.dtype, shards: int = 1, zipped: bool = Tr
     names = sorted(weights)
     for shard in range(shards):
         name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
-        part = {key: weights[key] for key in names[shard::shards]}
-        torch.save(part, folder / name, _use_new_zipfile_serialization=zipped)
+        shard_weights = {key: weights[key] for key in names[shard::shards]}
+        torch.save(shard_weights, folder / name, _use_new_zipfile_serialization=zipped)
     if shards > 1:
         files = {key: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, key in enumerate(names)}
         write_json_atomic(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": files})
@@ -116,8 +116,8 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
     tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, kept: torch.dtype, shards: int, zipped: bool
 ) -> None:
     weights = pickled(tmp_path / "model", stored, shards, zipped)
-    model, own = originals(tmp_path / "model", tmp_path / "own", dtype)
-    for name, tensor in own.items():
+    model, base_tensors = originals(tmp_path / "model", tmp_path / "own", dtype)
+    for name, tensor in base_tensors.items():
         assert tensor.dtype == kept and torch.equal(tensor, weights[name].to(kept)), name
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 
@@ -127,17 +127,17 @@ def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path) -> None:
     pickled(tmp_path / "model", torch.float32)
     write_own_base(load.load_model(tmp_path / "model", torch.bfloat16), tmp_path / "own")
     before = (tmp_path / "own" / "model.safetensors").stat()
-    _, own = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
+    _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
     after = (tmp_path / "own" / "model.safetensors").stat()
-    assert {tensor.dtype for tensor in own.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in base_tensors.values()} == {torch.bfloat16}
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_the_base_of_another_model_is_replaced(tmp_path: Path) -> None:
     weights = pickled(tmp_path / "model", torch.float32)
     write_own_base(tiny_model(seed=5), tmp_path / "own")
-    _, own = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in own.items())
+    _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base_tensors.items())
 
 
 def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,7 +174,7 @@ def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path:
     """So that they are pages of the files. Not where the files have several dtypes, which transformers would cast."""
 
     def dtypes(folder: Path) -> set[torch.dtype]:
-        return {each.dtype for each in loaded_model(folder, torch.bfloat16, False).parameters()}
+        return {parameter.dtype for parameter in loaded_model(folder, torch.bfloat16, False).parameters()}
 
     model = tiny_model(dtype=torch.float16)
     model.save_pretrained(tmp_path / "one")

@@ -152,17 +152,17 @@ def test_no_more_logits_than_a_chunk_are_ever_made(
     chunked = chunk_loss(model, CHUNK)
     project = chunked._project
     sizes = list[int]()
-    kept = list[int]()
+    saved = list[int]()
 
     def projected(hidden: Tensor) -> Tensor:
         sizes.append(hidden.shape[:-1].numel())
         return project(hidden)
 
     monkeypatch.setattr(chunked, "_project", projected)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         nll = token_nll(model, batch)
     count = batch["labels"].numel()
-    assert sum(sizes) == count and max(kept) < count * model.config.vocab_size
+    assert sum(sizes) == count and max(saved) < count * model.config.vocab_size
     nll.backward()
     assert sum(sizes) == times * count and max(sizes) == CHUNK
 
@@ -251,14 +251,14 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
     for step in range(2):  # once more, after gathering has learnt the order of the modules
         nll = token_nll(engine, batch)
         engine.backward(nll * 0.5)
-        found = {name: safe_get_full_grad(parameter).clone() for name, parameter in model.named_parameters()}
+        full_gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in model.named_parameters()}
         if step == 0:
             first = nll.item()
-            gradient = found
+            gradient = full_gradients
             engine.optimizer.zero_grad()
             continue
         engine.step()
-    torch.testing.assert_close(found, gradient, rtol=0, atol=1e-5)
+    torch.testing.assert_close(full_gradients, gradient, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert token_nll(engine, batch).item() < first
     return first, gradient
@@ -271,11 +271,13 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
     model = model_of(family)
     batch = batch_of()
     nll, expected = gradients(model, batch)
-    for loss, found in run_ranks(2, zero3_gradients, family):
+    for loss, sharded in run_ranks(2, zero3_gradients, family):
         assert abs(loss - nll.item()) <= 1e-6 * nll.item()
-        assert found.keys() == expected.keys() and any("lm_head" in n or "embed" in n for n in found)
+        assert sharded.keys() == expected.keys() and any("lm_head" in n or "embed" in n for n in sharded)
         for name, right in expected.items():
-            torch.testing.assert_close(found[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+            torch.testing.assert_close(
+                sharded[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item())
+            )
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -287,9 +289,9 @@ def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user
     whole = user.root / "whole"
     chunked = user.root / f"chunked-{split}"
     expected = run(1, user.flags(whole, "--overwrite_output_dir", "true"))
-    found = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
+    summary = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
     torch.testing.assert_close(losses(chunked), losses(whole), rtol=1e-5, atol=0)
-    assert found["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
+    assert summary["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
 
 
 KEPT = ("--max_steps", 6, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)

@@ -152,7 +152,7 @@ def test_nodes_of_one_and_of_two_processes(tmp_path: Path) -> None:
 def faults() -> dict[str, str]:
     """What goes wrong on one process only, and what all are told."""
     model = tiny_model()
-    found = {}
+    errors = {}
     inject(model, MoRAConfig(rank=4))
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
@@ -160,23 +160,23 @@ def faults() -> dict[str, str]:
     def fail(name: str, item: None) -> None:
         raise RunError(f"no room for {name}")
 
-    own = [(name, None) for name in node.layers(model)]
+    items = [(name, None) for name in node.layers(model)]
     for name, work, replaced in (("work", fail, False), ("replaced", lambda name, item: None, True)):
         if replaced and dist.get_rank() == 1:
             layer = next(iter(mora_layers(model).values()))
             layer.weight = layer.weight.clone()
         try:
-            node.form(model, own, work if replaced or dist.get_rank() == 1 else lambda name, item: None)
+            node.form(model, items, work if replaced or dist.get_rank() == 1 else lambda name, item: None)
         except RunError as error:
-            found[name] = str(error)
-    return found
+            errors[name] = str(error)
+    return errors
 
 
 @pytest.mark.gloo
 def test_an_error_of_one_process_is_one_of_all() -> None:
-    for found in run_ranks(2, faults):
-        assert "rank 1: no room for" in found["work"]
-        assert "replaced after the start" in found["replaced"]
+    for errors in run_ranks(2, faults):
+        assert "rank 1: no room for" in errors["work"]
+        assert "replaced after the start" in errors["replaced"]
 
 
 def checked(folder: str) -> tuple[int, str]:
@@ -192,9 +192,9 @@ def checked(folder: str) -> tuple[int, str]:
     model = load_base(Path(folder), Path(folder) / "own", Ranks.current(), torch.float32, None).model
     engine_start.check_base_equal(dict(model.named_parameters()).values())
     total = sum(read)
-    other = load_base(Path(folder) / f"of-{rank}", Path(folder), Ranks.current(), torch.float32, None).model
+    another = load_base(Path(folder) / f"of-{rank}", Path(folder), Ranks.current(), torch.float32, None).model
     try:
-        engine_start.check_base_equal(dict(other.named_parameters()).values())
+        engine_start.check_base_equal(dict(another.named_parameters()).values())
     except RunError as error:
         return total, str(error)
     return total, ""
@@ -206,11 +206,11 @@ def test_checksums_of_the_same_pages_are_shared(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     for rank in range(3):
         tiny_model(seed=max(0, rank - 1)).save_pretrained(tmp_path / f"of-{rank}")
-    found = run_ranks(3, checked, str(tmp_path))
+    results = run_ranks(3, checked, str(tmp_path))
     size = sum(parameter.nbytes for parameter in model.parameters())
-    assert sum(read for read, _ in found) == size
-    assert all(0 < read < size / 2 for read, _ in found)
-    assert all("[2] do not hold what rank 0 holds" in message for _, message in found)
+    assert sum(read for read, _ in results) == size
+    assert all(0 < read < size / 2 for read, _ in results)
+    assert all("[2] do not hold what rank 0 holds" in message for _, message in results)
 
 
 def without_memory(argv: list[str]) -> tuple[str, str]:
@@ -272,7 +272,7 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
 def named_memory() -> set[str]:
     """But for semaphores, which other processes may make meanwhile."""
     folder = Path("/dev/shm")
-    return {each.name for each in folder.iterdir() if not each.name.startswith("sem.")} if folder.is_dir() else set()
+    return {path.name for path in folder.iterdir() if not path.name.startswith("sem.")} if folder.is_dir() else set()
 
 
 def test_memory_has_no_name_and_ends_with_its_last_mapping() -> None:
@@ -280,12 +280,12 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping() -> None:
     offer = Offer.make(1 << 16, "layout")
     descriptors = len(os.listdir("/proc/self/fd"))
     one = offer.map("layout")
-    other = offer.map("layout")
+    twin = offer.map("layout")
     with pytest.raises(RunError, match="different layouts"):
         offer.map("another")
     offer.close()
     assert len(os.listdir("/proc/self/fd")) == descriptors - 1
-    first, second = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, other))
+    first, second = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, twin))
     first[7] = 3
     assert second[7] == 3 and Mappings.read().place_of(first) == Mappings.read().place_of(second)
     assert named_memory() <= before

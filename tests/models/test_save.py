@@ -96,14 +96,14 @@ COPIED = {
 
 def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
-    own = tmp_path / "tokenizer"
+    tokenizer_folder = tmp_path / "tokenizer"
     for name in (*COPIED, "README.md", "optimizer.pt"):
         (base.folder / name).write_text("base")
     (base.folder / "vocab.d").mkdir()
-    (own / "deep").mkdir(parents=True)
+    (tokenizer_folder / "deep").mkdir(parents=True)
     for name in ("tokenizer.json", "own.json", "LICENSE.txt", "config.json"):
-        (own / name).write_text("own")
-    for tokenizer, copied in ((None, COPIED), (own, {"tokenizer.json", "own.json"})):
+        (tokenizer_folder / name).write_text("own")
+    for tokenizer, copied in ((None, COPIED), (tokenizer_folder, {"tokenizer.json", "own.json"})):
         out = tmp_path / f"out-{tokenizer is None}"
         out.mkdir()
         write_companions(base, out, torch.float32, tokenizer)

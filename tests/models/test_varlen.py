@@ -33,8 +33,8 @@ def test_varlen_keeps_its_contract() -> None:
     kernel = VarlenKernel(bounds, 7, 5, 0.5)
     out, sums = kernel.forward(query, key, value)
     assert out.shape == (10, 4, 16) and sums.shape == (4, 10) and sums.dtype is torch.float32
-    found = kernel.backward(out, query, key, value, out, sums)
-    assert [part.shape for part in found] == [query.shape, key.shape, value.shape]
+    input_gradients = kernel.backward(out, query, key, value, out, sums)
+    assert [gradient.shape for gradient in input_gradients] == [query.shape, key.shape, value.shape]
 
 
 @pytest.mark.parametrize(("size", "value_size"), [(16, 16), (20, 12), (192, 128)])
@@ -42,8 +42,8 @@ def test_varlen_keeps_its_contract() -> None:
 def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks: bool) -> None:
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
     query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
-    given = torch.empty(4, device="meta") if sinks else None
-    out, _ = document_attention(torch.nn.Module(), query, key, value, None, s_aux=given)
+    sink_logits = torch.empty(4, device="meta") if sinks else None
+    out, _ = document_attention(torch.nn.Module(), query, key, value, None, s_aux=sink_logits)
     out.sum().backward()
     assert out.shape == (2, 32, 4, value_size) and query.grad is not None and query.grad.shape == query.shape
 
@@ -56,7 +56,7 @@ def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale:
     document = torch.bucketize(index, bounds[1:], right=True)
     distance = index[:, None] - index
     seen = (document[:, None] == document) & (distance >= 0) & (distance <= (left if left >= 0 else len(q)))
-    keys, values = (part.repeat_interleave(groups, 1).transpose(0, 1) for part in (k, v))
+    keys, values = (tensor.repeat_interleave(groups, 1).transpose(0, 1) for tensor in (k, v))
     return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
 
 
@@ -95,7 +95,7 @@ def backward_stand_in(
     of_query = of_scores @ k.repeat_interleave(groups, 1).transpose(0, 1)
     of_key = of_scores.mT @ q.transpose(0, 1)
     of_value = weights.mT @ g
-    shared = (each.unflatten(0, (-1, groups)).sum(1).transpose(0, 1) for each in (of_key, of_value))
+    shared = (gradient.unflatten(0, (-1, groups)).sum(1).transpose(0, 1) for gradient in (of_key, of_value))
     return of_query.transpose(0, 1), *shared
 
 
@@ -110,14 +110,14 @@ def test_varlen_is_called_for_dense_attention(
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 12), (1, 20)):
         query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
-        given, inputs = (sinks, [query, key, value, sinks]) if kind == "sinks" else (None, [query, key, value])
+        used_sinks, inputs = (sinks, [query, key, value, sinks]) if kind == "sinks" else (None, [query, key, value])
         documents = Documents.of(positions)
-        found, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=given, documents=documents
+        output, _ = document_attention(
+            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=used_sinks, documents=documents
         )
         assert documents.windows == {window}
-        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, given)
-        assert_same_attention(found, expected, inputs)
+        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, used_sinks)
+        assert_same_attention(output, expected, inputs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -128,16 +128,16 @@ def test_varlen_is_dense_attention(layout: str, window: int | None, kind: str) -
     positions = positions_of(LAYOUTS[layout])
     documents = Documents.of(positions).to("cuda")
     inputs = parts(len(positions), LENGTH, 2)
-    half = [part.detach().to("cuda", torch.bfloat16).requires_grad_() for part in inputs]
-    found, _ = document_attention(
+    half = [tensor.detach().to("cuda", torch.bfloat16).requires_grad_() for tensor in inputs]
+    output, _ = document_attention(
         torch.nn.Module(), *half[:3], None, sliding_window=window, s_aux=half[3] if kind == "sinks" else None,
         documents=documents,
     )  # fmt: skip
     sinks = inputs[3] if kind == "sinks" else None
     expected = reference(*inputs[:3], positions, SIZE**-0.5, window, None, sinks)
     count = 4 if kind == "sinks" else 3
-    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-2, atol=2e-2)
-    for one, other in zip(
-        gradients(found.double().cpu(), half[:count]), gradients(expected, inputs[:count]), strict=True
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=2e-2, atol=2e-2)
+    for one, wanted in zip(
+        gradients(output.double().cpu(), half[:count]), gradients(expected, inputs[:count]), strict=True
     ):
-        torch.testing.assert_close(one.double().cpu(), other, rtol=5e-2, atol=5e-2 * float(other.abs().max()))
+        torch.testing.assert_close(one.double().cpu(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))

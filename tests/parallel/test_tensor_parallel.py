@@ -68,8 +68,8 @@ def with_settings(case: Case) -> list[dict[str, Any]]:
 def test_an_offloaded_optimizer_and_squares_that_stay_gathered() -> None:
     expected = plain_run(CORE[0])
     for results in run_ranks(4, with_settings, CORE[0]):
-        for found, settings in zip(results, SETTINGS, strict=True):
-            assert_same_run(found, expected, settings)
+        for result, settings in zip(results, SETTINGS, strict=True):
+            assert_same_run(result, expected, settings)
 
 
 # -- everything --------------------------------------------------------------------------------------------------------

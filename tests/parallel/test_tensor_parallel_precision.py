@@ -56,7 +56,7 @@ def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, A
     optimizer["params"]["lr"] = LEARNING_RATE
     engine, replica, replicas = start(case, degree, more={**PRECISIONS[dtype], "optimizer": optimizer})
     micro = BATCHES // replicas
-    found: dict[str, Any] = {"losses": [], "norms": [], "replicated": []}
+    results: dict[str, Any] = {"losses": [], "norms": [], "replicated": []}
     for step in range(STEPS):
         total = 0.0
         for ids in batches(step % 3):
@@ -64,16 +64,16 @@ def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, A
             engine.backward(loss)
             engine.step()
             total += loss.item() / ACCUMULATION
-        found["losses"].append(total)
-        found["norms"].append(zero.gradient_norm(engine))
+        results["losses"].append(total)
+        results["norms"].append(zero.gradient_norm(engine))
         if step == 0 or (step + 1) % COMPARED_EVERY == 0:
-            found["replicated"].append(replicated(engine))
+            results["replicated"].append(replicated(engine))
     if dist.get_rank() == 0:
         Ledger.create(folder, "0" * 64)
     dist.barrier()
     ReMoRA(engine, config_of(case), Ledger.open(folder), *base_in_memory(engine.module)).merge(STEPS)
-    found["base"] = {name: tensor_checksum(tensor) for name, tensor in frozen_buffers(engine.module).items()}
-    return found
+    results["base"] = {name: tensor_checksum(tensor) for name, tensor in frozen_buffers(engine.module).items()}
+    return results
 
 
 def replicated(engine: Any) -> dict[str, Any]:
@@ -97,11 +97,11 @@ def compare(case: Case, dtypes: list[str], folder: Path) -> None:
     alone, *_ = run_ranks(1, trained, case, dtypes, 1, str(folder / "alone"))
     ranks = run_ranks(2, trained, case, dtypes, 2, str(folder / "split"))
     for dtype, expected in alone.items():
-        first, *others = (found[dtype] for found in ranks)
+        first, *remaining = (rank[dtype] for rank in ranks)
         assert max(first["norms"]) > CLIP, "the gradient was clipped"
         assert len(first["replicated"][0]) > 4 and first["replicated"][0] != first["replicated"][-1]
-        for found in others:
-            assert found == first, "ranks drifted apart"
+        for result in remaining:
+            assert result == first, "ranks drifted apart"
         assert first["losses"][-1] < first["losses"][0] - 0.1, "it learns"
         error = max(
             abs(mine - theirs) / theirs for mine, theirs in zip(first["losses"], expected["losses"], strict=True)
@@ -120,13 +120,13 @@ def with_noise() -> list[dict[str, Any]]:
         return gradient * (1 + 1e-3 * dist.get_rank())
 
     engine.module.lm_head.register_forward_hook(lambda module, args, out: out.register_hook(disturb) and None)
-    found = []
+    checksums = []
     for step in range(3):
         for ids in batches(step):
             engine.backward(causal_loss(engine, ids))
             engine.step()
-        found.append(replicated(engine))
-    return found
+        checksums.append(replicated(engine))
+    return checksums
 
 
 def test_ranks_stay_equal_even_where_their_gradients_are_not() -> None:

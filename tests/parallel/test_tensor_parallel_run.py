@@ -101,7 +101,7 @@ def hashes(folder: Path, pattern: str) -> dict[str, str]:
 def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
     """Adapter, merge ledger and merged model of one state, saved and exported by one rank and by others."""
     name, out, _ = saved
-    found = []
+    hashed = []
     for degree, replicas in ((1, 1), (2, 1), (2, 2)):
         copy = ground.root / f"{name}-bytes-{degree}-{replicas}"
         shutil.copytree(out, copy, symlinks=True)
@@ -109,9 +109,9 @@ def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], gro
         run(degree * replicas, [*argv, "--resume_from_checkpoint", str(copy / f"checkpoints/step-{HALF:06d}")])
         step = copy / f"checkpoints/step-{HALF:06d}"
         assert TrainerState.read(step).world_size == degree * replicas, "saved anew"
-        found.append({**hashes(step, "adapter.*"), **hashes(step, "ledger/*"), **hashes(copy, "merged/*.safetensors")})
-    assert len(found[0]) >= 5
-    assert found[0] == found[1] == found[2]
+        hashed.append({**hashes(step, "adapter.*"), **hashes(step, "ledger/*"), **hashes(copy, "merged/*.safetensors")})
+    assert len(hashed[0]) >= 5
+    assert hashed[0] == hashed[1] == hashed[2]
 
 
 # -- before it begins --------------------------------------------------------------------------------------------------

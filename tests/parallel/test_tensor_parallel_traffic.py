@@ -39,10 +39,10 @@ def counted(case: Case) -> dict[str, Any]:
         for index in range(3):  # ZeRO-3 traces the first micro-batch; the second ends a step
             counter.reset()
             engine.backward(causal_loss(engine, ids))
-            found = dict(counter.bytes)
+            bytes_by_kind = dict(counter.bytes)
             if index < 2:
                 engine.step()
-    return {"bytes": found, "base": counter.base_bytes}
+    return {"bytes": bytes_by_kind, "base": counter.base_bytes}
 
 
 def all_counted() -> dict[Any, Any]:
@@ -62,9 +62,9 @@ def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
     for name, case in CASES.items():
         cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH)
         expected = {KINDS[kind]: 4 * cost.payload(kind) for kind in Collective if cost.payload(kind)}
-        for found in (rank[name] for rank in ranks):
-            assert found["base"] == 0
-            assert found["bytes"] == expected, name
+        for traffic in (rank[name] for rank in ranks):
+            assert traffic["base"] == 0
+            assert traffic["bytes"] == expected, name
 
 
 def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:

@@ -22,33 +22,33 @@ CASE = {"family": "llama", "train_norms": True}
 
 def places() -> dict[str, Any]:
     topology = Topology.of(2)
-    own = torch.arange(2 + topology.index) + 10 * topology.index  # uneven shares of 5
-    whole = topology.gather(own.float(), 5)
+    shard = torch.arange(2 + topology.index) + 10 * topology.index  # uneven shares of 5
+    whole = topology.gather(shard.float(), 5)
     scattered = topology.sum_scatter(torch.arange(5.0) + topology.index)
     try:
         Topology.of(4)
-        other = ""
+        message = ""
     except UserError as error:
-        other = str(error)
+        message = str(error)
     return {
         "rank": dist.get_rank(),
         "group": dist.get_process_group_ranks(topology.group),
         "replicas": dist.get_process_group_ranks(groups.get_data_parallel_group()),
         "whole": whole.tolist(),
         "scattered": scattered.tolist(),
-        "other": other,
+        "other": message,
     }
 
 
 @pytest.mark.gloo
 def test_consecutive_ranks_are_a_group() -> None:
-    for found in run_ranks(4, places):
-        first = found["rank"] // 2 * 2
-        assert found["group"] == [first, first + 1]
-        assert found["replicas"] == [found["rank"] % 2, found["rank"] % 2 + 2]
-        assert found["whole"] == [0, 1, 10, 11, 12]
-        assert found["scattered"] == ([1, 3] if found["rank"] % 2 == 0 else [5, 7, 9])
-        assert "this process has groups of 2 already" in found["other"]
+    for result in run_ranks(4, places):
+        first = result["rank"] // 2 * 2
+        assert result["group"] == [first, first + 1]
+        assert result["replicas"] == [result["rank"] % 2, result["rank"] % 2 + 2]
+        assert result["whole"] == [0, 1, 10, 11, 12]
+        assert result["scattered"] == ([1, 3] if result["rank"] % 2 == 0 else [5, 7, 9])
+        assert "this process has groups of 2 already" in result["other"]
 
 
 def engine_facts() -> list[str]:

@@ -109,7 +109,7 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     config["optimizer"]["params"]["lr"] = LEARNING_RATE
     engine, *_ = initialize(model=model, config=config, node_base="private")  # each process adds the deltas itself
     check_split(engine, model, sequence, case.documents)
-    found: dict[str, Any] = {"losses": [], "norms": []}
+    results: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
         batch = batch_of(case, step)
         total = torch.zeros((), dtype=torch.float64)
@@ -119,23 +119,23 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
             rows: dict[str, Any] = {name: tensor[first : first + micro] for name, tensor in batch.items()}
             if index == 0:  # else attention reads them from the positions
                 rows["documents"] = Documents.of(rows["position_ids"])
-            part = sequence.split(rows)
-            assert part["input_ids"].shape == (micro, LENGTH // size)
-            nll = token_nll(engine, part)
+            local_batch = sequence.split(rows)
+            assert local_batch["input_ids"].shape == (micro, LENGTH // size)
+            nll = token_nll(engine, local_batch)
             engine.backward(nll * ACCUMULATION * world / predicted)
             if step == 0 and index == ACCUMULATION - 1:
-                found["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
+                results["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
             engine.step()
             total += nll.detach()
         dist.all_reduce(total)
-        found["losses"].append(total.item() / predicted)
-        found["norms"].append(zero.gradient_norm(engine))
-    found["values"] = {name: zero.full_fp32(engine, p).clone() for name, p in model.named_parameters()}
+        results["losses"].append(total.item() / predicted)
+        results["norms"].append(zero.gradient_norm(engine))
+    results["values"] = {name: zero.full_fp32(engine, p).clone() for name, p in model.named_parameters()}
     add_deltas(model, lambda square: zero.full_fp32(engine, square))
     base = frozen_buffers(model)
-    found["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
-    found["base"] = {name: tensor.clone() for name, tensor in base.items()} if dist.get_rank() == 0 else {}
-    return found
+    results["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
+    results["base"] = {name: tensor.clone() for name, tensor in base.items()} if dist.get_rank() == 0 else {}
+    return results
 
 
 def add_deltas(model: Any, whole: Callable[[Any], Tensor]) -> None:
@@ -152,9 +152,9 @@ def assert_equal_runs(cases: list[Case], ranks: int, size: int) -> None:
     results = run_ranks(ranks, split_runs, cases, size, timeout_s=max(240, 40 * len(cases)))
     for index, case in enumerate(cases):
         expected = plain_run(case)
-        for found in (result[index] for result in results):
-            assert found["checksums"] == results[0][index]["checksums"], case
-            assert_equal_run(found, expected, case)
+        for actual in (result[index] for result in results):
+            assert actual["checksums"] == results[0][index]["checksums"], case
+            assert_equal_run(actual, expected, case)
 
 
 def assert_equal_run(found: dict[str, Any], expected: dict[str, Any], case: Case) -> None:

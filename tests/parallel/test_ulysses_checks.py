@@ -39,19 +39,19 @@ def in_and_out_of_the_way() -> dict[str, float]:
     sequence = share_rows(bound_one, 2)
     assert sequence is bound(bound_one) and bound(other) is None
     positions = torch.arange(LENGTH).expand(3, -1)
-    found = {}
+    errors = {}
     with torch.no_grad():
-        part = sequence.split({"input_ids": ids, "position_ids": positions})
-        mine = bound_one(**part, use_cache=False).logits  # twice: what Ulysses leaves behind must not matter
+        local_batch = sequence.split({"input_ids": ids, "position_ids": positions})
+        mine = bound_one(**local_batch, use_cache=False).logits  # twice: what Ulysses leaves behind must not matter
         for number in range(2):
             with whole_rows(bound_one):
-                found[f"whole {number}"] = (bound_one(input_ids=ids, use_cache=False).logits - expected).abs().max()
-            again = bound_one(**part, use_cache=False).logits
-            found[f"again {number}"] = (again - mine).abs().max()
+                errors[f"whole {number}"] = (bound_one(input_ids=ids, use_cache=False).logits - expected).abs().max()
+            again = bound_one(**local_batch, use_cache=False).logits
+            errors[f"again {number}"] = (again - mine).abs().max()
         if dist.get_rank() == 0:  # alone: nobody else takes part
-            found["other"] = (other(input_ids=ids, use_cache=False).logits - expected).abs().max()
-        found["split"] = (mine - sequence.split({"logits": expected})["logits"]).abs().max()
-    return {name: float(error) for name, error in found.items()}
+            errors["other"] = (other(input_ids=ids, use_cache=False).logits - expected).abs().max()
+        errors["split"] = (mine - sequence.split({"logits": expected})["logits"]).abs().max()
+    return {name: float(error) for name, error in errors.items()}
 
 
 def test_whole_rows_and_models_that_are_not_bound() -> None:
@@ -81,8 +81,8 @@ def handed_to_flash_attention() -> float:
     sequence = share_rows(model, 2)
     assert sequence is not None
     with torch.no_grad():
-        found = model(**sequence.split(batch), use_cache=False).logits
-    return float((found - sequence.split({"logits": expected})["logits"]).abs().max())
+        logits = model(**sequence.split(batch), use_cache=False).logits
+    return float((logits - sequence.split({"logits": expected})["logits"]).abs().max())
 
 
 def test_a_flash_attention_is_handed_whole_rows() -> None:
@@ -128,9 +128,9 @@ def part_of(rank: int) -> SequenceParallel:
 def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
     ids = tokens(3, LENGTH, seed=5)
     documents = object()
-    parts = [part_of(rank).split({"input_ids": ids, "documents": documents}) for rank in range(PARTS)]
-    assert torch.equal(torch.cat([part["input_ids"] for part in parts], dim=1), ids)
-    assert all(part["documents"] is documents and part["input_ids"].is_contiguous() for part in parts)
+    batches = [part_of(rank).split({"input_ids": ids, "documents": documents}) for rank in range(PARTS)]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches], dim=1), ids)
+    assert all(batch["documents"] is documents and batch["input_ids"].is_contiguous() for batch in batches)
 
 
 @pytest.mark.parametrize("rank", range(PARTS))
@@ -194,10 +194,10 @@ def config_of(kind: str, **values: Any) -> Any:
     ],
 )  # fmt: skip
 def test_what_a_config_tells(config: Any, size: int, attention: str | None, parts: list[str]) -> None:
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         check_config(config, size, attention)
-    for part in ("--sequence_parallel_size", *parts):
-        assert part in str(found.value)
+    for phrase in ("--sequence_parallel_size", *parts):
+        assert phrase in str(error.value)
     check_config(config, 1, attention)
 
 

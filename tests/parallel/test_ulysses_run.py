@@ -40,10 +40,10 @@ def one(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6) -> None:
-    found = curve(out)
+    points = curve(out)
     wanted = curve(expected)
-    assert len(found) == len(wanted)
-    for mine, theirs in zip(found, wanted, strict=True):
+    assert len(points) == len(wanted)
+    for mine, theirs in zip(points, wanted, strict=True):
         assert_close(mine, theirs, rel)
 
 
@@ -117,8 +117,8 @@ def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
     ours = tmp_path / "split"
     theirs = tmp_path / "whole"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
-        found = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *VARIANTS[variant]))[0]
-        assert found["perplexity_before"]
+        summary = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *VARIANTS[variant]))[0]
+        assert summary["perplexity_before"]
     if variant == "none":
         one, two = (json.loads((out / "summary.json").read_text()) for out in (theirs, ours))
         assert two["perplexity_before"] == pytest.approx(one["perplexity_before"], rel=1e-6)

@@ -47,48 +47,48 @@ def tensors(spec: OperatorSpec) -> tuple[Tensor, Tensor, Tensor]:
 def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
     square, x, _ = tensors(spec)
     expected = mora_update(spec, square, x)
-    columns = [update(Window.of(spec, outputs=part), square, x) for part in bounds(spec.d_out)]
+    columns = [update(Window.of(spec, outputs=span), square, x) for span in bounds(spec.d_out)]
     torch.testing.assert_close(torch.cat(columns, dim=-1), expected)
-    rows = [update(Window.of(spec, inputs=part), square, x[..., slice(*part)]) for part in bounds(spec.d_in)]
+    rows = [update(Window.of(spec, inputs=span), square, x[..., slice(*span)]) for span in bounds(spec.d_in)]
     torch.testing.assert_close(torch.stack(rows).sum(0), expected)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
     _, x, g = tensors(spec)
-    for part in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
-        inside = x[..., slice(*part.inputs)]
-        outside = g[..., slice(*part.outputs)]
-        folded = part.fold(inside)
-        collected = part.collect(outside)
+    for window in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
+        inside = x[..., slice(*window.inputs)]
+        outside = g[..., slice(*window.outputs)]
+        folded = window.fold(inside)
+        collected = window.collect(outside)
         z = torch.randn_like(folded)
         u = torch.randn_like(collected)
-        assert torch.isclose((folded * z).sum(), (inside * part.unfold(z)).sum())
-        assert torch.isclose((collected * u).sum(), (outside * part.deal(u)).sum())
-        torch.testing.assert_close(part.rotate(part.rotate(z), back=True), z)
+        assert torch.isclose((folded * z).sum(), (inside * window.unfold(z)).sum())
+        assert torch.isclose((collected * u).sum(), (outside * window.deal(u)).sum())
+        torch.testing.assert_close(window.rotate(window.rotate(z), back=True), z)
     complete = Window.of(spec)
     z = complete.rotate(complete.fold(x)).flatten(0, -2)
-    found = complete.all_rows(complete.collect(g).flatten(0, -2).T @ z)
-    torch.testing.assert_close(found, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
+    gradient = complete.all_rows(complete.collect(g).flatten(0, -2).T @ z)
+    torch.testing.assert_close(gradient, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_slice_of_the_weight(spec: OperatorSpec) -> None:
     square, _, _ = tensors(spec)
     whole = delta_weight(spec, square)
-    for part in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
-        torch.testing.assert_close(part.delta(square), whole[slice(*part.outputs), slice(*part.inputs)])
+    for window in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
+        torch.testing.assert_close(window.delta(square), whole[slice(*window.outputs), slice(*window.inputs)])
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blocks > 1], ids=str)
 def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
     _, x, g = tensors(spec)
     expected = adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
-    columns = [Window.of(spec, outputs=part) for part in bounds(spec.d_out)]
-    rows = [Window.of(spec, inputs=part) for part in bounds(spec.d_in)]
-    for parts in (columns, rows, [Window.of(spec)]):
-        found = [part.gradient(x[..., slice(*part.inputs)], g[..., slice(*part.outputs)]) for part in parts]
-        torch.testing.assert_close(torch.stack(found).sum(0), expected)
+    columns = [Window.of(spec, outputs=span) for span in bounds(spec.d_out)]
+    rows = [Window.of(spec, inputs=span) for span in bounds(spec.d_in)]
+    for windows in (columns, rows, [Window.of(spec)]):
+        pieces = [window.gradient(x[..., slice(*window.inputs)], g[..., slice(*window.outputs)]) for window in windows]
+        torch.testing.assert_close(torch.stack(pieces).sum(0), expected)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------------
@@ -104,21 +104,21 @@ def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grou
     d_in, d_out, r_hat = shape
     plain = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
     square, x, _ = tensors(plain)
-    for parts in (2, 4):
-        own = bounds(r_hat, parts)
+    for count in (2, 4):
+        lane_bounds = bounds(r_hat, count)
         outwards = replace(plain, out_segments=SEGMENTS)
         inwards = replace(plain, in_segments=SEGMENTS)
         columns = [
-            update(Window.of(outwards, outputs=part, rows=lanes), square, x)
-            for part, lanes in zip(bounds(d_out, parts), own, strict=True)
+            update(Window.of(outwards, outputs=span, rows=lanes), square, x)
+            for span, lanes in zip(bounds(d_out, count), lane_bounds, strict=True)
         ]
         rows = [
-            update(Window.of(inwards, inputs=part, columns=lanes), square, x[..., slice(*part)])
-            for part, lanes in zip(bounds(d_in, parts), own, strict=True)
+            update(Window.of(inwards, inputs=span, columns=lanes), square, x[..., slice(*span)])
+            for span, lanes in zip(bounds(d_in, count), lane_bounds, strict=True)
         ]
-        for spec, found in ((outwards, torch.cat(columns, dim=-1)), (inwards, torch.stack(rows).sum(0))):
-            torch.testing.assert_close(found, mora_update(spec, square, x))
-            torch.testing.assert_close(found, x @ delta_weight(spec, square).T)
+        for spec, output in ((outwards, torch.cat(columns, dim=-1)), (inwards, torch.stack(rows).sum(0))):
+            torch.testing.assert_close(output, mora_update(spec, square, x))
+            torch.testing.assert_close(output, x @ delta_weight(spec, square).T)
 
 
 def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed() -> None:

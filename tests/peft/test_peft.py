@@ -180,7 +180,7 @@ def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
     """Whether its modules have an adapter already, or not."""
 
     def trained_by(model: Any) -> set[str]:
-        return {name.split(".")[-3] + name[-2:] for name, each in model.named_parameters() if each.requires_grad}
+        return {name.split(".")[-3] + name[-2:] for name, value in model.named_parameters() if value.requires_grad}
 
     model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj"]), adapter_name="x")
     model.add_adapter("y", MoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -188,9 +188,9 @@ def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
     model.set_adapter("y")
     assert trained_by(model) == {"q_proj.y", "down_proj.y"}
     for seed, name in enumerate(("x", "y")):
-        for each in layers(model).values():
-            if name in each.mora_square:
-                each.mora_square[name].data.fill_(0.01 * (seed + 1))
+        for adapted in layers(model).values():
+            if name in adapted.mora_square:
+                adapted.mora_square[name].data.fill_(0.01 * (seed + 1))
     model.base_model.set_adapter(["x", "y"])
     both = logits(model)
     model.merge_adapter()
@@ -240,12 +240,12 @@ def test_wrong_settings_are_named() -> None:
 def trained(world: int) -> dict[str, Tensor]:
     """Three steps over the same six rows, however many processes share them."""
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
-    own = DistributedDataParallel(model) if world > 1 else model
+    wrapped = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
     rank = dist.get_rank() if world > 1 else 0
     for step in range(3):
         rows = tokens(6, seed=step)[rank * (6 // world) :][: 6 // world]
-        causal_loss(own, rows).backward()
+        causal_loss(wrapped, rows).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: layer.mora_square["default"].detach().clone() for name, layer in layers(model).items()}

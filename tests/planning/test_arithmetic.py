@@ -59,9 +59,9 @@ def test_what_a_rank_holds_at_each_stage(
     stage: int, squares: int, masters: int, moments: int, gradients: int, bucket: int
 ) -> None:
     memory = rank_memory(1000, 70, 0, STEP, trained(stage), GATHERED)
-    held = (memory.squares, memory.masters, memory.moments, memory.gradients, memory.bucket)
-    assert held == (squares, masters, moments, gradients, bucket)
-    assert memory.static == 1000 + 20 + sum(held)
+    sizes = (memory.squares, memory.masters, memory.moments, memory.gradients, memory.bucket)
+    assert sizes == (squares, masters, moments, gradients, bucket)
+    assert memory.static == 1000 + 20 + sum(sizes)
     assert (memory.activations, memory.host_save, memory.host_optimizer) == (300, 4 * 169, 0)
     shard = 44 if stage == 3 else 43
     stays = 14 if stage == 3 else 0

@@ -48,8 +48,8 @@ def test_a_domains_matrix_is_gathered_beside_the_shared_one() -> None:
             injected(MoRAConfig(rank=4, domains=("law", "code"), freeze="shared")),
         )
     )
-    own = sum(layer.domain_squares.numel() for layer in mora_layers(both).values())
-    assert two == shared + own and frozen == own
+    domain_elements = sum(layer.domain_squares.numel() for layer in mora_layers(both).values())
+    assert two == shared + domain_elements and frozen == domain_elements
 
 
 def test_what_a_rank_does_is_said() -> None:

@@ -125,11 +125,11 @@ def compare(work: Work, family: str) -> None:
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with MemoryMeter() as meter:
         loss = token_nll(model, rows)
-        kept = meter.live
+        saved = meter.live
         loss.backward()
-    found = measure_step(planned_model(work), work)
-    assert (found.saved, found.peak) == (kept, meter.peak)
-    assert found.tables > 0
+    planned = measure_step(planned_model(work), work)
+    assert (planned.saved, planned.peak) == (saved, meter.peak)
+    assert planned.tables > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -146,9 +146,9 @@ def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool) -> None:
 def test_ranks_that_share_work_keep_less() -> None:
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 4})
     alone = Work(config, ADAPTER, 64, 2, by_documents=True)
-    kept = step_memory(alone).saved
+    saved = step_memory(alone).saved
     for changes in ({"tensor_parallel": 2}, {"sequence_parallel": 2}):
-        assert step_memory(replace(alone, **changes)).saved < 0.85 * kept
+        assert step_memory(replace(alone, **changes)).saved < 0.85 * saved
 
 
 # -- a rank -----------------------------------------------------------------------------------------------------------
@@ -295,10 +295,10 @@ def planner(cluster: Cluster, config: Any = None, seq_len: int = 1024) -> Planne
 
 
 def test_a_recommendation_fits_and_the_next_size_does_not() -> None:
-    made = planner(Cluster(8, memory=12e9))
-    plan = recommend(made)
+    gpu_planner = planner(Cluster(8, memory=12e9))
+    plan = recommend(gpu_planner)
     assert plan is not None and plan.fits
-    assert not made.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
+    assert not gpu_planner.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
 
 
 def test_little_memory_takes_checkpointing_and_less_takes_groups() -> None:
@@ -309,6 +309,6 @@ def test_little_memory_takes_checkpointing_and_less_takes_groups() -> None:
 
 
 def test_a_base_that_does_not_fit_is_said_to() -> None:
-    made = planner(Cluster(64, memory=2e9))
-    assert recommend(made) is None
-    assert "the base alone" in report(made.plan()) and "never sharded" in report(made.plan())
+    gpu_planner = planner(Cluster(64, memory=2e9))
+    assert recommend(gpu_planner) is None
+    assert "the base alone" in report(gpu_planner.plan()) and "never sharded" in report(gpu_planner.plan())

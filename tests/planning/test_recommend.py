@@ -37,7 +37,7 @@ def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
     assert list(_group_sizes(work(), Cluster(6))) == everything[:3], "4 ranks do not divide 6"
     assert list(_group_sizes(work(), Cluster(8, per_node=2))) == everything[:3]
     assert list(_group_sizes(work(seq_len=34), Cluster(8))) == everything[:3], "nor 4 the tokens of a row"
-    unsplit = [each for each in everything if each[0] == 1]
+    unsplit = [group for group in everything if group[0] == 1]
     for adapter in (None, replace(ADAPTER, base_bits=8), replace(ADAPTER, target_modules=("all-linear", "experts"))):
         assert list(_group_sizes(work(adapter=adapter), Cluster(8))) == unsplit
     assert list(_group_sizes(work(base_on_host=True), Cluster(8))) == unsplit
@@ -85,6 +85,6 @@ def test_a_node_of_cpus_has_one_base() -> None:
 
 
 def test_a_planner_remembers_nothing_of_other_settings() -> None:
-    made = planner(Cluster(8))
+    gpu_planner = planner(Cluster(8))
     for changes in ({}, {"checkpointing": True}, {"sequence_parallel": 2}):
-        assert made.plan(**changes) == planner(Cluster(8)).plan(**changes)
+        assert gpu_planner.plan(**changes) == planner(Cluster(8)).plan(**changes)

@@ -22,10 +22,10 @@ def config_of(**values: Any) -> Any:
 
 
 def test_figures_of_a_config() -> None:
-    given = config_of(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=5, hidden_size=64)
-    work = Work(given, MoRAConfig(rank=4, base_bits=8), seq_len=30, micro_batch=4, sequence_parallel=2)
+    config = config_of(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=5, hidden_size=64)
+    work = Work(config, MoRAConfig(rank=4, base_bits=8), seq_len=30, micro_batch=4, sequence_parallel=2)
     assert (work.tokens, work.layers, work.heads, work.key_value_heads, work.head_dim) == (60, 3, 8, 2, 5)
-    assert work.base_bits == 8 and Work(given, None, 30).base_bits is None
+    assert work.base_bits == 8 and Work(config, None, 30).base_bits is None
     plain = Work(config_of(num_hidden_layers=3, num_attention_heads=8, hidden_size=64, head_dim=None), None, 30)
     assert (plain.tokens, plain.key_value_heads, plain.head_dim) == (30, 8, 8)
     assert Work(config_of(num_hidden_layers=1, hidden_size=64), None, 30).heads == 1, "no attention at all"
@@ -62,11 +62,11 @@ def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(
     period: int, dense: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each kind of layer, and each dense one, takes its own; the deep model is never made."""
-    made: list[int] = []
+    depths: list[int] = []
 
     def measure(model: Any, work: Work) -> StepMemory:
         text = work.config
-        made.append(text.num_hidden_layers)
+        depths.append(text.num_hidden_layers)
         costs = [100 if n < (dense or 0) else 10 ** "abc".index(kind) for n, kind in enumerate(text.layer_types)]
         return StepMemory(saved=7 + sum(costs), peak=9 + 2 * sum(costs), tables=5)
 
@@ -76,10 +76,10 @@ def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(
         kinds = ["abc"[n % period] for n in range(layers)]
         work = Work(config_of(num_hidden_layers=layers, layer_types=kinds, first_k_dense_replace=dense), None, 8)
         expected = measure(None, work)
-        made.clear()
+        depths.clear()
         assert step_memory(work) == expected, layers
-        assert len(made) == (1 if layers <= 3 * period else 2) and max(made) <= max(4 * period + 3, 3 * period)
+        assert len(depths) == (1 if layers <= 3 * period else 2) and max(depths) <= max(4 * period + 3, 3 * period)
     planned: Any = SimpleNamespace(planned_layers=True)
-    made.clear()
+    depths.clear()
     step_memory(Work(config_of(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))
-    assert made == [23], "every layer may be different"
+    assert depths == [23], "every layer may be different"

@@ -81,9 +81,9 @@ def test_layer_that_joins_late(tmp_path: Path) -> None:
 
 def test_a_snapshot_stays_as_it_is(folder: Path) -> None:
     ledger = Ledger.open(folder)
-    kept = ledger.snapshot()
+    snapshot = ledger.snapshot()
     append(ledger)
-    assert (kept.cycles, ledger.cycles) == (3, 4)
+    assert (snapshot.cycles, ledger.cycles) == (3, 4)
 
 
 def test_what_belongs_to_no_ledger_is_named(folder: Path) -> None:
@@ -280,8 +280,8 @@ def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path) -> None:
 def test_copy_killed_half_way_leaves_a_valid_ledger(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Ledger.create(tmp_path / "other", BASE)
-    append(other, ("c.q",))
+    another = Ledger.create(tmp_path / "other", BASE)
+    append(another, ("c.q",))
 
     def kill(source: Path, target: Path) -> None:
         files.link_or_copy(source, target)
@@ -289,8 +289,8 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(
 
     monkeypatch.setattr(ledger_room, "link_or_copy", kill)
     with pytest.raises(Killed):
-        Ledger.open(folder).copy_to(other.folder)
-    assert Ledger.open(other.folder, BASE).cycles == 0
+        Ledger.open(folder).copy_to(another.folder)
+    assert Ledger.open(another.folder, BASE).cycles == 0
 
 
 # -- live weights ----------------------------------------------------------------------------------------------------
@@ -308,13 +308,13 @@ def test_live_weight_is_the_sum_in_order_rounded_once(
     updates = [(spec, torch.randn(6, 6, generator=generator)) for spec in specs]
     original = torch.randn((20, 12) if transposed else (12, 20), generator=generator)
     original = original if stored_as_fp32 else original.to(dtype)
-    kept = original.clone()
+    before = original.clone()
     expected = original.float()
     for spec, square in updates:
         expected = expected + (delta_weight(spec, square).T if transposed else delta_weight(spec, square))
     live = live_weight(original, iter(updates), transposed, dtype)
     assert live.dtype == dtype and torch.equal(live, expected.to(dtype))
-    assert torch.equal(original, kept)
+    assert torch.equal(original, before)
     assert torch.equal(live_weight(original, [], transposed, dtype), original.to(dtype))
     assert live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
 

@@ -52,13 +52,13 @@ def test_after_50_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, wo
 
 
 def norm(tensors: Iterable[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(each.double().square().sum()) for each in tensors))
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
 def check_norms(report: dict[str, Any], base: BaseCheckpoint, ledger: Ledger) -> list[torch.Tensor]:
     """Those of the first merge; returns its deltas."""
     entries = ledger.layers(0)
-    deltas = [each.operator.delta_weight(ledger.square(0, name)) for name, each in entries.items()]
+    deltas = [entry.operator.delta_weight(ledger.square(0, name)) for name, entry in entries.items()]
     assert report["square_norm"] == pytest.approx(norm(ledger.square(0, name) for name in entries), rel=1e-5)
     assert report["delta_norm"] == pytest.approx(norm(deltas), rel=1e-5)
     assert report["weight_norm"] == pytest.approx(norm(base.read(f"{name}.weight") for name in entries), rel=1e-5)
@@ -66,11 +66,11 @@ def check_norms(report: dict[str, Any], base: BaseCheckpoint, ledger: Ledger) ->
 
 
 def all_resets(folder: str) -> dict[str, dict[str, Any]]:
-    found = {}
+    results = {}
     for reset in OptimizerReset:
-        found[reset.value] = merging_run(f"{folder}/{reset.value}", "float32", 1, reset=reset)
-    found["bf16"] = merging_run(f"{folder}/bf16", "bfloat16", 1)
-    return found
+        results[reset.value] = merging_run(f"{folder}/{reset.value}", "float32", 1, reset=reset)
+    results["bf16"] = merging_run(f"{folder}/bf16", "bfloat16", 1)
+    return results
 
 
 def check_rounding(found: dict[str, Any], folder: Path) -> None:
@@ -88,9 +88,9 @@ def check_rounding(found: dict[str, Any], folder: Path) -> None:
 @pytest.mark.gloo
 def test_each_reset_keeps_what_it_says(tmp_path: Path) -> None:
     ranks = run_ranks(2, all_resets, str(tmp_path))
-    for found in ranks:
-        check_rounding(found.pop("bf16"), tmp_path / "bf16")
-        moments = {name: result["moments"] for name, result in found.items()}
+    for results in ranks:
+        check_rounding(results.pop("bf16"), tmp_path / "bf16")
+        moments = {name: result["moments"] for name, result in results.items()}
         for value in moments["zero"].values():
             assert not value.any()
         assert moments["keep"]["step"] == 1 and moments["keep"]["exp_avg"].any() and moments["keep"]["exp_avg_sq"].any()

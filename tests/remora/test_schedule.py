@@ -48,7 +48,7 @@ def test_cosine_is_a_cosine() -> None:
 def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
     target = JAGGED.curve(29)
     ramp = [JAGGED.learning_rate(step, [25]) for step in range(25, 30)]
-    assert ramp == pytest.approx([target * part / 5 for part in (1, 2, 3, 4, 5)])
+    assert ramp == pytest.approx([target * step / 5 for step in (1, 2, 3, 4, 5)])
     assert JAGGED.learning_rate(24, [25]) == JAGGED.curve(24)
     assert JAGGED.learning_rate(30, [25]) == JAGGED.curve(30)
 

@@ -80,13 +80,13 @@ def aligned_model(folder: Path, operator: str, rank: int = 3, **changes: Any) ->
 
 def mean_share(model: Any, name: str, rank: int) -> Tensor:
     """From dense deltas, differentiable in the MoRA matrices."""
-    found = []
+    layer_shares = []
     for module, layer in mora_layers(model).items():
         left, right = (side.double() for side in singular_vectors.read(name, module, rank))
         delta = layer.spec.delta_weight(layer.value)
         floor = (FLOOR * singular_vectors.norm(name, module)) ** 2
-        found.append((left @ delta @ right.T).square().sum() / (delta.square().sum() + floor))
-    return torch.stack(found).mean()
+        layer_shares.append((left @ delta @ right.T).square().sum() / (delta.square().sum() + floor))
+    return torch.stack(layer_shares).mean()
 
 
 @pytest.mark.parametrize(

@@ -323,8 +323,8 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, free
 
     never = tmp_path / "never"
     assert "no evaluation set is called 'hled'" in refusal(domain_flags(user, never, mix, eval_domains=["hled=old"]))
-    other = domain_flags(user, never, mix, "--mora_rank", 3, init_adapter=first)
-    assert "means something else there (--mora_rank" in refusal(other)
+    flags = domain_flags(user, never, mix, "--mora_rank", 3, init_adapter=first)
+    assert "means something else there (--mora_rank" in refusal(flags)
     assert "is neither an adapter" in refusal(domain_flags(user, never, mix, init_adapter=tmp_path / "nowhere"))
     for rank in range(2):
         copy_of = tmp_path / f"rank{rank}" / "earlier"
@@ -372,12 +372,12 @@ RESEARCH = ("domain_adapters", "freeze", "eval_domains", "targets", "trainable_b
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_go_together_is_named(case: str) -> None:
-    changes, part = WRONG[case]
-    given = {"model_name_or_path": "m", "train_files": ["a=x:1", "b=y:1"], "domain_adapters": True, **changes}
-    block = {name: given.pop(name) for name in RESEARCH if name in given}
+    changes, phrase = WRONG[case]
+    settings = {"model_name_or_path": "m", "train_files": ["a=x:1", "b=y:1"], "domain_adapters": True, **changes}
+    block = {name: settings.pop(name) for name in RESEARCH if name in settings}
     with pytest.raises(UserError) as error:
-        validate(from_flat({**given, "research": block}))
-    assert part in str(error.value), str(error.value)
+        validate(from_flat({**settings, "research": block}))
+    assert phrase in str(error.value), str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,14 @@ def square(side: int, seed: int = 0) -> torch.Tensor:
 
 def test_measures() -> None:
     values = torch.tensor([3.0, 1.0, 1.0, 0.05] + [0.0] * 16, dtype=torch.float64)
-    found = measure(values, 20, threshold=0.1)
+    measured = measure(values, 20, threshold=0.1)
     energy = 9 + 1 + 1 + 0.05**2
     total = 5.05
     shares = [value / total for value in (3.0, 1.0, 1.0, 0.05)]
-    assert found.norm == pytest.approx(math.sqrt(energy)) and found.largest == 3.0
-    assert (found.above, found.rank) == (3, 4)
-    assert found.stable_rank == pytest.approx(energy / 9)
-    assert found.effective_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+    assert measured.norm == pytest.approx(math.sqrt(energy)) and measured.largest == 3.0
+    assert (measured.above, measured.rank) == (3, 4)
+    assert measured.stable_rank == pytest.approx(energy / 9)
+    assert measured.effective_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
     assert measure(torch.ones(7), 7).effective_rank == pytest.approx(7)
     assert set(vars(measure(torch.zeros(5), 5)).values()) == {0}
 

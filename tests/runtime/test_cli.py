@@ -26,13 +26,13 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     def leave(code: int) -> None:
         raise Left(code)
 
-    found: list[float] = []
+    waits: list[float] = []
     logger = logging.getLogger(LOGGER)
     before = list(logger.handlers), logger.propagate, logger.level
     monkeypatch.setattr(cli, "leave", leave)
-    monkeypatch.setattr(cli.time, "sleep", found.append)
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
     monkeypatch.setattr(sys, "__stderr__", None)  # no handler of bus errors is left behind
-    yield found
+    yield waits
     logger.handlers = before[0]
     logger.propagate = before[1]
     logger.setLevel(before[2])

@@ -33,8 +33,8 @@ def gathered() -> tuple[Any, Any]:
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_every_value_arrives_in_the_order_of_ranks(world: int) -> None:
     results = run_ranks(world, gathered)
-    assert [each["rank"] for each in results[0][0]] == list(range(world))
-    assert [len(each["text"]) for each in results[0][0]] == [1 + 1000 * rank for rank in range(world)]
+    assert [value["rank"] for value in results[0][0]] == list(range(world))
+    assert [len(value["text"]) for value in results[0][0]] == [1 + 1000 * rank for rank in range(world)]
     assert all(first is None for first, _ in results[1:])
     assert [every for _, every in results] == [list(range(world))] * world
 
@@ -43,20 +43,20 @@ def counted() -> tuple[int, int, int]:
     """Sockets before the group is made, once it is made, and after every kind of exchange."""
     before = sockets()
     ranks = Ranks.current()
-    made = sockets()
+    with_group = sockets()
     ranks.barrier("one")
     ranks.on_first("two", lambda: 1)
     ranks.gather("three", ranks.rank)
     ranks.same("four", {"--seed": 1})
-    return before, made, sockets()
+    return before, with_group, sockets()
 
 
 def test_ranks_are_connected_where_they_talk_and_not_before() -> None:
     """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7 connections more
     as soon as the group is made."""
-    for before, made, after in run_ranks(8, counted):
-        assert made - before <= 3, "the group's own listening sockets"
-        assert after - made <= 6, "neighbours in the tree and in the ring, of 7 other ranks"
+    for before, with_group, after in run_ranks(8, counted):
+        assert with_group - before <= 3, "the group's own listening sockets"
+        assert after - with_group <= 6, "neighbours in the tree and in the ring, of 7 other ranks"
 
 
 # -- a rank that ends while others wait --------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path) -> None
     give_back(mapped[page // 2 : page - 1])
     assert mapped.all(), "no complete page"
     give_back(mapped[1 : 3 * page + 1])
-    assert [int(part.float().mean()) for part in mapped.view(4, page)] == [1, 0, 0, 1]
+    assert [int(piece.float().mean()) for piece in mapped.view(4, page)] == [1, 0, 0, 1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
@@ -87,9 +87,9 @@ def test_places_are_told_by_file_and_offset(tmp_path: Path) -> None:
     path = tmp_path / "numbers"
     page = mmap.PAGESIZE
     path.write_bytes(bytes(2 * page))
-    one, other = (torch.from_file(str(path), shared=False, size=2 * page, dtype=torch.uint8) for _ in range(2))
+    one, another = (torch.from_file(str(path), shared=False, size=2 * page, dtype=torch.uint8) for _ in range(2))
     mappings = Mappings.read()
-    assert mappings.place_of(one) == mappings.place_of(other) != mappings.place_of(one[1:])
+    assert mappings.place_of(one) == mappings.place_of(another) != mappings.place_of(one[1:])
     assert (mappings.place_of(one[page + 7 :]) or "").endswith(f" @{page + 7}")
     assert str(path.stat().st_ino) in (mappings.place_of(one) or "")
     assert mappings.place_of(one[:0]) is None and mappings.place_of(torch.zeros(1, device="meta")) is None

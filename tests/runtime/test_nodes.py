@@ -31,14 +31,14 @@ def refused_on_two_nodes(argv: list[str], other: str) -> tuple[str, str]:
 @pytest.mark.parametrize("more", [(), ("--resume_from_checkpoint", "auto")], ids=["new", "resumed"])
 def test_both_nodes_and_the_folder_are_named(user: Playground, tmp_path: Path, more: tuple[str, ...]) -> None:
     argv = user.flags(tmp_path / "first", *more)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "mine").touch()
-    found = set(run_ranks(3, refused_on_two_nodes, argv, str(other)))
-    ((kind, message),) = found
+    local = tmp_path / "other"
+    local.mkdir()
+    (local / "mine").touch()
+    errors = set(run_ranks(3, refused_on_two_nodes, argv, str(local)))
+    ((kind, message),) = errors
     assert kind == "UserError"
     assert message == (
-        f"--output_dir: {other} on node-b (rank 2) is another folder than {output_of(argv)} on node-a (rank 0): name "
+        f"--output_dir: {local} on node-b (rank 2) is another folder than {output_of(argv)} on node-a (rank 0): name "
         "one on storage that all nodes share"
     )
-    assert not (tmp_path / "first").exists() and [path.name for path in other.iterdir()] == ["mine"]
+    assert not (tmp_path / "first").exists() and [path.name for path in local.iterdir()] == ["mine"]

@@ -68,16 +68,16 @@ def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int) -> None:
     results = run_ranks(2, meetings, rank)
     where = "" if rank == 0 else "rank 1: "
     for name in ("same check", "user error first", "between checks", "nested", "shared work"):
-        assert {each[name] for each in results} == {f"UserError: {where}of rank {rank}"}, name
+        assert {outcome[name] for outcome in results} == {f"UserError: {where}of rank {rank}"}, name
     assert results[rank]["unexpected"] == f"KeyError: 'of rank {rank}'"
     assert results[1 - rank]["unexpected"] == f"RunError: {where}KeyError: 'of rank {rank}'"
-    for each in results:
-        assert all(word in each["different checks"] for word in ("UserError", "'one'", "'other'", f"rank {rank} at"))
-        assert each["values"] == (
+    for result in results:
+        assert all(word in result["different checks"] for word in ("UserError", "'one'", "'other'", f"rank {rank} at"))
+        assert result["values"] == (
             "UserError: settings: not the same on all ranks; give every rank the same\n"
             f"  --seed: {int(rank == 0)} on rank 0; {int(rank == 1)} on rank 1"
         )
-        assert each["healthy"] == "none"
+        assert result["healthy"] == "none"
 
 
 def late(seconds: float) -> tuple[str, float]:

@@ -27,13 +27,13 @@ def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def watch(leaving: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A rank that was asked to stop, in training; it has no thread."""
-    made: Any = object.__new__(signals._Watch)
-    made.since = time.monotonic()
-    made.defers = True
-    made.settled = False
-    made._launcher = None
-    monkeypatch.setattr(signals, "_watch", made)
-    return made
+    stand_in: Any = object.__new__(signals._Watch)
+    stand_in.since = time.monotonic()
+    stand_in.defers = True
+    stand_in.settled = False
+    stand_in._launcher = None
+    monkeypatch.setattr(signals, "_watch", stand_in)
+    return stand_in
 
 
 def test_a_rank_with_nothing_to_save_is_given_some_seconds(watch: Any) -> None:

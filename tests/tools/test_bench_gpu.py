@@ -18,8 +18,8 @@ QUESTIONS = ("ceilings", "operators", "gather", "attention", "step", "memory", "
 def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, list[list[str]]]:
     for question in questions:
         call("bench/gpu", question, *flags, "--json", f"{folder}/{question}.json")
-    found = {question: json.loads(Path(folder, f"{question}.json").read_text()) for question in questions}
-    return {question: content["tables"][question][1:] for question, content in found.items()}
+    contents = {question: json.loads(Path(folder, f"{question}.json").read_text()) for question in questions}
+    return {question: content["tables"][question][1:] for question, content in contents.items()}
 
 
 def check(found: dict[str, Any], waits: str) -> None:
@@ -41,15 +41,15 @@ def test_it_names_every_question() -> None:
 
 @pytest.mark.gloo
 def test_every_question_runs_at_toy_size(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
-    check(found, "only a GPU can say")
+    (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
+    check(tables, "only a GPU can say")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_question_runs_on_a_gpu(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
-    check(found, "none")
+    (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
+    check(tables, "none")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -53,12 +53,12 @@ def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, mess
 
 @pytest.mark.parametrize("path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem)
 def test_every_method_is_one_that_the_training_program_takes(user: Playground, path: Path) -> None:
-    found = Methods.read(path)
+    methods = Methods.read(path)
     files = {"model_name_or_path": user.model, "train_files": [user.train], "eval_files": [user.held]}
-    for method in found.methods.values():
+    for method in methods.methods.values():
         for rate in method.rates:
             validate(
-                parse(flags({**files, "max_steps": 3000, **found.settings, **method.settings(rate, 3000, user.held)}))
+                parse(flags({**files, "max_steps": 3000, **methods.settings, **method.settings(rate, 3000, user.held)}))
             )
 
 
@@ -88,9 +88,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         folder = Path(settings["output_dir"])
         folder.mkdir()
         ran.append(settings)
-        found = {"new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2), "old": 200.0}
-        (folder / "summary.json").write_text(json.dumps({"trainable_params": 7, "perplexity_after": found}))
-        rows: list[dict[str, Any]] = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": found}]
+        perplexities = {"new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2), "old": 200.0}
+        (folder / "summary.json").write_text(json.dumps({"trainable_params": 7, "perplexity_after": perplexities}))
+        rows: list[dict[str, Any]] = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": perplexities}]
         if "eval_tasks" in settings:
             rows += [{"step": 20, "tasks": {"quiz": {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}}}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -110,21 +110,21 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     flags = [*texts(user), "--work", tmp_path / "work", "--json", tmp_path / "all.json", *FLAGS]
     flags += ["--methods", "lora@0.003", "lora@0.01", "lora@0.03", "relora@0.01"]
     call("bench/learning", *flags)
-    assert [each["learning_rate"] for each in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
-    assert [each.get("merge_every") for each in ran] == [None, None, None, 10, None, 10]
-    found = json.loads((tmp_path / "all.json").read_text())
-    assert len(found["runs"]) == 6
-    assert not any(str(each) in json.dumps(found["runs"]) for each in (tmp_path, user.root))
-    assert found["runs"][0]["curve"] == [{"step": 20, "new": pytest.approx(171.0), "old": 200.0}]
-    row = found["tables"]["learning"][1]
+    assert [run["learning_rate"] for run in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
+    assert [run.get("merge_every") for run in ran] == [None, None, None, 10, None, 10]
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert len(report["runs"]) == 6
+    assert not any(str(path) in json.dumps(report["runs"]) for path in (tmp_path, user.root))
+    assert report["runs"][0]["curve"] == [{"step": 20, "new": pytest.approx(171.0), "old": 200.0}]
+    row = report["tables"]["learning"][1]
     assert row == ["lora", "7", "0.01", "2", "101.5 ± 0.5", "200.0 ± 0.0"]
     call("bench/learning", *flags)
     assert len(ran) == 6
     call("bench/learning", *flags, "--rank", 4)
-    assert len(ran) == 12 and {each["per_device_train_batch_size"] for each in ran} == {8}
+    assert len(ran) == 12 and {run["per_device_train_batch_size"] for run in ran} == {8}
     more = ["--batch", 2, "--compute", "weight", "--replay", 0.25]
     call("bench/learning", *flags, "--methods", "none", "recipe@0.01", *more)
-    changed = [(each["per_device_train_batch_size"], each.get("compute"), each.get("replay")) for each in ran[12:]]
+    changed = [(run["per_device_train_batch_size"], run.get("compute"), run.get("replay")) for run in ran[12:]]
     assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
 
 
@@ -132,11 +132,11 @@ def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: li
     tasks = ["--tasks", tmp_path / "quiz.yaml"]
     flags = [*texts(user), *FLAGS, "--work", tmp_path, "--methods", "lora@0.01", "full@0.01", *tasks]
     call("bench/learning", *flags, "--json", tmp_path / "scored.json")
-    assert [each["eval_tasks"] for each in ran] == [[str(tmp_path / "quiz.yaml")]] * 4
-    found = json.loads((tmp_path / "scored.json").read_text())
-    head, *rows = found["tables"]["learning"]
+    assert [run["eval_tasks"] for run in ran] == [[str(tmp_path / "quiz.yaml")]] * 4
+    report = json.loads((tmp_path / "scored.json").read_text())
+    head, *rows = report["tables"]["learning"]
     assert head[-1] == "quiz" and [row[-1] for row in rows] == ["25.0%", "25.0%"]
-    assert [run["scores"]["quiz"] for run in found["runs"]][:2] == [0.2, pytest.approx(0.3)]
+    assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [0.2, pytest.approx(0.3)]
 
 
 def test_a_table_grows_by_the_runs_of_an_earlier_one(
@@ -149,11 +149,11 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
     moved = replace(user, train=Path(shutil.copy(user.train, tmp_path / "moved.jsonl")))
     more = ["--work", tmp_path / "two", "--with", first, "--json", second]
     call("bench/learning", *texts(moved), *FLAGS, *more, "--methods", "lora@0.01", "recipe@0.003", "--seeds", 3)
-    assert [(each["seed"], "replay" in each) for each in ran[4:]] == [(1, True), (3, False), (2, True), (3, True)]
-    found = json.loads(second.read_text())
-    rows = [[row[0], row[2], row[3]] for row in found["tables"]["learning"][1:]]
+    assert [(run["seed"], "replay" in run) for run in ran[4:]] == [(1, True), (3, False), (2, True), (3, True)]
+    report = json.loads(second.read_text())
+    rows = [[row[0], row[2], row[3]] for row in report["tables"]["learning"][1:]]
     assert rows == [["lora", "0.01", "3"], ["recipe", "0.003", "3"]]
-    runs = [(run["method"], run["learning_rate"], run["seed"]) for run in found["runs"]]
+    runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
     assert runs[:5] == [("lora", 3e-3, 1), ("lora", 1e-2, 1), ("lora", 1e-2, 2), ("lora", 1e-2, 3), ("lora", 3e-2, 1)]
 
     def refused(message: str, *flags: object, **changes: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
 def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
     flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--json", tmp_path / "all.json"]
     call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")
-    assert [each["mora_rank"] for each in ran] == [2, 2, 4, 2, 2, 4], "without a rank a method runs once"
+    assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4], "without a rank a method runs once"
     rows = [row[:2] for row in json.loads((tmp_path / "all.json").read_text())["tables"]["learning"]]
     assert rows == [["rank", "method"], ["-", "full"], ["2", "lora"], ["4", "lora"]]
     points = figures.points(tmp_path / "all.json")

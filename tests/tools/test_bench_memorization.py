@@ -40,10 +40,10 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((folder / "results.json").read_text())
-    for each in results:
-        assert each["steps"] == [20, 40, 60] and len(each["accuracy"]) == len(each["loss"]) == 3
-        assert each["loss"][-1] < each["loss"][0] or each["ended_at"] == 20
-        assert each["ended_at"] == 60 or each["accuracy"][-1] == 1.0
+    for result in results:
+        assert result["steps"] == [20, 40, 60] and len(result["accuracy"]) == len(result["loss"]) == 3
+        assert result["loss"][-1] < result["loss"][0] or result["ended_at"] == 20
+        assert result["ended_at"] == 60 or result["accuracy"][-1] == 1.0
     return results, done.stdout
 
 
@@ -51,16 +51,16 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
 def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     results, told = learned_by_heart(tmp_path, user, "--seeds", 1, "--rates", 1e-2)
-    found = {each["method"]: each for each in results}
-    assert set(found) == {"full", "lora", "mora", "remora"} and len(results) == 4
-    assert found["mora"]["trained"] == found["remora"]["trained"] <= found["lora"]["trained"] < found["full"]["trained"]
-    assert found["full"]["accuracy"][-1] >= 0.9 and found["mora"]["accuracy"][-1] > found["lora"]["accuracy"][-1]
+    named = {result["method"]: result for result in results}
+    assert set(named) == {"full", "lora", "mora", "remora"} and len(results) == 4
+    assert named["mora"]["trained"] == named["remora"]["trained"] <= named["lora"]["trained"] < named["full"]["trained"]
+    assert named["full"]["accuracy"][-1] >= 0.9 and named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
     assert "with 90% of each seed" in told
 
 
 @pytest.mark.heavy
 def test_the_best_rate_is_shown(tmp_path: Path, user: Playground) -> None:
     results, told = learned_by_heart(tmp_path, user, "--methods", "full", "--seeds", 2, "--rates", 1e-5, 1e-2)
-    assert [(each["rate"], each["seed"]) for each in results] == [(1e-5, 1), (1e-5, 2), (1e-2, 1), (1e-2, 2)]
+    assert [(result["rate"], result["seed"]) for result in results] == [(1e-5, 1), (1e-5, 2), (1e-2, 1), (1e-2, 2)]
     row = next(line for line in told.splitlines() if line.split()[:1] == ["full"])
     assert " 0.01* " in row and row.rstrip().count("/") == 1  # steps to 90%, of each seed

@@ -24,12 +24,12 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     report.show("times", [["what", "seconds"], ["a step", "0.5"]])
     report.write()
     assert capsys.readouterr().out.split("\n") == ["Two rows.", "  what  seconds", "a step      0.5", ""]
-    found = json.loads((tmp_path / "new" / "bench.json").read_text())
-    assert found["command"] == "python tools/bench/loss.py --rows 2"
-    assert found["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]} and found["sentences"] == [
+    written = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert written["command"] == "python tools/bench/loss.py --rows 2"
+    assert written["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]} and written["sentences"] == [
         "Two rows."
     ]
-    assert found["measured_on"]["cores"] > 0 and found["measured_on"]["versions"]["torch"]
+    assert written["measured_on"]["cores"] > 0 and written["measured_on"]["versions"]["torch"]
 
     monkeypatch.setattr(plans, "DATA", tmp_path / "new")
     old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"

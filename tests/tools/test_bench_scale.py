@@ -32,14 +32,14 @@ def test_every_phase_of_two_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: py
     scale.main()
     tables = json.loads(out.read_text())["tables"]
     titles, *rows = tables["phases"]
-    found = [dict(zip(titles, row, strict=True)) for row in rows]
+    records = [dict(zip(titles, row, strict=True)) for row in rows]
     for phase in scale.PHASES:
-        assert {row["ranks"] for row in found if row["phase"] == phase} == {"2", "16"}, phase
+        assert {row["ranks"] for row in records if row["phase"] == phase} == {"2", "16"}, phase
     titles, *lines = tables["CPU seconds"]
     assert titles == ["phase", "tiny, 2 ranks", "tiny, 16 ranks"] and all(float(cell) >= 0 for cell in lines[0][1:])
-    for row in found:
+    for row in records:
         if row["phase"] == "resume":
             assert int(row["files"]) <= 2, "its own shard, and the table on rank 0"
-    files = {(row["ranks"], row["rank"], row["setting"]): row["files"] for row in found if row["phase"] == "save"}
+    files = {(row["ranks"], row["rank"], row["setting"]): row["files"] for row in records if row["phase"] == "save"}
     for (ranks, rank, setting), count in files.items():
         assert count == files["2", rank, setting], (ranks, "a save opens more files where there are more ranks")

@@ -69,9 +69,9 @@ def test_ranks_with_different_settings(user: Playground, tmp_path: Path) -> None
     out = tmp_path / "out"
     cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more)] for more, _ in DIFFERENT.values()]
     results = run_ranks(2, refused_each, cases)
-    for (name, (_, parts)), *ranks in zip(DIFFERENT.items(), *results, strict=True):
+    for (name, (_, phrases)), *ranks in zip(DIFFERENT.items(), *results, strict=True):
         for kind, message, seconds in ranks:
-            assert kind == "UserError" and all(part in message for part in parts), (name, message)
+            assert kind == "UserError" and all(phrase in message for phrase in phrases), (name, message)
             assert seconds < SECONDS, name
     assert not out.exists(), "nothing was written"
 
@@ -111,10 +111,10 @@ def refused_on_its_node(argv: list[list[str]]) -> tuple[str, str]:
 
 
 def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path) -> None:
-    other = tmp_path / "train.jsonl"
-    other.write_text(user.train.read_text().replace("def", "fed"))
+    changed_text = tmp_path / "train.jsonl"
+    changed_text.write_text(user.train.read_text().replace("def", "fed"))
     out = tmp_path / "out"
-    argv = [user.flags(out), user.flags(out, "--train_files", other, "--cache_dir", tmp_path / "cache")]
+    argv = [user.flags(out), user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache")]
     for kind, message in run_ranks(2, refused_on_its_node, argv):
         assert kind == "UserError" and "training text" in message and "on rank 1" in message
 
@@ -125,13 +125,13 @@ def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path) -> N
 @contextmanager
 def before_meetings(act: Callable[[int, str | None], None]) -> Iterator[None]:
     """`act(number, check)` is called whenever this rank is about to meet the others."""
-    meet = Ranks._meet
+    original = Ranks._meet
     numbers = iter(range(10_000))
 
     def watched(self: Ranks, check: str | None, *more: Any, **named: Any) -> Any:
         if check is not None:
             act(next(numbers), check)
-        return meet(self, check, *more, **named)
+        return original(self, check, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ranks, "_meet", watched)
@@ -176,8 +176,8 @@ def walk(argv: list[str], numbers: list[int], failing: int) -> list[tuple[str, s
 def assert_all_fail(world: int, argv: list[str], numbers: list[int], failing: int) -> None:
     results = run_ranks(world, walk, argv, numbers, failing, timeout_s=900)
     where = "" if failing == 0 else f"rank {failing}: "
-    for each in results:
-        assert each == [("UserError", f"{where}injected before {number}") for number in numbers]
+    for result in results:
+        assert result == [("UserError", f"{where}injected before {number}") for number in numbers]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

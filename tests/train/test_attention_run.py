@@ -77,15 +77,15 @@ def test_dense_attention_is_what_it_was_to_the_bit() -> None:
     """The model is given what transformers reads, and nothing of it is replaced."""
     batch = batch_of(4)
     one = tiny_model("mistral")
-    other = tiny_model("mistral")
+    another = tiny_model("mistral")
     logits = one(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
-    found = token_nll(other, batch)
-    assert torch.equal(found, loss) and attention_of(other) == "sdpa"
-    assert model_inputs(other, batch).keys() == {"input_ids", "position_ids", "use_cache"}
+    nll = token_nll(another, batch)
+    assert torch.equal(nll, loss) and attention_of(another) == "sdpa"
+    assert model_inputs(another, batch).keys() == {"input_ids", "position_ids", "use_cache"}
     loss.backward()
-    found.backward()
-    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+    nll.backward()
+    for mine, theirs in zip(one.parameters(), another.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)
 
 
@@ -185,12 +185,12 @@ def test_attention_sinks_by_documents() -> None:
     batch = batch_of(4)
     use_documents(model)
     check_attention(model, 128, (1, 4), document_mask=True)
-    found = model(**model_inputs(model, batch)).logits
+    logits = model(**model_inputs(model, batch)).logits
     for row, begins in enumerate((batch["position_ids"] == 0).int()):
         edges = [*begins.nonzero().flatten().tolist(), len(begins)]
-        parts = [batch["input_ids"][None, row, a:b] for a, b in pairwise(edges)]
-        expected = torch.cat([alone(input_ids=part, use_cache=False).logits[0] for part in parts])
-        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
+        documents = [batch["input_ids"][None, row, a:b] for a, b in pairwise(edges)]
+        expected = torch.cat([alone(input_ids=document, use_cache=False).logits[0] for document in documents])
+        torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def with_lost_window() -> Any:

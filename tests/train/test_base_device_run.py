@@ -39,10 +39,10 @@ def deep(user: Playground, out: str, *more: Any) -> list[str]:
 def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
     """A run's summary, and the bytes that it copied to the buffers."""
     rings: list[BaseRing] = []
-    made = BaseRing.__init__
+    original = BaseRing.__init__
 
     def noted(ring: BaseRing, *args: Any) -> None:
-        made(ring, *args)
+        original(ring, *args)
         rings.append(ring)
 
     with patch.object(BaseRing, "__init__", noted):

@@ -32,11 +32,11 @@ def failing(argv: list[str], owner: str, method: str, error: Exception, calls: t
     """(kind of error, its message) of a run in which these calls of a method, counted from 0, fail on every rank."""
     target = {"evaluator": Evaluator, "tasks": TaskSuite, "program": program}[owner]
     real = getattr(target, method)
-    made: list[int] = []
+    call_numbers: list[int] = []
 
     def call(*arguments: Any, **options: Any) -> Any:
-        made.append(len(made))
-        if made[-1] in calls:
+        call_numbers.append(len(call_numbers))
+        if call_numbers[-1] in calls:
             raise error
         return real(*arguments, **options)
 

@@ -21,9 +21,9 @@ def settings(tmp_path: Path, *flags: object, world: int = 2) -> Arguments:
 
 def is_recipe(job: Arguments) -> bool:
     """All of the recipe, or nothing of it."""
-    parts = [job.training.optimizer == "muon", job.adapter.train_embeddings, bool(job.data.replay)]
-    assert len(set(parts)) == 1, parts
-    return parts[0]
+    choices = [job.training.optimizer == "muon", job.adapter.train_embeddings, bool(job.data.replay)]
+    assert len(set(choices)) == 1, choices
+    return choices[0]
 
 
 def test_the_demo_follows_the_default_recipe(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, None])
 def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int | None) -> None:
     """Every replica has equally many batches, and together exactly `limit` of them count, the first ones."""
-    found = [counted(index, replicas, limit) for index in range(replicas)]
-    assert len({len(batches) for batches in found}) == 1
-    in_order = [count for round_ in zip(*found, strict=True) for count in round_]
+    counts = [counted(index, replicas, limit) for index in range(replicas)]
+    assert len({len(batches) for batches in counts}) == 1
+    in_order = [count for round_ in zip(*counts, strict=True) for count in round_]
     counted_batches = len(in_order) if limit is None else limit
     assert in_order == [True] * counted_batches + [False] * (len(in_order) - counted_batches)
 
@@ -62,8 +62,8 @@ def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit() -
     data: Any = SimpleNamespace(eval_batches=batches)
     for limit, computed in ((None, 4), (2, 2)):
         told.clear()
-        made = Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)
-        for _ in made._batches(data, lambda: told.append("asked")):
+        evaluation = Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)
+        for _ in evaluation._batches(data, lambda: told.append("asked")):
             told.append("computed")
         expected = [word for number in range(computed) for word in (f"made {number}", "asked", "computed")]
         assert told == expected + (["made 2"] if limit else [])
@@ -114,12 +114,12 @@ class Model:
 def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None, **more: Any) -> Any:
     hooks = Reading()
     model = Model(hooks)
-    held = SimpleNamespace(eval_batches=lambda *share: iter(()))
+    dataset = SimpleNamespace(eval_batches=lambda *share: iter(()))
     settings = {"tasks": model, "tasks_steps": 4, **more}
     watch = Watch(bounds or {}, weights)
     state = TrainerState(total_steps=6)
-    made: Any = Evaluator
-    return made(model, {"held": held}, state, Log(), 2, watch=watch, hooks=hooks, **settings)
+    evaluator_class: Any = Evaluator
+    return evaluator_class(model, {"held": dataset}, state, Log(), 2, watch=watch, hooks=hooks, **settings)
 
 
 def at(made: Any, step: int, nll: float, score: float = 0.5) -> None:
@@ -132,10 +132,10 @@ def at(made: Any, step: int, nll: float, score: float = 0.5) -> None:
 
 
 def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None:
-    made = evaluator({})
+    evaluation = evaluator({})
     for step in range(7):
-        at(made, step, 1.0)
-    assert [row[0] for row in made.log.rows if "quiz" in row[1]] == [0, 4, 6]
+        at(evaluation, step, 1.0)
+    assert [row[0] for row in evaluation.log.rows if "quiz" in row[1]] == [0, 4, 6]
     alone = evaluator({}, tasks_steps=0)
     for step in range(7):
         at(alone, step, 1.0)
@@ -144,56 +144,56 @@ def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None
 
 
 def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
-    made = evaluator({})
-    at(made, 0, 1.0)
-    made.state.evaluation_pending = True
-    at(made, 2, 2.0)
+    evaluation = evaluator({})
+    at(evaluation, 0, 1.0)
+    evaluation.state.evaluation_pending = True
+    at(evaluation, 2, 2.0)
     start = {"held": math.exp(1)}
     now = {"held": math.exp(2)}
-    assert made.log.rows == [(0, start, start), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
-    assert made.state.perplexity_last == now and not made.state.evaluation_pending
-    assert made.replica.read_as == ["held", "held"] and made.hooks.now == ""
+    assert evaluation.log.rows == [(0, start, start), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
+    assert evaluation.state.perplexity_last == now and not evaluation.state.evaluation_pending
+    assert evaluation.replica.read_as == ["held", "held"] and evaluation.hooks.now == ""
 
 
 def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    made = evaluator({"held": 1.0})
-    found = []
+    evaluation = evaluator({"held": 1.0})
+    best_steps = []
     for step, nll in enumerate((1.0, 3.0, 2.0, 2.0, 2.5)):
-        at(made, step, nll)
-        found.append(made.state.best_step)
-    assert found == [0, 1, 2, 2, 2] and made.state.best_score == pytest.approx(2.0)
+        at(evaluation, step, nll)
+        best_steps.append(evaluation.state.best_step)
+    assert best_steps == [0, 1, 2, 2, 2] and evaluation.state.best_score == pytest.approx(2.0)
     assert "step 2: the best so far by --best_by, 2.0000" in caplog.text and "step 3: the best" not in caplog.text
 
 
 def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
-    made = evaluator({"held": 1.0, "quiz": 2.0}, {"quiz": 1.5})
-    at(made, 0, 1.0)
+    evaluation = evaluator({"held": 1.0, "quiz": 2.0}, {"quiz": 1.5})
+    at(evaluation, 0, 1.0)
     for step in (2, 4):
-        at(made, step, 1.0, score=0.4)
-    assert made.state.best_step == 4 and made.state.best_score == pytest.approx(1 - 2 * math.log(0.4))
-    assert made.forgotten is None and made.state.task_costs_before == {"quiz": 2.0}
-    at(made, 6, 1.0, score=0.25)
-    assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in made.forgotten
+        at(evaluation, step, 1.0, score=0.4)
+    assert evaluation.state.best_step == 4 and evaluation.state.best_score == pytest.approx(1 - 2 * math.log(0.4))
+    assert evaluation.forgotten is None and evaluation.state.task_costs_before == {"quiz": 2.0}
+    at(evaluation, 6, 1.0, score=0.25)
+    assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_set() -> None:
-    made = evaluator({})
+    evaluation = evaluator({})
     with pytest.raises(NotFinite, match="the loss on 'held' is nan after step 2"):
-        at(made, 2, math.nan)
+        at(evaluation, 2, math.nan)
     with pytest.raises(RunError, match="the loss on 'held' is inf after step 0, before any training"):
-        at(made, 0, math.inf)
+        at(evaluation, 0, math.inf)
 
 
 def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation() -> None:
     """It is made again when the run resumes, at the same step."""
-    made = evaluator({})
+    evaluation = evaluator({})
 
     def leave() -> None:
         raise Stopped("stopped")
 
-    made.state.evaluation_pending = True
-    made.state.step = 4
+    evaluation.state.evaluation_pending = True
+    evaluation.state.step = 4
     with pytest.raises(Stopped):
-        made.evaluate(before_batch=leave)
-    assert made.log.rows == [] and made.state.evaluation_pending
+        evaluation.evaluate(before_batch=leave)
+    assert evaluation.log.rows == [] and evaluation.state.evaluation_pending

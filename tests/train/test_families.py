@@ -139,12 +139,12 @@ def export(root: Path, family: str) -> tuple[ExportReport, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, results: Any) -> None:
     root, ranks = results
-    for found in (rank[family] for rank in ranks):
-        assert all(norm > LEARNING_RATE for norm in found["norms"].values()), found["norms"]
-        assert found["left"] == 0.0
-        torch.testing.assert_close(found["after"], found["before"], rtol=0, atol=5e-6)
-        assert loss_of(found["after"]) == pytest.approx(loss_of(found["before"]), abs=1e-6)
-        assert torch.equal(found["live"], ranks[0][family]["live"])
+    for result in (rank[family] for rank in ranks):
+        assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result["norms"]
+        assert result["left"] == 0.0
+        torch.testing.assert_close(result["after"], result["before"], rtol=0, atol=5e-6)
+        assert loss_of(result["after"]) == pytest.approx(loss_of(result["before"]), abs=1e-6)
+        assert torch.equal(result["live"], ranks[0][family]["live"])
     original = AutoModelForCausalLM.from_pretrained(root / family / "model").eval()
     with torch.no_grad():
         untrained = original(input_ids=tokens(2, seed=77)).logits
@@ -192,7 +192,7 @@ def test_what_else_was_trained_is_in_the_export(results: Any) -> None:
 def test_no_family_needs_a_converted_base(results: Any) -> None:
     """Files hold the live weights one to one, or experts that are put into one tensor: nothing is written twice."""
     _, ranks = results
-    assert not [family for family, found in ranks[0].items() if found["own_base"]]
+    assert not [family for family, result in ranks[0].items() if result["own_base"]]
 
 
 def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path) -> None:
@@ -242,12 +242,12 @@ def test_documents_do_not_see_each_other(family: str, attention: str) -> None:
     for training in (False, True):
         model.train(training)
         one = two_documents(1)
-        other = two_documents(2)
-        assert not torch.equal(one["input_ids"], other["input_ids"])
+        another = two_documents(2)
+        assert not torch.equal(one["input_ids"], another["input_ids"])
         with torch.no_grad():
             alone = logits_of(model, one["input_ids"][:, FIRST:], one["position_ids"][:, FIRST:])
             first = logits_of(model, one["input_ids"], one["position_ids"])[:, FIRST:]
-            second = logits_of(model, other["input_ids"], other["position_ids"])[:, FIRST:]
+            second = logits_of(model, another["input_ids"], another["position_ids"])[:, FIRST:]
         assert torch.equal(first, second)
         torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-4)
 

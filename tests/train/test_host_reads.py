@@ -28,7 +28,7 @@ DEFAULT = ("mixture", "sequence")
 
 def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
     """By file, the reads of each step but the first, which compares ranks and has no batch ready."""
-    found: list[dict[str, int]] = []
+    counts: list[dict[str, int]] = []
     original = Trainer.train_step
 
     def step(trainer: Trainer) -> None:
@@ -37,11 +37,11 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
             return
         with HostReads() as reads:
             original(trainer)
-        found.append(dict(reads.places))
+        counts.append(dict(reads.places))
 
     Trainer.train_step = step  # type: ignore[method-assign]
     job(argv)
-    return found
+    return counts
 
 
 @pytest.mark.gloo
@@ -54,6 +54,6 @@ def test_the_host_waits_once_a_step(user: Playground, tmp_path: Path, name: str)
     for steps in run_ranks(2, reads_of_steps, argv):
         *first, last, _ = steps  # the last one of all is logged
         for step in [*first, last]:
-            assert {place: count for place, count in step.items() if place.startswith("mora_ds/")} == {TRAINER: 1}
-        found = {place: count for place, count in last.items() if not place.startswith("transformers/")}
-        assert found == {TRAINER: 1, STAGE3: 1, UTILS: 1}
+            assert {file: count for file, count in step.items() if file.startswith("mora_ds/")} == {TRAINER: 1}
+        reads = {file: count for file, count in last.items() if not file.startswith("transformers/")}
+        assert reads == {TRAINER: 1, STAGE3: 1, UTILS: 1}

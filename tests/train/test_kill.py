@@ -80,7 +80,7 @@ def victims_of(moment: str, ranks: int) -> dict[str, list[int]]:
 
 ONCE = [
     (moment, list(victims_of(moment, 2))[index % len(victims_of(moment, 2))], 2, "fp32")
-    for index, moment in enumerate([name for name, each in MOMENTS.items() if not each.only_heavy][::2])
+    for index, moment in enumerate([name for name, facts in MOMENTS.items() if not facts.only_heavy][::2])
 ]
 """Every second moment, with one set of victims each; all others are heavy."""
 

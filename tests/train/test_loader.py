@@ -46,13 +46,13 @@ def loader(data: Any, replica: int = 0, replicas: int = 1, accumulation: int = 2
 
 def rows_of(replica: int, replicas: int, micro_batches: int, size: int) -> list[list[int]]:
     """The global rows of each micro-batch of a replica, at step 5."""
-    found = []
-    made = loader(Data(), replica, replicas, micro_batches, size)
+    all_rows = []
+    batch_loader = loader(Data(), replica, replicas, micro_batches, size)
     for index in range(micro_batches):
-        batch, rows_per_step, rows = made.position(5, index)
+        batch, rows_per_step, rows = batch_loader.position(5, index)
         assert (batch, rows_per_step) == (5, size * micro_batches * replicas)
-        found.append(list(range(rows.start, rows.stop)))
-    return found
+        all_rows.append(list(range(rows.start, rows.stop)))
+    return all_rows
 
 
 def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r() -> None:
@@ -63,28 +63,28 @@ def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r(
 
 def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
     data = Data()
-    made = loader(data)
+    batch_loader = loader(data)
     for step in range(3, 5):
-        batch = made.take(step)
-        ids = torch.cat([each.rows["input_ids"][:, 0] for each in batch])
+        batch = batch_loader.take(step)
+        ids = torch.cat([micro.rows["input_ids"][:, 0] for micro in batch])
         assert ids.tolist() == list(range(step * 4, (step + 1) * 4))
-        for each in batch:
-            counted = (each.rows["labels"] != IGNORED).sum(dim=1)
-            assert each.labels == counted.tolist() and sum(each.labels) == T
-        assert made.labels_ahead(step + 1) == (2 * T if step < 4 else 0)
+        for micro_batch in batch:
+            counted = (micro_batch.rows["labels"] != IGNORED).sum(dim=1)
+            assert micro_batch.labels == counted.tolist() and sum(micro_batch.labels) == T
+        assert batch_loader.labels_ahead(step + 1) == (2 * T if step < 4 else 0)
     main = threading.current_thread().name
     assert data.threads == [main, main, "mora_ds batches_0", "mora_ds batches_0"], "and nothing beyond the last step"
 
 
 def test_an_error_is_raised_when_its_batch_is_taken() -> None:
-    made = loader(Data(fails_at=2))
-    made.take(0)
-    assert made.labels_ahead(1) == 2 * T
-    made.take(1)
-    assert made.labels_ahead(2) == 0, "step 1 is still to be finished and saved"
+    batch_loader = loader(Data(fails_at=2))
+    batch_loader.take(0)
+    assert batch_loader.labels_ahead(1) == 2 * T
+    batch_loader.take(1)
+    assert batch_loader.labels_ahead(2) == 0, "step 1 is still to be finished and saved"
     for _ in range(2):
         with pytest.raises(UserError, match="line 2 is damaged"):
-            made.take(2)
+            batch_loader.take(2)
 
 
 class Stream(StreamMixture):
@@ -100,20 +100,20 @@ class Stream(StreamMixture):
 def test_a_stream_shared_by_processes_is_read_by_the_main_thread() -> None:
     for world, name in ((1, "mora_ds batches_0"), (2, threading.current_thread().name)):
         stream = Stream()
-        made = loader(stream, 0, world)
-        made.take(0)
+        batch_loader = loader(stream, 0, world)
+        batch_loader.take(0)
         assert len(stream.data.threads) == 2 or world == 1
-        assert made.labels_ahead(1) == 2 * T
+        assert batch_loader.labels_ahead(1) == 2 * T
         assert stream.data.threads[2:] == [name] * 2
 
 
 def test_counts_are_those_of_the_part_that_a_process_computes() -> None:
     """Under sequence parallelism a process has some tokens of each row."""
-    made = loader(Data())
-    made.replica = Replica.__new__(Replica)
-    vars(made.replica).update(
+    batch_loader = loader(Data())
+    batch_loader.replica = Replica.__new__(Replica)
+    vars(batch_loader.replica).update(
         vars(loader(Data()).replica), processes_per_replica=1, split=lambda b: {k: v[:, :1] for k, v in b.items()}
     )
-    del made.replica.rows
-    (first, second) = made.take(0)
+    del batch_loader.replica.rows
+    (first, second) = batch_loader.take(0)
     assert first.rows["labels"].shape == (2, 1) and labels_in([first, second]) == 2

@@ -58,8 +58,8 @@ def assert_flat(seen: list[tuple[int, int, int]], rank: int) -> None:
     tenth = len(seen) // 10
     early = seen[tenth : 2 * tenth]
     late = seen[-tenth:]
-    for what, place, extreme, growth in (("resident bytes", 1, max, GROWTH), ("open file descriptors", 2, min, 0.0)):
-        before, now = (extreme(row[place] for row in part) for part in (early, late))
+    for what, column, extreme, growth in (("resident bytes", 1, max, GROWTH), ("open file descriptors", 2, min, 0.0)):
+        before, now = (extreme(row[column] for row in period) for period in (early, late))
         print(f"rank {rank}: {what} {before:,} -> {now:,} ({now / before - 1:+.2%})")
         assert now <= before * (1 + growth), f"rank {rank}: {what} grew from {before:,} to {now:,}"
 

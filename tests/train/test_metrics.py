@@ -84,7 +84,7 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
 def test_the_line_for_humans() -> None:
     line = metrics(7).line(100, 0.5)
     parts = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
-    assert all(part in line for part in parts), line
+    assert all(phrase in line for phrase in parts), line
     assert line.endswith("  0:00:46 left"), "93 steps of half a second"
     assert "gathered" not in metrics(7, bytes_gathered=0).line(100, 0.5)
 
@@ -166,8 +166,8 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
     bars: list[Recorder] = []
     monkeypatch.setattr(metrics_module, "tqdm", lambda **given: bars.append(Recorder(**given)) or bars[-1])
     one = Recorder()
-    other = Recorder()
-    log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda: [one, other])
+    another = Recorder()
+    log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda: [one, another])
     with caplog.at_level("INFO"):
         log.step(metrics(3))
         log.evaluation(3, {"held": 4.5, "new": 2.0}, before={"held": 3.0})
@@ -176,7 +176,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
     log.advance(5)
     log.summary({"steps": 9})
     log.close()
-    assert one.calls == other.calls == [
+    assert one.calls == another.calls == [
         (
             {
                 "1_loss/training": 2.0, "1_loss/training_perplexity": math.exp(2),

@@ -59,8 +59,8 @@ def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path,
     }
     with untouched(tmp_path), untouched(pickled):
         results = run_ranks(1, refused_each, list(cases.values()))[0]
-    for part, (kind, message) in zip(cases, results, strict=True):
-        assert kind == "UserError" and part in message, message
+    for phrase, (kind, message) in zip(cases, results, strict=True):
+        assert kind == "UserError" and phrase in message, message
 
 
 def run_privately(argv: list[str]) -> dict[str, Any]:
@@ -150,5 +150,5 @@ def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path) -> N
     argvs = [["--output_dir", out, *(["--overwrite_output_dir"] if out.endswith("run") else [])] for out in cases]
     with untouched(tmp_path):
         results = run_ranks(1, demos_refused, argvs)[0]
-    for message, part in zip(results, cases.values(), strict=True):
-        assert part in message
+    for message, phrase in zip(results, cases.values(), strict=True):
+        assert phrase in message

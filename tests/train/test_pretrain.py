@@ -38,8 +38,8 @@ def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def assert_close_evals(one: Path, other: Path, rel: float) -> None:
-    for (step, found), (expected_step, expected) in zip(perplexities(one), perplexities(other), strict=True):
-        assert step == expected_step and found == pytest.approx(expected, rel=rel)
+    for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(other), strict=True):
+        assert step == expected_step and perplexity == pytest.approx(expected, rel=rel)
 
 
 # -- one curve -----------------------------------------------------------------------------------------------------
@@ -57,12 +57,12 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
         summary = run(ranks, user.flags(out, *more, *batch, "--per_device_eval_batch_size", micro))
         assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
         outs.append(out)
-    reference, *others = outs
+    reference, *remaining = outs
     assert losses(reference)[-1] < losses(reference)[0] - 0.05, "it learns"
-    for out in others:
+    for out in remaining:
         torch.testing.assert_close(losses(out), losses(reference), rtol=2e-6, atol=0)
         assert_close_evals(out, reference, rel=1e-5)
-        squares, expected = (load_file(each / "checkpoints/latest/adapter.safetensors") for each in (out, reference))
+        squares, expected = (load_file(path / "checkpoints/latest/adapter.safetensors") for path in (out, reference))
         for name in expected:
             torch.testing.assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
 
@@ -97,8 +97,8 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
     batch = next(data.eval_batches(0, 1, data.n_blocks))
     predicted = int((batch["labels"] != -100).sum())
     with torch.no_grad():
-        found = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
-    assert found == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
+        perplexity = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
+    assert perplexity == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
     run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints" / "step-000003"))
     assert torch.equal(losses(again), losses(two)[3:])
@@ -283,25 +283,25 @@ def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
 @pytest.mark.gloo
 def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
     """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
-    place = tmp_path / "my work"
-    shutil.copytree(user.model, place / "a model")
-    shutil.copy(user.train, place / "some text.jsonl")
+    folder = tmp_path / "my work"
+    shutil.copytree(user.model, folder / "a model")
+    shutil.copy(user.train, folder / "some text.jsonl")
     recipe = {
         "deepspeed": str(REPOSITORY / "configs" / "zero3.json"), "model_name_or_path": "a model", "max_steps": 4,
         "train_files": ["some text.jsonl"], "output_dir": "my run", "cache_dir": "cache", "mora_rank": 4, "seq_len": 32,
         "per_device_train_batch_size": 2, "learning_rate": "1e-2", "compute": "weight",
     }  # fmt: skip
-    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = launch(1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], place)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = launch(1, ["recipe.yaml", "--mora_rank", "2", "--export_merged", "true"], folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_fit_for_reading(done)
-    first = place / "my run"
+    first = folder / "my run"
     written = yaml.safe_load((first / "run.yaml").read_text())
     assert (written["mora_rank"], written["max_steps"], written["resolved"]["world_size"]) == (2, 4, 1)
     assert written["versions"]["deepspeed"]
     assert AutoModelForCausalLM.from_pretrained(first / "merged").config.vocab_size == 400
-    again = place / "again"
-    os.chdir(place)
+    again = folder / "again"
+    os.chdir(folder)
     run(1, [str(first / "run.yaml"), "--output_dir", str(again)])
     assert torch.equal(losses(again), losses(first))
 

@@ -183,18 +183,18 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
     base = BaseCheckpoint.open(tmp_path / "base")
     ledger = Ledger.open(tmp_path / "out-2" / "ledger")
     loaded = mora_layers(load_adapter(tmp_path / "base", tmp_path / "out-2"))
-    for found in two:
+    for result in two:
         if not config.dropout:
-            assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert found["base_bytes"] == 0 and found["lost"] < 1e-5
-        for name, bits in found["bits"].items():
+            assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert result["base_bytes"] == 0 and result["lost"] < 1e-5
+        for name, bits in result["bits"].items():
             exact = nf4.quantize(base.read(f"{name}.weight"))
             terms = join(ledger.squares_of(name))
             assert len(terms) == {"alternate": 2, "permuted": 3}.get(getattr(config, "grouping", ""), 1)
             layer = loaded[name]
             for weight, scales in (bits, (layer.weight, layer.get_buffer("weight_scales"))):
                 assert torch.equal(weight, exact[0]) and torch.equal(scales, exact[1])
-            for have in (found["merged"][name], layer.merged):
+            for have in (result["merged"][name], layer.merged):
                 assert [spec for spec, _ in have] == [spec for spec, _ in terms]
                 assert all(torch.equal(mine, right) for (_, mine), (_, right) in zip(have, terms, strict=True))
 
@@ -330,9 +330,9 @@ def refused_by_the_plugin(folder: Path, bits: int) -> None:
     with pytest.raises(UserError, match="--tensor_parallel_size 2"):
         initialize(model=models[0], config=ds_config(3, 2, 1), tensor_parallel_size=2)
     engine, *_ = initialize(model=models[1], config=ds_config(3, 2, 1))
-    other = tiny_model("llama")
-    other.model.layers[1].mlp.down_proj.weight.data.neg_()
-    write_own_base(other, folder / "other")
+    another = tiny_model("llama")
+    another.model.layers[1].mlp.down_proj.weight.data.neg_()
+    write_own_base(another, folder / "other")
     with pytest.raises(UserError, match=f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"):
         mora_ds.Run(engine, base=folder / "other", folder=folder / "out")
 

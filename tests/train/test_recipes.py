@@ -49,7 +49,7 @@ BATCH = re.compile(r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = 
 
 
 def size_of(path: Path) -> str:
-    return next((part for part in path.stem.split("_") if part in PARAMETERS), "7b")
+    return next((word for word in path.stem.split("_") if word in PARAMETERS), "7b")
 
 
 def model_config(size: str, folder: Path) -> Path:
@@ -57,9 +57,9 @@ def model_config(size: str, folder: Path) -> Path:
     shipped = CONFIGS / "models" / f"llama_{size}.json"
     if shipped.is_file():
         return shipped
-    made = folder / "config.json"
-    made.write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]}))
-    return made
+    config_file = folder / "config.json"
+    config_file.write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, **SHAPES[size]}))
+    return config_file
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_recipes_are_planned(
         assert sent is not None and float(said[1]) == round(float(sent[1]), 1)
     page = (CONFIGS.parent / "docs" / "recipes" / "choosing.md").read_text(encoding="utf-8")
     (row,) = (line for line in page.splitlines() if line.startswith("|") and f"`{path.stem}`" in line)
-    peaks = [float(each) for each in re.findall(r"[\d.]+", row.split("|")[4])]
-    assert any(each == pytest.approx(float(highest[1]), abs=0.06) for each in peaks), row
+    peaks = [float(number) for number in re.findall(r"[\d.]+", row.split("|")[4])]
+    assert any(peak == pytest.approx(float(highest[1]), abs=0.06) for peak in peaks), row
 
 
 def tier_rows() -> list[Any]:
@@ -129,18 +129,18 @@ def test_experiments_are_planned(
 def test_shapes_of_the_paper_have_their_sizes(size: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_model_config(CONFIGS / "models" / f"llama_{size}.json"))
-    assert sum(each.numel() for each in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.01)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.01)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_batches_are_what_the_comments_say(path: Path) -> None:
     training = parse([str(path)]).training
-    found = BATCH.search(path.read_text(encoding="utf-8"))
-    assert found is not None
-    factors = [int(each) for each in (found[1] + (f" x {found[2]}" if found[2] else "")).split(" x ")]
+    matched = BATCH.search(path.read_text(encoding="utf-8"))
+    assert matched is not None
+    factors = [int(number) for number in (matched[1] + (f" x {matched[2]}" if matched[2] else "")).split(" x ")]
     batch = 1
     for factor in factors:
         batch *= factor
-    assert batch == int(found[3])
-    own = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert int(found[3]) % own == 0 and factors[0] == training.per_device_train_batch_size
+    assert batch == int(matched[3])
+    rank_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert int(matched[3]) % rank_batch == 0 and factors[0] == training.per_device_train_batch_size

@@ -163,16 +163,16 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     out = copied(whole, tmp_path)
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     message = differing(user, out, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
-    parts = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
-    assert all(part in message for part in (*parts, "--bf16"))
+    phrases = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
+    assert all(phrase in message for phrase in (*phrases, "--bf16"))
     assert "--adapter: " in differing(user, out, "--adapter", "full", "--merge_every", 0, "--restart_warmup_steps", 10)
-    other = playground(tmp_path / "other").model
-    model = load_file(other / "model.safetensors")
+    another_base = playground(tmp_path / "other").model
+    model = load_file(another_base / "model.safetensors")
     model["model.norm.weight"][0] = 2.0
     from safetensors.torch import save_file
 
-    save_file(model, other / "model.safetensors", {"format": "pt"})
-    assert "weights of --model_name_or_path" in differing(user, out, "--model_name_or_path", other)
+    save_file(model, another_base / "model.safetensors", {"format": "pt"})
+    assert "weights of --model_name_or_path" in differing(user, out, "--model_name_or_path", another_base)
     assert "--train_files" in differing(user, out, "--train_files", user.held)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files, "nothing was touched"
 

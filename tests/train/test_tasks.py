@@ -67,9 +67,9 @@ def test_results_become_costs() -> None:
         },
         "higher_is_better": {"a": {"acc": True}, "c": {"error": False}},
     }
-    found = _results(results, "abcd")
-    assert {name: result.cost for name, result in found.items()} == {"a": 4.0, "b": 7.0, "c": 0.5, "d": 1000.0}
-    assert found["a"].metrics == {"acc": 0.25, "other": 3.0}
+    task_results = _results(results, "abcd")
+    assert {name: result.cost for name, result in task_results.items()} == {"a": 4.0, "b": 7.0, "c": 0.5, "d": 1000.0}
+    assert task_results["a"].metrics == {"acc": 0.25, "other": 3.0}
     with pytest.raises(UserError, match="no metric"):
         _results({"results": {"e": {"alias": "e"}}}, "e")
 
@@ -110,19 +110,19 @@ def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path
     )  # fmt: skip
     run(2, flags)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    found = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
-    assert list(found) == [0, 4, 6]
+    scores = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
+    assert list(scores) == [0, 4, 6]
     state = json.loads((out / "checkpoints" / "latest" / "trainer_state.json").read_text())
     assert state["best_step"] in (4, 6) and state["task_costs_last"].keys() == files.keys()
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(out / "merged"), batch_size=2)
     manager = TaskManager(include_path=[str(tmp_path)])
     expected = lm_eval.simple_evaluate(model=wrapped, tasks=list(files), task_manager=manager, bootstrap_iters=0)
-    for name, metrics in found[6].items():
+    for name, metrics in scores[6].items():
         assert metrics and metrics == pytest.approx(
             {metric: expected["results"][name][f"{metric},none"] for metric in metrics}, rel=1e-4
         )
-    assert found[0]["rolling"] != found[6]["rolling"]
+    assert scores[0]["rolling"] != scores[6]["rolling"]
 
 
 def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dict[str, Any]]:
@@ -143,8 +143,8 @@ def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dic
 @pytest.mark.gloo
 def test_three_ranks_score_as_one_and_leave_random_states(user: Playground, tmp_path: Path) -> None:
     files = [str(path) for path in task_files(tmp_path).values()]
-    ((kept, alone),) = run_ranks(1, random_states_around_tasks, files, str(user.model))
-    assert kept and len(alone) == 3
+    ((is_kept, alone),) = run_ranks(1, random_states_around_tasks, files, str(user.model))
+    assert is_kept and len(alone) == 3
     for also_kept, results in run_ranks(3, random_states_around_tasks, files, str(user.model)):
         assert also_kept
         for name, result in results.items():

@@ -116,18 +116,18 @@ def test_a_failing_service_is_reported_once(
 def test_a_service_that_cannot_start_loses_no_name_of_a_run(
     tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch, start_step: int, names: dict[str, str]
 ) -> None:
-    other = type("Other", (stand_in,), {"made": []})
-    monkeypatch.setitem(trackers._CLIENTS, "mlflow", other)
+    working = type("Other", (stand_in,), {"made": []})
+    monkeypatch.setitem(trackers._CLIENTS, "mlflow", working)
     path = tmp_path / "trackers" / "runs.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"wandb": "id-0", "mlflow": "id-1"}))
     stand_in.fails_at = 0
-    other.fails_at = 10**9
+    working.fails_at = 10**9
     started = start_trackers(["wandb", "mlflow"], "run", CONFIG, tmp_path, start_step)
     assert json.loads(path.read_text()) == names
-    for each in started:
-        each.log({"loss": 1.0}, start_step + 1)
-    assert [service.calls for service in (*stand_in.made, *other.made)] == [
+    for tracker in started:
+        tracker.log({"loss": 1.0}, start_step + 1)
+    assert [service.calls for service in (*stand_in.made, *working.made)] == [
         [], [("start", "run", names["mlflow"] if start_step else None), (start_step + 1, {"loss": 1.0})]
     ]  # fmt: skip
 

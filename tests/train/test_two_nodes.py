@@ -44,12 +44,12 @@ def nodes() -> Iterator[tuple[Node, Node]]:
 def command(how: str, node: int, folder: Path, flags: list[str]) -> list[str]:
     program = Path(sys.executable).with_name(how)
     script = str(REPOSITORY / "launch" / "pretrain.py")
-    place = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
+    node_flags = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
     if how == "torchrun":
-        return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *place, script, *flags]
+        return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *node_flags, script, *flags]
     hosts = folder / "hosts"
     hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    return [str(program), "--hostfile", str(hosts), "--no_ssh", *place, script, *flags]
+    return [str(program), "--hostfile", str(hosts), "--no_ssh", *node_flags, script, *flags]
 
 
 def start(how: str, nodes: tuple[Node, Node], folder: Path, flags: list[str]) -> list[subprocess.Popen[str]]:
@@ -110,8 +110,8 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
     holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
     program = str(Path(sys.executable).with_name("deepspeed"))
     script = str(REPOSITORY / "launch" / "pretrain.py")
-    place = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
-    words = [program, *place, script, *user.flags(out, *MORE)]
+    node_flags = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
+    words = [program, *node_flags, script, *user.flags(out, *MORE)]
     outside = {"PATH": path, remote_shell.NODES: holders}
     with (tmp_path / "log0").open("w") as log:
         done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)

@@ -66,8 +66,8 @@ def main() -> None:
 
     def cached() -> Mixture:
         sources: dict[str, Any] = {
-            name: PackedDataset(build_cache(part, tokenizer, folder / "cache"), options.seq_len, f"0/{name}")
-            for name, part in corpora.items()
+            name: PackedDataset(build_cache(corpus, tokenizer, folder / "cache"), options.seq_len, f"0/{name}")
+            for name, corpus in corpora.items()
         }
         return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows)
 

@@ -120,8 +120,8 @@ def gather(options: argparse.Namespace, report: Report) -> None:
             index = tables.fold.clamp(0, spec.d_in - 1).flatten().long()
             moved = 2 * x.numel() * x.element_size()
             plain = moved / _seconds(lambda x=x, i=index: x.index_select(1, i), options)  # type: ignore[misc]
-            own = moved / _seconds(lambda x=x, t=tables: ops.gather_sum(x, t.fold, None, None, False), options)  # type: ignore[misc]
-            rows.append([spec.kind.value, str(dtype)[6:], f"{plain / 1e9:.1f}", f"{own / 1e9:.1f}"])
+            ours = moved / _seconds(lambda x=x, t=tables: ops.gather_sum(x, t.fold, None, None, False), options)  # type: ignore[misc]
+            rows.append([spec.kind.value, str(dtype)[6:], f"{plain / 1e9:.1f}", f"{ours / 1e9:.1f}"])
     report.show("gather", rows)
 
 
@@ -199,14 +199,14 @@ def memory(options: argparse.Namespace, report: Report) -> None:
             engine.backward(token_nll(engine, batch) / ids.numel())
         with MemoryMeter() as update:
             engine.step()
-    found = [
+    figures = [
         ("forward and backward", planned.forward_backward, passes.peak),
         ("the optimizer's step", planned.optimizer_step, update.peak),
     ]
     if cuda:
-        found += [("peak, allocated", planned.peak, torch.cuda.max_memory_allocated())]
-        found += [("peak, reserved", planned.peak, torch.cuda.max_memory_reserved())]
-    rows = [[name, f"{a / 1e6:.3f}", f"{b / 1e6:.3f}", f"{b / a:.3f}"] for name, a, b in found]
+        figures += [("peak, allocated", planned.peak, torch.cuda.max_memory_allocated())]
+        figures += [("peak, reserved", planned.peak, torch.cuda.max_memory_reserved())]
+    rows = [[name, f"{a / 1e6:.3f}", f"{b / 1e6:.3f}", f"{b / a:.3f}"] for name, a, b in figures]
     report.show("memory", [["one rank", "planned, MB", "measured, MB", "measured / planned"], *rows])
     engine.destroy()
 
@@ -235,7 +235,7 @@ def resume(options: argparse.Namespace, report: Report) -> None:
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
-    each.__name__: each for each in (ceilings, operators, gather, attention, step, memory, resume)
+    question.__name__: question for question in (ceilings, operators, gather, attention, step, memory, resume)
 }
 
 

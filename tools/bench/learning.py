@@ -96,8 +96,8 @@ class Trial:
 
     def read(self) -> dict[str, Any] | None:
         """What the run has found; None where it has not been run with this base, these texts and these flags."""
-        found = read_json(self.result) if self.result.is_file() else None
-        return found if found is not None and found["marks"] == self.marks else None
+        result = read_json(self.result) if self.result.is_file() else None
+        return result if result is not None and result["marks"] == self.marks else None
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,8 @@ def _texts(options: argparse.Namespace) -> Texts:
     warm = {"bf16": options.bf16, "max_steps": options.base_steps, "learning_rate": options.base_rate}
     paths = warm_base(options.work / "base", 8, options.base_config, **warm)
     base = paths.warm if options.base_steps else paths.start  # no steps: from scratch
-    return Texts.of(base, *(paths.corpus / f"{name}_{part}.jsonl" for name in ("domain", "general")
-                                  for part in ("train", "eval")))  # fmt: skip
+    return Texts.of(base, *(paths.corpus / f"{name}_{split}.jsonl" for name in ("domain", "general")
+                                  for split in ("train", "eval")))  # fmt: skip
 
 
 def _trials(
@@ -229,7 +229,7 @@ def _trials(
         method = methods.methods[name]
         learns = method.flags.get("adapter") != "none"
         ranks = options.rank if method.has_rank else options.rank[:1]
-        for rank, rate, seed in product(ranks, rates, seeds if learns else [each for each in seeds if each == 1]):
+        for rank, rate, seed in product(ranks, rates, seeds if learns else [number for number in seeds if number == 1]):
             settings = {
                 "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
                 "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": rank,
@@ -250,7 +250,7 @@ def _take(path: Path, methods: Methods, trials: Callable[..., Iterable[Trial]]) 
         alike = list(trials({run["method"]: [run["learning_rate"]]}, [run["seed"]]))
         if not alike:  # what learns nothing is measured with seed 1 alone
             raise UserError(f"--with {path}: {run['method']} with seed {run['seed']} is none of the runs here")
-        trial = next((each for each in alike if each.marks == run.get("marks")), alike[0])
+        trial = next((candidate for candidate in alike if candidate.marks == run.get("marks")), alike[0])
         unlike = [name for name, mark in trial.marks.items() if run.get("marks", {}).get(name) != mark]
         if unlike:
             raise UserError(f"--with {path}: not the same {', '.join(unlike)} as here: {trial.name}")
@@ -303,12 +303,12 @@ def _report(options: argparse.Namespace, trials: Sequence[Trial], best: Mapping[
         " learning rate on the new text of each sweep (*: at its edge); gap: how much of LoRA's distance to full"
         " training is closed, on the seeds that all three have"
     )
-    swept = {row.kind: [each.rate for each in _rows(trials) if each.kind == row.kind] for row in shown}
+    swept = {row.kind: [candidate.rate for candidate in _rows(trials) if candidate.kind == row.kind] for row in shown}
     report.show("learning", _table(shown, swept, len(options.rank) > 1))
     report.points["runs"] = [
-        {**_kept(found), "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
+        {**_kept(result), "rank": trial.rank, "is_best": trial.rate == best[trial.kind]}
         for trial in trials
-        if (found := trial.read()) is not None
+        if (result := trial.read()) is not None
     ]
     report.write()
 
@@ -317,13 +317,13 @@ def _rows(trials: Sequence[Trial]) -> list[Row]:
     """One for each method, rank and learning rate, in their order."""
     rows = []
     for key in dict.fromkeys((*trial.kind, trial.rate) for trial in trials):
-        found = [each for trial in trials if (*trial.kind, trial.rate) == key and (each := trial.read()) is not None]
-        new, old = ({each["seed"]: each["perplexity"][name] for each in found} for name in (NEW, OLD))
+        runs = [run for trial in trials if (*trial.kind, trial.rate) == key and (run := trial.read()) is not None]
+        new, old = ({result["seed"]: result["perplexity"][name] for result in runs} for name in (NEW, OLD))
         scores: dict[str, list[float]] = {}
-        for each in found:
-            for name, score in each.get("scores", {}).items():
+        for run in runs:
+            for name, score in run.get("scores", {}).items():
                 scores.setdefault(name, []).append(score)
-        rows.append(Row(*key, found[0]["trained"], new, old, scores))
+        rows.append(Row(*key, runs[0]["trained"], new, old, scores))
     return rows
 
 
@@ -368,8 +368,8 @@ def _gap(row: Row, of: dict[str, Row]) -> str:
     full = of["full"].new
     if not (seeds := set(lora) & set(full) & set(row.new)):
         return "-"
-    start, end, own = (sum(each[seed] for seed in seeds) for each in (lora, full, row.new))
-    return f"{(start - own) / (start - end):.0%}" if start > end else "-"
+    start, end, reached = (sum(perplexities[seed] for seed in seeds) for perplexities in (lora, full, row.new))
+    return f"{(start - reached) / (start - end):.0%}" if start > end else "-"
 
 
 if __name__ == "__main__":

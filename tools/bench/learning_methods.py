@@ -30,12 +30,12 @@ class Method:
 
     def settings(self, rate: float, steps: int, old: Path) -> dict[str, Any]:
         """The flags of a run of so many steps. `old`: the text that is replayed."""
-        found = {self.sweeps: rate, **self.flags}
+        settings = {self.sweeps: rate, **self.flags}
         if self.cycles > 1:
-            found["merge_every"] = steps // self.cycles
+            settings["merge_every"] = steps // self.cycles
         if self.replay:
-            found["replay"] = [f"old={old}:{self.replay:g}"]
-        return found
+            settings["replay"] = [f"old={old}:{self.replay:g}"]
+        return settings
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Methods:
     @classmethod
     def read(cls, path: Path) -> Methods:
         """Raises `UserError` for a file that is no such one."""
-        found: Methods = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
-        for name, method in found.methods.items():
+        methods: Methods = typed(cls, load_yaml(str(path), "--methods_file"), str(path))
+        for name, method in methods.methods.items():
             if not method.rates or min(method.rates) <= 0 or method.cycles < 1:
                 raise UserError(f"{path}: {name} needs positive rates, and at least one cycle")
             if not 0 <= method.replay < 1:
                 raise UserError(f"{path}: {name}: replay is a share, from 0 to below 1")
-        return found
+        return methods
 
     def change(self, settings: dict[str, Any], compute: str | None, replay: float | None) -> None:
         """What replaces the file's own in all runs; None replaces nothing. `compute` is for methods with an operator,

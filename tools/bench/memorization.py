@@ -109,7 +109,7 @@ def main() -> None:
     trials = list(_trials(options))
     run_all(trials, lambda trial: _start(trial, options.work), options.jobs)
     results = [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
-    write_json_atomic(options.work / "results.json", [{**asdict(trial), **found} for trial, found in results])
+    write_json_atomic(options.work / "results.json", [{**asdict(trial), **result} for trial, result in results])
     _show(results, options)
 
 

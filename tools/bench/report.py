@@ -64,17 +64,17 @@ class Report:
 def command() -> str:
     """The command of this process, without the flags that only say where to write."""
     words = list(sys.argv[1:])
-    kept = []
+    arguments = []
     while words:
         word = words.pop(0)
         if word in ("--json", "--folder", "--work"):
             words = words[1:]
         elif not word.startswith("--local_rank"):
-            kept.append(word)
+            arguments.append(word)
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[2]
     name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
-    return shlex.join(["python", str(name), *kept])
+    return shlex.join(["python", str(name), *arguments])
 
 
 def machine() -> dict[str, Any]:

@@ -77,7 +77,7 @@ def main() -> None:
 def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[int, Step]]:
     """Name -> (trained parameters, its step)."""
     config = zero3_config(options.rows)
-    found = {"base alone": (0, _frozen_step(prefer_documents(_model(options)), ids))}
+    contenders = {"base alone": (0, _frozen_step(prefer_documents(_model(options)), ids))}
     ours = {
         "mora_ds": MoRAConfig(rank=options.rank),
         "mora_ds, share": MoRAConfig(rank=options.rank, operator="share"),
@@ -88,14 +88,14 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
         trained = inject(model, adapter).trainable_params
         chunk_loss(model)
         engine = initialize(model=model, config=config)[0]
-        found[name] = (trained, _own_step(engine, ids))
+        contenders[name] = (trained, _own_step(engine, ids))
     for name, stage in ((PEER, 3), (RIVAL, 2)):
         if (peer := _peft(options)) is not None:
             settings = {**config, "zero_optimization": {"stage": stage}}
-            found[name] = (_trained(peer), _engine_step(initialize_full(model=peer, config=settings)[0], ids))
+            contenders[name] = (_trained(peer), _engine_step(initialize_full(model=peer, config=settings)[0], ids))
     full = _model(options)
-    found["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
-    return found
+    contenders["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
+    return contenders
 
 
 def _model(options: argparse.Namespace) -> Any:
@@ -170,10 +170,10 @@ def _rows(
     options: argparse.Namespace, trained: dict[str, int], times: dict[str, list[float]], gathered: dict[str, int]
 ) -> list[list[str]]:
     tokens = options.rows * options.seq_len * dist.get_world_size()
-    others = [name for name in ("base alone", PEER, RIVAL) if name in times]
-    lines = [["", "trained", "tokens/s", *(f"x {name}" for name in others), "gathered a step, rank"]]
+    baselines = [name for name in ("base alone", PEER, RIVAL) if name in times]
+    lines = [["", "trained", "tokens/s", *(f"x {name}" for name in baselines), "gathered a step, rank"]]
     for name, seconds in times.items():
-        against = [_speedup(seconds, times[other]) for other in others]
+        against = [_speedup(seconds, times[baseline]) for baseline in baselines]
         rate = f"{tokens / median(seconds):,.0f}"
         lines.append([name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"])
     return lines
@@ -187,7 +187,7 @@ def _head(options: argparse.Namespace) -> str:
 
 
 def _speedup(seconds: list[float], others: list[float]) -> str:
-    return f"{median(other / mine for mine, other in zip(seconds, others, strict=True)):.2f}"
+    return f"{median(theirs / mine for mine, theirs in zip(seconds, others, strict=True)):.2f}"
 
 
 def _options() -> argparse.Namespace:

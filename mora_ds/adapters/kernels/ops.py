@@ -68,9 +68,9 @@ def _meta_form(weight: Tensor, scales: Tensor | None, square: Tensor, *_: Any) -
 
 
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:
-    parts = plain.parts_of(c.shape[0], c.shape[1], _PROGRAMS_ON_META)
+    part_count = plain.parts_of(c.shape[0], c.shape[1], _PROGRAMS_ON_META)
     dtype = torch.promote_types(c.dtype, torch.float32)
-    return c.new_empty(parts, c.shape[1], z.shape[1], dtype=dtype)
+    return c.new_empty(part_count, c.shape[1], z.shape[1], dtype=dtype)
 
 
 def _meta_sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> None:
-        first = next(each for each in self.arguments.values() if isinstance(each, Tensor))
+        first = next(argument for argument in self.arguments.values() if isinstance(argument, Tensor))
         with _current(first.device):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
@@ -74,17 +74,17 @@ def plan_gather_sum(
     (tokens, size), (terms, columns) = x.shape, table.shape
     turn = _NONE if cos is None else _BACK if back else _FORTH
     row = triton.next_power_of_2(size)
-    part = min(triton.next_power_of_2(columns), 2048)
+    chunk = min(triton.next_power_of_2(columns), 2048)
     shared = row * (_accumulator(x.dtype).primitive_bitwidth // 8 if turn == _BACK else x.element_size()) <= _SHARED
-    width = max(row if shared else 0, part)
+    width = max(row if shared else 0, chunk)
     half = 0 if cos is None else cos.shape[1]
     unit = 8 if half % 8 == 0 else 1  # triton sees that 16 divides an argument, not that 8 does
     return Launch(
         _gather_sum,
-        (triton.cdiv(tokens, _TOKENS) * triton.cdiv(columns, part),),
+        (triton.cdiv(tokens, _TOKENS) * triton.cdiv(columns, chunk),),
         {"out": out, "x": x, "table": table, "cos": cos, "sin": sin, "tokens": tokens, "size": size,
          "columns": columns, "units": half // unit},
-        {"TERMS": terms, "TURN": turn, "ADD": add, "SHARED": shared, "ROW": row, "PART": part,
+        {"TERMS": terms, "TURN": turn, "ADD": add, "SHARED": shared, "ROW": row, "PART": chunk,
          "TOKENS": _TOKENS, "UNIT": unit, "SUM": _accumulator(x.dtype)},
         {"num_warps": min(16, max(4, width // 512)), "enable_fp_fusion": False},
     )  # fmt: skip
@@ -111,14 +111,14 @@ def plan_form_groups(
     columns = weight.shape[1]
     r_hat = len(square)
     row = triton.next_power_of_2(r_hat)
-    part = min(triton.next_power_of_2(columns), 2048)
+    chunk = min(triton.next_power_of_2(columns), 2048)
     return Launch(
         _form_groups,
-        (r_hat, triton.cdiv(columns, part)),
+        (r_hat, triton.cdiv(columns, chunk)),
         {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "members": members,
          "columns": columns, "row_stride": weight.stride(0), "column_stride": weight.stride(1), "r_hat": r_hat,
          "most_members": len(members)},
-        {"TERMS": len(unfold), "SHARED": row * square.element_size() <= _SHARED, "ROW": row, "PART": part,
+        {"TERMS": len(unfold), "SHARED": row * square.element_size() <= _SHARED, "ROW": row, "PART": chunk,
          "SUM": _accumulator(square.dtype)},
         {"num_warps": 8, "enable_fp_fusion": False},
     )  # fmt: skip
@@ -130,15 +130,15 @@ def plan_form_blocks(
 ) -> Launch:  # fmt: skip
     """`form` for the other operators: most elements of the delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
-    part = min(triton.next_power_of_2(columns), 512)
+    chunk = min(triton.next_power_of_2(columns), 512)
     lines = 8
     return Launch(
         _form_blocks,
-        (triton.cdiv(rows, lines), triton.cdiv(columns, part)),
+        (triton.cdiv(rows, lines), triton.cdiv(columns, chunk)),
         {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "deal": deal, "cos": cos,
          "sin": sin, "rows": rows, "columns": columns, "row_stride": weight.stride(0),
          "column_stride": weight.stride(1), "r_hat": len(square), "blocks_in": blocks_in, "blocks_out": blocks_out},
-        {"TERMS": len(unfold), "ROWS": lines, "PART": part, "SUM": _accumulator(square.dtype)},
+        {"TERMS": len(unfold), "ROWS": lines, "PART": chunk, "SUM": _accumulator(square.dtype)},
         {"num_warps": 8, "enable_fp_fusion": False},
     )  # fmt: skip
 
@@ -147,23 +147,23 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by torch."""
     if c.dtype not in (torch.bfloat16, torch.float16):
         return plain.product(c, z)
-    parts = plain.parts_of(c.shape[0], c.shape[1], 2 * _processors(c.device))
-    out = torch.empty(parts, c.shape[1], z.shape[1], dtype=torch.float32, device=c.device)
+    part_count = plain.parts_of(c.shape[0], c.shape[1], 2 * _processors(c.device))
+    out = torch.empty(part_count, c.shape[1], z.shape[1], dtype=torch.float32, device=c.device)
     plan_product(out, c.contiguous(), z.contiguous())()
     return out
 
 
 def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
     """`product` into out (P, R, R). The order of the sums depends on P alone."""
-    (parts, r_hat, _), terms = out.shape, len(c)
+    (part_count, r_hat, _), terms = out.shape, len(c)
     tile = max(16, min(plain.TILE, triton.next_power_of_2(r_hat)))
     deep = 64
     tiles = triton.cdiv(r_hat, tile)
     return Launch(
         _product,
-        (tiles * tiles, parts),
+        (tiles * tiles, part_count),
         {"out": out, "c": c, "z": z, "terms": terms, "r_hat": r_hat,
-         "terms_of_part": deep * triton.cdiv(triton.cdiv(terms, parts), deep)},
+         "terms_of_part": deep * triton.cdiv(triton.cdiv(terms, part_count), deep)},
         {"TILE": tile, "DEEP": deep},
         {"num_warps": 8 if tile == plain.TILE else 4, "num_stages": 3},
     )  # fmt: skip
@@ -226,8 +226,8 @@ def _gather_sum(
     ROW: tl.constexpr, PART: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     half = units * UNIT
-    parts = tl.cdiv(columns, PART)  # of one row: they run next to each other, so that the row comes from L2
-    column = tl.program_id(0) % parts * PART + tl.arange(0, PART)
+    chunks = tl.cdiv(columns, PART)  # of one row: they run next to each other, so that the row comes from L2
+    column = tl.program_id(0) % chunks * PART + tl.arange(0, PART)
     inside = column < columns
     lane = tl.arange(0, ROW)
     if TURN == 1:
@@ -235,15 +235,15 @@ def _gather_sum(
         paired = tl.load(table + pair, mask=inside, other=-1)
     if TURN == 2 and SHARED:
         pair, cosine, sine = _rotation(cos, sin, lane, half, lane < size)
-    first = (tl.program_id(0) // parts).to(tl.int64) * TOKENS
+    first = (tl.program_id(0) // chunks).to(tl.int64) * TOKENS
     for token in range(first, tl.minimum(first + TOKENS, tokens)):
         source = x + token * size
         target = out + token * columns + column
         if SHARED:
             row = tl.load(source + lane, mask=lane < size, other=0)
             if TURN == 2:
-                other = tl.load(source + pair, mask=lane < size, other=0)
-                row = row.to(SUM) * cosine - other.to(SUM) * sine
+                partner = tl.load(source + pair, mask=lane < size, other=0)
+                row = row.to(SUM) * cosine - partner.to(SUM) * sine
         total = tl.zeros((PART,), SUM)
         for term in range(TERMS):  # not unrolled: 20 terms would spill
             position = tl.load(table + term * columns + column, mask=inside, other=-1)
@@ -251,19 +251,19 @@ def _gather_sum(
                 value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
                 value = tl.where(position >= 0, value, 0)
             else:
-                found = position >= 0
-                value = tl.load(source + position, mask=found, other=0).to(SUM)
+                present = position >= 0
+                value = tl.load(source + position, mask=present, other=0).to(SUM)
                 if TURN == 2:
-                    pair, cosine, sine = _rotation(cos, sin, position, half, found)
-                    value = value * cosine - tl.load(source + pair, mask=found, other=0).to(SUM) * sine
+                    pair, cosine, sine = _rotation(cos, sin, position, half, present)
+                    value = value * cosine - tl.load(source + pair, mask=present, other=0).to(SUM) * sine
             total += value
         if TURN == 1:
             if SHARED:
-                other = tl.gather(row, tl.maximum(paired, 0), 0).to(SUM)
-                other = tl.where(paired >= 0, other, 0)
+                partner = tl.gather(row, tl.maximum(paired, 0), 0).to(SUM)
+                partner = tl.where(paired >= 0, partner, 0)
             else:
-                other = tl.load(source + paired, mask=paired >= 0, other=0).to(SUM)
-            total = total * cosine + other * sine
+                partner = tl.load(source + paired, mask=paired >= 0, other=0).to(SUM)
+            total = total * cosine + partner * sine
         if ADD:
             total += tl.load(target, mask=inside, other=0).to(SUM)
         tl.store(target, total.to(out.dtype.element_ty), mask=inside)
@@ -320,15 +320,15 @@ def _form_blocks(
     delta = tl.zeros((ROWS, PART), SUM)
     for term in tl.static_range(TERMS):
         position = tl.load(unfold + term * columns + column, mask=in_columns, other=-1)
-        found = position >= 0
-        met = tl.where(found, position // r_hat % blocks_out, -2)
-        meets = block[:, None] == met[None, :]
+        present = position >= 0
+        column_block = tl.where(present, position // r_hat % blocks_out, -2)
+        meets = block[:, None] == column_block[None, :]
         start = position // r_hat * r_hat
         value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(SUM)
         if cos is not None:
-            pair, cosine, sine = _rotation(cos, sin, position, r_hat // 2, found)
-            other = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
-            value = value * cosine[None, :] - other * sine[None, :]
+            pair, cosine, sine = _rotation(cos, sin, position, r_hat // 2, present)
+            partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
+            value = value * cosine[None, :] - partner * sine[None, :]
         delta = value if term == 0 else delta + value
     tl.store(out + line * columns + column[None, :], (base + delta).to(out.dtype.element_ty), mask=inside)
 
@@ -338,8 +338,8 @@ def _product(out, c, z, terms, r_hat, terms_of_part, TILE: tl.constexpr, DEEP: t
     tiles = tl.cdiv(r_hat, TILE)
     row = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
-    part = tl.program_id(1)
-    start = part * terms_of_part
+    part_index = tl.program_id(1)
+    start = part_index * terms_of_part
     stop = tl.minimum(start + terms_of_part, terms)
     total = tl.zeros((TILE, TILE), tl.float32)
     for first in range(start, stop, DEEP):
@@ -350,15 +350,15 @@ def _product(out, c, z, terms, r_hat, terms_of_part, TILE: tl.constexpr, DEEP: t
         right = tl.load(z + line + column[None, :], mask=inside & (column < r_hat)[None, :], other=0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]
-    tl.store(out + (part * r_hat + row)[:, None] * r_hat + column[None, :], total, mask=inside)
+    tl.store(out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :], total, mask=inside)
 
 
 @triton.jit
 def _sum_parts(out, parts, count, size, PART: tl.constexpr):
-    place = tl.program_id(0) * PART + tl.arange(0, PART)
-    inside = place < size
+    element = tl.program_id(0) * PART + tl.arange(0, PART)
+    inside = element < size
     total = tl.zeros((PART,), parts.dtype.element_ty)
     for _ in range(count):
-        total += tl.load(parts + place, mask=inside, other=0)
+        total += tl.load(parts + element, mask=inside, other=0)
         parts += size
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)

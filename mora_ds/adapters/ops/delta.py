@@ -35,8 +35,8 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
     """
     if total.dim() > 2:
         for spec, value in updates:
-            for index, part in enumerate(total):
-                add_deltas_(part, [single(spec, value, index)])
+            for index, matrix in enumerate(total):
+                add_deltas_(matrix, [single(spec, value, index)])
         return
     pending: list[_Rows] = []
     for spec, value in updates:
@@ -60,9 +60,9 @@ def _add_rows(total: Tensor, pending: list[_Rows]) -> None:
     d_out, d_in = total.shape
     rows = max(1, _CHUNK // d_in) if total.device.type == "cpu" else d_out
     for start in range(0, d_out, rows):
-        part = total[start : start + rows]
+        chunk = total[start : start + rows]
         for columns, slots in pending:
-            part.add_(columns.index_select(0, slots[start : start + rows]))
+            chunk.add_(columns.index_select(0, slots[start : start + rows]))
 
 
 @torch.no_grad()

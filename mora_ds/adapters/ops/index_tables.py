@@ -332,7 +332,7 @@ def group_of_each(size: int, groups: int, segments: int, contiguous: bool) -> Te
 
     Within a segment groups are residues modulo their number, or contiguous runs of which the first are longer by one.
     """
-    parts = []
+    segment_groups = []
     index_bounds = segment_bounds(size, segments)
     group_bounds = segment_bounds(groups, segments)
     for (start, stop), (first, last) in zip(index_bounds, group_bounds, strict=True):
@@ -341,10 +341,10 @@ def group_of_each(size: int, groups: int, segments: int, contiguous: bool) -> Te
         if contiguous:
             lengths = torch.full((count,), len(indices) // count)
             lengths[: len(indices) % count] += 1
-            parts.append(first + torch.repeat_interleave(torch.arange(count), lengths))
+            segment_groups.append(first + torch.repeat_interleave(torch.arange(count), lengths))
         else:
-            parts.append(first + indices % count)
-    return torch.cat(parts)
+            segment_groups.append(first + indices % count)
+    return torch.cat(segment_groups)
 
 
 def clear_tables() -> None:

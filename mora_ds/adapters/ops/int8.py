@@ -67,21 +67,21 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     Of a stack (E, O, D) every matrix by itself. Raises `RunError` where an element is not finite.
     """
     if weight.dim() > 2:
-        parts = [quantize(part) for part in weight]
-        return torch.stack([values for values, _ in parts]), torch.stack([scales for _, scales in parts])
+        quantized = [quantize(matrix) for matrix in weight]
+        return torch.stack([values for values, _ in quantized]), torch.stack([scales for _, scales in quantized])
     outputs, inputs = weight.shape
     values = torch.empty((outputs, inputs), dtype=torch.int8, device=weight.device)
     scales = torch.empty(outputs, dtype=torch.float32, device=weight.device)
     rows = _rows_at_once(weight)
     for start in range(0, outputs, rows):
-        part = weight[start : start + rows].float()
-        least, most = torch.aminmax(part, dim=1)
+        chunk = weight[start : start + rows].float()
+        least, most = torch.aminmax(chunk, dim=1)
         scale = torch.maximum(most, -least)
         # A tensor as divisor: by a number, CUDA multiplies with its reciprocal, which rounds otherwise.
         scale = scale / torch.full_like(scale, LARGEST)
         scales[start : start + rows] = scale
         divisor = torch.where(scale == 0, 1, scale).unsqueeze(1)  # a row of zeros
-        values[start : start + rows] = (part / divisor).round_().clamp_(-LARGEST, LARGEST)
+        values[start : start + rows] = (chunk / divisor).round_().clamp_(-LARGEST, LARGEST)
     if not (weight.is_meta or torch.isfinite(scales).all()):
         raise RunError("a weight that is not finite cannot be held in 8 bits")
     return values, scales
@@ -93,8 +93,8 @@ def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mul(values, scales, out=result)
     rows = _rows_at_once(values)
     for start in range(0, len(values), rows):
-        part = slice(start, start + rows)
-        torch.mul(values[part], scales[part] if len(scales) > 1 else scales, out=result[part])
+        chunk = slice(start, start + rows)
+        torch.mul(values[chunk], scales[chunk] if len(scales) > 1 else scales, out=result[chunk])
     return result
 
 

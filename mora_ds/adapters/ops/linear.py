@@ -118,10 +118,10 @@ class _WeightPath(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products: LayerProducts = ctx.products
-        saved, square, *parts = ctx.saved_tensors
+        saved, square, *weight_tensors = ctx.saved_tensors
         g_x = g_square = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ products.form(weight_of(ctx.make, *parts), square)
+            g_x = g @ products.form(weight_of(ctx.make, *weight_tensors), square)
         if ctx.needs_input_grad[3]:
             g_square = products.square_gradient(saved, g, None, by_weight=True)
         return g_x, None, None, g_square, None
@@ -146,11 +146,11 @@ class _ActivationPath(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products: LayerProducts = ctx.products
-        saved, square, *parts = ctx.saved_tensors
+        saved, square, *weight_tensors = ctx.saved_tensors
         g_x = g_square = None
         collected = products.collect_once(g)
         if ctx.needs_input_grad[0]:
-            g_x = input_gradient(g, weight_of(ctx.make, *parts))
+            g_x = input_gradient(g, weight_of(ctx.make, *weight_tensors))
             products.add_input_gradient_(g_x, square, g, collected)
         if ctx.needs_input_grad[3]:
             g_square = products.square_gradient(saved, g, collected, by_weight=False)

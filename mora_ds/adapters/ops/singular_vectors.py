@@ -49,7 +49,7 @@ def register(name: str, path: Path) -> None:
     verified the contents."""
     known = _paths.setdefault(name, [])
     if known[:1] != [path]:
-        known[:] = [path, *(each for each in known if each != path)]
+        known[:] = [path, *(known_path for known_path in known if known_path != path)]
         _handles.pop(name, None)
 
 
@@ -94,7 +94,7 @@ def _handle(name: str, module: str) -> Any:
             _handles[name] = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is truncated or damaged: {error}") from error
-    parts = {f"{module}.{part}" for part in ("left", "right", "norm")}
-    if not parts <= set(_handles[name].keys()):
+    tensor_names = {f"{module}.{kind}" for kind in ("left", "right", "norm")}
+    if not tensor_names <= set(_handles[name].keys()):
         raise UserError(f"{_paths[name][0]} holds no singular vectors of {module}")
     return _handles[name]

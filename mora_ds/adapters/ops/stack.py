@@ -64,7 +64,7 @@ class StackSpec(SquareSpec):
         return torch.stack([self.each.delta_weight(square) for square in value])
 
     def adjoint(self, gradient: Tensor) -> Tensor:
-        return torch.stack([self.each.adjoint(part) for part in gradient])
+        return torch.stack([self.each.adjoint(matrix) for matrix in gradient])
 
     def members(self, module: str, value: Tensor) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
         for index, square in enumerate(value):

@@ -47,8 +47,8 @@ def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute) -> No
     for spec in specs():
         if spec.kind is kind:
             expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
-            found = outputs_and_gradients(spec, torch.float64, by_kernels(spec, path))
-            for one, right in zip(found, expected, strict=True):  # rotate's cosines are fp32
+            results = outputs_and_gradients(spec, torch.float64, by_kernels(spec, path))
+            for one, right in zip(results, expected, strict=True):  # rotate's cosines are fp32
                 assert torch.allclose(one, right, rtol=1e-6, atol=1e-6), spec
 
 
@@ -57,8 +57,8 @@ def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute) -> No
 def test_both_paths_in_bf16(kind: OperatorKind, path: Compute) -> None:
     for spec in [spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1][::5]:
         expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
-        found = outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path))
-        for one, right in zip(found, expected, strict=True):
+        results = outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path))
+        for one, right in zip(results, expected, strict=True):
             assert (one - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm(), spec
 
 

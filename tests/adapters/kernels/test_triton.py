@@ -86,15 +86,15 @@ def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict
         form = triton_ops.plan_form_groups(*base, tables.members)
     else:
         form = triton_ops.plan_form_blocks(*base, tables.deal, *rotation, *blocks)
-    parts = meta(PARTS, side, side, dtype=torch.float32)
+    partial_sums = meta(PARTS, side, side, dtype=torch.float32)
     return {
         "fold": plan(z, x, tables.fold, *rotation, False, add=False),
         "collect": plan(z, g, tables.collect, None, None, False, add=False),
         "deal": plan(g, z, tables.deal, None, None, False, add=True),
         "unfold": plan(x, z, tables.unfold, *rotation, True, add=True),
         "form": form,
-        "product": triton_ops.plan_product(parts, z.view(-1, side), z.view(-1, side)),
-        "sum_parts": triton_ops.plan_sum_parts(square, parts),
+        "product": triton_ops.plan_product(partial_sums, z.view(-1, side), z.view(-1, side)),
+        "sum_parts": triton_ops.plan_sum_parts(square, partial_sums),
     }
 
 

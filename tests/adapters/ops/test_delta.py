@@ -20,13 +20,13 @@ SIDES = (2, 6, 10, 16, 30, 70)
 
 def specs(kind: OperatorKind) -> list[OperatorSpec]:
     """Every one that exists: sides below, at and above the layer's, that divide it and do not."""
-    found = []
+    valid = []
     for (d_in, d_out), side, grouping, segments in itertools.product(SHAPES, SIDES, Grouping, (1, 2)):
         try:
-            found.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3, segments, segments))
+            valid.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3, segments, segments))
         except UserError:
             continue
-    return found
+    return valid
 
 
 def one_by_one(total: torch.Tensor, updates: list[tuple[UpdateSpec, torch.Tensor]]) -> torch.Tensor:

@@ -169,7 +169,7 @@ def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bit
     """A forward saves as many bytes for backward as on a dense base; in 4 bits with merged cycles too."""
     if bits == 4:
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
-    kept = {}
+    live_bytes = {}
     for bits_of_base in (16, bits):
         model = tiny_model("llama")
         if checkpointing:
@@ -185,10 +185,10 @@ def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bit
         causal_loss(model, ids)  # makes the tables
         with MemoryMeter((*model.parameters(), *model.buffers(), *merged, ids)) as meter:
             loss = causal_loss(model, ids)
-            kept[bits_of_base] = meter.live
+            live_bytes[bits_of_base] = meter.live
             loss.backward()
             del loss
-    assert kept[bits] == kept[16]
+    assert live_bytes[bits] == live_bytes[16]
 
 
 def test_only_adapted_weights_are_int8() -> None:
@@ -203,9 +203,9 @@ def test_only_adapted_weights_are_int8() -> None:
         adapted = name.removesuffix(".weight") in layers
         assert tensor.dtype is (torch.int8 if adapted else torch.float32), name
     move_base(model, "cpu", torch.bfloat16)
-    kept = {name: layer.weight_scales.clone() for name, layer in layers.items()}
+    scales = {name: layer.weight_scales.clone() for name, layer in layers.items()}
     model.to(torch.bfloat16)
-    assert all(torch.equal(layer.weight_scales, kept[name]) for name, layer in layers.items())
+    assert all(torch.equal(layer.weight_scales, scales[name]) for name, layer in layers.items())
     assert model.lm_head.weight.dtype is torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -262,12 +262,12 @@ def test_norms_of_a_merge(bits: int, conv: bool) -> None:
     if bits == 8:
         in_8_bits(layer)
     before = layer.read().double().clone()
-    found = merge_layer(layer, original, [(spec, value)], value)
+    norms = merge_layer(layer, original, [(spec, value)], value)
     delta = delta_weight(spec, value).double()
     lost = layer.read().double() - before - (delta.T if conv else delta)
-    for norm, tensor in zip(found, (value, delta, before, lost), strict=True):
+    for norm, tensor in zip(norms, (value, delta, before, lost), strict=True):
         assert norm.item() == pytest.approx(tensor.norm().item(), rel=1e-4)
-    assert found.lost > 0 and abs(found.weight - layer.read().double().norm()) > 1e-3 * found.weight
+    assert norms.lost > 0 and abs(norms.weight - layer.read().double().norm()) > 1e-3 * norms.weight
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ def test_all_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.M
     for sums in (True, False):  # as on a CPU, as on a GPU
         monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
         for path in PATHS:
-            found = outputs_and_gradients(spec, torch.float64, by_path(spec, path))
-            for one, right in zip(found, expected, strict=True):
+            results = outputs_and_gradients(spec, torch.float64, by_path(spec, path))
+            for one, right in zip(results, expected, strict=True):
                 torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
 
 
@@ -36,8 +36,8 @@ def test_all_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.M
 def test_all_paths_in_bf16(spec: OperatorSpec, path: Compute) -> None:
     """By other products than in fp32: within what bf16 rounds."""
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
-    for found, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)), expected, strict=True):
-        assert (found - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
+    for result, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)), expected, strict=True):
+        assert (result - right).norm() <= 8 * torch.finfo(torch.bfloat16).eps * right.norm()
 
 
 @all_paths
@@ -46,8 +46,8 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
     x = random(5, 12)
     weight = random(12, 8, seed=1)
     square = random(6, 6, seed=2)
-    found = mora_linear(x, weight.T, None, square, spec, path)
-    torch.testing.assert_close(found, x @ (weight.T + delta_weight(spec, square)).T)
+    output = mora_linear(x, weight.T, None, square, spec, path)
+    torch.testing.assert_close(output, x @ (weight.T + delta_weight(spec, square)).T)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -64,13 +64,13 @@ def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
     x = torch.randn(tokens, d)
     weight = torch.randn(d, d)
     square = torch.randn(spec.r_hat, spec.r_hat, requires_grad=True)
-    kept = saved_bytes(lambda: mora_linear(x.requires_grad_(), weight, None, square, spec, path), weight, square)
+    saved = saved_bytes(lambda: mora_linear(x.requires_grad_(), weight, None, square, spec, path), weight, square)
     down = torch.randn(rank, d, requires_grad=True)
     up = torch.randn(d, rank, requires_grad=True)
     lora = saved_bytes(lambda: F.linear(x, weight) + F.linear(F.linear(x, down), up), weight, down, up)
-    assert kept == tokens * spec.r_hat * 4
+    assert saved == tokens * spec.r_hat * 4
     assert lora == tokens * (d + rank) * 4
-    assert kept <= 0.6 * lora
+    assert saved <= 0.6 * lora
 
 
 @all_paths
@@ -108,26 +108,26 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
         y = outputs()
         return [told, y, *torch.autograd.grad(y.square().sum(), (x, *squares))]
 
-    found = all_of_it()
+    results = all_of_it()
     monkeypatch.setattr(gather, "reuses_memory", lambda x: False)
-    assert all(map(torch.equal, found, all_of_it()))
+    assert all(map(torch.equal, results, all_of_it()))
 
 
 def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
     like = torch.zeros(3)
-    places = []
+    addresses = []
 
     def place() -> None:
         with torch.no_grad():
-            places.append(gather.scratch("test", like, 5, 2).data_ptr())
+            addresses.append(gather.scratch("test", like, 5, 2).data_ptr())
 
     place()
     place()
     thread = threading.Thread(target=place)
     thread.start()
     thread.join()
-    assert places[0] == places[1] != places[2]
-    assert gather.scratch("test", like, 5, 2).data_ptr() not in places, "autograd records"
+    assert addresses[0] == addresses[1] != addresses[2]
+    assert gather.scratch("test", like, 5, 2).data_ptr() not in addresses, "autograd records"
     with torch.no_grad():
         gather.scratch("large", like, 2**24 + 1)
     assert ("large", torch.float32) not in gather._kept.memory, "more than 64 MiB are not kept"

@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_two_matrices() -> None:
     factors = random_factors(SPEC)
     layer.factors.data.copy_(factors)
     x = torch.randn(4, 12)
-    down, up = (part.clone().requires_grad_() for part in (factors[:, :12], factors[:, 12:].T))
+    down, up = (factor.clone().requires_grad_() for factor in (factors[:, :12], factors[:, 12:].T))
     (F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T).square().sum().backward()
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
@@ -171,10 +171,10 @@ def set_everywhere() -> list[str]:
             for layer in mora_layers(model).values():
                 whole = random_factors(layer.spec)
                 zero.set_fp32(engine, layer.value, whole)
-                held = zero.full_fp32(engine, layer.value)
+                master = zero.full_fp32(engine, layer.value)
                 with deepspeed.zero.GatheredParameters([layer.value], enabled=stage == 3):
                     low = layer.value.detach().clone()
-                if not torch.equal(held, whole) or not torch.equal(low, whole.to(dtype)):
+                if not torch.equal(master, whole) or not torch.equal(low, whole.to(dtype)):
                     wrong.append(f"stage {stage} {dtype}")
     return wrong
 
@@ -189,6 +189,6 @@ def test_relora_is_the_same_at_every_stage_and_world(tmp_path: Path) -> None:
     (alone,) = run_ranks(1, relora, str(tmp_path / "alone"), 1, "float32", 3)
     for world, stage in ((2, 1), (3, 3)):
         ranks = run_ranks(world, relora, str(tmp_path / f"{world}"), stage, "float32", 3)
-        mean = [sum(losses) / world for losses in zip(*(each["losses"] for each in ranks), strict=True)]
+        mean = [sum(losses) / world for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
         assert mean == pytest.approx(alone["losses"], abs=1e-5)
         assert ranks[0]["live"] == pytest.approx(alone["live"], abs=1e-5)

@@ -60,15 +60,15 @@ def golden_cases() -> list[str]:
 @pytest.mark.parametrize("case", golden_cases())
 def test_reference_outputs_are_reproduced(case: str) -> None:
     with safe_open(GOLDEN, "pt") as file:
-        square, x, y, delta = (file.get_tensor(f"{case}.{part}") for part in ("M", "x", "y", "delta"))
+        square, x, y, delta = (file.get_tensor(f"{case}.{name}") for name in ("M", "x", "y", "delta"))
     kind, grouping = REFERENCE_TYPES[int(case[4])]
     spec = OperatorSpec(kind, x.shape[1], y.shape[1], square.shape[0], grouping)
     assert square.dtype is torch.float64
-    for found, right in ((mora_update(spec, square, x), y), (delta_weight(spec, square), delta)):
+    for result, right in ((mora_update(spec, square, x), y), (delta_weight(spec, square), delta)):
         # The reference's sines and cosines are of angles in fp32, by its CPU's instructions; ours are exact but for
         # one rounding.
         apart = 3e-7 * right.abs().max().item() if kind is OperatorKind.ROTATE else 1e-10
-        torch.testing.assert_close(found, right, rtol=0, atol=apart)
+        torch.testing.assert_close(result, right, rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize(("blocks", "r_hat"), [(1, 2), (7, 2), (16, 256), (300, 38)])
@@ -114,8 +114,8 @@ def test_gradient_of_the_square_is_the_adjoint(spec: OperatorSpec) -> None:
     square = random(spec.r_hat, spec.r_hat).requires_grad_()
     x = random(3, spec.d_in, seed=1)
     g = random(3, spec.d_out, seed=2)
-    (found,) = torch.autograd.grad(mora_update(spec, square, x), square, g)
-    torch.testing.assert_close(found, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
+    (gradient,) = torch.autograd.grad(mora_update(spec, square, x), square, g)
+    torch.testing.assert_close(gradient, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
 
 
 @every_grouping

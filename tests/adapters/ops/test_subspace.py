@@ -60,8 +60,8 @@ def test_adjoint_and_the_gradient_of_the_square(spec: SubspaceSpec) -> None:
     x = random(3, spec.d_in, seed=1)
     g = random(3, spec.d_out, seed=2)
     update = subspace_update(square, spec.sides(x.device, x.dtype), x)
-    (found,) = torch.autograd.grad(update, square, g)
-    torch.testing.assert_close(found, spec.adjoint(g.T @ x), rtol=1e-12, atol=1e-12)
+    (square_gradient,) = torch.autograd.grad(update, square, g)
+    torch.testing.assert_close(square_gradient, spec.adjoint(g.T @ x), rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck(tmp_path: Path) -> None:
@@ -139,5 +139,5 @@ def test_a_dry_run_plans_it_without_vectors(user: Playground) -> None:
     adapter = MoRAConfig(rank=2, operator="subspace")
     work = Work(AutoConfig.from_pretrained(user.model), adapter, seq_len=32, dtype=torch.float32)
     layers = mora_layers(model := planned_model(work)).values()
-    kept = sum((layer.in_features + layer.out_features) * layer.value.shape[0] * 4 for layer in layers)
-    assert kept <= measure_step(model, work).tables < 1.1 * kept, "the vectors are counted"
+    vector_bytes = sum((layer.in_features + layer.out_features) * layer.value.shape[0] * 4 for layer in layers)
+    assert vector_bytes <= measure_step(model, work).tables < 1.1 * vector_bytes, "the vectors are counted"
