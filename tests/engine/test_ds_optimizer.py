@@ -29,7 +29,9 @@ def test_the_flags_fill_the_config() -> None:
         assert (params["lr"], params["muon_lr"], params["momentum"], params["torch_adam"]) == (1e-3, 0.01, 0.95, True)
         assert resolved["zero_optimization"]["reduce_scatter"] is False
         assert resolved["communication_data_type"] == "fp32"
-    assert "reduce_scatter" not in resolve_ds_config({}, settings, 2)["zero_optimization"]
+    assert (
+        "reduce_scatter" not in resolve_ds_config({"zero_optimization": {"stage": 2}}, settings, 2)["zero_optimization"]
+    )
     assert flags("--optimizer", "muon").schedule(10).peak == 0.01
 
 

@@ -119,8 +119,9 @@ def test_the_same_documents_in_every_format_give_the_same_run(
     folder = tmp_path / "a folder"
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), folder / "a.parquet")
-    (folder / "a.json").write_text(json.dumps([{"body": text} for text in texts]))
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"body": t}) + "\n" for t in texts).encode()))
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in texts).encode()
+    (folder / "a.json").write_bytes(lines)
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     for number, text in enumerate(texts):
         (folder / f"{number:03}.txt").write_bytes(text.encode())
     run(1, user.flags(tmp_path / "jsonl"))
