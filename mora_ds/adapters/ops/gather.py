@@ -60,11 +60,6 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
     return memory[:numbers].view(shape)
 
 
-def clear_scratch() -> None:
-    """Give back this thread's memory of `scratch`."""
-    _kept.memory.clear()
-
-
 def reuses_memory(x: Tensor) -> bool:
     """Whether results that live for one operation are written to `scratch`."""
     return on_cpu(x) and not torch.is_grad_enabled()
