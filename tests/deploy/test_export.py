@@ -135,6 +135,12 @@ def test_the_card_has_the_perplexities_that_are_known(tmp_path: Path) -> None:
     card = (tmp_path / "merged" / "README.md").read_text()
     table = "| text | before | after |\n|---|---|---|\n| code | 9.500 | 8.250 |\n| law | - | 7.000 |\n"
     assert table in card and "| note | two lines |" in card and "| pair | [1, 2] |" in card
+    state |= {"perplexity_last": {"code": 9.0}, "evaluation_pending": True}
+    files.write_json_atomic(run.checkpoint / "trainer_state.json", state)
+    files.write_manifest(run.checkpoint)
+    export_merged(run.output, tmp_path / "not_evaluated")
+    card = (tmp_path / "not_evaluated" / "README.md").read_text()
+    assert "|---|---|---|\n| code | 9.500 | - |\n\n" in card, "9.0 is of an earlier model, 8.25 of a later one"
 
 
 def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path) -> None:
