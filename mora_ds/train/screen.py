@@ -68,6 +68,8 @@ def closing(arguments: Arguments, summary: Mapping[str, Any], seconds: float) ->
     }
     if "tensorboard" in arguments.training.report_to:
         rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
+    if arguments.research.get("domain_adapters"):
+        return _labelled(rows)  # the commands below are of one model, and each domain has its own
     if arguments.training.export_merged:
         rows["evaluate"] = f"mora-ds evaluate {merged} --sets NAME=FILE"
         rows["serve"] = f"vllm serve {merged}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mora_ds.config.arguments import parse
@@ -25,6 +27,11 @@ def test_the_last_lines_name_the_commands_that_work_now(flags: list[str], labels
     assert [line.split()[0] for line in lines] == labels
     assert lines[0].endswith("in 1:02:03")
     assert len({len(line) - len(line[12:].lstrip()) for line in lines}) == 1, "aligned"
+
+
+def test_no_command_for_one_model_follows_a_run_with_domains() -> None:
+    arguments = replace(parse(["--output_dir", "runs/law"]), research={"domain_adapters": True})
+    assert [line.split()[0] for line in closing(arguments, SUMMARY, 1)] == ["done", "checkpoint", "curves"]
 
 
 def test_the_next_commands_have_the_paths_of_the_run() -> None:
