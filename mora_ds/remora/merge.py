@@ -175,7 +175,8 @@ class ReMoRA:
             raise RunError(
                 f"the merge at step {step} moved the loss on the probe batch from {before:.6f} to {after:.6f}, which "
                 f"rounding to {dtype} does not explain: the merged base is not the live model. Resume from the last "
-                "checkpoint; with --compute weight in low precision take activation"
+                "checkpoint. Where it happens again, with --compute weight in low precision, begin a new run with "
+                "--compute activation: a resume keeps --compute"
             )
 
     def replay(self) -> None:
