@@ -10,12 +10,17 @@ _SHOWN = 6
 """Step numbers shown at each end of a long list."""
 
 
-def start_lines(schedule: Schedule, done: int = 0) -> list[str]:
-    """When merges will come, and which are left out, after `done` steps; no lines without merges."""
+def start_lines(schedule: Schedule, done: int = 0, merge_pending: bool = False) -> list[str]:
+    """When merges will come, and which are left out, after `done` steps; no lines without merges.
+
+    `merge_pending`: whether the merge after step `done` is still to be made, which a resumed run begins with.
+    """
     if schedule.merge_every == 0:
         return []
     ahead = [step for step in schedule.multiples() if step > done]
     coming = [step for step in ahead if schedule.merges_after(step)]
+    if merge_pending and done < schedule.total_steps:
+        coming = [done, *coming]
     early = [step for step in ahead if step < schedule.warmup_steps]
     lines = [f"merges after {_steps(coming)} of {schedule.total_steps}"] if coming else []
     if early:

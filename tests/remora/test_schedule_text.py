@@ -49,6 +49,7 @@ def test_an_interval_longer_than_the_run_is_announced() -> None:
 
 def test_a_resumed_run_lists_what_is_left() -> None:
     assert said(PLAIN, done=50) == "merges after step 75 of 100"
+    assert start_lines(PLAIN, 75, merge_pending=True) == ["merges after step 75 of 100"]
     warmed = dataclasses.replace(PLAIN, warmup_steps=51)
     assert said(warmed, done=60) == "merges after step 75 of 100"
     short = dataclasses.replace(PLAIN, total_steps=79)
