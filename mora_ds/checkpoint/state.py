@@ -41,9 +41,9 @@ class TrainerState:
     total_steps: Count = 0
     """Optimizer steps that the run was planned for, from which the learning-rate schedule follows."""
     finished: bool = False
-    """Whether all steps are done, with the merge and the evaluation after the last one."""
+    """Whether all steps are done, with the evaluation after the last one."""
     evaluation_pending: bool = False
-    """Whether the evaluation after this step is still to be made: the run stopped before or during it."""
+    """Whether the evaluation after this step is still to be made: every checkpoint is written before it."""
     merge_pending: bool = False
     """Whether the merge after this step is still to be made."""
     micro_batch_tokens: Count = 0

@@ -99,7 +99,10 @@ class Job:
 
     def save(self) -> Path:
         """Write a checkpoint and return its folder; with --async_save it is complete only later."""
-        return self.checkpoints.save(self.state, self.arguments.training.save_total_limit)
+        keep = self.arguments.training.save_total_limit
+        if keep is not None and self.state.evaluation_pending:
+            keep = max(keep, 2)  # the one before is the last good one, should the evaluation find NaN
+        return self.checkpoints.save(self.state, keep)
 
     def check_base(self) -> None:
         """Raise `BaseChanged`, on all processes, when files have changed from which live weights are read: those of an

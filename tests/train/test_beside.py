@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -77,9 +78,14 @@ def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground
 
 
 def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_path: Path) -> None:
+    """The checkpoint of its step holds that model: the one before is named, which --save_total_limit has left."""
     error = NotFinite("the loss is nan")
-    ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), "evaluator", "evaluate", error, (2,))
-    assert kind == "RunError" and "the loss is nan" in message and "Last good checkpoint: " in message
+    argv = user.flags(tmp_path, *FLAGS, "--save_total_limit", 1, "--resume_from_checkpoint", "auto")
+    for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
+        ((kind, message),) = run_ranks(1, failing, argv, "evaluator", "evaluate", error, (call,))
+        assert kind == "RunError" and "the loss is nan" in message
+        named = re.search(r"step-000004 holds this model. Last good checkpoint: (\S+)\. ", message)
+        assert named and TrainerState.read(Path(named[1])).step == 2
 
 
 def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path) -> None:
