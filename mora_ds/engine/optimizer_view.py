@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from mora_ds.common.errors import RunError
 
 StateReset = Callable[[str, Tensor], Any]
-"""Changes one tensor of optimizer state in place, given its key and this process's flat partition of it."""
+"""Changes one tensor of optimizer state in place, given its key and this process's flat partition of it; a step count
+is a tensor without a dimension."""
 
 
 class Span(NamedTuple):
@@ -91,7 +92,8 @@ class OptimizerView:
         parameter.data.zero_()
 
     def reset_step(self, group: int, reset: StateReset) -> None:
-        """Change the step count that FusedAdam keeps in the parameter group; torch's AdamW has it in the state."""
+        """Change the step count that a parameter group has beside those in the state of its masters: FusedAdam starts
+        the state of a new master with it."""
         settings = self.engine.basic_optimizer.param_groups[group]
         if "step" in settings:
             step = torch.as_tensor(settings["step"])

@@ -15,7 +15,8 @@ import deepspeed
 import pytest
 import torch
 
-from mora_ds.engine import optimizer_view
+from mora_ds.engine import optimizer_view, zero
+from mora_ds.remora.optimizer_reset import keep as keep_state
 from mora_ds.remora.optimizer_reset import zero as zero_state
 
 SYMBOLS = {
@@ -85,14 +86,32 @@ def test_the_switch_that_avoids_a_build_is_read() -> None:
     assert builder.NAME == "deepspeed_shm_comm", "the switch in zero.prepare_backend has another name now"
 
 
-def test_fused_adam_counts_steps_in_the_group() -> None:
-    source = inspect.getsource(import_module("deepspeed.ops.adam.fused_adam").FusedAdam.step)
-    assert "group['step']" in source, "FusedAdam keeps its step count elsewhere: see OptimizerView.reset_step"
+@pytest.mark.parametrize(("module", "name"), [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
+def test_deepspeeds_adam_counts_steps_by_numbers_in_the_state(module: str, name: str) -> None:
+    source = inspect.getsource(getattr(import_module(f"deepspeed.ops.adam.{module}"), name).step)
+    assert "state['step'] += 1" in source, f"{name} keeps its step count elsewhere: see zero.reset_group"
+    first = "group.get('step', 0)" if name == "FusedAdam" else "0"
+    assert f"state['step'] = {first}" in source, f"{name} starts its step count elsewhere: OptimizerView.reset_step"
+
+
+@pytest.mark.parametrize(("rule", "expected"), [(zero_state, [0, 0.0]), (keep_state, [3, 2.5])])
+def test_numbers_in_the_state_are_reset(
+    monkeypatch: pytest.MonkeyPatch, rule: optimizer_view.StateReset, expected: list[Any]
+) -> None:
+    """DeepSpeed's own Adam has to be built: its state alone."""
+    moment = torch.ones(2)
+    flat = optimizer_view.Flat(0, torch.ones(2), {"step": 3, "exp_avg": moment, "other": 2.5}, [], [])
+    view = SimpleNamespace(flats=lambda group: [flat], reset_step=lambda group, reset: None)
+    monkeypatch.setattr(zero, "view_of", lambda engine: view)
+    zero.reset_group(SimpleNamespace(), 0, [], rule)
+    numbers = [flat.state["step"], flat.state["other"]]
+    assert numbers == expected and [type(number) for number in numbers] == [int, float]
+    assert flat.state["exp_avg"] is moment and not flat.master.any()
 
 
 @pytest.mark.parametrize("step", [3, torch.tensor(3)])
 def test_a_step_count_in_the_group_is_reset_and_restored(step: Any) -> None:
-    """FusedAdam needs a GPU: its parameter groups alone."""
+    """FusedAdam starts from it, and needs a GPU: its parameter groups alone."""
     groups: list[dict[str, Any]] = [{"lr": 0.1, "step": step}, {"lr": 0.1, "step": 7}, {"lr": 0.1}]
     engine: Any = SimpleNamespace(optimizer=None, basic_optimizer=SimpleNamespace(param_groups=groups))
     view = optimizer_view.OptimizerView(engine)
