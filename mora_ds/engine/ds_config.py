@@ -320,6 +320,11 @@ def _zero(config: dict[str, Any]) -> list[str]:
             'zero_optimization.offload_optimizer.device = "nvme": MoRA matrices and their moments fit in host memory: '
             'use "cpu"'
         )
+    if at(zero, "offload_optimizer.ratio") not in (None, 1):
+        problems.append(
+            "zero_optimization.offload_optimizer.ratio must stay 1: the rest would step in a second optimizer, whose "
+            "state no merge resets"
+        )
     if config.get("gradient_allreduce_op") not in (None, "mean"):
         problems.append('gradient_allreduce_op must stay "mean": the loss is an average over tokens')
     if config.get("managed_gradient_accumulation") not in (None, True):

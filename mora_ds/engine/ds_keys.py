@@ -58,11 +58,11 @@ def _words(text: str) -> frozenset[str]:
 TOP_LEVEL = _words(
     """
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer bf16 fp16
-    zero_optimization data_types checkpoint zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization data_types zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     communication_data_type prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather
     managed_gradient_accumulation steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level
     disable_python_gc vocabulary_size dataloader_drop_last activation_checkpointing comms_logger flops_profiler
-    tensorboard wandb csv_monitor comet aio timers compile datastates_ckpt
+    tensorboard wandb csv_monitor comet timers compile
     """
 )
 
@@ -89,8 +89,7 @@ SECTIONS: dict[str, frozenset[str]] = {
 
 OTHER_SECTIONS = _words(
     """
-    activation_checkpointing aio checkpoint comet comms_logger compile csv_monitor datastates_ckpt flops_profiler
-    tensorboard timers wandb
+    activation_checkpointing comet comms_logger compile csv_monitor flops_profiler tensorboard timers wandb
     """
 )
 """Sections whose keys only DeepSpeed checks."""
@@ -111,6 +110,9 @@ REFUSED: dict[str, str] = {
     "hybrid_engine": "it is for generation between training steps",
     "data_efficiency": "batches are packed by mora_ds: a batch is a function of the step",
     "weight_quantization": "it is for inference",
+    "checkpoint": "mora_ds writes and reads checkpoints itself",
+    "datastates_ckpt": "mora_ds writes checkpoints itself; --async_save writes them in the background",
+    "aio": "nothing is offloaded to disks",
     "zero_optimization.offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
     "zero_optimization.cpu_offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
@@ -128,7 +130,6 @@ REFUSED: dict[str, str] = {
 REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
     "zero_optimization.zero_quantized_gradients": "stage 3 refuses it",
-    "zero_optimization.offload_optimizer.ratio": "Muon's momentum can only be offloaded completely",
 }
 """Settings that are refused with Muon, likewise."""
 

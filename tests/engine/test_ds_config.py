@@ -170,6 +170,7 @@ def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": True}}, "stage must be 1, 2 or 3, got true"),
         ({"zero_optimization": {"stage": 0}}, "stage must be 1, 2 or 3, got 0; 1 shards the least"),
         ({"optimizer": {"params": {"bias_correction": True}}}, "bias_correction"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.0}}}, "ratio must stay 1"),
         ({"gradient_allreduce_op": "sum"}, "average over tokens"),
         ({"managed_gradient_accumulation": False}, "must stay true"),
         ({"steps_per_print": AUTO}, 'steps_per_print = "auto": there is no flag to take it from'),
