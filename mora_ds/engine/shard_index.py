@@ -26,7 +26,7 @@ from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atom
 
 INDEX_FILE = "layouts.safetensors"
 
-Length = Annotated[int, Bounds(least=0, most=2 * MAX_SIDE)]
+Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
 """Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
 
 
@@ -53,7 +53,7 @@ class Layout:
     settings: list[dict[str, Any]]
     """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
     counters: dict[str, int]
-    scaler: dict[str, float | None]
+    scaler: dict[str, float]
     """State of fp16's loss scaler."""
     transposed: list[str]
     """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import malformed
 from mora_ds.common.untrusted import FileName, shown, typed
-from mora_ds.engine.shard_index import FLAT, NAME, NUMEL, RANK, START, ShardIndex
+from mora_ds.engine.shard_index import FLAT, INDEX_FILE, NAME, NUMEL, RANK, START, ShardIndex
 from mora_ds.models.tensor_files import open_safetensors
 
 MASTER = "master"
@@ -104,7 +104,8 @@ class EngineShards:
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
-        """Reads the table of an engine folder. Raises `UserError` when one is missing or a parameter has holes."""
+        """Reads the table of an engine folder. Raises `UserError` when it is missing or damaged, or a parameter has
+        holes."""
         return cls(folder, ShardIndex.read(folder))
 
     @property
@@ -145,9 +146,11 @@ class EngineShards:
         return first or {}
 
     def group_step(self, group: int) -> int | None:
-        """The step count of optimizers that keep it with the parameter group (DeepSpeed's FusedAdam)."""
+        """The step count in a parameter group, with which FusedAdam starts the state of a new master; others have none.
+        Raises `UserError` for one that is no number."""
         step = self.layout.settings[group].get("step") if group < len(self.layout.settings) else None
-        return None if step is None else int(step)
+        with malformed(self.folder / INDEX_FILE):
+            return None if step is None else int(step)
 
     def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.

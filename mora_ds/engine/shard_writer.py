@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import malformed
 from mora_ds.engine import zero
 from mora_ds.engine.optimizer_view import Flat, Span, view_of
-from mora_ds.engine.shard_index import Layout, Part, RankShard
+from mora_ds.engine.shard_index import INDEX_FILE, Layout, Part, RankShard
 from mora_ds.engine.shard_reader import MASTER, NUMBERS, EngineShards, tensor_name
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.parallel.topology import share_of
@@ -154,18 +155,21 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     view = view_of(engine)
     names = _names(engine)
     transposed = _transposed(engine)
+    groups = engine.basic_optimizer.param_groups
     for flat in view.flats():
-        _restore_flat(flat, names, shards, transposed)
+        on_device = groups[flat.group].get("fused") or groups[flat.group].get("capturable")
+        _restore_flat(flat, names, shards, transposed, flat.master.device if on_device else torch.device("cpu"))
     view.write_copies()
-    for group in range(len(engine.basic_optimizer.param_groups)):
+    for group in range(len(groups)):
         step = shards.group_step(group)
         if step is not None:
             view.set_step(group, step)
-    for name, value in shards.layout.counters.items():
-        setattr(engine, name, value)
-    for name, number in shards.layout.scaler.items():
-        if hasattr(view.loss_scaler, name):
-            setattr(view.loss_scaler, name, number)
+    with malformed(shards.folder / INDEX_FILE):
+        for name in COUNTERS:
+            setattr(engine, name, shards.layout.counters[name])
+    for name in SCALER:
+        if name in shards.layout.scaler and hasattr(view.loss_scaler, name):
+            setattr(view.loss_scaler, name, shards.layout.scaler[name])
 
 
 def _check(engine: zero.Engine, shards: EngineShards) -> None:
@@ -183,13 +187,18 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
         raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
 
 
-def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: set[str]) -> None:
-    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine."""
+def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: set[str], device: torch.device) -> None:
+    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
+    where the optimizer wants counts that are tensors, as torch's Adam does by `fused` and `capturable`."""
     parts = _parts(flat.spans, names)
     state_parts = _parts(flat.state_spans, names)
     _fill(flat.master, MASTER, parts, shards, transposed)
     # A tensor of padding alone steps as often as the others of its group: it gets the counts of the group's first one.
-    sources = parts or [Part(next(iter(shards.layout.groups[flat.group])), 0, 0, 0)]
+    sources = parts
+    if not sources:
+        with malformed(shards.folder / INDEX_FILE):
+            of_group = list(shards.layout.groups[flat.group])
+            sources = [Part(of_group[0], 0, 0, 0)]
     first = sources[0]
     keys = shards.keys(first.name, first.start, first.numel)
     counts = shards.scalars(first.name, first.start, first.numel)
@@ -204,7 +213,8 @@ def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: se
     for key, value in counts.items():
         old = flat.state.get(key)
         if isinstance(value, Tensor):
-            value = value.item() if isinstance(old, int) else value.to(old.device if isinstance(old, Tensor) else "cpu")
+            where = old.device if isinstance(old, Tensor) else device
+            value = value.item() if isinstance(old, int) else value.to(where)
         flat.state[key] = value
     for key in keys:
         if not isinstance(flat.state.get(key), Tensor):

@@ -181,17 +181,26 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
     assert shards.scalars("a", 0, 7) == {"step": 3} and shards.scalars("a", 7, 2) == {"step": 4}
     with pytest.raises(UserError, match=r"1.st: a has {}, another rank's shard {'step': 3}"):
         broken("step").scalars("a")
+    write(tmp_path, settings=[{"step": "many"}])
+    with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*many"):
+        EngineShards.open(tmp_path).group_step(0)
+    write(tmp_path, groups=[SHAPES])
+    with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*index out of range"):
+        restored(EngineShards.open(tmp_path), [])
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
 
 
-def restored(shards: EngineShards, spans: list[tuple[str, int, int, int]], **state: Any) -> Flat:
-    """A flat tensor of ones, set from the shards."""
+def restored(
+    shards: EngineShards, spans: list[tuple[str, int, int, int]], device: str = "cpu", /, **state: Any
+) -> Flat:
+    """A flat tensor of ones, set from the shards; counts that are tensors, on `device`."""
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
     flat = Flat(1, torch.ones(9), state, listed, listed)
-    shard_writer._restore_flat(flat, {id(parameter): name for name, parameter in parameters.items()}, shards, set())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    shard_writer._restore_flat(flat, names, shards, set(), torch.device(device))
     return flat
 
 
@@ -223,7 +232,8 @@ def test_a_count_keeps_its_kind(tmp_path: Path) -> None:
     assert restored(shards, [("b", 0, 5, 0)], step=0).state["step"] == 3
     assert type(restored(shards, [("b", 0, 5, 0)], step=0).state["step"]) is float
     assert isinstance(restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor)
-    assert isinstance(restored(shards, [("b", 0, 5, 0)]).state["step"], Tensor)
+    assert restored(shards, [("b", 0, 5, 0)]).state["step"].device.type == "cpu"
+    assert restored(shards, [("b", 0, 5, 0)], "meta").state["step"].device.type == "meta"
 
 
 def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path) -> None:
