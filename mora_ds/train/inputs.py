@@ -14,12 +14,12 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.train.hooks import hooks_of
-from mora_ds.train.output_folder import DEMO, NAMES, TARGETS
+from mora_ds.train.output_folder import DEMO, NAMES, TARGETS, is_reserved
 from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
 
-_READABLE = (BASE_FOLDER, TARGETS)
-"""What a resumed run has made and will not replace. The main job of the demo always reads what lies in `DEMO`."""
+_READABLE = (BASE_FOLDER, TARGETS, DEMO)
+"""What a resumed run has made and will not replace."""
 
 
 def check_inputs(arguments: Arguments, folder: Path) -> None:
@@ -30,7 +30,10 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     and will not replace.
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
-    places = [folder.resolve() / name for name in NAMES if name != DEMO and not (resumes and name in _READABLE)]
+    readable: tuple[str, ...] = _READABLE if resumes else ()
+    if is_reserved(folder):  # by the demo, whose main job reads what it has made there
+        readable = (*readable, DEMO)
+    places = [folder.resolve() / name for name in NAMES if name not in readable]
     places += [output.resolve() for output in places if output.is_symlink()]
     holds_any = any(os.path.lexists(place) for place in places)
     for flag, named in inputs_of(arguments):

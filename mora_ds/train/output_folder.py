@@ -152,6 +152,11 @@ def reserve(folder: Path) -> Reservation:
     return reservation
 
 
+def is_reserved(folder: Path) -> bool:
+    """Whether this process holds a reservation of `folder` already."""
+    return folder.resolve() in _open
+
+
 def give_up(folder: Path) -> None:
     """Roll back the reservation that this process holds, if it holds one."""
     if (reservation := _open.get(folder.resolve())) is not None:

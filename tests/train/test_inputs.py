@@ -21,6 +21,7 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "config": ({"model_config": "out/base/config.json"}, "--model_config"),
     "tokenizer": ({"tokenizer_name": "out/tokenizer"}, "--tokenizer_name out/tokenizer"),
     "text": ({"train_files": ["out/metrics.jsonl"]}, "--train_files out/metrics.jsonl"),
+    "the demo's text": ({"train_files": ["out/demo/text.txt"]}, "--train_files out/demo/text.txt"),
     "a pattern": ({"train_files": ["out/*.jsonl"]}, "--train_files out/metrics.jsonl"),
     "a folder of text": ({"train_files": ["texts"]}, "texts/metrics.jsonl"),
     "a source": ({"train_files": ["a=text.txt:1", "b=out/ledger/*:1"]}, "--train_files out/ledger/a.txt"),
@@ -98,6 +99,7 @@ def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path) -> None:
     check_inputs(
         settings({"model_name_or_path": "out/base", "research": {"targets": "out/targets.yaml"}, **again}), Path("out")
     )
+    check_inputs(settings({"train_files": ["out/demo/text.txt"], **again}), Path("out"))
     with pytest.raises(UserError, match="--tokenizer_name"):
         check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))
 

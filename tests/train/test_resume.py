@@ -6,11 +6,16 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mora_ds.common.errors import Stopped
+from mora_ds.config.arguments import parse
+from mora_ds.runtime import signals
+from mora_ds.train import pretrain as program
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     Playground,
@@ -73,6 +78,25 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path,
     assert len(list((out / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(out)) == step + 1
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint))
+    assert_same_run(out, whole)
+
+
+def stopped_at_once(argv: list[str]) -> None:
+    """A run that is asked to stop from the start. For `run_ranks`."""
+    with mock.patch.object(signals, "requested", lambda: True), pytest.raises(Stopped):
+        program.pretrain(parse(argv))
+
+
+@pytest.mark.gloo
+def test_a_run_that_stops_within_a_pending_evaluation_goes_on_from_there(
+    user: Playground, whole: Path, tmp_path: Path
+) -> None:
+    """Not from the newest checkpoint of the branch that it has left."""
+    out = copied(whole, tmp_path)
+    checkpoint = out / "checkpoints" / "step-000004"
+    run_ranks(1, stopped_at_once, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint))
+    assert (out / "checkpoints" / "latest").resolve() == checkpoint.resolve()
+    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, whole)
 
 
