@@ -94,7 +94,7 @@ def test_a_run_that_stops_within_a_pending_evaluation_goes_on_from_there(
     """Not from the newest checkpoint of the branch that it has left."""
     out = copied(whole, tmp_path)
     checkpoint = out / "checkpoints" / "step-000004"
-    run_ranks(1, stopped_at_once, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint))
+    run_ranks(1, stopped_at_once, user.flags(out, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
     assert (out / "checkpoints" / "latest").resolve() == checkpoint.resolve()
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, whole)
