@@ -249,6 +249,8 @@ def _injected_config(model: nn.Module, given: AdapterConfig | None) -> AdapterCo
     config = config_of(model)
     if given in (None, config):
         return config
+    if not isinstance(given, AdapterConfig):
+        raise UserError(f"Run: `config` must be a MoRAConfig or a LoRAConfig, got {given!r}")
     injected = config.to_dict()
     of_run = given.to_dict()
     differences = [

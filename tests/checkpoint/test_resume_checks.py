@@ -125,7 +125,7 @@ def refused_configs(root: str) -> list[str]:
     engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, 2, 1))
     where = {"base": folder / "model", "folder": folder / "out"}
     told = []
-    for other in (replace(config, seed=9, operator="share"), LoRAConfig(rank=4, seed=42)):
+    for other in (replace(config, seed=9, operator="share"), LoRAConfig(rank=4, seed=42), {"rank": 4}):
         with pytest.raises(UserError) as caught:
             mora_ds.Run(engine, other, **where)
         told.append(str(caught.value))
@@ -146,7 +146,8 @@ def other_seed(layers: dict[str, Any]) -> None:
 
 @pytest.mark.gloo
 def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path: Path) -> None:
-    ((fields, kind, operator),) = run_ranks(1, refused_configs, str(tmp_path))
+    ((fields, kind, no_config, operator),) = run_ranks(1, refused_configs, str(tmp_path))
+    assert no_config == "Run: `config` must be a MoRAConfig or a LoRAConfig, got {'rank': 4}"
     assert "seed is 9, and 42 in the model; operator is 'share', and 'auto' in the model: leave it out" in fields
     assert "rank" not in fields and "kind is 'lora', and 'mora' in the model" in kind
     assert "adapter.json: model.layers.0.self_attn.q_proj has another operator there" in operator
