@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.ds_config import drop_null_sections, fill_bucket_sizes
-from mora_ds.engine.ds_keys import degree_in
+from mora_ds.engine.ds_keys import AUTO, at, degree_in
 
 REFUSED = {
     "fsdp": "FSDP would shard the base; DeepSpeed shards the MoRA matrices alone",
@@ -53,6 +54,9 @@ def _problems(args: Any) -> Iterator[str]:
         yield f"TrainingArguments(lr_scheduler_type={kind!r}): the learning rate must be a function of the step"
     if "scheduler" in config:
         yield '"scheduler" in the DeepSpeed config: take `lr_scheduler_type`, which MoRACallback can restart'
+    stage = at(config, "zero_optimization.stage")  # without one ours would be 3, and accelerate's none
+    if stage not in (1, 2, 3, AUTO):
+        yield f'"zero_optimization.stage" in the DeepSpeed config must be 1, 2 or 3, got {json.dumps(stage)}'
     if (degree_in(config) or 1) > 1:
         yield '"tensor_parallel" in the DeepSpeed config would shard the base; launch/pretrain.py shards matrices alone'
     parallel = getattr(args, "parallelism_config", None)
