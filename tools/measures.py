@@ -151,9 +151,8 @@ def is_packed(assignment: ast.Assign) -> bool:
 
 
 def asks_for_kind(node: ast.AST) -> bool:
-    """Whether it tells operators apart: by class, by member of the enumeration, or by `blockwise`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-        return node.attr == "blockwise"
+    """Whether it tells operators apart, by class or by member of the enumeration. To read what the table of operators
+    says of a kind is no such place."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
         return ast.unparse(node.args[1]).endswith("Spec")
     if isinstance(node, ast.Compare):

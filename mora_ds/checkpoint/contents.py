@@ -1,5 +1,5 @@
-"""What a run writes into a checkpoint besides DeepSpeed's shards: adapter, merge ledger, base reference, tokenizer and
-probe."""
+"""What a run writes into a checkpoint besides the engine's shards: adapter, merge ledger, base reference, tokenizer
+and probe."""
 
 from __future__ import annotations
 

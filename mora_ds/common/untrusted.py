@@ -33,7 +33,7 @@ import psutil
 from mora_ds.common.errors import Bounds, UserError, nearest, unknown
 
 MAX_BYTES = 32 * 2**20
-"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of a shard with 100,000
+"""Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of shards with 100,000
 parameters has 10 MiB."""
 MAX_DEPTH = 64
 """Deepest nesting of JSON."""
