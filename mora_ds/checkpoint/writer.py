@@ -296,9 +296,10 @@ def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
         digest = hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         return
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    with files.malformed(folder / RNG_FILE):
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
 
 
 def _saved_rng(folder: Path, rank: int) -> dict[str, Tensor] | None:
