@@ -141,7 +141,10 @@ class DocumentStream:
                 yield document, after
                 last = after
         except UserError as error:
-            raise UserError(f"source {self.name!r}: {error}") from error
+            # A disk or network that fails has an errno, damage in a file has none: a run may resume after the former.
+            fails = isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+            kind = RunError if fails else UserError
+            raise kind(f"source {self.name!r}: {error}") from error
         except (OSError, HTTPError) as error:
             where = f"source {self.name!r}: {part.label}"
             raise RunError(f"{where} cannot be read after record {last.record}: {reason(error)}") from error

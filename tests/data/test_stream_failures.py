@@ -21,6 +21,7 @@ from mora_ds.data import (
     PackedDataset,
     build_cache,
     load_corpus,
+    readers,
 )
 from mora_ds.data.stream import StreamPosition
 from tests.helpers.streams import T, documents, source, taken, write
@@ -47,6 +48,16 @@ def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: 
     parts: Any = tuple(Broken(part, error) for part in corpus.parts)
     with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 4: .*(output error|route)"):
         taken(source(Corpus(parts), tokenizer), 0, 300)
+
+
+def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    documents_of = DocumentStream("a", load_corpus(write(tmp_path / "shards", "jsonl", documents())))
+    monkeypatch.setattr(readers, "_lines", fail)
+    with pytest.raises(RunError, match=r"source 'a': .*\.jsonl cannot be read: .*Stale file handle"):
+        list(documents_of.epoch(StreamPosition()))
 
 
 def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path) -> None:
