@@ -134,7 +134,8 @@ def _program(path: str, main: Callable[[], object], doc: str | None, script: str
     """The section of a command."""
     parser = parser_of(main)
     same = f" In a checkout: `python {script}`." if script else ""
-    lines = [f"## {path}", "", _first_line(doc) + same, ""]
+    end = f" {parser.epilog}" if parser.epilog else ""
+    lines = [f"## {path}", "", _first_line(doc) + same + end, ""]
     subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not subparsers:
         return [*lines, *_flags(parser._actions), ""]

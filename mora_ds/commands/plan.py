@@ -27,6 +27,9 @@ from mora_ds.planning.report import as_json, report
 from mora_ds.runtime.cli import command_parser
 from mora_ds.train.dry_run import planner_of
 
+_OF_PLANS = {"__per_device_train_batch_size": "--micro_batch", "__model_config": "--model"}
+"""Flag of training, with underscores for its dashes -> the plan's own, which decides alone."""
+
 
 def main() -> None:
     options, settings = _parser().parse_known_args()
@@ -55,13 +58,13 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.epilog = "A recipe before them, and all other flags, are those of mora-ds pretrain."
+    parser.epilog = "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
     parser.add_argument("--model", required=True, help="a folder, a Hub name, or a config.json")
     parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per GPU")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="processes of a node")
     parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
-    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="what a run computes in")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="precision. Default: the recipe's, or bf16.")
     parser.add_argument("--micro_batch", type=int, help="sequences per micro-batch and process; default: recommended")
     parser.add_argument("--accumulation", type=int, help="micro-batches per optimizer step. Default: the recipe's")
     parser.add_argument("--rows", type=int, help="upper limit of sequences per micro-batch over all processes")
@@ -79,12 +82,21 @@ def _check(options: argparse.Namespace) -> None:
 
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`. Raises `UserError`."""
+    for word in settings:
+        if own := _OF_PLANS.get(word.split("=")[0].replace("-", "_")):
+            raise UserError(f"{word.split('=')[0]} is for training: a plan takes {own}")
     flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
     flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
-    flags += ["--bf16", str(options.dtype == "bf16"), "--fp16", str(options.dtype == "fp16")]
+    if options.dtype is not None:
+        flags += ["--bf16", str(options.dtype == "bf16"), "--fp16", str(options.dtype == "fp16")]
     if options.accumulation is not None:
         flags += ["--gradient_accumulation_steps", str(options.accumulation)]
     arguments = parse([*settings, *flags])
+    model = replace(arguments.model, model_config=None)  # --model stands in the place of the recipe's
+    training = arguments.training
+    if not arguments.given & {"bf16", "fp16"}:
+        training = replace(training, bf16=True)
+    arguments = replace(arguments, model=model, training=training)
     validate(arguments)
     return arguments
 

@@ -38,6 +38,26 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.Monk
     assert config["train_batch_size"] == 2 * 3 * 8 and config["zero_optimization"]["stage"] == 2
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags", "dtype"),
+    [
+        ("mora_rank: 8", "", torch.bfloat16),
+        ("fp16: true", "", torch.float16),
+        ("bf16: false", "", torch.float32),
+        ("fp16: true", "--dtype bf16", torch.bfloat16),
+        ("mora_rank: 8", "--fp16", torch.float16),
+    ],
+)
+def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
+    tmp_path: Path, recipe: str, flags: str, dtype: torch.dtype
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model_config: another.json\n{recipe}\n")
+    words = f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}"
+    options, settings = tool._parser().parse_known_args(words.split())
+    planner = tool._planner(options, tool._arguments(options, settings))
+    assert planner.work.dtype == dtype
+
+
 def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -39,6 +39,7 @@ plan --gpus 8 --model {tiny} --gpu_memory nan | --gpu_memory must be above 0
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/live.json | live.json | got -5
 plan --gpus 8 --model {tiny} --deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
 plan --gpus 8 --model {tiny} --mora_rank 0 | --mora_rank
+plan --gpus 8 --model {tiny} --per_device_train_batch_size=4 | --per_device_train_batch_size is for | --micro_batch
 export_hf --checkpoint {bad}/gone --output {new} | --checkpoint | gone
 export_hf --checkpoint {bad}/emptydir --output {new} | --checkpoint | emptydir
 export_hf --checkpoint {bad}/full --output {new} | --adapter full | --export_merged
