@@ -24,7 +24,8 @@ def opening(job: Job, total_steps: int) -> list[str]:
     training = arguments.training
     world = job.place.ranks.world
     model_type = job.loaded.model.config.model_type
-    rows = {"model": f"{model_type}, {job.total_parameters:,} parameters, from {arguments.model.model_name_or_path}"}
+    origin = arguments.model.model_name_or_path or arguments.model.model_config
+    rows = {"model": f"{model_type}, {job.total_parameters:,} parameters, from {origin}"}
     if job.is_trained:
         share = job.trainable_parameters / job.total_parameters
         sequences = training.rows_per_step(world)
@@ -48,6 +49,7 @@ def _trained(adapter: AdapterArguments) -> str:
     kind = "LoRA" if adapter.adapter == AdapterKind.LORA.value else "MoRA"
     others = {
         "embeddings": adapter.train_embeddings,
+        "new rows of the embeddings": adapter.train_new_embeddings,
         f"a product of rank {adapter.train_embedding_rank} on the embeddings": adapter.train_embedding_rank > 0,
         "norms": adapter.train_norms,
         "head": adapter.train_head,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mora_ds.config.arguments import parse
+from mora_ds.train import screen
 from mora_ds.train.screen import closing
 
 SUMMARY = {"steps": 1200, "tokens": 2_400_000}
@@ -38,3 +39,8 @@ def test_the_next_commands_have_the_paths_of_the_run() -> None:
     lines = closing(parse(["--output_dir", "runs/law"]), SUMMARY, 1)
     assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
     assert lines[-1] == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
+
+
+def test_everything_that_is_trained_is_named() -> None:
+    adapter = parse(["--mora_rank", "4", "--train_new_embeddings", "--train_norms"]).adapter
+    assert screen._trained(adapter) == "MoRA of rank 4, new rows of the embeddings, norms"
