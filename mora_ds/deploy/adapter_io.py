@@ -73,6 +73,8 @@ def load_adapter(
     the MoRA matrices of all, and computes as `domain`, by default with the shared matrices alone (`domains_of(model)`
     changes that at any time). Raises `UserError` when something is damaged or does not fit.
     """
+    if not isinstance(base, (str, Path)):
+        raise UserError(f"load_adapter: `base` must be the model's folder, got a {type(base).__name__}")
     folder = find_adapter(Path(adapter))
     opened = Adapter.open(folder)
     facts = opened.file

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import config_of, frozen_buffers, mora_layers, move_base
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import base_bits_of
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import current_device, is_cpu
@@ -41,7 +41,7 @@ from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime.mappings import Mappings
-from mora_ds.runtime.node_memory import machine
+from mora_ds.runtime.node_memory import Sharing, machine
 from mora_ds.runtime.ranks import Ranks, deal
 
 
@@ -89,12 +89,15 @@ def initialize(
     With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
     at a time (`engine/base_ring.py`). `node_base`: how the processes of a node share what is in host memory
     (`runtime.node_memory.Sharing`).
-    Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
+    Raises `UserError` for a model without adapter or an unknown `node_base`, and `RunError` when the processes hold
+    different bases.
     """
     if not isinstance(config, (dict, str, Path)):
         raise UserError(
             f"initialize: `config` must be a DeepSpeed config, a dict or the path of its file, got {config!r}"
         )
+    if node_base not in (choices := [choice.value for choice in Sharing]):
+        raise UserError(unknown("node_base", node_base, choices))
     config_of(model)  # refuses a model without an adapter
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")

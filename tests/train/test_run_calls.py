@@ -115,6 +115,12 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> Non
         "inject: `model` must be a torch module, got None": lambda: mora_ds.inject(None, CONFIG),  # type: ignore[arg-type]
         "inject: `config` must be a MoRAConfig or a LoRAConfig, got None": lambda: mora_ds.inject(model, None),  # type: ignore[arg-type]
         "initialize: `config` must be a DeepSpeed config": lambda: mora_ds.initialize(model=model, config=None),  # type: ignore[arg-type]
+        "unknown node_base 'shared'; known: auto, private": lambda: mora_ds.initialize(
+            model=model, config={}, node_base="shared"
+        ),
+        "load_adapter: `base` must be the model's folder, got a LlamaForCausalLM": lambda: mora_ds.load_adapter(
+            model, tmp_path
+        ),
         "Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausalLM": lambda: mora_ds.Run(
             model,  # type: ignore[arg-type]
             base="base",
