@@ -256,6 +256,7 @@ def _not_utf8(path: Path, line: int, start: int, error: UnicodeDecodeError) -> U
 
 
 _OF_ARRAYS = " (jq -c '.[]' makes one object a line of an array)"
+_OF_OBJECTS = " (jq -c . makes one line of an object)"
 
 
 def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
@@ -288,9 +289,10 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
         if not line:
             return
         if len(line) > LINE_BYTES:
+            is_array = line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             raise UserError(
-                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed at once; split it, "
-                "or give the document as a text file, which is read in chunks"
+                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed at once; split it"
+                f"{_OF_ARRAYS if is_array else ''}, or give the document as a text file, which is read in chunks"
             )
         yield line
 
@@ -303,8 +305,9 @@ def _parse(path: Path, line: bytes, number: int, offset: int) -> Any:
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number, offset, error) from None
     except json.JSONDecodeError as error:
+        hint = _OF_OBJECTS if line.strip() == b"{" else _OF_ARRAYS
         raise UserError(
-            f"{where}, column {error.colno}: broken JSON: {error.msg}; one object a line is read{_OF_ARRAYS}"
+            f"{where}, column {error.colno}: broken JSON: {error.msg}; one object a line is read{hint}"
         ) from None
     except RecursionError:
         raise UserError(f"{where}: brackets nested too deep for a JSON record; flatten it, or leave it out") from None

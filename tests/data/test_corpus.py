@@ -153,6 +153,7 @@ WRONG: list[tuple[str, bytes, str]] = [
     ("a.jsonl", FIRST + b'{"text": null}\n', "line 4: field 'text' holds NoneType, not text"),
     ("a.jsonl", FIRST + b'{"text": "\\ud800"}\n', "line 4: field 'text' holds half a surrogate pair"),
     ("a.json", b'[\n{"text": "a"}\n]', "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq"),
+    ("a.json", b'{\n"text": "a"\n}', "one object a line is read (jq -c . makes one line of an object)"),
     ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number of too many digits"),
     ("a.jsonl", FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
      "line 4: brackets nested too deep"),
@@ -201,10 +202,12 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
     tracemalloc.start()
     try:
-        assert "line 1: longer than 1 MiB" in error(path)
+        assert "line 1: longer than 1 MiB, and a record is parsed at once; split it, or give" in error(path)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+    path.write_bytes(gzip.compress(b'\xef\xbb\xbf[{"text": "' + b"x" * (2 << 20)))
+    assert "split it (jq -c '.[]' makes one object a line" in error(path)
 
 
 def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path: Path) -> None:
