@@ -14,7 +14,7 @@ demo_corpus        the text of the demo, from the Python standard library
 from mora_ds.data.cache import TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files, stream_dataset
 from mora_ds.data.demo_corpus import domain_documents, general_documents, write_demo_corpus
-from mora_ds.data.extend_tokenizer import Extension, candidate_tokens, check_extension, extend_tokenizer
+from mora_ds.data.extend_tokenizer import Extension, bpe_backend, candidate_tokens, check_extension, extend_tokenizer
 from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
 from mora_ds.data.mixture import Mixture, Source, TrainData
 from mora_ds.data.packing import IGNORED, PackedDataset
@@ -53,6 +53,7 @@ __all__ = [
     "StreamSource",
     "TokenCache",
     "TrainData",
+    "bpe_backend",
     "build_cache",
     "candidate_tokens",
     "check_extension",

@@ -63,6 +63,15 @@ def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
         return vocabulary_by_score(path)
 
 
+def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer behind `tokenizer`, whose model is BPE. Raises `UserError` for all others."""
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, models.BPE):
+        kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
+        raise UserError(f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's")
+    return backend
+
+
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str], wanted: int, folder: Path
 ) -> Extension:
@@ -70,10 +79,7 @@ def extend_tokenizer(
 
     Raises `UserError`, which names --pieces, where the candidates are too few, and for tokenizers that are not BPE.
     """
-    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.model, models.BPE):
-        kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
-        raise UserError(f"the vocabulary of a {kind} tokenizer cannot be extended, only BPE's")
+    backend = bpe_backend(tokenizer)
     content = json.loads(backend.to_str())
     vocabulary = tokenizer.get_vocab()
     spelt = dict.fromkeys(filter(None, map(_speller(content, backend), candidates)))

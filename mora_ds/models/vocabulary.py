@@ -23,6 +23,7 @@ from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, re
 from mora_ds.data import (
     Corpus,
     Extension,
+    bpe_backend,
     candidate_tokens,
     check_extension,
     check_vocabulary,
@@ -85,6 +86,7 @@ def extend_vocabulary(
     keys, old_rows = _vocabulary_keys(base, config, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=FLAG)
     check_vocabulary(tokenizer, old_rows, FLAG)
+    bpe_backend(tokenizer)  # refuses what cannot be extended before the corpus is read
     candidates = candidate_tokens(corpus.texts(), new_tokens)
     with tempfile.TemporaryDirectory() as scratch:
         extension = extend_tokenizer(tokenizer, candidates, new_tokens, Path(scratch))

@@ -10,7 +10,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import sentencepiece
@@ -141,6 +142,10 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path) -> None:
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
     with pytest.raises(UserError, match="the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"):
         extend_tokenizer(other, [], 1, tmp_path)
+    other.save_pretrained(folder)
+    texts = SimpleNamespace(texts=lambda: pytest.fail("the corpus was read"))
+    with pytest.raises(UserError, match=r"the vocabulary of a .* tokenizer cannot be extended"):
+        extend_vocabulary(folder, cast(Any, texts), 1, out)
     assert not out.exists()
 
 
