@@ -89,7 +89,7 @@ REMOVED: dict[str, str] = {
     "else, under every optimizer",
     "muon_momentum": "was removed: it is 0.95",
     "peer_silence_s": "was removed: --collective_timeout_s ends a rank that waits for one that is gone",
-    "project": "was removed: set WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT",
+    "project": "was removed: set WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME",
     "run_name": "was removed: the run is named after --output_dir, in W&B after WANDB_NAME",
     "run_tags": "was removed: set WANDB_TAGS; MLflow tags runs in its pages",
     "stall_signal": _LONGER_MERGES,

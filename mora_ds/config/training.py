@@ -106,7 +106,7 @@ class TrainingArguments:
     two layers at a time, and copies the next one while it computes). auto: device, unless the plan says
     that the base does not fit there."""
     dry_run: bool = False
-    """Print what each rank would compute and store, and stop: nothing is trained, the output folder stays as it is."""
+    """Print what each rank would hold and send, and stop: nothing is trained, the output folder stays as it is."""
     max_steps: int = -1
     """Optimizer steps of the run; -1: --num_train_epochs decides."""
     num_train_epochs: float = 1.0
