@@ -53,6 +53,15 @@ def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
     torch.testing.assert_close(torch.stack(rows).sum(0), expected)
 
 
+def test_long_sums_in_low_precision_are_rounded_once() -> None:
+    spec = OperatorSpec(OperatorKind.SHARE, 1024, 1024, 32, Grouping.PERMUTED)
+    window = Window.of(spec, outputs=(0, 512))
+    x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    g = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for low, exact in ((window.fold(x), window.fold(x.double())), (window.collect(g), window.collect(g.double()))):
+        assert torch.equal(low, exact.bfloat16())
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
     _, x, g = tensors(spec)

@@ -56,7 +56,7 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
     memory = _kept.memory.get((use, like.dtype))
     if memory is None or memory.numel() < numbers:
         with torch.inference_mode(False):  # it may be training that takes it next
-            memory = _kept.memory[use, like.dtype] = torch.empty(numbers, dtype=like.dtype)
+            memory = _kept.memory[use, like.dtype] = torch.empty(numbers, dtype=like.dtype, device=like.device)
     return memory[:numbers].view(shape)
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import gather, select_rows, signed
+from mora_ds.adapters.ops.gather import LOW_PRECISION, gather, select_rows, signed
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 
 _POWERS = 28
@@ -85,6 +85,8 @@ class IndexMap:
 
     def __call__(self, x: Tensor, use: str | None = None) -> Tensor:
         """(..., size) -> (..., Q). With `use` it may lie in `scratch`, as a view of more numbers."""
+        if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
+            return self(x.float(), use).to(x.dtype)  # a sum of many terms is rounded once, as by the kernels
         gathered = gather(x, self.index, use)
         if not self.additions and self.missing is None:
             return gathered

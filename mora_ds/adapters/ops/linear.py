@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.mora import (
@@ -96,6 +97,8 @@ def linear_by(
     products: LayerProducts, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, path: Compute
 ) -> Tensor:
     """The layer's product on one of the paths, of these steps."""
+    if x.dim() == 1:
+        return linear_by(products, x.unsqueeze(0), weight, bias, square, path).squeeze(0)
     function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
     y: Tensor = function.apply(x, weight, bias, square, products)
     return y
@@ -115,6 +118,7 @@ class _WeightPath(torch.autograd.Function):
         return linear(x, products.form(weight, square), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products: LayerProducts = ctx.products
@@ -143,6 +147,7 @@ class _ActivationPath(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
         products: LayerProducts = ctx.products

@@ -27,6 +27,7 @@ update grow.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -127,12 +128,44 @@ def _member(enum: type[Enum], value: Any, what: str) -> Any:
 
 def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R)."""
-    return rotate_blocks(spec, fold_input(spec, x))
+    if spec.blocks > 1:
+        return rotate_blocks(spec, fold_input(spec, x))
+    folded: Tensor = _Map.apply(x, spec, fold_input, unfold_input)
+    return folded
 
 
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
+    if spec.blocks == 1:
+        return deal_out(spec, z)
+    output: Tensor = _Map.apply(z, spec, deal_out, decompress_transpose)
+    return output
+
+
+def deal_out(spec: OperatorSpec, z: Tensor) -> Tensor:
+    """`decompress`, term by term."""
     return tables_of(spec, z.device).deal(z.flatten(-2))
+
+
+class _Map(torch.autograd.Function):
+    """A map whose sums may have many terms: its gradient is its transpose. Recorded term by term, a backward pass would
+    copy the gradient of all that is gathered once a term."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        spec: OperatorSpec,
+        apply: Callable[[OperatorSpec, Tensor], Tensor],
+        transpose: Callable[[OperatorSpec, Tensor], Tensor],
+    ) -> Tensor:
+        ctx.spec = spec
+        ctx.transpose = transpose
+        return apply(spec, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.transpose(ctx.spec, gradients[0]), None, None, None
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:

@@ -50,6 +50,23 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
     torch.testing.assert_close(output, x @ (weight.T + delta_weight(spec, square)).T)
 
 
+@all_paths
+@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
+def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind: OperatorKind, path: Compute) -> None:
+    spec = OperatorSpec(kind, 12, 8, 4)
+    weight = random(8, 12, seed=1)
+    square = random(4, 4, seed=2).requires_grad_()
+
+    def computed(x: torch.Tensor) -> list[torch.Tensor]:
+        """Output and gradients, flat."""
+        x.requires_grad_()
+        y = mora_linear(x, weight, None, square, spec, path)
+        return [tensor.flatten() for tensor in (y, *torch.autograd.grad(y.square().sum(), (x, square)))]
+
+    x = random(1, 12)
+    assert all(torch.equal(one, same) for one, same in zip(computed(x[0].clone()), computed(x.clone()), strict=True))
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
