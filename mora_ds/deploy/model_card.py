@@ -66,7 +66,6 @@ def _facts(adapter: AdapterFile, ledger: Ledger, reference: BaseReference, dtype
 def _perplexity_table(checkpoint: Path) -> list[str]:
     """Each evaluation set's perplexity at the start and at the end, as far as they are known."""
     known: dict[str, Any] = {}
-    content: dict[str, Any] = {}
     for path in (checkpoint.parent.parent / SUMMARY_FILE, checkpoint / STATE_FILE):  # the checkpoint's own count more
         content = read_json(path) if path.is_file() else {}
         known.update((name, value) for name, value in content.items() if isinstance(value, dict) and value)

@@ -68,11 +68,6 @@ class Evaluator:
         return perplexities
 
     @property
-    def evaluates_anything(self) -> bool:
-        """Whether the run has evaluation sets or tasks."""
-        return bool(self.sets) or self.tasks is not None
-
-    @property
     def forgotten(self) -> str | None:
         """Why the run has to end after the last evaluation, by --stop_when_forgotten; None where it goes on."""
         state = self.state

@@ -30,9 +30,7 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     and will not replace.
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
-    readable: tuple[str, ...] = _READABLE if resumes else ()
-    if is_reserved(folder):  # by the demo, whose main job reads what it has made there
-        readable = (*readable, DEMO)
+    readable = _READABLE if resumes else (DEMO,) if is_reserved(folder) else ()  # the demo reserves it for its main job
     places = [folder.resolve() / name for name in NAMES if name not in readable]
     places += [output.resolve() for output in places if output.is_symlink()]
     holds_any = any(os.path.lexists(place) for place in places)

@@ -14,13 +14,12 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, complete_checkpoints, step_of
+from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, complete_checkpoints, step_folder, step_of
 from mora_ds.common.errors import RunError, Stopped, reason
 from mora_ds.config.forgetting import Watch, report
 from mora_ds.data import StreamMixture, TrainData
@@ -91,15 +90,11 @@ class Trainer:
         """What has failed beside training, one line each; the same on all processes."""
         self._saved_step: int | None = None
         """The step whose checkpoint, the run's `latest`, holds all that the run is now."""
-        self._checkpoint_step: int | None = None
-        """The step of `last_checkpoint`."""
-        self._checkpoint_before: Path | None = None
-        """The newest checkpoint of an earlier step than that of `last_checkpoint`."""
-        if job.place.checkpoint is not None:
-            is_latest, before = job.place.ranks.on_first("checkpoints of the run", self._found_at_resume)
-            self._saved_step = self.state.step if is_latest else None
-            self._checkpoint_step = self.state.step
-            self._checkpoint_before = before
+        checkpoint = job.place.checkpoint
+        if checkpoint is not None:
+            latest = job.place.folder / CHECKPOINTS / LATEST
+            if job.place.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
+                self._saved_step = self.state.step
         self._mixture = self.loader.mixture
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
 
@@ -111,15 +106,6 @@ class Trainer:
     def is_finished(self) -> bool:
         """Whether the run had ended when it was resumed, with its last evaluation and checkpoint."""
         return self.state.finished and (self.state.step == self.total_steps or self.evaluator.forgotten is not None)
-
-    def _found_at_resume(self) -> tuple[bool, Path | None]:
-        """Whether the run's `latest` is the checkpoint to resume from, and the newest one of an earlier step beside it.
-        On rank 0."""
-        assert self.job.place.checkpoint is not None
-        checkpoint = self.job.place.checkpoint.resolve()
-        latest = self.job.place.folder / CHECKPOINTS / LATEST
-        earlier = [folder for folder in complete_checkpoints(checkpoint.parent) if step_of(folder) < self.state.step]
-        return latest.resolve() == checkpoint, earlier[-1] if earlier else None
 
     def run(self) -> None:
         """Train from `state.step` to the end.
@@ -151,11 +137,13 @@ class Trainer:
         if isinstance(error, BaseChanged):
             return f"{error}. {self._last_good}"
         last_good = self._last_good
-        if self._checkpoint_step == self.state.step:
+        step = self.state.step
+        newest = self.last_checkpoint
+        if newest is not None and newest == step_folder(newest.parent, step):
             # An evaluation has failed that comes after the checkpoint of its step: a resume there would fail again.
-            before = self._checkpoint_before
-            named = before if before is not None and before.is_dir() else "none before it"
-            last_good = f"{self.last_checkpoint} holds this model. Last good checkpoint: {named}"
+            earlier = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) < step]
+            before = earlier[-1] if earlier else "none before it"
+            last_good = f"{newest} holds this model. Last good checkpoint: {before}"
         return (
             f"{error}. {last_good}. "
             "A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
@@ -352,10 +340,7 @@ class Trainer:
         require_finite(loss, f"after step {step} the loss of the probe batch is {loss}", step)
         if isinstance(self.train_data, StreamMixture):
             self.state.stream = self.train_data.states_at(step)
-        if self._checkpoint_step != step:
-            self._checkpoint_before = self.last_checkpoint
         self.last_checkpoint = self.job.save()
-        self._checkpoint_step = step
         self._saved_step = step
 
     def _merge(self) -> None:
@@ -371,7 +356,7 @@ class Trainer:
         if state.step < self.total_steps:
             logger.info(f"stopping after step {state.step} of {self.total_steps}: {self.evaluator.forgotten}")
         else:
-            state.evaluation_pending = self.evaluator.evaluates_anything
+            state.evaluation_pending = bool(self.evaluator.sets or self.evaluator.tasks)
             if state.evaluation_pending and self._saved_step != state.step:
                 self._save()
             self._evaluate()
