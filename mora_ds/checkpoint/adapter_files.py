@@ -171,8 +171,6 @@ class AdapterFile:
         )
         if adapter.domains is not None and (missing := set(adapter.layers) ^ set(adapter.domains.operators)):
             raise UserError(f"domains: {min(missing)} has no matrix, or none that is shared")
-        if adapter.domains is not None and (strays := set(adapter.domains.frozen) - set(adapter.expected())):
-            raise UserError(f"domains: frozen names {min(strays)}, which is no matrix of the adapter")
         return adapter
 
     def expected(self) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, UserError, refuse
-from mora_ds.common.files import MANIFEST, listed_files, malformed, verify_manifest
+from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
 from mora_ds.common.untrusted import expanded, shown
 from mora_ds.engine.shard_reader import MASTER, EngineShards
 from mora_ds.models.base import BaseCheckpoint
@@ -209,9 +209,7 @@ def _random_states(folder: Path, world: int) -> None:
     handle = open_safetensors(path)
     if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
         raise UserError(f"{path} holds no random state")
-    with malformed(path):
-        saved = handle.get_slice("cpu").get_shape()[0]
-    if saved != world:
+    if (saved := handle.get_slice("cpu").get_shape()[0]) != world:
         raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {world}")
 
 
@@ -274,8 +272,9 @@ def _agreement(checkpoint: _Checkpoint) -> Iterator[str]:
     path = checkpoint.folder / ADAPTER_TENSORS
     adapter = checkpoint.adapter
     shards = checkpoint.shards
-    frozen = () if adapter.domains is None else adapter.domains.frozen  # no shard holds them: they are not trained
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in frozen}
+    tensors = dict(checkpoint.tensors.items())
+    for name in () if adapter.domains is None else adapter.domains.frozen:
+        del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):
         raise UserError(f"{path} and the shards do not hold the same tensors, e.g. {different[0]}")
     problems = [

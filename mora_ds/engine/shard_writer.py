@@ -157,8 +157,8 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     transposed = _transposed(engine)
     groups = engine.basic_optimizer.param_groups
     for flat in view.flats():
-        on_device = groups[flat.group].get("fused") or groups[flat.group].get("capturable")
-        _restore_flat(flat, names, shards, transposed, flat.master.device if on_device else torch.device("cpu"))
+        is_fused = groups[flat.group].get("fused")
+        _restore_flat(flat, names, shards, transposed, flat.master.device if is_fused else "cpu")
     view.write_copies()
     for group in range(len(groups)):
         step = shards.group_step(group)
@@ -167,9 +167,9 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
     with malformed(shards.folder / INDEX_FILE):
         for name in COUNTERS:
             setattr(engine, name, shards.layout.counters[name])
-    for name in SCALER:
-        if name in shards.layout.scaler and hasattr(view.loss_scaler, name):
-            setattr(view.loss_scaler, name, shards.layout.scaler[name])
+    for name, number in shards.layout.scaler.items():
+        if name in SCALER and hasattr(view.loss_scaler, name):
+            setattr(view.loss_scaler, name, number)
 
 
 def _check(engine: zero.Engine, shards: EngineShards) -> None:
@@ -187,9 +187,11 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
         raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
 
 
-def _restore_flat(flat: Flat, names: Names, shards: EngineShards, transposed: set[str], device: torch.device) -> None:
+def _restore_flat(
+    flat: Flat, names: Names, shards: EngineShards, transposed: set[str], device: torch.device | str
+) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
-    where the optimizer wants counts that are tensors, as torch's Adam does by `fused` and `capturable`."""
+    where the optimizer wants counts that are tensors, as torch's fused Adam does."""
     parts = _parts(flat.spans, names)
     state_parts = _parts(flat.state_spans, names)
     _fill(flat.master, MASTER, parts, shards, transposed)

@@ -85,9 +85,9 @@ def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], 
             if isinstance(value, Tensor):
                 reset_state(key, value)
             else:  # the step count of DeepSpeed's own Adam: nothing that could be changed in place
-                number = torch.tensor(value, dtype=torch.float64)
+                number = torch.tensor(value)
                 reset_state(key, number)
-                flat.state[key] = type(value)(number.item())
+                flat.state[key] = number.item()
     view.reset_step(group, reset_state)
     for parameter in parameters:
         view.zero_copy(parameter)

