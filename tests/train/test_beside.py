@@ -84,8 +84,7 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_pat
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
         ((kind, message),) = run_ranks(1, failing, argv, "evaluator", "evaluate", error, (call,))
         assert kind == "RunError" and "the loss is nan" in message
-        named = re.search(r"step-000004 holds this model. Last good checkpoint: (\S+)\. ", message)
-        assert named and TrainerState.read(Path(named[1])).step == 2
+        assert re.search(r"step-000004 holds this model\. Last good checkpoint: \S*step-000002\. ", message)
 
 
 def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path) -> None:
