@@ -215,8 +215,7 @@ def _restore_flat(
     for key, value in counts.items():
         old = flat.state.get(key)
         if isinstance(value, Tensor):
-            where = old.device if isinstance(old, Tensor) else device
-            value = value.item() if isinstance(old, int) else value.to(where)
+            value = value.item() if isinstance(old, int) else value.to(getattr(old, "device", device))
         flat.state[key] = value
     for key in keys:
         if not isinstance(flat.state.get(key), Tensor):

@@ -156,7 +156,7 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
         for name in ("first", "second"):
             assert torch.equal(stored[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
             assert all(stored[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
-        assert (stored["first.step"].item(), stored["second.step"].item()) in ((3, 2), (4, 2)), combination
+        assert (stored["first.step"].item(), stored["second.step"].item()) == (3, 2), combination
         layout = ShardIndex.read(place(root, combination) / "engine").layout
         assert (layout.world_size, layout.stage) == (2, combination[0])
 
