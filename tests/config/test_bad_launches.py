@@ -222,7 +222,7 @@ stray | 'stray'
 --deepspeed {bad}/ds/flops.json | flops.json: "flops_profiler" must be an object
 --deepspeed {bad}/ds/comms.json | comms.json | enabled | often
 --deepspeed {bad}/ds/tensorboard.json | tensorboard.json: "tensorboard" must be an object
---deepspeed {bad}/ds/checkpoint.json | checkpoint.json: "checkpoint" cannot be used: mora_ds writes and reads checkpoints itself
+--deepspeed {bad}/ds/checkpoint.json | "checkpoint" cannot be used: mora_ds writes and reads checkpoints itself
 --deepspeed {bad}/ds/aio.json | aio.json: "aio" cannot be used: nothing is offloaded to disks
 --deepspeed {bad}/ds/fp16.json | fp16.json: fp16.enabled | --fp16
 --deepspeed {bad}/ds/scale.json --fp16 | scale.json | loss_scale
