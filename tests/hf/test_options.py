@@ -192,9 +192,7 @@ def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
         fill_config(args, [100])
 
 
-@pytest.mark.parametrize(
-    "sections", [{"optimizer": None}, {"optimizer": {"params": None}}, {"zero_optimization": None}]
-)
+@pytest.mark.parametrize("sections", [{"optimizer": None}, {"optimizer": {"params": None}}])
 def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: dict[str, Any]) -> None:
     args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
     check_options(args, {})

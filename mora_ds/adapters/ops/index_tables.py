@@ -86,7 +86,7 @@ class IndexMap:
     def __call__(self, x: Tensor, use: str | None = None) -> Tensor:
         """(..., size) -> (..., Q). With `use` it may lie in `scratch`, as a view of more numbers."""
         if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
-            return self(x.float(), use).to(x.dtype)  # a sum of many terms is rounded once, as by the kernels
+            return self._rounded_once(x)
         gathered = gather(x, self.index, use)
         if not self.additions and self.missing is None:
             return gathered
@@ -102,6 +102,12 @@ class IndexMap:
                 total.index_add_(-1, results, gathered[..., terms].clone())  # autograd keeps it, and `total` changes
         # A layer may save the result: not with it the other terms, of which it is a view.
         return total if use else total.contiguous()
+
+    def _rounded_once(self, x: Tensor) -> Tensor:
+        """As by the kernels: torch sums a dimension in fp32, without a copy of x in it."""
+        indices = self.table.flatten()
+        terms = gather(x, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
+        return terms.unflatten(-1, self.table.shape).sum(dim=-2)
 
     def to(self, device: torch.device) -> IndexMap:
         def moved(results: Results) -> Results:
