@@ -7,7 +7,7 @@ never appears here: it is made of buffers, which ZeRO does not see.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
@@ -91,14 +91,6 @@ def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], 
     view.reset_step(group, reset_state)
     for parameter in parameters:
         view.zero_copy(parameter)
-
-
-def state_tensors(engine: Engine, group: int) -> Iterator[tuple[str, Tensor]]:
-    """(key, this process's flat partition) of a group's optimizer state, e.g. ("exp_avg", ...)."""
-    for flat in view_of(engine).flats(group):
-        for key, value in flat.state.items():
-            if isinstance(value, Tensor):
-                yield key, value
 
 
 def set_learning_rate(engine: Engine, learning_rate: float, others: float = 1.0) -> None:

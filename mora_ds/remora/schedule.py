@@ -141,10 +141,6 @@ class Schedule:
         rewarmup_ends = self.restart_warmup_steps < self.total_steps - steps_done
         return self.warmup_steps <= steps_done and rewarmup_ends
 
-    def merge_steps(self) -> list[int]:
-        """All step counts after which a merge is planned, in order."""
-        return [done for done in self.multiples() if self.merges_after(done)]
-
     def multiples(self) -> range:
         """All step counts within the run that `merge_every` divides."""
         return range(self.merge_every, self.total_steps, self.merge_every) if self.merge_every else range(0)

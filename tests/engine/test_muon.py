@@ -17,7 +17,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel, uses_muon
 from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.traffic import CollectiveCounter
-from tests.helpers.engines import EPSILON, ds_config, merge_by_hand
+from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.models import adapted_model, causal_loss, tokens
@@ -138,7 +138,7 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
     model = small_model()
     engine, *_ = initialize(model=model, config=config)
     norms = train(engine, range(STEPS), merge_at)
-    state = [(key, value.dtype, value.float()) for key, value in zero.state_tensors(engine, 0)]
+    state = [(key, value.dtype, value.float()) for key, value in state_tensors(engine, 0)]
     return {
         "optimizer": type(engine.optimizer).__name__,
         "muon": [group["use_muon"] for group in engine.optimizer.param_groups],

@@ -24,6 +24,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
+from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
@@ -174,7 +175,7 @@ def sharded_run(case: Case, folder: Path) -> dict[str, Any]:
             masters_before = masters(engine, other_parameters)
             merger.merge(step + 1)
             result["left"] = largest(masters(engine, squares))
-            result["state"] = {key: tensor.abs().max().item() for key, tensor in zero.state_tensors(engine, 0)}
+            result["state"] = {key: tensor.abs().max().item() for key, tensor in state_tensors(engine, 0)}
             result["others_kept"] = same(masters_before, masters(engine, other_parameters))
             result["others_moved"] = others_state(engine, other_parameters)
             result["probes"].append(probe(engine))
@@ -232,7 +233,7 @@ def others_state(engine: zero.Engine, others: dict[str, Any]) -> bool:
     """Whether the other group, if any, still has its moments on this rank."""
     if not others:
         return True
-    return any(tensor.numel() > 1 and bool(tensor.abs().max() > 0) for _, tensor in zero.state_tensors(engine, 1))
+    return any(tensor.numel() > 1 and bool(tensor.abs().max() > 0) for _, tensor in state_tensors(engine, 1))
 
 
 def all_cases(cases: dict[str, Case], root: Path) -> dict[str, dict[str, Any]]:

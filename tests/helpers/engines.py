@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
+from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.traffic import nbytes_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.node_base import node_base_of
@@ -83,6 +84,14 @@ def plain_steps(
         found["losses"].append(total)
     found["values"] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return found
+
+
+def state_tensors(engine: zero.Engine, group: int) -> Iterator[tuple[str, Tensor]]:
+    """(key, this process's flat partition) of a group's optimizer state, e.g. ("exp_avg", ...)."""
+    for flat in view_of(engine).flats(group):
+        for key, value in flat.state.items():
+            if isinstance(value, Tensor):
+                yield key, value
 
 
 def merge_by_hand(engine: zero.Engine) -> None:
@@ -188,7 +197,7 @@ def merging_run(folder: str, dtype: str, merges: int, reset: OptimizerReset = Op
         engine.backward(loss)
         engine.step()
         reports.append(remora.merge(step, loss_of_probe))
-    moments = {key: value.clone() for key, value in zero.state_tensors(engine, 0)}
+    moments = {key: value.clone() for key, value in state_tensors(engine, 0)}
     return {
         "reports": [vars(report) for report in reports],
         "weights": {name: layer.weight.clone() for name, layer in mora_layers(model).items()},

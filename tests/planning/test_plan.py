@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
 from mora_ds.adapters.ops import gather, mora
-from mora_ds.engine import zero
 from mora_ds.engine.base_ring import names_on_host, ring_of
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
@@ -25,6 +24,7 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Plan, Planner, recommend
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, measure_step, planned_model, step_memory, with_layers
+from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 
@@ -202,7 +202,7 @@ def measured(
             for _ in range(accumulation):
                 engine.backward(token_nll(engine, batch()) / 100)
                 engine.step()
-    moments = [value for key, value in zero.state_tensors(engine, 0) if key != "step"]
+    moments = [value for key, value in state_tensors(engine, 0) if key != "step"]
     masters = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in optimizer.fp32_partitioned_groups_flat}
     masters.pop(optimizer.lp_param_buffer.untyped_storage()._cdata, None)  # an upgrade might share them in fp32
     return {

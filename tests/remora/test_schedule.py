@@ -24,6 +24,11 @@ JAGGED = Schedule(
 )
 
 
+def merge_steps(schedule: Schedule) -> list[int]:
+    """All step counts after which a merge is planned, in order."""
+    return [done for done in schedule.multiples() if schedule.merges_after(done)]
+
+
 def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero() -> None:
     schedule = Schedule(ScheduleKind.LINEAR, peak=1.1, total_steps=50, warmup_steps=10)
     rates = [schedule.learning_rate(step) for step in range(11)]
@@ -54,21 +59,21 @@ def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
 
 
 def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not() -> None:
-    assert JAGGED.merge_steps() == [25, 50, 75]
-    assert dataclasses.replace(JAGGED, total_steps=80).merge_steps() == [25, 50, 75]
+    assert merge_steps(JAGGED) == [25, 50, 75]
+    assert merge_steps(dataclasses.replace(JAGGED, total_steps=80)) == [25, 50, 75]
     short = dataclasses.replace(JAGGED, total_steps=79)
-    assert short.merge_steps() == [25, 50]
+    assert merge_steps(short) == [25, 50]
     assert short.learning_rate(75, [25, 50]) == short.curve(75), "without a merge there is no ramp"
 
 
 def test_no_merge_before_the_first_warmup_ends() -> None:
-    assert dataclasses.replace(JAGGED, warmup_steps=26).merge_steps() == [50, 75]
-    assert dataclasses.replace(JAGGED, warmup_steps=25).merge_steps() == [25, 50, 75]
+    assert merge_steps(dataclasses.replace(JAGGED, warmup_steps=26)) == [50, 75]
+    assert merge_steps(dataclasses.replace(JAGGED, warmup_steps=25)) == [25, 50, 75]
 
 
 def test_nothing_is_merged_at_interval_zero() -> None:
     schedule = dataclasses.replace(JAGGED, merge_every=0)
-    assert schedule.merge_steps() == []
+    assert merge_steps(schedule) == []
     assert not any(schedule.merges_after(done) for done in range(101))
     assert all(schedule.learning_rate(step) == schedule.curve(step) for step in range(100))
 
@@ -79,12 +84,12 @@ def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind:
         if every <= ramp:
             continue
         schedule = Schedule(kind, 1.0, total, warmup, 0.05, every, ramp)
-        ramped = {merge + k for merge in schedule.merge_steps() for k in range(ramp)}
+        ramped = {merge + k for merge in merge_steps(schedule) for k in range(ramp)}
         for step in range(total):
-            rate = schedule.learning_rate(step, schedule.merge_steps())
+            rate = schedule.learning_rate(step, merge_steps(schedule))
             assert 0 < rate < schedule.curve(step) if step in ramped else rate == schedule.curve(step)
-        assert all(done + ramp < total for done in schedule.merge_steps()), "each cycle reaches the curve"
-        assert schedule.merge_steps() == [done for done in range(total + 1) if schedule.merges_after(done)]
+        assert all(done + ramp < total for done in merge_steps(schedule)), "each cycle reaches the curve"
+        assert merge_steps(schedule) == [done for done in range(total + 1) if schedule.merges_after(done)]
 
 
 def test_names_of_schedules() -> None:
