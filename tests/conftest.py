@@ -62,6 +62,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -seconds[item.path])
 
 
+STARTS_PROCESSES = frozenset(
+    ("run_ranks", "start_ranks", "run", "refusal", "launch", "launcher", "killed_run", "stop_and_resume")
+)
+"""Names of the helpers, and of `subprocess.run`, that start processes."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test that starts processes itself, by the names that its code uses."""
+    if isinstance(item, pytest.Function) and not STARTS_PROCESSES.isdisjoint(item.function.__code__.co_names):
+        item.add_marker("gloo")
+
+
 def expected_seconds(item: pytest.Item) -> int:
     """What a test takes, roughly: what its mark `heavy(seconds=...)` says; more where it starts processes."""
     if heavy := item.get_closest_marker("heavy"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
@@ -50,7 +49,6 @@ def run_plugin_code(folder: str) -> int:
     return names["run"].remora.cycle  # type: ignore[attr-defined]
 
 
-@pytest.mark.gloo
 def test_the_plugin_lines_run_as_they_stand(tmp_path: Path) -> None:
     assert len(plugin_code().splitlines()) <= 16
     assert run_ranks(2, run_plugin_code, str(tmp_path)) == [1, 1]
@@ -80,7 +78,6 @@ def resumed_run(folder: str) -> tuple[int, bool]:
     return run.state.step, moved
 
 
-@pytest.mark.gloo
 def test_a_run_of_ones_own_resumes(tmp_path: Path) -> None:
     run_ranks(2, run_plugin_code, str(tmp_path))
     assert run_ranks(2, resumed_run, str(tmp_path)) == [(6, True), (6, True)]

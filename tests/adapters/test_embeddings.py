@@ -96,7 +96,6 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
     torch.testing.assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
 
 
-@pytest.mark.gloo
 def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path) -> None:
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of it,
     and the mean of two checkpoints the mean of their tables."""
@@ -204,7 +203,6 @@ def extended(user: Playground) -> Playground:
     return replace(user, model=user.root / "extended")
 
 
-@pytest.mark.gloo
 def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path) -> None:
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
     out = tmp_path / "out"
@@ -329,7 +327,6 @@ def test_models_that_they_do_not_fit_are_refused() -> None:
         with_product(torch.zeros(6, 2), torch.zeros(9, 1))
 
 
-@pytest.mark.gloo
 def test_a_model_without_new_rows_is_refused(user: Playground, tmp_path: Path) -> None:
     message = refusal(user.flags(tmp_path / "out", "--train_new_embeddings"))
     assert message.endswith("so it was not written by mora-ds extend-vocab")
@@ -362,7 +359,6 @@ def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
     return {name: zero.full_fp32(engine, parameter).clone() for name, parameter in parameters.items()}
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_two_ranks_train_as_one(kind: str, tied: bool) -> None:

@@ -25,8 +25,6 @@ from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground, losses, run
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
 
-pytestmark = pytest.mark.gloo
-
 ZERO = {stage: ("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json")) for stage in (1, 2)}
 TARGETS = ("--target_modules", "all-linear", "experts")
 MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6, "--save_steps", 3,

@@ -45,14 +45,12 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=tokens(2, vocab=400)).logits
 
 
-@pytest.mark.gloo
 def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> None:
     run(1, user.flags(tmp_path, *MERGING, "--per_device_train_batch_size", 4))
     torch.testing.assert_close(losses(tmp_path), losses(whole), rtol=1e-5, atol=0)
     assert (losses(whole).diff() != 0).all()
 
 
-@pytest.mark.gloo
 def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: Path, tmp_path: Path) -> None:
     ledger = Ledger.open(whole / "ledger")
     assert [summary.operators for summary in summarize(ledger)] == ["subspace"] * 2
@@ -71,7 +69,6 @@ def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: P
     torch.testing.assert_close(model.get_submodule(entry.module).weight, expected, rtol=0, atol=0)
 
 
-@pytest.mark.gloo
 def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, tmp_path: Path) -> None:
     """From a checkpoint that has moved into a folder without vectors of its own."""
     flags = (*MERGING, "--save_steps", 3)
@@ -85,7 +82,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, t
     assert not (tmp_path / "again" / "subspace").exists(), "nothing was decomposed again"
 
 
-@pytest.mark.gloo
 def test_damaged_vectors_are_refused(whole: Path, tmp_path: Path) -> None:
     copy = shutil.copytree((whole / "checkpoints" / "latest").resolve(), tmp_path / "copy")
     path = copy / "ledger" / VECTORS_FILE
@@ -102,7 +98,6 @@ def test_damaged_vectors_are_refused(whole: Path, tmp_path: Path) -> None:
         Ledger.open(copy / "ledger", hashes=False)
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "more",

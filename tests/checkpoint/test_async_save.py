@@ -24,8 +24,6 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, refused, run
 
-pytestmark = pytest.mark.gloo
-
 LAST_STEP = 7
 MORE = (
     "--max_steps", LAST_STEP, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
@@ -47,7 +46,6 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
     return measured
 
 
-@pytest.mark.gloo
 def test_bytes_a_parameter(tmp_path: Path) -> None:
     for combination, (nbytes, parameters) in run_ranks(2, sizes, str(tmp_path))[0].items():
         assert parameters > 27_000, "large against the constant"

@@ -136,7 +136,6 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, o
     assert tree(out) == before
 
 
-@pytest.mark.gloo
 def test_auto_goes_back_to_before_a_damaged_cycle(
     user: Playground, golden: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,7 +196,6 @@ def harmed_job(argv: list[str]) -> tuple[str, str]:
     return refused(argv, may_change=True)
 
 
-@pytest.mark.gloo
 def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_path: Path) -> None:
     """A low bit of one number: the merge's probe does not see it, the next checkpoint does, and is not written."""
     out = tmp_path / "out"
@@ -210,7 +208,6 @@ def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_pa
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, golden: Path, out: Path) -> None:
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[2] = b"\xff" + lines[2][1:]
@@ -240,7 +237,6 @@ BASES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.gloo
 def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path: Path) -> None:
     cases = []
     for index, (name, harm, _) in enumerate(BASES):
@@ -306,7 +302,6 @@ def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path)
     assert tree(disk) == before
 
 
-@pytest.mark.gloo
 def test_an_output_folder_that_cannot_be_written_to(
     user: Playground, out: Path, read_only: Callable[[Path], None]
 ) -> None:
@@ -333,7 +328,6 @@ def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
     return refused(argv)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(("name", "newest"), [("checkpoints", "step-000002"), ("ledger", "step-000004")])
 def test_a_folder_that_becomes_read_only(
     user: Playground, golden: Path, tmp_path: Path, read_only: Callable[[Path], None], name: str, newest: str
@@ -351,7 +345,6 @@ def test_a_folder_that_becomes_read_only(
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 
-@pytest.mark.gloo
 def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
     run(1, golden_flags(user, tmp_path / "first", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
     read_only(tmp_path / "cache")

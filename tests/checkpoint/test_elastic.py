@@ -23,8 +23,6 @@ from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import save_engine
 
-pytestmark = pytest.mark.gloo
-
 Combination = tuple[int, str]
 MOMENTS = ["exp_avg", "exp_avg_sq"]
 

@@ -19,8 +19,6 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, job, losses, rows, run
 
-pytestmark = pytest.mark.gloo
-
 ROWS = 12
 """Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
 RUN = ("--max_steps", 8, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")

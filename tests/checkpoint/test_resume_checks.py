@@ -144,7 +144,6 @@ def other_seed(layers: dict[str, Any]) -> None:
     next(iter(layers.values()))["operator"]["seed"] += 1
 
 
-@pytest.mark.gloo
 def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path: Path) -> None:
     ((fields, kind, no_config, operator),) = run_ranks(1, refused_configs, str(tmp_path))
     assert no_config == "Run: `config` must be a MoRAConfig or a LoRAConfig, got {'rank': 4}"

@@ -23,8 +23,6 @@ from tests.helpers.damage import change_json, flip
 from tests.helpers.exports import fake_run
 from tests.helpers.jobs import Playground
 
-pytestmark = pytest.mark.gloo
-
 
 @pytest.fixture
 def checkpoint(golden: Path, tmp_path: Path) -> Path:

@@ -30,7 +30,6 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
             yield from ((path, tensor) for tensor in load_file(path).values())
 
 
-@pytest.mark.gloo
 def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path) -> None:
     """No tensor has the shape of one, none is large enough to hide one, no float of one stands in a row anywhere."""
     base = AutoModelForCausalLM.from_pretrained(user.model)
@@ -48,7 +47,6 @@ def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path) -> No
         assert tensor.detach().numpy().tobytes()[:64] not in content, name
 
 
-@pytest.mark.gloo
 def test_its_files_and_links(golden: Path) -> None:
     checkpoint = golden / "checkpoints" / "latest"
     assert os.readlink(checkpoint) == "step-000006"
@@ -87,7 +85,6 @@ def flushed_job(argv: list[str]) -> list[str]:
     return events[next(index for index, event in enumerate(events) if "manifest.json" in event) :]
 
 
-@pytest.mark.gloo
 def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: Playground, tmp_path: Path) -> None:
     """Without it a power cut may leave the name of a checkpoint without its files, or a link to no checkpoint."""
     flags = ("--max_steps", 2, "--save_steps", 1, "--save_total_limit", 1)
@@ -132,7 +129,6 @@ def careless_job(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-@pytest.mark.gloo
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, disk: Path) -> None:
     out = disk / "out"
     for ballast in range(2):

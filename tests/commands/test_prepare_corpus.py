@@ -29,7 +29,6 @@ def forbidden(*_: Any) -> None:
     raise AssertionError("tokenised although it was there")
 
 
-@pytest.mark.gloo
 def test_a_run_finds_what_was_prepared(
     user: Playground,
     tmp_path: Path,

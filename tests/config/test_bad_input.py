@@ -35,7 +35,6 @@ def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> None:
     (tmp_path / "late.txt").write_bytes(b"fine\n" * 400_000 + b"\xff\n")
     argv = user.flags(tmp_path / "out", "--train_files", tmp_path / "late.txt")
@@ -43,7 +42,6 @@ def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> N
         assert kind == "UserError" and "late.txt, line 400001" in message
 
 
-@pytest.mark.gloo
 def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
     """A run that finds all its tokens there succeeds; another one is told which flag to change."""
     cache = tmp_path / "cache"
@@ -67,7 +65,6 @@ def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
 # -- models and tokenizers -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path) -> None:
     shutil.copytree(user.model, tmp_path / "bloom")
     bloom = AutoConfig.for_model("bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
@@ -78,7 +75,6 @@ def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path) -
     assert run(1, [*argv, "--no_document_mask"])["steps"] == 6
 
 
-@pytest.mark.gloo
 def test_a_tokenizer_beyond_the_models_vocabulary(user: Playground, tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
     path = train_sentencepiece(texts, 450, tmp_path)
@@ -86,7 +82,6 @@ def test_a_tokenizer_beyond_the_models_vocabulary(user: Playground, tmp_path: Pa
     assert_user_errors(cases, [["--tokenizer_name", "449", "0 to 399"], ["--tokenizer_name", str(user.train)]])
 
 
-@pytest.mark.gloo
 def test_a_tokenizer_that_would_come_back_as_another_one(user: Playground, tmp_path: Path) -> None:
     """A Qwen2 folder makes transformers read any tokenizer beside it as Qwen2's own."""
     shutil.copytree(user.model, tmp_path / "model")
@@ -108,7 +103,6 @@ def other_run(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@pytest.mark.gloo
 def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path: Path) -> None:
     before = contents(other_run)
     mistaken = ["--overwrite_output_dir", "true"]
@@ -128,7 +122,6 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.gloo
 def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Path, tmp_path: Path) -> None:
     """Its launcher was killed, and it is resumed or overwritten while the ranks live on."""
     out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
@@ -147,7 +140,6 @@ def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Pa
 # -- while running -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tmp_path: Path) -> None:
     """The learning rate makes the first steps diverge; a checkpoint from before is named."""
     out = tmp_path / "out"
@@ -164,7 +156,6 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tm
     assert all(verify_manifest(folder) == [] for folder in complete_checkpoints(good / "checkpoints"))
 
 
-@pytest.mark.gloo
 def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> None:
     shutil.copytree(user.model, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
@@ -181,7 +172,6 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
 # -- the real launcher ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("ranks", "more", "code", "part"),
     [

@@ -22,8 +22,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground
 from tests.helpers.mistakes import answer, flags_of, make_mistakes
 
-pytestmark = pytest.mark.gloo
-
 LAUNCHES = r"""
 # -- numbers and words of flags
 --mora_rank 0 | --mora_rank must be at least 1

@@ -37,7 +37,6 @@ def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
     return user.flags(out, "--train_files", odd, *all_of_it, "--eval_steps", 2, "--save_steps", 3, *more)
 
 
-@pytest.mark.gloo
 def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
     argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
@@ -58,7 +57,6 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -
     assert json.loads((out / "summary.json").read_text())["steps"] == 12, "a higher bound goes on"
 
 
-@pytest.mark.gloo
 def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
     """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
     more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")

@@ -210,7 +210,6 @@ def test_what_is_wrong_is_named(tmp_path: Path, case: str) -> None:
 PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
 
 
-@pytest.mark.gloo
 def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp_path: Path) -> None:
     """Per-source losses included: exact over ranks and micro-batches."""
     mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
@@ -243,7 +242,6 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     assert "weights of --mixture, from step 4.old" in refusal(argv)
 
 
-@pytest.mark.gloo
 def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
     """In the first step, the loss that a run reports of one source is the loss of a run on that source alone."""
     more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
@@ -275,7 +273,6 @@ def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path
 # -- held out --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) -> None:
     """By hash, in every source: also where a document lies in two of them."""
     from mora_ds.data import Corpus, DocumentFilter, document_hash, hashes_of, load_corpus
@@ -307,7 +304,6 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 
 
-@pytest.mark.gloo
 def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path) -> None:
     summary = job_alone(user.flags(tmp_path / "out", "--held_out_share", 0.2, "--max_steps", 2))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}

@@ -184,7 +184,6 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
 # -- complete runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Playground, tmp_path: Path) -> None:
     more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
     whole = tmp_path / "whole"
@@ -210,7 +209,6 @@ def job_in_small_batches(argv: list[str]) -> None:
     job(argv)
 
 
-@pytest.mark.gloo
 def test_a_record_without_text_ends_a_streamed_run(user: Playground, tmp_path: Path) -> None:
     late = tmp_path / "late.jsonl"
     late.write_text(user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n')

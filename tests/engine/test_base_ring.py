@@ -158,7 +158,6 @@ def both(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
     return [(trained(case, False), trained(case, True)) for case in cases]
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))])
 def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]) -> None:
     if any(case.get("base_bits") == 4 for case in cases):

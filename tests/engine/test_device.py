@@ -22,7 +22,6 @@ def deterministic_job(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
     return torch.are_deterministic_algorithms_enabled(), {name: os.environ.get(name) for name in DETERMINISTIC}
 
 
-@pytest.mark.gloo
 def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any) -> None:
     results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
     for enabled, environment in results:

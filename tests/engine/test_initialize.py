@@ -38,7 +38,6 @@ def devices_chosen() -> list[Any]:
     return chosen
 
 
-@pytest.mark.gloo
 def test_every_rank_takes_its_own_device_before_anything_is_placed() -> None:
     assert run_ranks(2, devices_chosen) == [[0], [1]]
 
@@ -81,7 +80,6 @@ def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None
             start_distributed()
 
 
-@pytest.mark.gloo
 def test_ranks_that_hold_other_bases_are_named() -> None:
     for message in run_ranks(3, different_base):
         assert "[1, 2]" in message and "--model_name_or_path" in message
@@ -99,7 +97,6 @@ def tensors_that_are_files(folder: str) -> tuple[int, int]:
     return sum(any(tensor.data_ptr() in address_range for address_range in mapped) for tensor in base), len(base)
 
 
-@pytest.mark.gloo
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path) -> None:
     """The live base is the file itself, mapped, where the file has the run's dtype: no rank has a copy."""

@@ -65,7 +65,6 @@ def with_and_without(setting: str) -> tuple[int, int]:
     return everywhere, hooked
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str) -> None:
     for everywhere, hooked in run_ranks(2, with_and_without, setting):
@@ -78,7 +77,6 @@ def families_with_and_without() -> list[tuple[str, int]]:
     return [(family, with_and_without(family)[1]) for family in FAMILIES]
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_every_familys_layers_gather_together_with_the_same_bits() -> None:
     for hook_counts in run_ranks(2, families_with_and_without):
@@ -114,7 +112,6 @@ def held_at_once(setting: str) -> list[set[str]]:
     return gathered_layers
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
 def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str) -> None:
     for gathered_layers in run_ranks(2, held_at_once, setting):
@@ -185,7 +182,6 @@ def gathered_when_needed() -> list[Any]:
     return [history, bool(torch.isfinite(last)), _gather(persistent)]
 
 
-@pytest.mark.gloo
 def test_persistent_matrices_are_gathered_again_after_a_skipped_step() -> None:
     for history, last, _ in run_ranks(2, gathered_when_needed):
         assert history[0][0], "nothing is gathered before the first pass"
@@ -206,6 +202,5 @@ def hooks_of_deepspeed() -> list[str]:
     return drop_idle_hooks(engine)
 
 
-@pytest.mark.gloo
 def test_deepspeed_has_the_hooks_that_are_dropped() -> None:
     assert run_ranks(1, hooks_of_deepspeed) == [[""]]

@@ -174,7 +174,6 @@ def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) ->
     return [sharded_run(stage, merge_at, variant) for variant in variants]
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 1)])
 def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
     """Clipped, accumulated, decayed; the same with states on the CPU."""
@@ -186,14 +185,12 @@ def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None
         assert_follows([result[index] for result in results], expected, 2e-3)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_merge_zeroes_the_momentum(stage: int) -> None:
     results = run_ranks(2, several, stage, 2, [{}])
     assert_follows([result[0] for result in results], plain_run(merge_at=2), 2e-3)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("stage", [2, 3])
 def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
     results = run_ranks(2, several, stage, None, [{"bf16": True}, {"fp16": True}])
@@ -236,7 +233,6 @@ def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:
     return [shared_out(2), shared_out("auto")]
 
 
-@pytest.mark.gloo
 def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket() -> None:
     for (matrices, sizes), (expected, _) in run_ranks(2, small_and_large_bucket):
         assert sum(sizes) == STEPS * len(matrices)
@@ -250,7 +246,6 @@ def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
     return [[group[name] for group in engine.optimizer.param_groups if name in group] for name in names]
 
 
-@pytest.mark.gloo
 def test_the_schedule_keeps_the_two_rates_in_proportion() -> None:
     (settings,) = run_ranks(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
     assert settings == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
@@ -265,7 +260,6 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
     return found, expected, uses_muon(engine)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> None:
     """By names, GPT-2's embeddings would get Muon."""
@@ -280,7 +274,6 @@ JOB = ("--optimizer", "muon", "--learning_rate", 0.05, "--max_steps", 6, "--merg
        "--restart_warmup_steps", 1, "--save_steps", 3, "--train_norms", "true")  # fmt: skip
 
 
-@pytest.mark.gloo
 def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     out = tmp_path / "out"
@@ -311,7 +304,6 @@ def carried(persistent: bool) -> dict[str, int]:
     return {"gathered": counter.gathered_bytes, "all": sum(counter.bytes.values()), "squares": 4 * padded}
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_step_gathers_the_squares_five_times(persistent: bool) -> None:
     """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""

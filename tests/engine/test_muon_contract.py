@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import Any
 
 import deepspeed
-import pytest
 import torch
 from torch import nn
 
@@ -121,7 +120,6 @@ def everything(folder: str) -> dict[str, Any]:
     return {"clipped": clipped, "buffer resumed": same, "tags": [g["use_muon"] for g in engine.optimizer.param_groups]}
 
 
-@pytest.mark.gloo
 def test_the_faults_are_still_there(tmp_path: Any) -> None:
     for faults in run_ranks(2, everything, str(tmp_path)):
         for case, norm in faults["clipped"].items():

@@ -28,8 +28,6 @@ from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
-pytestmark = pytest.mark.gloo
-
 WORLD = 2
 ROWS = 2
 STEPS = 4

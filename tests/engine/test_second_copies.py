@@ -40,7 +40,6 @@ def file(folder: Path, second_copies: int) -> Path:
     return path
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(("world", "size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.heavy)])
 def test_a_run_with_second_copies_is_the_run_without_also_resumed(
     user: Playground, tmp_path: Path, world: int, size: int
@@ -91,7 +90,6 @@ def set_and_reset() -> list[float]:
     return differences
 
 
-@pytest.mark.gloo
 def test_a_matrix_that_is_set_or_reset_is_the_one_that_forward_reads() -> None:
     assert run_ranks(2, set_and_reset) == [[0.0, 0.0]] * 2
 

@@ -13,8 +13,6 @@ from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import adapted_model, causal_loss, tokens
 
-pytestmark = pytest.mark.gloo
-
 
 def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, Any]:
     """Everything torch.distributed itself carries while one step runs, counted below DeepSpeed."""

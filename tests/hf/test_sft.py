@@ -18,7 +18,7 @@ from tests.helpers import hf
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import playground
 
-pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 
 def fine_tuned(root: str) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers import hf
 from tests.helpers.gloo import run_ranks
 
-pytestmark = pytest.mark.gloo
-
 
 def trained_both_ways(root: str) -> dict[str, Any]:
     by_loop, losses = hf.own_loop(Path(root), hf.rates())

@@ -264,7 +264,6 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
     return first, gradient
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_trained_head_that_zero_3_shards(family: str) -> None:
     """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
@@ -283,7 +282,6 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("split", ["sequence", "tensor"])
 def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, split: str) -> None:
     whole = user.root / "whole"
@@ -307,7 +305,6 @@ def chunks_in(out: Path) -> bool:
     return TrainerState.read(out / "checkpoints" / "latest").chunked_loss
 
 
-@pytest.mark.gloo
 def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, tmp_path: Path) -> None:
     """A new run with a frozen head computes it in chunks; one that has begun with whole logits goes on with them."""
     new, resumed, old, gone_on = (tmp_path / name for name in ("new", "resumed", "old", "gone-on"))
@@ -322,7 +319,6 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, 
     assert chunks_in(new) and chunks_in(resumed) and not chunks_in(old) and not chunks_in(gone_on)
 
 
-@pytest.mark.gloo
 def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user: Playground, tmp_path: Path) -> None:
     ((told, refusal_told),) = run_ranks(1, with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
     assert "loss: from the logits of complete batches, because this model does more to its logits" in told

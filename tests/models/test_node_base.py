@@ -102,7 +102,6 @@ def private_and_shared(folder: str, cases: tuple[str, ...]) -> dict[str, dict[st
     return {case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")} for case in cases}
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
@@ -137,7 +136,6 @@ def on_two_nodes(folder: str) -> dict[str, Any]:
     return {choice: merged(Path(folder), choice, "fp32") for choice in ("private", "auto")}
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_nodes_of_one_and_of_two_processes(tmp_path: Path) -> None:
     ranks = run_ranks(3, on_two_nodes, str(tmp_path))
@@ -172,7 +170,6 @@ def faults() -> dict[str, str]:
     return errors
 
 
-@pytest.mark.gloo
 def test_an_error_of_one_process_is_one_of_all() -> None:
     for errors in run_ranks(2, faults):
         assert "rank 1: no room for" in errors["work"]
@@ -200,7 +197,6 @@ def checked(folder: str) -> tuple[int, str]:
     return total, ""
 
 
-@pytest.mark.gloo
 def test_checksums_of_the_same_pages_are_shared(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -219,7 +215,6 @@ def without_memory(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-@pytest.mark.gloo
 def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp_path: Path) -> None:
     ((kind, message),) = set(run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS)))
     assert kind == "UserError"
@@ -227,7 +222,6 @@ def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp
     assert "0.000 GB are left by the memory limit of the job" in message
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path) -> None:
     flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]

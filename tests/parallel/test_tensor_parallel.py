@@ -11,8 +11,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.pairwise import pairwise_cases
 from tests.helpers.tensor_parallel import Case, assert_same_run, plain_run, split_run
 
-pytestmark = pytest.mark.gloo
-
 ALL = {"train_norms": True, "train_embeddings": True, "train_head": True}
 ALIGNED = {"operator": "share", "segments": 4}
 CORE: list[Case] = [

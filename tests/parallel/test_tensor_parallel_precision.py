@@ -27,8 +27,6 @@ from tests.helpers.tensor_parallel import (
     start,
 )
 
-pytestmark = pytest.mark.gloo
-
 STEPS = 30
 COMPARED_EVERY = 5
 LEARNING_RATE = 2e-3

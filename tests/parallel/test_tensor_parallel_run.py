@@ -16,8 +16,6 @@ from mora_ds.engine.shard_reader import EngineShards
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, launch, losses, playground, printed, rows, run
 
-pytestmark = pytest.mark.gloo
-
 ZERO3_TP2 = str(Path(__file__).parents[2] / "configs" / "zero3_tp2.json")
 STEPS = 6
 HALF = 4

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.planning.costs import Collective, costs
@@ -56,7 +54,6 @@ KINDS = {
 }
 
 
-@pytest.mark.gloo
 def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -40,7 +39,6 @@ def places() -> dict[str, Any]:
     }
 
 
-@pytest.mark.gloo
 def test_consecutive_ranks_are_a_group() -> None:
     for result in run_ranks(4, places):
         first = result["rank"] // 2 * 2
@@ -71,7 +69,6 @@ def engine_facts() -> list[str]:
     return [name for name, holds in facts.items() if not holds]
 
 
-@pytest.mark.gloo
 def test_what_an_engine_makes_of_it() -> None:
     for wrong in run_ranks(4, engine_facts):
         assert wrong == [], f"no longer so in DeepSpeed {version('deepspeed')}: {wrong}"

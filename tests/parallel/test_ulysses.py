@@ -29,8 +29,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, adapted_model, tokens
 from tests.helpers.pairwise import pairwise_cases
 
-pytestmark = pytest.mark.gloo
-
 ROWS = 4
 ACCUMULATION = 2
 LENGTH = 24

@@ -23,8 +23,6 @@ from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 
-pytestmark = pytest.mark.gloo
-
 LENGTH = 24
 """Tokens a row: twice the sliding window of the tiny models."""
 

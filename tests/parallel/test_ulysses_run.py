@@ -14,8 +14,6 @@ from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, launch, losses, printed, rows, run
 
-pytestmark = pytest.mark.gloo
-
 ROWS = 4
 """Sequences a micro-batch, over all replicas."""
 RUN = (

@@ -251,7 +251,6 @@ def trained(world: int) -> dict[str, Tensor]:
     return {name: layer.mora_square["default"].detach().clone() for name, layer in layers(model).items()}
 
 
-@pytest.mark.gloo
 def test_two_processes_under_ddp_train_as_one() -> None:
     expected = trained(1)
     for squares in run_ranks(2, trained, 2):

@@ -270,7 +270,6 @@ def assert_as_planned(plan: Plan, found: dict[str, int], case: tuple[Any, ...]) 
         assert getattr(memory, name) == found[name], (case, name)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), (4, [CASES[0], CASES[-1]])])
 def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]) -> None:
     for found in run_ranks(ranks, all_measured, cases):

@@ -27,7 +27,6 @@ from tests.helpers.models import causal_loss, tiny_model, tokens
 HEAVY = ((3, "float32"), (3, "bfloat16"), (2, "bfloat16"))
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("world", "dtype"),
     [(2, "float32"), *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)],
@@ -85,7 +84,6 @@ def check_rounding(found: dict[str, Any], folder: Path) -> None:
     assert 0.001 < report["rounding_loss"] < 0.1
 
 
-@pytest.mark.gloo
 def test_each_reset_keeps_what_it_says(tmp_path: Path) -> None:
     ranks = run_ranks(2, all_resets, str(tmp_path))
     for results in ranks:
@@ -134,7 +132,6 @@ def test_what_a_probe_may_move_by() -> None:
     remora._check_probe(1, None, None)
 
 
-@pytest.mark.gloo
 def test_a_moved_probe_stops_the_run(tmp_path: Path) -> None:
     (message,) = run_ranks(1, moved_probe, str(tmp_path))
     assert "step 1" in message and "3.000000 to 3.500000" in message

@@ -164,7 +164,6 @@ def shares(out: Path) -> list[float]:
     return [row["alignment"] for row in rows(out) if "alignment" in row]
 
 
-@pytest.mark.gloo
 def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Path) -> None:
     """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a resume and an export."""
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
@@ -183,7 +182,6 @@ def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Pa
     assert "research.alignment_weight, alignment_rank" in refusal(other, ranks=2)
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_one_curve_for_every_stage(user: Playground, tmp_path: Path) -> None:
     run(1, research(user.flags(tmp_path / "one", *MERGING, *IN_PARTS), tmp_path, **ALIGNED))
@@ -195,7 +193,6 @@ def test_one_curve_for_every_stage(user: Playground, tmp_path: Path) -> None:
         assert shares(out) == pytest.approx(shares(tmp_path / "one"), rel=1e-4)
 
 
-@pytest.mark.gloo
 def test_a_rank_larger_than_a_side_is_refused(user: Playground, tmp_path: Path) -> None:
     argv = research(user.flags(tmp_path / "out"), tmp_path, alignment_weight=1.0, alignment_rank=17)
     message = refusal(argv)

@@ -224,7 +224,6 @@ def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings:
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
 
 
-@pytest.mark.gloo
 def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path) -> None:
     """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every domain's model is live."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
@@ -270,7 +269,6 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert "research.domain_adapters" in message and "['new', 'old'] there, ['new', 'older'] here" in message
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path) -> None:
     mix = write_mixture(user, tmp_path / "mix.yaml")
@@ -295,7 +293,6 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
 def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, freeze: str) -> None:
     """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
@@ -413,7 +410,6 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
 def test_domains_with_other_options(user: Playground, tmp_path: Path, way: str) -> None:
@@ -441,7 +437,6 @@ SHARDED: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_two_ranks_follow_one(user: Playground, tmp_path: Path) -> None:
     """However they share the work, with gradient checkpointing."""

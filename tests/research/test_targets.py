@@ -308,7 +308,6 @@ def trained_sides(out: Path) -> dict[str, int]:
     return {name: layer["operator"]["r_hat"] for name, layer in layers.items()}
 
 
-@pytest.mark.gloo
 def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user: Playground, tmp_path: Path) -> None:
     """Two ranks, of which only the first reads weights; a resumed run takes the plan from its checkpoint."""
     out = tmp_path / "planned"
@@ -350,7 +349,6 @@ def job_that_reads_weights_on_the_first_rank(argv: list[str]) -> dict[str, Any]:
     return pretrain(parse(argv))
 
 
-@pytest.mark.gloo
 def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path) -> None:
     query = "model.layers.0.self_attn.q_proj"
     down = "model.layers.1.mlp.down_proj"

@@ -14,8 +14,6 @@ from mora_ds.runtime.exchange import gather_to_all, gather_to_first
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import run_ranks, start_ranks
 
-pytestmark = pytest.mark.gloo
-
 
 def sockets() -> int:
     """Connections of this process over TCP, listening ones included."""

@@ -13,8 +13,6 @@ from mora_ds.runtime import nodes
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, output_of, refused
 
-pytestmark = pytest.mark.gloo
-
 
 def refused_on_two_nodes(argv: list[str], other: str) -> tuple[str, str]:
     """A run in which rank 2 is another node, on whose disk the output folder is `other`. For `run_ranks`."""

@@ -13,8 +13,6 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.ranks import Ranks, _named
 from tests.helpers.gloo import run_ranks
 
-pytestmark = pytest.mark.gloo
-
 
 def fail(error: Exception) -> None:
     raise error

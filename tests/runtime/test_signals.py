@@ -62,7 +62,6 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
     raise AssertionError("the run was to stop")
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("number", "rank", "method", "step", "saved"),
     [
@@ -86,7 +85,6 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     assert_same_run(out, whole)
 
 
-@pytest.mark.gloo
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = user.flags(out, *MERGING, *AUTO)
@@ -224,7 +222,6 @@ def gone_within(ranks: list[int], seconds: float) -> bool:
     return True
 
 
-@pytest.mark.gloo
 def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, tmp_path: Path) -> None:
     process, log, ranks = start()
     out = tmp_path / "out"
@@ -236,7 +233,6 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
     assert saved == rows(out)[-1]["step"] <= seen + 3, "two steps, and one that was logged meanwhile"
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("number", "group"),
     [
@@ -255,7 +251,6 @@ def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, tmp_path: Pat
     assert TrainerState.read(out / "checkpoints" / "latest").step == rows(out)[-1]["step"], "no step was lost"
 
 
-@pytest.mark.gloo
 def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
     process, log, ranks = start()
     began = time.monotonic()
@@ -265,7 +260,6 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
     assert "[rank 0] error: lost contact with another rank" in log.read_text()
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user: Playground, whole: Path, tmp_path: Path) -> None:
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for each start. In the one that
@@ -310,7 +304,6 @@ cli.run(main, restartable=True)
 """
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy
 def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path) -> None:
     script = tmp_path / "pretrain.py"

@@ -41,7 +41,6 @@ def test_it_names_every_question() -> None:
     assert set(tool("bench/gpu").QUESTIONS) == set(QUESTIONS)
 
 
-@pytest.mark.gloo
 def test_every_question_runs_at_toy_size(tmp_path: Path) -> None:
     (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
     check(tables, "only a GPU can say")

@@ -21,8 +21,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 
-pytestmark = pytest.mark.gloo
-
 SECONDS = 20.0
 """Within this time every rank must have refused a run whose ranks differ."""
 

@@ -49,7 +49,6 @@ def attention_in(out: Path) -> str:
     return str(TrainerState.read(out / "checkpoints" / "latest").identity["attention"])
 
 
-@pytest.mark.gloo
 def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     by_documents: Path, dense: Path
 ) -> None:
@@ -57,7 +56,6 @@ def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     torch.testing.assert_close(losses(by_documents), losses(dense), rtol=1e-5, atol=0)
 
 
-@pytest.mark.gloo
 def test_a_run_that_resumes_keeps_its_attention_to_the_bit(
     user: Playground, by_documents: Path, tmp_path: Path
 ) -> None:
@@ -66,7 +64,6 @@ def test_a_run_that_resumes_keeps_its_attention_to_the_bit(
     assert_same_run(out, by_documents)
 
 
-@pytest.mark.gloo
 def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path, tmp_path: Path) -> None:
     checkpoint = dense / "checkpoints" / "step-000004"
     flags = user.flags(tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint))

@@ -22,7 +22,6 @@ from tests.helpers.jobs import Playground, refused, research, run
 from tests.helpers.models import FAMILIES
 from tests.helpers.resume import MERGING, assert_same_run, interrupted_job
 
-pytestmark = pytest.mark.gloo
 HOST = ("--base_device", "host")
 
 

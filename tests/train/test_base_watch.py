@@ -15,8 +15,6 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
 
-pytestmark = pytest.mark.gloo
-
 
 def overwritten_job(argv: list[str], word: int) -> tuple[str, str]:
     """A run in whose base the last 4,096 numbers become `word` after step 3. For `run_ranks`."""

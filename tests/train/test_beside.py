@@ -24,8 +24,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, run
 from tests.helpers.resume import assert_same_run
 
-pytestmark = pytest.mark.gloo
-
 FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", "none")
 
 

@@ -40,7 +40,6 @@ def busy_processes(count: int) -> Iterator[None]:
             process.join()
 
 
-@pytest.mark.gloo
 def test_the_same_command_gives_the_same_bits_whatever_else_the_machine_does(user: Playground, tmp_path: Path) -> None:
     run(2, user.flags(tmp_path / "idle", *REMORA))
     with busy_processes(4):
@@ -49,7 +48,6 @@ def test_the_same_command_gives_the_same_bits_whatever_else_the_machine_does(use
     assert_same_tensors(*(merged(tmp_path / name, tmp_path / f"{name}-merged") for name in ("busy", "idle")))
 
 
-@pytest.mark.gloo
 def test_a_resume_with_micro_batches_of_another_size_says_that_paths_change(user: Playground, tmp_path: Path) -> None:
     """Two rows of 8 tokens take the weight where one takes the activations."""
     short = ("--seq_len", 8, "--max_steps", 2, "--save_steps", 1)

@@ -13,8 +13,6 @@ from mora_ds.deploy.export import export_merged
 from tests.helpers.jobs import Playground, losses, refusal, run
 from tests.helpers.resume import assert_same_run, stop_and_resume
 
-pytestmark = pytest.mark.gloo
-
 RELORA = (
     "--adapter", "lora", "--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
     "--learning_rate", "5e-2",

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.helpers.jobs import environment, playground, run
@@ -32,7 +31,6 @@ print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
 """
 
 
-@pytest.mark.gloo
 def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(tmp_path: Path) -> None:
     user = playground(tmp_path / "user")
     merges = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1)

@@ -41,7 +41,6 @@ def test_every_part_of_a_long_document_but_the_first_is_without_it(user: Playgro
     assert [first.tolist(), last.tolist()] == [[2, *ids[0]], [*ids[1], 2]]
 
 
-@pytest.mark.gloo
 def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     run(1, user.flags(tmp_path / "files", *START, "--cache_dir", cache))
@@ -51,7 +50,6 @@ def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path
         assert set(tokens.tokens[starts].tolist()) == {2}
 
 
-@pytest.mark.gloo
 def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path) -> None:
     model = shutil.copytree(user.model, tmp_path / "model")
     content = json.loads((model / "tokenizer.json").read_text())
@@ -62,7 +60,6 @@ def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path)
         assert ("nothing stands before a document" in run_ranks(1, printed, argv)[0]) == says
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("more", [(), ("--streaming",)])
 def test_a_resume_needs_it_again(user: Playground, tmp_path: Path, more: tuple[str, ...]) -> None:
     out = tmp_path / "out"

@@ -135,7 +135,6 @@ def export(root: Path, family: str) -> tuple[ExportReport, Any]:
     return report, AutoModelForCausalLM.from_pretrained(output).eval()
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, results: Any) -> None:
     root, ranks = results
@@ -156,7 +155,6 @@ def loss_of(logits: Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any) -> None:
     root, ranks = results
@@ -175,7 +173,6 @@ def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any)
     assert tied == exported.config.tie_word_embeddings
 
 
-@pytest.mark.gloo
 def test_what_else_was_trained_is_in_the_export(results: Any) -> None:
     root, _ = results
     for family, settings in ALSO_TRAINED.items():
@@ -188,7 +185,6 @@ def test_what_else_was_trained_is_in_the_export(results: Any) -> None:
         assert embedding <= changed if "train_embeddings" in settings else not embedding & changed, family
 
 
-@pytest.mark.gloo
 def test_no_family_needs_a_converted_base(results: Any) -> None:
     """Files hold the live weights one to one, or experts that are put into one tensor: nothing is written twice."""
     _, ranks = results

@@ -44,7 +44,6 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
     return counts
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.heavy) for name in RUNS]
 )

@@ -95,7 +95,6 @@ EVERY = [
 HEAVY = [pytest.param(*case, marks=pytest.mark.heavy(seconds=4)) for case in EVERY if case not in ONCE]
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
 def test_killed(
     user: Playground, whole_of: Whole, tmp_path: Path, moment: str, who: str, ranks: int, precision: str
@@ -104,7 +103,6 @@ def test_killed(
     kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
 
 
-@pytest.mark.gloo
 def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, tmp_path: Path) -> None:
     """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
     whole = whole_of(2, "fp32", ())

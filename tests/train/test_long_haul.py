@@ -96,7 +96,6 @@ def _last_step(out: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-@pytest.mark.gloo
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
 def test_long_haul(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ def pickled(user: Playground) -> Path:
     return folder
 
 
-@pytest.mark.gloo
 def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path, tmp_path: Path) -> None:
     """H1: a pickled model in OUT/base. H2: OUT/tokenizer, OUT/ledger and OUT/metrics.jsonl without a run."""
     for name in ("tokenizer/tokenizer.json", "ledger/notes.txt", "metrics.jsonl"):
@@ -69,7 +68,6 @@ def run_privately(argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-@pytest.mark.gloo
 def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickled: Path, tmp_path: Path) -> None:
     """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's file is in any of them."""
     out = tmp_path / "out"
@@ -104,7 +102,6 @@ def shared_lock(argv: list[str]) -> bool:
     return status == 7
 
 
-@pytest.mark.gloo
 def test_every_rank_holds_the_folder_while_it_may_write(user: Playground, tmp_path: Path) -> None:
     assert run_ranks(2, shared_lock, user.flags(tmp_path / "out")) == [True, True]
 
@@ -134,7 +131,6 @@ def demos_refused(cases: list[list[str]]) -> list[str]:
     return [demo_refused(argv) for argv in cases]
 
 
-@pytest.mark.gloo
 def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "mine" / "demo").mkdir(parents=True)

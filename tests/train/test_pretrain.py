@@ -45,7 +45,6 @@ def assert_close_evals(one: Path, other: Path, rel: float) -> None:
 # -- one curve -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Playground, tmp_path: Path) -> None:
     """12 sequences a step, shared out in four ways, with two merges, embeddings and norms trained too."""
     more = (*MERGING, "--train_embeddings", "true", "--train_norms", "true", "--learning_rate", "5e-3")
@@ -67,7 +66,6 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
             torch.testing.assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.gloo
 def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> None:
     run(1, user.flags(tmp_path / "on"))
     run(1, user.flags(tmp_path / "off", "--no_document_mask"))
@@ -77,7 +75,6 @@ def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> No
 # -- the control ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gloo
 def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_path: Path) -> None:
     more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
     one = tmp_path / "one"
@@ -112,7 +109,6 @@ def texts(user: Playground) -> list[str]:
     return [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
 
 
-@pytest.mark.gloo
 def test_the_same_documents_in_every_format_give_the_same_run(
     user: Playground, texts: list[str], tmp_path: Path
 ) -> None:
@@ -131,7 +127,6 @@ def test_the_same_documents_in_every_format_give_the_same_run(
         assert torch.equal(losses(out), losses(tmp_path / "jsonl")), kind
 
 
-@pytest.mark.gloo
 def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = str(REPOSITORY / "configs" / "models" / "tiny_llama.json")
@@ -152,7 +147,6 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, 
     assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
 
 
-@pytest.mark.gloo
 def test_a_sentencepiece_file_as_tokenizer(user: Playground, texts: list[str], tmp_path: Path) -> None:
     path = train_sentencepiece(texts, 380, tmp_path)
     out = tmp_path / "out"
@@ -161,7 +155,6 @@ def test_a_sentencepiece_file_as_tokenizer(user: Playground, texts: list[str], t
     assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
 
 
-@pytest.mark.gloo
 def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"# {name}\nimport os\n")
@@ -170,7 +163,6 @@ def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_p
     assert list(summary["perplexity_after"]) == ["one", "two", "both"]
 
 
-@pytest.mark.gloo
 def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path) -> None:
     """Every block once an epoch, rounded up to whole steps."""
     more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs", 1)
@@ -201,7 +193,6 @@ def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     "setting",
     [
@@ -218,7 +209,6 @@ def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_p
     assert_close_evals(tmp_path / "out", plain, rel=1e-5)
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_bf16(user: Playground, plain: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "out"
@@ -228,7 +218,6 @@ def test_bf16(user: Playground, plain: Path, tmp_path: Path, stage: str) -> None
     assert report.dtype == "bfloat16" and report.comparison is not None
 
 
-@pytest.mark.gloo
 def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path) -> None:
     model = tiny_model("qwen2", vocab_size=400)
     assert model.config.tie_word_embeddings
@@ -281,7 +270,6 @@ def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
     assert not [line for line in own_lines if len(line) > 120]
 
 
-@pytest.mark.gloo
 def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
     """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
     folder = tmp_path / "my work"
@@ -319,7 +307,6 @@ def job_with_home(home: str, argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-@pytest.mark.gloo
 def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_path: Path) -> None:
     """As in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, tmp_path / "model")
@@ -335,7 +322,6 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_pa
     assert not Path("~").exists()
 
 
-@pytest.mark.gloo
 def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path) -> None:
     """Two runs start together on an empty cache; both end with the same losses."""
     argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
@@ -348,7 +334,6 @@ def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_p
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
 
 
-@pytest.mark.gloo
 def test_summary_and_files_of_a_run(plain: Path) -> None:
     summary = json.loads((plain / "summary.json").read_text())
     assert {
@@ -373,7 +358,6 @@ def job_of_a_node(argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-@pytest.mark.gloo
 def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "nodes"
     one = tmp_path / "one"

@@ -42,7 +42,6 @@ from tests.helpers.jobs import Playground, refusal, run
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
 
-pytestmark = pytest.mark.gloo
 ROWS = 6
 SHARE = MoRAConfig(rank=4, operator="share", base_bits=8)
 packed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra bits4")

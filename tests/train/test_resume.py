@@ -37,7 +37,6 @@ from tests.helpers.resume import (
 )
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.heavy), 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, ranks: int) -> None:
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
@@ -66,7 +65,6 @@ def copied(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "out", symlinks=True))
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize("step", [2, 6])
 def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path, tmp_path: Path, step: int) -> None:
     """From before the first merge, with both merges done since, and from right after the second."""
@@ -87,7 +85,6 @@ def stopped_at_once(argv: list[str]) -> None:
         program.pretrain(parse(argv))
 
 
-@pytest.mark.gloo
 def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(
     user: Playground, whole: Path, tmp_path: Path
 ) -> None:
@@ -98,7 +95,6 @@ def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(
     assert (out / "checkpoints" / "latest").resolve() == checkpoint.resolve()
 
 
-@pytest.mark.gloo
 def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = copied(whole, tmp_path)
     longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
@@ -113,7 +109,6 @@ def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Pat
     assert "changed since" not in told
 
 
-@pytest.mark.gloo
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere"
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))
@@ -121,7 +116,6 @@ def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path)
     assert torch.equal(losses(out), losses(whole)[6:])
 
 
-@pytest.mark.gloo
 def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(
     user: Playground, whole: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +129,6 @@ def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(
     assert (out / "merged" / "model.safetensors").is_file()
 
 
-@pytest.mark.gloo
 def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     user: Playground, whole: Path, tmp_path: Path
 ) -> None:
@@ -149,7 +142,6 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     assert "--max_steps" in message and "step-000012" in message
 
 
-@pytest.mark.gloo
 def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = copied(whole, tmp_path)
     damaged = next((out / "checkpoints" / "step-000009" / "engine").iterdir())
@@ -162,7 +154,6 @@ def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Pa
     assert_same_run(out, whole)
 
 
-@pytest.mark.gloo
 def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path) -> None:
     """Also over what a run has left that was killed before its first checkpoint, merges included."""
     out = tmp_path / "out"
@@ -178,7 +169,6 @@ def differing(user: Playground, whole: Path, *more: Any) -> str:
     return refusal(user.flags(whole, *MERGING, "--resume_from_checkpoint", "latest", *more))
 
 
-@pytest.mark.gloo
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     user: Playground, whole: Path, tmp_path: Path
 ) -> None:
@@ -199,14 +189,12 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files, "nothing was touched"
 
 
-@pytest.mark.gloo
 def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path) -> None:
     flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 1)
     message = refusal(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message and "start 1 or 2 of them" in message
 
 
-@pytest.mark.gloo
 def test_latest_without_a_checkpoint_is_an_error(user: Playground, tmp_path: Path) -> None:
     out = tmp_path / "none"
     assert "no checkpoint" in refusal(user.flags(out, "--resume_from_checkpoint", "latest"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
 from tests.helpers.pairwise import pairwise
 
-pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 LOOP = ("--max_steps", 7, "--save_steps", 2, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
 MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")

@@ -20,8 +20,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.snapshot import untouched
 
-pytestmark = pytest.mark.gloo
-
 CONFIG = MoRAConfig(rank=4, operator="share")
 
 WRONG: dict[str, Callable[[mora_ds.Run], object]] = {

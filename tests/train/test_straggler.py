@@ -17,7 +17,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, run
 from tests.helpers.resume import MERGING, assert_same_run
 
-pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 SLOW = ("train_step", "_merge", "_save", "_evaluate")
 DELAY_S = 0.4

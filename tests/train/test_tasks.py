@@ -93,7 +93,6 @@ def test_a_task_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.gloo
 @pytest.mark.parametrize("stage", [3])
 def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, stage: int) -> None:
     import lm_eval
@@ -140,7 +139,6 @@ def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dic
 
 
 @pytest.mark.heavy
-@pytest.mark.gloo
 def test_three_ranks_score_as_one_and_leave_random_states(user: Playground, tmp_path: Path) -> None:
     files = [str(path) for path in task_files(tmp_path).values()]
     ((is_kept, alone),) = run_ranks(1, random_states_around_tasks, files, str(user.model))

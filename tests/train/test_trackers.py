@@ -210,7 +210,6 @@ def offline(argv: list[str], root: str) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.gloo
 def test_a_run_with_every_service_offline(user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that takes no call would end the run with an exit code of its own."""
     import mlflow

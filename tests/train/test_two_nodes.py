@@ -17,7 +17,7 @@ from tests.helpers.jobs import REPOSITORY, Playground, run
 from tests.helpers.nodes import INTERFACE, Node, trouble, two_nodes, wait_for
 from tests.helpers.resume import assert_same_result
 
-pytestmark = [pytest.mark.gloo, pytest.mark.heavy]
+pytestmark = pytest.mark.heavy
 
 MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
 PORT = "29511"

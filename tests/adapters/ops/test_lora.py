@@ -133,7 +133,6 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.gloo
 @pytest.mark.parametrize(
     ("world", "stage", "dtype"),
     [(1, 1, "float32"), (2, 1, "float32"), (2, 3, "float32"),
@@ -179,12 +178,10 @@ def set_everywhere() -> list[str]:
     return wrong
 
 
-@pytest.mark.gloo
 def test_a_parameter_is_set_in_all_its_copies() -> None:
     assert run_ranks(2, set_everywhere) == [[], []]
 
 
-@pytest.mark.gloo
 def test_relora_is_the_same_at_every_stage_and_world(tmp_path: Path) -> None:
     (alone,) = run_ranks(1, relora, str(tmp_path / "alone"), 1, "float32", 3)
     for world, stage in ((2, 1), (3, 3)):
