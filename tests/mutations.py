@@ -254,7 +254,7 @@ MUTATIONS = (
     ),
     Mutation(
         "elements that two shards hold are accepted",
-        "engine/shard_index.py",
+        "engine/shards.py",
         "holes = reached != first if once else reached < first",
         "holes = reached < first",
         ("checkpoint/test_verify.py",),
@@ -381,7 +381,7 @@ MUTATIONS = (
     ),
     Mutation(
         "step counts that differ between two shards are accepted",
-        "engine/shard_reader.py",
+        "engine/shards.py",
         "if first is not None and counts != first:",
         "if first is None and counts == first:",
         ("engine/test_shards.py",),

@@ -6,7 +6,7 @@
                         rng.safetensors  trainer_state.json  manifest.json
     exported adapter/   adapter.json  adapter.safetensors  base.json  ledger/  manifest.json
 
-Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in `engine.shard_reader`.
+Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in engine/ in `engine.shards`.
 """
 
 from __future__ import annotations

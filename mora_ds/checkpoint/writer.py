@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +50,8 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.errors import RunError
-from mora_ds.engine import shard_writer, zero
-from mora_ds.engine.shard_index import Layout, RankShard, ShardIndex
-from mora_ds.engine.shard_reader import EngineShards
+from mora_ds.engine import shards, zero
+from mora_ds.engine.shards import EngineShards, Layout, RankShard
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks
@@ -135,7 +134,7 @@ class CheckpointWriter:
     def _prepared(self, beside: Path, final: Path, state: TrainerState, keep: int | None) -> Callable[[], None]:
         """Gathers everything, for the background into copies in host memory; returns what writes it. No file is written
         in between, where an error of one rank would leave the others waiting in collectives."""
-        layout, shard, tensors = shard_writer.take(self.engine)
+        layout, shard, tensors = shards.take(self.engine)
         ranks = self._ranks
         if self._background is not None:
             tensors = on_host(tensors)
@@ -146,7 +145,7 @@ class CheckpointWriter:
         shares: list[Any] = []  # of this rank; on rank 0 then those of all
 
         def write_own() -> None:
-            shard_writer.write_shard(beside / ENGINE_TAG / shard.file, tensors)
+            shards.write_shard(beside / ENGINE_TAG / shard.file, tensors)
             write_extras(beside)
 
         def hash_own() -> None:
@@ -176,10 +175,10 @@ class CheckpointWriter:
         """Rank 0, which has the `shares` of all, finishes the checkpoint that they have written."""
         if shares is None:
             return
-        shards = [share.shard for share in shares]
-        if different := [shard.rank for shard in shards if shard.layout != shards[0].layout]:
+        rank_shards = [share.shard for share in shares]
+        if different := [shard.rank for shard in rank_shards if shard.layout != rank_shards[0].layout]:
             raise RunError(f"ranks {different} trained other parameters or with other settings than rank 0")
-        ShardIndex.of(layout, shards).write(beside / ENGINE_TAG)
+        EngineShards.of(beside / ENGINE_TAG, layout, rank_shards).write_table()
         states = {kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares])) for kind in shares[0].rng}
         write_safetensors_atomic(beside / RNG_FILE, states, {})
         files.write_json_atomic(beside / STATE_FILE, state)
@@ -223,8 +222,8 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     """
     ranks = Ranks.current()
     engine_folder = folder / ENGINE_TAG
-    index = ranks.on_first("layouts of the checkpoint", lambda: ShardIndex.read(engine_folder), long=True)
-    shard_writer.restore(engine, EngineShards(engine_folder, index, min(ranks.rank, len(index.files) - 1)))
+    saved = ranks.on_first("layouts of the checkpoint", lambda: EngineShards.open(engine_folder), long=True)
+    shards.restore(engine, replace(saved, folder=engine_folder, rank=min(ranks.rank, len(saved.files) - 1)))
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 

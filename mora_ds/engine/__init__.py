@@ -5,7 +5,7 @@
     optimizer_view    DeepSpeed's optimizers behind one interface
     zero              what other packages ask an engine: masters, optimizer state, learning rate, gradient norm
     muon              what DeepSpeed's Muon needs besides
-    shard_writer      writes and restores the shards of a checkpoint; shard_reader reads them, without DeepSpeed
+    shards            takes, writes, reads and restores the shards of a checkpoint
     traffic           counts the bytes that collectives carry
     device            the device of this process
 

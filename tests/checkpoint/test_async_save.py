@@ -18,8 +18,8 @@ from mora_ds.checkpoint.folder import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError
-from mora_ds.engine import shard_writer
-from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.engine import shards as shard_module
+from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, refused, run
@@ -58,7 +58,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     """No shard is written before a step has been done since its save, the last one's apart: a save that waited for the
     disk would wait for ever. (shards that were written beside training, summary)."""
-    write = shard_writer.write_shard
+    write = shard_module.write_shard
     after_step = Trainer._after_step
     save = checkpoints.CheckpointWriter.save
     stepped, beside = threading.Event(), 0
@@ -80,7 +80,7 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
         stepped.set()
         after_step(trainer)
 
-    shard_writer.write_shard = slowly
+    shard_module.write_shard = slowly
     Trainer._after_step = step  # type: ignore[method-assign]
     checkpoints.CheckpointWriter.save = counted  # type: ignore[method-assign]
     summary = job(argv)
@@ -111,7 +111,7 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
 
 def failing_job(argv: list[str]) -> tuple[str, str]:
     """The disk of rank 1 is full from the second checkpoint on."""
-    write = shard_writer.write_shard
+    write = shard_module.write_shard
     written = []
 
     def fail(path: Path, content: Any) -> None:
@@ -120,7 +120,7 @@ def failing_job(argv: list[str]) -> tuple[str, str]:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    shard_writer.write_shard = fail
+    shard_module.write_shard = fail
     kind, message = refused(argv)
     assert not any("step-000006" in str(path) for path in written), "the next save is the boundary"
     return kind, message
@@ -141,14 +141,14 @@ def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(us
 
 def hanging_job(argv: list[str]) -> tuple[str, str]:
     """The disk of rank 1 does not answer from the second checkpoint on."""
-    write = shard_writer.write_shard
+    write = shard_module.write_shard
 
     def hang(path: Path, content: Any) -> None:
         if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
             threading.Event().wait()
         write(path, content)
 
-    shard_writer.write_shard = hang
+    shard_module.write_shard = hang
     return refused(argv)
 
 

@@ -5,6 +5,7 @@ Complete runs: `test_elastic_runs`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_optimizer_state
 
 from mora_ds.common.errors import UserError
-from mora_ds.engine import shard_reader, shard_writer, zero
+from mora_ds.engine import shards as shard_module
+from mora_ds.engine import zero
 from mora_ds.engine.optimizer_view import view_of
-from mora_ds.engine.shard_index import ShardIndex
-from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.engine.shards import MASTER, EngineShards
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import save_engine
@@ -86,7 +87,7 @@ def save_all(root: str) -> dict[Combination, Any]:
 
 
 def scale_of(engine: Any) -> Any:
-    return {name: getattr(view_of(engine).loss_scaler, name, None) for name in shard_writer.SCALER}
+    return {name: getattr(view_of(engine).loss_scaler, name, None) for name in shard_module.SCALER}
 
 
 def next_loss(engine: Any) -> float:
@@ -96,7 +97,7 @@ def next_loss(engine: Any) -> float:
 
 def restored(combination: Combination, folder: Path) -> Any:
     engine = new_engine(*combination)
-    shard_writer.restore(engine, EngineShards.open(folder / "engine"))
+    shard_module.restore(engine, EngineShards.open(folder / "engine"))
     assert engine.global_steps == 3
     return engine
 
@@ -155,26 +156,26 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
             assert torch.equal(stored[f"{name}.{MASTER}"], expected[combination][f"{name}.{MASTER}"]), combination
             assert all(stored[f"{name}.{key}"].abs().min() > 0 for key in MOMENTS), combination
         assert (stored["first.step"].item(), stored["second.step"].item()) == (3, 2), combination
-        layout = ShardIndex.read(place(root, combination) / "engine").layout
+        layout = EngineShards.open(place(root, combination) / "engine").layout
         assert (layout.world_size, layout.stage) == (2, combination[0])
 
 
 def opened_while_restored(folder: str) -> list[list[str]]:
     """The files that this rank opens for each kind of shards, at the size that wrote them."""
     opened: list[str] = []
-    load = shard_reader.open_safetensors
+    load = shard_module.open_safetensors
 
     def watch(path: Path) -> Any:
         opened.append(path.name)
         return load(path)
 
-    shard_reader.open_safetensors = watch
+    shard_module.open_safetensors = watch
     opened_files = []
     for combination in COMBINATIONS:
-        index = ShardIndex.read(place(folder, combination) / "engine")
+        shards = replace(EngineShards.open(place(folder, combination) / "engine"), rank=dist.get_rank())
         engine = new_engine(*combination)
         opened.clear()
-        shard_writer.restore(engine, EngineShards(place(folder, combination) / "engine", index, dist.get_rank()))
+        shard_module.restore(engine, shards)
         opened_files.append(sorted(set(opened)))
     return opened_files
 
@@ -212,7 +213,7 @@ def refused_by_model(folder: str) -> str:
     engine = new_engine(3, "float32")
     engine.module.second.ds_shape = torch.Size((9,))
     try:
-        shard_writer.restore(engine, EngineShards.open(Path(folder)))
+        shard_module.restore(engine, EngineShards.open(Path(folder)))
     except UserError as error:
         return str(error)
     return ""

@@ -6,6 +6,7 @@ Those that engines write, in several processes: tests/checkpoint/test_elastic.py
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
-from mora_ds.engine import shard_reader, shard_writer
+from mora_ds.engine import shards as shard_module
 from mora_ds.engine.optimizer_view import Flat, Span
-from mora_ds.engine.shard_index import Layout, Part, RankShard, ShardIndex
-from mora_ds.engine.shard_reader import MASTER, EngineShards
+from mora_ds.engine.shards import MASTER, EngineShards, Layout, Part, RankShard
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
 LAYOUTS = [
@@ -60,27 +60,27 @@ def layout(**more: Any) -> Layout:
     return Layout(**{**facts, **more})
 
 
-def index_of(common: Layout, shards: list[list[list[Part]]], moments: list[list[Part]] | None = None) -> ShardIndex:
-    """The table of ranks with `shards`, the optimizer's state of each as `moments` say."""
+def shards_of(
+    folder: Path, common: Layout, shards: list[list[list[Part]]], moments: list[list[Part]] | None = None
+) -> EngineShards:
+    """Those of ranks with these parts, the optimizer's state of each as `moments` say."""
     rows = [RankShard.of(common, n, f"{n}.st", flats, moments or flats) for n, flats in enumerate(shards)]
-    return ShardIndex.of(common, rows)
+    return EngineShards.of(folder, common, rows)
 
 
-def write(folder: Path, *files: dict[str, Tensor], **more: Any) -> ShardIndex:
+def write(folder: Path, *files: dict[str, Tensor], **more: Any) -> None:
     """The shards of both ranks and their table."""
     folder.mkdir(exist_ok=True)
     for rank, content in enumerate(files or (contents(0), contents(1))):
         save_file(content, folder / f"{rank}.st")
-    index = index_of(layout(**more), LAYOUTS)
-    index.write(folder)
-    return index
+    shards_of(folder, layout(**more), LAYOUTS).write_table()
 
 
 def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
     write(tmp_path)
     shards = EngineShards.open(tmp_path)
     assert shards.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
-    assert shards.files == [tmp_path / "0.st", tmp_path / "1.st"]
+    assert shards.files == ["0.st", "1.st"]
     for name, values in VALUES.items():
         for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
             for start in range(len(values)):
@@ -110,12 +110,12 @@ def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytes
     for rank in range(2):
         values = torch.full((17,), float(rank))
         save_file({"0.exp_avg": values, "1.exp_avg": values.clone()}, tmp_path / f"{rank}.st")
-    index = index_of(layout(), LAYOUTS, flats)
+    of_both = shards_of(tmp_path, layout(), LAYOUTS, flats)
     opened = list[str]()
-    open_file = shard_reader.open_safetensors
-    monkeypatch.setattr(shard_reader, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
+    open_file = shard_module.open_safetensors
+    monkeypatch.setattr(shard_module, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
     for rank in range(2):
-        shards = EngineShards(tmp_path, index, rank)
+        shards = replace(of_both, rank=rank)
         opened.clear()
         assert shards.read("a", "exp_avg").tolist() == [float(rank)] * 12
         assert shards.read("b", "exp_avg", 1, 2).tolist() == [float(rank)] * 2
@@ -133,7 +133,7 @@ def one_flat_each(folder: Path) -> EngineShards:
             f"{number}.step": torch.tensor(4.0 if number else 1.0),
         }
     save_file(tensors, folder / "0.st")
-    index_of(layout(world_size=1), [flats]).write(folder)
+    shards_of(folder, layout(world_size=1), [flats]).write_table()
     return EngineShards.open(folder)
 
 
@@ -200,7 +200,7 @@ def restored(
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
     flat = Flat(1, torch.ones(9), state, listed, listed)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    shard_writer._restore_flat(flat, names, shards, set(), device)
+    shard_module._restore_flat(flat, names, shards, set(), device)
     return flat
 
 
@@ -254,4 +254,4 @@ def test_settings_of_a_group_are_those_that_json_holds() -> None:
         "flag": True,
         "many": torch.ones(2),
     }
-    assert shard_writer._plain(group) == {"lr": 0.5, "betas": (0.9, 0.95), "fused": None, "flag": True}
+    assert shard_module._plain(group) == {"lr": 0.5, "betas": (0.9, 0.95), "fused": None, "flag": True}

@@ -47,7 +47,7 @@ PARTITIONS = {
     "deepspeed.runtime.bf16_optimizer": ("bf16_groups", "fp32_groups_flat_partition", "_hp_mapping"),
     "deepspeed.runtime.engine": ("global_samples",),
 }
-"""What `optimizer_view` and `shard_writer` read in each module; tests/checkpoint/test_elastic.py has how it behaves."""
+"""What `optimizer_view` and `shards` read in each module; tests/checkpoint/test_elastic.py has how it behaves."""
 STAGE3_METHODS = ("_get_param_partition_rank", "checkpoint_event_prologue", "checkpoint_event_epilogue")
 
 

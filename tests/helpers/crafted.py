@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
-from mora_ds.engine.shard_index import INDEX_FILE, Layout, Part, RankShard, ShardIndex
+from mora_ds.engine.shards import INDEX_FILE, EngineShards, Layout, Part, RankShard
 from mora_ds.remora.ledger import _link
 from tests.helpers.exports import FakeRun, fake_run
 
@@ -49,7 +49,8 @@ def _write_engine(checkpoint: Path) -> None:
         groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
         settings=[{"lr": 0.1}], counters={"global_steps": 7},
     )  # fmt: skip
-    ShardIndex.of(layout, [RankShard.of(layout, 0, SHARD, [parts], [parts])]).write(checkpoint / "engine")
+    shard = RankShard.of(layout, 0, SHARD, [parts], [parts])
+    EngineShards.of(checkpoint / "engine", layout, [shard]).write_table()
 
 
 def change_layout(checkpoint: Path, change: Any) -> None:

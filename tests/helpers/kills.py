@@ -32,7 +32,7 @@ from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.checkpoint import contents, writer
 from mora_ds.common import files
 from mora_ds.deploy import export
-from mora_ds.engine import shard_writer, zero
+from mora_ds.engine import shards, zero
 from mora_ds.models.node_base import NodeBase
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora import ledger, merge
@@ -221,7 +221,7 @@ MOMENTS: dict[str, Moment] = {
     ),
     "engine_shard_half_written": Moment(
         lambda: within(
-            writer.CheckpointWriter, "save", 3, lambda: torn(shard_writer, "write_shard", lambda path, tensors: path)
+            writer.CheckpointWriter, "save", 3, lambda: torn(shards, "write_shard", lambda path, tensors: path)
         ),
         Passes.ALL,
     ),

@@ -7,19 +7,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mora_ds.engine import shard_writer
-from mora_ds.engine.shard_index import ShardIndex
+from mora_ds.engine import shards
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks
 
 
 def save_engine(engine: Any, folder: Path) -> None:
     """The shards of all ranks and their table in `folder/engine`. Collective."""
-    layout, shard, tensors = shard_writer.take(engine)
-    if shard is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shard_writer.write_shard(folder / "engine" / shard.file, tensors)
-    shards = gather_to_first(shard, Ranks.current().group)
-    if shards is not None:
-        ShardIndex.of(layout, [shard for shard in shards if shard is not None]).write(folder / "engine")
+    layout, shard, tensors = shards.take(engine)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards.write_shard(folder / "engine" / shard.file, tensors)
+    of_all = gather_to_first(shard, Ranks.current().group)
+    if of_all is not None:
+        shards.EngineShards.of(folder / "engine", layout, of_all).write_table()
     dist.barrier()

@@ -12,7 +12,7 @@ import torch
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import sha256_file
-from mora_ds.engine.shard_reader import EngineShards
+from mora_ds.engine.shards import EngineShards
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, launch, losses, playground, printed, rows, run
 

@@ -11,7 +11,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 
 from mora_ds.common.errors import UserError
-from mora_ds.engine.shard_writer import duplicates
+from mora_ds.engine.shards import duplicates
 from mora_ds.parallel.topology import Topology
 from tests.helpers.gloo import run_ranks
 from tests.helpers.tensor_parallel import start

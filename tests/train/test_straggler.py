@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.engine import shard_writer
+from mora_ds.engine import shards
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, run
@@ -36,7 +36,7 @@ def slow_job(argv: list[str], rank: int) -> dict[str, Any]:
     if dist.get_rank() == rank:
         for name in SLOW:
             setattr(Trainer, name, delayed(getattr(Trainer, name)))
-        shard_writer.write_shard = delayed(shard_writer.write_shard)
+        shards.write_shard = delayed(shards.write_shard)
     return job(argv)
 
 

@@ -36,8 +36,7 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
 from mora_ds.common.errors import RunError
 from mora_ds.engine.initialize import initialize_full
-from mora_ds.engine.shard_index import NAME, NUMEL, OFFSET, RANK, START, RankShard, ShardIndex
-from mora_ds.engine.shard_writer import _layout
+from mora_ds.engine.shards import NAME, NUMEL, OFFSET, RANK, START, EngineShards, RankShard, _layout
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model
@@ -235,8 +234,8 @@ def _save(one: OneRank, engine: Any, root: Path, stage: int) -> tuple[Spent, Pat
     if one.rank:  # what rank 0 would have added
         everyone = [other(shares[0], rank) for rank in range(one.world)]
         beside.rename(final)
-        layout = ShardIndex.of(_layout(engine), [share.shard for share in everyone])
-        layout.write(final / ENGINE_TAG)
+        shards = [share.shard for share in everyone]
+        EngineShards.of(final / ENGINE_TAG, _layout(engine), shards).write_table()
         rng = torch.from_numpy(np.stack([share.rng["cpu"] for share in everyone]))
         write_safetensors_atomic(final / RNG_FILE, {"cpu": rng}, {})
         (final / "trainer_state.json").write_text(json.dumps(vars(TrainerState(step=1, world_size=one.world))))

@@ -1,0 +1,589 @@
+"""The shards of a checkpoint: taken from an engine, written, read, and restored into one by any number of processes.
+
+    take            the tensors that this process writes of an engine, and what lies where in them
+    write_shard     its file
+    EngineShards    the files of all ranks as one: any range of a complete parameter, its fp32 master or its moments
+    restore         masters, low-precision copies, optimizer state and counters of this process
+
+    engine/layouts.safetensors    written by rank 0: which part of which parameter lies where in the files of all ranks
+    engine/rank-*.safetensors     "<number>.master", "<number>.<key>": each flat fp32 master, and what the optimizer
+                                  keeps for it: moments of its length, counts without a dimension
+
+Masters and moments go by `OptimizerView.flats`: which part of which parameter lies where in the tensors that the
+optimizer steps on. DeepSpeed's own `save_checkpoint` is not used: it writes pickles, which serve the same number of
+processes only. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays something
+out in another way.
+
+1,024 ranks with 224 matrices under ZeRO-3 have 229,376 parts: they stay rows of an array, which is sorted, checked and
+searched as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mora_ds.common.errors import Bounds, UserError
+from mora_ds.common.files import FORMAT, malformed, require_format
+from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
+from mora_ds.engine import zero
+from mora_ds.engine.optimizer_view import Flat, Span, view_of
+from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
+from mora_ds.parallel.topology import share_of
+
+INDEX_FILE = "layouts.safetensors"
+
+MASTER = "master"
+"""The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
+NUMBERS = (torch.int64, torch.float64)
+"""Dtypes of values without a dimension that were plain numbers, and no tensors, when they were written."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Safetensors' names of the dtypes that masters and moments may have."""
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes in a loss scaler (fp16/loss_scaler.py)."""
+
+Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
+"""Of one dimension of a parameter; LoRA's factors are as long as both sides of a layer."""
+
+
+# -- what lies where ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all ranks of a run have in common."""
+
+    world_size: Processes
+    stage: int
+    optimizer: str
+    """Class name of the torch optimizer, such as AdamW."""
+    groups: list[dict[FileName, list[Length]]]
+    """For each parameter group, its parameters and their complete shapes."""
+    settings: list[dict[str, Any]]
+    """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
+    counters: dict[str, int]
+    scaler: dict[str, float]
+    """State of fp16's loss scaler."""
+    transposed: list[str]
+    """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> complete shape, in the order in which the table counts the parameters."""
+        return {name: tuple(shape) for group in self.groups for name, shape in group.items()}
+
+
+NAME, START, NUMEL, RANK, FLAT, OFFSET = range(6)
+"""Columns of the table: index of the parameter's name; first element and number of elements; the rank that wrote the
+part; the flat tensor in its file, and the offset in that."""
+
+
+class RankShard(NamedTuple):
+    """Where the parts of one rank lie in its file."""
+
+    rank: int
+    file: str
+    parts: np.ndarray
+    """(P, 6) int64"""
+    moments: np.ndarray | None
+    """(Q, 6) int64 of the optimizer's state; None: as `parts`."""
+    layout: str
+    """A digest of the rank's `Layout`, which must be that of all."""
+
+    @classmethod
+    def of(cls, layout: Layout, rank: int, file: str, flats: list[list[Part]], moments: list[list[Part]]) -> RankShard:
+        """`flats`: the parts in each flat tensor; `moments`: those in its optimizer state, which are not always the
+        same (see `optimizer_view.Flat`)."""
+        number = {name: index for index, name in enumerate(layout.shapes)}
+
+        def rows(tensors: list[list[Part]]) -> np.ndarray:
+            numbers = [
+                (number[part.name], part.start, part.numel, rank, index, part.offset)
+                for index, parts in enumerate(tensors)
+                for part in parts
+            ]
+            return np.array(numbers, np.int64).reshape(-1, 6)
+
+        digest = hashlib.sha256(json.dumps(asdict(layout), sort_keys=True).encode()).hexdigest()
+        return cls(rank, file, rows(flats), None if moments == flats else rows(moments), digest)
+
+
+# -- the shards of all ranks -------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class EngineShards:
+    """All shards of a checkpoint as one. Make it with `open`, or with `of` to write its table.
+
+    It can be pickled until the first shard is read: rank 0 reads the table for all.
+    """
+
+    folder: Path
+    layout: Layout
+    files: list[str]
+    """The file of every rank."""
+    parts: np.ndarray
+    """(P, 6) int64 rows of the masters, by name and then by start."""
+    moments: np.ndarray
+    """(Q, 6) int64 rows of the optimizer's state; `parts` itself where they are the same."""
+    rank: int = 0
+    """The writer whose file is read first, where several hold the same elements."""
+    _shards: dict[int, _Shard] = field(init=False, default_factory=dict)
+    """The files that were read, by the ranks that wrote them."""
+
+    @classmethod
+    def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
+        """From the shards of all ranks, in their order."""
+        parts = _sorted(np.concatenate([shard.parts for shard in shards]))
+        moments = parts
+        if any(shard.moments is not None for shard in shards):
+            state_rows = [shard.parts if shard.moments is None else shard.moments for shard in shards]
+            moments = _sorted(np.concatenate(state_rows))
+        return cls(folder, layout, [shard.file for shard in shards], parts, moments)
+
+    @classmethod
+    def open(cls, folder: Path) -> EngineShards:
+        """Read the table of an engine folder. Raises `UserError` naming the file that is missing or damaged, or the
+        parameter that has holes."""
+        path = folder / INDEX_FILE
+        handle = open_safetensors(path)
+        with malformed(path):
+            content = plain_json((handle.metadata() or {})["layout"], path)
+            require_format(path, content)
+            content.pop("format")
+            files = typed(list[FileName], content.pop("files"), f"{path}: files")
+            layout: Layout = typed(Layout, content, path)
+            tables = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+            parts = _table(tables["parts"])
+            moments = _table(tables["moments"]) if "moments" in tables else parts
+        if len(files) != layout.world_size:
+            raise UserError(f"{path}: it lists {len(files)} files of {layout.world_size} ranks")
+        shards = cls(folder, layout, files, parts, moments)
+        shards._check_whole()
+        return shards
+
+    def write_table(self) -> None:
+        """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
+        content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
+        tables = {"parts": torch.from_numpy(self.parts)}
+        if self.moments is not self.parts:
+            tables["moments"] = torch.from_numpy(self.moments)
+        write_safetensors_atomic(self.folder / INDEX_FILE, tables, {"layout": json.dumps(content)})
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> complete shape."""
+        return self.layout.shapes
+
+    def keys(self, name: str, start: int = 0, numel: int | None = None) -> list[str]:
+        """Keys of the optimizer state that has a value for every element of a parameter, such as exp_avg; as the shards
+        of these elements have them."""
+        row = self._rows(name, False, start, numel)[0]
+        return self._shard(int(row[RANK])).moments(int(row[FLAT]))
+
+    def scalars(self, name: str, start: int = 0, numel: int | None = None) -> dict[str, Any]:
+        """The rest of the state of a parameter, such as step: one value each. Raises `UserError` if the shards of these
+        elements differ."""
+        first: dict[str, Any] | None = None
+        for row in self._rows(name, True, start, numel):
+            shard = self._shard(int(row[RANK]))
+            counts = shard.counts(int(row[FLAT]))
+            if first is not None and counts != first:
+                raise UserError(f"{shard.path}: {name} has {shown(counts)}, another rank's shard {shown(first)}")
+            first = counts
+        return first or {}
+
+    def group_step(self, group: int) -> int | None:
+        """The step count in a parameter group, with which FusedAdam starts the state of a new master; others have none.
+        Raises `UserError` for one that is no number."""
+        step = self.layout.settings[group].get("step") if group < len(self.layout.settings) else None
+        with malformed(self.folder / INDEX_FILE):
+            return None if step is None else int(step)
+
+    def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
+        """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.
+        `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
+        if name not in self.shapes:
+            raise UserError(f"{self.folder}: the shards do not hold {name}")
+        if (name in self.layout.transposed) is transposed:
+            return self._read(name, key, start, numel)
+        whole = self._read(name, key, 0, None).view(self.shapes[name]).T.flatten()
+        return whole[start : None if numel is None else start + numel].clone()
+
+    def whole(self, name: str, key: str) -> Tensor:
+        """A complete master or moment in the parameter's shape."""
+        return self.read(name, key).view(self.shapes[name])
+
+    def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
+        """As `read`, transposed or not as in the shards. No file is opened that is not needed."""
+        end = math.prod(self.shapes[name]) if numel is None else start + numel
+        rows = self._rows(name, key == MASTER, start, numel)
+        complete = rows[(rows[:, START] <= start) & (rows[:, START] + rows[:, NUMEL] >= end)]
+        whole: Tensor | None = None
+        for _, begin, size, rank, flat, offset in (complete[:1] if len(complete) else rows).tolist():
+            shard = self._shard(rank)
+            first = max(start, begin)
+            last = max(first, min(end, begin + size))
+            values = shard.read(flat, key, offset + first - begin, offset + last - begin)
+            if values is None:
+                raise UserError(f"{shard.path} has no {key} of {name}")
+            if len(values) < last - first:
+                raise UserError(f"{shard.path} is incomplete: {key} of {name}")
+            if whole is None:
+                whole = torch.empty(end - start, dtype=values.dtype)
+            whole[first - start : last - start] = values
+        assert whole is not None, "every parameter has a part"
+        return whole
+
+    def _shard(self, rank: int) -> _Shard:
+        if rank not in self._shards:
+            self._shards[rank] = _Shard(self.folder / self.files[rank])
+        return self._shards[rank]
+
+    def _rows(self, name: str, is_master: bool, start: int, numel: int | None) -> np.ndarray:
+        """The rows of the table that hold any of `numel` elements from `start` on (of none: that hold the first one),
+        those of the preferred rank first."""
+        table, begins = self._tables[is_master]
+        number = self._numbers[name]
+        rows = table[begins[number] : begins[number + 1]]
+        end = math.prod(self.shapes[name]) if numel is None else start + max(numel, 1)
+        rows = rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
+        return rows[np.argsort(rows[:, RANK] != self.rank, kind="stable")]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.shapes)}
+
+    @cached_property
+    def _tables(self) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
+        """Whether it is that of the masters -> (a table, where the rows of each parameter begin in it)."""
+        numbers = np.arange(len(self.shapes) + 1)
+        tables = {True: self.parts, False: self.moments}
+        return {is_master: (rows, np.searchsorted(rows[:, NAME], numbers)) for is_master, rows in tables.items()}
+
+    def _check_whole(self) -> None:
+        """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""
+        listed = set(self.files)
+        entries = [entry for entry in os.scandir(self.folder) if entry.name in listed and entry.is_file()]
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        if sum(sizes) > sum(entry.stat().st_size for entry in entries):
+            path = self.folder / INDEX_FILE
+            raise UserError(f"{path} lists parameters of more elements than the shards have bytes")
+        tables = [("", self.parts)]
+        if self.moments is not self.parts:
+            tables.append(("the optimizer's state of ", self.moments))
+        for what, rows in tables:
+            names = rows[:, NAME]
+            if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
+                raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
+            if (faulty := _first_hole(rows, np.array(sizes, np.int64), len(self.files), once=not what)) is not None:
+                once = "" if what else ", and each element once"
+                raise UserError(f"{self.folder}: the shards do not hold all of {what}{list(self.shapes)[faulty]}{once}")
+
+
+def _sorted(rows: np.ndarray) -> np.ndarray:
+    """By name, then by start, then by rank."""
+    return rows[np.lexsort((rows[:, RANK], rows[:, START], rows[:, NAME]))]
+
+
+def _table(tensor: Tensor) -> np.ndarray:
+    """Raises ValueError for another shape or dtype than that of a written table."""
+    if tensor.dtype != torch.int64 or tensor.dim() != 2 or tensor.shape[1] != 6:
+        raise ValueError(f"a table of shape {tuple(tensor.shape)} {tensor.dtype}")
+    return _sorted(tensor.numpy())
+
+
+def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> int | None:
+    """The index of the first parameter of which a part is missing, out of bounds or (`once`) held twice; else None."""
+    name = rows[:, NAME]
+    start = rows[:, START]
+    numel = rows[:, NUMEL]
+    wrong = (start < 0) | (numel < 1) | (numel > sizes[name]) | (start > sizes[name] - numel)
+    wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
+    if wrong.any():
+        return int(name[wrong.argmax()])
+    # All parameters one after the other are one range, which the rows, in order, must cover.
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    first = begins[name] + start
+    reached = np.concatenate([[0], np.maximum.accumulate(first + numel)])
+    first = np.concatenate([first, [begins[-1]]])
+    holes = reached != first if once else reached < first
+    if not holes.any():
+        return None
+    where = holes.argmax()
+    at = int(min(reached[where], first[where]))  # the element that is missing, or held twice
+    return min(int(np.searchsorted(begins, at, side="right")) - 1, len(sizes) - 1)
+
+
+class _Shard:
+    """The file of one rank, opened when it is first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _handle(self) -> Any:
+        return open_safetensors(self.path)
+
+    @cached_property
+    def _shapes(self) -> dict[int, dict[str, list[int]]]:
+        """Number of a flat tensor -> key of its master and of its state -> shape."""
+        shapes: dict[int, dict[str, list[int]]] = {}
+        for name in self._handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+            with malformed(self.path):
+                number, _, key = name.partition(".")
+                typed(FileName, key, "a key of the optimizer's state")
+                tensor = self._handle.get_slice(name)
+                shape = tensor.get_shape()
+                if shape and tensor.get_dtype() not in FLOATS:
+                    raise UserError(f"{name} has dtype {tensor.get_dtype()}, which is none of {', '.join(FLOATS)}")
+                shapes.setdefault(int(number), {})[key] = shape
+        return shapes
+
+    def moments(self, flat: int) -> list[str]:
+        """Keys of the state that has a value for every element."""
+        return [key for key, shape in self._shapes.get(flat, {}).items() if shape and key != MASTER]
+
+    def counts(self, flat: int) -> dict[str, Any]:
+        """The rest of the state, such as the step count: a tensor, or the number that it was when it was written."""
+        counts = {}
+        for key, shape in self._shapes.get(flat, {}).items():
+            if not shape:
+                value = self._handle.get_tensor(_tensor_name(flat, key))
+                counts[key] = value.item() if value.dtype in NUMBERS else value.clone()  # the file is mapped once
+        return counts
+
+    def read(self, flat: int, key: str, start: int, stop: int) -> Tensor | None:
+        """Elements [start, stop) of a master or moment; fewer where it ends earlier, None where there is none."""
+        if len(self._shapes.get(flat, {}).get(key, ())) != 1:
+            return None
+        return self._handle.get_slice(_tensor_name(flat, key))[start:stop]
+
+
+def _tensor_name(flat: int, key: str) -> str:
+    """What the master of flat tensor number `flat`, or its optimizer state `key`, is called in a rank's file."""
+    return f"{flat}.{key}"
+
+
+# -- the parameters of an engine ---------------------------------------------------------------------------------------
+
+
+Names = dict[int, str]
+"""id of a parameter -> its name in the model."""
+
+
+def _names(engine: zero.Engine) -> Names:
+    return {id(parameter): name for name, parameter in engine.module.named_parameters()}
+
+
+def _parts(spans: list[Span], names: Names) -> list[Part]:
+    """The spans by the names of their parameters, counted in the complete parameter."""
+    parts = []
+    for span in spans:
+        if span.numel:
+            share = share_of(span.parameter)
+            begin = 0 if share is None else share.start * share.r_hat  # of this process's tensor-parallel share
+            parts.append(Part(names[id(span.parameter)], begin + span.start, span.numel, span.offset))
+    return parts
+
+
+def _shapes(engine: zero.Engine) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every complete parameter, also where ZeRO-3 or tensor parallelism splits it."""
+    shapes = {}
+    for name, parameter in engine.module.named_parameters():
+        share = share_of(parameter)
+        shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape)) if share is None else (share.r_hat,) * 2
+    return shapes
+
+
+def _transposed(engine: zero.Engine) -> set[str]:
+    """The MoRA matrices whose tensor-parallel shares are rows of the transpose."""
+    shares = {name: share_of(parameter) for name, parameter in engine.module.named_parameters()}
+    return {name for name, share in shares.items() if share is not None and share.transposed}
+
+
+def duplicates(engine: zero.Engine) -> set[str]:
+    """The parameters that another process of this one's tensor-parallel group holds as well, and saves."""
+    if engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0:
+        return set()
+    return {name for name, parameter in engine.module.named_parameters() if share_of(parameter) is None}
+
+
+def _layout(engine: zero.Engine) -> Layout:
+    view = view_of(engine)
+    names = _names(engine)
+    shapes = _shapes(engine)
+    return Layout(
+        world_size=dist.get_world_size(),
+        stage=int(engine.zero_optimization_stage()),
+        optimizer=type(engine.basic_optimizer).__name__,
+        groups=[{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()],
+        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
+        counters={name: int(getattr(engine, name)) for name in COUNTERS},
+        scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
+        transposed=sorted(_transposed(engine)),
+    )
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group that JSON can hold."""
+    values = {
+        key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()
+    }
+    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, tuple, type(None)))}
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
+    """(what all ranks have in common, where the parts of this rank lie in its file, that file's tensors). The tensors
+    are the engine's own, not copies."""
+    layout = _layout(engine)
+    flats = list(view_of(engine).flats())
+    tensors: dict[str, Tensor] = {}
+    for number, flat in enumerate(flats):
+        tensors[_tensor_name(number, MASTER)] = flat.master.detach().view(-1)
+        for key in sorted(flat.state):  # whatever order they were set in: the same state is the same file
+            tensors[_tensor_name(number, key)] = _as_tensor(flat.state[key])
+    names = _names(engine)
+    skipped = duplicates(engine)
+
+    def written(spans: list[Span]) -> list[Part]:
+        return [part for part in _parts(spans, names) if part.name not in skipped]
+
+    masters = [written(flat.spans) for flat in flats]
+    moments = [written(flat.state_spans) for flat in flats]
+    file = f"rank-{dist.get_rank():05d}.safetensors"
+    return layout, RankShard.of(layout, dist.get_rank(), file, masters, moments), tensors
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Moments flat, step counts without a dimension; plain numbers in a dtype by which a reader knows them."""
+    if isinstance(value, Tensor):
+        return value.detach().view(-1) if value.dim() else value.detach()
+    whole, fraction = NUMBERS
+    return torch.tensor(value, dtype=whole if isinstance(value, int) else fraction)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the file of one rank, atomically. Raises `RunError` on a full disk."""
+    path.parent.mkdir(exist_ok=True)
+    write_safetensors_atomic(path, tensors, {})
+
+
+# -- restoring ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def restore(engine: zero.Engine, shards: EngineShards) -> None:
+    """Set everything that training changes from the shards of a checkpoint. Collective. With the number of processes
+    that wrote them each one opens its own file alone.
+
+    Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
+    """
+    _check(engine, shards)
+    view = view_of(engine)
+    names = _names(engine)
+    transposed = _transposed(engine)
+    groups = engine.basic_optimizer.param_groups
+    for flat in view.flats():
+        is_fused = groups[flat.group].get("fused")
+        _restore_flat(flat, names, shards, transposed, flat.master.device if is_fused else "cpu")
+    view.write_copies()
+    for group in range(len(groups)):
+        step = shards.group_step(group)
+        if step is not None:
+            view.set_step(group, step)
+    with malformed(shards.folder / INDEX_FILE):
+        for name in COUNTERS:
+            setattr(engine, name, shards.layout.counters[name])
+    for name, number in shards.layout.scaler.items():
+        if name in SCALER and hasattr(view.loss_scaler, name):
+            setattr(view.loss_scaler, name, number)
+
+
+def _check(engine: zero.Engine, shards: EngineShards) -> None:
+    here = _shapes(engine)
+    different = sorted(name for name in {*here, *shards.shapes} if here.get(name) != shards.shapes.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{shards.folder} does not fit this model in {len(different)} parameters, e.g. {name}: "
+            f"{shards.shapes.get(name, 'none')} there, {here.get(name, 'none')} here"
+        )
+    mine = type(engine.basic_optimizer).__name__
+    theirs = shards.layout.optimizer
+    if mine != theirs:
+        raise UserError(f"{shards.folder} holds the state of {theirs}, this run's optimizer is {mine} (--deepspeed)")
+
+
+def _restore_flat(
+    flat: Flat, names: Names, shards: EngineShards, transposed: set[str], device: torch.device | str
+) -> None:
+    """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
+    where the optimizer wants counts that are tensors, as torch's fused Adam does."""
+    parts = _parts(flat.spans, names)
+    state_parts = _parts(flat.state_spans, names)
+    _fill(flat.master, MASTER, parts, shards, transposed)
+    # A tensor of padding alone steps as often as the others of its group: it gets the counts of the group's first one.
+    sources = parts
+    if not sources:
+        with malformed(shards.folder / INDEX_FILE):
+            of_group = list(shards.layout.groups[flat.group])
+            sources = [Part(of_group[0], 0, 0, 0)]
+    first = sources[0]
+    keys = shards.keys(first.name, first.start, first.numel)
+    counts = shards.scalars(first.name, first.start, first.numel)
+    for part in sources[1:]:
+        same_keys = shards.keys(part.name, part.start, part.numel) == keys
+        if not same_keys or shards.scalars(part.name, part.start, part.numel) != counts:
+            raise UserError(
+                f"{shards.folder}: {first.name} and {part.name} are one tensor here, with different state there"
+            )
+    for key in set(flat.state) - {*keys, *counts}:
+        del flat.state[key]
+    for key, value in counts.items():
+        old = flat.state.get(key)
+        if isinstance(value, Tensor):
+            value = value.item() if isinstance(old, int) else value.to(getattr(old, "device", device))
+        flat.state[key] = value
+    for key in keys:
+        if not isinstance(flat.state.get(key), Tensor):
+            dtype = shards.read(first.name, key, first.start, 0).dtype
+            flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
+            if state_parts != parts:
+                flat.state[key] = flat.state[key].new_zeros(sum(state_part.numel for state_part in state_parts))
+        _fill(flat.state[key], key, state_parts, shards, transposed)
+
+
+def _fill(target: Tensor, key: str, parts: list[Part], shards: EngineShards, transposed: set[str]) -> None:
+    flat = target.detach().view(-1)
+    flat.zero_()
+    for part in parts:
+        values = shards.read(part.name, key, part.start, part.numel, part.name in transposed)
+        flat.narrow(0, part.offset, part.numel).copy_(values)
