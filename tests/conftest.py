@@ -111,3 +111,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
     from tests.helpers.jobs import playground  # not above: it imports torch
 
     return playground(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The output folder of a test's run, which is not there yet."""
+    return tmp_path / "out"

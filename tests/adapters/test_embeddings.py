@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject, load_adapter
@@ -22,6 +23,7 @@ from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, 
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer
@@ -35,7 +37,7 @@ from mora_ds.train.pretrain import pretrain
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refusal, run
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 
 # -- a product of low rank ---------------------------------------------------------------------------------------------
 
@@ -87,19 +89,17 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
     inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
     assert torch.equal(model(ids).logits, before)
     head = model.get_output_embeddings()
-    again = tiny_model("llama")
-    inject(again, MoRAConfig(rank=2, embedding_rank=RANK))
+    again = model_with_mora(rank=2, embedding_rank=RANK)
     assert torch.equal(again.get_output_embeddings().low_rank, head.low_rank), "drawn by the seed"
     assert not torch.equal(head.low_rank, model.get_input_embeddings().low_rank)
     table = torch.nn.Linear(4, 9)
     x = torch.randn(3, 4)
-    torch.testing.assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
+    assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
 
 
-def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path) -> None:
+def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path, out: Path) -> None:
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of it,
     and the mean of two checkpoints the mean of their tables."""
-    out = tmp_path / "out"
     base = BaseCheckpoint.open(user.model)
     more = ("--train_embedding_rank", RANK, "--embedding_learning_rate", 0.01, "--merge_every", 3)
     more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
@@ -203,11 +203,10 @@ def extended(user: Playground) -> Playground:
     return replace(user, model=user.root / "extended")
 
 
-def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path) -> None:
+def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path, out: Path) -> None:
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
-    out = tmp_path / "out"
     base = BaseCheckpoint.open(extended.model)
-    first = json.loads((extended.model / EXTENSION_JSON).read_text())["first_row"]
+    first = read_json(extended.model / EXTENSION_JSON)["first_row"]
     flags = extended.flags(
         out, "--train_new_embeddings", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4,
         "--eval_files", extended.held,
@@ -240,7 +239,7 @@ def test_a_head_keeps_its_bias() -> None:
     table = torch.nn.Linear(4, 128)
     x = torch.randn(3, 4)
     head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
-    torch.testing.assert_close(head(x), table(x))
+    assert_close(head(x), table(x))
 
 
 def test_every_trained_row_is_looked_up_among_the_trained() -> None:
@@ -268,7 +267,7 @@ def test_a_dry_run_counts_them(
 
     without = counted()
     tokens_, width = BaseCheckpoint.open(extended.model).read(TABLES[0]).shape
-    new_rows = tokens_ - json.loads((extended.model / EXTENSION_JSON).read_text())["first_row"]
+    new_rows = tokens_ - read_json(extended.model / EXTENSION_JSON)["first_row"]
     for more, elements in (
         (["--train_embedding_rank", "3"], 3 * (tokens_ + width)),
         (["--train_new_embeddings"], new_rows * width),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers.integrations.moe import use_experts_implementation
 
 from mora_ds.adapters import experts as module_of_experts
@@ -30,7 +31,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.eval.ledger_summary import histories
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
-from tests.helpers.models import MIXTURES, alone, causal_loss, tiny_model, tokens
+from tests.helpers.models import MIXTURES, alone, causal_loss, enable_checkpointing, model_with_mora, tiny_model, tokens
 
 EVERYWHERE = ("all-linear", "experts")
 OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True))
@@ -82,7 +83,7 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_
     for name, layer in mora_layers(model).items():
         gradient = parameters[layer.spec.weight_name(name)].grad
         wanted = layer.spec.adjoint(gradient.mT if layer.transposed else gradient)
-        torch.testing.assert_close(layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        assert_close(layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
@@ -92,13 +93,13 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
         assert len(mora_layers(model)) == 2
         with torch.no_grad():
             expected = live_of(model, "mixtral", "eager")(input_ids=ids).logits
-            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+            assert_close(model(input_ids=ids).logits, expected)
     dropping = adapted(dropout=0.5)
     dropping.train()
     assert causal_loss(dropping, ids).item() != causal_loss(dropping.eval(), ids).item()
     plain = adapted()
     checkpointed = tiny_model("mixtral")
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(checkpointed)
     for variant in (plain, adapted(model=checkpointed)):
         causal_loss(variant.train(), ids).backward()
     for one, another in zip(mora_layers(plain).values(), mora_layers(checkpointed).values(), strict=True):
@@ -151,10 +152,10 @@ def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, k
     output.backward(g)
     expected = one_by_one(wanted, reference, ends)
     expected.backward(g)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(inputs.grad, wanted.grad)
+    assert_close(output, expected)
+    assert_close(inputs.grad, wanted.grad)
     if bits == 16:
-        torch.testing.assert_close(trained.grad, reference.grad)
+        assert_close(trained.grad, reference.grad)
 
 
 def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
@@ -305,8 +306,7 @@ def test_adapters_that_experts_cannot_have_are_refused() -> None:
 
 def test_muon_is_refused_by_an_engine_of_ones_own() -> None:
     """Before any process group is started."""
-    model = tiny_model("mixtral")
-    inject(model, MoRAConfig(rank=4, target_modules=("experts",)))
+    model = model_with_mora("mixtral", target_modules=("experts",))
     settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Muon", "params": {"lr": 0.02}}}
     with pytest.raises(UserError, match=r"--optimizer muon .*experts\.\w+ has a stack"):
         initialize(model=model, config={**settings, "zero_optimization": {"stage": 3}})

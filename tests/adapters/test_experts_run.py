@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.eval.ledger_summary import histories, summarize
 from mora_ds.remora.ledger import Ledger
 from mora_ds.research.spectrum import layer_spectra
-from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground, losses, run
+from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground, assert_close_losses, run
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
 
@@ -85,16 +86,16 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
 ) -> None:
     report = export_merged(whole, tmp_path / "merged", verify=True)
     assert report.comparison is not None
-    names = json.loads((model_folder / "model.safetensors.index.json").read_text())["weight_map"].keys()
+    names = read_json(model_folder / "model.safetensors.index.json")["weight_map"].keys()
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == names, "each expert under its own name"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     export_adapter(whole, tmp_path / "adapter")
     loaded = load_adapter(model_folder, tmp_path / "adapter")
-    torch.testing.assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
+    assert_close(logits(plain), logits(loaded), rtol=1e-4, atol=1e-5)
     for name, layer in mora_layers(loaded).items():
         if layer.spec.weight_name(name) == name:  # a stack: live + the unmerged cycle = exported
             delta = layer.spec.delta_weight(layer.square.data)
-            torch.testing.assert_close(plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6)
+            assert_close(plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6)
 
 
 def test_the_rank_of_an_experts_update_grows_over_cycles(whole: Path) -> None:
@@ -134,7 +135,7 @@ def test_other_families_and_settings(user: Playground, tmp_path: Path, family: s
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
     run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size", 4))
     if "--bf16" in more:
-        torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-2, atol=0)
+        assert_close_losses(tmp_path / "two", tmp_path / "one", rtol=1e-2)
     else:
         assert_close_runs(tmp_path / "two", tmp_path / "one")
     export_merged(tmp_path / "two", tmp_path / "merged", verify=True)
@@ -148,7 +149,7 @@ def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user: Playground
     settings = ("--model_name_or_path", mixture(user, tmp_path / "model", "mixtral"), *MERGING)
     run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size", 2))
     run(1, user.flags(tmp_path / "one", *settings))
-    torch.testing.assert_close(losses(tmp_path / "split"), losses(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert_close_losses(tmp_path / "split", tmp_path / "one", rtol=1e-4)
 
 
 @pytest.mark.heavy
@@ -161,6 +162,6 @@ def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Pa
         shutil.copytree(tmp_path / "whole", out, symlinks=True)
         shutil.rmtree(out / "checkpoints" / "step-000006")
         run(world, user.flags(out, *settings, "--per_device_train_batch_size", 4 // world))
-        torch.testing.assert_close(losses(out), losses(tmp_path / "whole"), rtol=1e-5, atol=0)
+        assert_close_losses(out, tmp_path / "whole")
         one, two = (load_file(folder / "ledger" / "cycle-00000.safetensors") for folder in (out, tmp_path / "whole"))
         assert all(torch.equal(one[name], two[name]) for name in one)

@@ -14,7 +14,7 @@ from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mo
 from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -158,8 +158,7 @@ def test_injection_changes_no_output() -> None:
 @pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
 def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
-    model = tiny_model(family)
-    inject(model, MoRAConfig(rank=4, **changes))
+    model = model_with_mora(family, **changes)
     move_base(model, "cpu", torch.bfloat16)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
@@ -170,8 +169,7 @@ def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
 
 
 def test_moving_the_base_leaves_squares_and_the_models_own_buffers() -> None:
-    model = tiny_model()
-    inject(model, MoRAConfig(rank=4))
+    model = model_with_mora()
     move_base(model, "cpu", torch.bfloat16)
     assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {torch.bfloat16}
     assert {layer.square.dtype for layer in mora_layers(model).values()} == {torch.float32}
@@ -207,8 +205,7 @@ LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weig
     ],
 )
 def test_other_trainables(family: str, settings: list[str], expected: set[str]) -> None:
-    model = tiny_model(family)
-    inject(model, MoRAConfig(rank=4, **train(settings)))
+    model = model_with_mora(family, **train(settings))
     assert trained(model) == expected
     causal_loss(model, tokens(2)).backward()
     for name, parameter in model.named_parameters():
@@ -296,8 +293,7 @@ def test_every_cycle_has_its_own_permutations() -> None:
 def test_a_layers_permutation_does_not_depend_on_what_else_is_targeted() -> None:
     specs = []
     for targets in (("all-linear",), ("down_proj",), ("down_proj", "q_proj")):
-        model = tiny_model()
-        inject(model, MoRAConfig(rank=4, operator="share", target_modules=targets))
+        model = model_with_mora(operator="share", target_modules=targets)
         specs.append(mora_layers(model)["model.layers.1.mlp.down_proj"].spec)
     assert specs[0] == specs[1] == specs[2]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -49,14 +50,14 @@ def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKi
     expected = base(x)
     layer = MoRALinear(base, spec(operator))
     assert torch.equal(layer.square, torch.zeros(R_HAT, R_HAT))
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+    assert_close(layer(x), expected, rtol=0, atol=1e-6)
     layer.square.data.normal_()
     delta = delta_weight(layer.spec, layer.square.data)
     expected = expected + x @ delta.T
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     layer.weight += delta.T if layer.transposed else delta
     layer.square.data.zero_()
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -80,13 +81,13 @@ def test_dropout_is_on_the_squares_input_and_only_while_training() -> None:
     x = inputs()
     base_output = base(x).detach()
     layer = MoRALinear(base, spec(), dropout=0.5)
-    torch.testing.assert_close(layer(x), base_output, rtol=0, atol=1e-6)  # the base sees all of x
+    assert_close(layer(x), base_output, rtol=0, atol=1e-6)  # the base sees all of x
     layer.square.data.normal_()
     layer.eval()
     assert torch.equal(layer(x), layer(x))
     plain = MoRALinear(base_layer("linear"), layer.spec)
     plain.square.data = layer.square.data
-    torch.testing.assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
+    assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
     layer.train()
     assert not torch.equal(layer(x), layer(x))
     update = torch.stack([layer(x).detach() - base_output for _ in range(4000)]).mean(dim=0)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
@@ -106,7 +107,7 @@ def test_factors_are_lined_up() -> None:
     updates = some_terms(spec, 3)
     ((wide, value),) = join(updates)
     assert value.shape == wide.value_shape == (9, 21)
-    torch.testing.assert_close(
+    assert_close(
         wide.delta_weight(value.double()), sum(spec.delta_weight(term) for _, term in updates), rtol=1e-6, atol=1e-6
     )
 
@@ -143,7 +144,7 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
                 layer.value.data, over_dense.value.data = value, value.clone()
                 assert layer.is_packed and layer.shape == tuple(base.weight.shape)
                 for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
-                    torch.testing.assert_close(one, right, rtol=1e-5, atol=2e-5)
+                    assert_close(one, right, rtol=1e-5, atol=2e-5)
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------

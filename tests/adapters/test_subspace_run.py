@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
@@ -25,7 +26,7 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.remora.ledger import VECTORS_FILE, Ledger
 from mora_ds.train.run import Run, with_vectors
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, losses, run
+from tests.helpers.jobs import Playground, assert_close_losses, curve, losses, run
 from tests.helpers.models import tiny_model, tokens
 
 MERGING = ("--operator", "subspace", "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
@@ -47,7 +48,7 @@ def logits(model: Any) -> Tensor:
 
 def test_two_ranks_are_as_one(user: Playground, whole: Path, tmp_path: Path) -> None:
     run(1, user.flags(tmp_path, *MERGING, "--per_device_train_batch_size", 4))
-    torch.testing.assert_close(losses(tmp_path), losses(whole), rtol=1e-5, atol=0)
+    assert_close_losses(tmp_path, whole)
     assert (losses(whole).diff() != 0).all()
 
 
@@ -61,12 +62,12 @@ def test_it_is_exported_verified_and_loaded_elsewhere(user: Playground, whole: P
     singular_vectors._paths.clear()  # as another machine
     model = load_adapter(user.model, moved)
     assert singular_vectors.path_of(ledger.vectors.name).is_relative_to(moved)
-    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()))
+    assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()))
     entry = ledger.layers(0)["model.layers.0.mlp.up_proj"]
     base = BaseCheckpoint.open(user.model)
     updates = list(ledger.squares_of(entry.module))
     expected = live_weight(base.read(entry.weight), updates, False, torch.float32)
-    torch.testing.assert_close(model.get_submodule(entry.module).weight, expected, rtol=0, atol=0)
+    assert_close(model.get_submodule(entry.module).weight, expected, rtol=0, atol=0)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(user: Playground, whole: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_three_ranks_and_other_settings(user: Playground, tmp_path: Path, more: 
     run(3, user.flags(tmp_path / "three", *MERGING, "--per_device_train_batch_size", 1, *more))
     run(1, user.flags(tmp_path / "one", *MERGING, "--per_device_train_batch_size", 3, *more))
     rtol = 3e-3 if more and more[0] in ("--bf16",) else 1e-4
-    torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "one"), rtol=rtol, atol=0)
+    assert_close_losses(tmp_path / "three", tmp_path / "one", rtol=rtol)
     export_merged(tmp_path / "three", tmp_path / "merged", verify=True)
 
 

@@ -15,7 +15,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, share
-from tests.helpers.models import FAMILIES, tiny_model
+from tests.helpers.models import FAMILIES, model_with_mora, tiny_model
 
 SPLIT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"}
 ATTENTION = {"mixtral", "qwen3_moe"}
@@ -78,23 +78,20 @@ def split(model: nn.Module, degree: int = 2) -> None:
 
 
 def test_dropout_is_refused_and_named() -> None:
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4))
+    model = model_with_mora()
     model.model.layers[0].self_attn.drops_keys = True  # no probability
     split(model)
     for model in (tiny_model("gpt2", resid_pdrop=0.1), tiny_model("llama", attention_dropout=0.1)):
         inject(model, MoRAConfig(rank=4))
         with pytest.raises(UserError, match=r"draw a different dropout mask; set to 0: .*drop.* = 0.1"):
             split(model)
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, dropout=0.1))
+    model = model_with_mora(dropout=0.1)
     with pytest.raises(UserError, match=r"q_proj.dropout = 0.1"):
         split(model)
 
 
 def test_squares_need_a_row_a_rank() -> None:
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=1, target_modules=("k_proj",)))
+    model = model_with_mora(rank=1, target_modules=("k_proj",))
     with pytest.raises(UserError, match="has 6 rows: raise --mora_rank, or use a smaller group"):
         split(model, 8)
 
@@ -111,12 +108,10 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
 
 
 def test_aligned_segments_depend_on_the_models_plan_only() -> None:
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, operator="share", segments=4))
+    model = model_with_mora(operator="share", segments=4)
     segments: dict[str, Any] = {}
     for name, layer in mora_layers(model).items():
         segments[name.rpartition(".")[2]] = (layer.spec.in_segments, layer.spec.out_segments)
     assert segments["q_proj"] == segments["up_proj"] == (1, 4) and segments["o_proj"] == segments["down_proj"] == (4, 1)
-    fallback = tiny_model("phi3")
-    inject(fallback, MoRAConfig(rank=4, operator="share", segments=4))
+    fallback = model_with_mora("phi3", operator="share", segments=4)
     assert all(max(layer.spec.in_segments, layer.spec.out_segments) == 1 for layer in mora_layers(fallback).values())

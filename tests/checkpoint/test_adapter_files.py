@@ -21,7 +21,7 @@ from mora_ds.checkpoint.adapter_files import (
     write_adapter,
 )
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import write_manifest
+from mora_ds.common.files import read_json, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.damage import flip
@@ -41,14 +41,14 @@ def adapter(tmp_path: Path) -> AdapterFile:
 
 def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
     assert read_adapter(tmp_path) == adapter
-    assert json.loads((tmp_path / "adapter.json").read_text())["facts"] == {"seed": 3}
+    assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
     tensors = AdapterTensors.open(tmp_path, adapter)
     assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
     assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
 
 
 def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
-    content = json.loads((tmp_path / "adapter.json").read_text())
+    content = read_json(tmp_path / "adapter.json")
     for change, words in (
         ({"format": 9}, "format 9"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
@@ -120,7 +120,7 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> No
     assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
     with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
         reference.open_base(checkpoint, tmp_path / "base-1", "--base")
-    content = json.loads((checkpoint / "base.json").read_text())
+    content = read_json(checkpoint / "base.json")
     for change, words in (
         ({"format": 2}, r"base\.json has format 2"),
         ({"dtype": "int4"}, r"base\.json: unknown dtype 'int4'"),

@@ -87,9 +87,8 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     return beside, summary
 
 
-def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, tmp_path: Path) -> None:
+def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, out: Path) -> None:
     """Merges fall into writes; every checkpoint is as of its own step, and the run is the other one bit for bit."""
-    out = tmp_path / "out"
     for beside, summary in run_ranks(2, slow_job, user.flags(out, *MORE, "--async_save", "true")):
         assert beside >= 1, "a shard was written while a step was done"
         assert summary["steps"] == LAST_STEP
@@ -126,8 +125,7 @@ def failing_job(argv: list[str]) -> tuple[str, str]:
     return kind, message
 
 
-def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user: Playground, out: Path) -> None:
     told = run_ranks(2, failing_job, user.flags(out, *MORE, "--async_save", "true"))
     assert [kind for kind, _ in told] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in told[1][1]
@@ -152,8 +150,7 @@ def hanging_job(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, out: Path) -> None:
     argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
     for kind, message in run_ranks(2, hanging_job, argv, timeout_s=100):
         assert kind == "RunError" and f"checkpoint {out / 'checkpoints' / 'step-000004'}" in message, message

@@ -17,7 +17,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, job, losses, rows, run
+from tests.helpers.jobs import REPOSITORY, Playground, assert_close_losses, job, rows, run
 
 ROWS = 12
 """Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
@@ -89,7 +89,7 @@ def test_a_run_goes_on_at_another_size_and_back(
     assert set(middle) >= {4, 5} and set(last) >= {6, 7}  # and the batch that a save looks ahead at
     for step, ids in {**middle, **last}.items():
         assert ids.shape[0] == ROWS and torch.equal(ids, batches[step]), f"the batch of step {step}"
-    torch.testing.assert_close(losses(out), losses(reference), rtol=0, atol=1e-5)
+    assert_close_losses(out, reference, rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
     for step in (6, 8):  # saved by the other number of ranks, and by two again
         report = export_merged(out / "checkpoints" / f"step-{step:06d}", tmp_path / f"merged-{step}", verify=True)
@@ -117,9 +117,9 @@ def test_muons_momentum_goes_on_at_another_size_and_stage(
     resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
     stage_flags = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
     run(world, flags(user, out, world, *MUON, *resume, *stage_flags))
-    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
+    assert_close_losses(out, muon, rtol=0, atol=1e-5)
     (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
     assert verdict.is_good, verdict.problems
     back = ("--resume_from_checkpoint", out / "checkpoints" / "step-000006")  # saved as it was resumed
     run(2, flags(user, out, 2, *MUON, *back))
-    torch.testing.assert_close(losses(out), losses(muon), rtol=0, atol=1e-5)
+    assert_close_losses(out, muon, rtol=0, atol=1e-5)

@@ -140,9 +140,8 @@ def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Pa
 # -- while running -------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tmp_path: Path, out: Path) -> None:
     """The learning rate makes the first steps diverge; a checkpoint from before is named."""
-    out = tmp_path / "out"
     argv = user.flags(out, "--learning_rate", "1e25", "--warmup_steps", 0, "--save_steps", 1, "--eval_files", user.held)
     for kind, message in run_ranks(2, refused, argv):
         assert kind == "RunError" and "after step 1" in message and "none was written" in message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.state import TrainerState
+from mora_ds.common.files import read_json
 from mora_ds.config.forgetting import Watch, report
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, printed, rows, run
@@ -37,12 +37,11 @@ def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
     return user.flags(out, "--train_files", odd, *all_of_it, "--eval_steps", 2, "--save_steps", 3, *more)
 
 
-def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path) -> None:
     argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
     run_ranks(1, interrupted_job, argv, 1)
     told = run_ranks(1, printed, argv)[0]
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json")
     step = summary["steps"]
     assert step < 12 and f"stopping after step {step} of 12: the perplexity on held is" in told
     ratios = [row["eval"]["held"] / summary["perplexity_before"]["held"] for row in rows(out) if "eval" in row]
@@ -54,14 +53,13 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, tmp_path: Path) -
     again = run_ranks(1, printed, argv)[0]
     assert "--stop_when_forgotten allows 1.2" in again and len(rows(out)) == len(ratios) + step
     run(1, [*argv, "--stop_when_forgotten", "held:1e9"])
-    assert json.loads((out / "summary.json").read_text())["steps"] == 12, "a higher bound goes on"
+    assert read_json(out / "summary.json")["steps"] == 12, "a higher bound goes on"
 
 
-def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path) -> None:
+def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path, out: Path) -> None:
     """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
     more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     summary = run(1, forgetting(user, whole, *more))
     scores = {
         row["step"]: math.log(row["eval"]["held"]) + 0.5 * math.log(row["eval"]["short"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mora_ds.common.files import read_json
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.arguments import parse
 from mora_ds.config.data import DataArguments, ModelArguments
@@ -81,7 +82,7 @@ def test_model_configs_build_a_model(path: Path) -> None:
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shipped = json.loads(path.read_text(encoding="utf-8"))
+    shipped = read_json(path)
     unknown = [key for key in shipped if key not in config.to_dict()]
     assert model.get_input_embeddings().weight.shape == (shipped["vocab_size"], shipped["hidden_size"])
     assert unknown == ["rope_theta"] or not unknown

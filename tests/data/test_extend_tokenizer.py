@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import read_json
 from mora_ds.data import Extension, extend_tokenizer, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.models import vocabulary
 from mora_ds.models.base import BaseCheckpoint
@@ -104,7 +105,7 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
 
     old = AutoTokenizer.from_pretrained(folder)
     new = AutoTokenizer.from_pretrained(out)
-    extension = json.loads((out / EXTENSION_JSON).read_text())
+    extension = read_json(out / EXTENSION_JSON)
     first = extension["first_row"]
     pieces = extension["pieces"]
     assert len(pieces) == 150 and new.convert_tokens_to_ids(pieces) == list(range(first, first + 150))
@@ -130,9 +131,8 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
             assert len(old_ids) > 1 and torch.allclose(weight[first + 40], was[old_ids].mean(dim=0))
 
 
-def test_what_cannot_be_extended_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path) -> None:
     folder = byte_level_folder(tmp_path / "model")
-    out = tmp_path / "out"
     few = tmp_path / "few.txt"
     few.write_text("some few words of text, some words\n" * 3)
     with pytest.raises(UserError, match=r"--pieces 5000: the corpus yields only \d+ tokens"):
@@ -204,7 +204,7 @@ def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(
     report = extend_vocabulary(folder, domain(tmp_path), new, tmp_path / "out")
     assert (report.new_tokens, report.vocabulary) == (new, (stored, expected))
     assert first_new_row(tmp_path / "out") == 600
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == expected
+    assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == expected
 
 
 def extension_of(folder: Path) -> Extension:
@@ -223,10 +223,9 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path) -> Non
     assert grown(bias, extension_of(tmp_path), 9).tolist() == [0, 1, 2, 3, 4, 5, 0.5, 1, 2.5]
 
 
-def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path) -> None:
+def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path, out: Path) -> None:
     """Also in a config that holds the text model's own, and for a head with a bias."""
     folder = tmp_path / "model"
-    out = tmp_path / "out"
     out.mkdir()
     settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "pad_token_id": 0}
     config = AutoConfig.for_model("phi", **settings, num_attention_heads=2, bos_token_id=1, eos_token_id=2)
@@ -234,13 +233,13 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Pat
     base = BaseCheckpoint.open(folder)
     keys, rows = vocabulary._vocabulary_keys(base, config, False)
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"}, 8)
-    written = json.loads((folder / "config.json").read_text())
+    written = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps({"text_config": written, "dtype": "float32", "vocab_size": 3}))
     tokenizer_folder = tmp_path / "tokenizer"
     tokenizer_folder.mkdir()
     (tokenizer_folder / "tokenizer.json").write_text("{}")
     vocabulary._write(base, out, keys, extension_of(tokenizer_folder), 64)
-    changed = json.loads((out / "config.json").read_text())
+    changed = read_json(out / "config.json")
     assert changed["text_config"]["vocab_size"] == 64 and changed["vocab_size"] == 3
     assert changed["dtype"] == changed["text_config"]["dtype"] == "bfloat16"
     assert (out / "tokenizer.json").read_text() == "{}"

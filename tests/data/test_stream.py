@@ -25,7 +25,7 @@ from mora_ds.data import (
 )
 from mora_ds.data.stream import StreamPosition
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, losses, refusal, run
+from tests.helpers.jobs import Playground, assert_close_losses, job, refusal, run
 from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
@@ -184,10 +184,11 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
 # -- complete runs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Playground, tmp_path: Path) -> None:
+def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
+    user: Playground, tmp_path: Path, out: Path
+) -> None:
     more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     wide = tmp_path / "wide"
     run(1, user.flags(whole, *more, "--per_device_train_batch_size", 4))
     argv = user.flags(out, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
@@ -197,7 +198,7 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Pla
     assert_same_run(out, whole)
     argv_wide = user.flags(wide, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
     run_ranks(2, job_in_small_batches, argv_wide)
-    torch.testing.assert_close(losses(wide), losses(whole), rtol=1e-5, atol=0)
+    assert_close_losses(wide, whole)
     assert source_rows(wide)[-1]["old"]["tokens"] == 6 * 32
     changed = [*argv, "--shuffle_buffer", "8"]
     assert "sources of --mixture, train.shuffle_buffer: 7 there, 8 here" in refusal(changed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.adapter_files import Adapter, write_adapter
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from tests.helpers.adapters import Maker, merge, originals
 from tests.helpers.crafted import reseal
@@ -89,5 +89,5 @@ def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker:
     replace(maker.reference, folder="../../base").write(tmp_path / "runs" / "adapter")
     reseal(tmp_path / "runs")
     export_adapter(tmp_path / "runs" / "adapter", tmp_path / "far" / "away" / "adapter")
-    content = json.loads((tmp_path / "far" / "away" / "adapter" / "base.json").read_text())
+    content = read_json(tmp_path / "far" / "away" / "adapter" / "base.json")
     assert content["folder"] == str((tmp_path / "base").resolve())

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, write_adapter
@@ -71,7 +72,7 @@ def by_hand(parts: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.floa
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for key, tensor in found.items():
-        torch.testing.assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
+        assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
 
 
 # -- scale -------------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, 
     ids = torch.arange(8).unsqueeze(0)
     live = load_adapter(maker.folder, tmp_path / "sum")(input_ids=ids).logits
     merged = type(maker.model).from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
-    torch.testing.assert_close(live, merged, rtol=0, atol=1e-5)
+    assert_close(live, merged, rtol=0, atol=1e-5)
 
 
 def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_domains_are_summed_too(maker: Maker, tmp_path: Path) -> None:
     adapters = [Adapter.open(tmp_path / name) for name in ("a", "b", "sum")]
     for module in adapters[-1].file.layers:
         a, b, total = (adapter.tensors.domain_square(module, "code") for adapter in adapters)
-        torch.testing.assert_close(total, 0.5 * a + 2 * b)
+        assert_close(total, 0.5 * a + 2 * b)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
@@ -78,7 +78,7 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
     """From a bfloat16 run to float32: the update is not rounded at all."""
     run = fake_run(tmp_path, stored=torch.bfloat16, dtype="bfloat16")
     export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+    assert read_json(tmp_path / "merged" / "config.json")["dtype"] == "float32"
     ledger = Ledger.open(run.checkpoint / "ledger")
     base = BaseCheckpoint.open(run.base)
     exported = load_file(tmp_path / "merged" / "model.safetensors")
@@ -111,10 +111,10 @@ def test_companions(tmp_path: Path) -> None:
     run = fake_run(tmp_path, dtype="bfloat16", trained=HEADS[1:2])
     output = tmp_path / "merged"
     export_merged(run.output, output)
-    written = json.loads((output / "config.json").read_text())
+    written = read_json(output / "config.json")
     assert written["dtype"] == "bfloat16" and written["architectures"] == ["LlamaForCausalLM"]
     assert (output / "generation_config.json").exists()
-    assert json.loads((output / "tokenizer_config.json").read_text()) == {"from": "base"}
+    assert read_json(output / "tokenizer_config.json") == {"from": "base"}
     card = (output / "README.md").read_text()
     fingerprint = BaseCheckpoint.open(run.base).fingerprint()
     for words in (fingerprint, "| merges | 2 |", "| steps | 7 |", "| code | 9.500 |", "cycle   1", "rotate", "a \\| b"):

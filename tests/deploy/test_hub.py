@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError
 
 from mora_ds.commands import export
 from mora_ds.common.errors import FailedBeside, RunError
+from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import contents, fake_run
 from tests.helpers.gloo import run_ranks
@@ -116,4 +117,4 @@ def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offl
     (failure,) = run_ranks(1, failing_job, is_offline, flags)
     assert "--push_to_hub" in failure and "not uploaded" in failure
     assert "mora-ds convert adapter" in failure and TOKEN not in failure
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
+    assert read_json(tmp_path / "out" / "summary.json")["steps"] == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
 from tests.helpers.adapters import Maker, Updates, merge, originals, summed
 from tests.helpers.exports import fake_run
@@ -63,7 +63,7 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterCon
     model = loaded(tmp_path / "base", tmp_path / "lora")
     close(logits_of(model), logits_of(merged))
     close(logits_of(model.merge_and_unload()), logits_of(merged))
-    ranks = json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())
+    ranks = read_json(tmp_path / "lora" / CONFIG_FILE)
     name, terms = next(iter(updates.items()))
     side = min(terms[0][0].d_in, terms[0][0].d_out)
     total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in terms)  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def test_other_trained_tensors_are_modules_to_save(
     run = fake_run(tmp_path, family, trained=trained)
     lines = export_peft(run.output, tmp_path / "lora", 10_000)
     assert any("modules_to_save" in line for line in lines)
-    assert len(json.loads((tmp_path / "lora" / CONFIG_FILE).read_text())["modules_to_save"]) == saved
+    assert len(read_json(tmp_path / "lora" / CONFIG_FILE)["modules_to_save"]) == saved
     close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
 
 
@@ -131,6 +131,4 @@ def test_the_domain_that_is_named_is_written(tmp_path: Path) -> None:
         updates[domain] = model.get_parameter(name).data - maker.weights[name]
     assert updates["shared"].abs().max() > 1e-3
     torch.testing.assert_close(updates["code"], 2 * updates["shared"], rtol=0, atol=1e-6)
-    assert json.loads((tmp_path / "code" / CONFIG_FILE).read_text())["base_model_name_or_path"] == str(
-        tmp_path / "base"
-    )
+    assert read_json(tmp_path / "code" / CONFIG_FILE)["base_model_name_or_path"] == str(tmp_path / "base")

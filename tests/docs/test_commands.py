@@ -7,7 +7,6 @@ Longer runs are cut to a few steps.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mora_ds.common.files import read_json
 from tests.helpers.pages import PAGES, ROOT
 
 pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
@@ -57,6 +57,6 @@ def test_the_notebook_has_the_commands_of_its_page() -> None:
     page = ROOT / "docs" / "tutorials" / "first-run.md"
     blocks = re.findall(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     commands = [f"%%bash\n{script}" if language == "bash" else script for language, script in blocks]
-    cells = json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = read_json(page.with_suffix(".ipynb"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert code == ["%cd ../..", *(command.rstrip() for command in commands)]

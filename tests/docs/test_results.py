@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
+from mora_ds.common.files import read_json
 from tests.helpers.pages import FENCE, PAGES, ROOT
 from tools import docs_results
 from tools.tables import mean_and_spread, table_row
@@ -62,7 +62,7 @@ def test_the_curves_of_a_healthy_run_are_those_of_the_json() -> None:
     rows = CURVE.findall((ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8"))
     assert len(rows) >= 6
     for file, method, learning_rate, seeds, *sides in rows:
-        runs = json.loads((ROOT / "docs" / "results" / "data" / file).read_text(encoding="utf-8"))["runs"]
+        runs = read_json(ROOT / "docs" / "results" / "data" / file)["runs"]
         (start,) = (run["perplexity"] for run in runs if run["method"] == "none")
         curves = [
             run["curve"] for run in runs if (run["method"], run["learning_rate"]) == (method, float(learning_rate))

@@ -33,7 +33,7 @@ from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, causal_loss, enable_checkpointing, tiny_model, tokens
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = tiny_model(case.get("family", "llama"), num_hidden_layers=LAYERS)
     if case.get("checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     options = ("operator", "compute", "base_bits", "target_modules", "train_norms", "train_embeddings")
     inject(model, MoRAConfig(rank=4, **{name: case[name] for name in options if name in case}))
     config = ds_config(case.get("stage", 3), 2, accumulation, **({"bf16": {"enabled": True}} if bf16 else {}))
@@ -186,7 +186,7 @@ def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing: bool) -> N
     """And as many bytes as the plan says, which a buffer that held another layer than it should would exceed."""
     model, ring = streamed_model()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     plan = Streamed.of(model)
     for _ in range(3):
         before = ring.copied
@@ -340,7 +340,7 @@ def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bo
         model = tiny_model("llama", num_hidden_layers=LAYERS)
         inject(model, MoRAConfig(rank=4, operator="share"))
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         if streamed:
             ring = stream_base(model, device)
             assert all(

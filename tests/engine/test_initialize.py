@@ -27,7 +27,7 @@ from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import tiny_model
+from tests.helpers.models import model_with_mora, tiny_model
 
 
 def devices_chosen() -> list[Any]:
@@ -151,8 +151,7 @@ def test_processes_of_a_machine_share_its_cores(
 
 
 def test_bucket_sizes_are_those_of_the_largest_share() -> None:
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, operator="share", train_norms=True))
+    model = model_with_mora(operator="share", train_norms=True)
     rows = [layer.value.shape[0] for layer in mora_layers(model).values()]
     norms = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
     assert any(count % 3 for count in rows) and norms
@@ -169,8 +168,7 @@ def test_tensor_parallelism_needs_stage_3() -> None:
 
 
 def test_squares_have_a_parameter_group_of_their_own() -> None:
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, train_norms=True))
+    model = model_with_mora(train_norms=True)
     squares, remaining = parameter_groups(model)
     assert {id(p) for p in squares["params"]} == {id(layer.square) for layer in mora_layers(model).values()}
     assert all(isinstance(p, torch.nn.Parameter) and p.dim() == 1 for p in remaining["params"])

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
@@ -20,15 +19,18 @@ from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather, drop_idle_hooks
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, causal_loss, model_with_mora, tokens
 
 SETTINGS = ("persistent", "some", "checkpointing", "embeddings", "sharded again")
 
 
 def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = tiny_model(setting if setting in FAMILIES else "gpt2" if setting == "some" else "llama")
-    inject(model, MoRAConfig(rank=4, train_embeddings=setting == "embeddings", train_head=setting == "embeddings"))
+    model = model_with_mora(
+        setting if setting in FAMILIES else "gpt2" if setting == "some" else "llama",
+        train_embeddings=setting == "embeddings",
+        train_head=setting == "embeddings",
+    )
     if setting in ("checkpointing", "sharded again", "sharded reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": setting == "sharded reentrant"})
     config = ds_config(3, 2, 2, **changes)
@@ -159,8 +161,7 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
 
 
 def _injected(family: str) -> Any:
-    model = tiny_model(family)
-    inject(model, MoRAConfig(rank=4))
+    model = model_with_mora(family)
     return model
 
 

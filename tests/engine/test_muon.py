@@ -274,9 +274,8 @@ JOB = ("--optimizer", "muon", "--learning_rate", 0.05, "--max_steps", 6, "--merg
        "--restart_warmup_steps", 1, "--save_steps", 3, "--train_norms", "true")  # fmt: skip
 
 
-def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path) -> None:
+def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path, out: Path) -> None:
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     run(2, user.flags(whole, *JOB))
     run_ranks(2, interrupted_job, user.flags(out, *JOB), 5)
     run(2, user.flags(out, *JOB, "--resume_from_checkpoint", "latest"))

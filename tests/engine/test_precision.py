@@ -26,7 +26,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 
 WORLD = 2
 ROWS = 2
@@ -71,7 +71,7 @@ class Case:
     def model(self) -> Any:
         model = tiny_model(self.family, dtype=getattr(torch, self.dtype))
         if self.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         inject(model, self.mora())
         return model.train()
 

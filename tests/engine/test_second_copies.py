@@ -15,15 +15,14 @@ import pytest
 import torch
 from deepspeed.utils import groups
 
-from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.inject import mora_layers
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import check_second_copies, initialize
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, run
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, model_with_mora, tokens
 from tests.helpers.resume import assert_same_result, stop_and_resume
 
 RUN = ("--max_steps", 6, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")
@@ -59,8 +58,7 @@ def set_and_reset() -> list[float]:
     """How far the matrix that forward reads is from what was set, with second copies there; then from 0 after a reset.
     The engine is the second one of its process."""
     for _ in range(2):
-        model = tiny_model("llama")
-        inject(model, MoRAConfig(rank=4))
+        model = model_with_mora()
         config = ds_config(3, 2, 1)
         config["zero_optimization"]["zero_hpz_partition_size"] = 2
         engine, *_ = initialize(model=model, config=config)

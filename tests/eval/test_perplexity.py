@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.data import Document, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval import perplexity
@@ -139,16 +140,15 @@ def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_al
 
 
 def test_a_checkpoint_and_its_export_give_the_same_figures(
-    user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    user: Playground, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not those of its base."""
-    out = tmp_path / "out"
     run(1, user.flags(out, "--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--train_norms"))
     export_merged(out, tmp_path / "merged")
     window = ("--window", 64, "--stride", 32)
     call("evaluate", out, "--sets", f"held={user.held}", user.other, *window, "--json", tmp_path / "scores.json")
     assert "bits/byte" in capsys.readouterr().out
-    live = json.loads((tmp_path / "scores.json").read_text())["sets"]
+    live = read_json(tmp_path / "scores.json")["sets"]
     assert set(live) == {"held", "other"}
     merged = load_target(tmp_path / "merged")
     base = load_target(user.model)
@@ -159,7 +159,7 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
         assert live[name]["text_bytes"] == path.stat().st_size
     scales = ("--delta_scale", 0, 1, 1.0000001, 1, "--json", tmp_path / "scales.json")
     call("evaluate", out, "--sets", f"held={user.held}", *window, *scales)
-    scaled = json.loads((tmp_path / "scales.json").read_text())["delta_scales"]
+    scaled = read_json(tmp_path / "scales.json")["delta_scales"]
     assert set(scaled) == {"0", "1", "1.0000001"}
     assert scaled["1"]["sets"]["held"] == live["held"]
     score = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 LENGTH = 96
 HEADS = 4
@@ -57,6 +58,6 @@ def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 def assert_same_attention(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     """Of outputs in fp64, and of their gradients with respect to `inputs`."""
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for one, another in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
-        torch.testing.assert_close(one, another, rtol=1e-5, atol=1e-5)
+        assert_close(one, another, rtol=1e-5, atol=1e-5)

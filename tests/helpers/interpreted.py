@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from mora_ds.adapters.kernels import linear, plain, triton_ops
 from mora_ds.adapters.kernels.ops import NAMES
@@ -72,7 +73,7 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
     c = c.view(-1, spec.r_hat).half()
     z = z.view(-1, spec.r_hat).half()
     partial_sums = triton_ops.product(c, z)
-    torch.testing.assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
+    assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
     stack = torch.stack([partial_sums[0], 2 * partial_sums[0], -partial_sums[0] / 3])
     same(triton_ops.sum_parts(stack, dtype), plain.sum_parts(stack, dtype), "sum_parts")
 
@@ -96,7 +97,7 @@ def check_parts() -> None:
         z = random(terms, r_hat, seed=1).half()
         partial_sums = triton_ops.product(c, z)
         assert len(partial_sums) == (2 if terms == 1300 else 1)
-        torch.testing.assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
+        assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
 
 
 def check_layer(spec: OperatorSpec) -> None:

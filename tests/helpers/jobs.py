@@ -213,3 +213,8 @@ def curve(out: Path) -> list[dict[str, Any]]:
 def losses(out: Path) -> torch.Tensor:
     """(steps,) the loss of every logged step."""
     return torch.tensor([row["loss"] for row in rows(out) if "loss" in row], dtype=torch.float64)
+
+
+def assert_close_losses(out: Path, reference: Path, rtol: float = 1e-5, atol: float = 0) -> None:
+    """The losses of a run are those of another one, to within rounding."""
+    torch.testing.assert_close(losses(out), losses(reference), rtol=rtol, atol=atol)

@@ -111,6 +111,18 @@ def with_own_code(llama: Path, folder: Path) -> Path:
     return folder
 
 
+def model_with_mora(family: str = "llama", **adapter: Any) -> Any:
+    """A tiny model with new MoRA matrices. `adapter`: settings of `MoRAConfig`, of rank 4 unless they say otherwise."""
+    model = tiny_model(family)
+    inject(model, MoRAConfig(**{"rank": 4, **adapter}))
+    return model
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass, as a run with --gradient_checkpointing does."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def adapted_model(
     family: str = "llama", checkpointing: bool = False, model: dict[str, Any] | None = None, **adapter: Any
 ) -> Any:
@@ -120,7 +132,7 @@ def adapted_model(
     """
     adapted = tiny_model(family, **(model or {}))
     if checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(adapted)
     inject(adapted, MoRAConfig(**{"rank": 4, "operator": "share", **adapter}))
     for index, layer in enumerate(mora_layers(adapted).values()):
         layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=torch.Generator().manual_seed(index))

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import curve, job, losses, run
+from tests.helpers.jobs import assert_close_losses, curve, job, losses, run
 
 MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--eval_steps", 4)
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
@@ -76,7 +77,7 @@ def assert_same_run(out: Path, whole: Path) -> None:
 
 def assert_close_runs(out: Path, whole: Path) -> None:
     """The same losses and the same last checkpoint, up to the order in which ranks sum."""
-    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    assert_close_losses(out, whole)
     tensors = checkpoint_tensors(out)
     for name, tensor in checkpoint_tensors(whole).items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

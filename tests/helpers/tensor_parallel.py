@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from torch.testing import assert_close
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
@@ -18,7 +19,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import token_nll
 from tests.helpers.engines import ACCUMULATION, ds_config, plain_steps
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 
 STEPS = 5
 BATCHES = 2
@@ -43,7 +44,7 @@ def model_of(case: Case) -> torch.nn.Module:
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     if case.get("checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     inject(model, config_of(case))
     for layer in mora_layers(model).values():
         layer.square.data = 0.02 * torch.randn(layer.square.shape, generator=generator)
@@ -141,9 +142,7 @@ def logits(model: Any) -> torch.Tensor:
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any], where: object = "") -> None:
     for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
         assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (where, found["losses"], expected["losses"])
-    torch.testing.assert_close(
-        found["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}"
-    )
+    assert_close(found["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}")
     for step, (mine, theirs) in enumerate(zip(found["norms"], expected["norms"], strict=True)):
         # later norms tell of squares that Adam has moved: a rounding in the first step is larger there
         assert abs(mine - theirs) <= (1e-4 if step else 2e-6) * theirs, (where, found["norms"], expected["norms"])
@@ -152,6 +151,4 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], where: obje
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert error <= 1e-5, (where, name, error.item())
     for name, value in expected["values"].items():
-        torch.testing.assert_close(
-            found["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}"
-        )
+        assert_close(found["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import mora_ds
@@ -43,7 +44,7 @@ def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path) -> None:
             assert [row["loss"] for row in history] == pytest.approx(rank["losses"], abs=1e-6)
             assert rank["merges"][number] == hf.run_merges() == [3, 6]
             for name, tensor in rank["loop"].items():
-                torch.testing.assert_close(rank["trainer"][number][name], tensor, rtol=0, atol=1e-6)
+                assert_close(rank["trainer"][number][name], tensor, rtol=0, atol=1e-6)
 
 
 def interrupted_and_not(root: str) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         layer = name.removesuffix(".weight")
         spec = mora_ds.MoRAConfig(rank=4).operator_for(layer, tensor.shape[1], tensor.shape[0], 2)
         merged = tensor + mora_ds.delta_weight(spec, both[0]["expected"][layer])
-        torch.testing.assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
+        assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
     export_merged(tmp_path / "out" / "checkpoint-8", tmp_path / "exported", verify=True)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), exported.parameters(), strict=True))

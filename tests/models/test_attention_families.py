@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mora_ds.adapters.inject import mora_layers
@@ -56,7 +57,7 @@ def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bo
     assert gradients.keys() == wanted.keys() and len(gradients) >= len(mora_layers(model))
     for name, gradient in gradients.items():
         scale = float(wanted[name].abs().max())
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
+        assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
 
 
 class OwnConfig(LlamaConfig):
@@ -114,7 +115,7 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monk
     mask[0, :9] = 0
     with torch.no_grad():
         outputs, wanted = (variant(ids, attention_mask=mask).logits[mask.bool()] for variant in (model, original))
-        torch.testing.assert_close(outputs, wanted, rtol=1e-4, atol=1e-4)
+        assert_close(outputs, wanted, rtol=1e-4, atol=1e-4)
         whole = original(ids).logits
         cache = None
         chunk_logits = []
@@ -122,7 +123,7 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monk
             output = model(chunk, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             chunk_logits.append(output.logits)
-        torch.testing.assert_close(torch.cat(chunk_logits, dim=1), whole, rtol=1e-4, atol=1e-4)
+        assert_close(torch.cat(chunk_logits, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 # -- FlashAttention ----------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypat
     loss, gradients = losses_and_gradients(model, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
+        assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * float(wanted[name].abs().max()))
     with pytest.raises(KeyError, match="documents"):
         token_nll(model, {name: value for name, value in batch.items() if name != "documents"})
     untold = model_of("mistral")

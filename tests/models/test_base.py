@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import read_json
 from mora_ds.models.base import (
     BaseChanged,
     BaseCheckpoint,
@@ -76,7 +77,7 @@ def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
 ) -> None:
     """A shell leaves the ~ of `--base=~/model` as it is."""
     monkeypatch.setenv("HOME", str(llama.parent))
-    content = json.loads((llama / "config.json").read_text())
+    content = read_json(llama / "config.json")
     (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
     assert BaseCheckpoint.open(f"~/{llama.name}").keys()
     (llama / "config.json").unlink()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
@@ -32,8 +33,8 @@ from mora_ds.models.loss import (
 from mora_ds.train import pretrain
 from mora_ds.train.preflight import logits_are_known
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, losses, printed, refused, run
-from tests.helpers.models import tiny_model, tokens
+from tests.helpers.jobs import Playground, assert_close_losses, job, printed, refused, run
+from tests.helpers.models import enable_checkpointing, tiny_model, tokens
 from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
 
 CHUNK = 7  # divides neither rows nor batch
@@ -75,10 +76,10 @@ def gradients(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str
 
 
 def assert_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    assert_close(found[0], expected[0], rtol=1e-6, atol=0)
     assert found[1].keys() == expected[1].keys()
     for name, right in expected[1].items():
-        torch.testing.assert_close(found[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+        assert_close(found[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -93,7 +94,7 @@ def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, ch
     model = model_of(family, train_head)
     batch = batch_of()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     model.train()
     expected = gradients(model, batch)
     chunk_loss(model, CHUNK)
@@ -118,7 +119,7 @@ def test_evaluation_and_whole_logits_are_as_before() -> None:
         expected = token_nll(model, batch)
         logits = model(batch["input_ids"]).logits
         chunk_loss(model, CHUNK)
-        torch.testing.assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
+        assert_close(token_nll(model, batch), expected, rtol=1e-6, atol=0)
         assert torch.equal(model(batch["input_ids"]).logits, logits)
         whole_loss(model)
         assert torch.equal(token_nll(model, batch), expected)
@@ -188,8 +189,8 @@ def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool) -> None:
     rows = row_nll(model, batch)
     total = token_nll(model, batch)
     assert rows.dtype == total.dtype == torch.float32
-    torch.testing.assert_close(rows.double(), expected.view(3, -1).sum(1), rtol=2e-6, atol=0)
-    torch.testing.assert_close(total.double(), expected.sum(), rtol=2e-6, atol=0)
+    assert_close(rows.double(), expected.view(3, -1).sum(1), rtol=2e-6, atol=0)
+    assert_close(total.double(), expected.sum(), rtol=2e-6, atol=0)
 
 
 def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +259,7 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
             engine.optimizer.zero_grad()
             continue
         engine.step()
-    torch.testing.assert_close(full_gradients, gradient, rtol=0, atol=1e-5)
+    assert_close(full_gradients, gradient, rtol=0, atol=1e-5)
     with torch.no_grad():
         assert token_nll(engine, batch).item() < first
     return first, gradient
@@ -274,9 +275,7 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
         assert abs(loss - nll.item()) <= 1e-6 * nll.item()
         assert sharded.keys() == expected.keys() and any("lm_head" in n or "embed" in n for n in sharded)
         for name, right in expected.items():
-            torch.testing.assert_close(
-                sharded[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item())
-            )
+            assert_close(sharded[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user
     chunked = user.root / f"chunked-{split}"
     expected = run(1, user.flags(whole, "--overwrite_output_dir", "true"))
     summary = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
-    torch.testing.assert_close(losses(chunked), losses(whole), rtol=1e-5, atol=0)
+    assert_close_losses(chunked, whole)
     assert summary["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
 
 
@@ -315,7 +314,7 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, 
     run_ranks(1, whole, user.flags(gone_on, *KEPT), 4)
     run(1, user.flags(gone_on, *KEPT, "--resume_from_checkpoint", "auto"))
     assert_same_run(gone_on, old)
-    torch.testing.assert_close(losses(new), losses(old), rtol=1e-5, atol=0)
+    assert_close_losses(new, old)
     assert chunks_in(new) and chunks_in(resumed) and not chunks_in(old) and not chunks_in(gone_on)
 
 

@@ -29,7 +29,7 @@ from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, run
 from tests.helpers.kills import STEPS, killed_run
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_same_outcome
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
@@ -223,10 +223,9 @@ def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp
 
 
 @pytest.mark.heavy
-def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path) -> None:
+def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path, out: Path) -> None:
     flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     run(2, user.flags(whole, *flags, "--node_base", "private"))
     killed_run(2, user.flags(out, *flags, "--node_base", "private"), "right_after_a_merge", [0, 1])
     run(2, user.flags(out, *flags))
@@ -240,15 +239,13 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out() -> None:
     sizes = {"a": 5, "b": 1, "c": 4, "d": 1}
     assert deal(sizes, 2) == [["a", "d"], ["c", "b"]]
     assert deal(sizes, 5)[4] == []
-    model = tiny_model()
-    inject(model, MoRAConfig(rank=4))
+    model = model_with_mora()
     assert NodeBase().layers(model) == list(mora_layers(model))
 
 
 def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once() -> None:
     """Such as a head that is adapted on a GPU, beside a base in host memory."""
-    model = tiny_model()
-    inject(model, MoRAConfig(rank=4, target_modules=("q_proj", "lm_head")))
+    model = model_with_mora(target_modules=("q_proj", "lm_head"))
     layers = mora_layers(model)
     slots = {f"{name}.weight": layer.weight for name, layer in layers.items() if name != "lm_head"}
     total = torch.zeros(len(layers), 1)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import fill_shards, plan_shards, write_companions, write_shards
 from mora_ds.models.tensor_files import (
@@ -64,7 +65,7 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
         asked.clear()
         if limit == 100:
             assert [path.name for path in folder.iterdir()] == names
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = read_json(folder / "model.safetensors.index.json")
     assert index["metadata"] == {"total_size": 34}
     assert list(index["weight_map"].items()) == [("count", names[1]), ("half", names[0]), ("w", names[0])]
 
@@ -72,12 +73,11 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
 # -- the other files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path: Path) -> None:
+def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path: Path, out: Path) -> None:
     config = {
         "model_type": "é", "torch_dtype": "float32", "text_config": {"dtype": "float32", "inner_config": {"dtype": 1}},
         "quant_config": None, "other": {"dtype": "float32"},
     }  # fmt: skip
-    out = tmp_path / "out"
     out.mkdir()
     write_companions(base_folder(tmp_path / "base", config), out, torch.bfloat16)
     written = (out / "config.json").read_text(encoding="utf-8")
@@ -109,7 +109,7 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
         write_companions(base, out, torch.float32, tokenizer)
         of_base = {path.name for path in out.iterdir() if path.read_text() == "base"}
         of_own = {path.name for path in out.iterdir() if path.read_text() == "own"}
-        assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+        assert read_json(out / "config.json")["dtype"] == "float32"
         if tokenizer is None:
             assert (of_base, of_own) == (copied, set())
         else:
@@ -117,7 +117,7 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
             assert of_base == {"generation_config.json", "modeling_own.py", "LICENSE.txt", "vocabulary_extension.json"}
 
 
-def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: Path) -> None:
+def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: Path, out: Path) -> None:
     """The cache keeps the files of snapshots/REVISION in blobs/ beside them."""
     hub = tmp_path / "hub"
     (hub / "snapshots").mkdir(parents=True)
@@ -127,7 +127,6 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
         path.write_text(path.name)
     (base.folder / "tokenizer.json").symlink_to("../../blobs/ff")
     (base.folder / "merges.txt").symlink_to("kept.txt")
-    out = tmp_path / "out"
     out.mkdir()
     write_companions(base, out, torch.float32)
     assert (out / "tokenizer.json").read_text() == "ff" and (out / "merges.txt").read_text() == "kept.txt"

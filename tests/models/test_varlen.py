@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
@@ -136,8 +137,8 @@ def test_varlen_is_dense_attention(layout: str, window: int | None, kind: str) -
     sinks = inputs[3] if kind == "sinks" else None
     expected = reference(*inputs[:3], positions, SIZE**-0.5, window, None, sinks)
     count = 4 if kind == "sinks" else 3
-    torch.testing.assert_close(output.double().cpu(), expected, rtol=2e-2, atol=2e-2)
+    assert_close(output.double().cpu(), expected, rtol=2e-2, atol=2e-2)
     for one, wanted in zip(
         gradients(output.double().cpu(), half[:count]), gradients(expected, inputs[:count]), strict=True
     ):
-        torch.testing.assert_close(one.double().cpu(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
+        assert_close(one.double().cpu(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))

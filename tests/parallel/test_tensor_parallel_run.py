@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
@@ -54,7 +55,7 @@ def saved(request: Any, ground: Playground) -> tuple[str, Path, torch.Tensor]:
 
 def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
     name, out, expected = saved
-    torch.testing.assert_close(losses(out), expected, rtol=1e-5, atol=0)
+    assert_close(losses(out), expected, rtol=1e-5, atol=0)
     alone = ground.root / f"{name}-alone"
     for mine, theirs in zip(rows(out), rows(alone), strict=True):
         for key in ("grad_norm", "loss_after", "square_norm", "delta_norm"):
@@ -89,7 +90,7 @@ def test_it_resumes_at_another_size(
     argv += [str(copy / f"checkpoints/step-{HALF:06d}"), "--gradient_accumulation_steps", "1"]
     argv += ["--per_device_train_batch_size", str(rows_each)]
     run(degree * replicas, argv)
-    torch.testing.assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
+    assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
 
 
 def hashes(folder: Path, pattern: str) -> dict[str, str]:
@@ -115,8 +116,7 @@ def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], gro
 # -- before it begins --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out: Path) -> None:
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, launch, losses, printed, rows, run
+from tests.helpers.jobs import Playground, assert_close_losses, curve, job, launch, printed, rows, run
 
 ROWS = 4
 """Sequences a micro-batch, over all replicas."""
@@ -57,17 +57,16 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any], rel: float) -> N
             assert found[key] == value, key
 
 
-def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path, out: Path) -> None:
     told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
     assert "2 processes share every row; each computes 16 of its 32 tokens, in attention 2 of 4 heads" in told
     assert_same_curve(out, one)
-    assert json.loads((out / "summary.json").read_text())["base_bytes_gathered"] == 0
+    assert read_json(out / "summary.json")["base_bytes_gathered"] == 0
     report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
     assert report.comparison is not None and report.cycles == 2
     resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000003")
     run(1, flags(user, out, 1, 1, *resume))
-    torch.testing.assert_close(losses(out), losses(one), rtol=0, atol=1e-5)
+    assert_close_losses(out, one, rtol=0, atol=1e-5)
 
 
 # -- the rest of the matrix --------------------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def test_a_checkpoint_goes_on_at_any_size(user: Playground, one: Path, tmp_path:
     for ranks, size in ((4, 4), (4, 1), (2, 2), (2, 1), (1, 1), (4, 2)):
         out = Path(shutil.copytree(first, tmp_path / f"{ranks}-{size}", symlinks=True))
         run(ranks, flags(user, out, ranks, size, "--resume_from_checkpoint", out / "checkpoints" / "step-000003"))
-        torch.testing.assert_close(losses(out), losses(one), rtol=0, atol=1e-5)
+        assert_close_losses(out, one, rtol=0, atol=1e-5)
         if (ranks, size) == (4, 2):
             assert curve(out) == curve(first), "at the same size: to the bit"
 
@@ -118,7 +117,7 @@ def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
         summary = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *VARIANTS[variant]))[0]
         assert summary["perplexity_before"]
     if variant == "none":
-        one, two = (json.loads((out / "summary.json").read_text()) for out in (theirs, ours))
+        one, two = (read_json(out / "summary.json") for out in (theirs, ours))
         assert two["perplexity_before"] == pytest.approx(one["perplexity_before"], rel=1e-6)
     else:
         assert_same_curve(ours, theirs, 5e-6)
@@ -131,5 +130,5 @@ def test_bf16_and_the_real_launcher(user: Playground, tmp_path: Path) -> None:
     run(1, flags(user, one, 1, 1, "--bf16", "true"))
     done = launch(2, flags(user, two, 2, 2, "--bf16", "true"), tmp_path)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(losses(two), losses(one), rtol=2e-3, atol=0)
+    assert_close_losses(two, one, rtol=2e-3)
     assert [row["step"] for row in rows(two) if "merge" in row] == [2, 4]

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -48,9 +49,9 @@ def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
     square, x, _ = tensors(spec)
     expected = mora_update(spec, square, x)
     columns = [update(Window.of(spec, outputs=span), square, x) for span in bounds(spec.d_out)]
-    torch.testing.assert_close(torch.cat(columns, dim=-1), expected)
+    assert_close(torch.cat(columns, dim=-1), expected)
     rows = [update(Window.of(spec, inputs=span), square, x[..., slice(*span)]) for span in bounds(spec.d_in)]
-    torch.testing.assert_close(torch.stack(rows).sum(0), expected)
+    assert_close(torch.stack(rows).sum(0), expected)
 
 
 def test_long_sums_in_low_precision_are_rounded_once() -> None:
@@ -74,11 +75,11 @@ def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
         u = torch.randn_like(collected)
         assert torch.isclose((folded * z).sum(), (inside * window.unfold(z)).sum())
         assert torch.isclose((collected * u).sum(), (outside * window.deal(u)).sum())
-        torch.testing.assert_close(window.rotate(window.rotate(z), back=True), z)
+        assert_close(window.rotate(window.rotate(z), back=True), z)
     complete = Window.of(spec)
     z = complete.rotate(complete.fold(x)).flatten(0, -2)
     gradient = complete.all_rows(complete.collect(g).flatten(0, -2).T @ z)
-    torch.testing.assert_close(gradient, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
+    assert_close(gradient, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -86,7 +87,7 @@ def test_a_slice_of_the_weight(spec: OperatorSpec) -> None:
     square, _, _ = tensors(spec)
     whole = delta_weight(spec, square)
     for window in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
-        torch.testing.assert_close(window.delta(square), whole[slice(*window.outputs), slice(*window.inputs)])
+        assert_close(window.delta(square), whole[slice(*window.outputs), slice(*window.inputs)])
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blocks > 1], ids=str)
@@ -97,7 +98,7 @@ def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
     rows = [Window.of(spec, inputs=span) for span in bounds(spec.d_in)]
     for windows in (columns, rows, [Window.of(spec)]):
         pieces = [window.gradient(x[..., slice(*window.inputs)], g[..., slice(*window.outputs)]) for window in windows]
-        torch.testing.assert_close(torch.stack(pieces).sum(0), expected)
+        assert_close(torch.stack(pieces).sum(0), expected)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------------
@@ -126,8 +127,8 @@ def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grou
             for span, lanes in zip(bounds(d_in, count), lane_bounds, strict=True)
         ]
         for spec, output in ((outwards, torch.cat(columns, dim=-1)), (inwards, torch.stack(rows).sum(0))):
-            torch.testing.assert_close(output, mora_update(spec, square, x))
-            torch.testing.assert_close(output, x @ delta_weight(spec, square).T)
+            assert_close(output, mora_update(spec, square, x))
+            assert_close(output, x @ delta_weight(spec, square).T)
 
 
 def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed() -> None:

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
 
 import mora_ds
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.peft import PEFT_TYPE, MoraConfig
 from mora_ds.peft.model import MoraLinear
 from tests.helpers.gloo import run_ranks
@@ -58,9 +60,9 @@ def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str
         layer.square.data = squares[name].detach().clone()
     for model in (ours, theirs):
         causal_loss(model, IDS).backward()
-    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
     for name, layer in mora_layers(ours).items():
-        torch.testing.assert_close(squares[name].grad, layer.square.grad, rtol=1e-4, atol=1e-6)
+        assert_close(squares[name].grad, layer.square.grad, rtol=1e-4, atol=1e-6)
     trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     assert len(trained) == len(squares) and all("mora_square.default" in name for name in trained)
 
@@ -70,7 +72,7 @@ def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
     fill(model, "default", seed=1)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == PEFT_TYPE
+    assert read_json(tmp_path / "adapter_config.json")["peft_type"] == PEFT_TYPE
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert torch.equal(logits(loaded), expected)
     assert len(layers(loaded)) == 4, "two layers of two modules each"
@@ -88,12 +90,12 @@ def test_merging_keeps_the_model(family: str, dtype: torch.dtype) -> None:
     expected = logits(model)
     tolerance = 1e-5 if dtype is torch.float32 else 5e-2
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=tolerance)
+    assert_close(logits(model), expected, rtol=0, atol=tolerance)
     model.unmerge_adapter()
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=tolerance)
+    assert_close(logits(model), expected, rtol=0, atol=tolerance)
     merged = model.merge_and_unload(safe_merge=True)
     assert not layers(merged) and type(merged) is type(tiny_model(family))
-    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=tolerance)
+    assert_close(logits(merged), expected, rtol=0, atol=tolerance)
 
 
 def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
@@ -142,7 +144,7 @@ def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled() -> None:
     fill(model, "default", seed=1)
     model.merge_adapter()
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
+        assert_close(logits(model), base, rtol=0, atol=1e-5)
         assert not any(layer.merged for layer in layers(model).values())
 
 
@@ -194,7 +196,7 @@ def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
     model.base_model.set_adapter(["x", "y"])
     both = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
+    assert_close(logits(model), both, rtol=0, atol=1e-5)
     layer = next(iter(layers(model).values()))
     assert layer.extra_repr() == f"x: rotate/permuted, r_hat={layer.mora_spec['x'].r_hat}, " + (
         f"y: rotate/permuted, r_hat={layer.mora_spec['y'].r_hat}"
@@ -216,7 +218,7 @@ def test_values_of_another_type_are_named(tmp_path: Path, settings: dict[str, An
     """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    path.write_text(json.dumps({**read_json(path), **settings}))
     with pytest.raises(UserError, match=message):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
@@ -255,4 +257,4 @@ def test_two_processes_under_ddp_train_as_one() -> None:
     expected = trained(1)
     for squares in run_ranks(2, trained, 2):
         for name, square in squares.items():
-            torch.testing.assert_close(square, expected[name], rtol=0, atol=1e-6)
+            assert_close(square, expected[name], rtol=0, atol=1e-6)

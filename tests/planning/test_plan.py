@@ -26,7 +26,7 @@ from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, measure_step, planned_model, step_memory, with_layers
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.helpers.models import FAMILIES, enable_checkpointing, tiny_model, tokens
 
 ROWS = 2
 LENGTH = 64
@@ -115,7 +115,7 @@ def compare(work: Work, family: str) -> None:
     if by_documents:
         use_documents(model)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     inject(model, work.adapter)
     chunk_loss(model)
     rows = batch(packed=not by_documents)
@@ -186,7 +186,7 @@ def measured(
     """Of one step of this rank, the third micro-batch or a later one, and what the engine holds after it."""
     model = tiny_model("llama", dtype=torch.bfloat16 if bf16 else torch.float32, **SHAPE)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     inject(model, ADAPTER)
     chunk_loss(model)
     config = ds_config(accumulation, settings, bf16)

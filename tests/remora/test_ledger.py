@@ -18,6 +18,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import read_json
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.ledgers import entry, layers_of, shortened, squares_for
@@ -58,7 +59,7 @@ def test_squares_come_back_in_cycle_order(folder: Path) -> None:
 
 def test_file_format(folder: Path) -> None:
     """As the plan's readers expect it."""
-    content = json.loads((folder / "ledger.json").read_text())
+    content = read_json(folder / "ledger.json")
     assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
     assert set(content["cycles"][0]) == {"cycle", "step", "file", "sha256", "size", "chain"}
     chain = BASE
@@ -98,7 +99,7 @@ def test_what_belongs_to_no_ledger_is_named(folder: Path) -> None:
 
 def damage_json(change: Any) -> Any:
     def damage(folder: Path) -> None:
-        content = json.loads((folder / "ledger.json").read_text())
+        content = read_json(folder / "ledger.json")
         change(content)
         (folder / "ledger.json").write_text(json.dumps(content))
 

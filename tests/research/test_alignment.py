@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
@@ -23,7 +24,7 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.research.alignment import FLOOR, Alignment, factor_bytes, factors_of
 from mora_ds.train.dry_run import planned
 from tests.helpers.jobs import REPOSITORY, Playground, curve, refusal, research, rows, run
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import random, spec_id, specs
 from tests.helpers.resume import assert_close_runs
 
@@ -47,8 +48,8 @@ def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: py
     delta = spec.delta_weight(square)
     energy = delta.square().sum()
     share = (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2)
-    torch.testing.assert_close(factors.delta_energy(square), energy, rtol=1e-8, atol=0)
-    torch.testing.assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
+    assert_close(factors.delta_energy(square), energy, rtol=1e-8, atol=0)
+    assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
     assert 0 <= share <= 1
     assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
 
@@ -97,7 +98,7 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
     model, config, name = aligned_model(tmp_path, operator)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     batches = [tokens(2, seed=seed) for seed in (0, 1)]
     squares = [layer.value for layer in mora_layers(model).values()]
     for cycle in (0, 1):
@@ -112,10 +113,10 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
             with alignment.recording():
                 loss = causal_loss(model, ids)
             ((loss + alignment.loss()) / 2).backward()
-            torch.testing.assert_close(alignment.value, share.detach(), rtol=1e-8, atol=0)
+            assert_close(alignment.value, share.detach(), rtol=1e-8, atol=0)
         for square, first, second, aligned in zip(squares, *plain, of_share, strict=True):
             expected = (first + second) / 2 - 0.7 * aligned
-            torch.testing.assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
+            assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
     numbers = 0
     for _, factors in alignment._factors.values():
         tensors = [factors.left, factors.right, *factors.delta_energy.args]  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.data import load_corpus
 from mora_ds.eval.perplexity import Target, Windows, evaluate, load_target
 from mora_ds.research.bank import AdapterBank
@@ -69,7 +70,7 @@ def check_rows(bench: Bench, bank: AdapterBank, names: list[str | None], ids: Te
         mixed = logits(bank.model, ids)
     expected = {name: logits(bench.merged(name), ids) for name in dict.fromkeys(names)}
     for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], expected[name][row], rtol=0, atol=1e-5)
+        assert_close(mixed[row], expected[name][row], rtol=0, atol=1e-5)
         for another in set(expected) - {name}:
             assert (mixed[row] - expected[another][row]).abs().max() > 1e-3
 
@@ -177,7 +178,7 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
     expected = logits(trained.live, ids)
     for names in ("whole", ["step", "whole"]):
         with bank.use(names):
-            torch.testing.assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
+            assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
         assert list(bank.residents) == ["whole"], "the one that was used last"
 
 
@@ -262,7 +263,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
     sets = ["--sets", f"held={user.held}", "--window", "64", "--stride", "32", "--max_documents", "4"]
     flags = [str(user.model), str(tmp_path / "bank"), *sets, "--json", str(tmp_path / "scores.json")]
     assert command("evaluate-adapters", flags) == (0, "")
-    scores = json.loads((tmp_path / "scores.json").read_text())["adapters"]
+    scores = read_json(tmp_path / "scores.json")["adapters"]
     printed = capsys.readouterr().out
     assert "bits/byte" in printed and "2 adapter(s) on" in printed
     tokenizer = load_target(user.model).tokenizer

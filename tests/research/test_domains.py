@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import from_flat, parse
 from mora_ds.config.validate import validate
 from mora_ds.deploy.adapter_io import load_adapter
@@ -34,9 +34,18 @@ from mora_ds.research.run import ResearchHooks
 from mora_ds.train.run_file import RUN_FILE
 from tests.helpers.adapters import Maker
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, losses, printed, refusal, refused, research, run
+from tests.helpers.jobs import (
+    REPOSITORY,
+    Playground,
+    assert_close_losses,
+    printed,
+    refusal,
+    refused,
+    research,
+    run,
+)
 from tests.helpers.mixtures import mixture_flags, write_mixture
-from tests.helpers.models import tiny_model, tokens
+from tests.helpers.models import model_with_mora, tiny_model, tokens
 from tests.helpers.resume import assert_close_runs, assert_same_run, interrupted_job, stop_and_resume
 
 NAMES = ("law", "code", "news", "prose")
@@ -184,8 +193,7 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> Non
     maker.write(tmp_path / "norm", MoRAConfig(rank=4), trained={"model.norm.weight": torch.ones(32)})
 
     def open_for(freeze: str, name: str, names: tuple[str, ...] = NAMES) -> None:
-        model = tiny_model("llama")
-        inject(model, MoRAConfig(rank=4, domains=names, freeze=freeze))
+        model = model_with_mora(domains=names, freeze=freeze)
         open_initial(tmp_path / name, model, maker.reference.fingerprint)
 
     open_for("shared", "plain")
@@ -224,11 +232,10 @@ def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings:
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
 
 
-def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path) -> None:
+def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path, out: Path) -> None:
     """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every domain's model is live."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     flags = (*MERGING, "--eval_files", *(f"{name}={user.held}" for name in ("old", "other", "plain")))
     summary = run(2, domain_flags(user, whole, mix, *flags, eval_domains=["other=old"]))
     assert summary["merges"] == 1
@@ -244,7 +251,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert all(verdict.is_good for verdict in verify(whole)), [verdict.lines() for verdict in verify(whole)]
 
     latest = whole / "checkpoints" / "latest"
-    facts = json.loads((latest / "adapter.json").read_text())
+    facts = read_json(latest / "adapter.json")
     assert facts["domains"]["names"] == ["new", "old"] and facts["cycle"] == 1
     probe = load_file(latest / "probe.safetensors")
     live = {}
@@ -270,10 +277,9 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
 
 
 @pytest.mark.heavy
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path, out: Path) -> None:
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     run(2, domain_flags(user, whole, mix, *MERGING))
     stop_and_resume(2, domain_flags(user, out, mix, *MERGING), 5)
     assert_same_run(out, whole)
@@ -294,11 +300,10 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
-def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, freeze: str) -> None:
+def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out: Path, freeze: str) -> None:
     """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     first = tmp_path / "first"
-    out = tmp_path / "out"
     whole = tmp_path / "whole"
     run(1, domain_flags(user, first, mix, "--max_steps", 2))
     mix.write_text(mix.read_text() + f"  fresh: {{files: '{user.other}', weight: 0.5}}\n")
@@ -314,7 +319,7 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, free
         is_of_domains = name.endswith("domain_squares")
         now = after[name][:2] if is_of_domains else after[name]
         assert torch.equal(now, tensor) is ((freeze == "domains") is is_of_domains), name
-    torch.testing.assert_close(losses(out), losses(whole), rtol=1e-5, atol=0)
+    assert_close_losses(out, whole)
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
     export_merged(out, tmp_path / "merged", verify=True, domain="fresh")
 
@@ -412,11 +417,10 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
-def test_domains_with_other_options(user: Playground, tmp_path: Path, way: str) -> None:
+def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path, way: str) -> None:
     """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
     world, more = WAYS[way]
     mix = write_mixture(user, tmp_path / "mix.yaml")
-    out = tmp_path / "out"
     argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
     assert run(world, argv)["merges"] == 1
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from mora_ds.research.spectrum import layer_spectra, measure, spectra, spectrum_lines
 from tests.helpers.mistakes import command
@@ -156,7 +156,7 @@ def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Pa
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*", "--threshold", "2"]
     assert command("spectrum", flags) == (0, "")
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = read_json(tmp_path / "out.json")
     printed = capsys.readouterr().out
     assert "a.v" in printed and " >2 " in printed
     assert (content["format"], content["threshold"]) == (1, 2)

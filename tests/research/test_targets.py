@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
@@ -167,7 +166,7 @@ def test_the_command_prints_writes_and_plans(
     printed = capsys.readouterr().out
     assert "probe: 64 tokens in 2 batch(es), rotate/permuted" in printed
     assert "model.layers.1.mlp.down_proj" in printed and "|dL/dM|" in printed and ", by probe, for rotate" in printed
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = read_json(report)
     assert (content["format"], len(content["layers"])) == (1, 14)
     assert content["layers"][0]["gradient"]["norm"] > 0 < content["layers"][0]["score"]
     by_probe = read_plan(plan)
@@ -349,11 +348,10 @@ def job_that_reads_weights_on_the_first_rank(argv: list[str]) -> dict[str, Any]:
     return pretrain(parse(argv))
 
 
-def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path) -> None:
+def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path, out: Path) -> None:
     query = "model.layers.0.self_attn.q_proj"
     down = "model.layers.1.mlp.down_proj"
     path = tmp_path / "mine.yaml"
-    out = tmp_path / "out"
     fingerprint = BaseCheckpoint.open(user.model).fingerprint()
     text = TargetPlan("model", fingerprint, {query: 10, down: 6, "lm_head": 0}).text()
     path.write_text(text + "# mine\n", encoding="utf-8")

@@ -74,9 +74,8 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
     ids=["step", "merge", "evaluation", "save", "last evaluation"],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
-    user: Playground, whole: Path, tmp_path: Path, number: int, rank: int, method: str, step: int, saved: int
+    user: Playground, whole: Path, out: Path, number: int, rank: int, method: str, step: int, saved: int
 ) -> None:
-    out = tmp_path / "out"
     told = run_ranks(2, signalled_job, user.flags(out, *MERGING), number, rank, method, step)
     assert told[0] == told[1] and f"stopped at step {saved}" in told[0]
     state = TrainerState.read(out / "checkpoints" / "latest")
@@ -85,8 +84,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     assert_same_run(out, whole)
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, out: Path) -> None:
     flags = user.flags(out, *MERGING, *AUTO)
     told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
     assert "before the first step" in told[0] and not (out / "checkpoints").exists()
@@ -222,9 +220,8 @@ def gone_within(ranks: list[int], seconds: float) -> bool:
     return True
 
 
-def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, out: Path) -> None:
     process, log, ranks = start()
-    out = tmp_path / "out"
     os.kill(ranks[1], signal.SIGTERM)
     seen = rows(out)[-1]["step"]
     assert process.wait(timeout=60) == EXIT_STOPPED
@@ -241,13 +238,12 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
         pytest.param(signal.SIGKILL, False, id="SIGKILL to the launcher"),
     ],
 )
-def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, tmp_path: Path, number: int, group: bool) -> None:
+def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, number: int, group: bool) -> None:
     """Ctrl-C and SIGTERM to all processes; SIGKILL to the parent of the ranks alone."""
     process, log, ranks = start()
     os.kill(-process.pid if group else psutil.Process(ranks[0]).ppid(), number)
     process.wait(timeout=60)
     assert len(ranks) == 2 and gone_within(ranks, 30), log.read_text()
-    out = tmp_path / "out"
     assert TrainerState.read(out / "checkpoints" / "latest").step == rows(out)[-1]["step"], "no step was lost"
 
 
@@ -261,10 +257,11 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
 
 
 @pytest.mark.heavy
-def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user: Playground, whole: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_a_run_again_that_has_lost_a_rank(
+    user: Playground, whole: Path, tmp_path: Path, out: Path
+) -> None:
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for each start. In the one that
     torch 2.13 shares by default, processes which are started again find the addresses of the dead ones."""
-    out = tmp_path / "out"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
     script = str(REPOSITORY / "launch" / "pretrain.py")
     words = [*torchrun, "--max-restarts", "2", script, *user.flags(out, *MERGING, *AUTO)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mora_ds.common.files import read_json
 from tests.helpers.gloo import run_ranks
 from tests.helpers.tools import call, tool
 
@@ -18,7 +18,7 @@ QUESTIONS = ("ceilings", "operators", "gather", "attention", "step", "memory", "
 def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, list[list[str]]]:
     for question in questions:
         call("bench/gpu", question, *flags, "--json", f"{folder}/{question}.json")
-    contents = {question: json.loads(Path(folder, f"{question}.json").read_text()) for question in questions}
+    contents = {question: read_json(Path(folder, f"{question}.json")) for question in questions}
     return {question: content["tables"][question][1:] for question, content in contents.items()}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from mora_ds.common.files import read_json
 from tests.helpers.tools import call
 
 TOY = ("--shapes", "12x8", "--tokens", 5, "--operators", "rotate:1", "share:2", "--dtypes", "float32", "--seconds", 0)
@@ -18,7 +18,7 @@ def found(tmp_path: Path) -> dict[str, list[list[str]]]:
         call("bench/layer", *TOY, "--json", tmp_path / "found.json")
     finally:
         torch.set_num_threads(threads)
-    tables: dict[str, list[list[str]]] = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["tables"]
+    tables: dict[str, list[list[str]]] = read_json(tmp_path / "found.json")["tables"]
     return tables
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from tests.helpers.jobs import Playground
@@ -112,7 +113,7 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     call("bench/learning", *flags)
     assert [run["learning_rate"] for run in ran] == [3e-3, 1e-2, 3e-2, 1e-2, 1e-2, 1e-2]
     assert [run.get("merge_every") for run in ran] == [None, None, None, 10, None, 10]
-    report = json.loads((tmp_path / "all.json").read_text())
+    report = read_json(tmp_path / "all.json")
     assert len(report["runs"]) == 6
     assert not any(str(path) in json.dumps(report["runs"]) for path in (tmp_path, user.root))
     assert report["runs"][0]["curve"] == [{"step": 20, "new": pytest.approx(171.0), "old": 200.0}]
@@ -133,7 +134,7 @@ def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: li
     flags = [*texts(user), *FLAGS, "--work", tmp_path, "--methods", "lora@0.01", "full@0.01", *tasks]
     call("bench/learning", *flags, "--json", tmp_path / "scored.json")
     assert [run["eval_tasks"] for run in ran] == [[str(tmp_path / "quiz.yaml")]] * 4
-    report = json.loads((tmp_path / "scored.json").read_text())
+    report = read_json(tmp_path / "scored.json")
     head, *rows = report["tables"]["learning"]
     assert head[-1] == "quiz" and [row[-1] for row in rows] == ["25.0%", "25.0%"]
     assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [0.2, pytest.approx(0.3)]
@@ -150,7 +151,7 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
     more = ["--work", tmp_path / "two", "--with", first, "--json", second]
     call("bench/learning", *texts(moved), *FLAGS, *more, "--methods", "lora@0.01", "recipe@0.003", "--seeds", 3)
     assert [(run["seed"], "replay" in run) for run in ran[4:]] == [(1, True), (3, False), (2, True), (3, True)]
-    report = json.loads(second.read_text())
+    report = read_json(second)
     rows = [[row[0], row[2], row[3]] for row in report["tables"]["learning"][1:]]
     assert rows == [["lora", "0.01", "3"], ["recipe", "0.003", "3"]]
     runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
@@ -169,7 +170,7 @@ def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: 
     flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--json", tmp_path / "all.json"]
     call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")
     assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4], "without a rank a method runs once"
-    rows = [row[:2] for row in json.loads((tmp_path / "all.json").read_text())["tables"]["learning"]]
+    rows = [row[:2] for row in read_json(tmp_path / "all.json")["tables"]["learning"]]
     assert rows == [["rank", "method"], ["-", "full"], ["2", "lora"], ["4", "lora"]]
     points = figures.points(tmp_path / "all.json")
     assert [(point.method, point.rank, len(point.new)) for point in points] == [

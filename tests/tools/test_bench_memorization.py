@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from tests.helpers.jobs import REPOSITORY, Playground
 from tests.helpers.tools import call
 
@@ -39,7 +39,7 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
         "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2, "--jobs", 1, *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     for result in results:
         assert result["steps"] == [20, 40, 60] and len(result["accuracy"]) == len(result["loss"]) == 3
         assert result["loss"][-1] < result["loss"][0] or result["ended_at"] == 20

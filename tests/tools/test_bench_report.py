@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import pytest
 
+from mora_ds.common.files import read_json
 from tools import docs_results, plans
 from tools.bench.report import Report, json_flag
 
@@ -24,7 +24,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     report.show("times", [["what", "seconds"], ["a step", "0.5"]])
     report.write()
     assert capsys.readouterr().out.split("\n") == ["Two rows.", "  what  seconds", "a step      0.5", ""]
-    written = json.loads((tmp_path / "new" / "bench.json").read_text())
+    written = read_json(tmp_path / "new" / "bench.json")
     assert written["command"] == "python tools/bench/loss.py --rows 2"
     assert written["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]} and written["sentences"] == [
         "Two rows."

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from mora_ds.common.files import read_json
 from tools.bench import scale
 from tools.bench.measuring import llama_config
 
@@ -30,7 +30,7 @@ def test_every_phase_of_two_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: py
     ]
     monkeypatch.setattr(sys, "argv", argv)
     scale.main()
-    tables = json.loads(out.read_text())["tables"]
+    tables = read_json(out)["tables"]
     titles, *rows = tables["phases"]
     records = [dict(zip(titles, row, strict=True)) for row in rows]
     for phase in scale.PHASES:

@@ -63,8 +63,7 @@ def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_ranks_with_different_settings(user: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_ranks_with_different_settings(user: Playground, out: Path) -> None:
     cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more)] for more, _ in DIFFERENT.values()]
     results = run_ranks(2, refused_each, cases)
     for (name, (_, phrases)), *ranks in zip(DIFFERENT.items(), *results, strict=True):
@@ -108,10 +107,9 @@ def refused_on_its_node(argv: list[list[str]]) -> tuple[str, str]:
     return refused(argv[dist.get_rank()])
 
 
-def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path) -> None:
+def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path, out: Path) -> None:
     changed_text = tmp_path / "train.jsonl"
     changed_text.write_text(user.train.read_text().replace("def", "fed"))
-    out = tmp_path / "out"
     argv = [user.flags(out), user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache")]
     for kind, message in run_ranks(2, refused_on_its_node, argv):
         assert kind == "UserError" and "training text" in message and "on rank 1" in message

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.checkpoint.state import TrainerState
@@ -23,7 +24,7 @@ from mora_ds.train.attention import implementation_of
 from mora_ds.train.hooks import Hooks
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
-from tests.helpers.jobs import Playground, losses, refusal, run
+from tests.helpers.jobs import Playground, assert_close_losses, refusal, run
 from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.resume import assert_same_run, stop_and_resume
 
@@ -53,7 +54,7 @@ def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     by_documents: Path, dense: Path
 ) -> None:
     assert attention_in(by_documents) == "documents" and attention_in(dense) == "dense"
-    torch.testing.assert_close(losses(by_documents), losses(dense), rtol=1e-5, atol=0)
+    assert_close_losses(by_documents, dense)
 
 
 def test_a_run_that_resumes_keeps_its_attention_to_the_bit(
@@ -187,7 +188,7 @@ def test_attention_sinks_by_documents() -> None:
         edges = [*begins.nonzero().flatten().tolist(), len(begins)]
         documents = [batch["input_ids"][None, row, a:b] for a, b in pairwise(edges)]
         expected = torch.cat([alone(input_ids=document, use_cache=False).logits[0] for document in documents])
-        torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
+        assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def with_lost_window() -> Any:

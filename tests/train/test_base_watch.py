@@ -34,10 +34,9 @@ def overwritten_job(argv: list[str], word: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("word", [0x3C000000, 0x7FC00000], ids=["small numbers", "NaN"])
 def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
-    user: Playground, tmp_path: Path, word: int
+    user: Playground, tmp_path: Path, out: Path, word: int
 ) -> None:
     copied_user = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
-    out = tmp_path / "out"
     argv = copied_user.flags(out, "--save_steps", 2, "--eval_steps", 0, "--merge_every", 5, "--restart_warmup_steps", 1)
     for kind, message in run_ranks(2, overwritten_job, argv, word):
         assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message
@@ -62,8 +61,7 @@ def shortened_job(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_a_base_that_is_cut_off_is_found_before_it_is_read(user: Playground, tmp_path: Path) -> None:
+def test_a_base_that_is_cut_off_is_found_before_it_is_read(user: Playground, tmp_path: Path, out: Path) -> None:
     copied_user = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
-    out = tmp_path / "out"
     for kind, message in run_ranks(2, shortened_job, copied_user.flags(out, "--save_steps", 3, "--eval_steps", 0)):
         assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message

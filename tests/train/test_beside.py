@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import FailedBeside, RunError
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.train import pretrain as program
@@ -54,10 +54,9 @@ def last_state(out: Path) -> TrainerState:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("calls", [(2,), (1, 3), (4,)], ids=["before a save", "twice", "at the end"])
 def test_a_failed_evaluation_does_not_end_the_run(
-    user: Playground, tmp_path: Path, ranks: int, calls: tuple[int, ...]
+    user: Playground, tmp_path: Path, out: Path, ranks: int, calls: tuple[int, ...]
 ) -> None:
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     run(ranks, user.flags(whole, *FLAGS))
     error = RuntimeError("no evaluation today")
     told = run_ranks(ranks, failing, user.flags(out, *FLAGS), "evaluator", "evaluate", error, calls)
@@ -91,7 +90,7 @@ def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path)
     with mock.patch.object(program, "check_repository"):
         ((kind, message),) = run_ranks(1, failing, argv, "program", "push_adapter", error, (0,))
     assert kind == "FailedBeside" and "--push_to_hub me/adapter: the network is gone" in message
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+    assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 
 def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
@@ -124,11 +123,10 @@ def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
     ids=["evaluation", "after an evaluation", "merge", "half a merge", "last evaluation", "after the last evaluation"],
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
-    user: Playground, tmp_path: Path, owner: str, method: str, call: int, step: int
+    user: Playground, tmp_path: Path, out: Path, owner: str, method: str, call: int, step: int
 ) -> None:
     """And the run that resumes there does what was pending, once."""
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     flags = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warmup_steps", 1)
     run(1, user.flags(whole, *flags))
     run_ranks(1, ended_within, user.flags(out, *flags), owner, method, call)

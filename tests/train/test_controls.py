@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
+from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
-from tests.helpers.jobs import Playground, losses, refusal, run
+from tests.helpers.jobs import Playground, assert_close_losses, refusal, run
 from tests.helpers.resume import assert_same_run, stop_and_resume
 
 RELORA = (
@@ -25,7 +24,7 @@ def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground
     run(1, user.flags(one, *RELORA, "--per_device_train_batch_size", 4))
     summary = run(2, user.flags(two, *RELORA))
     assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
-    torch.testing.assert_close(losses(two), losses(one), rtol=2e-6, atol=0)
+    assert_close_losses(two, one, rtol=2e-6)
     assert summary["perplexity_after"]["held"] < 0.99 * summary["perplexity_before"]["held"], "it learns"
     report = export_merged(two, tmp_path / "merged", verify=True)
     assert report.cycles == 2
@@ -67,5 +66,5 @@ def test_none_reports_the_base(user: Playground, tmp_path: Path, ranks: int) -> 
     summary = run(ranks, user.flags(bare, "--adapter", "none"))
     assert summary["perplexity_before"] == summary["perplexity_after"] == pytest.approx(expected, rel=1e-6)
     assert summary["steps"] == summary["trainable_params"] == 0
-    assert json.loads((bare / "summary.json").read_text()) == summary
+    assert read_json(bare / "summary.json") == summary
     assert not (bare / "checkpoints").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.data import Document, Encoder, TokenCache, load_corpus, load_tokenizer, start_id
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from tests.helpers.gloo import run_ranks
@@ -52,7 +53,7 @@ def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path
 
 def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path) -> None:
     model = shutil.copytree(user.model, tmp_path / "model")
-    content = json.loads((model / "tokenizer.json").read_text())
+    content = read_json(model / "tokenizer.json")
     (model / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
     for folder, more, says in ((user.model, (), False), (model, (), True), (model, ("none",), False)):
         flags = ("--model_name_or_path", folder, "--max_steps", 2, *(("--document_start", *more) if more else ()))
@@ -61,8 +62,7 @@ def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path)
 
 
 @pytest.mark.parametrize("more", [(), ("--streaming",)])
-def test_a_resume_needs_it_again(user: Playground, tmp_path: Path, more: tuple[str, ...]) -> None:
-    out = tmp_path / "out"
+def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, ...]) -> None:
     run(1, user.flags(out, *START, *more))
     resume = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--max_steps", 8)
     (kind, message), *_ = run_ranks(1, refused, resume)
@@ -91,7 +91,7 @@ def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path
         tmp_path / "score.json",
     )
     call("evaluate", *flags, *START)
-    assert json.loads((tmp_path / "score.json").read_text())["sets"]["code"]["nats"] == scores[TOKEN]
+    assert read_json(tmp_path / "score.json")["sets"]["code"]["nats"] == scores[TOKEN]
     for start, message in (("<x>", "'<x>' is no token"), ("none", "none: the first token of a document is scored too")):
         with pytest.raises(UserError, match=f"--document_start {message}"):
             call("evaluate", *flags, "--document_start", start)

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 
-from mora_ds import MoRAConfig, initialize, inject
+from mora_ds import initialize
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine import zero
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.models import causal_loss, model_with_mora, tokens
 
 RATE = 0.05
 SHARE = 0.125
@@ -19,8 +19,7 @@ SHARE = 0.125
 
 def first_step(stage: int) -> list[float]:
     """How far Adam's first step moves the MoRA matrices and the embeddings at most: their learning rates."""
-    model = tiny_model("llama")
-    inject(model, MoRAConfig(rank=4, train_embeddings=True))
+    model = model_with_mora(train_embeddings=True)
     engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1))
     groups = [[layer.square for layer in mora_layers(model).values()], [model.get_input_embeddings().weight]]
     before = [[zero.full_fp32(engine, value).clone() for value in group] for group in groups]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
@@ -28,7 +29,7 @@ from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
 from mora_ds.train.run import Run
 from tests.helpers.gloo import run_ranks
-from tests.helpers.models import FAMILIES, alone, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, alone, causal_loss, enable_checkpointing, tiny_model, tokens
 
 WORLD = 2
 ROWS = 2
@@ -141,7 +142,7 @@ def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, re
     for result in (rank[family] for rank in ranks):
         assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result["norms"]
         assert result["left"] == 0.0
-        torch.testing.assert_close(result["after"], result["before"], rtol=0, atol=5e-6)
+        assert_close(result["after"], result["before"], rtol=0, atol=5e-6)
         assert loss_of(result["after"]) == pytest.approx(loss_of(result["before"]), abs=1e-6)
         assert torch.equal(result["live"], ranks[0][family]["live"])
     original = AutoModelForCausalLM.from_pretrained(root / family / "model").eval()
@@ -245,7 +246,7 @@ def test_documents_do_not_see_each_other(family: str, attention: str) -> None:
             first = logits_of(model, one["input_ids"], one["position_ids"])[:, FIRST:]
             second = logits_of(model, another["input_ids"], another["position_ids"])[:, FIRST:]
         assert torch.equal(first, second)
-        torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-4)
+        assert_close(first, alone, rtol=1e-4, atol=1e-4)
 
 
 def logits_of(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -273,10 +274,10 @@ def test_gradients_do_not_cross_documents_with_checkpointing(family: str) -> Non
     gradients = []
     for seed in (1, 2):
         model = adapted(family, "eager")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
         model.train()
         token_nll(model, two_documents(seed)).backward()
         gradients.append([layer.square.grad for layer in mora_layers(model).values()])
     for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+        assert_close(first, second, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
         assert first.abs().max() > 0

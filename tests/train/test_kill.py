@@ -103,10 +103,9 @@ def test_killed(
     kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
 
 
-def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, tmp_path: Path) -> None:
+def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, out: Path) -> None:
     """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
     whole = whole_of(2, "fp32", ())
-    out = tmp_path / "out"
     prepare(out, whole, Start.UNNAMED)
     killed_run(2, command(user, out, "fp32", "--overwrite_output_dir", "true"), "old_run_set_aside", [0, 1])
     assert not (out / "checkpoints").exists()

@@ -98,10 +98,9 @@ def _last_step(out: Path) -> int:
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
-def test_long_haul(tmp_path: Path) -> None:
+def test_long_haul(tmp_path: Path, out: Path) -> None:
     user: Playground = playground(tmp_path / "user")
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
 
     def flags(folder: Path) -> list[str]:
         return user.flags(folder, *FLAGS, "--eval_files", f"short={user.other}")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import yaml
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.train import demo, pretrain
 from mora_ds.train.output_folder import LOCK
@@ -68,11 +69,12 @@ def run_privately(argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickled: Path, tmp_path: Path) -> None:
+def test_all_files_have_the_mode_that_the_umask_asks_for(
+    user: Playground, pickled: Path, tmp_path: Path, out: Path
+) -> None:
     """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's file is in any of them."""
-    out = tmp_path / "out"
     cache = tmp_path / "cache"
-    secret = {**json.loads(ZERO3.read_text()), "comet": {"enabled": False, "api_key": "s3cret"}}
+    secret = {**read_json(ZERO3), "comet": {"enabled": False, "api_key": "s3cret"}}
     (tmp_path / "ds.json").write_text(json.dumps(secret))
     more = ("--export_merged", "--cache_dir", cache, "--deepspeed", tmp_path / "ds.json")
     argv = user.flags(out, "--model_name_or_path", pickled, *more)

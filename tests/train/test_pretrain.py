@@ -18,16 +18,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, job, launch, losses, rows, run
+from tests.helpers.jobs import REPOSITORY, Playground, assert_close_losses, environment, job, launch, losses, rows, run
 from tests.helpers.models import tiny_model
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
@@ -59,11 +61,11 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
     reference, *remaining = outs
     assert losses(reference)[-1] < losses(reference)[0] - 0.05, "it learns"
     for out in remaining:
-        torch.testing.assert_close(losses(out), losses(reference), rtol=2e-6, atol=0)
+        assert_close_losses(out, reference, rtol=2e-6)
         assert_close_evals(out, reference, rel=1e-5)
         squares, expected = (load_file(path / "checkpoints/latest/adapter.safetensors") for path in (out, reference))
         for name in expected:
-            torch.testing.assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
+            assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
 def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
     with pytest.raises(UserError, match=rf"--adapter full.* {two}/merged is its model"):
         export_merged(two / "checkpoints" / "step-000003", tmp_path / "merged")
     assert summary["trainable_params"] == summary["total_params"]
-    torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
+    assert_close_losses(two, one)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")
     tokenizer = AutoTokenizer.from_pretrained(two / "merged")
     data = PackedDataset(build_cache(load_corpus([str(user.held)]), tokenizer, tmp_path / "cache"), 32, shuffle=False)
@@ -127,8 +129,7 @@ def test_the_same_documents_in_every_format_give_the_same_run(
         assert torch.equal(losses(out), losses(tmp_path / "jsonl")), kind
 
 
-def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path, out: Path) -> None:
     config = str(REPOSITORY / "configs" / "models" / "tiny_llama.json")
     fresh = ["--model_config", config, "--train_tokenizer_vocab", "420"]
     argv = user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
@@ -147,9 +148,8 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, 
     assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
 
 
-def test_a_sentencepiece_file_as_tokenizer(user: Playground, texts: list[str], tmp_path: Path) -> None:
+def test_a_sentencepiece_file_as_tokenizer(user: Playground, texts: list[str], tmp_path: Path, out: Path) -> None:
     path = train_sentencepiece(texts, 380, tmp_path)
-    out = tmp_path / "out"
     run(1, user.flags(out, "--tokenizer_name", path, "--export_merged", "true"))
     exported = AutoTokenizer.from_pretrained(out / "merged")
     assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
@@ -205,25 +205,23 @@ def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any) -> None:
     run(2, user.flags(tmp_path / "out", *MERGING, *setting))
-    torch.testing.assert_close(losses(tmp_path / "out"), losses(plain), rtol=2e-6, atol=0)
+    assert_close_losses(tmp_path / "out", plain, rtol=2e-6)
     assert_close_evals(tmp_path / "out", plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_bf16(user: Playground, plain: Path, tmp_path: Path, stage: str) -> None:
-    out = tmp_path / "out"
+def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: str) -> None:
     run(2, user.flags(out, *MERGING, "--bf16", "true", "--deepspeed", REPOSITORY / "configs" / f"{stage}.json"))
-    torch.testing.assert_close(losses(out), losses(plain), rtol=0, atol=0.02)
+    assert_close_losses(out, plain, rtol=0, atol=0.02)
     report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
     assert report.dtype == "bfloat16" and report.comparison is not None
 
 
-def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path) -> None:
+def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path, out: Path) -> None:
     model = tiny_model("qwen2", vocab_size=400)
     assert model.config.tie_word_embeddings
     shutil.copytree(user.model, tmp_path / "model")
     tiny_model(vocab_size=400, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
     trained = ("--train_embeddings", "true", "--train_norms", "true", "--save_steps", 5)
     argv = user.flags(out, *MERGING, *trained, "--model_name_or_path", tmp_path / "model")
     summary = run(2, [*argv, "--export_merged", "true"])
@@ -335,7 +333,7 @@ def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_p
 
 
 def test_summary_and_files_of_a_run(plain: Path) -> None:
-    summary = json.loads((plain / "summary.json").read_text())
+    summary = read_json(plain / "summary.json")
     assert {
         "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
         "perplexity_change_percent", "bytes_gathered_per_step", "base_bytes_gathered", "peak_memory_bytes",
@@ -368,4 +366,4 @@ def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path) ->
     again = run_ranks(3, job_of_a_node, [*short, "--resume_from_checkpoint", "auto"])
     assert [summary["steps"] for summary in again] == [8, 8, 8]
     run(1, user.flags(one, *MERGING, "--per_device_train_batch_size", 6))
-    torch.testing.assert_close(losses(out), losses(one), rtol=1e-4, atol=0)
+    assert_close_losses(out, one, rtol=1e-4)

@@ -221,11 +221,10 @@ def exact_export(out: Path, model: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
-    user: Playground, tmp_path: Path, ranks: int, bits: int
+    user: Playground, tmp_path: Path, out: Path, ranks: int, bits: int
 ) -> None:
     """The export knows nothing of few bits: originals and deltas, in fp32."""
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
     summary = run(ranks, user.flags(whole, *flags))
     assert summary["base_bytes_gathered"] == 0 and summary["merges"] == 2

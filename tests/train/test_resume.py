@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mora_ds.common.errors import Stopped
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.runtime import signals
 from mora_ds.train import pretrain as program
@@ -38,10 +38,11 @@ from tests.helpers.resume import (
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.heavy), 2])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, ranks: int) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    user: Playground, tmp_path: Path, out: Path, ranks: int
+) -> None:
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
     whole = tmp_path / "whole"
-    out = tmp_path / "out"
     run(ranks, user.flags(whole, *more))
     argv = user.flags(out, *more, "--resume_from_checkpoint")
     for step in (3, 5, 7):  # after a merge that is not saved yet, then twice between checkpoints
@@ -71,7 +72,7 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path,
     out = copied(whole, tmp_path)
     checkpoint = out / "checkpoints" / f"step-{step:06d}"
     run_ranks(1, interrupted_job, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
-    ledger = json.loads((out / "ledger" / "ledger.json").read_text())
+    ledger = read_json(out / "ledger" / "ledger.json")
     assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
     assert len(list((out / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(out)) == step + 1
@@ -154,9 +155,8 @@ def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Pa
     assert_same_run(out, whole)
 
 
-def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path) -> None:
+def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path, out: Path) -> None:
     """Also over what a run has left that was killed before its first checkpoint, merges included."""
-    out = tmp_path / "out"
     whole = tmp_path / "whole"
     more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
     run(1, user.flags(whole, *more))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mora_ds.common.files import read_json
 from tests.helpers.jobs import REPOSITORY, Playground, losses, run
 from tests.helpers.pairwise import pairwise
 
@@ -20,7 +21,7 @@ MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "tru
 
 
 def ds_config(folder: Path, stage: int, offload: str) -> Path:
-    config: dict[str, Any] = json.loads((REPOSITORY / "configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(REPOSITORY / "configs" / f"zero{stage}.json")
     config["zero_optimization"]["offload_optimizer"] = {"device": offload}
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(config), encoding="utf-8")
@@ -53,11 +54,10 @@ def is_supported(adapter: str, optimizer: str, **_: Any) -> bool:
     is_supported,
 )
 def test_resumed_is_uninterrupted(
-    user: Playground, tmp_path: Path, adapter: str, optimizer: str, stage: int, offload: str, dtype: str
+    user: Playground, tmp_path: Path, out: Path, adapter: str, optimizer: str, stage: int, offload: str, dtype: str
 ) -> None:
     more: list[Any] = ["--adapter", adapter, "--optimizer", optimizer, *LOOP, *(MERGES if adapter != "full" else ())]
     more += ["--deepspeed", ds_config(tmp_path, stage, offload), *([f"--{dtype}"] if dtype != "fp32" else [])]
-    out = tmp_path / "out"
     run(2, user.flags(out, *more))
     whole = losses(out)
     at_end = weights(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import mora_ds
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.models.base import write_own_base
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
@@ -68,7 +68,7 @@ def wrong_calls(folder: str) -> None:
             assert str(refused.value).startswith(message)
     run.save(2)
     run.merge(3)
-    assert [cycle["step"] for cycle in json.loads(Path("out/ledger/ledger.json").read_text())["cycles"]] == [2, 3]
+    assert [cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]] == [2, 3]
 
 
 def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path) -> None:

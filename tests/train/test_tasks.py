@@ -14,6 +14,7 @@ import torch.distributed as dist
 import yaml
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.train.replicas import Replica
 from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config
@@ -94,14 +95,13 @@ def test_a_task_that_is_missing_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("stage", [3])
-def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, stage: int) -> None:
+def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, out: Path, stage: int) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files = task_files(tmp_path)
-    out = tmp_path / "out"
     flags = user.flags(
         out, "--eval_tasks", *files.values(), "--eval_steps", 2, "--eval_tasks_steps", 4, "--best_by", "rolling:1",
         "--stop_when_forgotten", "rolling:50", "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged",
@@ -111,7 +111,7 @@ def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
     assert list(scores) == [0, 4, 6]
-    state = json.loads((out / "checkpoints" / "latest" / "trainer_state.json").read_text())
+    state = read_json(out / "checkpoints" / "latest" / "trainer_state.json")
     assert state["best_step"] in (4, 6) and state["task_costs_last"].keys() == files.keys()
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(out / "merged"), batch_size=2)

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
 from mora_ds.train import trackers
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.trackers import check_installed, shown_config, start_trackers
@@ -83,7 +84,7 @@ def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in
     logged(tmp_path, start_step=1)
     logged(tmp_path)
     assert [service.calls[0][2] for service in stand_in.made] == [None, "id-0", None]
-    assert json.loads((tmp_path / "trackers" / "runs.json").read_text()) == {"wandb": "id-2"}
+    assert read_json(tmp_path / "trackers" / "runs.json") == {"wandb": "id-2"}
 
 
 @pytest.mark.parametrize("content", ['{"wandb": "id', "[]", '{"wandb": {"id": 1}}', "\xff", ""])
@@ -95,7 +96,7 @@ def test_damaged_names_of_runs_begin_new_ones(
     path.write_text(content, encoding="latin-1")
     logged(tmp_path, start_step=1)
     assert [record.getMessage().startswith(str(path)) for record in caplog.records] == [True]
-    assert stand_in.made[1].calls[0] == ("start", "run", None) and json.loads(path.read_text()) == {"wandb": "id-1"}
+    assert stand_in.made[1].calls[0] == ("start", "run", None) and read_json(path) == {"wandb": "id-1"}
 
 
 @pytest.mark.parametrize("fails_at", range(5))
@@ -124,7 +125,7 @@ def test_a_service_that_cannot_start_loses_no_name_of_a_run(
     stand_in.fails_at = 0
     working.fails_at = 10**9
     started = start_trackers(["wandb", "mlflow"], "run", CONFIG, tmp_path, start_step)
-    assert json.loads(path.read_text()) == names
+    assert read_json(path) == names
     for tracker in started:
         tracker.log({"loss": 1.0}, start_step + 1)
     assert [service.calls for service in (*stand_in.made, *working.made)] == [
@@ -197,7 +198,7 @@ def test_services_are_called_as_their_packages_want_it(
     assert mlflow.log_metrics.call_args.args == ({"8_sources/a_b/loss": 2.5},)
     assert mlflow.log_dict.call_args.args[1] == "summary.json" and mlflow.end_run.call_count == 2
 
-    known = json.loads((tmp_path / "trackers" / "runs.json").read_text())
+    known = read_json(tmp_path / "trackers" / "runs.json")
     assert known == {"wandb": "w1", "mlflow": "m1"}
 
 
@@ -210,12 +211,13 @@ def offline(argv: list[str], root: str) -> None:
 
 
 @pytest.mark.heavy
-def test_a_run_with_every_service_offline(user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_every_service_offline(
+    user: Playground, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A service that takes no call would end the run with an exit code of its own."""
     import mlflow
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    out = tmp_path / "out"
     flags = user.flags(
         out, "--report_to", "tensorboard", "wandb", "mlflow", "--merge_every", 3,
         "--restart_warmup_steps", 1, "--save_steps", 4,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
@@ -24,7 +25,7 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.quantized import quantized_bytes
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.planning.memory_meter import MemoryMeter
-from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.models import FAMILIES, causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 from tests.helpers.pairwise import pairwise
 from tests.helpers.quantized import LORA, base_of, found_by, in_bits
@@ -47,7 +48,7 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype) -
     assert Int8Weight(values, scales).largest_error == pytest.approx(float(scales.max()) / 2)
     assert values.dtype is torch.int8 and scales.dtype is torch.float32 and values.is_contiguous()
     largest = weight.double().abs().amax(dim=1)
-    torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-6, atol=1e-12)
+    assert_close(scales.double(), largest / 127, rtol=1e-6, atol=1e-12)
     assert (values.abs().amax(dim=1)[largest > 0] == 127).all() and values.min() >= -127
     error = (dense(Int8Weight(values, scales), torch.float64) - weight.double()).abs()
     assert (error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all()
@@ -102,7 +103,7 @@ def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pyte
                 layer.value.data, over_dense.value.data = value, value.clone()
                 assert layer.weight.dtype is torch.int8
                 for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
-                    torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
+                    assert_close(one, right, rtol=1e-11, atol=1e-10)
 
 
 @pairwise({
@@ -173,7 +174,7 @@ def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bit
     for bits_of_base in (16, bits):
         model = tiny_model("llama")
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         inject(model, replace(CONFIGS[config], base_bits=bits_of_base))
         merged = []
         if bits_of_base == 4:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops import gather, mora
@@ -28,7 +29,7 @@ def test_all_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.M
         for path in PATHS:
             results = outputs_and_gradients(spec, torch.float64, by_path(spec, path))
             for one, right in zip(results, expected, strict=True):
-                torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-10)
+                assert_close(one, right, rtol=1e-11, atol=1e-10)
 
 
 @all_paths
@@ -47,7 +48,7 @@ def test_a_transposed_weight_will_do(path: Compute) -> None:
     weight = random(12, 8, seed=1)
     square = random(6, 6, seed=2)
     output = mora_linear(x, weight.T, None, square, spec, path)
-    torch.testing.assert_close(output, x @ (weight.T + delta_weight(spec, square)).T)
+    assert_close(output, x @ (weight.T + delta_weight(spec, square)).T)
 
 
 @all_paths

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
@@ -42,12 +43,12 @@ def test_update_and_delta_agree_with_the_formula() -> None:
     down = factors[:, :12]
     up = factors[:, 12:].T
     expected = SPEC.alpha / SPEC.rank * up @ down
-    torch.testing.assert_close(SPEC.delta_weight(factors), expected)
-    torch.testing.assert_close(SPEC.delta_weight(SPEC.scaled(factors, 3.0)), 3 * expected)
+    assert_close(SPEC.delta_weight(factors), expected)
+    assert_close(SPEC.delta_weight(SPEC.scaled(factors, 3.0)), 3 * expected)
     a, b = SPEC.low_rank(factors)
-    torch.testing.assert_close(b @ a, expected)
+    assert_close(b @ a, expected)
     x = torch.randn(5, 2, 12)
-    torch.testing.assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
+    assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
 
 
 def test_delta_has_the_same_bits_for_every_number_of_threads() -> None:
@@ -93,7 +94,7 @@ def test_gradients_are_those_of_the_two_matrices() -> None:
     down, up = (factor.clone().requires_grad_() for factor in (factors[:, :12], factors[:, 12:].T))
     (F.linear(x, base.weight.detach(), base.bias.detach()) + 1.5 * x @ down.T @ up.T).square().sum().backward()
     layer(x).square().sum().backward()
-    torch.testing.assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
+    assert_close(layer.factors.grad, torch.cat((down.grad, up.grad.T), dim=1))
 
 
 # -- ReLoRA: real ranks ------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, sta
         assert torch.equal(weight, replayed)
         for result in ranks:
             assert torch.equal(result["weights"][name], replayed)
-            torch.testing.assert_close(result["starts"][name], result["expected"][name], rtol=0, atol=0)
+            assert_close(result["starts"][name], result["expected"][name], rtol=0, atol=0)
     exported = export_merged(tmp_path / "out", tmp_path / "merged", verify=True)
     assert exported.comparison is not None
     loaded = load_adapter(tmp_path / "base", tmp_path / "out")

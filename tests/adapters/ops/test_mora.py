@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch.testing import assert_close
 
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import add_deltas_
@@ -68,7 +69,7 @@ def test_reference_outputs_are_reproduced(case: str) -> None:
         # The reference's sines and cosines are of angles in fp32, by its CPU's instructions; ours are exact but for
         # one rounding.
         apart = 3e-7 * right.abs().max().item() if kind is OperatorKind.ROTATE else 1e-10
-        torch.testing.assert_close(result, right, rtol=0, atol=apart)
+        assert_close(result, right, rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize(("blocks", "r_hat"), [(1, 2), (7, 2), (16, 256), (300, 38)])
@@ -92,11 +93,11 @@ def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
     x = random(2, 3, spec.d_in, seed=1)
     delta = delta_weight(spec, square)
     assert delta.shape == (spec.d_out, spec.d_in)
-    torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
+    assert_close(mora_update(spec, square, x), x @ delta.T, rtol=1e-12, atol=1e-11)
     factors = spec.low_rank(square)
     assert (factors is None) == (spec.blocks > 1)
     if factors is not None:
-        torch.testing.assert_close(factors[1] @ factors[0], delta, rtol=1e-12, atol=1e-11)
+        assert_close(factors[1] @ factors[0], delta, rtol=1e-12, atol=1e-11)
 
 
 @every_operator
@@ -105,7 +106,7 @@ def test_adjoint(spec: OperatorSpec) -> None:
     gradient = random(spec.d_out, spec.d_in, seed=1)
     left = (delta_weight(spec, square) * gradient).sum()
     right = (square * adjoint(spec, gradient)).sum()
-    torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+    assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
 @every_operator
@@ -115,7 +116,7 @@ def test_gradient_of_the_square_is_the_adjoint(spec: OperatorSpec) -> None:
     x = random(3, spec.d_in, seed=1)
     g = random(3, spec.d_out, seed=2)
     (gradient,) = torch.autograd.grad(mora_update(spec, square, x), square, g)
-    torch.testing.assert_close(gradient, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
+    assert_close(gradient, adjoint(spec, g.T @ x), rtol=1e-11, atol=1e-10)
 
 
 @every_grouping
@@ -207,16 +208,16 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
     square = random(spec.r_hat, spec.r_hat)
     x = random(5, spec.d_in, seed=1)
     delta = delta_weight(spec, square)
-    torch.testing.assert_close(mora_update(spec, square, x), x @ delta.T)
+    assert_close(mora_update(spec, square, x), x @ delta.T)
     gradient = random(spec.d_out, spec.d_in, seed=2)
-    torch.testing.assert_close((delta * gradient).sum(), (square * adjoint(spec, gradient)).sum())
+    assert_close((delta * gradient).sum(), (square * adjoint(spec, gradient)).sum())
     factors = spec.low_rank(square)
     assert (factors is None) == operator.in_blocks
     if factors is not None:
-        torch.testing.assert_close(factors[1] @ factors[0], delta)
+        assert_close(factors[1] @ factors[0], delta)
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
-        torch.testing.assert_close(outputs_and_gradients(spec, torch.float64, by_path(spec, path)), expected)
+        assert_close(outputs_and_gradients(spec, torch.float64, by_path(spec, path)), expected)
     merged = random(spec.d_out, spec.d_in, seed=3)
     right = merged + delta
     add_deltas_(merged, [(spec, square)])
@@ -271,7 +272,7 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
     square = random(4, 4)
     inputs, outputs = index_tables.draw_permutations(8, 13, 9)
     shuffled = delta_weight(permuted, square)[outputs][:, inputs]
-    torch.testing.assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
+    assert_close(shuffled, delta_weight(plain, square), rtol=0, atol=0)
 
 
 # -- rank -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from mora_ds.adapters.ops import singular_vectors
 from mora_ds.common.errors import RunError, UserError
@@ -22,7 +23,7 @@ def test_vectors_are_those_of_the_weight(tmp_path: Path) -> None:
     name = register_vectors(weight, 9, tmp_path)
     left, right = singular_vectors.read(name, MODULE, 9)
     values = torch.linalg.svdvals(weight.float().double())
-    torch.testing.assert_close(left.double() @ weight @ right.double().T, torch.diag(values), rtol=1e-6, atol=1e-6)
+    assert_close(left.double() @ weight @ right.double().T, torch.diag(values), rtol=1e-6, atol=1e-6)
     assert (right.gather(1, right.abs().argmax(dim=1, keepdim=True)) > 0).all(), "the sign is fixed"
     assert singular_vectors.norm(name, MODULE) == pytest.approx(weight.norm().item(), rel=1e-6)
     assert torch.equal(singular_vectors.read(name, MODULE, 4)[0], left[:4])
@@ -42,8 +43,8 @@ def test_a_weight_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: p
     assert torch.equal(torch.get_rng_state(), state), "the run's random numbers are as they were"
     assert torch.equal(found_left, leading_vectors(left * values @ right.T, wanted, MODULE)[0])
     signs = (found_right.double() @ right[:, :count]).diagonal().sign()
-    torch.testing.assert_close(found_right.double(), (right[:, :count] * signs).T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found_left.double(), (left[:, :count] * signs).T, rtol=1e-4, atol=1e-4)
+    assert_close(found_right.double(), (right[:, :count] * signs).T, rtol=1e-4, atol=1e-4)
+    assert_close(found_left.double(), (left[:, :count] * signs).T, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_and_damaged_vectors_are_named(tmp_path: Path) -> None:

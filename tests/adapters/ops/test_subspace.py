@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -46,9 +47,9 @@ def test_delta_weight_is_the_update(spec: SubspaceSpec) -> None:
     delta = spec.delta_weight(square)
     assert delta.shape == (spec.d_out, spec.d_in)
     a, b = spec.low_rank(square)
-    torch.testing.assert_close(b @ a, delta, rtol=1e-12, atol=1e-12)
+    assert_close(b @ a, delta, rtol=1e-12, atol=1e-12)
     vectors = spec.sides(x.device, x.dtype)
-    torch.testing.assert_close(subspace_update(square, vectors, x), x @ delta.T, rtol=1e-12, atol=1e-12)
+    assert_close(subspace_update(square, vectors, x), x @ delta.T, rtol=1e-12, atol=1e-12)
 
 
 def test_adjoint_and_the_gradient_of_the_square(spec: SubspaceSpec) -> None:
@@ -56,12 +57,12 @@ def test_adjoint_and_the_gradient_of_the_square(spec: SubspaceSpec) -> None:
     gradient = random(spec.d_out, spec.d_in, seed=1)
     left = (spec.delta_weight(square) * gradient).sum()
     right = (square * spec.adjoint(gradient)).sum()
-    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    assert_close(left, right, rtol=1e-12, atol=1e-12)
     x = random(3, spec.d_in, seed=1)
     g = random(3, spec.d_out, seed=2)
     update = subspace_update(square, spec.sides(x.device, x.dtype), x)
     (square_gradient,) = torch.autograd.grad(update, square, g)
-    torch.testing.assert_close(square_gradient, spec.adjoint(g.T @ x), rtol=1e-12, atol=1e-12)
+    assert_close(square_gradient, spec.adjoint(g.T @ x), rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_the_layer_is_base_plus_delta(kind: str, dtype: torch.dtype, tmp_path: P
     layer.square.data.normal_()
     expected = base(x) + x @ spec.delta_weight(layer.square.data.float()).to(dtype).T
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.1}
-    torch.testing.assert_close(layer(x), expected, **tolerance)
+    assert_close(layer(x), expected, **tolerance)
     layer(x).float().square().sum().backward()
     assert layer.square.grad is not None and layer.square.grad.any()
     assert [name for name, _ in layer.named_parameters()] == ["square"] == list(layer.state_dict())
