@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mora_ds.engine.initialize import initialize
     from mora_ds.remora.ledger import Ledger
     from mora_ds.remora.merge import ReMoRA
-    from mora_ds.train.run import Run, with_vectors
+    from mora_ds.train.run import Run
 
 _HOME = {
     "MoRAConfig": "adapters.config",
@@ -56,7 +56,6 @@ _HOME = {
     "mora_update": "adapters.ops.mora",
     "ReMoRA": "remora.merge",
     "Run": "train.run",
-    "with_vectors": "train.run",
 }
 
 __all__ = [
@@ -81,7 +80,6 @@ __all__ = [
     "load_adapter",
     "mora_layers",
     "mora_update",
-    "with_vectors",
 ]
 
 

@@ -18,7 +18,6 @@ OPTIONS: dict[str, list[str]] = {
     "`--operator share`": ["--operator", "share"],
     "`--operator decouple`": ["--operator", "decouple"],
     "`--operator rotate`": ["--operator", "rotate"],
-    "`--operator subspace`": ["--operator", "subspace"],
     "`--target_modules experts`": ["--target_modules", "all-linear", "experts"],
     "`--train_embeddings`, `--train_head`": ["--train_embeddings", "--train_head"],
     "`--train_new_embeddings`": ["--train_new_embeddings"],

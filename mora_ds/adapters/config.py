@@ -18,10 +18,10 @@ from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import (
     R_HAT_MULTIPLE,
+    REMOVED_OPERATORS,
     Grouping,
     OperatorKind,
     Side,
-    SquareSpec,
     UpdateSpec,
     default_kind,
     permutation_seed,
@@ -29,7 +29,6 @@ from mora_ds.adapters.ops.spec import (
     smallest_side,
     square_size,
 )
-from mora_ds.adapters.ops.subspace import SUBSPACE, SubspaceSpec
 from mora_ds.common.errors import UserError, nearest, refuse, unknown
 from mora_ds.common.untrusted import entry, typed_fully
 
@@ -204,7 +203,7 @@ class MoRAConfig(AdapterConfig):
     adapter: ClassVar[str] = MORA
 
     operator: str = "auto"
-    """truncate, share, decouple, rotate or subspace; auto: rotate for ranks below 64, share from there on."""
+    """truncate, share, decouple or rotate; auto: rotate for ranks below 64, share from there on."""
 
     grouping: str = "permuted"
     """permuted (fresh permutations every cycle), alternate (the paper's), plain, or one of share's fixed groupings."""
@@ -220,10 +219,6 @@ class MoRAConfig(AdapterConfig):
     """Confine the groups of layers that tensor parallelism can split to this number of segments, so that their
     matrices need no communication at any degree that divides it; 0 turns this off. It changes the update itself, so
     that it belongs to the run and not to the number of processes."""
-
-    vectors: str = ""
-    """Name of the file of the base's singular vectors (`VectorsRecord.name`), for the subspace operator.
-    `train.vectors` sets it."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
     """(layer name, r_hat) of exactly the layers that are adapted, in place of `target_modules` and of the sizes that
@@ -249,7 +244,10 @@ class MoRAConfig(AdapterConfig):
             even = ", and even for rotate" if self.step == 2 else ""
             yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
         yield from domain_complaints(self.domains, self.freeze)
-        operators = ["auto", *(kind.value for kind in OperatorKind), SUBSPACE]
+        if self.operator in REMOVED_OPERATORS:
+            yield f"--operator {self.operator} {REMOVED_OPERATORS[self.operator]}"
+            return
+        operators = ["auto", *(kind.value for kind in OperatorKind)]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}
         misspelt = [flag for flag, known in choices.items() if getattr(self, flag) not in known]
@@ -260,7 +258,7 @@ class MoRAConfig(AdapterConfig):
         if self.segments < 0:
             yield f"segments must be at least 0, got {self.segments}"
         if not misspelt:
-            yield from self._unsuited_to_subspace() if self.is_subspace else self._unsuited_to(self.kind)
+            yield from self._unsuited_to(self.kind)
 
     def _unsuited_to(self, kind: OperatorKind) -> Iterator[str]:
         if kind is OperatorKind.SHARE:
@@ -272,20 +270,6 @@ class MoRAConfig(AdapterConfig):
         if self.segments > 0:
             yield f"--tp_grouping aligned belongs to --operator share, but the operator is {kind.value}"
 
-    def _unsuited_to_subspace(self) -> Iterator[str]:
-        if self.grouping != MoRAConfig.grouping:
-            yield f"--operator subspace has no groups: drop --grouping {self.grouping}"
-        if self.compute == Compute.WEIGHT.value:
-            yield "--operator subspace is computed over activations: drop --compute weight"
-        if self.base_bits == 4:
-            yield "--base_bits 4: --operator subspace needs the dense weight's singular vectors: use --base_bits 8"
-        if self.segments > 0:
-            yield "--tp_grouping aligned belongs to --operator share, but the operator is subspace"
-
-    @property
-    def is_subspace(self) -> bool:
-        return self.operator == SUBSPACE
-
     @property
     def operator_name(self) -> str:
         """`operator`, with auto replaced by the operator that it stands for."""
@@ -293,17 +277,17 @@ class MoRAConfig(AdapterConfig):
 
     @property
     def kind(self) -> OperatorKind:
-        """The operator as one of the paper's four. Not for subspace."""
+        """The operator as one of the paper's four."""
         return OperatorKind(self.operator_name)
 
     @property
     def step(self) -> int:
         """Every r_hat that the operator takes is a multiple of this."""
-        return smallest_side(self._paper_kind)
+        return smallest_side(self.kind)
 
     @property
     def limiting_side(self) -> str:
-        return "shorter" if self.is_subspace else "longer"
+        return "longer"
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
@@ -311,15 +295,10 @@ class MoRAConfig(AdapterConfig):
 
     @property
     def title(self) -> str:
-        return SUBSPACE if self.is_subspace else f"{self.operator_name}/{self.grouping}"
+        return f"{self.operator_name}/{self.grouping}"
 
     def requested_size(self, d_in: int, d_out: int) -> int:
-        return square_size(d_in, d_out, self.rank, self._paper_kind, self.r_hat_multiple)
-
-    @property
-    def _paper_kind(self) -> OperatorKind:
-        """`kind`; for subspace the operator whose sizes it has."""
-        return OperatorKind.SHARE if self.is_subspace else self.kind
+        return square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple)
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """`rank` is divided by the number of experts that compute a token, which together then have the rank of a
@@ -340,9 +319,8 @@ class MoRAConfig(AdapterConfig):
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:
-        """r_hat beyond which a matrix adds nothing: the layer's longer side, rounded down to `step`; for the subspace
-        operator the shorter side, as a weight has no more singular vectors."""
-        longest = min(d_in, d_out) if self.is_subspace else max(d_in, d_out)
+        """r_hat beyond which a matrix adds nothing: the layer's longer side, rounded down to `step`."""
+        longest = max(d_in, d_out)
         return longest - longest % self.step
 
     def size_of(self, layer: str, d_in: int, d_out: int) -> int:
@@ -360,10 +338,8 @@ class MoRAConfig(AdapterConfig):
             )
         return size
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> SquareSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
-        if self.is_subspace:
-            return SubspaceSpec(d_in, d_out, r_hat, layer, self.vectors)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0

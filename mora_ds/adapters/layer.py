@@ -1,4 +1,4 @@
-"""A frozen linear layer with one trainable tensor: `MoRALinear`, `SubspaceLinear` and `LoRALinear`.
+"""A frozen linear layer with one trainable tensor: `MoRALinear` and `LoRALinear`.
 
 The frozen weight and bias are non-persistent *buffers*: DeepSpeed partitions parameters only, so that every rank has
 them unsharded and no collective ever carries them. With 8 bits the weight is int8, with 4 bits it is packed in uint8
@@ -29,7 +29,6 @@ from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Side, UpdateSpec
-from mora_ds.adapters.ops.subspace import Sides, SubspaceSpec, subspace_update
 from mora_ds.adapters.ops.terms import Term, join
 
 
@@ -288,27 +287,6 @@ class MoRALinear(AdaptedLinear):
         return mora_update(self.spec, self.square.to(x.dtype), x)
 
 
-class SubspaceLinear(AdaptedLinear):
-    """y = W0 x + b + U M V^T dropout(x), with M (r_hat, r_hat) the only parameter.
-
-    Always computed over activations, as two thin products cost less than forming a (d_out, d_in) matrix. U and V are no
-    buffers: they are read from their file at the first forward on a device.
-    """
-
-    spec: SubspaceSpec
-    square: nn.Parameter
-    _cached: tuple[tuple[SubspaceSpec, torch.device, torch.dtype], Sides] | None = None
-
-    def update(self, x: Tensor) -> Tensor:
-        return subspace_update(self.square.to(x.dtype), self._sides(x), x)
-
-    def _sides(self, like: Tensor) -> Sides:
-        key = self.spec, like.device, like.dtype
-        if self._cached is None or self._cached[0] != key:
-            self._cached = key, self.spec.sides(like.device, like.dtype)
-        return self._cached[1]
-
-
 class LoRALinear(AdaptedLinear):
     """y = W0 x + b + (alpha / r) B A dropout(x), with [A | B^T] (rank, d_in + d_out) the only parameter."""
 
@@ -323,7 +301,7 @@ def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: i
     """The layer that replaces `base` (`nn.Linear` or `Conv1D`), by the kind of its spec."""
     if isinstance(spec, OperatorSpec):
         return MoRALinear(base, spec, dropout, compute)
-    return (LoRALinear if isinstance(spec, LoRASpec) else SubspaceLinear)(base, spec, dropout, seed)
+    return LoRALinear(base, spec, dropout, seed)
 
 
 def is_linear(module: nn.Module) -> bool:

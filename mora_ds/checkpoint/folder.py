@@ -14,7 +14,7 @@ from mora_ds.checkpoint.layout import BEST, LATEST, LEDGER_FOLDER, complete_chec
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import MANIFEST, disk_errors, fsync, recorded_hashes, replace_symlink, verify_manifest
 from mora_ds.common.untrusted import expanded
-from mora_ds.remora.ledger import LEDGER_FILE, VECTORS_FILE, read_records
+from mora_ds.remora.ledger import LEDGER_FILE, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,10 @@ def ledger_problems(folder: Path) -> list[str]:
     if not path.exists():
         return []
     listed = recorded_hashes(folder)
-    cycles, vectors = read_records(path.parent)
-    recorded = [(cycle.file, cycle.sha256, "cycle") for cycle in cycles]
-    if vectors is not None:
-        recorded.append((VECTORS_FILE, vectors.sha256, "file of singular vectors"))
     return [
-        f"{path.parent / name} is not the {what} that {path.name} has on record"
-        for name, sha256, what in recorded
-        if listed.get(f"{LEDGER_FOLDER}/{name}") != sha256
+        f"{path.parent / cycle.file} is not the cycle that {path.name} has on record"
+        for cycle in read_records(path.parent)
+        if listed.get(f"{LEDGER_FOLDER}/{cycle.file}") != cycle.sha256
     ]
 
 

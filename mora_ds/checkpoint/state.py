@@ -113,7 +113,6 @@ _LABELS = {
     "adapter.rank": "--mora_rank",
     "adapter.r_hat_multiple": "--r_hat_multiple",
     "adapter.dropout": "--mora_dropout",
-    "adapter.vectors": "singular vectors of the base (--operator subspace, research.alignment_weight)",
     "alignment": "research.alignment_weight, alignment_rank (None: no alignment loss)",
     "adapter.layer_sizes": "research.targets",
     "trainable_budget": "research.trainable_budget",

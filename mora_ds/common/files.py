@@ -27,7 +27,7 @@ from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.common.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
 from mora_ds.common.version import __version__
 
-FORMAT = 3
+FORMAT = 4
 """Version of everything that mora_ds writes to be read again: checkpoints, ledgers, adapters, caches."""
 
 MANIFEST = "manifest.json"

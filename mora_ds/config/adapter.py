@@ -9,7 +9,6 @@ from typing import Any
 
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
-from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, refusal, wrong_values
 from mora_ds.config.flags import documented
@@ -53,8 +52,7 @@ class AdapterArguments:
     lora_alpha: float | None = None
     """The update of LoRA is lora_alpha / --mora_rank times B A. Default: twice the rank."""
     operator: str = "auto"
-    """truncate, share, decouple, rotate, or subspace (between leading singular vectors of the frozen weight, which are
-    computed once, at the start). auto: rotate for ranks below 64, share from there on."""
+    """truncate, share, decouple, rotate, or auto: rotate for ranks below 64, share from there on."""
     grouping: str = "permuted"
     """permuted (new permutations in every cycle), alternate (the paper's for share: strided and contiguous in turn),
     plain, or one for share only: strided, contiguous, contiguous-strided, strided-contiguous."""
@@ -175,9 +173,5 @@ class AdapterArguments:
 
     def _expert_problems(self) -> Iterator[str]:
         """Settings that experts of a mixture do not go with."""
-        chosen = {
-            f"--adapter {self.adapter}": self.adapter == AdapterKind.LORA.value,
-            "--operator subspace": self.operator == SUBSPACE,
-        }
-        for flag in (flag for flag, is_chosen in chosen.items() if is_chosen):
-            yield f"{flag} is for linear layers, and --target_modules names experts: leave out one of them"
+        if self.adapter == AdapterKind.LORA.value:
+            yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"

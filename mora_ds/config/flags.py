@@ -96,7 +96,7 @@ REMOVED: dict[str, str] = {
     "stall_tolerance": _LONGER_MERGES,
     "stall_window": _LONGER_MERGES,
     "stream_retry_s": "was removed: `datasets` repeats reads that fail, and a run that ends is resumed",
-    "subspace_cycles": "was removed: every cycle lies between the leading singular vectors",
+    "subspace_cycles": "was removed with --operator subspace: take rotate",
     "targets": _RESEARCH,
     "tp_inputs": "was removed: every rank saves the complete input of a block, which --gradient_checkpointing avoids",
     "tp_segments": "was removed: --tp_grouping aligned has 8 segments",

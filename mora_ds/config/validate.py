@@ -63,7 +63,6 @@ def _adapter_and_run(adapter: AdapterArguments, training: TrainingArguments) -> 
     yield from tensor_parallel_problems(
         training.tensor_parallel_size,
         adapter=adapter.adapter,
-        operator=adapter.operator or "",
         dropout={"--mora_dropout": adapter.mora_dropout},
         segments=SEGMENTS if adapter.tp_grouping == TPGrouping.ALIGNED.value else 0,
         base_bits=adapter.base_bits,

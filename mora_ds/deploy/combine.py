@@ -148,8 +148,7 @@ def combine_adapters(
     config = replace(last.file.config, embedding_rank=rank)
     adapter = replace(last.file, cycle=len(terms) - 1, config=config, facts={**last.file.facts, COMBINED: facts})
     with atomic_folder(output.absolute()) as folder:
-        vectors = next((path for source in opened if (path := source.ledger.vectors_path) is not None), None)
-        ledger = Ledger.create(folder / LEDGER_FOLDER, last.reference.fingerprint, vectors)
+        ledger = Ledger.create(folder / LEDGER_FOLDER, last.reference.fingerprint)
         for term in terms[:-1]:
             ledger.append(term.step, term.layers, ((module, term.value(module)) for module in term.layers))
         _write_tensors(folder / ADAPTER_TENSORS, adapter, terms[-1], opened, trained)
@@ -189,8 +188,6 @@ def _check_pair(source: _Source, last: _Source) -> None:
         raise UserError(f"{pair} train different tensors beside their matrices, e.g. {different[0]}")
     if source.file.domains != last.file.domains:
         raise UserError(f"{pair} have different domains, or other operators for them")
-    if None not in (source.ledger.vectors, last.ledger.vectors) and source.ledger.vectors != last.ledger.vectors:
-        raise UserError(f"{pair} have different singular vectors of their base")
 
 
 # -- terms -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 
     lora                rank r a cycle          exact
     share, truncate     rank r_hat a cycle      exact: A holds zeros and ones, B the rows of M that outputs read
-    subspace            rank r_hat a cycle      exact: A = V^T, B = U M
     decouple, rotate    any rank                the leading `rank` singular directions, with the energy that is lost
 
 Factors of several cycles are concatenated, up to the layer's shorter side. Trained embeddings, norms and heads are
@@ -32,7 +31,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.model_card import card
-from mora_ds.models.svd import Wanted, leading_vectors
+from mora_ds.models.svd import leading_vectors
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry
 
@@ -128,8 +127,7 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     delta = torch.zeros(spec.d_out, spec.d_in)
     add_deltas_(delta, updates)
     delta = delta.double()
-    wanted = Wanted(plan.entry.weight, plan.entry.transposed, spec.d_in, spec.d_out, plan.rank)
-    down = leading_vectors(delta, wanted, plan.entry.module)[1].double()
+    down = leading_vectors(delta, plan.rank, plan.entry.module)[1].double()
     up = delta @ down.T
     energy = delta.square().sum().item()
     return down.float(), up.float(), max(0.0, 1 - up.square().sum().item() / energy) if energy else 0.0

@@ -7,5 +7,5 @@ save            writes a model folder tensor by tensor
 tensor_files    safetensors files, written and read one tensor at a time
 loss            the loss of a batch, optionally in chunks of tokens
 vocabulary      adds rows to embeddings and head for new tokens
-svd             leading singular vectors of the weights
+svd             leading singular vectors of a matrix
 """

@@ -26,7 +26,6 @@ def tensor_parallel_problems(
     degree: int,
     *,
     adapter: str = "mora",
-    operator: str = "",
     dropout: Mapping[str, float] | None = None,
     segments: int = 0,
     base_bits: int | None = None,
@@ -55,7 +54,6 @@ def tensor_parallel_problems(
     }
     yield from (f"{flag} {limit}" for limit, holds in limits.items() if holds)
     limits = {
-        "--operator subspace reads unsplit inputs, which no rank of a group has: leave it at 1": operator == "subspace",
         f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
         "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
         f"--base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),

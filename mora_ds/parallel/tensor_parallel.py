@@ -77,7 +77,7 @@ def _check(model: nn.Module, degree: int) -> None:
     for name, layer in mora_layers(model).items():
         if not isinstance(layer, MoRALinear):
             kinds: dict[type, dict[str, Any]] = {LoRALinear: {"adapter": "lora"}, MoRAExperts: {"experts": True}}
-            check_tensor_parallel(degree, **kinds.get(type(layer), {"operator": "subspace"}))
+            check_tensor_parallel(degree, **kinds[type(layer)])
         elif layer.spec.r_hat < degree:
             raise UserError(
                 f"{TENSOR} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise --mora_rank, or use "

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from mora_ds.adapters.config import SUBSPACE, MoRAConfig
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
-from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import Count, typed
 from mora_ds.peft.register import PEFT_TYPE
 
@@ -52,8 +51,6 @@ class MoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         for name, hint in _TYPES.items():
             typed(hint, getattr(self, name), name)
-        if self.operator == SUBSPACE:
-            raise UserError("operator 'subspace' reads a file of singular vectors, which PEFT's adapters cannot name")
         self.adapter()
 
     def adapter(self) -> MoRAConfig:

@@ -8,7 +8,6 @@ weights by one function, `live_weight`, so that they agree bit for bit.
     folder/cycle-00000.safetensors   "<module name>.square" -> fp32 (r_hat, r_hat); the layers in the header
                                      (LoRA: "<module name>.factors" -> fp32 (rank, d_in + d_out))
     folder/ledger.json               the cycles' hashes, each chained to the one before, the first to the base
-    folder/vectors.safetensors       the base's singular vectors, if operators or the loss read them
 
 A cycle exists once ledger.json names it. That file is replaced by an atomic rename after the cycle's file is safely on
 disk, so an append that is killed at any point leaves the ledger unchanged.
@@ -26,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.singular_vectors import VectorsRecord, register
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
@@ -46,7 +44,6 @@ from mora_ds.common.untrusted import Count, FileName, entry, plain_json, shown, 
 from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 
 LEDGER_FILE = "ledger.json"
-VECTORS_FILE = "vectors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -130,38 +127,26 @@ class CycleRecord:
 class Ledger:
     """A ledger's folder. Create it with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
 
-    def __init__(
-        self,
-        folder: Path,
-        base_fingerprint: str,
-        records: Sequence[CycleRecord],
-        vectors: VectorsRecord | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, base_fingerprint: str, records: Sequence[CycleRecord]) -> None:
         self.folder = folder
         self.base_fingerprint = base_fingerprint
-        self.vectors = vectors
         self._records = list(records)
         self._handles: dict[int, Any] = {}
         self._layers: dict[int, dict[str, LayerEntry]] = {}
 
     @classmethod
-    def create(cls, folder: Path, base_fingerprint: str, vectors: Path | None = None) -> Ledger:
-        """An empty ledger for a base, with a link to, or a copy of, the file `vectors` (`models.svd`), if given. Raises
-        `UserError` when the folder already has a ledger with cycles."""
+    def create(cls, folder: Path, base_fingerprint: str) -> Ledger:
+        """An empty ledger for a base. Raises `UserError` when the folder already has a ledger with cycles."""
         if (folder / LEDGER_FILE).exists() and read_json(folder / LEDGER_FILE).get("cycles"):
             raise UserError(f"{folder} already holds the ledger of a run")
         folder.mkdir(parents=True, exist_ok=True)
         ledger = cls(folder, base_fingerprint, [])
-        if vectors is not None:
-            ledger.vectors = VectorsRecord(sha256_file(vectors), vectors.stat().st_size)
-            link_or_copy(vectors, folder / VECTORS_FILE)
         ledger._write([])
         return ledger
 
     @classmethod
     def open(cls, folder: Path, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
-        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte. Registers its
-        singular vectors, so that this process reads them from there.
+        """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte.
 
         Raises `UserError` naming the file and the problem, or that it belongs to another base.
         """
@@ -169,31 +154,24 @@ class Ledger:
         content = read_json(path)
         require_format(path, content)
         fingerprint = entry(content, "base_fingerprint", str, path)
-        records, vectors = _records_of(content, path)
+        records = entry(content, "cycles", list[CycleRecord], path)
         if base_fingerprint is not None and fingerprint != base_fingerprint:
             raise UserError(f"{path} belongs to another base: fingerprint {fingerprint}, not {base_fingerprint}")
-        ledger = cls(folder, fingerprint, records, vectors)
+        ledger = cls(folder, fingerprint, records)
         ledger._check_records()
         ledger.verify(hashes)
-        if vectors is not None:
-            register(vectors.name, folder / VECTORS_FILE)
         return ledger
 
     @staticmethod
     def strays(folder: Path) -> list[str]:
         """Names of what lies in a ledger's folder, which need not exist, and belongs to no ledger."""
-        names = (LEDGER_FILE, VECTORS_FILE, "cycle-*.safetensors")
+        names = (LEDGER_FILE, "cycle-*.safetensors")
         known = {path for name in names for pattern in (name, f".{name}.partial") for path in folder.glob(pattern)}
         return sorted(path.name for path in folder.glob("*") if path not in known)
 
     def snapshot(self) -> Ledger:
         """A ledger with the present cycles, which later appends to this one do not change."""
-        return Ledger(self.folder, self.base_fingerprint, self._records, self.vectors)
-
-    @property
-    def vectors_path(self) -> Path | None:
-        """The file of the base's singular vectors, if the ledger has one."""
-        return None if self.vectors is None else self.folder / VECTORS_FILE
+        return Ledger(self.folder, self.base_fingerprint, self._records)
 
     @property
     def cycles(self) -> int:
@@ -247,9 +225,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.folder):
             return self
-        copy = Ledger(folder, self.base_fingerprint, self._records, self.vectors)
-        if self.vectors_path is not None:
-            link_or_copy(self.vectors_path, folder / VECTORS_FILE)
+        copy = Ledger(folder, self.base_fingerprint, self._records)
         copy._write([])
         for record in self._records:
             link_or_copy(self.folder / record.file, folder / record.file)
@@ -260,11 +236,6 @@ class Ledger:
 
     def verify(self, hashes: bool = True) -> None:
         """Checks every file. Raises `UserError` naming the first that is not as it was written."""
-        if self.vectors is not None:
-            path = self.folder / VECTORS_FILE
-            sha256 = self.vectors.sha256
-            if problem := file_problem(path, self.vectors.size, sha256 if hashes else None):
-                raise UserError(f"the ledger is damaged: {problem}")
         known: dict[str, LayerEntry] = {}
         for record in self._records:
             problem = file_problem(self.folder / record.file, record.size, record.sha256 if hashes else None)
@@ -304,20 +275,15 @@ class Ledger:
         content = {
             "format": FORMAT,
             "base_fingerprint": self.base_fingerprint,
-            "vectors": None if self.vectors is None else asdict(self.vectors),
             "cycles": [asdict(record) for record in records],
         }
         write_json_atomic(self.folder / LEDGER_FILE, content)
 
 
-def read_records(folder: Path) -> tuple[list[CycleRecord], VectorsRecord | None]:
+def read_records(folder: Path) -> list[CycleRecord]:
     """What the ledger in `folder` records of its files, none of which is read. Raises `UserError`."""
-    return _records_of(read_json(folder / LEDGER_FILE), folder / LEDGER_FILE)
-
-
-def _records_of(content: dict[str, Any], path: Path) -> tuple[list[CycleRecord], VectorsRecord | None]:
-    records = entry(content, "cycles", list[CycleRecord], path)
-    return records, entry(content, "vectors", VectorsRecord | None, path)
+    path = folder / LEDGER_FILE
+    return entry(read_json(path), "cycles", list[CycleRecord], path)
 
 
 def _link(chain: str, sha256: str) -> str:

@@ -7,8 +7,7 @@ Neither D nor any other tensor of d_out x d_in numbers is formed.
     numerator    D x = decompress(M compress(x)), so Uq^T D Vq = sum over blocks n of C_n M B_n^T, with
                  C = decompress_transpose(Uq^T) and B = compress(Vq^T), (q, N, R) each, made once a cycle
     denominator  M[i, j] acts on n_out(i) outputs and n_in(j) inputs: |D|^2 = sum_ij n_out(i) n_in(j) M_ij^2, plus twice
-                 the products of columns that one input reads together where inputs wrap round (`delta_energy`);
-                 subspace: <U^T U M V^T V, M>
+                 the products of columns that one input reads together where inputs wrap round (`delta_energy`)
 
 The floor makes the share and its gradient 0 at M = 0, where the quotient alone has no limit; a delta of a thousandth of
 the weight's norm counts half of what its direction would give, a larger one almost all of it.
@@ -18,7 +17,7 @@ Shape legend as in `ops.mora`:  D = d_in, O = d_out, R = r_hat, N = blocks; q = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,24 +26,62 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.layer import AdaptedLinear, linear_shape
-from mora_ds.adapters.ops import singular_vectors
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, linear_shape
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, block_squares, compress, decompress_transpose, input_columns
-from mora_ds.adapters.ops.spec import SquareSpec
-from mora_ds.adapters.ops.subspace import SubspaceSpec
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.engine.device import current_device
+from mora_ds.models.load import LoadedBase
+from mora_ds.models.svd import leading_vectors
+from mora_ds.runtime.ranks import Ranks
 
 FLOOR = 1e-3
 """Share of the weight's norm whose square is added to that of the delta's norm."""
 
-
-_Key = tuple[SquareSpec, torch.device, torch.dtype]
+_Key = tuple[OperatorSpec, torch.device, torch.dtype]
 """What the factors of a layer are made for."""
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The leading directions of a frozen weight W0 (d_out, d_in), in fp32 on the CPU."""
+
+    left: Tensor
+    """(q, d_out): left singular vectors, one a row, the leading ones first."""
+    right: Tensor
+    """(q, d_in): the right ones, in the same order."""
+    norm: float
+    """Frobenius norm of W0."""
+
+
+def leading_of_base(config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ranks) -> dict[str, Leading]:
+    """{module: its `rank` leading directions} of every layer that will be adapted, before injection. Collective.
+
+    Rank 0 decomposes the original weights, one at a time; the others receive its bits. A resumed run does it again: the
+    same machine finds the same bits. Raises `UserError` as
+    `aligned_layers`, and naming a weight that is not finite.
+    """
+    targets = aligned_layers(loaded.model, config, rank)
+    device = current_device()
+
+    def decompose() -> dict[str, Leading]:
+        directions = {}
+        for name, module in targets.items():
+            key = loaded.keys[f"{name}.weight"]
+            weight = loaded.base.read(key).to(device, torch.float64)
+            if not torch.isfinite(weight).all():
+                raise UserError(f"{loaded.base.folder}: {key} has NaN or infinite values, and no singular vectors")
+            weight = weight.T if isinstance(module, Conv1D) else weight
+            left, right = leading_vectors(weight, rank, name)
+            directions[name] = Leading(left.float().cpu(), right.float().cpu(), weight.norm().item())
+        return directions
+
+    return ranks.on_first("singular vectors of the base", decompose, long=True)
 
 
 class Alignment:
@@ -52,16 +89,14 @@ class Alignment:
 
     name = "alignment"
 
-    def __init__(self, model: nn.Module, vectors: str, weight: float, rank: int) -> None:
-        """`vectors`: name of the file of the base's singular vectors (`ops.singular_vectors`), of which the first
-        `rank` on each side span the leading subspaces."""
+    def __init__(self, model: nn.Module, leading: Mapping[str, Leading], weight: float) -> None:
+        """`leading`: of `leading_of_base`, the directions that span the leading subspaces."""
         layers = mora_layers(model)
         self.weight = weight
         self.layers = len(layers)
         self.value = torch.zeros(())
         """The mean share over layers at the latest `loss`, for logs."""
-        self._vectors = vectors
-        self._rank = rank
+        self._leading = leading
         self._shares: dict[str, Tensor] = {}
         self._recording = False
         self._factors: dict[str, tuple[_Key, Factors]] = {}
@@ -101,33 +136,43 @@ class Alignment:
 
     def _factors_of(self, name: str, layer: AdaptedLinear) -> Factors:
         """Made again when a merge has changed the layer's operator."""
-        spec = layer.spec
-        assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
+        spec = _operator(layer)
         key = (spec, layer.value.device, torch.promote_types(layer.value.dtype, torch.float32))
         if name not in self._factors or self._factors[name][0] != key:
-            self._factors[name] = key, factors_of(spec, self._vectors, name, self._rank, *key[1:])
+            self._factors[name] = key, factors_of(spec, self._leading[name], *key[1:])
         return self._factors[name][1]
 
 
-def check_rank(model: nn.Module, config: MoRAConfig, rank: int) -> None:
-    """Raise `UserError` naming a layer with fewer singular vectors than `rank`. Before injection; a planned model will
-    do."""
-    for name, module in targets_of(model, config).items():
+def _operator(layer: AdaptedLinear) -> OperatorSpec:
+    """The layer's operator: the settings refuse the alignment loss for LoRA."""
+    assert isinstance(layer.spec, OperatorSpec)
+    return layer.spec
+
+
+def aligned_layers(model: nn.Module, config: MoRAConfig, rank: int) -> dict[str, Any]:
+    """{name: layer} of all that will be adapted, before injection; a planned model will do. Raises `UserError` naming
+    experts, and a layer with fewer singular vectors than `rank`."""
+    targets = targets_of(model, config)
+    for name, module in targets.items():
+        if isinstance(module, ExpertStack):
+            raise UserError(
+                f"--target_modules includes {name}, experts, which research.alignment_weight does not align"
+            )
         d_in, d_out = linear_shape(module)
         if rank > min(d_in, d_out):
             raise UserError(
                 f"research.alignment_rank {rank}: {name} is {d_out} x {d_in}, so it has {min(d_in, d_out)} singular "
                 "vectors: take fewer, or leave it out of --target_modules"
             )
+    return targets
 
 
 def factor_bytes(model: nn.Module, rank: int) -> int:
     """Bytes of the `Factors` of all layers on each rank, in fp32."""
     numbers = 0
     for layer in mora_layers(model).values():
-        spec = layer.spec
-        assert isinstance(spec, SquareSpec), "config refuses the alignment loss for LoRA"
-        numbers += 2 * rank * spec.blocks * spec.r_hat + (2 * spec.r_hat**2 if isinstance(spec, SubspaceSpec) else 0)
+        spec = _operator(layer)
+        numbers += 2 * rank * spec.blocks * spec.r_hat
     return 4 * numbers
 
 
@@ -164,39 +209,20 @@ class Factors:
     """B (q, N, R)."""
     floor: float
     """(FLOOR |W0|)^2."""
-    delta_energy: Callable[[Tensor], Tensor]
-    """M -> |delta_weight(M)|^2."""
+    spec: OperatorSpec
 
     def share(self, square: Tensor) -> Tensor:
         """The share of M (R, R), given in the factors' dtype: a number from 0 to 1."""
         inside = self.left.flatten(1) @ F.linear(self.right, square).flatten(1).T
-        return inside.square().sum() / (self.delta_energy(square) + self.floor)
+        return inside.square().sum() / (delta_energy(self.spec, square) + self.floor)
 
 
 @torch.no_grad()
-def factors_of(
-    spec: SquareSpec, vectors: str, module: str, rank: int, device: torch.device, dtype: torch.dtype
-) -> Factors:
-    """The factors of one layer. `vectors`: name of the file of the base's singular vectors. Raises as
-    `singular_vectors.read`."""
-    left, right = (side.to(device, torch.float64) for side in singular_vectors.read(vectors, module, rank))
-    floor = (FLOOR * singular_vectors.norm(vectors, module)) ** 2
-    if isinstance(spec, SubspaceSpec):
-        row_side, column_side = spec.sides(device, torch.float64)
-        left = (left @ row_side.T).unsqueeze(1)
-        right = (right @ column_side.T).unsqueeze(1)
-        # U^T U and V^T V (R, R): the vectors are orthonormal to fp32 only
-        grams = (row_side @ row_side.T).to(dtype), (column_side @ column_side.T).to(dtype)
-        return Factors(left.to(dtype), right.to(dtype), floor, partial(_energy_between, *grams))
-    assert isinstance(spec, OperatorSpec)
-    left = decompress_transpose(spec, left)
-    right = compress(spec, right)
-    return Factors(left.to(dtype), right.to(dtype), floor, partial(delta_energy, spec))
-
-
-def _energy_between(left_gram: Tensor, right_gram: Tensor, square: Tensor) -> Tensor:
-    """|U M V^T|^2 = <U^T U M V^T V, M>."""
-    return (left_gram @ square @ right_gram * square).sum()
+def factors_of(spec: OperatorSpec, leading: Leading, device: torch.device, dtype: torch.dtype) -> Factors:
+    """The factors of one layer."""
+    left = decompress_transpose(spec, leading.left.to(device, torch.float64))
+    right = compress(spec, leading.right.to(device, torch.float64))
+    return Factors(left.to(dtype), right.to(dtype), (FLOOR * leading.norm) ** 2, spec)
 
 
 def delta_energy(spec: OperatorSpec, square: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.ops.subspace import SUBSPACE
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import Document, load_corpus
@@ -68,10 +67,6 @@ def _check(options: argparse.Namespace) -> None:
         check_writable(f"--{flag}", getattr(options, flag))
     if (options.write is None) != (options.trainable_budget is None):
         raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
-    if options.probe and options.operator == SUBSPACE:
-        raise UserError(
-            "--probe has no singular vectors for --operator subspace: plan it by the weights, or probe another operator"
-        )
     if options.trainable_budget is not None:
         parse_budget(options.trainable_budget)
     for name, least in {"probe_batches": 1, "batch_size": 1, "seq_len": 2}.items():

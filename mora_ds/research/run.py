@@ -24,7 +24,7 @@ from mora_ds.config.mixture import HELD_OUT
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import LoadedBase
 from mora_ds.models.loss import token_nll
-from mora_ds.research.alignment import Alignment, check_rank, factor_bytes
+from mora_ds.research.alignment import Alignment, Leading, aligned_layers, factor_bytes, leading_of_base
 from mora_ds.research.init_adapter import FLAG, check_same_files, open_initial, put_initial
 from mora_ds.research.settings import NAME, ResearchSettings, domain_names, eval_entries
 from mora_ds.research.targets import AUTO, OpenModel, TargetPlan, plan_of_run, read_plan, with_sizes
@@ -40,12 +40,13 @@ class ResearchHooks(Hooks):
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.settings = ResearchSettings(**arguments.research)
-        self.vectors = self.settings.alignment_rank if self.settings.alignment_weight else 0
         self.domains = Domains(())
         self.read_as: dict[str, str | None] = {}
         """Evaluation set -> the domain whose MoRA matrices read it."""
         self._plan: TargetPlan | None = None
         """That of a file."""
+        self._leading: dict[str, Leading] = {}
+        """What the alignment loss aligns with."""
         self._initial: Adapter | None = None
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
@@ -70,20 +71,20 @@ class ResearchHooks(Hooks):
     ) -> AdapterConfig:
         if not isinstance(config, MoRAConfig):
             return config
+        planned = with_domains = self._with_domains(config)
+        if self.settings.targets is not None:
+            budget = self.settings.trainable_budget
+            patterns = self.arguments.adapter.target_modules
+
+            def decide() -> TargetPlan:
+                return plan_of_run(self._plan, budget, patterns, with_domains, loaded, folder, checkpoint)
+
+            plan = ranks.on_first("plan of targets", decide, long=True)
+            logger.info(plan)
+            planned = with_sizes(with_domains, plan)
         if self.settings.alignment_weight:
-            check_rank(loaded.model, config, self.settings.alignment_rank)
-        with_domains = self._with_domains(config)
-        if self.settings.targets is None:
-            return with_domains
-        budget = self.settings.trainable_budget
-        patterns = self.arguments.adapter.target_modules
-
-        def decide() -> TargetPlan:
-            return plan_of_run(self._plan, budget, patterns, with_domains, loaded, folder, checkpoint)
-
-        plan = ranks.on_first("plan of targets", decide, long=True)
-        logger.info(plan)
-        return with_sizes(with_domains, plan)
+            self._leading = leading_of_base(planned, loaded, self.settings.alignment_rank, ranks)
+        return planned
 
     def _with_domains(self, config: MoRAConfig) -> MoRAConfig:
         if not self.settings.domain_adapters:
@@ -113,7 +114,7 @@ class ResearchHooks(Hooks):
         if not (self.settings.alignment_weight and isinstance(config, MoRAConfig)):
             return []
         rank = self.settings.alignment_rank
-        check_rank(model, config, rank)
+        aligned_layers(model, config, rank)
         inject(model, config)
         return [
             f"{NAME}alignment_weight: {factor_bytes(model, rank) / 1e6:,.2f} MB of factors on each rank, which the "
@@ -133,7 +134,7 @@ class ResearchHooks(Hooks):
         if names := self.domains.names:
             logger.info(f"{len(names)} domains, each with its own MoRA matrix in every layer: {', '.join(names)}")
         if self.settings.alignment_weight and isinstance(config, MoRAConfig):
-            self.term = Alignment(model, config.vectors, self.settings.alignment_weight, self.settings.alignment_rank)
+            self.term = Alignment(model, self._leading, self.settings.alignment_weight)
 
     # -- domains -------------------------------------------------------------------------------------------------------
 

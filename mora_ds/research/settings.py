@@ -118,9 +118,6 @@ def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
         ),
         f"{flag}: {NAME}trainable_budget counts one MoRA matrix a layer, and there are several; give the file of a plan"
         f" to {NAME}targets": settings.trainable_budget is not None,
-        f"{flag}: --operator subspace has no MoRA matrices for single rows; use another one": (
-            adapter.operator == "subspace"
-        ),
         f"{flag}: {NAME}alignment_weight aligns one update a layer, and rows have several": (
             settings.alignment_weight != 0
         ),

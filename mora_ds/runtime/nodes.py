@@ -1,6 +1,6 @@
 """The one condition on the nodes of a run: they all see the same output folder.
 
-Every rank writes its part of a checkpoint there, and reads what rank 0 has made: tokenizer, base, singular vectors.
+Every rank writes its part of a checkpoint there, and reads what rank 0 has made: tokenizer, base.
 """
 
 from __future__ import annotations

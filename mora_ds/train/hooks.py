@@ -40,8 +40,6 @@ class Hooks:
     """The hooks of a run without a block `research:`; `mora_ds.research.run` derives those of one with it."""
 
     term: LossTerm | None = None
-    vectors = 0
-    """How many leading singular vectors of every adapted weight are read, besides those of --operator subspace."""
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         """(setting, path) of every file and folder that is read."""

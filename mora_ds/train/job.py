@@ -1,7 +1,7 @@
 """What a run trains: an engine with its state, and how it is saved, checked and exported.
 
 --adapter mora, lora   MoRA matrices or LoRA factors on a frozen base
-                       config (targets, singular vectors) -> injection -> identity check -> engine -> Run
+                       config (targets) -> injection -> identity check -> engine -> Run
 --adapter full         every parameter, under plain ZeRO
 --adapter none         nothing; the base is only evaluated
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.config import AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
@@ -46,8 +46,6 @@ from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
 from mora_ds.train.run import Run
 from mora_ds.train.setup import Place
-from mora_ds.train.vectors import FOLDER as VECTORS_FOLDER
-from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +180,7 @@ class Job:
         training = self.arguments.training
         place = self.place
         base = self.loaded.base
-        self.config = self._with_vectors(self._planned_config())
+        self.config = self._planned_config()
         place.ranks.agree("injection of the adapter", self._inject, long=True)
         fingerprint = base.fingerprint(ranks=place.ranks)
         common = self._common_identity()
@@ -273,25 +271,6 @@ class Job:
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
         return place.hooks.plan(config, loaded, place.folder, place.checkpoint, place.ranks)
-
-    def _with_vectors(self, config: AdapterConfig) -> AdapterConfig:
-        """The config that names the base's singular vectors, where the operator or a hook reads them."""
-        loaded = self.loaded
-        place = self.place
-        leading = place.hooks.vectors
-        if not isinstance(config, MoRAConfig) or not (config.is_subspace or leading):
-            return config
-        wanted = wanted_vectors(loaded.model, config, loaded.keys, leading)
-        if place.checkpoint is None:
-            exact = sum(each.is_exact for each in wanted.values())
-            logger.info(
-                f"singular vectors of {len(wanted)} weights, {exact} of them decomposed exactly: "
-                f"{place.folder / VECTORS_FOLDER}"
-            )
-        return prepare_vectors(
-            config, wanted, loaded.base, place.folder, place.ranks, place.checkpoint,
-            current_device(),
-        )  # fmt: skip
 
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""

@@ -47,15 +47,14 @@ _ORPHANS_S = 60.0
 """How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at their next
 collective, which is at the end of a step."""
 TARGETS = "targets.yaml"
-VECTORS = "subspace"
 TENSORBOARD = "tensorboard"
 DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
-    TOKENIZER_FOLDER, TARGETS, VECTORS, TRACKERS, DEMO,
+    TOKENIZER_FOLDER, TARGETS, TRACKERS, DEMO,
 )  # fmt: skip
 """Everything that a run writes."""
-_AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS, VECTORS)
+_AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS)
 """What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
 and the merge ledger."""
 

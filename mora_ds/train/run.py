@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AS_LOADED, AdapterConfig, MoRAConfig
+from mora_ds.adapters.config import AS_LOADED, AdapterConfig
 from mora_ds.adapters.domains import frozen_values, restore_frozen
 from mora_ds.adapters.inject import base_weights, config_of, mora_layers, set_cycle, value_names
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
-from mora_ds.adapters.ops.singular_vectors import path_of
 from mora_ds.adapters.quantized import quantized_layers
-from mora_ds.adapters.target_modules import targets_of
 from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
 from mora_ds.checkpoint.folder import resume_checkpoint
@@ -33,7 +31,6 @@ from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
-from mora_ds.engine.initialize import start_distributed
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model
 from mora_ds.models.tensor_files import dtype_name
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
@@ -41,7 +38,6 @@ from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.vectors import prepare_vectors, wanted_vectors
 
 
 class Run:
@@ -111,7 +107,7 @@ class Run:
             state = TrainerState.read(checkpoint)
             check_identity(checkpoint, state.identity, self.identity)
         self.state = state or TrainerState(world_size=self.ranks.world, identity=self.identity)
-        ledger = self._open_ledger(checkpoint, fingerprint, config.vectors if isinstance(config, MoRAConfig) else "")
+        ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys, reset)
         dtype = dtype_name(first_layer.dtype)
         if probe_ids is None:
@@ -208,7 +204,7 @@ class Run:
         find = "checkpoint to resume from"
         return self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root), long=True)
 
-    def _open_ledger(self, checkpoint: Path | None, fingerprint: str, vectors: str) -> Ledger:
+    def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.
 
         Rank 0 writes it and hashes what it has written.
@@ -221,7 +217,7 @@ class Run:
         def write() -> None:
             if checkpoint is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                Ledger.create(folder, fingerprint, path_of(vectors) if vectors else None)
+                Ledger.create(folder, fingerprint)
             else:
                 Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(folder)
                 Ledger.open(folder, fingerprint)
@@ -290,18 +286,3 @@ def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mappi
             raise NotOneToOne(
                 f"{weight} of the model is not, in {frozen.bits} bits, the tensor {key!r} of {base.folder}"
             )
-
-
-def with_vectors(config: MoRAConfig, model: Any, base: Path | str, folder: Path | str, leading: int = 0) -> MoRAConfig:
-    """The config with the name of the base's singular vectors, which the subspace operator reads.
-
-    Call it before `inject`, on all processes. `model`: a transformers model as it was loaded from the folder `base`.
-    Rank 0 decomposes its weights once, into a file in `folder`: the folder of the later `Run`, which all processes
-    must see. `leading`: how many vectors there are at least. Raises `UserError` for a base that cannot be opened and a
-    layer with fewer vectors.
-    """
-    start_distributed()
-    opened = BaseCheckpoint.open(base, "base")
-    names = [f"{name}.weight" for name in targets_of(model, config)]
-    wanted = wanted_vectors(model, config, map_model(opened, model, names), leading)
-    return prepare_vectors(config, wanted, opened, Path(folder), Ranks.current())

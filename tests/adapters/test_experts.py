@@ -297,7 +297,6 @@ def test_how_many_experts_a_token_has() -> None:
 def test_adapters_that_experts_cannot_have_are_refused() -> None:
     for config, named in (
         (LoRAConfig(rank=4, target_modules=("experts",)), "not lora"),
-        (MoRAConfig(rank=4, operator="subspace", vectors="a", target_modules=("experts",)), "not subspace"),
         (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "research.domain_adapters"),
     ):
         with pytest.raises(UserError, match=named):

@@ -8,17 +8,12 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 
-SUBSPACE = "--operator subspace "
 DEGREE_2 = "--tensor_parallel_size 2 "
 ALIGNED = "--tp_grouping aligned "
 
 REFUSED = [
-    (SUBSPACE + "--grouping strided", "drop --grouping strided"),
-    (SUBSPACE + "--grouping plain", "drop --grouping plain"),
-    (SUBSPACE + "--compute weight", "drop --compute weight"),
-    (SUBSPACE + DEGREE_2, "--operator subspace reads unsplit inputs"),
-    (SUBSPACE + ALIGNED, "--tp_grouping aligned belongs to --operator share"),
-    ("--operator subspce", "Did you mean 'subspace'"),
+    ("--operator subspace", "--operator subspace was removed"),
+    ("--operator decuple", "Did you mean 'decouple'"),
     ("--tensor_parallel_size 0", "--tensor_parallel_size must be at least 1"),
     (DEGREE_2 + "--sequence_parallel_size 2", "use one of them"),
     (DEGREE_2 + "--adapter lora", "--adapter lora has none: leave it at 1"),

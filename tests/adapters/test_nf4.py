@@ -25,7 +25,7 @@ from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.adapters.ops.subspace import SubspaceSpec
+from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.terms import Term, add_terms_, join
 from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
 from mora_ds.common.errors import RunError, UserError
@@ -113,9 +113,9 @@ def test_factors_are_lined_up() -> None:
 
 
 def test_an_operator_that_cannot_be_a_term_is_named() -> None:
-    spec = SubspaceSpec(4, 4, 2, "layer", "vectors")
-    with pytest.raises(UserError, match=r"--base_bits 4: merged cycles cannot act through subspace"):
-        add_terms_(torch.zeros(1, 4), [(spec, torch.zeros(2, 2))], torch.zeros(1, 4))
+    spec = StackSpec(2, OperatorSpec(OperatorKind.SHARE, 4, 4, 2))
+    with pytest.raises(UserError, match=r"--base_bits 4: merged cycles cannot act through"):
+        add_terms_(torch.zeros(1, 4), [(spec, torch.zeros(2, 2, 2))], torch.zeros(1, 4))
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -235,8 +235,6 @@ def test_no_kernel_is_fetched_while_the_package_is_imported() -> None:
 
 
 def test_what_needs_the_dense_weight_is_refused() -> None:
-    with pytest.raises(UserError, match="--base_bits 4: --operator subspace needs the dense weight's singular vectors"):
-        MoRAConfig(operator="subspace", base_bits=4)
     for config in (MoRAConfig(base_bits=4), LoRAConfig(base_bits=4)):
         assert config_from_dict(config.to_dict()) == config
     model = nn.Sequential(nn.Linear(4, 4))

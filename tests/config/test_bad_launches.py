@@ -122,7 +122,7 @@ stray | 'stray'
 --best_by :1 --eval_steps 1 | --best_by :1: must be NAME:NUMBER
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
 --optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
---base_bits 4 --operator subspace | --base_bits 4: --operator subspace
+--operator subspace | --operator subspace was removed | take rotate
 --base_bits 8 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 8
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
 --base_device disk | --base_device 'disk' | host
@@ -163,7 +163,7 @@ stray | 'stray'
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora is for linear layers
---target_modules all-linear experts.down_proj --operator subspace | --operator subspace is for linear layers
+--target_modules all-linear experts.down_proj --adapter lora | --adapter lora is for linear layers
 --target_modules experts --tensor_parallel_size 2 | --tensor_parallel_size 2 splits linear layers
 --target_modules experts --optimizer muon | --optimizer muon is for single MoRA matrices
 --target_modules q_prj | --target_modules 'q_prj' | Did you mean 'q_proj'

@@ -68,9 +68,9 @@ def test_the_engine_has_every_setting_of_the_flags() -> None:
 def test_adapter_settings_become_the_adapters_config() -> None:
     config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
     assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)
-    flags = "--operator subspace --r_hat_multiple 2 --mora_dropout 0.1 --train_head --base_bits 8"
+    flags = "--operator decouple --r_hat_multiple 2 --mora_dropout 0.1 --train_head --base_bits 8"
     assert parse(flags.split()).adapter.config(seed=5) == MoRAConfig(
-        operator="subspace", r_hat_multiple=2, dropout=0.1, train_head=True, base_bits=8, seed=5
+        operator="decouple", r_hat_multiple=2, dropout=0.1, train_head=True, base_bits=8, seed=5
     )
     flags = "--adapter lora --mora_rank 4 --lora_alpha 3 --mora_dropout 0.1 --train_embeddings"
     wanted = LoRAConfig(rank=4, alpha=3.0, dropout=0.1, train_embeddings=True, seed=5)

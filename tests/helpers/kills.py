@@ -205,8 +205,6 @@ STEPS = (
     "--mora_dropout", 0.1, "--train_norms", "true", "--export_merged", "true",
 )  # fmt: skip
 
-SUBSPACE = ("--operator", "subspace")
-
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Flags for an evaluation after each step, most of which make a new best checkpoint."""
 
@@ -273,10 +271,6 @@ MOMENTS: dict[str, Moment] = {
     "corpus_index": Moment(lambda: within(mora_ds.data.inspection, "_remember", 1, lambda: before(os, "replace"))),
     "tokens_half_written": Moment(
         lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin")
-    ),
-    "vectors_not_in_the_ledger": Moment(
-        lambda: within(ledger.Ledger, "create", 1, lambda: before(ledger, "link_or_copy")),
-        more=SUBSPACE, only_heavy=True,
     ),
     "before_the_run_is_begun": Moment(lambda: before(output_folder.Reservation, "commit")),
     "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(os, "replace"))),

@@ -16,7 +16,7 @@ from tests.helpers.crafted import change_header
 VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 7, 1000, 2**16, 2**24, 2**31, 2**32, 2**63, 10**12, 10**30, 0.5, 1e308,
     float("nan"), float("inf"), "", ".", "..", "../../escape", "../escape", "{case}/escape", "/dev/zero", "a/b", "a\0b",
-    "a\nb", "\ud800", "x" * 300, "x" * 100_000, "re:(x+x+)+y", "*", "model.norm.weight", "rotate", "lora", "subspace",
+    "a\nb", "\ud800", "x" * 300, "x" * 100_000, "re:(x+x+)+y", "*", "model.norm.weight", "rotate", "lora", "stack",
     [], {}, [[]], [1], {"a": 1}, ["..", "/"],
 )  # fmt: skip
 

@@ -163,18 +163,6 @@ def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path) -> No
             ledger.verify()
 
 
-def test_singular_vectors_are_checked_and_copied(tmp_path: Path) -> None:
-    (tmp_path / "vectors").write_bytes(b"1234")
-    ledger = Ledger.create(tmp_path / "ledger", BASE, tmp_path / "vectors")
-    copy = ledger.copy_to(tmp_path / "copy").folder / ledger_room.VECTORS_FILE
-    assert copy.read_bytes() == b"1234" and Ledger.open(copy.parent).vectors == ledger.vectors
-    copy.unlink()
-    copy.write_bytes(b"1235")
-    Ledger.open(copy.parent, hashes=False)
-    with pytest.raises(UserError, match=r"the ledger is damaged: .*vectors\.safetensors"):
-        Ledger.open(copy.parent)
-
-
 def test_another_base_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="belongs to another base"):
         Ledger.open(folder, "e" * 64)

@@ -12,90 +12,111 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
-from mora_ds.adapters.ops import singular_vectors
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.models.svd import Wanted, record_of, write_vectors
-from mora_ds.remora.ledger import Ledger
-from mora_ds.research.alignment import FLOOR, Alignment, factor_bytes, factors_of
+from mora_ds.models.load import LoadedBase
+from mora_ds.research.alignment import (
+    FLOOR,
+    Alignment,
+    Leading,
+    aligned_layers,
+    delta_energy,
+    factor_bytes,
+    factors_of,
+    leading_of_base,
+)
+from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planned
 from tests.helpers.jobs import REPOSITORY, Playground, curve, refusal, research, rows, run
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import random, spec_id, specs
 from tests.helpers.resume import assert_close_runs
 
-EVERY = [*(kind.value for kind in OperatorKind), "subspace"]
+ALONE = Ranks(0, 1, 0, None, timeout_s=60)
+EVERY = [kind.value for kind in OperatorKind]
 SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_segments=2),
              OperatorSpec(OperatorKind.SHARE, 14, 21, 7, Grouping.PERMUTED, seed=3, out_segments=3)]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", [*list(specs())[::4], *SEGMENTED], ids=spec_id)
-def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the float64 vectors of a weight, without a file."""
+def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec) -> None:
     weight = random(spec.d_out, spec.d_in, seed=5)
     square = random(spec.r_hat, spec.r_hat)
     rank = min(3, spec.d_in, spec.d_out)
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     left = left[:, :rank].T
     right = right[:rank]
-    monkeypatch.setattr(singular_vectors, "read", lambda *names: (left, right))
-    monkeypatch.setattr(singular_vectors, "norm", lambda *names: weight.norm().item())
-    factors = factors_of(spec, "", "", rank, torch.device("cpu"), torch.float64)
+    leading = Leading(left, right, weight.norm().item())
+    factors = factors_of(spec, leading, torch.device("cpu"), torch.float64)
     delta = spec.delta_weight(square)
     energy = delta.square().sum()
     share = (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2)
-    assert_close(factors.delta_energy(square), energy, rtol=1e-8, atol=0)
+    assert_close(delta_energy(spec, square), energy, rtol=1e-8, atol=0)
     assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
     assert 0 <= share <= 1
     assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
 
 
+def test_leading_directions_are_those_of_the_weight(tmp_path: Path) -> None:
+    _, _, leading = aligned_model(tmp_path, "share")
+    weight = BaseCheckpoint.open(tmp_path / "base").read("model.layers.1.mlp.up_proj.weight").double()
+    directions = leading["model.layers.1.mlp.up_proj"]
+    values = torch.linalg.svdvals(weight)[:4]
+    spanned = directions.left.double() @ weight @ directions.right.double().T
+    assert_close(spanned, torch.diag(values), rtol=1e-6, atol=1e-6)
+    assert (directions.right.gather(1, directions.right.abs().argmax(dim=1, keepdim=True)) > 0).all(), "fixed signs"
+    assert directions.norm == pytest.approx(weight.norm().item(), rel=1e-6)
+
+
+def test_a_weight_that_is_not_finite_and_experts_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[1, 2] = float("nan")
+    base = BaseCheckpoint.open(write_own_base(model, tmp_path / "base").folder)
+    loaded = LoadedBase(model, base, {name: name for name, _ in model.named_parameters()})
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight has NaN or infinite values"):
+        leading_of_base(MoRAConfig(), loaded, 4, ALONE)
+    with pytest.raises(UserError, match=r"experts, which research\.alignment_weight does not align"):
+        aligned_layers(tiny_model("mixtral"), MoRAConfig(target_modules=("experts",)), 4)
+
+
 # -- on a model --------------------------------------------------------------------------------------------------------
 
 
-def aligned_model(folder: Path, operator: str, rank: int = 3, **changes: Any) -> tuple[Any, MoRAConfig, str]:
-    """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and the name of its vectors."""
+def aligned_model(folder: Path, operator: str) -> tuple[Any, MoRAConfig, dict[str, Leading]]:
+    """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and its 4 leading directions."""
     torch.manual_seed(0)
     model = tiny_model("llama")
     base = write_own_base(model, folder / "base")
-    linear = {name: module for name, module in model.named_modules() if name.endswith("proj")}
-    wanted = {
-        name: Wanted(f"{name}.weight", False, module.in_features, module.out_features, 16)
-        for name, module in linear.items()
-    }
-    path = folder / "vectors.safetensors"
-    write_vectors(path, BaseCheckpoint.open(base.folder), wanted)
-    name = record_of(path).name
-    singular_vectors.register(name, path)
-    config = MoRAConfig(rank=rank, operator=operator, vectors=name, **changes)
+    keys = {name: name for name, _ in model.named_parameters()}
+    config = MoRAConfig(rank=3, operator=operator)
+    leading = leading_of_base(config, LoadedBase(model, BaseCheckpoint.open(base.folder), keys), 4, ALONE)
     model = model.double()
     inject(model, config)
     for index, layer in enumerate(mora_layers(model).values()):
         layer.value.data = 0.02 * random(*layer.value.shape, seed=index)
-    return model, config, name
+    return model, config, leading
 
 
-def mean_share(model: Any, name: str, rank: int) -> Tensor:
+def mean_share(model: Any, leading: dict[str, Leading]) -> Tensor:
     """From dense deltas, differentiable in the MoRA matrices."""
     layer_shares = []
     for module, layer in mora_layers(model).items():
-        left, right = (side.double() for side in singular_vectors.read(name, module, rank))
+        directions = leading[module]
         delta = layer.spec.delta_weight(layer.value)
-        floor = (FLOOR * singular_vectors.norm(name, module)) ** 2
-        layer_shares.append((left @ delta @ right.T).square().sum() / (delta.square().sum() + floor))
+        inside = directions.left.double() @ delta @ directions.right.double().T
+        floor = (FLOOR * directions.norm) ** 2
+        layer_shares.append(inside.square().sum() / (delta.square().sum() + floor))
     return torch.stack(layer_shares).mean()
 
 
-@pytest.mark.parametrize(
-    ("operator", "checkpointing"), [*((operator, False) for operator in EVERY), ("share", True), ("subspace", True)]
-)
+@pytest.mark.parametrize(("operator", "checkpointing"), [*((operator, False) for operator in EVERY), ("share", True)])
 def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
     """Two micro-batches before a step; then the same with the operators of the next cycle."""
-    model, config, name = aligned_model(tmp_path, operator)
+    model, config, leading = aligned_model(tmp_path, operator)
     model.train()
     if checkpointing:
         enable_checkpointing(model)
@@ -104,10 +125,10 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
     for cycle in (0, 1):
         set_cycle(model, config, cycle)
         plain = [torch.autograd.grad(causal_loss(model, ids), squares) for ids in batches]
-        share = mean_share(model, name, 4)
+        share = mean_share(model, leading)
         of_share = torch.autograd.grad(share, squares)
         if cycle == 0:
-            alignment = Alignment(model, name, weight=0.7, rank=4)
+            alignment = Alignment(model, leading, weight=0.7)
         model.zero_grad()
         for ids in batches:
             with alignment.recording():
@@ -117,16 +138,13 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
         for square, first, second, aligned in zip(squares, *plain, of_share, strict=True):
             expected = (first + second) / 2 - 0.7 * aligned
             assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
-    numbers = 0
-    for _, factors in alignment._factors.values():
-        tensors = [factors.left, factors.right, *factors.delta_energy.args]  # type: ignore[attr-defined]
-        numbers += sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
+    numbers = sum(factors.left.numel() + factors.right.numel() for _, factors in alignment._factors.values())
     assert factor_bytes(model, 4) == 4 * numbers
 
 
 def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
-    model, _, name = aligned_model(tmp_path, "share")
-    alignment = Alignment(model, name, weight=0.7, rank=4)
+    model, _, leading = aligned_model(tmp_path, "share")
+    alignment = Alignment(model, leading, weight=0.7)
     ids = tokens(2)
     with torch.no_grad(), alignment.recording():
         model.train()(input_ids=ids)
@@ -177,7 +195,6 @@ def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Pa
     resume = (*MERGING, "--resume_from_checkpoint", two / "checkpoints" / "step-000003")
     run(2, research(user.flags(again, *resume), tmp_path, **ALIGNED))
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
-    assert Ledger.open(again / "ledger").vectors == Ledger.open(two / "ledger").vectors is not None
     export_merged(again, tmp_path / "merged", verify=True)
     other = research(user.flags(tmp_path / "other", *resume), tmp_path, alignment_weight=0.25, alignment_rank=4)
     assert "research.alignment_weight, alignment_rank" in refusal(other, ranks=2)

@@ -355,7 +355,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"targets": "auto", "trainable_budget": "1%"},
         "research.trainable_budget counts one MoRA matrix a layer",
     ),
-    "subspace": ({"operator": "subspace"}, "--operator subspace has no MoRA matrices for single rows"),
     "alignment": ({"alignment_weight": 0.1}, "research.alignment_weight aligns one update a layer"),
     "tensor parallel": ({"tensor_parallel_size": 2}, "leave --tensor_parallel_size at 1"),
     "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' stands for the shared MoRA matrix"),

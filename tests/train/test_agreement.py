@@ -191,10 +191,9 @@ AT_EACH = pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0),
 @pytest.mark.heavy
 @AT_EACH
 def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
-    more = (*MERGES, "--operator", "subspace")
     block = {"targets": "auto", "trainable_budget": "3%"}
-    names = run_ranks(world, checks_of, research(user.flags(tmp_path / "healthy", *more), tmp_path, **block))[0]
-    argv = research(user.flags(tmp_path / "out", *more), tmp_path, **block)
+    names = run_ranks(world, checks_of, research(user.flags(tmp_path / "healthy", *MERGES), tmp_path, **block))[0]
+    argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, **block)
     assert_all_fail(world, argv, list(range(len(names))), failing)
     assert not (tmp_path / "out").exists()
 

@@ -71,7 +71,7 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> No
         ("--base_bits", 8, "--operator", "share"),
         ("--adapter", "lora"),
         ("--optimizer", "muon", "--chunked_loss", "--attn_implementation", "sdpa"),
-        ("--operator", "subspace", "--mora_dropout", "0.1"),
+        ("--operator", "decouple", "--mora_dropout", "0.1"),
         ("--sequence_parallel_size", 2),
     ],
     ids=lambda more: " ".join(map(str, more)),

@@ -27,11 +27,11 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "a source": ({"train_files": ["a=text.txt:1", "b=out/ledger/*:1"]}, "--train_files out/ledger/a.txt"),
     "replayed text": ({"train_files": ["text.txt"], "replay": ["a=out/ledger/a.txt:0.1"]}, "--replay out/ledger/a.txt"),
     "a mixture": ({"mixture": "mix.yaml", "train_files": []}, "--mixture out/ledger/a.txt"),
-    "the mixture's file": ({"mixture": "out/subspace/mix.yaml", "train_files": []}, "--mixture out/subspace/mix.yaml"),
-    "a data set": ({"dataset_name": "out/subspace", "train_files": []}, "--dataset_name out/subspace"),
+    "the mixture's file": ({"mixture": "out/demo/mix.yaml", "train_files": []}, "--mixture out/demo/mix.yaml"),
+    "a data set": ({"dataset_name": "out/demo", "train_files": []}, "--dataset_name out/demo"),
     "a streamed data set": (
-        {"dataset_name": "out/subspace", "train_files": [], "streaming": True},
-        "--dataset_name out/subspace",
+        {"dataset_name": "out/demo", "train_files": [], "streaming": True},
+        "--dataset_name out/demo",
     ),
     "evaluation text": ({"eval_files": ["held=out/ledger/a.txt"]}, "--eval_files out/ledger/a.txt"),
     "a task": ({"eval_tasks": ["piqa", "out/ledger/task.yaml"]}, "--eval_tasks out/ledger/task.yaml"),
@@ -51,7 +51,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("base/pytorch_model.bin", "ledger/a.txt", "tokenizer/tokenizer.json", "metrics.jsonl", "targets.yaml"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("mine")
-    for name in ("mix.yaml", "out/subspace/mix.yaml"):
+    for name in ("mix.yaml", "out/demo/mix.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(MIXTURE.replace("out/ledger/a.txt", "text.txt") if "out" in name else MIXTURE)
     (tmp_path / "text.txt").write_text("other")

@@ -112,7 +112,7 @@ def test_overwriting_removes_what_the_run_has_made(tmp_path: Path) -> None:
     forget(out)
 
 
-@pytest.mark.parametrize("name", ["base", "tokenizer", "targets.yaml", "subspace"])
+@pytest.mark.parametrize("name", ["base", "tokenizer", "targets.yaml"])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, name: str, overwrite: bool) -> None:
     out = a_run(tmp_path / "out")
@@ -219,10 +219,10 @@ def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path
     run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone())
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger" / ".ledger.json.partial").write_text("")
-    assert Run._open_ledger(run, None, "fingerprint", "").cycles == 0
+    assert Run._open_ledger(run, None, "fingerprint").cycles == 0
     (tmp_path / "ledger" / "accounts.txt").write_text("mine")
     with untouched(tmp_path), pytest.raises(UserError, match=r"holds accounts\.txt, which no run has made"):
-        Run._open_ledger(run, None, "fingerprint", "")
+        Run._open_ledger(run, None, "fingerprint")
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])

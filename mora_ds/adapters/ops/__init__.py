@@ -2,14 +2,12 @@
 
 spec               `UpdateSpec`, the interface of all specs; names of operators and groupings, sizes, seeds
 mora               `OperatorSpec`: truncate, share, decouple, rotate
-subspace           `SubspaceSpec`: a MoRA matrix between singular vectors of the frozen weight
 lora               `LoRASpec`: LoRA's two factors
 update             any spec from its dictionary
 linear             an adapted layer's product, over activations or over the weight, with its gradients
 delta              updates added to a weight without forming them
 gather             gathers, sums and rotations of the last dimension
 index_tables       the four maps of an operator: fold, unfold, deal, collect
-singular_vectors   files of singular vectors, by name
 frozen             a frozen weight and its products, dense or quantized
 int8               frozen weights in 8 bits
 terms              updates of merged cycles that a frozen weight does not take up

@@ -28,6 +28,12 @@ R_HAT_MULTIPLE = 16
 cuBLAS takes kernels for unaligned rows, which are slower."""
 
 
+REMOVED_OPERATORS = {
+    "subspace": "was removed, since its sides hold less of a pretrained model's gradient than random ones: take rotate"
+}
+"""Operator of an earlier version -> what to do instead, to be read after its name."""
+
+
 class OperatorKind(str, Enum):
     """The four pairs of compression and decompression of the paper (arXiv 2405.12130, section 3)."""
 
@@ -105,7 +111,7 @@ class UpdateSpec(ABC):
         yield module, self, value
 
     def describe(self) -> str:
-        """A short name for tables: rotate/permuted, subspace, lora."""
+        """A short name for tables: rotate/permuted, lora."""
         return self.name
 
     def to_dict(self) -> dict[str, Any]:

@@ -369,6 +369,7 @@ def test_default_kind_is_the_papers() -> None:
         ({"kind": "decouple", "grouping": "contiguous"}, "belongs to operator 'share'"),
         ({"r_hat": 0}, "positive"),
         ({"d_in": -1}, "positive"),
+        ({"kind": "subspace", "module": "layer", "vectors": "0123456789abcdef"}, "operator subspace was removed"),
     ],
 )
 def test_specs_that_are_no_operator(changes: dict[str, object], message: str) -> None:

@@ -1,0 +1,29 @@
+"""Leading singular vectors of a matrix that is too large to be decomposed exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mora_ds.models.svd import OVERSAMPLED, leading_vectors
+from tests.helpers.operators import random
+
+
+def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 4
+    side = 2 * OVERSAMPLED + 40
+    values = torch.cat((torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((side - count,), 0.01))).double()
+    left, _ = torch.linalg.qr(random(side, side))
+    right, _ = torch.linalg.qr(random(side, side, seed=1))
+    matrix = left * values @ right.T
+    exact = leading_vectors(matrix, count, "layer")
+    monkeypatch.setattr("mora_ds.models.svd.EXACT_NUMBERS", 0)
+    state = torch.get_rng_state()
+    iterated = leading_vectors(matrix, count, "layer")
+    assert torch.equal(torch.get_rng_state(), state), "the run's random numbers are as they were"
+    assert torch.equal(iterated[0], leading_vectors(matrix, count, "layer")[0])
+    assert not torch.equal(iterated[0], exact[0].float()), "by iteration"
+    for vectors, expected in zip(iterated, exact, strict=True):
+        torch.testing.assert_close(vectors.double(), expected, rtol=1e-4, atol=1e-4)
+    most = leading_vectors(matrix, side // 2, "layer")
+    assert most[0].dtype is torch.float64, "most of the vectors are needed: exact"
