@@ -290,7 +290,7 @@ MUTATIONS = (
     ),
     Mutation(
         "auto goes on from a checkpoint after the one that latest names",
-        "checkpoint/folder.py",
+        "checkpoint/layout.py",
         "        folders = folders[: named[-1]]\n",
         "        pass\n",
         ("checkpoint/test_resume_checks.py",),
@@ -311,7 +311,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an old checkpoint that cannot be deleted ends the run",
-        "checkpoint/folder.py",
+        "checkpoint/layout.py",
         "        os.rename(folder, gone)\n    except OSError as error:",
         "        os.rename(folder, gone)\n    except FileNotFoundError as error:",
         ("checkpoint/test_folder.py",),
@@ -409,7 +409,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a disk that hangs in the background is forgotten",
-        "checkpoint/async_save.py",
+        "checkpoint/writer.py",
         "if thread.is_alive() and timeout_s is not None:",
         "if thread.is_alive():",
         ("checkpoint/test_async_save.py",),

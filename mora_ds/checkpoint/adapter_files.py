@@ -25,7 +25,6 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.checkpoint.folder import ledger_problems
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_PARTS,
@@ -33,6 +32,7 @@ from mora_ds.checkpoint.layout import (
     BASE_JSON,
     LEDGER_FOLDER,
     LedgerLocation,
+    ledger_problems,
 )
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import (

@@ -12,9 +12,10 @@ import hashlib
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,28 +24,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.checkpoint.async_save import Background, on_host
-from mora_ds.checkpoint.folder import (
+from mora_ds.checkpoint.layout import (
+    BEST,
+    ENGINE_TAG,
+    LATEST,
+    LEDGER_FOLDER,
     OLD,
+    RNG_FILE,
+    STATE_FILE,
     WRITING,
+    complete_checkpoints,
     delete,
     is_complete,
     ledger_problems,
     name_best,
     retire,
     settle,
-    sync_folders,
-)
-from mora_ds.checkpoint.layout import (
-    BEST,
-    ENGINE_TAG,
-    LATEST,
-    LEDGER_FOLDER,
-    RNG_FILE,
-    STATE_FILE,
-    complete_checkpoints,
     step_folder,
     step_of,
+    sync_folders,
     unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState
@@ -309,3 +307,67 @@ def _saved_rng(folder: Path, rank: int) -> dict[str, Tensor] | None:
         if rank >= slices["cpu"].get_shape()[0]:
             return None
         return {kind: states[rank : rank + 1].flatten().clone() for kind, states in slices.items()}
+
+
+# -- in the background -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Background:
+    """The thread behind --async_save, for one task at a time, and its outcome."""
+
+    limit_s: float
+    """Seconds that `wait` waits for a task at most: on a disk that hangs, a write never returns."""
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+
+    def start(self, work: Callable[[], None], name: str) -> None:
+        """Starts `work`; the task before must have been waited for. `name` is used in warnings."""
+        assert self.thread is None, "one at a time"
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self.error = error  # raised by the next `wait`
+                if dist.get_rank() == 0:
+                    logger.warning("warning: %s: %s; the next save will stop the run", name, error)
+
+        self.thread = threading.Thread(target=run, name=name, daemon=True)
+        self.thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits for the task, if there is one, and raises what it raised.
+
+        Returns after `timeout_s`; without it, gives the task up and raises `RunError` after `limit_s`.
+        """
+        if (thread := self.thread) is None:
+            return
+        thread.join(self.limit_s if timeout_s is None else timeout_s)
+        if thread.is_alive() and timeout_s is not None:
+            return
+        self.thread = None
+        error = self.error
+        self.error = None
+        if thread.is_alive():
+            raise RunError(
+                f"{thread.name}: not written after {self.limit_s:.0f} s in which training waited for it "
+                "(--collective_timeout_s): the disk does not answer, or needs more time"
+            )
+        if error is not None:
+            raise error
+
+
+def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, which do not change when training continues."""
+    copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return target.copy_(tensor, non_blocking=True)

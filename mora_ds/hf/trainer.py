@@ -26,10 +26,8 @@ from transformers.trainer_utils import HubStrategy
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject
-from mora_ds.checkpoint.folder import LATEST, resume_checkpoint
-from mora_ds.checkpoint.layout import CHECKPOINTS
+from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
 from mora_ds.common.errors import UserError
-from mora_ds.deploy.export import export_merged
 from mora_ds.engine.accelerate import allow_cpu, bare_model, is_sharded, optimizer_steps, our_engine, unsharded_loading
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.hf.callback import MoRACallback
@@ -126,12 +124,7 @@ class MoRATrainer(_Base):
 
     def _restore(self, checkpoint: str | None) -> None:
         """Opens the run; with a folder checkpoint-N as it was then, base and learning rate included."""
-        resume = None
-        if checkpoint is not None:
-            root = Path(checkpoint) / CHECKPOINTS
-            resume = Ranks.current().on_first(
-                "checkpoint to resume from", lambda: resume_checkpoint(LATEST, root), long=True
-            )
+        resume = None if checkpoint is None else str(Path(checkpoint) / CHECKPOINTS / LATEST)
         again = self.run
         keys = None if again is None else again.remora.keys  # the live base may hold merges: it is formed anew below
         base = resolve_folder(self._base_name, Ranks.current()) if again is None else again.remora.base
@@ -214,13 +207,14 @@ class MoRATrainer(_Base):
         run.ranks.on_first("folder of the model", lambda: saving.mkdir(parents=True, exist_ok=True))
         run.save(self.state.global_step, folder=saving)
 
-        def export() -> None:
-            export_merged(saving, saving / "merged", overwrite=True)
+        run.export(saving, saving / "merged")
+
+        def move() -> None:
             for path in (saving / "merged").iterdir():
                 os.replace(path, folder / path.name)
             shutil.rmtree(saving)
 
-        run.ranks.on_first("merged model", export, long=True)
+        run.ranks.on_first("merged model", move, long=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._open_run.save(self.state.global_step, folder=output_dir)

@@ -7,8 +7,8 @@ output_folder   --output_dir: which run may write into it, and what of it is a r
 data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes
 base            the base model on this process
-job             what a run trains (an adapter, every parameter, nothing), saved, checked and exported
-run             `mora_ds.Run`: merge ledger and checkpoints of one engine, also for loops written by users
+job             what a run trains: an adapter, every parameter, or nothing
+run             `mora_ds.Run`: resumes, merges, saves and exports, for loops written by users too
 preflight       every check of the live model before the first step
 trainer         the loop; evaluator, replicas: its parts
 metrics         step lines, metrics.jsonl, TensorBoard

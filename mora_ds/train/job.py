@@ -1,4 +1,4 @@
-"""What a run trains: an engine with its state, and how it is saved, checked and exported.
+"""What a run trains: a model, prepared for its run, and the `Run` around its engine.
 
 --adapter mora, lora   MoRA matrices or LoRA factors on a frozen base
                        config (targets) -> injection -> identity check -> engine -> Run
@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
+from mora_ds.adapters.inject import count_parameters, inject, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
-from mora_ds.checkpoint.contents import PROBE_TOKENS, save_full_model
-from mora_ds.checkpoint.layout import CHECKPOINTS
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
-from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
-from mora_ds.deploy.export import export_merged
 from mora_ds.engine.base_device import BaseDevice
-from mora_ds.engine.base_ring import ring_of
 from mora_ds.engine.device import current_device
 from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes
 from mora_ds.engine.initialize import initialize, initialize_full, trainable_numels
@@ -44,14 +36,14 @@ from mora_ds.planning.costs import costs
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
-from mora_ds.train.run import Run
+from mora_ds.train.run import PROBE_TOKENS, FullRun, Run
 from mora_ds.train.setup import Place
 
 logger = logging.getLogger(__name__)
 
 
 class Job:
-    """An engine and its state. All processes make it, and call it, together.
+    """A model with all that belongs to its run. All processes make it together.
 
     Making it prepares the model, starts the engine and, where `place.checkpoint` is set, resumes. Raises `UserError`
     for settings that do not fit the model or the checkpoint.
@@ -61,12 +53,10 @@ class Job:
     """A DeepSpeed engine; the model itself where nothing is trained."""
     state: TrainerState
     """A new state, or that of the checkpoint which the run resumes from."""
-    checkpoints: CheckpointWriter
-    """Not of a job that is only evaluated."""
+    run: Run
+    """The merges and checkpoints; not of a job that is only evaluated."""
     trainable_parameters: int
     total_parameters: int
-    run: Run | None = None
-    """The merges and checkpoints of an adapter."""
 
     def __init__(
         self, arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
@@ -93,57 +83,6 @@ class Job:
         else:
             self._start_adapter()
 
-    # -- what a run asks of it -----------------------------------------------------------------------------------------
-
-    def save(self) -> Path:
-        """Write a checkpoint and return its folder; with --async_save it is complete only later."""
-        keep = self.arguments.training.save_total_limit
-        if keep is not None and self.state.evaluation_pending:
-            keep = max(keep, 2)  # the one before is the last good one, should the evaluation find NaN
-        return self.checkpoints.save(self.state, keep)
-
-    def check_base(self) -> None:
-        """Raise `BaseChanged`, on all processes, when files have changed from which live weights are read: those of an
-        adapter's base. Full training copies them, and an evaluation is short."""
-        if self.run is not None:
-            self.run.check_base()
-
-    def changed_base_files(self) -> list[Path]:
-        """Files that `check_base` would have to read again on this process. Not collective."""
-        return [] if self.run is None else self.loaded.base.changed_files()
-
-    def export(self, checkpoint: Path, target: Path) -> None:
-        """Write the merged model of a checkpoint into the folder `target`; of several that the hooks name, each in a
-        folder of its name. Of full training it is the live model, which is that of its last checkpoint."""
-        if self.run is None:
-            save_full_model(self.engine, target, self.data.tokenizer)
-            return
-        variants = self.place.hooks.variants
-
-        def export() -> None:
-            if not variants:
-                export_merged(checkpoint, target, overwrite=True)
-            for variant in variants:
-                export_merged(checkpoint, target / variant, overwrite=True, domain=variant)
-
-        self.place.ranks.on_first("export of the merged model", export, long=True)
-
-    @property
-    def base_tensors(self) -> Mapping[str, Tensor]:
-        """The frozen weights, none of which may be communicated."""
-        if self.run is None:
-            return {}
-        model = self.loaded.model
-        ring = ring_of(model)
-        buffers = {} if ring is None else {f"buffer {number}": slot for number, slot in enumerate(ring.slots)}
-        slots = node_base_of(model).slots.items()  # some are used from the first merge on
-        return {**frozen_buffers(model), **buffers, **{f"{name}, shared": slot for name, slot in slots}}
-
-    @property
-    def split(self) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-        """Takes a batch, returns the tokens of each row that this process computes (--sequence_parallel_size)."""
-        return (lambda batch: batch) if self.sequence is None else self.sequence.split
-
     # -- the three kinds -----------------------------------------------------------------------------------------------
 
     def _hold_base(self) -> None:
@@ -168,11 +107,14 @@ class Job:
         self.engine, *_ = initialize_full(model=model, config=ds_config)
         self._seed_dropout()
         self.state = place.state or TrainerState(world_size=place.ranks.world, identity=identity)
-        if place.checkpoint is not None:
-            load_checkpoint(place.checkpoint, self.engine, self.state)
-        background = self.arguments.training.async_save
-        self.checkpoints = CheckpointWriter(
-            place.folder / CHECKPOINTS, self.engine, lambda step: lambda folder: None, background, place.ranks
+        self.run = FullRun(
+            self.engine,
+            folder=place.folder,
+            state=self.state,
+            ranks=place.ranks,
+            resume=place.checkpoint,
+            async_save=self.arguments.training.async_save,
+            tokenizer=self.data.tokenizer,
         )
 
     def _start_adapter(self) -> None:
@@ -220,7 +162,6 @@ class Job:
             state=place.state,
         )
         self.state = self.run.state
-        self.checkpoints = self.run.checkpoints
         self._log_paths(self.micro_batch_tokens, self.state.micro_batch_tokens)
         self.state.micro_batch_tokens = self.micro_batch_tokens
         if place.checkpoint is None:

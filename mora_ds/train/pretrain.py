@@ -20,8 +20,17 @@ import torch
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
-from mora_ds.checkpoint.folder import AUTO, name_best, name_latest, resume_checkpoint, settle
-from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER, SUMMARY_FILE, step_folder
+from mora_ds.checkpoint.layout import (
+    AUTO,
+    CHECKPOINTS,
+    MERGED_FOLDER,
+    SUMMARY_FILE,
+    name_best,
+    name_latest,
+    resume_checkpoint,
+    settle,
+    step_folder,
+)
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import FailedBeside, RunError, UserError, reason
 from mora_ds.common.files import write_json_atomic
@@ -282,7 +291,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
-        job.export(trainer.last_checkpoint, folder / MERGED_FOLDER)
+        job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.place.hooks.variants)
     log.close()
     failures = [*trainer.failures, *(f"--report_to {name}" for name in log.failed_trackers)]
     if arguments.training.push_to_hub is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from mora_ds.common.errors import RunError
 from mora_ds.data import IGNORED
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
+from mora_ds.parallel.ulysses import SequenceParallel
 
 
 class NotFinite(RunError):
@@ -40,8 +41,8 @@ class Replica:
 
     engine: zero.Engine
     processes_per_replica: int = 1
-    split: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
-    """Takes the replica's rows, returns the part of them that this process computes."""
+    sequence: SequenceParallel | None = None
+    """What gives this process its tokens of the replica's rows (--sequence_parallel_size); None: it computes all."""
 
     def __post_init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -59,7 +60,10 @@ class Replica:
         if self.processes_per_replica > 1 and not self._rows_checked:
             check_same_rows(batch, self.processes_per_replica, self.engine.device)
             self._rows_checked = True
-        return self.split(batch)
+        return self._part_of(batch)
+
+    def _part_of(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return rows if self.sequence is None else self.sequence.split(rows)
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
@@ -75,7 +79,7 @@ class Replica:
     @torch.no_grad()
     def nll(self, batch: Mapping[str, Any]) -> tuple[float, int]:
         """(summed loss, number of predicted tokens) of this process's part of a batch. Collective under ZeRO-3."""
-        local_batch = self.split(dict(batch))
+        local_batch = self._part_of(dict(batch))
         predicted = int((local_batch["labels"] != IGNORED).sum())
         self.engine.eval()
         nll = token_nll(self.engine, self.on_device(local_batch)).item()

@@ -1,43 +1,68 @@
-"""One MoRA run around an engine: merge, save, resume. For the main job and for training loops written by users.
+"""A run around an engine: resume, merge, save, export. For the main job, Hugging Face's Trainer and loops of users.
 
 run = Run(engine, base="path/of/the/model", folder="out")      resume="auto" continues what is there
 run.merge(step)        at intervals: ReMoRA
 run.save(step)         out/checkpoints/step-N, from which export_merged makes a model
+
+`FullRun` is the same for full training, which has neither base nor merges.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AS_LOADED, AdapterConfig
-from mora_ds.adapters.domains import frozen_values, restore_frozen
-from mora_ds.adapters.inject import base_weights, config_of, mora_layers, set_cycle, value_names
+from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values, restore_frozen
+from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers, mora_layers, set_cycle, value_names
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.quantized import quantized_layers
-from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
-from mora_ds.checkpoint.contents import PROBE_TOKENS, RunWriter
-from mora_ds.checkpoint.folder import resume_checkpoint
-from mora_ds.checkpoint.layout import ADAPTER_JSON, CHECKPOINTS, LEDGER_FOLDER, complete_checkpoints
+from mora_ds.checkpoint.adapter_files import (
+    AdapterFile,
+    AdapterTensors,
+    BaseReference,
+    DomainSquares,
+    logits_name,
+    read_adapter,
+    write_adapter,
+)
+from mora_ds.checkpoint.layout import (
+    ADAPTER_JSON,
+    CHECKPOINTS,
+    LEDGER_FOLDER,
+    PROBE_FILE,
+    TOKENIZER_FOLDER,
+    complete_checkpoints,
+    resume_checkpoint,
+)
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import copy_folder
+from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
-from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model
-from mora_ds.models.tensor_files import dtype_name
+from mora_ds.engine.base_ring import ring_of
+from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
+from mora_ds.models.node_base import node_base_of
+from mora_ds.models.tensor_files import dtype_name, write_safetensors_atomic
+from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
+
+PROBE_TOKENS = 8
+"""Length of the one row of the recorded probe; its logits take 4 * PROBE_TOKENS * vocabulary bytes."""
 
 
 class Run:
@@ -110,17 +135,11 @@ class Run:
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys, reset)
         dtype = dtype_name(first_layer.dtype)
-        if probe_ids is None:
-            probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0)
-        writer = RunWriter(
-            self.remora,
-            BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype),
-            tokenizer_folder,
-            probe_ids,
-            {"operator": config.title, **(facts or {})},
-        )
-        root = self.folder / CHECKPOINTS
-        self.checkpoints = CheckpointWriter(root, engine, writer.collect, async_save, self.ranks)
+        self._reference = BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype)
+        self._tokenizer_folder = tokenizer_folder
+        self._probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids
+        self._facts = {"operator": config.title, **(facts or {})}
+        self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, engine, self._gather, async_save, self.ranks)
         if checkpoint is not None:
             self._restore(checkpoint)
         if not is_mapped and config.base_bits != AS_LOADED and not self.remora.cycle:
@@ -155,7 +174,7 @@ class Run:
         checkpoints = self.checkpoints
         if folder is not None:
             root = Path(folder) / CHECKPOINTS
-            checkpoints = CheckpointWriter(root, self.engine, checkpoints.collect, ranks=self.ranks)
+            checkpoints = CheckpointWriter(root, self.engine, self._gather, ranks=self.ranks)
         return checkpoints.save(self.state, keep)
 
     def _check_call(self, method: str, step: Any, least: int) -> None:
@@ -178,9 +197,98 @@ class Run:
         remora = self.remora
         self.ranks.agree("files of the base", lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint))
 
+    def changed_base_files(self) -> list[Path]:
+        """The files that `check_base` would have to read again on this process. Not collective."""
+        return self.remora.base.changed_files()
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until the last checkpoint is written. Call it before the process ends, with `async_save`."""
         self.checkpoints.wait(timeout_s)
+
+    def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
+        """Write the merged model of a checkpoint into the folder `target`; of each of the `domains`, into a folder of
+        its name there. Collective."""
+
+        def export() -> None:
+            if not domains:
+                export_merged(checkpoint, target, overwrite=True)
+            for domain in domains:
+                export_merged(checkpoint, target / domain, overwrite=True, domain=domain)
+
+        self.ranks.on_first("export of the merged model", export, long=True)
+
+    @property
+    def base_tensors(self) -> list[Tensor]:
+        """The frozen weights in all places where they lie, none of which may be communicated."""
+        model = self.engine.module
+        ring = ring_of(model)
+        slots = node_base_of(model).slots  # some are used from the first merge on
+        return [*frozen_buffers(model).values(), *(ring.slots if ring is not None else ()), *slots.values()]
+
+    # -- what a checkpoint holds besides the engine's shards -----------------------------------------------------------
+
+    def _gather(self, step: int) -> Callable[[Path], None]:
+        """Gather the adapter onto rank 0, one matrix at a time. The returned function writes it with all that belongs
+        to it into a folder, however training goes on meanwhile. Collective."""
+        model = self.engine.module
+        layers = mora_layers(model)
+        domains = domain_layers(model)
+        squares = self._on_first((name, layer.unshard(self._full(layer.value))) for name, layer in layers.items())
+        trained = self._on_first((name, self._full(value)) for name, value in _other_trainables(model).items())
+        domain_squares = self._on_first((name, self._full(layer.domain_squares)) for name, layer in domains.items())
+        probe = self._probe()
+        of_domains = None
+        if domains:
+            operators = {name: layer.own_spec for name, layer in domains.items()}
+            of_domains = DomainSquares(domains_of(model).names, operators, tuple(frozen_values(model)))
+        adapter = AdapterFile(
+            layers=layer_entries(model),
+            config=self.remora.config,
+            dtype=self._reference.dtype,
+            cycle=self.remora.cycle,
+            step=step,
+            trainables=tuple(trained),
+            domains=of_domains,
+            facts=self._facts,
+        )
+        ledger = self.remora.ledger.snapshot()
+
+        def write(folder: Path) -> None:
+            if not self.ranks.is_first:
+                return
+            write_adapter(folder, adapter, squares, trained, domain_squares)
+            self._reference.write(folder)
+            ledger.copy_to(folder / LEDGER_FOLDER)
+            if self._tokenizer_folder is not None:  # no links: one damaged file would be damaged in every checkpoint
+                copy_folder(self._tokenizer_folder, folder / TOKENIZER_FOLDER)
+            write_safetensors_atomic(folder / PROBE_FILE, probe, {"dtype": self._reference.dtype})
+
+        return write
+
+    def _full(self, value: Tensor) -> Tensor:
+        """The unsharded fp32 master of a trained tensor. One that is frozen is a buffer, complete and fp32 already."""
+        return zero.full_fp32(self.engine, value) if isinstance(value, nn.Parameter) else value
+
+    def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copies of the tensors in host memory, on rank 0; the other ranks only take part in making each."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if self.ranks.is_first}
+
+    @torch.no_grad()
+    def _probe(self) -> dict[str, Tensor]:
+        """The recorded tokens, and their logits (1, T, vocabulary) in fp32, without dropout, with the shared matrices
+        alone and for every domain, for `export --verify`."""
+        engine = self.engine
+        domains = domains_of(engine.module)
+        ids = self._probe_ids.to(engine.device)
+        probe = {"input_ids": self._probe_ids.cpu().long()}
+        was_training = engine.training
+        engine.eval()
+        for domain in (None, *domains.names):
+            with domains.using(domain), whole_rows(engine.module):
+                logits = engine(input_ids=ids, use_cache=False).logits
+            probe[logits_name(domain)] = logits.float().cpu()
+        engine.train(was_training)
+        return probe
 
     def _restore(self, checkpoint: Path) -> None:
         model = self.engine.module
@@ -238,6 +346,66 @@ class Run:
         self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, share), long=True)
         self.ranks.on_first("quantized weights of the base", lambda: _verify_rounded(base, keys, rounded), long=True)
         return keys
+
+
+class FullRun(Run):
+    """The checkpoints of an engine that trains every parameter. It has no base, which could change, and no merges."""
+
+    def __init__(
+        self,
+        engine: zero.Engine,
+        *,
+        folder: Path,
+        state: TrainerState,
+        ranks: Ranks,
+        resume: Path | None = None,
+        async_save: bool = False,
+        tokenizer: Any = None,
+    ) -> None:
+        """`state`: a new one, or that of the verified checkpoint `resume`. `tokenizer`: saved with the model."""
+        self.engine = engine
+        self.folder = folder
+        self.state = state
+        self.ranks = ranks
+        self.tokenizer = tokenizer
+        self._gradient_of = None
+        self.checkpoints = CheckpointWriter(folder / CHECKPOINTS, engine, self._gather, async_save, ranks)
+        if resume is not None:
+            load_checkpoint(resume, engine, state)
+
+    def check_base(self) -> None:
+        """Do nothing."""
+
+    def changed_base_files(self) -> list[Path]:
+        """No file is read again."""
+        return []
+
+    @property
+    def base_tensors(self) -> list[Tensor]:
+        """No weight is frozen."""
+        return []
+
+    def _gather(self, step: int) -> Callable[[Path], None]:
+        return lambda folder: None
+
+    def export(self, checkpoint: Path, target: Path, domains: Sequence[str] = ()) -> None:
+        """Write the live model, which is that of the last checkpoint, as a Hugging Face folder; gathered one parameter
+        at a time onto rank 0. Collective."""
+        model = self.engine.module
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            with zero.whole_parameter(self.engine, parameter):
+                if self.ranks.is_first:
+                    gathered[name] = parameter.detach().cpu().clone()
+        if self.ranks.is_first:
+            write_own_base(model, target, self.tokenizer, state_dict=gathered)
+        dist.barrier()
+
+
+def _other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
+    squares = value_names(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in squares}
 
 
 def _injected_config(model: nn.Module, given: AdapterConfig | None) -> AdapterConfig:

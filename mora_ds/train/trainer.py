@@ -52,6 +52,7 @@ class Trainer:
     def __init__(self, job: Job, schedule: Schedule, log: MetricsLog) -> None:
         training = job.arguments.training
         self.job = job
+        self.ranks = job.place.ranks
         self.schedule = schedule
         self.training = training
         self.log = log
@@ -60,8 +61,8 @@ class Trainer:
         self.hooks = job.place.hooks
         self.train_data: TrainData = job.data.train
         self.last_checkpoint = job.place.checkpoint
-        self.counter = CollectiveCounter(job.base_tensors.values())
-        self.replica = Replica(job.engine, training.ranks_per_replica, job.split)
+        self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
+        self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
         tasks = None
         if training.eval_tasks:
             batch_size = training.per_device_eval_batch_size
@@ -93,7 +94,7 @@ class Trainer:
         checkpoint = job.place.checkpoint
         if checkpoint is not None:
             latest = job.place.folder / CHECKPOINTS / LATEST
-            if job.place.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
+            if self.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
                 self._saved_step = self.state.step
         self._mixture = self.loader.mixture
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
@@ -117,21 +118,21 @@ class Trainer:
             self._run()
         except BaseException as error:
             with suppress(RunError):  # `error` is the one to report
-                self.job.checkpoints.wait(PATIENCE_S)
+                self.job.run.wait(PATIENCE_S)
             if isinstance(error, (NotFinite, BaseChanged)):
                 raise RunError(self._explained(error)) from error
-            if isinstance(error, RuntimeError) and (changed := self.job.changed_base_files()):
+            if isinstance(error, RuntimeError) and (changed := self.job.run.changed_base_files()):
                 raise RunError(
                     f"{error}\n{changed[0]} was touched or changed during the run, and another rank may have ended for "
                     f"that. {self._last_good}. Put the original file back and resume"
                 ) from error
             raise
-        self.job.checkpoints.wait(None)
+        self.job.run.wait()
 
     def _explained(self, error: NotFinite | BaseChanged) -> str:
         """The message of an error that all processes have raised alike, with the checkpoint to go on from."""
         try:
-            self.job.check_base()  # weights that were overwritten may be the reason for a NaN
+            self.job.run.check_base()  # weights that were overwritten may be the reason for a NaN
         except BaseChanged as changed:
             error = changed
         if isinstance(error, BaseChanged):
@@ -204,7 +205,7 @@ class Trainer:
             nll += batch_nll.detach()
 
         # The one place of a step where the host waits for the device.
-        base_changed = self._is_logged(step) and bool(self.job.changed_base_files())
+        base_changed = self._is_logged(step) and bool(self.job.run.changed_base_files())
         source_losses, source_labels = self._source_losses.sums()
         on_host = [*source_labels, self.loader.labels_ahead(step)]
         total_nll, *source_sums, next_labels = self._sum_and_hear_requests([nll, source_losses], on_host, base_changed)
@@ -244,7 +245,7 @@ class Trainer:
         dist.all_reduce(sums)
         *totals, news = sums.tolist()
         if news > 0:
-            self.job.check_base()
+            self.job.run.check_base()
             requests = torch.tensor(float(signals.requested()), device=self.engine.device)
             dist.all_reduce(requests)
             self._stop_asked |= requests.item() > 0
@@ -323,7 +324,7 @@ class Trainer:
         step = self.state.step
         if step > 0 and self._saved_step != step:
             self._save()
-        self.job.checkpoints.wait(None)
+        self.job.run.wait()
         signals.settle()
         self.log.close()
         dist.barrier()  # no process leaves before all have settled
@@ -335,16 +336,18 @@ class Trainer:
         """Write a checkpoint, once the loss of the probe batch is finite: a step with a finite loss may leave NaN in
         the MoRA matrices, and a checkpoint of those would pass for a good one."""
         step = self.state.step
-        self.job.check_base()
+        self.job.run.check_base()  # before the probe: to read beyond the end of a mapped file kills the process
         loss = self.replica.sum(self._probe_loss()) / self.replica.world  # one rank alone may read a damaged base
         require_finite(loss, f"after step {step} the loss of the probe batch is {loss}", step)
         if isinstance(self.train_data, StreamMixture):
             self.state.stream = self.train_data.states_at(step)
-        self.last_checkpoint = self.job.save()
+        keep = self.training.save_total_limit
+        if keep is not None and self.state.evaluation_pending:
+            keep = max(keep, 2)  # the one before is the last good one, should the evaluation find NaN
+        self.last_checkpoint = self.job.run.save(step, keep)
         self._saved_step = step
 
     def _merge(self) -> None:
-        assert self.job.run is not None, "validated: only an adapter is merged"
         merge = self.job.run.merge(self.state.step, self._probe_loss)
         self.state.merge_pending = False
         self._saved_step = None  # what was saved before is not the merged model
@@ -370,7 +373,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """The perplexity of each evaluation set. A failure of an evaluation or a task is told, and training goes on
         without it; before the first step, when nothing can be lost, it ends the run."""
-        self.job.check_base()
+        self.job.run.check_base()
         step = self.state.step
         if step == 0:
             return self.evaluator.evaluate(before_batch=self._leave_if_asked)
@@ -387,7 +390,7 @@ class Trainer:
         # A rank that has failed alone must not meet the others in a collective of the evaluation, whose sums would be
         # wrong from there on: it waits for them at this check, which has a group of its own.
         what = f"evaluation after step {step}"
-        told = [line for line in self.job.place.ranks.gather(what, failure) if line is not None]
+        told = [line for line in self.ranks.gather(what, failure) if line is not None]
         if told:
             self.state.evaluation_pending = False
             self.failures.append(f"{what}: {told[0]}")

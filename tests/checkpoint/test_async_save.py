@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.async_save import Background, on_host
-from mora_ds.checkpoint.folder import complete_checkpoints
+from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
+from mora_ds.checkpoint.writer import Background, on_host
 from mora_ds.common.errors import RunError
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine.shards import MASTER, EngineShards

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import mora_ds
-from mora_ds.checkpoint.folder import complete_checkpoints
+from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.writer import _retain as retain
 from mora_ds.common.files import verify_manifest
 from tests.helpers.damage import checkpoint_at

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mora_ds.checkpoint.folder import resume_checkpoint
+from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.checkpoint.verify import verify
 from mora_ds.checkpoint.writer import _load_rng

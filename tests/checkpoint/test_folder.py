@@ -12,10 +12,17 @@ from typing import Any
 
 import pytest
 
-from mora_ds.checkpoint import folder as folders
+from mora_ds.checkpoint import layout as folders
 from mora_ds.checkpoint import writer
-from mora_ds.checkpoint.folder import name_best, name_latest, resume_checkpoint, settle
-from mora_ds.checkpoint.layout import complete_checkpoints, step_folder, step_of
+from mora_ds.checkpoint.layout import (
+    complete_checkpoints,
+    name_best,
+    name_latest,
+    resume_checkpoint,
+    settle,
+    step_folder,
+    step_of,
+)
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import replace_symlink
 from tests.helpers.damage import checkpoint_at

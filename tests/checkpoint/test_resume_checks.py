@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import mora_ds
 from mora_ds.adapters.config import LoRAConfig
 from mora_ds.checkpoint import writer as checkpoints
-from mora_ds.checkpoint.folder import resume_checkpoint
+from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState, check_identity, check_world_size
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import replace_symlink

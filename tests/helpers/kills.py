@@ -29,7 +29,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 import mora_ds.data.cache
 import mora_ds.data.inspection
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.checkpoint import contents, writer
+from mora_ds.checkpoint import writer
 from mora_ds.common import files
 from mora_ds.deploy import export
 from mora_ds.engine import shards, zero
@@ -37,7 +37,7 @@ from mora_ds.models.node_base import NodeBase
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora import ledger, merge
 from mora_ds.remora.merge import ReMoRA
-from mora_ds.train import metrics, output_folder, pretrain
+from mora_ds.train import metrics, output_folder, pretrain, run
 from mora_ds.train.run import Run
 from tests.helpers.gloo import start_ranks
 from tests.helpers.jobs import job
@@ -215,7 +215,7 @@ MOMENTS: dict[str, Moment] = {
     "half_a_row_of_metrics": Moment(half_a_row),
     # a checkpoint
     "matrices_are_gathered": Moment(
-        lambda: within(contents.RunWriter, "collect", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
+        lambda: within(Run, "_gather", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
     ),
     "engine_shard_half_written": Moment(
         lambda: within(
@@ -225,7 +225,7 @@ MOMENTS: dict[str, Moment] = {
     ),
     "after_the_shards": Moment(lambda: before(writer._Share, "of", 3), Passes.ALL),
     "adapter_half_written": Moment(
-        lambda: within(contents, "write_adapter", 3, lambda: after(SafetensorsWriter, "write", 4))
+        lambda: within(run, "write_adapter", 3, lambda: after(SafetensorsWriter, "write", 4))
     ),
     "ledger_half_copied": Moment(
         lambda: within(ledger.Ledger, "copy_to", 5, lambda: before(ledger, "link_or_copy", 2))

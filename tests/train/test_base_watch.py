@@ -21,7 +21,7 @@ def overwritten_job(argv: list[str], word: int) -> tuple[str, str]:
     after_step = Trainer._after_step
 
     def patched(trainer: Trainer) -> None:
-        if trainer.state.step == 3 and trainer.job.place.ranks.is_first:
+        if trainer.state.step == 3 and trainer.ranks.is_first:
             path = Path(argv[argv.index("--model_name_or_path") + 1]) / "model.safetensors"
             with path.open("r+b") as file:
                 file.seek(-4096 * 4, 2)
@@ -53,7 +53,7 @@ def shortened_job(argv: list[str]) -> tuple[str, str]:
     after_step = Trainer._after_step
 
     def patched(trainer: Trainer) -> None:
-        if trainer.state.step == 3 and trainer.job.place.ranks.is_first:
+        if trainer.state.step == 3 and trainer.ranks.is_first:
             os.truncate(Path(argv[argv.index("--model_name_or_path") + 1]) / "model.safetensors", 1000)
         after_step(trainer)
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.checkpoint.contents import PROBE_TOKENS
 from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import ExportReport, export_merged
 from mora_ds.engine import zero
@@ -27,7 +26,7 @@ from mora_ds.models.load import load_base
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
-from mora_ds.train.run import Run
+from mora_ds.train.run import PROBE_TOKENS, Run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, alone, causal_loss, enable_checkpointing, tiny_model, tokens
 

@@ -111,9 +111,8 @@ def test_counts_are_those_of_the_part_that_a_process_computes() -> None:
     """Under sequence parallelism a process has some tokens of each row."""
     batch_loader = loader(Data())
     batch_loader.replica = Replica.__new__(Replica)
-    vars(batch_loader.replica).update(
-        vars(loader(Data()).replica), processes_per_replica=1, split=lambda b: {k: v[:, :1] for k, v in b.items()}
-    )
+    first_token = SimpleNamespace(split=lambda rows: {name: values[:, :1] for name, values in rows.items()})
+    vars(batch_loader.replica).update(vars(loader(Data()).replica), processes_per_replica=1, sequence=first_token)
     del batch_loader.replica.rows
     (first, second) = batch_loader.take(0)
     assert first.rows["labels"].shape == (2, 1) and labels_in([first, second]) == 2
