@@ -5,6 +5,7 @@
     resolve_ds_config(...)        fills "auto" from the flags, adds our defaults, lists every contradiction at once
     compute_dtype(ds_config)      the dtype in which the base is to be loaded
     fill_bucket_sizes(...)        once the model is injected: buffers and thresholds of ZeRO from its parameters' sizes
+    avoid_slices(...)             on many ranks: collectives of ZeRO-3 whose Python does not grow with their number
 
 Facts about DeepSpeed are those of 0.19.8: runtime/config.py, runtime/zero/config.py, runtime/engine.py.
 """
@@ -45,6 +46,12 @@ REDUCE_BUCKET_NUMEL = 2**25
 
 PREFETCH_PARAMETERS = 8
 """Parameters to prefetch: about those of one transformer block, which has seven linear layers."""
+
+FEW_SLICES = 1 << 13
+"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices at 36 ranks."""
+
+WORTH_A_SLICE = 300_000
+"""Bytes that a GPU sends at 50 GB/s while Python goes through a slice (6 us, by tools/bench/scale.py)."""
 
 _BUCKET_KEYS = (
     "reduce_bucket_size",
@@ -217,6 +224,30 @@ def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]
     }
     zero.update({key: size for key, size in sizes.items() if zero.get(key) == AUTO})
     return filled
+
+
+def avoid_slices(ds_config: dict[str, Any], trainable_numels: Sequence[int], ranks: int) -> str:
+    """Chooses the collectives of ZeRO-3 for `ranks` ranks, in place; what was chosen, and what it costs, or "".
+
+    DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each reduce-scatter
+    (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at each gather of several parameters
+    (runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). An all-reduce in place of the first sends
+    twice the bytes, gathers of single parameters in place of the second are more calls. Both are chosen from
+    `FEW_SLICES` on, unless the bytes take longer than the loops. What the config says itself stays.
+    """
+    zero = ds_config["zero_optimization"]
+    slices = len(trainable_numels) * ranks
+    added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
+    flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
+    chosen = {key: value for key, value in flat.items() if key not in zero}
+    if zero["stage"] != 3 or slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
+        return ""
+    zero.update(chosen)
+    sends_more = f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch" if "reduce_scatter" in chosen else ""
+    return (
+        f"{slices:,} slices of gradients (parameters x ranks) would each cost the host time under ZeRO-3, so that "
+        f"{' and '.join(f'{key} is {json.dumps(value)}' for key, value in chosen.items())}{sends_more}"
+    )
 
 
 def _persistence_threshold(numels: list[int], bytes_each: int) -> int:

@@ -7,6 +7,7 @@ other trained parameters in group 1 -> deepspeed.initialize -> repair DeepSpeed'
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import current_device, is_cpu
-from mora_ds.engine.ds_config import complete_ds_config, compute_dtype, load_ds_config
+from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
@@ -43,6 +44,8 @@ from mora_ds.parallel.topology import Topology
 from mora_ds.runtime.mappings import Mappings
 from mora_ds.runtime.node_memory import Sharing, machine
 from mora_ds.runtime.ranks import Ranks, deal
+
+logger = logging.getLogger(__name__)
 
 
 def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
@@ -102,12 +105,15 @@ def initialize(
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
-    settings = complete_ds_config(config, trainable_numels(model, degree), tensor_parallel_size)
+    numels = trainable_numels(model, degree)
+    settings = complete_ds_config(config, numels, tensor_parallel_size)
     check_compute_dtype(settings)
     _check_experts(model, settings)
     check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)
     start_distributed()
     check_second_copies(settings, dist.get_world_size(), degree)
+    if chosen := avoid_slices(settings, numels, dist.get_world_size() // degree):
+        logger.info(chosen)
     if degree > 1:
         topology = Topology.of(degree)
         split_model(model, topology)

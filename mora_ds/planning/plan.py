@@ -20,7 +20,7 @@ from mora_ds.adapters.quantized import merge_bytes
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.base_device import BaseDevice
-from mora_ds.engine.ds_config import fill_bucket_sizes
+from mora_ds.engine.ds_config import avoid_slices, fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.models.decoder_layers import find_decoder_layers
@@ -51,15 +51,6 @@ USABLE = 0.92
 fragments."""
 
 LARGEST_MICRO_BATCH = 256
-
-FEW_SLICES = 1 << 15
-"""Parameters times ranks up to which ZeRO-3's loops are short against a step: 224 matrices at 146 ranks.
-
-Under ZeRO-3 DeepSpeed 0.19.8 goes through every trained parameter times every rank at each reduction
-(runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at the gathers of several parameters
-(runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). `tools/bench/scale.py` counts the host's
-seconds of both; ZeRO-1 has one flat tensor in their place.
-"""
 
 
 @dataclass(frozen=True)
@@ -103,11 +94,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory.peak <= USABLE * self.cluster.memory
-
-    @property
-    def slices(self) -> int:
-        """What DeepSpeed goes through in Python at each reduction: see `FEW_SLICES`."""
-        return len(self.trained.numels) * self.trained.ranks if self.trained.stage == 3 else 0
 
     @property
     def ranks_of_node(self) -> int:
@@ -163,6 +149,9 @@ class Planner:
         memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered, streamed)
         volume = all_gather_volume(trained, gathered, self.accumulation)
         reduced = reduced_bytes(trained, self.accumulation)
+        # An all-reduce also gathers what it has reduced.
+        sent_as_often = 1 if trained.zero.get("reduce_scatter", True) else 2
+        zero_sends = volume + sent_as_often * reduced
         copied = 0 if streamed is None else streamed.forward + streamed.backward
         activations = model.activation_bytes(work, trained.ranks) + ulysses_bytes(work)
         return Plan(
@@ -173,7 +162,7 @@ class Planner:
             memory=memory,
             gathered=volume,
             reduced=reduced,
-            sent=(volume + reduced) * (trained.ranks - 1) / trained.ranks + activations * self.accumulation,
+            sent=zero_sends * (trained.ranks - 1) / trained.ranks + activations * self.accumulation,
             base_elements=model.base_elements,
             quantized=model.quantized,
             copied=copied * self.accumulation,
@@ -211,6 +200,8 @@ class Planner:
     def _trained(self, model: _MeasuredModel, work: Work) -> Trained:
         ranks = self.cluster.ranks // work.tensor_parallel
         filled = fill_bucket_sizes(dict(self.ds_config), model.numels)
+        if work.adapter is not None:
+            avoid_slices(filled, model.numels, ranks)
         muon = uses_muon(dict(self.ds_config))
         return Trained(model.numels, model.layer, model.squares, ranks, work.dtype.itemsize, filled, muon, self.on_cpu)
 

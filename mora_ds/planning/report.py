@@ -7,7 +7,7 @@ from typing import Any
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.engine.base_device import BaseDevice
-from mora_ds.planning.plan import FEW_SLICES, USABLE, Plan
+from mora_ds.planning.plan import USABLE, Plan
 
 FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 """What else there is where the base of so many bits is too large."""
@@ -16,11 +16,6 @@ FEWER_BITS = {AS_LOADED: ", --base_bits 8 or 4", 8: ", --base_bits 4"}
 def report(plan: Plan) -> str:
     """The plan as tables; sizes in GB (10^9 bytes), or MB where they are small."""
     lines = [*_head(plan), *_memory(plan), *_traffic(plan), verdict(plan)]
-    if plan.slices > FEW_SLICES:
-        lines.append(
-            f"under ZeRO-3 DeepSpeed goes through {plan.slices:,} slices, parameters x ranks, in Python at each\n"
-            "reduction: plan --deepspeed configs/zero1.json, too, which does not"
-        )
     return "\n".join(lines)
 
 
@@ -151,7 +146,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "bytes_sent": plan.sent,
         "base_bytes_copied": plan.copied,
         "peaks_in": plan.memory.peaks_in,
-        "slices": plan.slices,
         "fits": plan.fits,
     }
 

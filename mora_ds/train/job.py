@@ -24,8 +24,8 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.device import current_device
-from mora_ds.engine.ds_config import compute_dtype, fill_bucket_sizes
-from mora_ds.engine.initialize import initialize, initialize_full, trainable_numels
+from mora_ds.engine.ds_config import compute_dtype
+from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
 from mora_ds.models.node_base import node_base_of
@@ -103,8 +103,7 @@ class Job:
         identity = {"adapter": {"kind": "full"}, **self._common_identity()}
         self._check_checkpoint(identity)
         place.ranks.barrier("start of the engine")
-        ds_config = fill_bucket_sizes(self.ds_config, [parameter.numel() for parameter in model.parameters()])
-        self.engine, *_ = initialize_full(model=model, config=ds_config)
+        self.engine, *_ = initialize_full(model=model, config=self.ds_config)
         self._seed_dropout()
         self.state = place.state or TrainerState(world_size=place.ranks.world, identity=identity)
         self.run = FullRun(
@@ -133,7 +132,7 @@ class Job:
         place.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
             model=self.loaded.model,
-            config=fill_bucket_sizes(self.ds_config, trainable_numels(self.loaded.model, degree)),
+            config=self.ds_config,
             tensor_parallel_size=degree,
             base_on_host=self._streams,
             node_base=self.arguments.model.node_base,

@@ -17,6 +17,7 @@ from mora_ds.engine.ds_config import (
     PERSIST_BUDGET_BYTES,
     REDUCE_BUCKET_NUMEL,
     EngineSettings,
+    avoid_slices,
     complete_ds_config,
     compute_dtype,
     fill_bucket_sizes,
@@ -129,6 +130,33 @@ def test_a_bucket_is_even_and_holds_something() -> None:
         assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (size, size)
         assert zero["stage3_prefetch_bucket_size"] == sum(numels)
         assert zero["stage3_param_persistence_threshold"] == max(numels, default=0)
+
+
+MATRICES_7B = [256**2] * 128 + [344**2] * 96
+"""About those of rank 8."""
+
+
+@pytest.mark.parametrize(
+    ("numels", "ranks", "written", "chosen"),
+    [
+        (MATRICES_7B, 36, {}, {}),
+        (MATRICES_7B, 37, {}, {"reduce_scatter": False, "stage3_allgather_sequential": True}),
+        (MATRICES_7B, 4096, {"reduce_scatter": True}, {"stage3_allgather_sequential": True}),
+        (MATRICES_7B, 4096, {"reduce_scatter": True, "stage3_allgather_sequential": False}, {}),
+        (MATRICES_7B, 4096, {"stage": 1}, {}),
+        ([10**8] * 224, 64, {}, {}),
+    ],
+    ids=["few", "many", "one of them is written", "both are written", "stage 1", "large gradients"],
+)
+def test_many_ranks_take_collectives_without_loops(
+    numels: list[int], ranks: int, written: dict[str, Any], chosen: dict[str, bool]
+) -> None:
+    config = resolve_ds_config({"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2)
+    before = dict(config["zero_optimization"])
+    text = avoid_slices(config, numels, ranks)
+    assert config["zero_optimization"] == {**before, **chosen}
+    assert bool(text) == bool(chosen) and all(key in text for key in chosen)
+    assert ("39.5 MB more" in text) == ("reduce_scatter" in chosen)
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 from mora_ds.adapters.inject import mora_layers
+from mora_ds.engine import ds_config as ds_config_module
 from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather, drop_idle_hooks
+from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, causal_loss, model_with_mora, tokens
@@ -57,14 +59,28 @@ def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
     return losses, values, count
 
 
-def with_and_without(setting: str) -> tuple[int, int]:
-    with patch.object(initialize_module, "drop_idle_hooks", lambda engine: []):
+def with_and_without(setting: str, module: Any = initialize_module, **replaced: Any) -> tuple[int, int]:
+    """How many modules have DeepSpeed's hooks: with `replaced` in `module`, every one by default, and without it."""
+    with patch.multiple(module, **(replaced or {"drop_idle_hooks": lambda engine: []})):
         losses, values, everywhere = trained(setting)
     actual, actual_values, hooked = trained(setting)
     assert actual == losses
     for name in values:
         assert torch.equal(actual_values[name], values[name]), name
     return everywhere, hooked
+
+
+def with_the_collectives_for_many_ranks() -> list[int]:
+    """Trains with them and without. The bytes of all reduce-scatters and of all all-reduces."""
+    with CollectiveCounter().counting() as counter:
+        for setting in ("persistent", "sharded"):
+            with_and_without(setting, ds_config_module, FEW_SLICES=0)
+    return [counter.bytes["reduce_scatter_tensor"], counter.bytes["all_reduce"]]
+
+
+def test_the_collectives_for_many_ranks_give_the_same_bits() -> None:
+    for scattered, reduced in run_ranks(2, with_the_collectives_for_many_ranks):
+        assert 0 < scattered <= reduced
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -59,12 +59,12 @@ def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches() -> None:
     assert plan.passes == plan.gathered / (2 * plan.trained.total)
 
 
-def test_many_ranks_are_warned_of_the_loops_of_stage_3() -> None:
+def test_many_ranks_send_gradients_twice_in_place_of_loops() -> None:
     """7 matrices in the one layer."""
-    few, many = (planner(Cluster(ranks)).plan() for ranks in (4096, 8192))
-    assert (few.slices, many.slices) == (7 * 4096, 7 * 8192)
-    assert "slices" not in report(few) and f"{7 * 8192:,} slices, parameters x ranks" in report(many)
-    assert replace(many, trained=replace(many.trained, ds_config={"zero_optimization": {"stage": 1}})).slices == 0
+    few, many = (planner(Cluster(ranks)).plan() for ranks in (1024, 2048))
+    assert few.trained.zero.get("reduce_scatter", True) and not many.trained.zero["reduce_scatter"]
+    assert few.sent == (few.gathered + few.reduced) * 1023 / 1024
+    assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
 
 
 def test_a_trained_head_makes_all_logits_at_once() -> None:
