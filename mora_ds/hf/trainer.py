@@ -26,6 +26,7 @@ from transformers.trainer_utils import HubStrategy
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject
+from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
 from mora_ds.common.errors import UserError
 from mora_ds.engine.accelerate import allow_cpu, bare_model, is_sharded, optimizer_steps, our_engine, unsharded_loading
@@ -41,6 +42,9 @@ _Base: Any = object
 """For the type checker: the Trainer whose methods the mixin calls."""
 
 allow_cpu()  # before `TrainingArguments` starts the process group
+
+MERGE_EVERY = "merge_every"
+"""The fact of a checkpoint by which a Trainer without `MoRACallback` knows that it would end the merges."""
 
 _SAVING = ".mora-saving"
 """Folder in a model's folder where it is written, before its files are moved to their places."""
@@ -65,7 +69,8 @@ class MoRATrainer(_Base):
     path. `MoRACallback` among the callbacks makes it ReMoRA. Collective, as a Trainer is.
 
     Raises `UserError` for options that contradict an adapter (`options`), for a model that is sharded already, and when
-    training starts for a model that is not its base, weight for weight.
+    training starts for a model that is not its base, weight for weight, or goes on from a checkpoint of a merging run
+    without `MoRACallback`.
     """
 
     deepspeed: Any
@@ -136,10 +141,17 @@ class MoRATrainer(_Base):
             overwrite=True,
             keys=keys,
             identity={"seed": self.args.seed},
+            facts={MERGE_EVERY: sum(callback.merge_every for callback in self._merging)},
         )
         if again is not None:
             self.run.remora.form_base()
         if resume is not None:
+            merged_every = read_adapter(Path(resume)).facts.get(MERGE_EVERY, 0)
+            if merged_every and not self._merging:
+                raise UserError(
+                    f"{checkpoint} is of a run that merges every {merged_every} steps: add MoRACallback; "
+                    "MoRACallback(merge_every=0) goes on without merges"
+                )
             self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:

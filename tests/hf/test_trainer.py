@@ -15,6 +15,7 @@ from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.hf import MoRACallback
 from tests.helpers import hf
 from tests.helpers.gloo import run_ranks
 
@@ -49,7 +50,7 @@ def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path) -> None:
 
 def interrupted_and_not(root: str) -> dict[str, Any]:
     """One run to its end, and another one that begins at its checkpoint-4 anew, after one merge and before another."""
-    steps = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
     whole = hf.trainer_in(Path(root), "out", **steps)
     before = whole.evaluate()["eval_loss"]
     whole.train()
@@ -63,7 +64,17 @@ def interrupted_and_not(root: str) -> dict[str, Any]:
     resumed_history = [row for row in resumed.state.log_history if row["step"] > 4 and "train_runtime" not in row]
     with pytest.raises(UserError, match="called before"):
         resumed.train()
+    for step in (2, 4):  # before the first merge, and after it
+        without = hf.trainer_in(Path(root), "out", **steps)
+        without.remove_callback(MoRACallback)
+        with pytest.raises(
+            UserError, match=rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"
+        ):
+            without.train(resume_from_checkpoint=f"{root}/out/checkpoint-{step}")
+    told = hf.trainer_in(Path(root), "out", merges=0, max_steps=7, save_strategy="no")
+    told.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
     return {
+        "told": told.run.state.merges,
         "evaluated": before,
         "seed": whole.run.identity["seed"],
         "expected": expected,
@@ -82,6 +93,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     both = run_ranks(2, interrupted_and_not, str(tmp_path))
     for rank in both:
         assert rank["history"][0] == rank["history"][1] and rank["base_bytes"] == 0
+        assert rank["told"] == [3], "MoRACallback(0) ends the merges, that of step 6"
         assert rank["evaluated"] == pytest.approx(4.85, abs=0.1) and rank["seed"] == 3
         for name, tensor in rank["expected"].items():
             assert torch.equal(rank["resumed"][name], tensor), name
