@@ -104,11 +104,18 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
         raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))
 
 
+_OF_TEXT = (
+    "--train_files, --dataset_name, --mixture, --replay, --text_column, --document_start, --held_out_share, "
+    "--exclude_eval_documents, --streaming, --shuffle_buffer and the tokenizer"
+)
+"""What decides the tokens of a source."""
+
 _LABELS = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path",
-    "tokens": "tokens of the training text (--train_files, --dataset_name, --document_start and the tokenizer)",
-    **{f"mixture.{setting}": f"{setting} of --mixture" for setting in ("sources", "weights", "epochs")},
+    "tokens": f"tokens of the training text ({_OF_TEXT})",
+    "mixture.sources": f"sources ({_OF_TEXT})",
+    **{f"mixture.{setting}": f"{setting} of --mixture" for setting in ("weights", "epochs")},
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank",
     "adapter.r_hat_multiple": "--r_hat_multiple",

@@ -229,7 +229,8 @@ class Mixture:
         """Raises `UserError` when all sources together do not fill one global batch."""
         if self.max_steps == 0:
             raise UserError(
-                f"the mixture is shorter than one batch of {global_batch_size} sequences: give more text or more epochs"
+                f"the mixture is shorter than one batch of {global_batch_size} sequences: give more text or more "
+                "epochs, or a smaller --per_device_train_batch_size"
             )
 
     def batch(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> dict[str, Tensor]:

@@ -129,7 +129,10 @@ class StreamSource:
         epoch = self._position.epoch
         name = self.documents.name
         if self._at_epoch_start:
-            raise UserError(f"source {name!r} holds no text to train on: every document is empty or left out")
+            raise UserError(
+                f"source {name!r} holds no text to train on: every document is empty, or left out by "
+                "--exclude_eval_documents"
+            )
         if self.epochs is not None and epoch + 1 >= self.epochs:
             raise RunError(
                 f"source {name!r} has come to its end after {self.epochs:g} epoch(s) and {self._samples} sequences: "

@@ -201,7 +201,8 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
     assert_close_losses(wide, whole)
     assert source_rows(wide)[-1]["old"]["tokens"] == 6 * 32
     changed = [*argv, "--shuffle_buffer", "8"]
-    assert "sources of --mixture, train.shuffle_buffer: 7 there, 8 here" in refusal(changed)
+    message = refusal(changed)
+    assert "--shuffle_buffer" in message and "train.shuffle_buffer: 7 there, 8 here" in message
 
 
 def job_in_small_batches(argv: list[str]) -> None:
