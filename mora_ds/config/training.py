@@ -45,6 +45,10 @@ MUON_LEARNING_RATE = 0.01
 """Default of --learning_rate under muon."""
 
 
+_FP32_MAX = 3.4e38
+"""Torch refuses to multiply a tensor in fp32 by a larger number."""
+
+
 def _is_shared(output_dir: str) -> bool:
     """Whether the path is empty, the working directory, the home folder or one that holds it."""
     home = Path(os.path.expanduser("~")).resolve()
@@ -254,6 +258,13 @@ class TrainingArguments:
             return 0
         return math.ceil(self.warmup_steps * total_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
+    @property
+    def _largest_factor(self) -> float:
+        """The largest number by which AdamW multiplies a tensor, or that it adds to one."""
+        rate = max(self.peak_learning_rate, self.other_learning_rate)
+        in_first_step = rate / (1 - self.adam_beta1) if self.adam_beta1 < 1 else 0.0
+        return max(in_first_step, rate * self.weight_decay, self.adam_epsilon)
+
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         yield from wrong_values(self, _ALLOWED)
@@ -271,6 +282,11 @@ class TrainingArguments:
             yield (
                 f"--output_dir {self.output_dir!r}: name a folder for the run alone, not the working directory, the "
                 "home folder or the root"
+            )
+        if self._largest_factor > _FP32_MAX:
+            yield (
+                f"--learning_rate {self.peak_learning_rate:g}, --adam_beta1 {self.adam_beta1}, --adam_epsilon "
+                f"{self.adam_epsilon:g} and --weight_decay {self.weight_decay:g} make steps beyond the numbers of fp32"
             )
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16: give one of them"

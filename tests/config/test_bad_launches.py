@@ -42,6 +42,9 @@ LAUNCHES = r"""
 --weight_decay -1 | --weight_decay must be at least 0
 --adam_beta1 1 | --adam_beta1 must be at least 0 and below 1
 --adam_epsilon 0 | --adam_epsilon must be above 0
+--adam_epsilon 1e39 | --adam_epsilon 1e+39 | beyond the numbers of fp32
+--learning_rate 1e38 --adam_beta1 0.99999999 | --learning_rate 1e+38, --adam_beta1 0.99999999, --adam_epsilon
+--learning_rate 1e38 --weight_decay 1e9 | --weight_decay 1e+09 make steps beyond
 --max_grad_norm -1 | --max_grad_norm must be at least 0
 --report_to wanb | unknown --report_to 'wanb' | 'wandb'
 --report_to none wandb | --report_to none goes with no other tracker
@@ -69,6 +72,7 @@ LAUNCHES = r"""
 --sequence_parallel_size 2 | --sequence_parallel_size 2 does not divide
 --per_device_train_batch_size 0 | --per_device_train_batch_size must be at least 1
 --per_device_train_batch_size 5000 | shorter than one batch | --train_files
+--streaming --exclude_eval_documents --eval_files {user}/train.jsonl | 'train' holds no text | --exclude_eval_documents
 --per_device_eval_batch_size 2000000 | --per_device_eval_batch_size must be at least 1 and at most 1,000,000
 --gradient_accumulation_steps 0 | --gradient_accumulation_steps must be at least 1
 --gradient_accumulation_steps 99999999999999999999 | --gradient_accumulation_steps must be below
@@ -337,6 +341,7 @@ NEED_WEIGHTS = (
     "--target_modules",
     "--attn_implementation",
     "--max_steps -1 --w",
+    "--streaming --exclude_eval_documents",
 )
 """How launches begin whose mistake shows only when the model is loaded."""
 
