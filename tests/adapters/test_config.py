@@ -10,33 +10,36 @@ from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.spec import Side
 from mora_ds.common.errors import UserError
+from tests.helpers.tables import parsed, rows
+
+PROBLEMS = """
+mora | {rank: 0, dropout: 1.0, operator: rotat, grouping: permutted} | --mora_rank --mora_dropout --operator --grouping
+mora | {target_modules: [], compute: fast, base_bits: 5, freeze: shared} \
+| --target_modules --base_bits research.freeze --compute
+mora | {operator: rotate, grouping: alternate, segments: 2} | --grouping --tp_grouping
+# auto: rotate
+mora | {rank: 8, grouping: strided} | --grouping
+lora | {rank: 0, alpha: 0.0} | --mora_rank --lora_alpha
+lora | {alpha: .inf} | --lora_alpha
+mora | {dropout: -0.1, segments: -1, operator: share} | --mora_dropout segments
+mora | {operator: share, layer_sizes: {a: 0}} | research.targets:
+mora | {domains: [a, .]} | research.domain_adapters:
+mora | {domains: [a, a]} | research.domain_adapters:
+"""
 
 
-@pytest.mark.parametrize(
-    ("config", "values", "flags"),
-    [
-        (MoRAConfig, {"rank": 0, "dropout": 1.0, "operator": "rotat", "grouping": "permutted"},
-         ["--mora_rank", "--mora_dropout", "--operator", "--grouping"]),
-        (MoRAConfig, {"target_modules": (), "compute": "fast", "base_bits": 5, "freeze": "shared"},
-         ["--target_modules", "--base_bits", "research.freeze", "--compute"]),
-        (MoRAConfig, {"operator": "rotate", "grouping": "alternate", "segments": 2}, ["--grouping", "--tp_grouping"]),
-        (MoRAConfig, {"rank": 8, "grouping": "strided"}, ["--grouping"]),  # auto: rotate
-        (LoRAConfig, {"rank": 0, "alpha": 0.0}, ["--mora_rank", "--lora_alpha"]),
-        (LoRAConfig, {"alpha": float("inf")}, ["--lora_alpha"]),
-        (MoRAConfig, {"rank": 4, "operator": "share", "grouping": "strided", "segments": 2}, []),
-        (MoRAConfig, {"dropout": -0.1, "segments": -1, "operator": "share"}, ["--mora_dropout", "segments"]),
-        (MoRAConfig, {"operator": "share", "layer_sizes": {"a": 0}}, ["research.targets:"]),
-        (MoRAConfig, {"domains": ("a", ".")}, ["research.domain_adapters:"]),
-        (MoRAConfig, {"domains": ("a", "a")}, ["research.domain_adapters:"]),
-    ],
-)  # fmt: skip
-def test_all_wrong_values_are_reported_together(config: Any, values: dict[str, Any], flags: list[str]) -> None:
-    problems = config.problems(**values)
-    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == flags
-    if problems:
-        with pytest.raises(UserError) as caught:
-            config(**values)
-        assert str(caught.value).splitlines() == problems
+@pytest.mark.parametrize(("kind", "values", "flags"), rows(PROBLEMS))
+def test_all_wrong_values_are_reported_together(kind: str, values: str, flags: str) -> None:
+    config: Any = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
+    problems = config.problems(**parsed(values))
+    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == flags.split()
+    with pytest.raises(UserError) as caught:
+        config(**parsed(values))
+    assert str(caught.value).splitlines() == problems
+
+
+def test_segments_go_with_a_fixed_grouping_of_share() -> None:
+    assert MoRAConfig.problems(rank=4, operator="share", grouping="strided", segments=2) == []
 
 
 def test_defaults() -> None:

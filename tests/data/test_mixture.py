@@ -20,6 +20,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, assert_close_losses, curve, job, losses, printed, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.tables import rows as rows_of
 
 
 def order(shares: SampleSchedule, samples: int) -> np.ndarray:
@@ -184,24 +185,26 @@ def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path) -> 
     assert [source.name for source in plain.sources] == ["train", "old"] and plain.phases == ((0, (0.95, 0.05)),)
 
 
-ONE = "sources:\n  a: {files: x, weight: 1}\n"
-WRONG = {
-    "zero later": (ONE + "phases: [{from_step: 5, weights: {a: 0}}]", {}, ["from step 5", "add up to 0"]),
-    "never": ("sources:\n  a: {files: x}\n  b: {files: y, weight: 0}\n", {}, ["'b' has weight 0 throughout"]),
-    "no number": ("sources:\n  a: {files: x, weight: much}\n", {}, ["sources.a.weight must be a number, got 'much'"]),
-    "nan": ("sources:\n  a: {files: x, weight: .nan}\n", {}, ["'a' must be at least 0, got nan"]),
-    "twice": ("sources:\n  a: {files: x}\n  a: {files: y}\n", {}, ["'a' is given twice"]),
-    "part of a stream": ("sources:\n  a: {files: x, epochs: 1.5}\n", {"streaming": True}, ["whole number", "got 1.5"]),
-}
+WRONG = """
+{sources: {a: {files: x, weight: 1}}, phases: [{from_step: 5, weights: {a: 0}}]} | from step 5 | add up to 0
+{sources: {a: {files: x}, b: {files: y, weight: 0}}} | 'b' has weight 0 throughout
+{sources: {a: {files: x, weight: much}}} | sources.a.weight must be a number, got 'much'
+{sources: {a: {files: x, weight: .nan}}} | 'a' must be at least 0, got nan
+{sources: {a: {files: x}, a: {files: y}}} | 'a' is given twice
+"""
 """What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_named(tmp_path: Path, case: str) -> None:
-    text, flags, phrases = WRONG[case]
+@pytest.mark.parametrize(("text", "phrases"), [(text, phrases) for text, *phrases in rows_of(WRONG)])
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, phrases: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        plan_of(tmp_path, text or "", **flags)
+        plan_of(tmp_path, text)
     assert all(phrase in str(error.value) for phrase in phrases), str(error.value)
+
+
+def test_a_stream_has_whole_epochs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"whole number.*got 1\.5"):
+        plan_of(tmp_path, "{sources: {a: {files: x, epochs: 1.5}}}", streaming=True)
 
 
 # -- complete runs ---------------------------------------------------------------------------------------------------

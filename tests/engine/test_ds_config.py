@@ -24,6 +24,7 @@ from mora_ds.engine.ds_config import (
     resolve_ds_config,
 )
 from mora_ds.engine.ds_keys import REFUSED, TOP_LEVEL
+from tests.helpers.tables import parsed, rows
 
 SETTINGS = EngineSettings(
     micro_batch_size=4,
@@ -189,24 +190,24 @@ def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"zero_optimization": {"stag": 3}}, "unknown key 'zero_optimization.stag'. Did you mean 'stage'?"),
-        ({"optimizer": {"params": {"learning_rate": 1}}}, "unknown key 'optimizer.params.learning_rate'"),
-        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "Did you mean 'device'?"),
-        ({"zero_optimization": {"stage": True}}, "stage must be 1, 2 or 3, got true"),
-        ({"zero_optimization": {"stage": 0}}, "stage must be 1, 2 or 3, got 0; 1 shards the least"),
-        ({"optimizer": {"params": {"bias_correction": True}}}, "bias_correction"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.0}}}, "ratio must stay 1"),
-        ({"gradient_allreduce_op": "sum"}, "average over tokens"),
-        ({"managed_gradient_accumulation": False}, "must stay true"),
-        ({"steps_per_print": AUTO}, 'steps_per_print = "auto": there is no flag to take it from'),
-    ],
-)
-def test_each_wrong_setting_is_named(config: dict[str, Any], message: str) -> None:
-    """Others are lines of tests/config/test_bad_launches.py."""
-    text = refusal(config)
+WRONG = """
+{zero_optimization: {stag: 3}} | unknown key 'zero_optimization.stag'. Did you mean 'stage'?
+{optimizer: {params: {learning_rate: 1}}} | unknown key 'optimizer.params.learning_rate'
+{zero_optimization: {offload_optimizer: {devise: cpu}}} | Did you mean 'device'?
+{zero_optimization: {stage: true}} | stage must be 1, 2 or 3, got true
+{zero_optimization: {stage: 0}} | stage must be 1, 2 or 3, got 0; 1 shards the least
+{optimizer: {params: {bias_correction: true}}} | bias_correction
+{zero_optimization: {offload_optimizer: {device: cpu, ratio: 0.0}}} | ratio must stay 1
+{gradient_allreduce_op: sum} | average over tokens
+{managed_gradient_accumulation: false} | must stay true
+{steps_per_print: auto} | steps_per_print = "auto": there is no flag to take it from
+"""
+"""Others are lines of tests/config/test_bad_launches.py."""
+
+
+@pytest.mark.parametrize(("config", "message"), rows(WRONG))
+def test_each_wrong_setting_is_named(config: str, message: str) -> None:
+    text = refusal(parsed(config))
     assert message in text
     assert len(text.splitlines()) == 1
 
@@ -223,21 +224,20 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path: str) -> None:
         assert resolve_ds_config(nested(off), SETTINGS, 1)
 
 
-@pytest.mark.parametrize(
-    ("section", "wanted", "expected"),
-    [
-        ({"autotp_size": 2}, 1, "tensor_parallel.autotp_size = 2 but --tensor_parallel_size = 1"),
-        ({"autotp_size": 1}, 2, "tensor_parallel.autotp_size = 1 but --tensor_parallel_size = 2"),
-        ({"autotp_size": 2, "tp": {"tp_size": 2}}, 2, '"tensor_parallel.tp" cannot be used: it is for AutoTP'),
-        ({"autotp_size": "two"}, 2, 'tensor_parallel.autotp_size must be a whole number or "auto", got "two"'),
-        ({"autotp_size": -2}, 2, "must be a whole number"),
-        (2, 2, '"tensor_parallel" must be an object'),
-    ],
-)
-def test_a_degree_that_the_flag_does_not_say(section: Any, wanted: int, expected: str) -> None:
-    with pytest.raises(UserError) as error:
-        resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=wanted), 1)
-    assert expected in str(error.value)
+DEGREES = """
+{autotp_size: 2} | 1 | tensor_parallel.autotp_size = 2 but --tensor_parallel_size = 1
+{autotp_size: 1} | 2 | tensor_parallel.autotp_size = 1 but --tensor_parallel_size = 2
+{autotp_size: 2, tp: {tp_size: 2}} | 2 | "tensor_parallel.tp" cannot be used: it is for AutoTP
+{autotp_size: two} | 2 | tensor_parallel.autotp_size must be a whole number or "auto", got "two"
+{autotp_size: -2} | 2 | must be a whole number
+2 | 2 | "tensor_parallel" must be an object
+"""
+
+
+@pytest.mark.parametrize(("section", "degree", "message"), rows(DEGREES))
+def test_a_degree_that_the_flag_does_not_say(section: str, degree: str, message: str) -> None:
+    settings = replace(SETTINGS, tensor_parallel_size=int(degree))
+    assert message in refusal({"tensor_parallel": parsed(section)}, settings, 1)
 
 
 @pytest.mark.parametrize("section", [{"autotp_size": 2}, {"autotp_size": "auto"}, {}, None])

@@ -11,6 +11,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
 from mora_ds.engine.initialize import initialize_full
+from tests.helpers.tables import parsed, rows
 
 
 def flags(*argv: str) -> Any:
@@ -35,33 +36,30 @@ def test_the_flags_fill_the_config() -> None:
     assert flags("--optimizer", "muon").schedule(10).peak == 0.01
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"optimizer": {"type": "AdamW"}}, 'optimizer.type = "AdamW" but --optimizer = muon; set it to "auto"'),
-        ({"optimizer": {"params": {"muon_lr": 1.0}}}, "muon_lr = 1.0 but --learning_rate = 0.01"),
-        ({"optimizer": {"params": {"lr": 1.0}}}, "lr = 1.0 but --embedding_learning_rate = 0.0004"),
-        ({"optimizer": {"params": {"momentum": 0.5}}}, "momentum = 0.5 but it is 0.95 here"),
-        ({"optimizer": {"params": {"adam_lr": 0.5}}}, '"lr" is the learning rate of AdamW'),
-        ({"optimizer": {"params": {"per_head_muon": True}}}, "a MoRA matrix is no attention projection"),
-        ({"optimizer": {"params": {"fp32_optimizer_states": True}}}, "fp32_optimizer_states is not for Muon"),
-        ({"optimizer": {"params": {"ns_method": "newton"}}}, 'ns_method must be "gram" or "standard"'),
-        ({"zero_optimization": {"stage": 3, "reduce_scatter": True}}, "reduce_scatter = true but Muon needs unsharded"),
-        ({"zero_optimization": {"stage": 3}, "communication_data_type": "bf16"}, "communication_data_type"),
-        ({"zero_optimization": {"save_muon_momentum_buffer_in_memory": True}}, "momentum at zero"),
-        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
-        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
-        (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-            "offload_optimizer.ratio must stay 1",
-        ),
-        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm must stay true"),
-    ],
-)
-def test_each_wrong_setting_is_named(config: dict[str, Any], message: str) -> None:
+WRONG = """
+{optimizer: {type: AdamW}} | optimizer.type = "AdamW" but --optimizer = muon; set it to "auto"
+{optimizer: {params: {muon_lr: 1.0}}} | muon_lr = 1.0 but --learning_rate = 0.01
+{optimizer: {params: {lr: 1.0}}} | lr = 1.0 but --embedding_learning_rate = 0.0004
+{optimizer: {params: {momentum: 0.5}}} | momentum = 0.5 but it is 0.95 here
+{optimizer: {params: {adam_lr: 0.5}}} | "lr" is the learning rate of AdamW
+{optimizer: {params: {per_head_muon: true}}} | a MoRA matrix is no attention projection
+{optimizer: {params: {fp32_optimizer_states: true}}} | fp32_optimizer_states is not for Muon
+{optimizer: {params: {ns_method: newton}}} | ns_method must be "gram" or "standard"
+{zero_optimization: {stage: 3, reduce_scatter: true}} | reduce_scatter = true but Muon needs unsharded
+{zero_optimization: {stage: 3}, communication_data_type: bf16} | communication_data_type
+{zero_optimization: {save_muon_momentum_buffer_in_memory: true}} | momentum at zero
+{zero_optimization: {zero_quantized_gradients: true}} | zero_quantized_gradients
+{zero_optimization: {round_robin_gradients: true}} | round_robin_gradients
+{zero_optimization: {stage: 2, offload_optimizer: {device: cpu, ratio: 0.5}}} | offload_optimizer.ratio must stay 1
+{zero_optimization: {stage: 1, compute_grad_norm: false}} | compute_grad_norm must stay true
+"""
+
+
+@pytest.mark.parametrize(("config", "message"), rows(WRONG))
+def test_each_wrong_setting_is_named(config: str, message: str) -> None:
     settings = flags("--optimizer", "muon").training.engine_settings()
     with pytest.raises(UserError) as error:
-        resolve_ds_config(config, settings, 2)
+        resolve_ds_config(parsed(config), settings, 2)
     assert message in str(error.value)
 
 

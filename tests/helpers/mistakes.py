@@ -16,6 +16,7 @@ import pytest
 from mora_ds.commands import dispatch
 from mora_ds.common.errors import UserError
 from tests.helpers.jobs import Playground
+from tests.helpers.tables import parsed, rows
 
 NUMBER_5000 = "1" * 5_000
 """More digits than Python turns into a number."""
@@ -62,124 +63,124 @@ def write(folder: Path, name: str, content: str | bytes) -> None:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+DEEPSPEED_FILES = """
+live | {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": -5}}
+bucket | {"zero_optimization": {"stage": 3, "reduce_bucket_size": "large"}}
+stage | {"zero_optimization": {"stage": "3"}}
+device | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}
+nvme | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
+hpz | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "two"}}
+hpz_4 | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+activation | {"activation_checkpointing": 7}
+flops | {"flops_profiler": "on"}
+comms | {"comms_logger": {"enabled": "often"}}
+tensorboard | {"tensorboard": 3}
+checkpoint | {"checkpoint": 5}
+aio | {"aio": []}
+fp16 | {"fp16": {"enabled": "perhaps"}}
+scale | {"fp16": {"loss_scale": -1}}
+betas | {"optimizer": {"params": {"betas": 0.9}}}
+optimizer | {"optimizer": {"type": "Lamb"}}
+clipping | {"gradient_clipping": "much"}
+rows | {"train_batch_size": 7}
+several | {"zero_optimisation": {"stage": 3}, "train_micro_batch_size_per_gpu": 5, "train_batch_size": 7, \
+"optimizer": {"params": {"lr": 1.0}}}
+types | {"data_types": {"grad_accum_dtype": "fp8"}}
+communication | {"communication_data_type": "fp99"}
+scheduler | {"scheduler": {"type": "WarmupLR"}}
+param | {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+typo | {"zero_optimisation": {"stage": 3}}
+section | {"zero_optimization": 3}
+list | [{"zero_optimization": {"stage": 3}}]
+twice | {"bf16": {}, "bf16": {}}
+comma | {"zero_optimization": {"stage": 3},}
+"""
+
+
 def deepspeed_files(folder: Path) -> None:
     """ds/NAME.json, each with one wrong value."""
-    zero: dict[str, dict[str, Any]] = {
-        "live": {"stage3_max_live_parameters": -5},
-        "bucket": {"reduce_bucket_size": "large"},
-        "stage": {"stage": "3"},
-        "device": {"offload_optimizer": {"device": "disk"}},
-        "nvme": {"offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}},
-        "hpz": {"zero_hpz_partition_size": "two"},
-        "hpz_4": {"stage": 3, "zero_hpz_partition_size": 4},
-    }
-    sections: dict[str, Any] = {
-        "activation": {"activation_checkpointing": 7},
-        "flops": {"flops_profiler": "on"},
-        "comms": {"comms_logger": {"enabled": "often"}},
-        "tensorboard": {"tensorboard": 3},
-        "checkpoint": {"checkpoint": 5},
-        "aio": {"aio": []},
-        "fp16": {"fp16": {"enabled": "perhaps"}},
-        "scale": {"fp16": {"loss_scale": -1}},
-        "betas": {"optimizer": {"params": {"betas": 0.9}}},
-        "optimizer": {"optimizer": {"type": "Lamb"}},
-        "clipping": {"gradient_clipping": "much"},
-        "rows": {"train_batch_size": 7},
-        "several": {
-            "zero_optimisation": {"stage": 3},
-            "train_micro_batch_size_per_gpu": 5,
-            "train_batch_size": 7,
-            "optimizer": {"params": {"lr": 1.0}},
-        },
-        "types": {"data_types": {"grad_accum_dtype": "fp8"}},
-        "communication": {"communication_data_type": "fp99"},
-        "scheduler": {"scheduler": {"type": "WarmupLR"}},
-        "param": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
-        "typo": {"zero_optimisation": {"stage": 3}},
-        "section": {"zero_optimization": 3},
-        "list": [{"zero_optimization": {"stage": 3}}],
-    }
-    files = {name: {"zero_optimization": {"stage": 3, **values}} for name, values in zero.items()} | sections
-    for name, content in files.items():
-        write(folder, f"ds/{name}.json", json.dumps(content))
-    texts = {
-        "twice": '{"bf16": {}, "bf16": {}}',
-        "comma": '{"zero_optimization": {"stage": 3},}',
+    unusual = {
         "empty": "",
         "number": f'{{"zero_optimization": {{"reduce_bucket_size": {NUMBER_5000}}}}}',
         "deep": f'{{"zero_optimization": {DEEP}}}',
         "binary": b"\x80\x02}q\x00.",
     }
-    for name, text in texts.items():
-        write(folder, f"ds/{name}.json", text)
+    for name, content in {**dict(rows(DEEPSPEED_FILES)), **unusual}.items():
+        write(folder, f"ds/{name}.json", content)
+
+
+YAML_FILES = """
+recipes/empty_path | cache_dir: ''
+recipes/typo | mora_rnak: 8
+recipes/type | max_steps: many
+recipes/list | [max_steps, 8]
+recipes/twice | {seed: 1, seed: 2}
+recipes/date | seed: 2024-13-45
+recipes/alias | seed: *other
+recipes/tag | seed: !!python/object:os.system 1
+recipes/retired | merge_precision: incremental
+mix/no_sources | phases: []
+mix/no_files | sources: {web: {weight: 1}}
+mix/list | sources: [web, code]
+mix/entry | sources: {web: corpus.txt}
+mix/key | sources: {web: {files: a.txt, wieght: 2}}
+mix/weight | sources: {web: {files: a.txt, weight: -1}}
+mix/zero | sources: {web: {files: a.txt, weight: 0}}
+mix/epochs | sources: {web: {files: a.txt, epochs: 0}}
+mix/name | sources: {a/b: {files: a.txt}}
+mix/number | {sources: {1: {files: a.txt}}, phases: [{from_step: 3, weights: {2: 1}}]}
+mix/phase | {sources: {web: {files: a.txt}}, phases: [{from_step: 0, weights: {web: 1}}]}
+mix/gone | sources: {web: {files: gone.txt}}
+targets/list | [q_proj]
+targets/other | seed: 1
+targets/format | format: 99
+"""
 
 
 def yaml_files(folder: Path) -> None:
     """recipes/NAME.yaml, mix/NAME.yaml and targets/NAME.yaml, each with one mistake."""
-    texts = {
-        "recipes/empty_path": "cache_dir: ''\n",
-        "recipes/typo": "mora_rnak: 8\n",
-        "recipes/type": "max_steps: many\n",
-        "recipes/list": "- max_steps\n- 8\n",
-        "recipes/twice": "seed: 1\nseed: 2\n",
+    unusual = {
         "recipes/tab": "seed:\t1\n\tbf16: true\n",
         "recipes/number": f"seed: {NUMBER_5000}\n",
         "recipes/deep": f"target_modules: {DEEP}\n",
         "recipes/key": "? [seed, bf16]\n: 1\n",
-        "recipes/date": "seed: 2024-13-45\n",
-        "recipes/alias": "seed: *other\n",
-        "recipes/tag": "seed: !!python/object:os.system 1\n",
         "recipes/binary": b"\x80\x02}q\x00.",
-        "recipes/retired": "merge_precision: incremental\n",
-        "mix/no_sources": "phases: []\n",
-        "mix/no_files": "sources: {web: {weight: 1}}\n",
-        "mix/list": "sources: [web, code]\n",
-        "mix/entry": "sources: {web: corpus.txt}\n",
-        "mix/key": "sources: {web: {files: a.txt, wieght: 2}}\n",
-        "mix/weight": "sources: {web: {files: a.txt, weight: -1}}\n",
-        "mix/zero": "sources: {web: {files: a.txt, weight: 0}}\n",
-        "mix/epochs": "sources: {web: {files: a.txt, epochs: 0}}\n",
-        "mix/name": "sources: {a/b: {files: a.txt}}\n",
-        "mix/number": "sources: {1: {files: a.txt}}\nphases: [{from_step: 3, weights: {2: 1}}]\n",
-        "mix/phase": "sources: {web: {files: a.txt}}\nphases: [{from_step: 0, weights: {web: 1}}]\n",
-        "mix/gone": "sources: {web: {files: gone.txt}}\n",
-        "targets/list": "- q_proj\n",
         "targets/empty": "",
-        "targets/other": "seed: 1\n",
-        "targets/format": "format: 99\n",
         "targets/binary": b"\x80\x02}q\x00.",
     }
-    for name, text in texts.items():
-        write(folder, f"{name}.yaml", text)
+    for name, content in {**dict(rows(YAML_FILES)), **unusual}.items():
+        write(folder, f"{name}.yaml", content)
+
+
+CONFIGS = """
+heads | {num_attention_heads: 5, num_key_value_heads: 5}
+kv_heads | {num_key_value_heads: 3}
+string | {hidden_size: "32"}
+negative | {num_hidden_layers: -2}
+no_heads | {num_attention_heads: 0}
+float | {vocab_size: 400.5}
+list | {intermediate_size: [56]}
+null | {hidden_size: null}
+activation | {hidden_act: swiglu9}
+rope | {rope_parameters: {rope_type: spiral}}
+type | {model_type: lama}
+no_type | {model_type: null}
+padding | {pad_token_id: 1000000}
+deep | {num_hidden_layers: 1000}
+bottomless | {num_hidden_layers: 16777216}
+quantized | {quantization_config: {quant_method: gptq, bits: 4}}
+more_layers | {num_hidden_layers: 3}
+wider | {intermediate_size: 64}
+code | {auto_map: {AutoModelForCausalLM: modeling.Model}, model_type: own}
+"""
+"""Changes of a good config."""
 
 
 def model_folders(folder: Path, user: Playground) -> None:
     """models/NAME, each a copy of the user's model with one mistake."""
     config = json.loads((user.model / "config.json").read_text())
-    changes: dict[str, dict[str, Any]] = {
-        "heads": {"num_attention_heads": 5, "num_key_value_heads": 5},
-        "kv_heads": {"num_key_value_heads": 3},
-        "string": {"hidden_size": "32"},
-        "negative": {"num_hidden_layers": -2},
-        "no_heads": {"num_attention_heads": 0},
-        "float": {"vocab_size": 400.5},
-        "list": {"intermediate_size": [56]},
-        "null": {"hidden_size": None},
-        "activation": {"hidden_act": "swiglu9"},
-        "rope": {"rope_parameters": {"rope_type": "spiral"}},
-        "type": {"model_type": "lama"},
-        "no_type": {"model_type": None},
-        "padding": {"pad_token_id": 1_000_000},
-        "deep": {"num_hidden_layers": 1_000},
-        "bottomless": {"num_hidden_layers": 2**24},
-        "quantized": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "more_layers": {"num_hidden_layers": 3},
-        "wider": {"intermediate_size": 64},
-        "code": {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "model_type": "own"},
-    }
     files: dict[str, dict[str, str | bytes]] = {
-        name: {"config.json": json.dumps({**config, **change})} for name, change in changes.items()
+        name: {"config.json": json.dumps({**config, **parsed(change)})} for name, change in rows(CONFIGS)
     }
     tokens = json.loads((user.model / "tokenizer_config.json").read_text())
     weights = (user.model / "model.safetensors").read_bytes()
@@ -268,9 +269,9 @@ def text_files(folder: Path) -> None:
         "torn.txt.zst": b"(\xb5/\xfd and nothing else",
         "notes.docx": b"PK",
         "torn.model": b"\x0a\x07not sentencepiece",
-        "model.json": json.dumps({"hidden_size": 32}),
-        "heads.json": json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}),
-        "types.json": json.dumps({"model_type": "llama", "hidden_size": "32", "num_hidden_layers": 1}),
+        "model.json": '{"hidden_size": 32}',
+        "heads.json": '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}',
+        "types.json": '{"model_type": "llama", "hidden_size": "32", "num_hidden_layers": 1}',
         "deep.json": f'{{"model_type": {DEEP}}}',
         "digits.json": f'{{"model_type": "llama", "hidden_size": {NUMBER_5000}}}',
     }

@@ -22,6 +22,7 @@ from mora_ds.train.preflight import check_split
 from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.helpers.tables import parsed, rows
 
 LENGTH = 24
 """Tokens a row: twice the sliding window of the tiny models."""
@@ -180,23 +181,28 @@ def config_of(kind: str, **values: Any) -> Any:
     return AutoConfig.for_model(kind, **{**FAMILIES.get(kind, {}), **values})
 
 
-@pytest.mark.parametrize(
-    ("config", "size", "attention", "parts"),
-    [
-        (config_of("llama"), 3, None, ["--sequence_parallel_size 3", "4 attention heads"]),
-        (config_of("llama", num_attention_heads=8, num_key_value_heads=6), 4, None, ["6 key-value heads"]),
-        (config_of("llama"), 2, "sdpa", ["because --attn_implementation sdpa reads masks"]),
-        (config_of("bloom", hidden_size=32, n_layer=2, n_head=4), 2, None, ["attention of BloomForCausalLM"]),
-        (config_of("mamba", hidden_size=32, num_hidden_layers=2), 2, None, ["no number of attention heads"]),
-        (config_of("llama4_text"), 2, None, ["layers of the kind chunked_attention"]),
-    ],
-)  # fmt: skip
-def test_what_a_config_tells(config: Any, size: int, attention: str | None, parts: list[str]) -> None:
-    with pytest.raises(UserError) as error:
-        check_config(config, size, attention)
-    for phrase in ("--sequence_parallel_size", *parts):
-        assert phrase in str(error.value)
-    check_config(config, 1, attention)
+UNSPLIT = """
+llama | {} | 3 | --sequence_parallel_size 3
+llama | {} | 3 | 4 attention heads
+llama | {num_attention_heads: 8, num_key_value_heads: 6} | 4 | 6 key-value heads
+bloom | {hidden_size: 32, n_layer: 2, n_head: 4} | 2 | attention of BloomForCausalLM
+mamba | {hidden_size: 32, num_hidden_layers: 2} | 2 | no number of attention heads
+llama4_text | {} | 2 | layers of the kind chunked_attention
+"""
+
+
+@pytest.mark.parametrize(("kind", "values", "size", "message"), rows(UNSPLIT))
+def test_what_a_config_tells(kind: str, values: str, size: str, message: str) -> None:
+    config = config_of(kind, **parsed(values))
+    with pytest.raises(UserError, match=f"--sequence_parallel_size.*{message}"):
+        check_config(config, int(size), None)
+    check_config(config, 1, None)
+
+
+def test_an_attention_that_reads_masks_is_not_split() -> None:
+    with pytest.raises(UserError, match=r"--sequence_parallel_size.*because --attn_implementation sdpa reads masks"):
+        check_config(config_of("llama"), 2, "sdpa")
+    check_config(config_of("llama"), 1, "sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from mora_ds.peft import PEFT_TYPE, MoraConfig
 from mora_ds.peft.model import MoraLinear
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.tables import parsed, rows
 
 IDS = tokens(3)
 
@@ -203,22 +204,22 @@ def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"r": "8"}, "r must be a whole number, got '8'"),
-        ({"r": 2.5}, "r must be a whole number, got 2.5"),
-        ({"mora_dropout": None}, "mora_dropout must be a number, got None"),
-        ({"seed": None}, "seed must be a whole number, got None"),
-        ({"cycle": "1"}, "cycle must be a whole number, got '1'"),
-        ({"cycle": -1}, "cycle must be at least 0"),
-    ],
-)
-def test_values_of_another_type_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+TYPES = """
+{r: "8"} | r must be a whole number, got '8'
+{r: 2.5} | r must be a whole number, got 2.5
+{mora_dropout: null} | mora_dropout must be a number, got None
+{seed: null} | seed must be a whole number, got None
+{cycle: "1"} | cycle must be a whole number, got '1'
+{cycle: -1} | cycle must be at least 0
+"""
+
+
+@pytest.mark.parametrize(("settings", "message"), rows(TYPES))
+def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message: str) -> None:
     """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**read_json(path), **settings}))
+    path.write_text(json.dumps({**read_json(path), **parsed(settings)}))
     with pytest.raises(UserError, match=message):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 

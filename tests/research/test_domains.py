@@ -47,6 +47,7 @@ from tests.helpers.jobs import (
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import model_with_mora, tiny_model, tokens
 from tests.helpers.resume import assert_close_runs, assert_same_run, interrupted_job, stop_and_resume
+from tests.helpers.tables import parsed, rows
 
 NAMES = ("law", "code", "news", "prose")
 
@@ -346,50 +347,51 @@ def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
     return refused(argv)
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "one source": ({"train_files": ["x.txt"]}, "needs several named sources"),
-    "lora": ({"adapter": "lora"}, "research.domain_adapters is for MoRA matrices, and --adapter is lora"),
-    "full": ({"adapter": "full"}, "research.domain_adapters is for MoRA matrices, and --adapter is full"),
-    "weight": ({"compute": "weight"}, "--compute weight forms one weight for all rows"),
-    "budget": (
-        {"targets": "auto", "trainable_budget": "1%"},
-        "research.trainable_budget counts one MoRA matrix a layer",
-    ),
-    "alignment": ({"alignment_weight": 0.1}, "research.alignment_weight aligns one update a layer"),
-    "tensor parallel": ({"tensor_parallel_size": 2}, "leave --tensor_parallel_size at 1"),
-    "called shared": ({"train_files": ["shared=x:1", "b=y:1"]}, "'shared' stands for the shared MoRA matrix"),
-    "called like a folder's own": ({"train_files": ["..=x:1", "b=y:1"]}, "'..' cannot be a domain's name"),
-    "evaluated as nobody": ({"eval_domains": ["held=lwa"]}, "there is no domain 'lwa'"),
-    "twice": ({"eval_domains": ["held=a", "held=b"]}, "research.eval_domains: held is given twice"),
-    "no pair": ({"eval_domains": ["held"]}, "research.eval_domains held: must be SET=DOMAIN"),
-    "freeze what": ({"freeze": "all"}, "'all'; known: none, shared, domains"),
-    "freeze and merge": ({"freeze": "shared", "merge_every": 3}, "a merge would merge the shared matrices"),
-    "freeze zeros": ({"freeze": "domains"}, "research.freeze domains keeps the domains' MoRA matrices at zero"),
-    "freeze and muon": ({"freeze": "shared", "optimizer": "muon"}, "--optimizer muon trains the shared matrices"),
-    "without": ({"domain_adapters": False, "freeze": "shared"}, "research.freeze is for research.domain_adapters"),
-}
+WRONG = """
+{train_files: [x.txt]} | needs several named sources
+{adapter: lora} | research.domain_adapters is for MoRA matrices, and --adapter is lora
+{adapter: full} | research.domain_adapters is for MoRA matrices, and --adapter is full
+{compute: weight} | --compute weight forms one weight for all rows
+{targets: auto, trainable_budget: 1%} | research.trainable_budget counts one MoRA matrix a layer
+{alignment_weight: 0.1} | research.alignment_weight aligns one update a layer
+{tensor_parallel_size: 2} | leave --tensor_parallel_size at 1
+{train_files: ["shared=x:1", "b=y:1"]} | 'shared' stands for the shared MoRA matrix
+{train_files: ["..=x:1", "b=y:1"]} | '..' cannot be a domain's name
+{eval_domains: [held=lwa]} | there is no domain 'lwa'
+{eval_domains: [held=a, held=b]} | research.eval_domains: held is given twice
+{eval_domains: [held]} | research.eval_domains held: must be SET=DOMAIN
+{freeze: all} | 'all'; known: none, shared, domains
+{freeze: shared, merge_every: 3} | a merge would merge the shared matrices
+{freeze: domains} | research.freeze domains keeps the domains' MoRA matrices at zero
+{freeze: shared, optimizer: muon} | --optimizer muon trains the shared matrices
+{domain_adapters: false, freeze: shared} | research.freeze is for research.domain_adapters
+"""
 RESEARCH = ("domain_adapters", "freeze", "eval_domains", "targets", "trainable_budget", "alignment_weight")
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_go_together_is_named(case: str) -> None:
-    changes, phrase = WRONG[case]
-    settings = {"model_name_or_path": "m", "train_files": ["a=x:1", "b=y:1"], "domain_adapters": True, **changes}
+@pytest.mark.parametrize(("changes", "message"), rows(WRONG))
+def test_what_does_not_go_together_is_named(changes: str, message: str) -> None:
+    settings = {
+        "model_name_or_path": "m",
+        "train_files": ["a=x:1", "b=y:1"],
+        "domain_adapters": True,
+        **parsed(changes),
+    }
     block = {name: settings.pop(name) for name in RESEARCH if name in settings}
     with pytest.raises(UserError) as error:
         validate(from_flat({**settings, "research": block}))
-    assert phrase in str(error.value), str(error.value)
+    assert message in str(error.value), str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("block", "message"),
-    [
-        ("{domain_adaptors: true}", "unknown key 'research.domain_adaptors'. Did you mean 'domain_adapters'?"),
-        ("{domain_adapters: 1}", "research.domain_adapters must be true or false, got 1"),
-        ("{alignment_rank: many}", "research.alignment_rank must be a whole number"),
-        ("[targets]", "research must be `key: value` lines"),
-    ],
-)
+BLOCKS = """
+{domain_adaptors: true} | unknown key 'research.domain_adaptors'. Did you mean 'domain_adapters'?
+{domain_adapters: 1} | research.domain_adapters must be true or false, got 1
+{alignment_rank: many} | research.alignment_rank must be a whole number
+[targets] | research must be `key: value` lines
+"""
+
+
+@pytest.mark.parametrize(("block", "message"), rows(BLOCKS))
 def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"research: {block}\n")

@@ -20,28 +20,26 @@ from mora_ds.train import agreement, pretrain
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
+from tests.helpers.tables import rows
 
 SECONDS = 20.0
 """Within this time every rank must have refused a run whose ranks differ."""
 
 MERGES = ("--merge_every", 2, "--restart_warmup_steps", 1)
 
-DIFFERENT: dict[str, tuple[tuple[Any, ...], list[str]]] = {
-    "seed": (("--seed", 7), ["--seed: 42 on rank 0; 7 on rank 1"]),
-    "learning rate": (("--learning_rate", 0.5), ["--learning_rate: 0.01 on rank 0; 0.5 on rank 1"]),
-    "merge_every": (("--merge_every", 3), ["--merge_every: 2 on rank 0; 3 on rank 1"]),
-    "max_steps": (("--max_steps", 8), ["--max_steps: 6 on rank 0; 8 on rank 1"]),
-    "operator": (("--operator", "share"), ["--operator", '"share" on rank 1']),
-    "accumulation": (
-        ("--gradient_accumulation_steps", 2),
-        ["--gradient_accumulation_steps: 1 on rank 0; 2 on rank 1"],
-    ),
-    "only valid on one rank": (("--mora_rank", 0), ["rank 1: --mora_rank must be at least 1"]),
-    "a missing DeepSpeed file": (("--deepspeed", "/nowhere.json"), ["rank 1: ", "--deepspeed /nowhere.json"]),
-    "a missing text": (("--train_files", "/nowhere.txt"), ["rank 1: ", "/nowhere.txt"]),
-    "a missing model": (("--model_name_or_path", "/nowhere"), ["rank 1: ", "--model_name_or_path /nowhere"]),
-}
-"""What rank 1 is given in addition -> parts of the message that both ranks end with."""
+DIFFERENT = """
+--seed 7 | --seed: 42 on rank 0; 7 on rank 1
+--learning_rate 0.5 | --learning_rate: 0.01 on rank 0; 0.5 on rank 1
+--merge_every 3 | --merge_every: 2 on rank 0; 3 on rank 1
+--max_steps 8 | --max_steps: 6 on rank 0; 8 on rank 1
+--operator share | --operator | "share" on rank 1
+--gradient_accumulation_steps 2 | --gradient_accumulation_steps: 1 on rank 0; 2 on rank 1
+--mora_rank 0 | rank 1: --mora_rank must be at least 1
+--deepspeed /nowhere.json | rank 1: | --deepspeed /nowhere.json
+--train_files /nowhere.txt | rank 1: | /nowhere.txt
+--model_name_or_path /nowhere | rank 1: | --model_name_or_path /nowhere
+"""
+"""What rank 1 is given in addition, and what is in the message that both ranks end with."""
 
 
 def refused_each(cases: list[list[list[str]]]) -> list[tuple[str, str, float]]:
@@ -64,12 +62,12 @@ def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
 
 
 def test_ranks_with_different_settings(user: Playground, out: Path) -> None:
-    cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more)] for more, _ in DIFFERENT.values()]
+    cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more.split())] for more, *_ in rows(DIFFERENT)]
     results = run_ranks(2, refused_each, cases)
-    for (name, (_, phrases)), *ranks in zip(DIFFERENT.items(), *results, strict=True):
+    for (more, *phrases), *ranks in zip(rows(DIFFERENT), *results, strict=True):
         for kind, message, seconds in ranks:
-            assert kind == "UserError" and all(phrase in message for phrase in phrases), (name, message)
-            assert seconds < SECONDS, name
+            assert kind == "UserError" and all(phrase in message for phrase in phrases), (more, message)
+            assert seconds < SECONDS, more
     assert not out.exists(), "nothing was written"
 
 

@@ -27,6 +27,7 @@ from tests.helpers.batches import batch_of
 from tests.helpers.jobs import Playground, assert_close_losses, refusal, run
 from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.resume import assert_same_run, stop_and_resume
+from tests.helpers.tables import rows
 
 MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
 
@@ -94,24 +95,22 @@ def config_of(kind: str, **values: Any) -> Any:
     return AutoConfig.for_model(kind, **values)
 
 
-LLAMA = config_of("llama")
+CHOSEN = """
+llama | auto | documents
+llama | flash_attention_2 | flash_attention_2
+llama | sdpa | sdpa
+gpt_oss | auto | documents
+gemma2 | auto | documents
+bloom | auto | none
+llama4_text | auto | none
+mamba | auto | none
+"""
 
 
-@pytest.mark.parametrize(
-    ("config", "implementation", "runs"),
-    [
-        (LLAMA, "auto", NAME),
-        (LLAMA, "flash_attention_2", "flash_attention_2"),
-        (LLAMA, "sdpa", "sdpa"),
-        (config_of("gpt_oss"), "auto", NAME),
-        (config_of("gemma2"), "auto", NAME),
-        (config_of("bloom"), "auto", None),
-        (config_of("llama4_text"), "auto", None),
-        (config_of("mamba"), "auto", None),
-    ],
-)  # fmt: skip
-def test_documents_wherever_the_model_can(config: Any, implementation: str, runs: str | None) -> None:
-    assert implementation_of(ModelArguments(attn_implementation=implementation), config) == runs
+@pytest.mark.parametrize(("kind", "asked_for", "runs"), rows(CHOSEN))
+def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str) -> None:
+    implementation = implementation_of(ModelArguments(attn_implementation=asked_for), config_of(kind))
+    assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
 
 
 # -- documents in batches of any size ----------------------------------------------------------------------------------

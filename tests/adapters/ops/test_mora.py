@@ -35,6 +35,7 @@ from tests.helpers.operators import (
     spec_id,
     specs,
 )
+from tests.helpers.tables import parsed, rows
 
 GOLDEN = Path(__file__).parent / "golden_operators.safetensors"
 REFERENCE_TYPES = {
@@ -359,22 +360,22 @@ def test_default_kind_is_the_papers() -> None:
     assert [default_kind(rank) for rank in (64, 128, 256)] == [OperatorKind.SHARE] * 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kind": "rotat"}, "rotate"),
-        ({"grouping": "stridet"}, "strided"),
-        ({"kind": "rotate", "r_hat": 3}, "even"),
-        ({"kind": "rotate", "grouping": "strided"}, "belongs to operator 'share'"),
-        ({"kind": "decouple", "grouping": "contiguous"}, "belongs to operator 'share'"),
-        ({"r_hat": 0}, "positive"),
-        ({"d_in": -1}, "positive"),
-        ({"kind": "subspace", "module": "layer", "vectors": "0123456789abcdef"}, "operator subspace was removed"),
-    ],
-)
-def test_specs_that_are_no_operator(changes: dict[str, object], message: str) -> None:
+NO_OPERATORS = """
+{kind: rotat} | rotate
+{grouping: stridet} | strided
+{kind: rotate, r_hat: 3} | even
+{kind: rotate, grouping: strided} | belongs to operator 'share'
+{kind: decouple, grouping: contiguous} | belongs to operator 'share'
+{r_hat: 0} | positive
+{d_in: -1} | positive
+{kind: subspace, module: layer, vectors: 0123456789abcdef} | operator subspace was removed
+"""
+
+
+@pytest.mark.parametrize(("changes", "message"), rows(NO_OPERATORS))
+def test_specs_that_are_no_operator(changes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **changes})
+        spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **parsed(changes)})
 
 
 @every_grouping
