@@ -13,8 +13,8 @@ from tools.bench.measuring import llama_config
 
 
 @pytest.mark.heavy
-def test_every_phase_of_two_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4)})
+def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
     out = tmp_path / "found.json"
     argv = [
         "scale.py",
@@ -23,7 +23,7 @@ def test_every_phase_of_two_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: py
         "--models",
         "tiny",
         "--ranks",
-        "2",
+        "4",
         "16",
         "--json",
         str(out),
@@ -34,12 +34,13 @@ def test_every_phase_of_two_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: py
     titles, *rows = tables["phases"]
     records = [dict(zip(titles, row, strict=True)) for row in rows]
     for phase in scale.PHASES:
-        assert {row["ranks"] for row in records if row["phase"] == phase} == {"2", "16"}, phase
+        assert {row["ranks"] for row in records if row["phase"] == phase} == {"4", "16"}, phase
+    assert {row["setting"] for row in records} == {path.name for path in scale.CONFIGS}
     titles, *lines = tables["CPU seconds"]
-    assert titles == ["phase", "tiny, 2 ranks", "tiny, 16 ranks"] and all(float(cell) >= 0 for cell in lines[0][1:])
+    assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"] and all(float(cell) >= 0 for cell in lines[0][1:])
     for row in records:
         if row["phase"] == "resume":
             assert int(row["files"]) <= 2, "its own shard, and the table on rank 0"
     files = {(row["ranks"], row["rank"], row["setting"]): row["files"] for row in records if row["phase"] == "save"}
     for (ranks, rank, setting), count in files.items():
-        assert count == files["2", rank, setting], (ranks, "a save opens more files where there are more ranks")
+        assert count == files["4", rank, setting], (ranks, "a save opens more files where there are more ranks")

@@ -1,11 +1,14 @@
-"""What one rank of 8, 64 or 1,024 does on its own: start, step, save, resume, merge. The other ranks are not there.
+"""What one rank of 8 to 4,096 does on its own: start, step, save, resume, merge. The other ranks are not there.
 
-    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 --models 7B-r8 70B-r256 --json FILE]
+    python tools/bench/scale.py --folder DIR [--ranks 8 64 1024 4096 --models 7B-r8 70B-r256 --json FILE]
 
-The real code of rank 0 and of one other rank runs in a process each, on states of the shapes of Llama 7B at rank 8 (all
-32 decoder layers) and 70B at rank 256 (8 of 80); collectives reach nobody (`one_rank`). Save and resume take
-an engine whose parameters are the MoRA matrices alone, as ZeRO sees them; step one of as many small matrices, so that
-it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits.
+Every shipped configs/*.json is run, as `initialize` completes it for so many ranks; the ranks of a tensor-parallel
+group share the work of one, so that ZeRO has as many fewer.
+
+The real code of rank 1 runs in a process, and for ZeRO-3 that of rank 0, on states of the shapes of Llama 7B at rank 8
+and 70B at rank 256; collectives reach nobody (`one_rank`). Save and resume take an engine whose parameters are the MoRA
+matrices alone, as ZeRO sees them (of 70B those of 8 decoder layers); step one of as many small matrices, sharded or
+kept as the real ones are, so that it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ from mora_ds.checkpoint.layout import ENGINE_TAG, RNG_FILE
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
 from mora_ds.common.errors import RunError
+from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
+from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.initialize import initialize_full
+from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.shards import NAME, NUMEL, OFFSET, RANK, START, EngineShards, RankShard, _layout
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
@@ -44,20 +50,17 @@ from mora_ds.runtime import cli
 from mora_ds.runtime.cli import command_parser
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.run import Run
-from tools.bench.measuring import llama_config, zero3_config
+from tools.bench.measuring import ROOT, llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
 from tools.bench.report import Report, json_flag
 
-MODELS: dict[str, tuple[LlamaConfig, int]] = {
-    "7B-r8": (llama_config(4096, 32, 32000, 4096, mlp=11008, heads=32), 8),
-    "70B-r256": (llama_config(8192, 8, 32000, 4096, mlp=28672, heads=64, kv_heads=8), 256),
+MODELS: dict[str, tuple[LlamaConfig, int, int]] = {
+    "7B-r8": (llama_config(4096, 32, 32000, 4096, mlp=11008, heads=32), 8, 32),
+    "70B-r256": (llama_config(8192, 80, 32000, 4096, mlp=28672, heads=64, kv_heads=8), 256, 8),
 }
-"""Name -> (config, rank of the adapter)."""
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ZeRO-3": {"stage": 3},
-    "ZeRO-3, no reduce_scatter": {"stage": 3, "reduce_scatter": False},
-    "ZeRO-1": {"stage": 1},
-}
+"""Name -> (config, rank of the adapter, decoder layers whose matrices are saved)."""
+CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+WITH_RANK_0 = "zero3.json"
 TITLES = ("phase", "model", "ranks", "rank", "setting", "CPU s", "files")
 PHASES = ("start", "step", "save", "resume", "merge")
 BOOKKEEPING_SIDE = 32
@@ -76,7 +79,7 @@ def main() -> None:
         _write_base(options.folder / f"{model}-base", MODELS[model][0])
     for world, model in itertools.product(options.ranks, options.models):
         for rank in (0, 1):
-            for setting in list(SETTINGS)[: None if rank else 1]:  # of rank 0 the first alone
+            for setting in [path.name for path in CONFIGS] if rank else [WITH_RANK_0]:
                 measured = _measured(options.folder, model, setting, world, rank)
                 print("\n".join(" ".join(row) for row in measured), flush=True)
                 rows += measured
@@ -139,12 +142,17 @@ def _child(scratch: Path, *arguments: Any) -> None:
 
 def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
     torch.set_num_threads(1)
-    config, lora_rank = MODELS[model]
-    one = OneRank(rank, world, folder)
+    config, lora_rank, saved_layers = MODELS[model]
+    ds_config = load_ds_config(ROOT / "configs" / setting)
+    one = OneRank(rank, world // (degree_in(ds_config) or 1), folder)
     spent_in: dict[str, Spent] = {}
-    zero = SETTINGS[setting]
-    spent_in["step"] = _step(one, _engine(_Squares(config, lora_rank, side=BOOKKEEPING_SIDE), zero))
-    engine = _engine(_Squares(config, lora_rank), zero)
+    sides = _sides(config, lora_rank)
+    zero = _zero(ds_config, [side**2 for side in sides] * config.num_hidden_layers, one.world)
+    persists = zero["stage3_param_persistence_threshold"] >= max(sides) ** 2
+    small = [BOOKKEEPING_SIDE] * len(sides)
+    as_the_real_ones = {**zero, "stage3_param_persistence_threshold": BOOKKEEPING_SIDE**2 if persists else 0}
+    spent_in["step"] = _step(one, _engine(_Squares(config, small, config.num_hidden_layers), as_the_real_ones))
+    engine = _engine(_Squares(config, sides, saved_layers), zero)
     _step(one, engine, times=1)
     spent_in["save"], checkpoint = _save(one, engine, folder / "run", zero["stage"])
     with one.phase() as spent_in["resume"]:
@@ -166,17 +174,28 @@ class _Square(nn.Module):
         return x + self.square.view(-1)[:1]
 
 
-class _Squares(nn.Module):
-    """The MoRA matrices of a model, in modules of the same order, without arithmetic."""
+def _sides(config: LlamaConfig, rank: int) -> list[int]:
+    """Of the MoRA matrices of one decoder layer."""
+    one = planned_model(Work(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}), MoRAConfig(rank=rank), 8))
+    return [layer.spec.value_shape[0] for layer in mora_layers(one).values()]
 
-    def __init__(self, config: LlamaConfig, rank: int, side: int | None = None) -> None:
-        """`side`: of every matrix, in place of its own."""
+
+def _zero(ds_config: dict[str, Any], numels: list[int], ranks: int) -> dict[str, Any]:
+    """What a shipped config says of ZeRO, as `initialize` completes it for matrices of these sizes."""
+    completed = complete_ds_config(_settings(ds_config["zero_optimization"]), numels)
+    avoid_slices(completed, numels, ranks)
+    zero: dict[str, Any] = completed["zero_optimization"]
+    return zero
+
+
+class _Squares(nn.Module):
+    """MoRA matrices in decoder layers, as ZeRO sees those of a model, without arithmetic."""
+
+    def __init__(self, config: LlamaConfig, sides: list[int], layers: int) -> None:
+        """`sides`: of the matrices of a layer."""
         super().__init__()
-        one = planned_model(Work(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}), MoRAConfig(rank=rank), 8))
-        sides = [side or layer.spec.value_shape[0] for layer in mora_layers(one).values()]
-        self.blocks = nn.ModuleList(
-            nn.Sequential(*(_Square(side) for side in sides)) for _ in range(config.num_hidden_layers)
-        )
+        self.config = LlamaConfig(**{**config.to_dict(), "num_hidden_layers": layers})
+        self.blocks = nn.ModuleList(nn.Sequential(*map(_Square, sides)) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -185,8 +204,14 @@ class _Squares(nn.Module):
 
 
 def _engine(model: nn.Module, zero: dict[str, Any]) -> Any:
-    settings = zero3_config(1, zero_optimization=dict(zero), bf16={"enabled": True})
-    return initialize_full(model=model, config=settings)[0]
+    engine = initialize_full(model=model, config=_settings(zero))[0]
+    if zero["stage"] == 3:
+        drop_idle_hooks(engine)
+    return engine
+
+
+def _settings(zero: dict[str, Any]) -> dict[str, Any]:
+    return zero3_config(1, zero_optimization=dict(zero), bf16={"enabled": True})
 
 
 def _step(one: OneRank, engine: Any, times: int = WARM_UP + STEPS) -> Spent:
@@ -295,7 +320,7 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
 def _options() -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints; left as it was")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     json_flag(parser)
     return parser.parse_args()
