@@ -183,7 +183,9 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             loss.backward()
             del loss
     except (RuntimeError, NotImplementedError) as error:  # a kernel that torch has for devices only
-        raise UserError(f"this model cannot be planned in {work.dtype}: {reason(error)}") from error
+        raise UserError(
+            f"this model cannot be planned (--dry_run, mora-ds plan) in {work.dtype}, --bf16 may help: {reason(error)}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -1,14 +1,16 @@
-"""What a merge ledger holds means the same bits on every kind of CPU."""
+"""The same command gives the same bits: beside other work too, and a merge ledger on every kind of CPU."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from tests.helpers.jobs import environment, playground, run
+from tests.helpers.jobs import Playground, environment, run
+from tests.helpers.outcome import assert_same_outcome
 
 INSTRUCTIONS = {"DEFAULT": ("default",), "AVX2": ("default", "avx2"), "AVX512": ("default", "avx2", "avx512")}
 """What torch can be told to use, by what this CPU has."""
@@ -31,8 +33,24 @@ print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
 """
 
 
-def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(tmp_path: Path) -> None:
-    user = playground(tmp_path / "user")
+def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: Playground, tmp_path: Path) -> None:
+    """Losses, checkpoints, merge ledger and merged model: no path is chosen by a time that was measured."""
+    flags = ("--merge_every", 2, "--restart_warmup_steps", 1, "--export_merged", "true", "--train_embeddings", "true")
+    run(2, user.flags(tmp_path / "idle", *flags))
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        run(2, user.flags(tmp_path / "busy", *flags))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert_same_outcome(tmp_path / "busy", tmp_path / "idle")
+
+
+def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(
+    user: Playground, tmp_path: Path
+) -> None:
     merges = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1)
     run(1, user.flags(tmp_path / "out", *merges))
     checkpoint = tmp_path / "out" / "checkpoints" / "latest"
