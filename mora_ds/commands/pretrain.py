@@ -26,14 +26,17 @@ logger = logging.getLogger(__name__)
 def start() -> None:
     """Train in this process, or hand over to DeepSpeed's launcher: where one of its flags is given, and on a machine
     with several GPUs, each of which gets a process."""
-    from mora_ds.engine.launcher import accelerators, command, launcher_flags
+    from mora_ds.engine.launcher import accelerators, become_the_only_rank, command, launcher_flags
 
     for_launcher, flags = launcher_flags(sys.argv[1:])
     is_rank = "RANK" in os.environ or any(flag.startswith("--local_rank") for flag in flags)
     only_prints = {"-h", "--help"} & set(flags)
-    if not is_rank and not only_prints and (for_launcher or accelerators() > 1):
-        words = command(for_launcher, flags)
-        os.execv(words[0], words)  # signals reach the launcher itself
+    if not is_rank and not only_prints:
+        if for_launcher or accelerators() > 1:
+            words = command(for_launcher, flags)
+            os.execv(words[0], words)  # signals reach the launcher itself
+        else:
+            become_the_only_rank()
     main()
 
 

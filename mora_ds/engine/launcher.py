@@ -6,11 +6,14 @@ Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from mora_ds.common.errors import UserError
+from mora_ds.runtime.log_setup import LogLevel
 
 RUNNER = "deepspeed.launcher.runner"
 """What the program `deepspeed` runs (bin/deepspeed)."""
@@ -43,8 +46,25 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The command that starts `mora-ds pretrain` with `flags` on every GPU."""
-    return [sys.executable, "-m", RUNNER, *launcher, "--module", "mora_ds", "pretrain", *flags]
+    """The command that starts `mora-ds pretrain` with `flags` on every GPU.
+
+    The launcher prints what it does, a dozen lines with the command in them, only where `flags` ask for --log_level
+    info or debug. Its one warning is that there is no hostfile: it matters where one is named.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--log_level", default="")
+    level = parser.parse_known_args(list(flags))[0].log_level
+    if level not in list(LogLevel):  # a mistake is reported by the training, with all others
+        level = LogLevel.WARNING.value if "--hostfile" in launcher else LogLevel.ERROR.value
+    return [sys.executable, "-m", RUNNER, "--log_level", level, *launcher, "--module", "mora_ds", "pretrain", *flags]
+
+
+def become_the_only_rank() -> None:
+    """Set in this process's environment what a launcher would, for a run of one process, with a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def accelerators() -> int:

@@ -85,7 +85,7 @@ def load_data(
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
-    logger.info(f"tokens of the training corpus: {_cache_folder(data)}")
+    logger.debug(f"tokens of the training corpus: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
     state = None if place.state is None else place.state.stream
     rows = training.rows_per_step(ranks.world)
@@ -93,7 +93,7 @@ def load_data(
     train.check_batch_size(rows)
     packed = {}
     for name, corpus in evaluation.items():
-        logger.info(f"tokens of {name}: {_cache_folder(data)}")
+        logger.debug(f"tokens of {name}: {_cache_folder(data)}")
         packed[name] = tokenization.pack_evaluation_set(corpus)
     ranks.same(
         "tokenizer and text",

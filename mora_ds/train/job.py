@@ -99,7 +99,6 @@ class Job:
         model = self.loaded.model
         place = self.place
         self.trainable_parameters = self.total_parameters = count_parameters(model)
-        logger.info(f"full training: all {self.total_parameters:,} parameters are trained, sharded by ZeRO")
         identity = {"adapter": {"kind": "full"}, **self._common_identity()}
         self._check_checkpoint(identity)
         place.ranks.barrier("start of the engine")
@@ -139,7 +138,7 @@ class Job:
         )
         node = node_base_of(self.loaded.model)
         if node.text:
-            logger.info(node.text)
+            logger.debug(node.text)
         if self.arguments.adapter.merge_every:  # what merges change is a mapped file until the first one
             needed = sum(node.slots[name].nbytes for name in node.waiting)
             place.ranks.agree("room for merges", lambda: check_room(needed))
@@ -222,14 +221,14 @@ class Job:
         report = inject(model, self.config, lambda name: base.read(keys[name]).to(device))
         self.trainable_parameters = report.trainable_params
         self.total_parameters = report.total_params
-        logger.info(report)
+        logger.debug(report)
         self.place.hooks.injected(model, self.config)
         degree = training.tensor_parallel_size
         if degree > 1:
-            logger.info(plan_of(model, degree))
+            logger.debug(plan_of(model, degree))
         if self.ds_config["zero_optimization"]["stage"] == 3:
             replicas = self.place.ranks.world // degree
-            logger.info(costs(model, degree, replicas, self.micro_batch_tokens))
+            logger.debug(costs(model, degree, replicas, self.micro_batch_tokens))
 
     def _log_paths(self, tokens: int, before: int) -> None:
         """Log how many layers are computed in which way, with `tokens` in a micro-batch, and `before` where the run
@@ -241,7 +240,7 @@ class Job:
             return ", ".join(f"{path} for {count} layers" for path, count in sorted(paths.items()))
 
         if layers:
-            logger.info(f"computed over (--compute): {counted(tokens)}, with {tokens:,} tokens in a micro-batch")
+            logger.debug(f"computed over (--compute): {counted(tokens)}, with {tokens:,} tokens in a micro-batch")
         if before and counted(before) != counted(tokens):
             logger.warning(
                 f"--compute: up to the checkpoint it was {counted(before)}, with {before:,} tokens in a micro-batch; "

@@ -193,6 +193,8 @@ class MetricsLog:
         Trackers also get the change since then in per cent: positive where the model has forgotten.
         """
         self.record("eval", step, perplexities)
+        if step == self._start_step:
+            self._started = time.monotonic()  # the steps begin now: what came before says nothing of their time
         self._log({f"{FORGETTING}/{name}": value for name, value in change(before or {}, perplexities).items()}, step)
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")

@@ -45,7 +45,7 @@ def opening(job: Job, total_steps: int) -> list[str]:
 def _trained(adapter: AdapterArguments) -> str:
     """What is trained, such as "MoRA of rank 8, embeddings"."""
     if adapter.adapter == AdapterKind.FULL.value:
-        return "all of the model"
+        return "all of the model, sharded by ZeRO"
     kind = "LoRA" if adapter.adapter == AdapterKind.LORA.value else "MoRA"
     others = {
         "embeddings": adapter.train_embeddings,
@@ -78,6 +78,7 @@ def closing(arguments: Arguments, summary: Mapping[str, Any], seconds: float) ->
     elif arguments.adapter.adapter != AdapterKind.FULL.value:
         rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"
         rows["export"] = f"mora-ds export --checkpoint {latest} --output {merged}"
+        rows["serve"] = f"vllm serve {merged}   (once it is exported)"
     return _labelled(rows)
 
 

@@ -111,8 +111,22 @@ def test_a_training_is_launched_once(
     monkeypatch.setattr(launcher, "accelerators", lambda: gpus)
     monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
     monkeypatch.setattr(pretrain, "main", lambda: None)
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+    environment = {} if rank is None else {"RANK": rank}
+    monkeypatch.setattr(os, "environ", environment)
     pretrain.start()
     assert calls == ([] if launched is None else [launcher.command(launched, ["--seed", "3"])])
+    is_alone = launched is None and rank is None and flags == ["--seed", "3"]
+    assert ("MASTER_PORT" in environment) == is_alone
+
+
+@pytest.mark.parametrize(
+    ("for_launcher", "flags", "level"),
+    [
+        ([], [], "error"),
+        (["--hostfile", "nodes"], [], "warning"),
+        ([], ["--log_level", "debug"], "debug"),
+        ([], ["--log_level=chatty"], "error"),
+    ],
+)
+def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher: list[str], flags: list[str], level: str) -> None:
+    assert runner.parse_args(launcher.command(for_launcher, flags)[3:]).log_level == level

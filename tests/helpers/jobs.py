@@ -22,6 +22,7 @@ import yaml
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer, train_sentencepiece
+from mora_ds.runtime.log_setup import set_up_logging
 from mora_ds.runtime.signals import EXIT_USER_ERROR
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import free_port, run_ranks
@@ -106,7 +107,9 @@ def run(ranks: int, argv: list[str]) -> dict[str, Any]:
 def printed(argv: list[str]) -> str:
     """What a run prints, to stdout and stderr. For `run_ranks`."""
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told):
-        pretrain(parse(argv))
+        arguments = parse(argv)
+        set_up_logging(arguments.training.log_level)
+        pretrain(arguments)
     return told.getvalue()
 
 

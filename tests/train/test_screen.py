@@ -16,7 +16,7 @@ SUMMARY = {"steps": 1200, "tokens": 2_400_000}
 @pytest.mark.parametrize(
     ("flags", "labels"),
     [
-        ([], ["done", "checkpoint", "curves", "evaluate", "export"]),
+        ([], ["done", "checkpoint", "curves", "evaluate", "export", "serve"]),
         (["--export_merged"], ["done", "checkpoint", "curves", "evaluate", "serve"]),
         (["--adapter", "full", "--report_to", "none"], ["done", "checkpoint"]),
         (["--adapter", "none"], ["done"]),
@@ -34,7 +34,7 @@ def test_the_next_commands_have_the_paths_of_the_run() -> None:
     arguments = parse(["--output_dir", "runs/law"])
     lines = closing(arguments, SUMMARY, 1)
     assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
-    assert lines[-1] == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
+    assert lines[-2] == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
     with_domains = replace(arguments, research={"domain_adapters": True})
     assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
 
