@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +23,10 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
-from tests.helpers.damage import flip
+from tests.helpers.damage import change_json, flip, set_value
 from tests.helpers.ledgers import entry, layers_of, squares_for
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import rows
 
 CONFIG = MoRAConfig(rank=8, layer_sizes={"a.q": 6})  # type: ignore[arg-type]  # given as JSON has it
 
@@ -47,20 +47,24 @@ def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
     assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
 
 
-def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path) -> None:
-    content = read_json(tmp_path / "adapter.json")
-    for change, words in (
-        ({"format": 9}, "format 9"),
-        ({"dtype": "int4"}, "unknown dtype 'int4'"),
-        ({"layers": {"a.q": {}}}, "adapter.json: a.q: 'operator' is missing"),
-        ({"cycle": "two"}, "adapter.json is damaged: cycle must be a whole number"),
-        ({"config": {"kind": "dora"}}, "unknown kind of adapter 'dora'"),
-        ({"config": {"kind": "mora", "rank": 8}}, "the adapter's settings: 'target_modules' is missing"),
-    ):
-        (tmp_path / "adapter.json").write_text(json.dumps({**content, **change}))
-        with pytest.raises(UserError, match=words):
-            read_adapter(tmp_path)
-    (tmp_path / "adapter.json").unlink()
+WRONG = """
+format = 9 | format 9
+dtype = int4 | unknown dtype 'int4'
+layers = {a.q: {}} | adapter.json: a.q: 'operator' is missing
+cycle = two | adapter.json is damaged: cycle must be a whole number
+config = {kind: dora} | unknown kind of adapter 'dora'
+config = {kind: mora, rank: 8} | the adapter's settings: 'target_modules' is missing
+"""
+
+
+@pytest.mark.parametrize(("change", "words"), rows(WRONG))
+def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path, change: str, words: str) -> None:
+    change_json(tmp_path / "adapter.json", lambda content: set_value(content, change))
+    with pytest.raises(UserError, match=words):
+        read_adapter(tmp_path)
+
+
+def test_a_missing_adapter_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter\.json is missing"):
         read_adapter(tmp_path)
 
@@ -120,15 +124,17 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> No
     assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
     with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
         reference.open_base(checkpoint, tmp_path / "base-1", "--base")
-    content = read_json(checkpoint / "base.json")
-    for change, words in (
-        ({"format": 2}, r"base\.json has format 2"),
-        ({"dtype": "int4"}, r"base\.json: unknown dtype 'int4'"),
-        ({"keys": None}, r"base\.json is damaged"),
-    ):
-        (checkpoint / "base.json").write_text(json.dumps({**content, **change}))
-        with pytest.raises(UserError, match=words):
-            BaseReference.read(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("format = 2", " has format 2"), ("dtype = int4", ": unknown dtype 'int4'"), ("keys = null", " is damaged")],
+)
+def test_a_damaged_base_reference_is_named(tmp_path: Path, change: str, words: str) -> None:
+    BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)
+    change_json(tmp_path / "base.json", lambda content: set_value(content, change))
+    with pytest.raises(UserError, match=rf"base\.json{words}"):
+        BaseReference.read(tmp_path)
 
 
 def test_an_entry_has_the_weight_of_its_module() -> None:

@@ -19,9 +19,10 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink, write_manifest
 from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
-from tests.helpers.damage import change_json, flip
+from tests.helpers.damage import change_json, flip, set_value
 from tests.helpers.exports import fake_run
 from tests.helpers.jobs import Playground
+from tests.helpers.tables import rows
 
 
 @pytest.fixture
@@ -99,10 +100,6 @@ def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playg
 # -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
 
 
-def changed_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    return lambda folder: change_json(folder / name, change)
-
-
 def changed_tensor(folder: Path, value: float) -> None:
     path = folder / "adapter.safetensors"
     tensors = load_file(path)
@@ -130,14 +127,25 @@ def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) 
     save_file({"parts": change(rows).contiguous()}, path, metadata)
 
 
+VALUES = """
+trainer_state.json | step = 5 | is of step 5, its folder of
+trainer_state.json | world_size = 3 | states of 2 ranks
+trainer_state.json | x = 1 | is damaged
+trainer_state.json | merges = [] | records 0 merge
+adapter.json | cycle = 0 | was written in cycle 0
+ledger/ledger.json | cycles.0.chain = "0" | chain of
+base.json | fingerprint = "0" | belongs to another base
+"""
+
+
+@pytest.mark.parametrize(("file", "change", "message"), rows(VALUES))
+def test_values_that_do_not_go_together(checkpoint: Path, file: str, change: str, message: str) -> None:
+    change_json(checkpoint / file, lambda content: set_value(content, change))
+    write_manifest(checkpoint)
+    assert message in wrong(checkpoint)
+
+
 DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("the step", changed_json("trainer_state.json", lambda state: state.update(step=5)), "is of step 5, its folder of"),
-    ("the ranks", changed_json("trainer_state.json", lambda state: state.update(world_size=3)), "states of 2 ranks"),
-    ("a key", changed_json("trainer_state.json", lambda state: state.update(x=1)), "is damaged"),
-    ("a merge", changed_json("trainer_state.json", lambda state: state["merges"].clear()), "records 0 merge"),
-    ("the cycle", changed_json("adapter.json", lambda adapter: adapter.update(cycle=0)), "was written in cycle 0"),
-    ("the chain", changed_json("ledger/ledger.json", lambda ledger: ledger["cycles"][0].update(chain="0")), "chain of"),
-    ("the base", changed_json("base.json", lambda base: base.update(fingerprint="0")), "belongs to another base"),
     ("a number", lambda folder: changed_tensor(folder, 7.0), "is not what the shards hold"),
     ("no number", lambda folder: changed_tensor(folder, float("inf")), "is not finite"),
     ("no random state", lambda folder: save_file({"cuda": torch.zeros(2, 1)}, folder / "rng.safetensors"), "no random"),

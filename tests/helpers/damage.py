@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mora_ds.common.files import write_manifest
 
@@ -45,6 +46,19 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def set_value(content: Any, change: str) -> None:
+    """Change JSON in place, as `cycles.0.file = ../x` says: keys and positions, and a value as YAML; without one, the
+    entry goes."""
+    path, _, text = change.partition(" = ")
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
+    for key in parents:
+        content = content[key]
+    if text:
+        content[last] = yaml.safe_load(text)
+    else:
+        del content[last]
 
 
 def checkpoint_at(root: Path, step: int) -> Path:

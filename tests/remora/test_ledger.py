@@ -21,7 +21,10 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
+from tests.helpers.damage import change_json, set_value
 from tests.helpers.ledgers import entry, layers_of, shortened, squares_for
+from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
+from tests.helpers.tables import rows
 
 BASE = "f" * 64
 
@@ -97,15 +100,6 @@ def test_what_belongs_to_no_ledger_is_named(folder: Path) -> None:
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def damage_json(change: Any) -> Any:
-    def damage(folder: Path) -> None:
-        content = read_json(folder / "ledger.json")
-        change(content)
-        (folder / "ledger.json").write_text(json.dumps(content))
-
-    return damage
-
-
 def flip(folder: Path) -> None:
     path = folder / "cycle-00001.safetensors"
     content = bytearray(path.read_bytes())
@@ -129,24 +123,30 @@ def exchange(folder: Path) -> None:
         (lambda folder: (folder / "cycle-00002.safetensors").unlink(), "cycle-00002.safetensors is missing"),
         (lambda folder: (folder / "ledger.json").unlink(), "ledger.json is missing"),
         (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
-        (damage_json(lambda content: content["cycles"].pop(1)), "hole: cycle 1 is missing"),
-        (damage_json(lambda content: content["cycles"].pop(0)), "hole: cycle 0 is missing"),
-        (damage_json(lambda content: content["cycles"][1].update(cycle=2)), "hole: cycle 1 is missing"),
-        (
-            damage_json(lambda content: content["cycles"][1].update(file="cycle-00000.safetensors")),
-            "hole: cycle 1 is missing",
-        ),
-        (damage_json(lambda content: content["cycles"][1].pop("size")), "ledger.json is damaged"),
-        (damage_json(lambda content: content.update(format=2)), "format 2"),
-        (
-            damage_json(lambda content: content.update(base_fingerprint="e" * 64)),
-            "chain of hashes is broken at cycle 0",
-        ),
-        (damage_json(lambda content: content["cycles"][1].update(sha256="0" * 64)), "broken at cycle 1"),
     ],
 )
 def test_damage_is_found_and_named(folder: Path, damage: Any, words: str) -> None:
     damage(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        Ledger.open(folder)
+    assert str(folder) in str(caught.value)
+
+
+HOLES = f"""
+cycles.1 | hole: cycle 1 is missing
+cycles.0 | hole: cycle 0 is missing
+cycles.1.cycle = 2 | hole: cycle 1 is missing
+cycles.1.file = cycle-00000.safetensors | hole: cycle 1 is missing
+cycles.1.size | ledger.json is damaged
+format = 2 | format 2
+base_fingerprint = {"e" * 64} | chain of hashes is broken at cycle 0
+cycles.1.sha256 = "{"0" * 64}" | broken at cycle 1
+"""
+
+
+@pytest.mark.parametrize(("change", "words"), rows(HOLES))
+def test_a_ledger_file_with_a_wrong_value_is_named(folder: Path, change: str, words: str) -> None:
+    change_json(folder / "ledger.json", lambda content: set_value(content, change))
     with pytest.raises(UserError, match=words) as caught:
         Ledger.open(folder)
     assert str(folder) in str(caught.value)
@@ -308,28 +308,9 @@ def test_live_weight_is_the_sum_in_order_rounded_once(
     assert live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
 
 
-def test_live_weight_keeps_what_repeated_rounding_loses() -> None:
-    original = torch.ones(8, 8, dtype=torch.bfloat16)
-    spec = OperatorSpec(OperatorKind.SHARE, 8, 8, 8)
-    updates = [(spec, torch.full((8, 8), 1e-3))] * 8
-    assert (live_weight(original, updates, False, torch.bfloat16) == torch.tensor(1.0078125)).all()
-    step = original
-    for update in updates:
-        step = live_weight(step, [update], False, torch.bfloat16)
-    assert torch.equal(step, original)  # the update has vanished
-
-
 def test_live_weight_has_the_same_bits_for_any_number_of_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     specs = [OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind]
     updates = [(spec, torch.randn(94, 94, generator=generator)) for spec in specs]
     original = torch.randn(500, 700, generator=generator)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            results.append(live_weight(original, updates, False, torch.float32))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_same_bits_for_every_number_of_threads(lambda: live_weight(original, updates, False, torch.float32))
