@@ -255,7 +255,7 @@ def test_ranks_meet_before_anything_slow_is_imported() -> None:
         import mora_ds.config.validate, mora_ds.train.setup
         from mora_ds.engine.muon import load_kernels
         load_kernels()
-        import mora_ds.train.agreement
+        import mora_ds.train.setup
         slow = {"datasets", "transformers.modeling_utils", "transformers.integrations.moe"}
         print((slow | {"torch.distributed.tensor", "torch._inductor.compile_fx"}) & {*sys.modules})
     """

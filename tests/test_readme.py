@@ -65,12 +65,12 @@ def resumed_run(folder: str) -> tuple[int, bool]:
     mora_ds.inject(model, config)
     engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, 2, 1))
     try:
-        mora_ds.Run(engine, config, base="model", folder="out")
+        mora_ds.Run(engine, base="model", folder="out")
     except mora_ds.UserError as error:
         assert "another run" in str(error)
     else:
         raise AssertionError("a folder that holds a run was taken")
-    run = mora_ds.Run(engine, config, base="model", folder="out", resume="auto")
+    run = mora_ds.Run(engine, base="model", folder="out", resume="auto")
     base = AutoModelForCausalLM.from_pretrained("model").state_dict()
     moved = any(
         not torch.equal(layer.weight, base[f"{name}.weight"]) for name, layer in mora_ds.mora_layers(model).items()

@@ -43,7 +43,6 @@ from mora_ds.checkpoint.layout import (
     step_folder,
     step_of,
     sync_folders,
-    unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
@@ -92,8 +91,6 @@ class CheckpointWriter:
         if background:
             self._background = Background(self._ranks.timeout_s)
             self._thread_ranks = self._ranks.separate()
-        self._named: set[str] = set()
-        """Entries of `root` that are not the run's, and have been named in the log."""
 
     def save(self, state: TrainerState, keep: int | None = None) -> Path:
         """Returns the final folder, which in the background does not exist yet. Keeps the newest `keep` checkpoints,
@@ -104,7 +101,6 @@ class CheckpointWriter:
         with _removed_on_failure(beside), files.disk_errors(self.root):
             if dist.get_rank() == 0:
                 settle(self.root)
-                self._name_unknown()
                 if beside.exists():
                     raise RunError(f"{beside} was left by a run that was killed and cannot be deleted: remove it")
                 beside.mkdir(parents=True)
@@ -116,13 +112,6 @@ class CheckpointWriter:
             else:
                 self._background.start(work, f"checkpoint {final}")
         return final
-
-    def _name_unknown(self) -> None:
-        """Says once of each file and folder beside the checkpoints that it is left alone."""
-        unknown = [name for name in unknown_entries(self.root) if name not in self._named] if self.root.is_dir() else []
-        if unknown:
-            logger.info("%s: left alone, as no checkpoint has such a name: %s", self.root, ", ".join(unknown))
-            self._named.update(unknown)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits for the checkpoint that is being written, and raises its error."""

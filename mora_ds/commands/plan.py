@@ -19,7 +19,7 @@ from mora_ds.common.files import shipped
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
-from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
 from mora_ds.models.load import named_config
 from mora_ds.planning.plan import Cluster, Planner, place_base, recommend

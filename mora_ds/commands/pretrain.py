@@ -45,8 +45,7 @@ def main() -> None:
     # not above: it takes seconds, and signals must be watched before
     from mora_ds.config.arguments import parse
     from mora_ds.config.validate import validate
-    from mora_ds.train.agreement import start_up
-    from mora_ds.train.setup import start_processes
+    from mora_ds.train.setup import start_processes, start_up
 
     with start_up():
         arguments = parse(sys.argv[1:])

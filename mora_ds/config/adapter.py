@@ -12,7 +12,6 @@ from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, refusal, wrong_values
 from mora_ds.config.flags import documented
-from mora_ds.remora.optimizer_reset import OptimizerReset
 
 
 class AdapterKind(str, Enum):
@@ -89,8 +88,6 @@ class AdapterArguments:
     """ReMoRA: optimizer steps between merges; 0: never merge."""
     restart_warmup_steps: int = 10
     """Optimizer steps of the re-warmup: the learning rate rises again after a merge (the paper: 50 of 2000)."""
-    optimizer_reset: str = OptimizerReset.ZERO.value
-    """What a merge does to the optimizer's state: zero (moments and step count), or keep."""
 
     @property
     def is_control(self) -> bool:
@@ -156,7 +153,6 @@ class AdapterArguments:
                 "tp_grouping": TPGrouping,
                 "merge_every": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
-                "optimizer_reset": OptimizerReset,
                 "train_embedding_rank": NOT_NEGATIVE,
             },
         )

@@ -64,7 +64,7 @@ EFFECTS = (
         lambda run: run.adapter.adapter != AdapterKind.NONE.value,
         "export_merged push_to_hub resume_from_checkpoint",
     ),
-    Effect("merges (--merge_every)", lambda run: run.adapter.merge_every > 0, "restart_warmup_steps optimizer_reset"),
+    Effect("merges (--merge_every)", lambda run: run.adapter.merge_every > 0, "restart_warmup_steps"),
     Effect(
         "parameters that are trained beside an adapter (--train_embeddings and its like)",
         _trains_others,

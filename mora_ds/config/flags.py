@@ -92,6 +92,7 @@ REMOVED: dict[str, str] = {
     "project": "was removed: set WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME",
     "run_name": "was removed: the run is named after --output_dir, in W&B after WANDB_NAME",
     "run_tags": "was removed: set WANDB_TAGS; MLflow tags runs in its pages",
+    "optimizer_reset": "was removed, since no run gained by keeping it: a merge zeroes moments and step count",
     "stall_signal": _LONGER_MERGES,
     "stall_tolerance": _LONGER_MERGES,
     "stall_window": _LONGER_MERGES,

@@ -26,7 +26,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
 from mora_ds.config.tracking import tracker_problems
-from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.remora.schedule import schedule_kind

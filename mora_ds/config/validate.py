@@ -19,7 +19,7 @@ from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
-from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.parallel.limits import sequence_parallel_problems, tensor_parallel_problems
 from mora_ds.remora.schedule import conflicts

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mora_ds.common.errors import RunError
-from mora_ds.engine.base_device import BUFFERS
+from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies, copies_for
 from mora_ds.models.decoder_layers import extent, offsets, stored_bytes, weights_of_layers
 

@@ -1,9 +1,10 @@
-"""The device of this process, from DeepSpeed's accelerator."""
+"""The device of this process, from DeepSpeed's accelerator, and where the base of a run is (--base_device)."""
 
 from __future__ import annotations
 
 import logging
 import os
+from enum import Enum
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -13,6 +14,18 @@ logger = logging.getLogger(__name__)
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
 """Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS workspace for each stream (torch's
 notes on reproducibility), and one order in which NCCL adds numbers up, whatever the size of a tensor."""
+
+
+BUFFERS = 2
+"""Decoder layers whose weights are on the device: one computes while another one is copied."""
+
+
+class BaseDevice(str, Enum):
+    """Where the frozen weights of the decoder layers are."""
+
+    AUTO = "auto"
+    DEVICE = "device"
+    HOST = "host"
 
 
 def make_deterministic() -> None:

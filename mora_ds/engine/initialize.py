@@ -41,9 +41,8 @@ from mora_ds.models.node_base import share_base
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
-from mora_ds.runtime.mappings import Mappings
-from mora_ds.runtime.node_memory import Sharing, machine
-from mora_ds.runtime.ranks import Ranks, deal
+from mora_ds.runtime.node_memory import Sharing
+from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -243,50 +242,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def check_base_equal(tensors: Iterable[Tensor]) -> None:
-    """Raises `RunError` where the base differs between processes, by checksum. Collective.
-
-    Processes whose tensors are the same pages of mapped files or of shared memory compute the checksums of a part of
-    them each.
-    """
-    tensors = list(tensors)
-    mappings = Mappings.read()
-    rank = dist.get_rank()
-    locations = [mappings.place_of(tensor) for tensor in tensors]
-    shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    facts = _gathered([_number(shapes), _number((machine(), locations))])
-    _require_same([shape == facts[0][0] for shape, _ in facts])
-    sharers = [sharer for sharer, (_, location) in enumerate(facts) if location == facts[rank][1]]
-    sizes = {str(index): tensor.nbytes for index, tensor in enumerate(tensors) if locations[index] is not None}
-    dealt = {int(index) for index in deal(sizes, len(sharers))[sharers.index(rank)]}
-    computed = [index for index in range(len(tensors)) if index in dealt or locations[index] is None]
-    checksums = torch.zeros(len(tensors), dtype=torch.int64)
-    for index in computed:
-        checksums[index] = tensor_checksum(tensors[index]) - (1 << 63)
-    of_first = [index for index in computed if rank == 0 or (0 in sharers and index in dealt)]
-    reference = torch.zeros_like(checksums)  # those of rank 0 and, for parts of its pages, of its sharers
-    reference[of_first] = checksums[of_first]
-    reference = reference.to(current_device())
-    dist.all_reduce(reference)
-    is_equal = torch.equal(checksums[computed], reference.cpu()[computed])
-    _require_same([bool(equal) for (equal,) in _gathered([int(is_equal)])])
-
-
-def _number(value: Any) -> int:
-    """A digest of 63 bits."""
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 1
-
-
-def _gathered(numbers: list[int]) -> list[list[int]]:
-    """The numbers of every process. Collective."""
-    value = torch.tensor(numbers, dtype=torch.int64, device=current_device())
-    everyone = [torch.zeros_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, value)
-    return [tensor.tolist() for tensor in everyone]
-
-
-def _require_same(is_same: list[bool]) -> None:
-    """`is_same`: whether the process with this rank holds what rank 0 holds."""
-    if different := [rank for rank, same in enumerate(is_same) if not same]:
+    """Raises `RunError` where the base differs between processes, by a digest of shapes and checksums. Collective."""
+    facts = [(tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor)) for tensor in tensors]
+    digest = hashlib.sha256(repr(facts).encode()).digest()
+    mine = torch.tensor(list(digest), dtype=torch.int64, device=current_device())
+    digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, mine)
+    if different := [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]:
         raise RunError(
             f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
             "Do all nodes read the same files at --model_name_or_path?"

@@ -12,7 +12,7 @@ Written against DeepSpeed 0.19.8; tests/engine/test_zero_contract.py names each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,10 +25,6 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError
-
-StateReset = Callable[[str, Tensor], Any]
-"""Changes one tensor of optimizer state in place, given its key and this process's flat partition of it; a step count
-is a tensor without a dimension."""
 
 
 class Span(NamedTuple):
@@ -91,19 +87,13 @@ class OptimizerView:
         """Zero what forward reads of a parameter on this process."""
         parameter.data.zero_()
 
-    def reset_step(self, group: int, reset: StateReset) -> None:
-        """Change the step count that a parameter group has beside those in the state of its masters: FusedAdam starts
+    def set_step(self, group: int, step: int) -> None:
+        """Set the step count that a parameter group may have beside those in the state of its masters: FusedAdam starts
         the state of a new master with it."""
         settings = self.engine.basic_optimizer.param_groups[group]
         if "step" in settings:
-            step = torch.as_tensor(settings["step"])
-            reset("step", step)
-            self.set_step(group, int(step))
-
-    def set_step(self, group: int, step: int) -> None:
-        settings = self.engine.basic_optimizer.param_groups[group]
-        old = settings.get("step")
-        settings["step"] = torch.full_like(old, step) if isinstance(old, Tensor) else step
+            old = settings["step"]
+            settings["step"] = torch.full_like(old, step) if isinstance(old, Tensor) else step
 
     @property
     def loss_scaler(self) -> Any:

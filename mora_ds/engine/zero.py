@@ -18,7 +18,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from mora_ds.engine.optimizer_view import StateReset, view_of
+from mora_ds.engine.optimizer_view import view_of
 
 Engine: TypeAlias = DeepSpeedEngine
 
@@ -71,24 +71,23 @@ def set_fp32(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter], reset_state: StateReset) -> None:
-    """Zero the fp32 masters of a parameter group and every low-precision copy of them; change its optimizer state by
-    `reset_state`.
+@torch.no_grad()
+def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter]) -> None:
+    """Zero the fp32 masters of a parameter group, every low-precision copy of them, and its optimizer state.
 
     `parameters` are all parameters of the group. All copies must go: a master that is left brings the old value back at
-    the next step, a low-precision copy that is left acts for one step more.
+    the next step, a low-precision copy that is left acts for one step more. So must the step counts: with the old one
+    Adam's first update would be 2.94 times too large.
     """
     view = view_of(engine)
     for flat in view.flats(group):
-        flat.master.detach().zero_()
+        flat.master.zero_()
         for key, value in flat.state.items():
             if isinstance(value, Tensor):
-                reset_state(key, value)
-            else:  # the step count of DeepSpeed's own Adam: nothing that could be changed in place
-                number = torch.tensor(value)
-                reset_state(key, number)
-                flat.state[key] = number.item()
-    view.reset_step(group, reset_state)
+                value.zero_()
+            else:  # the step count of DeepSpeed's own Adam
+                flat.state[key] = type(value)(0)
+    view.set_step(group, 0)
     for parameter in parameters:
         view.zero_copy(parameter)
 

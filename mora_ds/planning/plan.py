@@ -19,7 +19,7 @@ from mora_ds.adapters.inject import base_elements, mora_layers
 from mora_ds.adapters.quantized import merge_bytes
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import UserError, refuse
-from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import avoid_slices, fill_bucket_sizes
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels

@@ -24,7 +24,7 @@ from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, reason
 from mora_ds.data.documents import Documents
-from mora_ds.engine.base_device import BUFFERS
+from mora_ds.engine.device import BUFFERS
 from mora_ds.models.attention import use_documents
 from mora_ds.models.decoder_layers import stored_bytes, weights_of_layers
 from mora_ds.models.load import make_model

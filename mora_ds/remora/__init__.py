@@ -1,8 +1,6 @@
 """ReMoRA: when MoRA matrices are merged into the base, how, and the merge ledger that records it.
 
 schedule          the learning rate of every step, and the steps at which a merge may come
-schedule_text     the schedule as text: start lines of a run, plots
 merge             `ReMoRA`: merges and replays for one engine
 ledger            `Ledger`: every merged matrix of a run, on disk
-optimizer_reset   what a merge does to the optimizer's state
 """

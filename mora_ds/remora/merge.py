@@ -31,7 +31,6 @@ from mora_ds.engine.base_ring import ring_of
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import LayerEntry, Ledger
-from mora_ds.remora.optimizer_reset import RULES, OptimizerReset
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 3e-2}
 """How far a merge may move the probe's loss, relative to it: what rounding the weights to that dtype can explain. In 8
@@ -94,14 +93,12 @@ class ReMoRA:
         ledger: Ledger,
         base: BaseCheckpoint,
         keys: dict[str, str],
-        reset: OptimizerReset = OptimizerReset.ZERO,
     ) -> None:
         self.engine = engine
         self.config = config
         self.ledger = ledger
         self.base = base
         self.keys = keys
-        self.reset = reset
 
     @property
     def cycle(self) -> int:
@@ -220,10 +217,9 @@ class ReMoRA:
             raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
 
     def _start_cycle(self, cycle: int) -> None:
-        """Zero the matrices with their masters, reset the optimizer's state, and set the operators of the cycle."""
+        """Zero the matrices with their masters and optimizer state, and set the operators of the cycle."""
         layers = mora_layers(self.engine.module)
-        change = RULES[self.reset]
-        zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()], change)
+        zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()])
         set_cycle(self.engine.module, self.config, cycle)
         for name, layer in layers.items():
             first = layer.spec.first_value(self.config.first_seed(name, cycle))

@@ -2,11 +2,11 @@
 
 pretrain        the pipeline from settings to a summary; demo runs it twice
 dry_run         --dry_run: the plan of a job in place of the job
-setup           processes, DeepSpeed config, and the place where a run happens
+setup           processes that start together, DeepSpeed config, and the place where a run happens
 output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes
-base            the base model on this process
+base            the base model: where from, on the device or in host memory
 job             what a run trains: an adapter, every parameter, or nothing
 run             `mora_ds.Run`: resumes, merges, saves and exports, for loops written by users too
 preflight       every check of the live model before the first step

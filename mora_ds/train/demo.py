@@ -27,11 +27,10 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
 from mora_ds.models.load import create_base
-from mora_ds.train.agreement import start_up
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.output_folder import DEMO, give_up, reserve
 from mora_ds.train.pretrain import pretrain
-from mora_ds.train.setup import engine_config, start_processes
+from mora_ds.train.setup import engine_config, start_processes, start_up
 
 logger = logging.getLogger(__name__)
 

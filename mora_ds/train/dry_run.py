@@ -20,7 +20,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine import device
-from mora_ds.engine.base_device import BaseDevice
+from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG

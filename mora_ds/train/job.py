@@ -22,8 +22,7 @@ from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
-from mora_ds.engine.base_device import BaseDevice
-from mora_ds.engine.device import current_device
+from mora_ds.engine.device import BaseDevice, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
@@ -33,7 +32,6 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.costs import costs
-from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
 from mora_ds.train.run import PROBE_TOKENS, FullRun, Run
@@ -151,7 +149,6 @@ class Job:
             overwrite=True,
             async_save=training.async_save,
             keys=self.loaded.keys,
-            reset=OptimizerReset(self.arguments.adapter.optimizer_reset),
             identity=common,
             tokenizer_folder=self.data.tokenizer_folder,
             probe_ids=self.data.train.first_rows(1)["input_ids"][:, :PROBE_TOKENS],

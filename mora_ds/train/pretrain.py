@@ -49,10 +49,8 @@ from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.agreement import start_up
 from mora_ds.train.attention import check_device, check_precision
-from mora_ds.train.base import find_model, prepare_base
-from mora_ds.train.base_device import settle_base_device
+from mora_ds.train.base import find_model, prepare_base, settle_base_device
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.hooks import hooks_of
@@ -70,7 +68,7 @@ from mora_ds.train.output_folder import (
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import Place, engine_config, start_processes
+from mora_ds.train.setup import Place, engine_config, start_processes, start_up
 from mora_ds.train.tasks import check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer

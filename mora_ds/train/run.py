@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AS_LOADED, AdapterConfig
+from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values, restore_frozen
 from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers, mora_layers, set_cycle, value_names
 from mora_ds.adapters.layer import AdaptedLinear
@@ -57,7 +57,6 @@ from mora_ds.models.tensor_files import dtype_name, write_safetensors_atomic
 from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
-from mora_ds.remora.optimizer_reset import OptimizerReset
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 
@@ -68,7 +67,7 @@ PROBE_TOKENS = 8
 class Run:
     """The merge ledger and the checkpoints of one engine, in `folder`. All processes make it, and call it, together.
 
-    The adapter's config is the one that the engine's model was injected with: `config`, if given, must equal it.
+    The adapter's config is the one that the engine's model was injected with.
     `base` is the Hugging Face folder that the model was loaded from: it is read again at every merge and never written.
     With `resume` ("auto", "latest", a path) engine, merge ledger and base are restored from that checkpoint, and
     `state` holds its position; without, the folder must hold no other run, unless `overwrite` is set. A `resume` that
@@ -79,7 +78,6 @@ class Run:
     def __init__(
         self,
         engine: zero.Engine,
-        config: AdapterConfig | None = None,
         *,
         base: Path | str | BaseCheckpoint,
         folder: Path | str,
@@ -87,7 +85,6 @@ class Run:
         overwrite: bool = False,
         async_save: bool = False,
         keys: Mapping[str, str] | None = None,
-        reset: OptimizerReset = OptimizerReset.ZERO,
         identity: Mapping[str, Any] | None = None,
         tokenizer_folder: Path | None = None,
         probe_ids: Tensor | None = None,
@@ -98,7 +95,7 @@ class Run:
         """What a loop written by a user need not give:
 
         `keys`: parameter name -> key in the base; None: found from the model, whose frozen weights are then compared
-        too. `reset`: what a merge does to the optimizer's state. `identity`: what a resumed run must share with its
+        too. `identity`: what a resumed run must share with its
         checkpoint besides base and adapter. `tokenizer_folder`: copied into every checkpoint. `probe_ids`: (1, T) token
         ids, recorded in every checkpoint with the model's logits for them. `facts`: further entries of adapter.json.
         `ranks`: those which have found that they all see `folder`; None: found by looking. `state`: that of the
@@ -108,7 +105,7 @@ class Run:
             raise UserError(
                 f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
             )
-        config = _injected_config(engine.module, config)
+        config = config_of(engine.module)
         self.engine = engine
         self._gradient_of: int | None = None
         """Number of the micro-batch of the newest backward pass; `engine.step` counts on."""
@@ -133,7 +130,7 @@ class Run:
             check_identity(checkpoint, state.identity, self.identity)
         self.state = state or TrainerState(world_size=self.ranks.world, identity=self.identity)
         ledger = self._open_ledger(checkpoint, fingerprint)
-        self.remora = ReMoRA(engine, config, ledger, opened, keys, reset)
+        self.remora = ReMoRA(engine, config, ledger, opened, keys)
         dtype = dtype_name(first_layer.dtype)
         self._reference = BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype)
         self._tokenizer_folder = tokenizer_folder
@@ -406,23 +403,6 @@ def _other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
     squares = value_names(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in squares}
-
-
-def _injected_config(model: nn.Module, given: AdapterConfig | None) -> AdapterConfig:
-    """The config that the model was injected with. Raises `UserError` naming each field in which `given` differs."""
-    config = config_of(model)
-    if given in (None, config):
-        return config
-    if not isinstance(given, AdapterConfig):
-        raise UserError(f"Run: `config` must be a MoRAConfig or a LoRAConfig, got {given!r}")
-    injected = config.to_dict()
-    of_run = given.to_dict()
-    differences = [
-        f"{name} is {of_run.get(name)!r}, and {injected.get(name)!r} in the model"
-        for name in {**injected, **of_run}
-        if of_run.get(name) != injected.get(name)
-    ]
-    raise UserError(f"Run(config=...) is not what the model was injected with: {'; '.join(differences)}: leave it out")
 
 
 def _require_operators(checkpoint: Path, saved: Mapping[str, LayerEntry], live: Mapping[str, LayerEntry]) -> None:

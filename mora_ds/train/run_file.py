@@ -15,7 +15,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
-from mora_ds.train.agreement import NODE_SETTINGS
+from mora_ds.train.setup import NODE_SETTINGS
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OWNS = "owns"

@@ -28,7 +28,6 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
 from mora_ds.models.loss import row_nll, token_nll
 from mora_ds.remora.schedule import Schedule
-from mora_ds.remora.schedule_text import start_lines
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import Job
@@ -161,7 +160,7 @@ class Trainer:
             logger.info(evaluator.forgotten or f"all {state.step} steps of this run are done: nothing left to train")
             return
         state.finished = False
-        for line in start_lines(self.schedule, state.step, state.merge_pending):
+        for line in self.schedule.lines(state.step, state.merge_pending):
             logger.info(line)
         with signals.deferred(), self.counter.counting():
             if state.step == 0 and self.training.eval_on_start:

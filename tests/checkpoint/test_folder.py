@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,21 +94,6 @@ def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogC
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
     assert "step-000002.bak" in caplog.text and "notes" in caplog.text and "latest" not in caplog.text
     assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
-
-
-def test_unknown_entries_are_named_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    alone: Any = SimpleNamespace(on_first=lambda check, work: work())
-    of_run: Any = writer.CheckpointWriter(root, None, lambda step: lambda folder: None, ranks=alone)  # type: ignore[arg-type]
-    of_run._name_unknown()
-    assert all(f"{name}" in caplog.text for name in (*UNKNOWN_FOLDERS, "step-000008.log"))
-    assert not any(name in caplog.text for name in ("step-000004", "latest", ".mine"))
-    caplog.clear()
-    of_run._name_unknown()
-    assert not caplog.text
-    (root / "another").mkdir()
-    of_run._name_unknown()
-    assert caplog.messages == [f"{root}: left alone, as no checkpoint has such a name: another"]
 
 
 def busy(*_: object, **options: object) -> None:

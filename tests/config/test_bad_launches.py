@@ -92,7 +92,6 @@ LAUNCHES = r"""
 --merge_every -1 | --merge_every must be at least 0
 --restart_warmup_steps -1 | --restart_warmup_steps must be at least 0
 --merge_every 3 --restart_warmup_steps 0 | --restart_warmup_steps must be at least 1
---optimizer_reset none | --optimizer_reset 'none'
 --held_out_share 1 | --held_out_share must be at least 0 and below 1
 --document_start nothing | --document_start 'nothing' is no token of the tokenizer | '</s>'
 --preprocessing_workers 0 | --preprocessing_workers must be at least 1

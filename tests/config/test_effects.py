@@ -38,7 +38,6 @@ export_merged: true             | adapter: none
 push_to_hub: a/b                | adapter: none
 resume_from_checkpoint: auto    | adapter: none
 restart_warmup_steps: 5         |
-optimizer_reset: keep           | merge_every: 0
 embedding_learning_rate: 0.1    |
 embedding_learning_rate: 0.2    | adapter: full
 min_lr_ratio: 0.1               | lr_scheduler_type: constant_with_warmup

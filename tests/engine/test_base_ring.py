@@ -23,8 +23,8 @@ from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import base_ring, zero
-from mora_ds.engine.base_device import BUFFERS
 from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
+from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies, CudaCopies
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter

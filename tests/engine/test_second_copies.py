@@ -76,7 +76,7 @@ def set_and_reset() -> list[float]:
     ones = torch.ones(first.value.ds_shape)
     changes: list[tuple[float, Callable[[], None]]] = [
         (1.0, lambda: zero.set_fp32(engine, first.value, ones)),
-        (0.0, lambda: zero.reset_group(engine, 0, [layer.value for layer in layers], lambda key, state: None)),
+        (0.0, lambda: zero.reset_group(engine, 0, [layer.value for layer in layers])),
     ]
     with torch.no_grad():
         causal_loss(engine, tokens(2, seed=1))

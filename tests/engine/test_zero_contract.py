@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from mora_ds.engine import optimizer_view, zero
-from mora_ds.remora.optimizer_reset import zero as zero_state
 
 SYMBOLS = {
     "deepspeed": ["zero.GatheredParameters", "set_optimizer_flags"],
@@ -94,9 +93,9 @@ def test_deepspeeds_adam_counts_steps_by_numbers_in_the_state(module: str, name:
 def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's own Adam has to be built: its state alone."""
     flat = optimizer_view.Flat(0, torch.ones(2), {"step": 3}, [], [])
-    view = SimpleNamespace(flats=lambda group: [flat], reset_step=lambda group, reset: None)
+    view = SimpleNamespace(flats=lambda group: [flat], set_step=lambda group, step: None)
     monkeypatch.setattr(zero, "view_of", lambda engine: view)
-    zero.reset_group(SimpleNamespace(), 0, [], zero_state)
+    zero.reset_group(SimpleNamespace(), 0, [])
     assert flat.state["step"] == 0 and type(flat.state["step"]) is int
 
 
@@ -106,8 +105,8 @@ def test_a_step_count_in_the_group_is_reset_and_restored(step: Any) -> None:
     groups: list[dict[str, Any]] = [{"lr": 0.1, "step": step}, {"lr": 0.1, "step": 7}, {"lr": 0.1}]
     engine: Any = SimpleNamespace(optimizer=None, basic_optimizer=SimpleNamespace(param_groups=groups))
     view = optimizer_view.OptimizerView(engine)
-    view.reset_step(0, zero_state)
-    view.reset_step(2, zero_state)
+    view.set_step(0, 0)
+    view.set_step(2, 0)
     assert [int(group.get("step", -1)) for group in groups] == [0, 7, -1]
     view.set_step(0, 5)
     assert groups[0]["step"] == 5 and type(groups[0]["step"]) is type(step)

@@ -23,7 +23,6 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
-from mora_ds.remora.optimizer_reset import OptimizerReset
 from tests.helpers.models import causal_loss, tiny_model, tokens
 
 ROWS = 6
@@ -104,7 +103,7 @@ def merge_by_hand(engine: zero.Engine) -> None:
         layers[name].weight += delta_weight(layers[name].spec, square)
 
     node.form(model, [(name, squares[name]) for name in node.layers(model)], add)
-    zero.reset_group(engine, 0, [layer.square for layer in layers.values()], lambda key, value: value.zero_())
+    zero.reset_group(engine, 0, [layer.square for layer in layers.values()])
 
 
 class CountedBelow(TorchDispatchMode):
@@ -164,7 +163,7 @@ def one_step(engine: Any) -> None:
         engine.step()
 
 
-def merging_run(folder: str, dtype: str, merges: int, reset: OptimizerReset = OptimizerReset.ZERO) -> dict[str, Any]:
+def merging_run(folder: str, dtype: str, merges: int) -> dict[str, Any]:
     """Train a step, merge, train a step, ... on this rank of several."""
     world = dist.get_world_size()
     rank = dist.get_rank()
@@ -184,7 +183,7 @@ def merging_run(folder: str, dtype: str, merges: int, reset: OptimizerReset = Op
     dist.barrier()
     ledger = Ledger.open(Path(folder) / "ledger")
     keys = {f"{name}.weight": f"{name}.weight" for name in mora_layers(model)}
-    remora = ReMoRA(engine, config, ledger, base, keys, reset=reset)
+    remora = ReMoRA(engine, config, ledger, base, keys)
     probe = tokens(2, seed=777)
 
     @torch.no_grad()

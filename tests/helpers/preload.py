@@ -9,14 +9,14 @@ import mora_ds.train.pretrain  # noqa: F401  (and DeepSpeed)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import transformers.models.llama.modeling_llama  # noqa: F401
 from mora_ds.engine.muon import load_kernels
-from mora_ds.train import agreement, run_file
+from mora_ds.train import run_file, setup
 
 load_kernels()  # as every engine does
-for module in (agreement, run_file):  # every run asks for versions, and each is a file to be parsed
+for module in (run_file, setup):  # every run asks for versions, and each is a file to be parsed
     module.version = functools.cache(module.version)
 run_file.versions()
-for name in agreement.PACKAGES:
-    agreement.version(name)
+for name in setup.PACKAGES:
+    setup.version(name)
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions
 gc.collect()
 gc.freeze()  # ranks neither walk nor copy the modules' objects when they collect garbage, as DeepSpeed does often

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train import agreement, pretrain
+from mora_ds.train import pretrain, setup
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
@@ -54,7 +54,7 @@ def refused_each(cases: list[list[list[str]]]) -> list[tuple[str, str, float]]:
 
 def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
     try:
-        with agreement.start_up():  # as launch/pretrain.py reads its command line
+        with setup.start_up():  # as launch/pretrain.py reads its command line
             parse(argv)
     except UserError as error:
         return "UserError", str(error)
@@ -73,7 +73,7 @@ def test_ranks_with_different_settings(user: Playground, out: Path) -> None:
 
 def other_version(argv: list[str]) -> tuple[str, str]:
     if dist.get_rank() == 1:
-        agreement.version = lambda name: "0.0.1" if name == "safetensors" else "1"  # type: ignore[attr-defined]
+        setup.version = lambda name: "0.0.1" if name == "safetensors" else "1"  # type: ignore[attr-defined]
     return refused(argv)
 
 

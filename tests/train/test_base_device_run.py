@@ -10,11 +10,11 @@ from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.config.arguments import parse
-from mora_ds.engine.base_device import BaseDevice
 from mora_ds.engine.base_ring import BaseRing
+from mora_ds.engine.device import BaseDevice
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train import base_device
-from mora_ds.train.base_device import settle_base_device
+from mora_ds.train import base
+from mora_ds.train.base import settle_base_device
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.gloo import run_ranks
@@ -102,7 +102,7 @@ def test_domains_work(user: Playground) -> None:
 
 
 def without_memory(argv: list[str]) -> tuple[str, str]:
-    with patch.object(base_device, "free_bytes", lambda: (10_000, "free")):
+    with patch.object(base, "free_bytes", lambda: (10_000, "free")):
         return refused(argv)
 
 
@@ -120,7 +120,7 @@ def settled(argv: list[str], memory: float) -> str:
     arguments = parse(argv)
     config = AutoConfig.from_pretrained(arguments.model.model_config)
     with (
-        patch.object(base_device, "is_cpu", lambda: False),
+        patch.object(base, "is_cpu", lambda: False),
         patch.object(device, "memory_bytes", lambda: memory),
     ):
         ds_config = base_device_config(arguments)
@@ -140,7 +140,7 @@ def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground) -> No
 
 
 def unplannable(argv: list[str]) -> str:
-    with patch.object(base_device, "planner_of", side_effect=RuntimeError("no such kernel")):
+    with patch.object(base, "planner_of", side_effect=RuntimeError("no such kernel")):
         return settled(argv, 1e5)
 
 
