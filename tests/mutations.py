@@ -261,7 +261,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rows of a replica are never compared",
-        "train/replicas.py",
+        "train/loader.py",
         "if self.processes_per_replica > 1 and not self._rows_checked:",
         "if self.processes_per_replica < 1:",
         ("parallel/test_tensor_parallel_run.py", "parallel/test_ulysses_checks.py", "parallel/test_ulysses_run.py"),
@@ -479,7 +479,7 @@ MUTATIONS = (
     ),
     Mutation(
         "second copies of a matrix survive its reset",
-        "engine/optimizer_view.py",
+        "engine/zero.py",
         "        parameter.ds_secondary_tensor = None\n",
         "",
         ("engine/test_second_copies.py",),

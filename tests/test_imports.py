@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"adapters", "models", "parallel", "runtime"},
     "remora": {"adapters", "models", "engine"},
     "planning": {"adapters", "data", "models", "parallel", "engine"},
-    "checkpoint": {"adapters", "models", "parallel", "runtime", "engine", "remora"},
+    "checkpoint": {"adapters", "models", "runtime", "engine", "remora"},
     "config": {"adapters", "parallel", "runtime", "engine", "remora"},
     "deploy": {"adapters", "models", "remora", "checkpoint"},
     "eval": {"adapters", "data", "models", "runtime", "remora", "checkpoint", "deploy"},

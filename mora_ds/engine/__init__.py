@@ -2,7 +2,6 @@
 
     initialize        a model with MoRA matrices -> a DeepSpeed engine, after the checks that need no engine
     ds_config         a DeepSpeed JSON with "auto" values -> the config of the engine; ds_keys, ds_optimizer: its parts
-    optimizer_view    DeepSpeed's optimizers behind one interface
     zero              what other packages ask an engine: masters, optimizer state, learning rate, gradient norm
     muon              what DeepSpeed's Muon needs besides
     shards            takes, writes, reads and restores the shards of a checkpoint

@@ -35,7 +35,7 @@ from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, compute_d
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
-from mora_ds.engine.optimizer_view import view_of
+from mora_ds.engine.zero import view_of
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.node_base import share_base
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel

@@ -24,7 +24,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from torch import Tensor, nn
 
-from mora_ds.engine.optimizer_view import Stage3View, ZeroView, view_of
+from mora_ds.engine.zero import Stage3View, ZeroView, view_of
 
 Engine: TypeAlias = DeepSpeedEngine
 

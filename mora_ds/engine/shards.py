@@ -38,7 +38,7 @@ from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, malformed, require_format
 from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
 from mora_ds.engine import zero
-from mora_ds.engine.optimizer_view import Flat, Span, view_of
+from mora_ds.engine.zero import Flat, Span, view_of
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 from mora_ds.parallel.topology import share_of
 
@@ -117,7 +117,7 @@ class RankShard(NamedTuple):
     @classmethod
     def of(cls, layout: Layout, rank: int, file: str, flats: list[list[Part]], moments: list[list[Part]]) -> RankShard:
         """`flats`: the parts in each flat tensor; `moments`: those in its optimizer state, which are not always the
-        same (see `optimizer_view.Flat`)."""
+        same (see `zero.Flat`)."""
         number = {name: index for index, name in enumerate(layout.shapes)}
 
         def rows(tensors: list[list[Part]]) -> np.ndarray:

@@ -1,24 +1,35 @@
 """What the rest of mora_ds asks a DeepSpeed engine: masters, optimizer state, learning rate, gradient norm.
 
-Which optimizer the engine has is decided in `optimizer_view`; what Muon needs besides is in `muon`. The frozen base
-never appears here: it is made of buffers, which ZeRO does not see.
+`view_of(engine)` chooses by the engine's optimizer; nothing else in mora_ds asks which one it has. What Muon needs
+besides is in `muon`. The frozen base never appears here: it is made of buffers, which ZeRO does not see.
+
+    class          DeepSpeed's optimizer           used for
+    Stage3View     DeepSpeedZeroOptimizer_Stage3   ZeRO-3
+    ZeroView       DeepSpeedZeroOptimizer          ZeRO-1 and ZeRO-2
+    BF16View       BF16_Optimizer                  ZeRO-1 in bf16
+
+Written against DeepSpeed 0.19.8; tests/engine/test_zero_contract.py names each symbol that an upgrade has moved.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeAlias
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
-from mora_ds.engine.optimizer_view import view_of
+from mora_ds.common.errors import RunError
 
 Engine: TypeAlias = DeepSpeedEngine
 
@@ -103,3 +114,213 @@ def gradient_norm(engine: Engine) -> float:
     """Global norm of the last step's gradients before clipping (engine.py, `get_global_grad_norm`); NaN before one."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
+
+
+# -- where each optimizer keeps its fp32 masters, their state and the loss scale ---------------------------------------
+
+
+class Span(NamedTuple):
+    """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
+
+    parameter: Any
+    start: int
+    numel: int
+    offset: int
+
+
+class Flat(NamedTuple):
+    """One tensor of fp32 masters that the optimizer of this process steps on."""
+
+    group: int
+    """Index of its parameter group."""
+    master: Tensor
+    state: dict[str, Any]
+    spans: list[Span]
+    """What the master holds."""
+    state_spans: list[Span]
+    """What the tensors of `state` hold: the same, but for Muon's momentum under ZeRO-1 and ZeRO-2."""
+
+
+class OptimizerView:
+    """The interface, and what holds for most optimizers."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of each parameter group."""
+        raise NotImplementedError
+
+    def flats(self, group: int | None = None) -> Iterator[Flat]:
+        """The masters of this process, of one parameter group or of all."""
+        for index, master, spans in self._masters():
+            if group in (None, index):
+                state = self.engine.basic_optimizer.state[master]
+                yield Flat(index, master, state, spans, self._state_spans(index, spans))
+
+    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
+        """(parameter group, master, what it holds)"""
+        raise NotImplementedError
+
+    def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
+        del group
+        return spans
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set one parameter's master, and its low-precision shard, to an unsharded fp32 `value`."""
+        raise NotImplementedError
+
+    def write_copies(self) -> None:
+        """Set what forward reads of all parameters from the masters, rounded as a step rounds them. Collective."""
+        raise NotImplementedError
+
+    def zero_copy(self, parameter: nn.Parameter) -> None:
+        """Zero what forward reads of a parameter on this process."""
+        parameter.data.zero_()
+
+    def set_step(self, group: int, step: int) -> None:
+        """Set the step count that a parameter group may have beside those in the state of its masters: FusedAdam starts
+        the state of a new master with it."""
+        settings = self.engine.basic_optimizer.param_groups[group]
+        if "step" in settings:
+            old = settings["step"]
+            settings["step"] = torch.full_like(old, step) if isinstance(old, Tensor) else step
+
+    @property
+    def loss_scaler(self) -> Any:
+        """The object that holds fp16's loss scale; None where there is none."""
+        return getattr(self.optimizer, "loss_scaler", None)
+
+    def repair(self) -> None:
+        """Make up for faults of DeepSpeed 0.19.8, once, right after `deepspeed.initialize`."""
+
+
+class Stage3View(OptimizerView):
+    """ZeRO-3, deepspeed/runtime/zero/stage3.py.
+
+    A sub-group holds the shards of its parameters one after the other, every one padded to the same size on all
+    processes (`_create_fp16_partitions_with_defragmentation`; partition_parameters.py, `_partition_param`).
+    """
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+        for index, parameters in enumerate(self.optimizer.fp16_groups):
+            groups[self.optimizer.sub_group_to_group_id[index]] += parameters
+        return groups
+
+    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
+        optimizer = self.optimizer
+        for index, parameters in enumerate(optimizer.fp16_groups):
+            sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+            offsets = accumulate(sizes, initial=0)
+            spans = [self._span(parameter, offset) for parameter, offset in zip(parameters, offsets, strict=False)]
+            master = optimizer.fp32_partitioned_groups_flat[index]
+            if sum(sizes) != master.numel():
+                raise RunError(f"ZeRO-3 has laid out sub-group {index} in another way than mora_ds knows")
+            yield optimizer.sub_group_to_group_id[index], master, spans
+
+    def _span(self, parameter: Any, offset: int) -> Span:
+        size = parameter.ds_tensor.ds_numel
+        start = min(self.optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
+        return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        shard = self._shard(parameter)
+        span = self._span(parameter, 0)
+        values = value.flatten()[span.start : span.start + span.numel]
+        values = nn.functional.pad(values, (0, shard.numel() - span.numel))
+        safe_set_local_fp32_param(parameter, values)
+        shard.copy_(values)
+
+    def write_copies(self) -> None:
+        self.optimizer.checkpoint_event_prologue()  # shards what is still gathered
+        for flat in self.flats():
+            for span in flat.spans:
+                self._shard(span.parameter)[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
+        self.optimizer.checkpoint_event_epilogue()  # drops second copies, gathers the persistent parameters again
+
+    def zero_copy(self, parameter: nn.Parameter) -> None:
+        self._shard(parameter).zero_()
+        parameter.data.zero_()  # empty, unless still gathered
+
+    def _shard(self, parameter: Any) -> Tensor:
+        """This process's shard of a parameter in the compute dtype, flat and padded, to be overwritten.
+
+        Under ZeRO++ (zero_hpz_partition_size) a group of processes holds a second copy, from which all-gathers read
+        until the next step. Without it they read the shards and make it anew (partition_parameters.py,
+        `_partition_param_sec`; stage3.py, `invalidate_secondary_tensor`): so it is dropped here."""
+        parameter.ds_secondary_tensor = None
+        return parameter.ds_tensor.data.view(-1)
+
+    @torch.no_grad()
+    def repair(self) -> None:
+        """Where the number of processes does not divide a parameter, stage 3 leaves in the last master whatever was in
+        that memory (`torch.empty`): zero it, so that equal runs write equal files."""
+        for flat in self.flats():
+            is_padding = torch.ones_like(flat.master, dtype=torch.bool)
+            for span in flat.spans:
+                is_padding[span.offset : span.offset + span.numel] = False
+            flat.master.masked_fill_(is_padding, 0)
+
+
+class _MappedView(OptimizerView):
+    """Optimizers that note on each parameter which fragment of it this process holds (utils/tensor_fragment.py)."""
+
+    masters_name: ClassVar[str]
+
+    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
+        masters = getattr(self.optimizer, self.masters_name)
+        for index, (parameters, master) in enumerate(zip(self.groups(), masters, strict=True)):
+            spans = []
+            for parameter in parameters:
+                if mapping := getattr(parameter, "_hp_mapping", None):
+                    in_parameter = mapping.lp_fragment_address
+                    in_master = mapping.hp_fragment_address
+                    spans.append(Span(parameter, in_parameter.start, in_parameter.numel, in_master.start))
+            yield index, master, spans
+
+    def write_copies(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        safe_set_full_fp32_param(parameter, value)
+
+
+class ZeroView(_MappedView):
+    """ZeRO-1 and ZeRO-2, deepspeed/runtime/zero/stage_1_and_2.py."""
+
+    masters_name = "single_partition_of_fp32_groups"
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        return self.optimizer.bit16_groups
+
+    def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
+        """Muon's momentum (`_muon_momentum_buffer`) holds every matrix unsharded of which any part is this process's;
+        with offload it is cut like the master (`_apply_muon_updates_cpu_offload`)."""
+        matrices = self.optimizer.params_in_partition[group]
+        if self.optimizer.cpu_offload or not (matrices and self.optimizer._is_muon_group(matrices)):
+            return spans
+        offsets = accumulate((matrix.numel() for matrix in matrices), initial=0)
+        return [Span(matrix, 0, matrix.numel(), offset) for matrix, offset in zip(matrices, offsets, strict=False)]
+
+
+class BF16View(_MappedView):
+    """ZeRO-1 in bf16, deepspeed/runtime/bf16_optimizer.py."""
+
+    masters_name = "fp32_groups_flat_partition"
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        return self.optimizer.bf16_groups
+
+
+_VIEWS: dict[type, type[OptimizerView]] = {
+    DeepSpeedZeroOptimizer_Stage3: Stage3View,
+    DeepSpeedZeroOptimizer: ZeroView,
+    BF16_Optimizer: BF16View,
+}
+
+
+def view_of(engine: DeepSpeedEngine) -> OptimizerView:
+    """The view of an engine's optimizer."""
+    return next(view for kind, view in _VIEWS.items() if isinstance(engine.optimizer, kind))(engine)

@@ -148,7 +148,7 @@ class Schedule:
             return []
         total = self.total_steps
         coming = [done] if merge_pending and done < total else []
-        left_out = []
+        left_out: list[int] = []
         for step in range(self.merge_every, total, self.merge_every):
             if step > done:
                 (coming if self.merges_after(step) else left_out).append(step)

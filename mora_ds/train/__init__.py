@@ -10,6 +10,6 @@ base            the base model: where from, on the device or in host memory
 job             what a run trains: an adapter, every parameter, or nothing
 run             `mora_ds.Run`: resumes, merges, saves and exports, for loops written by users too
 preflight       every check of the live model before the first step
-trainer         the loop; evaluator, replicas: its parts
+trainer         the loop; loader: its batches, and who computes which rows; evaluator
 metrics         step lines, metrics.jsonl, TensorBoard
 """

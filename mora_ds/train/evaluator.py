@@ -14,8 +14,8 @@ from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.models.loss import perplexity
 from mora_ds.train.hooks import Hooks
+from mora_ds.train.loader import Replica, require_finite
 from mora_ds.train.metrics import MetricsLog
-from mora_ds.train.replicas import Replica, require_finite
 from mora_ds.train.tasks import TaskSuite
 
 logger = logging.getLogger(__name__)

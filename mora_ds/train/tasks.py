@@ -27,7 +27,7 @@ from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import expanded
 from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.replicas import Replica
+from mora_ds.train.loader import Replica
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,8 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import Job
-from mora_ds.train.loader import BatchLoader, MicroBatch, labels_in
+from mora_ds.train.loader import BatchLoader, MicroBatch, NotFinite, Replica, labels_in, require_finite
 from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
-from mora_ds.train.replicas import NotFinite, Replica, require_finite
 from mora_ds.train.tasks import TaskSuite
 
 logger = logging.getLogger(__name__)

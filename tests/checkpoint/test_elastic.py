@@ -18,8 +18,8 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from mora_ds.common.errors import UserError
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine import zero
-from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.shards import MASTER, EngineShards
+from mora_ds.engine.zero import view_of
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import save_engine

@@ -15,8 +15,8 @@ from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel, uses_muon
-from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.traffic import CollectiveCounter
+from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run

@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from mora_ds.engine import muon, optimizer_view, zero
+from mora_ds.engine import muon, zero
 from tests.helpers.gloo import run_ranks
 
 KERNELS = "deepspeed.runtime.zero.muon.original_muon"
@@ -28,16 +28,16 @@ def step_calls(optimizer: type) -> list[str]:
 
 
 def test_step_calls_what_is_wrapped_in_that_order() -> None:
-    calls = step_calls(optimizer_view.DeepSpeedZeroOptimizer_Stage3)
+    calls = step_calls(zero.DeepSpeedZeroOptimizer_Stage3)
     wanted = ["_apply_muon_to_accumulated_grads", "_get_norm_groups", "unscale_and_clip_grads"]
     assert [name for name in calls if name in wanted] == wanted, "stage 3 steps otherwise now"
-    calls = step_calls(optimizer_view.DeepSpeedZeroOptimizer)
+    calls = step_calls(zero.DeepSpeedZeroOptimizer)
     wanted = ["_apply_muon_updates_cpu_offload", "scaled_global_norm", "unscale_and_clip_grads"]
     assert list(dict.fromkeys(name for name in calls if name in wanted)) == wanted, "stages 1 and 2 step otherwise now"
 
 
 def test_bf16_optimizer_clips_before_muon() -> None:
-    source = inspect.getsource(optimizer_view.BF16_Optimizer.step)
+    source = inspect.getsource(zero.BF16_Optimizer.step)
     assert source.index("clip_tensors_by_global_norm") < source.index("_prepare_muon_updates")
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine import shards as shard_module
-from mora_ds.engine.optimizer_view import Flat, Span
 from mora_ds.engine.shards import MASTER, EngineShards, Layout, Part, RankShard
+from mora_ds.engine.zero import Flat, Span
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
 LAYOUTS = [

@@ -15,7 +15,7 @@ import deepspeed
 import pytest
 import torch
 
-from mora_ds.engine import optimizer_view, zero
+from mora_ds.engine import zero
 
 SYMBOLS = {
     "deepspeed": ["zero.GatheredParameters", "set_optimizer_flags"],
@@ -46,7 +46,7 @@ PARTITIONS = {
     "deepspeed.runtime.bf16_optimizer": ("bf16_groups", "fp32_groups_flat_partition", "_hp_mapping"),
     "deepspeed.runtime.engine": ("global_samples",),
 }
-"""What `optimizer_view` and `shards` read in each module; tests/checkpoint/test_elastic.py has how it behaves."""
+"""What `zero` and `shards` read in each module; tests/checkpoint/test_elastic.py has how it behaves."""
 STAGE3_METHODS = ("_get_param_partition_rank", "checkpoint_event_prologue", "checkpoint_event_epilogue")
 
 
@@ -66,7 +66,7 @@ def test_methods() -> None:
     for name in ENGINE_METHODS:
         assert callable(getattr(deepspeed.DeepSpeedEngine, name, None)), f"DeepSpeedEngine.{name} is gone"
     for name in STAGE3_METHODS:
-        method = getattr(optimizer_view.DeepSpeedZeroOptimizer_Stage3, name, None)
+        method = getattr(zero.DeepSpeedZeroOptimizer_Stage3, name, None)
         assert callable(method), f"DeepSpeedZeroOptimizer_Stage3.{name} is gone"
 
 
@@ -74,7 +74,7 @@ def test_methods() -> None:
 def test_names_that_partitions_are_found_by(module: str) -> None:
     source = inspect.getsource(import_module(module))
     for name in PARTITIONS[module]:
-        assert name in source, f"{name} is gone from {module}: see engine/optimizer_view.py"
+        assert name in source, f"{name} is gone from {module}: see engine/zero.py"
 
 
 def test_the_switch_that_avoids_a_build_is_read() -> None:
@@ -92,7 +92,7 @@ def test_deepspeeds_adam_counts_steps_by_numbers_in_the_state(module: str, name:
 
 def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's own Adam has to be built: its state alone."""
-    flat = optimizer_view.Flat(0, torch.ones(2), {"step": 3}, [], [])
+    flat = zero.Flat(0, torch.ones(2), {"step": 3}, [], [])
     view = SimpleNamespace(flats=lambda group: [flat], set_step=lambda group, step: None)
     monkeypatch.setattr(zero, "view_of", lambda engine: view)
     zero.reset_group(SimpleNamespace(), 0, [])
@@ -104,7 +104,7 @@ def test_a_step_count_in_the_group_is_reset_and_restored(step: Any) -> None:
     """FusedAdam starts from it, and needs a GPU: its parameter groups alone."""
     groups: list[dict[str, Any]] = [{"lr": 0.1, "step": step}, {"lr": 0.1, "step": 7}, {"lr": 0.1}]
     engine: Any = SimpleNamespace(optimizer=None, basic_optimizer=SimpleNamespace(param_groups=groups))
-    view = optimizer_view.OptimizerView(engine)
+    view = zero.OptimizerView(engine)
     view.set_step(0, 0)
     view.set_step(2, 0)
     assert [int(group.get("step", -1)) for group in groups] == [0, 7, -1]

@@ -17,8 +17,8 @@ from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.optimizer_view import view_of
 from mora_ds.engine.traffic import nbytes_of
+from mora_ds.engine.zero import view_of
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.node_base import node_base_of
 from mora_ds.remora.ledger import Ledger

@@ -18,8 +18,8 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.models.attention import prefer_documents, use_documents
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config, describe
+from mora_ds.train.loader import Replica
 from mora_ds.train.preflight import check_split
-from mora_ds.train.replicas import Replica
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.tables import parsed, rows

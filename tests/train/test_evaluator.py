@@ -17,7 +17,7 @@ from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.hooks import Hooks
-from mora_ds.train.replicas import NotFinite
+from mora_ds.train.loader import NotFinite
 from mora_ds.train.tasks import TaskResult
 
 BATCHES = 7

@@ -11,8 +11,7 @@ import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED, StreamMixture
-from mora_ds.train.loader import BatchLoader, labels_in
-from mora_ds.train.replicas import Replica
+from mora_ds.train.loader import BatchLoader, Replica, labels_in
 
 T = 4
 

@@ -15,7 +15,7 @@ import yaml
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
-from mora_ds.train.replicas import Replica
+from mora_ds.train.loader import Replica
 from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config
 from tests.helpers.gloo import run_ranks
