@@ -59,9 +59,10 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
     same(triton_ops.gather_sum(x, tables.fold, *rotation, False), z, "fold")
     c = plain.gather_sum(g, tables.collect, None, None, False)
     same(triton_ops.gather_sum(g, tables.collect, None, None, False), c, "collect")
+    repeated = c if tables.blocks_read is None else c.view(TOKENS, -1, spec.r_hat)[:, tables.blocks_read].flatten(1)
     for target, source, arguments in (
         (g, z, (tables.deal, None, None, False)),
-        (x, c, (tables.unfold, *rotation, True)),
+        (x, repeated, (tables.unfold, *rotation, True)),
     ):
         result = target.clone()
         expected = target.clone()
@@ -70,8 +71,8 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
         same(result, expected, "deal or unfold")
     check_form(spec, tables, dtype)
     # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter (`create_dot`): fp16 in its place.
-    c = c.view(-1, spec.r_hat).half()
-    z = z.view(-1, spec.r_hat).half()
+    c = c.view(TOKENS, -1, spec.r_hat).half()
+    z = z.view(TOKENS, -1, spec.r_hat).half()
     partial_sums = triton_ops.product(c, z)
     assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-5, atol=1e-5)
     stack = torch.stack([partial_sums[0], 2 * partial_sums[0], -partial_sums[0] / 3])
@@ -93,8 +94,8 @@ def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> 
 def check_parts() -> None:
     """A sum so long that it is made in several parts, the last of them shorter; with sides of several tiles."""
     for terms, r_hat in ((1300, 18), (70, 150)):
-        c = random(terms, r_hat).half()
-        z = random(terms, r_hat, seed=1).half()
+        c = random(terms, 1, r_hat).half()
+        z = random(terms, 1, r_hat, seed=1).half()
         partial_sums = triton_ops.product(c, z)
         assert len(partial_sums) == (2 if terms == 1300 else 1)
         assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)

@@ -2,22 +2,27 @@
 
     weight        forward    fold(x) where M is applied once, W' = W0 + delta, W' x
                   backward   W', g W', collect(g), fold(x) of several blocks, dM
-    activation    forward    fold(x) where M is applied once, W0 x, fold(x) of several blocks, M z, += deal(u)
-                  backward   collect(g), g W0, c M, += unfold(g_z), fold(x) of several blocks, dM
+    activation    forward    fold(x), M z, deal(u), += W0 x
+                  backward   collect(g), c M, unfold(g_z), += g W0, fold(x) of several blocks, dM
+
+What is added to the base's product is there before it: the product then starts from it (`addmm_`), and no kernel reads
+the product again. Not so with a bias or a quantized weight, whose product is a function of its own.
 
 The folded input is rotated for rotate, so that M's gradient is one product for every operator, c^T z over all tokens
-and blocks, summed in fp32 and rounded once.
+and blocks, summed in fp32 and rounded once. g is collected by output blocks; where they are fewer than input blocks,
+each of these reads them in turn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.frozen import Weight, dense
+from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, product
 from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, linear_by
 
@@ -56,24 +61,39 @@ class KernelProducts:
     def form(self, weight: Weight, square: Tensor) -> Tensor:
         return form_weight(weight, square, self.tables)
 
-    def add_update_(self, y: Tensor, square: Tensor, saved: Tensor) -> None:
+    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
         z = self._folded(saved)
-        u = z.view(-1, self.tables.spec.r_hat) @ square.T
-        ops.gather_add_(y.view(-1, y.shape[-1]), u.view(z.shape), self.tables.deal, None, None, False)
+        u = (z.view(-1, self.tables.spec.r_hat) @ square.T).view(z.shape)
+        deal = u, self.tables.deal, None, None, False
+        if isinstance(weight, Tensor) and bias is None:
+            return _plus_product(ops.gather_sum(*deal), x, weight.T)
+        y = product(x, weight, bias)
+        ops.gather_add_(y.view(-1, y.shape[-1]), *deal)
+        return y
 
     def collect_once(self, g: Tensor) -> Tensor:
-        """(..., O) -> (T * N, R)."""
+        """(..., O) -> (T * P, R)."""
         collected: Tensor = ops.gather_sum(_flat(g), self.tables.collect, None, None, False)
         return collected.view(-1, self.tables.spec.r_hat)
 
-    def add_input_gradient_(self, g_x: Tensor, square: Tensor, g: Tensor, collected: Tensor | None) -> None:
+    def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
-        g_z = (c @ square).view(-1, self.tables.fold.shape[1])
-        ops.gather_add_(g_x.view(-1, g_x.shape[-1]), g_z, self.tables.unfold, *self.tables.rotation, True)
+        g_z = (c @ square).view(-1, self.tables.collect.shape[1])
+        if self.tables.blocks_read is not None:
+            by_block = g_z.view(len(g_z), -1, self.tables.spec.r_hat)
+            g_z = by_block.index_select(1, self.tables.blocks_read).flatten(1)
+        unfold = g_z, self.tables.unfold, *self.tables.rotation, True
+        if isinstance(weight, Tensor):
+            return _plus_product(ops.gather_sum(*unfold), g, weight)
+        g_x = input_gradient(g, weight)
+        ops.gather_add_(g_x.view(-1, g_x.shape[-1]), *unfold)
+        return g_x
 
     def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
-        gradient: Tensor = ops.sum_parts(ops.product(c, self._folded(saved).view(c.shape)), g.dtype)
+        z = self._folded(saved)
+        by_token = len(z), -1, self.tables.spec.r_hat
+        gradient: Tensor = ops.sum_parts(ops.product(c.view(by_token), z.view(by_token)), g.dtype)
         return gradient
 
     def _fold(self, x: Tensor) -> Tensor:
@@ -83,6 +103,13 @@ class KernelProducts:
 
     def _folded(self, saved: Tensor) -> Tensor:
         return self._fold(saved) if self.tables.spec.blocks > 1 else saved
+
+
+def _plus_product(total: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    """total (T, Q) + x (..., S) times matrix (S, Q), in place: (..., Q). No view, as a model may change it in place
+    (`frozen.linear`)."""
+    total.addmm_(_flat(x), matrix)
+    return torch.ops.aten._unsafe_view(total, [*x.shape[:-1], total.shape[1]])
 
 
 def _flat(x: Tensor) -> Tensor:

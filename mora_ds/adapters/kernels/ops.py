@@ -3,8 +3,9 @@
     gather_sum(x, table, cos, sin, back)         (T, S), (K, Q) -> (T, Q)   out[t, q] = sum over k of x[t, table[k, q]]
     gather_add_(y, x, table, cos, sin, back)     the same, added to y (T, Q) in place
     form(...)                                    (O, D): the frozen weight plus the delta of M
-    product(c, z)                                (S, R), (S, R) -> (P, R, R): c^T z in P parts, summed in fp32
-    sum_parts(parts, dtype)                      (P, R, R) -> (R, R)
+    product(c, z)                                (T, P, R), (T, N, R) -> (parts, R, R): c^T z over all tokens and
+                                                 blocks, summed in fp32; block b of z meets block b mod P of c
+    sum_parts(parts, dtype)                      (parts, R, R) -> (R, R)
 
 Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for rotate only, `gather_sum` rotates
 each of the N blocks of the result (`back` False) or rotates each block of x back before it gathers (`back` True).
@@ -68,9 +69,9 @@ def _meta_form(weight: Tensor, scales: Tensor | None, square: Tensor, *_: Any) -
 
 
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:
-    part_count = plain.parts_of(c.shape[0], c.shape[1], _PROGRAMS_ON_META)
+    part_count = plain.parts_of(z, _PROGRAMS_ON_META)
     dtype = torch.promote_types(c.dtype, torch.float32)
-    return c.new_empty(part_count, c.shape[1], z.shape[1], dtype=dtype)
+    return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)
 
 
 def _meta_sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:

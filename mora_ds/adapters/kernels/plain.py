@@ -18,7 +18,9 @@ TILE = 128
 """Side of the tiles of M's gradient that one program of `product` sums."""
 
 _TERMS = 512
-"""Terms of a sum that a part of `product` has at least."""
+_TERMS_OF_SIDE = 8
+"""Terms of a sum that a part of `product` has at least, and at least in one of M's sides: its R x R partial sums are
+then an eighth of the bytes that it reads, or less."""
 
 
 def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
@@ -51,13 +53,16 @@ def form(
 
 def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`."""
-    return (_wide(c).T @ _wide(z)).unsqueeze(0)
+    blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
+    terms_of_c = _wide(c).index_select(1, blocks).flatten(0, 1)
+    return (terms_of_c.T @ _wide(z).flatten(0, 1)).unsqueeze(0)
 
 
-def parts_of(terms: int, r_hat: int, programs: int) -> int:
-    """P: in how many parts `product` sums `terms` products, so that about `programs` programs have work."""
+def parts_of(z: Tensor, programs: int) -> int:
+    """In how many parts `product` sums over z (T, N, R), so that about `programs` programs have work."""
+    tokens, blocks, r_hat = z.shape
     tiles = math.ceil(r_hat / TILE) ** 2
-    return max(1, min(programs // tiles, terms // _TERMS))
+    return max(1, min(programs // tiles, tokens * blocks // max(_TERMS, _TERMS_OF_SIDE * r_hat)))
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:

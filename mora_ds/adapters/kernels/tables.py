@@ -1,6 +1,7 @@
 """An operator's four maps (`ops.index_tables`) as the kernels read them: int32, with -1 for zero.
 
-Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate and share), K = terms of a map's sums.
+Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate and share), K = terms of a map's sums,
+P = blocks of collected outputs, at most N: input block b reads block b mod P.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.ops.index_tables import make_tables, of_all_blocks, rope_table
+from mora_ds.adapters.ops.index_tables import make_tables, rope_table
 from mora_ds.adapters.ops.mora import OperatorSpec
 
 
@@ -19,24 +20,30 @@ class KernelTables(nn.Module):
     fold: Tensor
     """(K, N * R)"""
     unfold: Tensor
-    """(K, D)"""
+    """(K, D), of numbers in N blocks for rotate, which turns each by angles of its own, else of numbers in P blocks."""
     deal: Tensor
     """(K, O)"""
     collect: Tensor
-    """(K, N * R)"""
+    """(K, P * R)"""
+
+    blocks_read: Tensor | None
+    """(N,), the block of collected outputs that each input block reads: where they are repeated, to be rotated."""
 
     def __init__(self, spec: OperatorSpec, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
         tables = make_tables(spec, torch.device("cpu"))
-        maps = {
-            "fold": tables.fold.table,
-            "unfold": tables.unfold.table,
-            "deal": tables.deal.table,
-            "collect": of_all_blocks(tables.collect.table, spec),
-        }
+        collect = tables.collect.table
+        unfold = tables.unfold.table
+        if not spec.rotates:
+            unfold = unfold.where(unfold < 0, unfold % collect.shape[1])
+        maps = {"fold": tables.fold.table, "unfold": unfold, "deal": tables.deal.table, "collect": collect}
         for name, table in maps.items():
             self.register_buffer(name, table.to(device, torch.int32).contiguous(), persistent=False)
+        self.register_buffer("blocks_read", None, persistent=False)
+        blocks_out = collect.shape[1] // spec.r_hat
+        if spec.rotates and blocks_out < spec.blocks:
+            self.blocks_read = (torch.arange(spec.blocks) % blocks_out).to(device, torch.int32)
         self._every_output_reads_a_row = spec.blocks == 1 and tables.deal.missing is None
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
         """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No buffers, as they stay in fp32

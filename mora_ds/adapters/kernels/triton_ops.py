@@ -71,7 +71,8 @@ def plan_gather_sum(
     out: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool, add: bool
 ) -> Launch:
     """`gather_sum` into out (T, Q), or added to it."""
-    (tokens, size), (terms, columns) = x.shape, table.shape
+    tokens, size = x.shape
+    terms, columns = table.shape
     turn = _NONE if cos is None else _BACK if back else _FORTH
     row = triton.next_power_of_2(size)
     chunk = min(triton.next_power_of_2(columns), 2048)
@@ -114,7 +115,7 @@ def plan_form_groups(
     chunk = min(triton.next_power_of_2(columns), 2048)
     return Launch(
         _form_groups,
-        (r_hat, triton.cdiv(columns, chunk)),
+        (triton.cdiv(columns, chunk), r_hat),
         {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "members": members,
          "columns": columns, "row_stride": weight.stride(0), "column_stride": weight.stride(1), "r_hat": r_hat,
          "most_members": len(members)},
@@ -147,15 +148,17 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by torch."""
     if c.dtype not in (torch.bfloat16, torch.float16):
         return plain.product(c, z)
-    part_count = plain.parts_of(c.shape[0], c.shape[1], 2 * _processors(c.device))
-    out = torch.empty(part_count, c.shape[1], z.shape[1], dtype=torch.float32, device=c.device)
+    part_count = plain.parts_of(z, 2 * _processors(c.device))
+    out = torch.empty(part_count, c.shape[2], z.shape[2], dtype=torch.float32, device=c.device)
     plan_product(out, c.contiguous(), z.contiguous())()
     return out
 
 
 def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
-    """`product` into out (P, R, R). The order of the sums depends on P alone."""
-    (part_count, r_hat, _), terms = out.shape, len(c)
+    """`product` into out (parts, R, R). The order of the sums depends on the number of parts alone."""
+    part_count, r_hat, _ = out.shape
+    tokens, blocks, _ = z.shape
+    terms = tokens * blocks
     tile = max(16, min(plain.TILE, triton.next_power_of_2(r_hat)))
     deep = 64
     tiles = triton.cdiv(r_hat, tile)
@@ -164,7 +167,7 @@ def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
         (tiles * tiles, part_count),
         {"out": out, "c": c, "z": z, "terms": terms, "r_hat": r_hat,
          "terms_of_part": deep * triton.cdiv(triton.cdiv(terms, part_count), deep)},
-        {"TILE": tile, "DEEP": deep},
+        {"BLOCKS_C": c.shape[1], "BLOCKS": blocks, "TILE": tile, "DEEP": deep},
         {"num_warps": 8 if tile == plain.TILE else 4, "num_stages": 3},
     )  # fmt: skip
 
@@ -274,8 +277,8 @@ def _form_groups(
     out, weight, scales, square, unfold, members, columns, row_stride, column_stride, r_hat, most_members,
     TERMS: tl.constexpr, SHARED: tl.constexpr, ROW: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0)
-    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    group = tl.program_id(1)
+    column = tl.program_id(0) * PART + tl.arange(0, PART)
     inside = column < columns
     source = square + group * r_hat
     if SHARED:
@@ -334,7 +337,10 @@ def _form_blocks(
 
 
 @triton.jit
-def _product(out, c, z, terms, r_hat, terms_of_part, TILE: tl.constexpr, DEEP: tl.constexpr):
+def _product(
+    out, c, z, terms, r_hat, terms_of_part,
+    BLOCKS_C: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(r_hat, TILE)
     row = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
@@ -345,8 +351,12 @@ def _product(out, c, z, terms, r_hat, terms_of_part, TILE: tl.constexpr, DEEP: t
     for first in range(start, stop, DEEP):
         term = first + tl.arange(0, DEEP)
         line = term.to(tl.int64)[:, None] * r_hat
+        term_of_c = term
+        if BLOCKS_C != BLOCKS:
+            term_of_c = term // BLOCKS * BLOCKS_C + term % BLOCKS % BLOCKS_C
+        line_of_c = term_of_c.to(tl.int64)[:, None] * r_hat
         inside = (term < stop)[:, None]
-        left = tl.load(c + line + row[None, :], mask=inside & (row < r_hat)[None, :], other=0)
+        left = tl.load(c + line_of_c + row[None, :], mask=inside & (row < r_hat)[None, :], other=0)
         right = tl.load(z + line + column[None, :], mask=inside & (column < r_hat)[None, :], other=0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]

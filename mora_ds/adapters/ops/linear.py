@@ -73,14 +73,14 @@ class LayerProducts(Protocol):
     def form(self, weight: Weight, square: Tensor) -> Tensor:
         """weight + delta (O, D), in the dtype of M, which holds until the next call."""
 
-    def add_update_(self, y: Tensor, square: Tensor, saved: Tensor) -> None:
-        """y (..., O) += decompress(M compress(x)). `saved`: `saved_input` of x."""
+    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
+        """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of x."""
 
     def collect_once(self, g: Tensor) -> Tensor | None:
         """What both gradients of the activation path read of g (..., O), where they read the same."""
 
-    def add_input_gradient_(self, g_x: Tensor, square: Tensor, g: Tensor, collected: Tensor | None) -> None:
-        """g_x (..., D) += the transpose of the update's linear map, applied to g (..., O)."""
+    def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
+        """g W0 + the transpose of the update's linear map, applied to g (..., O): (..., D)."""
 
     def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
         """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g before."""
@@ -142,9 +142,7 @@ class _ActivationPath(torch.autograd.Function):
         ctx.make = maker_of(weight)
         saved = products.saved_input(x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
-        y = product(x, weight, bias)
-        products.add_update_(y, square, saved)
-        return y
+        return products.output(x, weight, bias, square, saved)
 
     @staticmethod
     @once_differentiable
@@ -155,8 +153,7 @@ class _ActivationPath(torch.autograd.Function):
         g_x = g_square = None
         collected = products.collect_once(g)
         if ctx.needs_input_grad[0]:
-            g_x = input_gradient(g, weight_of(ctx.make, *weight_tensors))
-            products.add_input_gradient_(g_x, square, g, collected)
+            g_x = products.input_gradient(g, weight_of(ctx.make, *weight_tensors), square, collected)
         if ctx.needs_input_grad[3]:
             g_square = products.square_gradient(saved, g, collected, by_weight=False)
         return g_x, None, None, g_square, None
@@ -174,14 +171,14 @@ class TorchProducts:
     def form(self, weight: Weight, square: Tensor) -> Tensor:
         return effective_weight(self.spec, square, dense(weight, square.dtype))
 
-    def add_update_(self, y: Tensor, square: Tensor, saved: Tensor) -> None:
-        add_update_(y, self.spec, square, saved)
+    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
+        return add_update_(product(x, weight, bias), self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
         return None if self.spec.blocks > 1 or sums_by_product(g) else decompress_transpose(self.spec, g)
 
-    def add_input_gradient_(self, g_x: Tensor, square: Tensor, g: Tensor, collected: Tensor | None) -> None:
-        add_input_gradient_(g_x, self.spec, square, g, collected)
+    def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
+        return add_input_gradient_(input_gradient(g, weight), self.spec, square, g, collected)
 
     def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
         if collected is not None:

@@ -76,6 +76,7 @@ def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict
     square = meta(side, side)
     square = meta(side, side, dtype=dtype)
     z = meta(TOKENS, tables.fold.shape[1], dtype=dtype)
+    c = meta(TOKENS, tables.collect.shape[1], dtype=dtype)
     weight = meta(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
     scales = meta(spec.d_out, dtype=torch.float32) if int8 else None
     formed = meta(spec.d_out, spec.d_in, dtype=dtype)
@@ -89,11 +90,12 @@ def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict
     partial_sums = meta(PARTS, side, side, dtype=torch.float32)
     return {
         "fold": plan(z, x, tables.fold, *rotation, False, add=False),
-        "collect": plan(z, g, tables.collect, None, None, False, add=False),
-        "deal": plan(g, z, tables.deal, None, None, False, add=True),
-        "unfold": plan(x, z, tables.unfold, *rotation, True, add=True),
+        "collect": plan(c, g, tables.collect, None, None, False, add=False),
+        "deal": plan(g, z, tables.deal, None, None, False, add=False),
+        "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
+        "add deal": plan(g, z, tables.deal, None, None, False, add=True),
         "form": form,
-        "product": triton_ops.plan_product(partial_sums, z.view(-1, side), z.view(-1, side)),
+        "product": triton_ops.plan_product(partial_sums, c.view(TOKENS, -1, side), z.view(TOKENS, -1, side)),
         "sum_parts": triton_ops.plan_sum_parts(square, partial_sums),
     }
 
