@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from mora_ds.adapters.domain_names import Freeze, domain_complaints
+from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -26,8 +27,6 @@ from mora_ds.adapters.ops.spec import (
     default_kind,
     permutation_seed,
     round_side,
-    smallest_side,
-    square_size,
 )
 from mora_ds.common.errors import UserError, nearest, refuse, unknown
 from mora_ds.common.untrusted import entry, typed_fully
@@ -121,9 +120,11 @@ class AdapterConfig:
         `aligned`: the side whose groups are confined to segments, if the layer has one."""
         raise NotImplementedError
 
-    def of_expert(self, layer: str, experts_per_token: int) -> AdapterConfig:
-        """The config that gives each expert of `layer` its operator."""
-        return self
+    def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
+        """The config that gives each expert of `layer` its operator. Raises `UserError` where there is none."""
+        raise UserError(
+            f"--target_modules includes {layer}, experts, which take --adapter mora, not {self.adapter}: leave them out"
+        )
 
     def requested_size(self, d_in: int, d_out: int) -> int:
         """r_hat, or LoRA's rank, that `rank` stands for where the layer is large enough."""
@@ -247,7 +248,7 @@ class MoRAConfig(AdapterConfig):
         if self.operator in REMOVED_OPERATORS:
             yield f"--operator {self.operator} {REMOVED_OPERATORS[self.operator]}"
             return
-        operators = ["auto", *(kind.value for kind in OperatorKind)]
+        operators = ["auto", *(kind.value for kind in OPERATORS)]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}
         misspelt = [flag for flag, known in choices.items() if getattr(self, flag) not in known]
@@ -261,13 +262,12 @@ class MoRAConfig(AdapterConfig):
             yield from self._unsuited_to(self.kind)
 
     def _unsuited_to(self, kind: OperatorKind) -> Iterator[str]:
-        if kind is OperatorKind.SHARE:
-            return
-        any_kind = (Grouping.PLAIN.value, Grouping.PERMUTED.value)
-        if self.grouping not in any_kind:
-            use = " or ".join(any_kind)
+        operator = OPERATORS[kind]
+        groupings = [grouping.value for grouping in operator.groupings]
+        if self.grouping not in (*groupings, ALTERNATE if operator.has_groups else ""):
+            use = " or ".join(groupings)
             yield f"--grouping {self.grouping} belongs to --operator share, but the operator is {kind.value}: use {use}"
-        if self.segments > 0:
+        if self.segments > 0 and not operator.has_groups:
             yield f"--tp_grouping aligned belongs to --operator share, but the operator is {kind.value}"
 
     @property
@@ -283,7 +283,7 @@ class MoRAConfig(AdapterConfig):
     @property
     def step(self) -> int:
         """Every r_hat that the operator takes is a multiple of this."""
-        return smallest_side(self.kind)
+        return OPERATORS[self.kind].smallest_side
 
     @property
     def limiting_side(self) -> str:

@@ -57,7 +57,7 @@ class MoRAExperts(AdaptedLinear):
 
     def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
         """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a token takes."""
-        expert_spec = self.spec.each
+        expert_spec = self.spec.operator
         self._held = tables_of(expert_spec, x.device)
         z = compress(expert_spec, F.dropout(x, self.dropout, self.training))
         if spread:

@@ -25,8 +25,8 @@ from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_sha
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import Side, SquareSpec, UpdateSpec
+from mora_ds.adapters.ops.mora import operator_of
+from mora_ds.adapters.ops.spec import Side, UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
@@ -150,7 +150,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     return InjectionReport(
         rows=_shape_rows(specs, config),
         operator=config.title,
-        values="matrices" if isinstance(layers[0].spec, SquareSpec) else "factors",
+        values=layers[0].spec.values_title,
         square_params=values,
         other_trainable_params=other_trainable,
         total_params=total + values + frozen,
@@ -189,11 +189,6 @@ def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, ali
     if isinstance(module, (ExpertStack, MoRAExperts)):
         count = module.count if isinstance(module, ExpertStack) else module.spec.count
         expert_spec = config.of_expert(name, module.experts_per_token).operator_for(name, d_in, d_out, cycle)
-        if not isinstance(expert_spec, OperatorSpec):
-            raise UserError(
-                f"--target_modules includes {name}, experts, which take --operator truncate, share, decouple or "
-                f"rotate, not {expert_spec.describe()}: leave them out"
-            )
         return StackSpec(count, expert_spec)
     return config.operator_for(name, d_in, d_out, cycle, aligned)
 
@@ -363,19 +358,14 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
 
 
 def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, domains: Domains | None) -> AdaptedLinear:
-    """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises `UserError` for an operator that
-    cannot have domains."""
+    """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises `UserError` for experts that would
+    have domains."""
     if isinstance(base, ExpertStack):
         if domains is not None:
             raise UserError(f"research.domain_adapters: {name} are experts, which can have no domains: leave them out")
         assert isinstance(spec, StackSpec)
         return MoRAExperts(base, spec, config.dropout)
-    if domains is None:
-        compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
-        return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
-    if not (isinstance(config, MoRAConfig) and isinstance(spec, OperatorSpec)):
-        raise UserError(
-            "research.domain_adapters is for --operator truncate, share, decouple or rotate: "
-            f"{name} would get {spec.describe()}"
-        )
-    return DomainLinear(base, spec, domains, config.dropout, Freeze(config.freeze))
+    if domains is not None and isinstance(config, MoRAConfig):
+        return DomainLinear(base, operator_of(spec, name), domains, config.dropout, Freeze(config.freeze))
+    compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
+    return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))

@@ -100,7 +100,7 @@ class AdaptedLinear(nn.Module):
         """Names of the adapter's tensors that are not trained: buffers in fp32."""
         self.merged: tuple[Term, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them up."""
-        self._merged_tables: tuple[IndexTables, ...] = ()
+        self._merged_tables: tuple[object, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.frozen
@@ -206,8 +206,7 @@ class AdaptedLinear(nn.Module):
 
     def _hold_merged_tables(self) -> None:
         """Keeps the tables of merged cycles, which every step reads and which are too many for a cache."""
-        specs = [spec for spec, _ in self.merged if isinstance(spec, OperatorSpec)]
-        self._merged_tables = tuple(tables_of(spec, self.device) for spec in specs)
+        self._merged_tables = tuple(spec.tables(self.device) for spec, _ in self.merged)
 
     def read(self) -> Tensor:
         """The frozen weight in its layout, in its dtype or, where it is quantized, in fp32. May be `weight` itself."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.ops.frozen import QuantizedWeight
-from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import Grouping
 
 
 def quantized_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -33,13 +30,11 @@ def quantized_bytes(model: nn.Module) -> int:
 
 def merge_bytes(model: nn.Module) -> int:
     """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take it up: its values, and index
-    tables of its own permutations, about three int32 for each input and output."""
+    tables of its own permutations."""
     total = 0
     for layer in (layer for _, layer in _layers(model) if layer.is_packed):
         spec = layer.spec
-        total += math.prod(spec.value_shape) * layer.dtype.itemsize
-        if isinstance(spec, OperatorSpec) and spec.grouping is Grouping.PERMUTED:
-            total += 3 * torch.int32.itemsize * (spec.d_in + spec.d_out)
+        total += math.prod(spec.value_shape) * layer.dtype.itemsize + spec.table_bytes
     return total
 
 

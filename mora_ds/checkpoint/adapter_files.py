@@ -23,7 +23,7 @@ from torch import Tensor
 from mora_ds.adapters.config import AdapterConfig, config_from_dict
 from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import OWN
-from mora_ds.adapters.ops.spec import UpdateSpec
+from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
@@ -58,7 +58,7 @@ class DomainSquares:
 
     names: tuple[str, ...]
     """The domains, in the order of their matrices."""
-    operators: Mapping[str, UpdateSpec]
+    operators: Mapping[str, OperatorSpec]
     """Module name -> operator of its matrices. They are not merged during a run and keep the operator of cycle 0."""
     frozen: tuple[str, ...] = ()
     """Names of the tensors that are not trained, of the shared matrices or those of domains."""
@@ -71,7 +71,7 @@ class DomainSquares:
     def from_dict(cls, values: Mapping[str, Any]) -> DomainSquares:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Domains, values, "domains")
-        operators = {name: spec_from_dict(spec) for name, spec in known.operators.items()}
+        operators = {name: operator_of(spec_from_dict(spec), name) for name, spec in known.operators.items()}
         return cls(known.names, operators, known.frozen)
 
     def tensor(self, module: str) -> str:

@@ -20,7 +20,6 @@ from torch import nn
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
-from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors, chosen_domain
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
@@ -96,9 +95,8 @@ def load_adapter(
         write_live(layer, original, opened.ledger.squares_of(name))
         set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
         if facts.domains is not None:
-            domain_spec = facts.domains.operators[name]
-            assert isinstance(layer, DomainLinear) and isinstance(domain_spec, OperatorSpec)
-            layer.own_spec = domain_spec
+            assert isinstance(layer, DomainLinear)
+            layer.own_spec = facts.domains.operators[name]
     trainable = dict(model.named_parameters())
     for name in facts.trainables:
         trainable[name].data = tensors.trained(name).to(dtype)

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from mora_ds.adapters.low_rank_embeddings import is_low_rank, sum_of_products
 from mora_ds.adapters.new_embeddings import is_new_rows, stands_for
-from mora_ds.adapters.ops.spec import SquareSpec
 from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
@@ -205,7 +204,7 @@ class _Term:
 
     @property
     def is_linear(self) -> bool:
-        return all(isinstance(entry.operator, SquareSpec) for entry in self.layers.values())
+        return all(entry.operator.is_linear for entry in self.layers.values())
 
     def takes(self, content: str, layers: dict[str, LayerEntry]) -> bool:
         return layers == self.layers and (self.is_linear or content in self.parts)

@@ -24,7 +24,6 @@ from torch import Tensor
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.common.errors import RunError, UserError
@@ -77,7 +76,7 @@ def export_peft(
         raise UserError(f"--rank must be at least 1, got {rank}")
     require_new(output)
     opened = Adapter.open(source, RunError, adapter_only=True)
-    if experts := [name for name, entry in opened.file.layers.items() if isinstance(entry.operator, StackSpec)]:
+    if experts := [name for name, entry in opened.file.layers.items() if entry.operator.is_stack]:
         raise UserError(
             f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
             "which merges them, or an adapter without experts in --target_modules"

@@ -25,7 +25,6 @@ from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import config_of, frozen_buffers, mora_layers, move_base
-from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.engine import muon, zero
@@ -176,7 +175,7 @@ def check_compute_dtype(config: dict[str, Any]) -> None:
 
 def _check_experts(model: nn.Module, config: dict[str, Any]) -> None:
     """Raises `UserError` for experts that Muon would have to train: it orthogonalises single matrices."""
-    stacks = [name for name, layer in mora_layers(model).items() if isinstance(layer.spec, StackSpec)]
+    stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
     if stacks and uses_muon(config):
         raise UserError(f"--optimizer muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use adamw")
 

@@ -18,7 +18,7 @@ from torch import nn
 from mora_ds.adapters.domains import domain_layers
 from mora_ds.adapters.inject import count_parameters, mora_layers
 from mora_ds.adapters.layer import linear_shape
-from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 
 GATHERS_A_MICRO_BATCH = 2
@@ -92,23 +92,23 @@ def costs(model: nn.Module, degree: int, replicas: int, tokens: int) -> Costs:
     traffic: list[Traffic] = []
     for name, layer in layers.items():
         value = layer.value
-        if not isinstance(layer.spec, OperatorSpec):  # at t = 1 only
-            traffic += _zero_traffic(value.numel(), replicas)
-        elif isinstance(value, nn.Parameter):  # a frozen M is unsharded on every rank
-            traffic += _square_traffic(layer.spec, plan.styles[name], degree, replicas, tokens)
+        if isinstance(value, nn.Parameter):  # a frozen M is unsharded on every rank
+            traffic += _zero_traffic(-(-len(value) // degree) * value[0].numel(), replicas)
+            if degree > 1:
+                traffic += _group_traffic(operator_of(layer.spec, name), plan.styles[name], degree, tokens)
         if name in domains and isinstance(domains[name].domain_squares, nn.Parameter):
             traffic += _zero_traffic(domains[name].domain_squares.numel(), replicas)
     traffic += _block_traffic(model, plan, tokens)
     squares = sum(value.numel() for layer in layers.values() for value in layer.parameters(recurse=False))
     frozen = count_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
-    is_lora = any(layer.spec.value_name == "factors" for layer in layers.values())
-    return Costs(tuple(traffic), frozen, squares / degree / replicas, "factors" if is_lora else "MoRA matrices")
+    titles = {layer.spec.values_title for layer in layers.values()}
+    return Costs(tuple(traffic), frozen, squares / degree / replicas, " and ".join(sorted(titles)))
 
 
-def _square_traffic(spec: OperatorSpec, style: Style, degree: int, replicas: int, tokens: int) -> Iterator[Traffic]:
+def _group_traffic(spec: OperatorSpec, style: Style, degree: int, tokens: int) -> Iterator[Traffic]:
+    """What a tensor-parallel group exchanges for one layer's M."""
     square = spec.r_hat**2
-    yield from _zero_traffic(-(-spec.r_hat // degree) * spec.r_hat, replicas)
-    if degree == 1 or _is_aligned(spec, style, degree):
+    if _is_aligned(spec, style, degree):
         return
     if style is not Style.WHOLE:
         yield Traffic("square", Collective.GATHER, degree, square, 2)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.adapters.ops.stack import single
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
@@ -37,7 +36,7 @@ class StoredWeight:
         """The tensor with the updates of its layer, summed as `live_weight` sums them."""
         original = torch.cat([base.read(key) for key in self.parts]) if len(self.parts) > 1 else base.read(*self.parts)
         if self.expert is not None:
-            updates = (single(spec, value, self.expert) for spec, value in updates)
+            updates = (spec.single(value, self.expert) for spec, value in updates)
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
 
 

@@ -32,7 +32,14 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, linear_shape
 from mora_ds.adapters.ops.index_tables import rope_table, tables_of
-from mora_ds.adapters.ops.mora import OperatorSpec, block_squares, compress, decompress_transpose, input_columns
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    block_squares,
+    compress,
+    decompress_transpose,
+    input_columns,
+    operator_of,
+)
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine.device import current_device
@@ -144,9 +151,8 @@ class Alignment:
 
 
 def _operator(layer: AdaptedLinear) -> OperatorSpec:
-    """The layer's operator: the settings refuse the alignment loss for LoRA."""
-    assert isinstance(layer.spec, OperatorSpec)
-    return layer.spec
+    """The layer's operator."""
+    return operator_of(layer.spec, "a layer with the alignment loss")
 
 
 def aligned_layers(model: nn.Module, config: MoRAConfig, rank: int) -> dict[str, Any]:

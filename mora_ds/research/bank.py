@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.domains import update_rows
 from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
-from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, BaseReference, read_adapter
 from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, has_adapter, tokenizer_of
 from mora_ds.commands.evaluate import TITLES, check_scoring, read_sets, score_cells, scoring_flags
@@ -84,11 +84,7 @@ def read_headers(name: str, folder: Path, fingerprint: str) -> AdapterFile:
                 f"{(folder / reference.folder).resolve()}"
             )
         for layer, entry in adapter.layers.items():
-            if not isinstance(entry.operator, OperatorSpec):
-                raise UserError(
-                    f"{layer} has {entry.operator.describe()}; the operators truncate, share, decouple and rotate are "
-                    "served side by side"
-                )
+            operator_of(entry.operator, layer)
         if adapter.domains is not None:
             raise UserError(
                 f"it has MoRA matrices of the domains {', '.join(adapter.domains.names)} and shared ones; only "
@@ -132,10 +128,11 @@ def read_resident(name: str, folder: Path, expected: AdapterFile, dtype: torch.d
         for layer, entry in adapter.file.layers.items():
             squares: dict[OperatorSpec, Tensor] = {}
             for spec, square in [*adapter.ledger.squares_of(layer), (entry.operator, adapter.tensors.square(layer))]:
-                if not isinstance(spec, OperatorSpec) or not torch.isfinite(square).all():
-                    raise UserError(f"a MoRA matrix of {layer} is not finite, or of another kind in the ledger")
+                operator = operator_of(spec, layer)
+                if not torch.isfinite(square).all():
+                    raise UserError(f"a MoRA matrix of {layer} is not finite")
                 if square.any():
-                    squares[spec] = squares[spec] + square if spec in squares else square
+                    squares[operator] = squares[operator] + square if operator in squares else square
             layers[layer] = {spec: square.to(device, dtype) for spec, square in squares.items()}
     tables = [tables_of(spec, torch.device(device)) for squares in layers.values() for spec in squares]
     return Resident(layers, tables)

@@ -183,15 +183,15 @@ def test_a_stack_is_its_members() -> None:
     original = torch.randn(4, spec.d_out, spec.d_in)
     whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
     turned = live_weight(original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16)
-    matrices = [live_weight(original[e], [(spec.each, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
+    matrices = [live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
     assert torch.equal(whole, torch.stack(matrices)) and torch.equal(whole, turned.mT)
     both = histories("a", [(spec, value), (spec, value)])
     assert [name for name, _ in both] == [f"a.{index}" for index in range(4)] and len(both[0][1]) == 2
-    for damaged in ({"count": 0}, {"count": 2**40}, {"each": {}}, {"more": 1}):
+    for damaged in ({"count": 0}, {"count": 2**40}, {"operator": {}}, {"more": 1}):
         with pytest.raises(UserError):
             spec_from_dict({**spec.to_dict(), **damaged})
     with pytest.raises(UserError, match="no operator of a stack"):
-        live_weight(original, [(spec.each, value[0])], False, torch.float32)
+        live_weight(original, [(spec.operator, value[0])], False, torch.float32)
 
 
 def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
@@ -204,13 +204,14 @@ def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
     assert by_rule["down_proj"].r_hat == linear.square_size(24, 32)
     assert by_rule["gate_up_proj"].r_hat == linear.square_size(32, 48)
     assert sides(rank=1)["down_proj"].r_hat == replace(linear, rank=1).square_size(24, 32), "not rank 1 // 2"
-    assert sides(operator="auto", rank=64)["down_proj"].each.kind.value == "share", "as the linear layers of rank 64"
+    by_rank = sides(operator="auto", rank=64)["down_proj"].operator
+    assert by_rank.kind.value == "share", "as the linear layers of rank 64"
     config = MoRAConfig(rank=16, target_modules=("experts",))
     model = tiny_model("mixtral")
     inject(model, config)
-    seeds = {layer.spec.each.seed for layer in stacks_in(model).values()}
+    seeds = {layer.spec.operator.seed for layer in stacks_in(model).values()}
     set_cycle(model, config, 1)
-    assert len(seeds | {layer.spec.each.seed for layer in stacks_in(model).values()}) == 8
+    assert len(seeds | {layer.spec.operator.seed for layer in stacks_in(model).values()}) == 8
 
 
 def test_the_report_and_the_names_of_frozen_weights() -> None:

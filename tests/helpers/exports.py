@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed, square_size
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
 from mora_ds.checkpoint.adapter_files import AdapterFile, read_adapter
 from mora_ds.common import files
 from mora_ds.models.base import BaseCheckpoint

@@ -39,9 +39,10 @@ from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mora_ds.adapters.layer import LoRALinear
-from mora_ds.adapters.ops.index_tables import rope_table
+from mora_ds.adapters.ops.index_tables import rope_table, square_size
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tools.bench.measuring import clock, saved_activations
 from tools.bench.report import Report, json_flag
 

@@ -14,9 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.mora import OperatorSpec, add_blocks_, input_columns, rows_and_slots
 from mora_ds.adapters.ops.spec import UpdateSpec
-from mora_ds.adapters.ops.stack import single
 
 _CHUNK = 1 << 18
 """Elements of the weight that are processed at a time on a CPU: 1 MiB, which stays in a core's cache."""
@@ -36,21 +34,20 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
     if total.dim() > 2:
         for spec, value in updates:
             for index, matrix in enumerate(total):
-                add_deltas_(matrix, [single(spec, value, index)])
+                add_deltas_(matrix, [spec.single(value, index)])
         return
     pending: list[_Rows] = []
     for spec, value in updates:
         value = value.to(total.device, total.dtype)
-        if isinstance(spec, OperatorSpec) and spec.blocks == 1:
-            pending.append(rows_and_slots(spec, input_columns(spec, value)))
+        rows = spec.rows_and_slots(value)
+        if rows is not None:
+            pending.append(rows)
             if sum(columns.numel() for columns, _ in pending) < _PENDING:
                 continue
         _add_rows(total, pending)
         pending.clear()
-        if not isinstance(spec, OperatorSpec):
-            total.add_(spec.delta_weight(value))
-        elif spec.blocks > 1:
-            add_blocks_(total, spec, value)
+        if rows is None:
+            spec.add_delta_(total, value)
     _add_rows(total, pending)
 
 

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mora_ds.adapters.ops.gather import LOW_PRECISION, gather, select_rows, signed
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE, Grouping, OperatorKind, round_side
+from mora_ds.common.errors import UserError
 
 _POWERS = 28
 """Terms of the series of cosine and sine: the next ones are below 1 / 28!, 3e-30."""
@@ -293,7 +294,17 @@ class Operator:
     rotates: bool = False
     """Whether the blocks are rotated, each by other angles."""
     has_groups: bool = False
-    """Whether `Grouping` and segments choose what is summed."""
+    """Whether segments, and every `Grouping`, choose what is summed."""
+
+    @property
+    def groupings(self) -> tuple[Grouping, ...]:
+        """Those that the operator takes."""
+        return tuple(Grouping) if self.has_groups else (Grouping.PLAIN, Grouping.PERMUTED)
+
+    @property
+    def smallest_side(self) -> int:
+        """The smallest side of a MoRA matrix, of which all sides are multiples: a rotation pairs dimensions."""
+        return 2 if self.rotates else 1
 
 
 OPERATORS: dict[OperatorKind, Operator] = {
@@ -302,6 +313,17 @@ OPERATORS: dict[OperatorKind, Operator] = {
     OperatorKind.DECOUPLE: Operator(_blocks, in_blocks=True),
     OperatorKind.ROTATE: Operator(_blocks, in_blocks=True, rotates=True),
 }
+
+
+def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind, multiple: int = R_HAT_MULTIPLE) -> int:
+    """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
+    3).
+
+    Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank below 1.
+    """
+    if rank < 1:
+        raise UserError(f"--mora_rank must be at least 1, got {rank}")
+    return round_side(math.isqrt((d_in + d_out) * rank), multiple, OPERATORS[kind].smallest_side)
 
 
 def _filled(size: int, r_hat: int) -> Tensor:

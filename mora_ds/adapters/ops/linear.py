@@ -18,25 +18,19 @@ from enum import Enum
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
-    apply_squares,
-    block_squares,
-    decompress,
+    add_input_gradient_,
+    add_update_,
     decompress_transpose,
     effective_weight,
-    fold_input,
-    fold_matrix,
-    rows_of_outputs,
     saved_input,
     square_gradient,
     sums_by_product,
-    unfold_input,
 )
 
 
@@ -184,32 +178,3 @@ class TorchProducts:
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)
         return square_gradient(self.spec, saved, g, form_dense=by_weight and sums_by_product(g))
-
-
-def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) -> Tensor:
-    """y (..., O) + decompress(M compress(x)), in place. `saved`: `fold_input` of x for share and truncate, for decouple
-    and rotate x itself."""
-    if spec.blocks > 1:
-        z = fold_input(spec, saved).flatten(0, -3)
-        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
-    if sums_by_product(y):
-        y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
-        return y
-    return y.add_(decompress(spec, F.linear(saved, square)))
-
-
-def add_input_gradient_(
-    g_x: Tensor, spec: OperatorSpec, square: Tensor, g: Tensor, sums: Tensor | None = None
-) -> Tensor:
-    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in place. `sums`:
-    `decompress_transpose` of g, where it is there already."""
-    if spec.blocks > 1:
-        c = decompress_transpose(spec, g).flatten(0, -3)
-        g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
-        return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
-    if sums_by_product(g):
-        flat = g.reshape(-1, spec.d_out)
-        g_x.view(-1, spec.d_in).addmm_(flat @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
-        return g_x
-    sums = decompress_transpose(spec, g) if sums is None else sums
-    return g_x.add_(unfold_input(spec, sums @ square))

@@ -9,7 +9,8 @@ Merged at intervals and started afresh it is ReLoRA (arXiv 2307.05695). Both fac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,8 @@ class LoRASpec(UpdateSpec):
 
     name: ClassVar[str] = LORA
     value_name: ClassVar[str] = "factors"
+    values_title: ClassVar[str] = "factors"
+    is_linear: ClassVar[bool] = False
     d_in: int
     d_out: int
     rank: int
@@ -55,6 +58,18 @@ class LoRASpec(UpdateSpec):
         """A (r, D), and alpha / r times B^T (r, O)."""
         down, up = value.split((self.d_in, self.d_out), dim=1)
         return down, up * (self.alpha / self.rank)
+
+    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        return y.add_(lora_update(self, value, x))
+
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+        down, up = self.factors(value)
+        return g_x.add_(F.linear(g, up) @ down)
+
+    def joined(self, values: Sequence[Tensor]) -> tuple[LoRASpec, Tensor]:
+        """Factors lined up, as those of a larger rank with the same scale."""
+        count = len(values)
+        return replace(self, rank=self.rank * count, alpha=self.alpha * count), torch.cat(list(values))
 
     def scaled(self, value: Tensor, factor: float) -> Tensor:
         """B alone is multiplied: the delta is a product of both."""

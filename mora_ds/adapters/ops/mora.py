@@ -41,17 +41,18 @@ from mora_ds.adapters.ops.index_tables import (
     OPERATORS,
     DeltaRows,
     IndexMap,
+    IndexTables,
     of_all_blocks,
     signed_rope_table,
     tables_of,
 )
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, SquareSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.untrusted import MAX_SIDE
 
 
 @dataclass(frozen=True)
-class OperatorSpec(SquareSpec):
+class OperatorSpec(UpdateSpec):
     """An operator with its sizes. Raises `UserError` for sizes or groupings that make no operator."""
 
     kind: OperatorKind
@@ -75,15 +76,25 @@ class OperatorSpec(SquareSpec):
         if not 0 <= self.seed < 2**32:
             raise UserError(f"the seed of an operator's permutations must be from 0 to 2^32 - 1, got {self.seed}")
         operator = OPERATORS[self.kind]
-        if operator.rotates and self.r_hat % 2:
+        if self.r_hat % operator.smallest_side:
             raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
-        if not operator.has_groups and self.grouping not in (Grouping.PLAIN, Grouping.PERMUTED):
+        if self.grouping not in operator.groupings:
             raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
         segments = max(self.in_segments, self.out_segments)
         if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and not operator.has_groups):
             raise UserError(f"segments belong to operator 'share', and are at least 1, got {self}")
         if segments > self.r_hat:
             raise UserError(f"r_hat must be at least the number of segments, {segments}, got {self.r_hat}")
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return self.r_hat, self.r_hat
+
+    @property
+    def table_bytes(self) -> int:
+        """About three int32 for each input and output, where every cycle draws other permutations."""
+        is_drawn = self.grouping is Grouping.PERMUTED
+        return 3 * torch.int32.itemsize * (self.d_in + self.d_out) if is_drawn else 0
 
     @property
     def blocks_in(self) -> int:
@@ -95,6 +106,7 @@ class OperatorSpec(SquareSpec):
 
     @property
     def blocks(self) -> int:
+        """N: how many blocks of the input M is applied to."""
         return self.blocks_in if OPERATORS[self.kind].in_blocks else 1
 
     @property
@@ -105,11 +117,28 @@ class OperatorSpec(SquareSpec):
     def delta_weight(self, value: Tensor) -> Tensor:
         return delta_weight(self, value)
 
+    def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
+        return add_blocks_(total, self, value) if self.blocks > 1 else super().add_delta_(total, value)
+
+    def rows_and_slots(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where M is applied once: its rows, each number at the inputs that read its column."""
+        return rows_and_slots(self, input_columns(self, value)) if self.blocks == 1 else None
+
+    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        return add_update_(y, self, value, saved_input(self, x))
+
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+        return add_input_gradient_(g_x, self, value, g)
+
+    def tables(self, device: torch.device) -> IndexTables:
+        return tables_of(self, device)
+
     def low_rank(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Where M is applied once: A says which inputs are summed (zeros and ones), B holds the rows of M."""
         return (fold_matrix(self, value).T, rows_of_outputs(self, value)) if self.blocks == 1 else None
 
     def adjoint(self, gradient: Tensor) -> Tensor:
+        """The adjoint of `delta_weight`, (d_out, d_in) -> (r_hat, r_hat): <delta_weight(M), G> == <M, adjoint(G)>."""
         return adjoint(self, gradient)
 
     def describe(self) -> str:
@@ -117,6 +146,14 @@ class OperatorSpec(SquareSpec):
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kind": self.kind.value, "grouping": self.grouping.value}
+
+
+def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:
+    """`spec` itself, of which MoRA's operators are read. Raises `UserError` that begins with `of_what` for another."""
+    if not isinstance(spec, OperatorSpec):
+        known = ", ".join(kind.value for kind in OPERATORS)
+        raise UserError(f"{of_what} has {spec.describe()}, which is none of the operators {known}")
+    return spec
 
 
 def _member(enum: type[Enum], value: Any, what: str) -> Any:
@@ -323,6 +360,34 @@ def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
     product = torch.empty_like(z)
     torch.bmm(z.transpose(0, 1), squares.transpose(1, 2), out=product.transpose(0, 1))
     return product
+
+
+def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) -> Tensor:
+    """y (..., O) + decompress(M compress(x)), in place. `saved`: `saved_input` of x."""
+    if spec.blocks > 1:
+        z = fold_input(spec, saved).flatten(0, -3)
+        return y.add_(decompress(spec, apply_squares(block_squares(spec, square), z)).view_as(y))
+    if sums_by_product(y):
+        y.view(-1, spec.d_out).addmm_(saved.flatten(0, -2), rows_of_outputs(spec, square).T)
+        return y
+    return y.add_(decompress(spec, F.linear(saved, square)))
+
+
+def add_input_gradient_(
+    g_x: Tensor, spec: OperatorSpec, square: Tensor, g: Tensor, sums: Tensor | None = None
+) -> Tensor:
+    """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in place. `sums`:
+    `decompress_transpose` of g, where it is there already."""
+    if spec.blocks > 1:
+        c = decompress_transpose(spec, g).flatten(0, -3)
+        g_z = apply_squares(block_squares(spec, square).transpose(1, 2), c)
+        return g_x.add_(unfold_input(spec, g_z).view_as(g_x))
+    if sums_by_product(g):
+        flat = g.reshape(-1, spec.d_out)
+        g_x.view(-1, spec.d_in).addmm_(flat @ rows_of_outputs(spec, square), fold_matrix(spec, g).T)
+        return g_x
+    sums = decompress_transpose(spec, g) if sums is None else sums
+    return g_x.add_(unfold_input(spec, sums @ square))
 
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ for. Merges, the merge ledger, exports and spectra use specs through `UpdateSpec
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from enum import Enum
 from typing import Any, ClassVar
@@ -71,12 +70,21 @@ class Side(str, Enum):
 
 
 class UpdateSpec(ABC):
-    """Says which (d_out, d_in) change of a frozen weight a layer's value stands for. Immutable and hashable."""
+    """Says which (d_out, d_in) change of a frozen weight a layer's value stands for. Immutable and hashable.
+
+    Everything that only one kind of update does is a method or a property here, so that no caller asks for the kind.
+    """
 
     name: ClassVar[str]
     """Value of "kind" in `to_dict`, where the class has only one."""
     value_name: ClassVar[str] = "square"
     """Name of the value: the layer's parameter, and in files."""
+    values_title: ClassVar[str] = "MoRA matrices"
+    """What tables call the values of all layers."""
+    is_linear: ClassVar[bool] = True
+    """Whether the delta of a sum of values is the sum of their deltas."""
+    is_stack: ClassVar[bool] = False
+    """Whether a layer has a value for each matrix of a stack."""
     d_in: int
     d_out: int
 
@@ -85,6 +93,11 @@ class UpdateSpec(ABC):
     def value_shape(self) -> tuple[int, ...]:
         """(r_hat, r_hat) of a MoRA matrix, (E, r_hat, r_hat) of a stack, (rank, d_in + d_out) of LoRA's factors."""
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the index tables that the update of one cycle has for itself."""
+        return 0
+
     def first_value(self, seed: int) -> Tensor:
         """The value that a cycle starts from, fp32 on the CPU; its delta is zero. Only LoRA draws with `seed`."""
         return torch.zeros(self.value_shape)
@@ -92,6 +105,34 @@ class UpdateSpec(ABC):
     @abstractmethod
     def delta_weight(self, value: Tensor) -> Tensor:
         """The (d_out, d_in) change of the weight, in the value's dtype and on its device, sharing no memory with it."""
+
+    def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
+        """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
+        return total.add_(self.delta_weight(value))
+
+    def rows_and_slots(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rows (K, d_in) and for each output (d_out,) the one of them that is its row of the delta, where a few rows
+        make up the delta; None where they do not."""
+        return None
+
+    def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
+        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta and without a backward."""
+        raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
+
+    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+        """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (..., d_out); in place."""
+        raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
+
+    def tables(self, device: torch.device) -> object:
+        """What these products read on a device besides the value: they are cached as long as a caller holds them."""
+        return None
+
+    def joined(self, values: Sequence[Tensor]) -> tuple[UpdateSpec, Tensor]:
+        """One spec and value whose delta is the sum of those of `values`, fp32, added in their order."""
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        return self, total
 
     def scaled(self, value: Tensor, factor: float) -> Tensor:
         """The value whose delta is `factor` times that of `value`."""
@@ -110,6 +151,10 @@ class UpdateSpec(ABC):
         """(name, operator, value) of everything that changes one matrix (d_out, d_in): a stack's experts one by one."""
         yield module, self, value
 
+    def single(self, value: Tensor, index: int) -> tuple[UpdateSpec, Tensor]:
+        """(operator, value) of one matrix of a stack. Raises `UserError` for a spec that is none: a file's."""
+        raise UserError(f"{self.describe()} is no operator of a stack of experts")
+
     def describe(self) -> str:
         """A short name for tables: rotate/permuted, lora."""
         return self.name
@@ -119,44 +164,9 @@ class UpdateSpec(ABC):
         return {"kind": self.name, **asdict(self)}  # type: ignore[call-overload]
 
 
-class SquareSpec(UpdateSpec):
-    """An `UpdateSpec` whose value is a MoRA matrix (r_hat, r_hat)."""
-
-    r_hat: int
-
-    @property
-    def blocks(self) -> int:
-        """N: how many blocks of the input M is applied to."""
-        return 1
-
-    @property
-    def value_shape(self) -> tuple[int, ...]:
-        return self.r_hat, self.r_hat
-
-    @abstractmethod
-    def adjoint(self, gradient: Tensor) -> Tensor:
-        """The adjoint of `delta_weight`, (d_out, d_in) -> (r_hat, r_hat): <delta_weight(M), G> == <M, adjoint(G)>."""
-
-
 def default_kind(rank: int) -> OperatorKind:
     """The operator for a LoRA rank when none is named: rotate for small ranks, share for large ones."""
     return OperatorKind.ROTATE if rank < ROTATE_BELOW_RANK else OperatorKind.SHARE
-
-
-def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind, multiple: int = R_HAT_MULTIPLE) -> int:
-    """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
-    3).
-
-    Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank below 1.
-    """
-    if rank < 1:
-        raise UserError(f"--mora_rank must be at least 1, got {rank}")
-    return round_side(math.isqrt((d_in + d_out) * rank), multiple, smallest_side(kind))
-
-
-def smallest_side(kind: OperatorKind) -> int:
-    """The smallest side of a MoRA matrix, of which all sides are multiples: rotate pairs dimensions."""
-    return 2 if kind is OperatorKind.ROTATE else 1
 
 
 def round_side(side: int, multiple: int, smallest: int) -> int:

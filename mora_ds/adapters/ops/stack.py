@@ -1,7 +1,7 @@
 """One operator for a stack of MoRA matrices: the update of a projection of a mixture's experts, whose weights lie in
 one tensor.
 
-    delta_weight(M)[e] == each.delta_weight(M[e])          every expert by itself, all with the same index tables
+    delta_weight(M)[e] == operator.delta_weight(M[e])
 
 Shape legend:  E = experts, O = d_out, D = d_in, R = r_hat.
 
@@ -18,19 +18,21 @@ import torch
 from torch import Tensor
 
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import SquareSpec, UpdateSpec
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import MAX_SIDE
 
 
 @dataclass(frozen=True)
-class StackSpec(SquareSpec):
+class StackSpec(UpdateSpec):
     """The operator that all matrices of a stack share, and their number."""
 
     name: ClassVar[str] = "stack"
+    is_stack: ClassVar[bool] = True
     count: int
     """E, the number of experts."""
-    each: OperatorSpec
+    operator: OperatorSpec
+    """Of every matrix by itself; all have the same index tables."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_SIDE:
@@ -38,47 +40,39 @@ class StackSpec(SquareSpec):
 
     @property
     def d_in(self) -> int:  # type: ignore[override]
-        return self.each.d_in
+        return self.operator.d_in
 
     @property
     def d_out(self) -> int:  # type: ignore[override]
-        return self.each.d_out
+        return self.operator.d_out
 
     @property
-    def r_hat(self) -> int:  # type: ignore[override]
-        return self.each.r_hat
-
-    @property
-    def blocks(self) -> int:
-        return self.each.blocks
+    def r_hat(self) -> int:
+        return self.operator.r_hat
 
     @property
     def value_shape(self) -> tuple[int, ...]:
-        return self.count, *self.each.value_shape
+        return self.count, *self.operator.value_shape
 
     def weight_name(self, module: str) -> str:
         """A stack is a parameter of its own, not the `weight` of a module."""
         return module
 
     def delta_weight(self, value: Tensor) -> Tensor:
-        return torch.stack([self.each.delta_weight(square) for square in value])
+        return torch.stack([self.operator.delta_weight(square) for square in value])
 
     def adjoint(self, gradient: Tensor) -> Tensor:
-        return torch.stack([self.each.adjoint(matrix) for matrix in gradient])
+        return torch.stack([self.operator.adjoint(matrix) for matrix in gradient])
 
     def members(self, module: str, value: Tensor) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
         for index, square in enumerate(value):
-            yield f"{module}.{index}", self.each, square
+            yield f"{module}.{index}", self.operator, square
+
+    def single(self, value: Tensor, index: int) -> tuple[OperatorSpec, Tensor]:
+        return self.operator, value[index]
 
     def describe(self) -> str:
-        return self.each.describe()
+        return self.operator.describe()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.name, "count": self.count, "each": self.each.to_dict()}
-
-
-def single(spec: UpdateSpec, value: Tensor, index: int) -> tuple[UpdateSpec, Tensor]:
-    """(operator, value) of one matrix of a stack. Raises `UserError` for a spec that is none: a file's."""
-    if not isinstance(spec, StackSpec):
-        raise UserError(f"{spec.describe()} is no operator of a stack of experts")
-    return spec.each, value[index]
+        return {"kind": self.name, "count": self.count, "operator": self.operator.to_dict()}

@@ -19,7 +19,7 @@ class _Stack:
     """The JSON of a `StackSpec`."""
 
     count: int
-    each: dict[str, Any]
+    operator: dict[str, Any]
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
@@ -29,7 +29,7 @@ def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
     match values.get("kind"):
         case StackSpec.name:
             stack = typed_fully(_Stack, without_kind, "operator")
-            spec = StackSpec(stack.count, typed_fully(OperatorSpec, stack.each, "operator"))
+            spec = StackSpec(stack.count, typed_fully(OperatorSpec, stack.operator, "operator"))
         case LoRASpec.name:
             spec = typed_fully(LoRASpec, without_kind, "operator")
         case str() as name if name in REMOVED_OPERATORS:

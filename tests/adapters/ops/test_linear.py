@@ -12,9 +12,10 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops import gather, mora
+from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind, square_size
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import by_definition, by_path, outputs_and_gradients, random, saved_bytes, spec_id, specs
 
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)

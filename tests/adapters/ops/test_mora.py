@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import add_deltas_
-from mora_ds.adapters.ops.index_tables import Operator
+from mora_ds.adapters.ops.index_tables import Operator, square_size
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, compress, decompress, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import (
@@ -22,7 +22,6 @@ from mora_ds.adapters.ops.spec import (
     default_kind,
     permutation_seed,
     round_side,
-    square_size,
 )
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import UserError
