@@ -213,7 +213,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     norm = {"model.norm.weight": torch.ones(32)}
     refusals: list[tuple[str, Any, dict[str, Any]]] = [
         ("of another base: fingerprint abc", MoRAConfig(rank=3), {"fingerprint": "abc"}),
-        ("q_proj has lora; the operators truncate, share, decouple and rotate", LoRAConfig(rank=3), {}),
+        ("q_proj has lora, which is none of the operators truncate, share, decouple, rotate", LoRAConfig(rank=3), {}),
         ("it also trained model.norm.weight", MoRAConfig(rank=3), {"trained": norm}),
         ("has MoRA matrices of the domains law, code", MoRAConfig(rank=3), {"domains": ("law", "code")}),
         ("adapter.json is damaged", MoRAConfig(rank=3), {}),
