@@ -52,7 +52,7 @@ def low_rank_model(tied: bool) -> Any:
     assert report.other_trainable_params == (128 + 32) * RANK * (1 if tied else 2)
     torch.manual_seed(0)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
-    for low_rank in {id(each.low_rank): each.low_rank.data for each in modules}.values():
+    for low_rank in {id(module.low_rank): module.low_rank.data for module in modules}.values():
         tall, wide = low_rank.split((128, 32))
         assert not tall.any() and 0.9 < wide.abs().max() * 32**0.5 <= 1
         tall.normal_()
@@ -71,8 +71,8 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bo
     tables = whole.get_input_embeddings(), whole.get_output_embeddings()
     for module, table in zip(modules[: 1 if tied else 2], tables, strict=False):
         table.weight.data = with_product(table.weight.data, module.low_rank.data)
-    for each in (model, whole):
-        causal_loss(each, ids).backward()
+    for variant in (model, whole):
+        causal_loss(variant, ids).backward()
     assert torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-5)
     for module, table in zip(modules, tables, strict=True):
         tall, wide = module.low_rank.data.split((128, 32))
@@ -107,8 +107,8 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
     earlier = out / "checkpoints" / "step-000004"
     run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
-    other = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
-    assert "--train_embedding_rank: 3 there, 5 here" in refusal(other)
+    wider = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
+    assert "--train_embedding_rank: 3 there, 5 here" in refusal(wider)
 
     for verdict in verify(out, user.model):
         assert verdict.is_good, verdict.lines()
@@ -170,8 +170,8 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool) -
     ids = tokens(3)
     is_new = ids >= FIRST
     assert is_new.any() and not is_new.all()
-    for each in (model, whole):
-        causal_loss(each, ids).backward()
+    for variant in (model, whole):
+        causal_loss(variant, ids).backward()
     assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -245,9 +245,9 @@ def test_a_head_keeps_its_bias() -> None:
 def test_every_trained_row_is_looked_up_among_the_trained() -> None:
     table = torch.nn.Embedding(128, 4)
     embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
-    found = embedding(torch.arange(128))
-    assert not found[FIRST:].any()
-    assert torch.equal(found[:FIRST], table.weight[:FIRST])
+    rows = embedding(torch.arange(128))
+    assert not rows[FIRST:].any()
+    assert torch.equal(rows[:FIRST], table.weight[:FIRST])
 
 
 # -- plans and refusals ------------------------------------------------------------------------------------------------

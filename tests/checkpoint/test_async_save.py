@@ -49,10 +49,10 @@ def contents_of(engine: Path) -> dict[str, torch.Tensor]:
     return contents
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
+def assert_same(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == another.keys()
     for name in one:
-        assert torch.equal(one[name], other[name]), name
+        assert torch.equal(one[name], another[name]), name
 
 
 def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:

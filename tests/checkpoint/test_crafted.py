@@ -96,10 +96,10 @@ LINKS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("tool", LINKS)
-@pytest.mark.parametrize("place", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"])
-def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, place: str) -> None:
+@pytest.mark.parametrize("link", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"])
+def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, link: str) -> None:
     (tmp_path / "secret").write_text("of the user")
-    (checkpoint / place).symlink_to(tmp_path / "secret")
+    (checkpoint / link).symlink_to(tmp_path / "secret")
     reseal(checkpoint)
     with pytest.raises(UserError, match="links are not followed"):
         LINKS[tool](checkpoint, tmp_path / "made")

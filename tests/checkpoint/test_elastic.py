@@ -67,10 +67,10 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], where: object) -> None:
-    assert one.keys() == other.keys(), where
+def assert_equal(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor], where: object) -> None:
+    assert one.keys() == another.keys(), where
     for name in one:
-        assert torch.equal(one[name], other[name]), (name, where)
+        assert torch.equal(one[name], another[name]), (name, where)
 
 
 def place(root: str, combination: Combination) -> Path:

@@ -55,10 +55,10 @@ def test_a_layer_counts_in_the_cycles_that_merged_it(original: FakeRun, tmp_path
     for cycle, names in enumerate(((first,), (second,), (first, second))):
         entries = {name: source.layers(cycle)[name] for name in names}
         ledger.append(cycle, entries, [(name, source.square(cycle, name)) for name in names])
-    found = summarize(ledger)
-    assert [each.layers for each in found] == [1, 1, 2]
+    cycles = summarize(ledger)
+    assert [cycle.layers for cycle in cycles] == [1, 1, 2]
     for cycle, name in ((0, first), (1, second)):
-        assert found[cycle].square_energy == pytest.approx(energy_of({name: source.square(cycle, name).double()}))
+        assert cycles[cycle].square_energy == pytest.approx(energy_of({name: source.square(cycle, name).double()}))
 
 
 def test_table(original: FakeRun, tmp_path: Path) -> None:

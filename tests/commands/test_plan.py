@@ -75,7 +75,7 @@ def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.Monkey
 def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     call("plan", "--model", TINY, "--gpus", 16, "--gpu_memory", 1, "--json")
     printed = capsys.readouterr()
-    found = json.loads(printed.out)
+    plan = json.loads(printed.out)
     assert "measuring a micro-batch of 1 x 512 tokens" in printed.err, "it says what it does"
-    assert found["recommended"] and found["fits"] and found["bytes"]["peak"] < 1e9
-    assert found["passes"] == pytest.approx(1, rel=0.01)
+    assert plan["recommended"] and plan["fits"] and plan["bytes"]["peak"] < 1e9
+    assert plan["passes"] == pytest.approx(1, rel=0.01)

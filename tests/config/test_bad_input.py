@@ -25,10 +25,10 @@ from tests.helpers.jobs import REPOSITORY, Playground, launch, refusal, refused,
 from tests.helpers.models import tiny_model
 
 
-def assert_user_errors(cases: list[list[str]], parts: list[list[str]]) -> None:
+def assert_user_errors(cases: list[list[str]], phrases: list[list[str]]) -> None:
     """Each run of `cases` is refused with a message that has all of its `parts`."""
     results = run_ranks(1, refused_each, cases)[0]
-    for argv, expected, (kind, message) in zip(cases, parts, results, strict=True):
+    for argv, expected, (kind, message) in zip(cases, phrases, results, strict=True):
         assert kind == "UserError" and all(phrase in message for phrase in expected), (argv, message)
 
 

@@ -109,7 +109,7 @@ CASES = [line for line in CALLS.splitlines() if line]
 
 
 @pytest.fixture(scope="module")
-def places(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bad = tmp_path_factory.mktemp("bad")
     make_mistakes(bad, user)
     run = fake_run(tmp_path_factory.mktemp("run"))
@@ -125,10 +125,10 @@ def places(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_call_with_a_mistake(line: str, places: dict[str, Path]) -> None:
-    case, *phrases = line.format(**places).split(" | ")
+def test_a_call_with_a_mistake(line: str, paths: dict[str, Path]) -> None:
+    case, *phrases = line.format(**paths).split(" | ")
     name, *flags = shlex.split(case)
     code, message = answer(tool(name).main, f"{name}.py", flags)
     assert code == 2, message
     assert [phrase for phrase in phrases if phrase not in message] == [], message
-    assert not places["new"].exists()
+    assert not paths["new"].exists()

@@ -257,17 +257,17 @@ def test_of_two_builders_at_once_the_first_wins(
 ) -> None:
     """Two nodes with one shared folder: the other one finishes just before this one renames."""
     sync = cache.fsync_tree
-    others = list[Any]()
+    theirs = list[Any]()
 
     def late(folder: Path) -> None:
         sync(folder)
-        if not others:
-            others.append(None)
-            others[0] = build(files)
+        if not theirs:
+            theirs.append(None)
+            theirs[0] = build(files)
 
     monkeypatch.setattr(cache, "fsync_tree", late)
     mine = build(files)
-    assert mine.meta == others[0].meta and folders(tmp_path / "cache") == [mine.folder.name]
+    assert mine.meta == theirs[0].meta and folders(tmp_path / "cache") == [mine.folder.name]
 
 
 def test_nothing_to_tokenise(build: Build, tmp_path: Path) -> None:

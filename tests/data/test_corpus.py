@@ -49,8 +49,8 @@ def test_the_column_of_a_table_is_named(tmp_path: Path) -> None:
     table = pa.table({"other": [1, 2, 3], "body": pa.array(TEXTS, pa.large_string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert texts(tmp_path / "a.parquet", text_column="body") == TEXTS
-    found = error(tmp_path / "a.parquet")
-    assert "a.parquet: no field 'text'; there are: other, body. Name it with --text_column" in found
+    message = error(tmp_path / "a.parquet")
+    assert "a.parquet: no field 'text'; there are: other, body. Name it with --text_column" in message
     assert "'other' holds int64, not strings" in error(tmp_path / "a.parquet", text_column="other")
 
 
@@ -84,8 +84,8 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> No
         "**/*.jsonl": ["c.jsonl"],
         "[x].txt": ["[x].txt"],
     }
-    for given, names in patterns.items():
-        assert [path.name for path in resolve_files([f"{tmp_path}/{name}" for name in given.split()])] == names
+    for pattern, names in patterns.items():
+        assert [path.name for path in resolve_files([f"{tmp_path}/{name}" for name in pattern.split()])] == names
 
 
 def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO"):
         corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")], flag="--eval_files")
     assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"] and corpus.size_bytes() == 15
-    assert [part.label for part in corpus.parts] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
+    assert [file.label for file in corpus.parts] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
     assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
 
 

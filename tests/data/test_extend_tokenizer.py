@@ -139,10 +139,10 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path) -> None:
         extend_vocabulary(folder, load_corpus([str(few)], flag="--corpus"), 5000, out)
     with pytest.raises(UserError, match="--pieces must be at least 1"):
         extend_vocabulary(folder, domain(tmp_path), 0, out)
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
+    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
     with pytest.raises(UserError, match="the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"):
-        extend_tokenizer(other, [], 1, tmp_path)
-    other.save_pretrained(folder)
+        extend_tokenizer(unigram, [], 1, tmp_path)
+    unigram.save_pretrained(folder)
     texts = SimpleNamespace(texts=lambda: pytest.fail("the corpus was read"))
     with pytest.raises(UserError, match=r"the vocabulary of a .* tokenizer cannot be extended"):
         extend_vocabulary(folder, cast(Any, texts), 1, out)
@@ -271,8 +271,8 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: 
         ("model.embed_tokens", torch.nn.EmbeddingBag(640, 32), "embeddings are a EmbeddingBag, not a table of rows"),
     ):
 
-        def changed(*given: Any, name: str = name, module: Any = module, **more: Any) -> Any:
-            model = make(*given, **more)
+        def changed(*arguments: Any, name: str = name, module: Any = module, **more: Any) -> Any:
+            model = make(*arguments, **more)
             model.set_submodule(name, module)
             return model
 

@@ -30,10 +30,10 @@ from tests.helpers.streams import T, documents, source, taken, write
 class Broken:
     """A part that fails as disks and networks do, before record 5."""
 
-    def __init__(self, part: Any, error: Exception) -> None:
-        self.part = part
+    def __init__(self, shard: Any, error: Exception) -> None:
+        self.part = shard
         self.error = error
-        self.label = part.label
+        self.label = shard.label
 
     def marked(self, mark: Any) -> Iterator[tuple[Document, Any]]:
         for document, behind in self.part.marked(mark):
@@ -45,9 +45,9 @@ class Broken:
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HTTPError("no route to host")], ids=repr)
 def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: Path, error: Exception) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
-    parts: Any = tuple(Broken(part, error) for part in corpus.parts)
+    broken_shards: Any = tuple(Broken(shard, error) for shard in corpus.parts)
     with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 4: .*(output error|route)"):
-        taken(source(Corpus(parts), tokenizer), 0, 300)
+        taken(source(Corpus(broken_shards), tokenizer), 0, 300)
 
 
 def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

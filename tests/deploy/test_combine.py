@@ -53,12 +53,12 @@ def content(folder: Path) -> dict[str, Tensor]:
     return {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
 
 
-def by_hand(parts: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def by_hand(terms: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """What the sum must be in every tensor, formed in fp64 from complete deltas."""
-    reference = BaseReference.read(parts[0][1])
-    original = content((parts[0][1] / reference.folder).resolve())
+    reference = BaseReference.read(terms[0][1])
+    original = content((terms[0][1] / reference.folder).resolve())
     total = {key: tensor.double() for key, tensor in original.items()}
-    for weight, folder in parts:
+    for weight, folder in terms:
         opened = Adapter.open(folder)
         for module, entry in opened.file.layers.items():
             for spec, value in [*opened.ledger.squares_of(module), (entry.operator, opened.tensors.square(module))]:
@@ -70,8 +70,8 @@ def by_hand(parts: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.floa
     return total
 
 
-def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for key, tensor in found.items():
+def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
         assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
 
 
@@ -92,9 +92,9 @@ def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path) 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
 def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: float) -> None:
     report = export_merged(run.checkpoint, tmp_path / "merged", mix=Mix(delta_scale=scale))
-    found = content(tmp_path / "merged")
-    check(found, by_hand([(scale, run.checkpoint)]))
-    assert scale or all(torch.equal(tensor, content(run.base)[key]) for key, tensor in found.items())
+    merged = content(tmp_path / "merged")
+    check(merged, by_hand([(scale, run.checkpoint)]))
+    assert scale or all(torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items())
     card = (tmp_path / "merged" / "README.md").read_text()
     assert report.cycles == 2 and COMBINED in card and f'"weight": {scale}' in card
 
@@ -115,8 +115,8 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path) -> None
 
 def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None:
     earlier = step_folder(run.checkpoint.parent, 3)
-    found = Mix(delta_scale=0.5, average_last=2).sources(run.output)
-    assert found == [(earlier.resolve(), Fraction(1, 4)), (run.checkpoint.resolve(), Fraction(1, 4))]
+    sources = Mix(delta_scale=0.5, average_last=2).sources(run.output)
+    assert sources == [(earlier.resolve(), Fraction(1, 4)), (run.checkpoint.resolve(), Fraction(1, 4))]
     assert Mix(delta_scale=0.5).sources(earlier) == [(earlier.resolve(), Fraction(1, 2))]
     with pytest.raises(UserError, match=r"has 1 checkpoint\(s\) up to step-000003"):
         Mix(average_last=2).sources(earlier)
@@ -218,8 +218,8 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_pat
     norm = {"model.norm.weight": torch.ones(maker.weights["model.norm.weight"].shape)}
     maker.write(tmp_path / "norms", MoRAConfig(rank=3), trained=norm)
     maker.write(tmp_path / "law", MoRAConfig(rank=3), domains=("law", "code"))
-    other = Maker(tiny_model("llama", num_hidden_layers=1, seed=9), tmp_path / "base")
-    other.write(tmp_path / "other", MoRAConfig(rank=3))
+    another_base = Maker(tiny_model("llama", num_hidden_layers=1, seed=9), tmp_path / "base")
+    another_base.write(tmp_path / "other", MoRAConfig(rank=3))
     for name, message in (
         ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),
         ("other", "have different bases"),

@@ -90,9 +90,9 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
 def test_a_model_in_several_files_is_that_in_one(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     whole = export_merged(run.checkpoint, tmp_path / "whole")
-    parts = export_merged(run.checkpoint, tmp_path / "parts", max_shard_gib=20_000 / 2**30)
-    assert whole.files == ("model.safetensors",) and len(parts.files) > 2 and whole.nbytes == parts.nbytes
-    assert all((tmp_path / "parts" / name).stat().st_size < 24_000 for name in parts.files)
+    sharded = export_merged(run.checkpoint, tmp_path / "parts", max_shard_gib=20_000 / 2**30)
+    assert whole.files == ("model.safetensors",) and len(sharded.files) > 2 and whole.nbytes == sharded.nbytes
+    assert all((tmp_path / "parts" / name).stat().st_size < 24_000 for name in sharded.files)
     check(run, tmp_path / "parts", torch.float32)
     prints = {BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")}
     assert len(prints) == 1

@@ -66,11 +66,11 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
 def test_tolerance(dtype: torch.dtype, layers: int, largest: float, tolerance: float) -> None:
     """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of all logits."""
     live = torch.tensor([largest, -0.1, 0.2])
-    found = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
-    assert found.tolerance == pytest.approx(tolerance, rel=1e-6)
-    assert found.max_difference == pytest.approx(4e-3, rel=1e-3)
+    comparison = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
+    assert comparison.tolerance == pytest.approx(tolerance, rel=1e-6)
+    assert comparison.max_difference == pytest.approx(4e-3, rel=1e-3)
     relative = 5e-3 / live.norm().item()
-    assert found.error == pytest.approx(4e-3 if dtype is torch.float32 else relative, rel=1e-3)
+    assert comparison.error == pytest.approx(4e-3 if dtype is torch.float32 else relative, rel=1e-3)
 
 
 def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:

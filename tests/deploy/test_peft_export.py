@@ -31,8 +31,8 @@ def loaded(base: Path, adapter: Path) -> Any:
     return model
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    assert (one - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item())
+def close(one: torch.Tensor, another: torch.Tensor) -> None:
+    assert (one - another).abs().max() <= 1e-5 * max(1.0, another.abs().max().item())
 
 
 def adapter(folder: Path, config: AdapterConfig, cycles: int, family: str = "llama") -> tuple[Any, Updates]:

@@ -51,7 +51,7 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
 
 
 @pytest.mark.parametrize(
-    ("status", "location", "given", "is_quick"),
+    ("status", "location", "kwargs", "is_quick"),
     [
         ("AVAILABLE", None, {}, True),
         ("AVAILABLE", None, {"hierarchy": 3}, True),
@@ -62,7 +62,7 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
     ],
 )
 def test_what_is_gathered_and_unchanged_is_freed_at_once(
-    status: str, location: str | None, given: dict[str, Any], is_quick: bool, monkeypatch: pytest.MonkeyPatch
+    status: str, location: str | None, kwargs: dict[str, Any], is_quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed = list[Any]()
     partitioned = list[Any]()
@@ -72,7 +72,7 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(
         partition=lambda *arguments: partitioned.append(arguments),
     )  # fmt: skip
     free_quickly(parameter)
-    parameter.partition(**given)
-    whole = {"param_list": None, "hierarchy": 0, "has_been_updated": False, "free_data": True, **given}
+    parameter.partition(**kwargs)
+    whole = {"param_list": None, "hierarchy": 0, "has_been_updated": False, "free_data": True, **kwargs}
     assert (freed, partitioned) == (([parameter], []) if is_quick else ([], [tuple(whole.values())]))
     assert parameter.ds_status is (ZeroParamStatus.NOT_AVAILABLE if is_quick else ZeroParamStatus[status])

@@ -151,9 +151,10 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
     }
 
 
-def worst(found: list[Tensor], expected: list[Any], unit: float) -> float:
+def worst(tensors: list[Tensor], expected: list[Any], unit: float) -> float:
     """The largest difference, in learning rates."""
-    return max((one - another.detach()).abs().max().item() for one, another in zip(found, expected, strict=True)) / unit
+    differences = [one - another.detach() for one, another in zip(tensors, expected, strict=True)]
+    return max(difference.abs().max().item() for difference in differences) / unit
 
 
 def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
@@ -256,8 +257,8 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
     model = adapted_model(family, train_embeddings=True, train_head=True)
     expected = [sum(parameter.numel() for parameter in half) for half in (squares_of(model), others_of(model))]
     engine, *_ = initialize(model=model, config=muon_config(1, 2))
-    found = [sum(parameter.numel() for parameter in group) for group in view_of(engine).groups()]
-    return found, expected, uses_muon(engine)
+    numels = [sum(parameter.numel() for parameter in group) for group in view_of(engine).groups()]
+    return numels, expected, uses_muon(engine)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])

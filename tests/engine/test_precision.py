@@ -227,9 +227,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def others_state(engine: zero.Engine, others: dict[str, Any]) -> bool:
+def others_state(engine: zero.Engine, parameters: dict[str, Any]) -> bool:
     """Whether the other group, if any, still has its moments on this rank."""
-    if not others:
+    if not parameters:
         return True
     return any(tensor.numel() > 1 and bool(tensor.abs().max() > 0) for _, tensor in state_tensors(engine, 1))
 

@@ -30,22 +30,23 @@ VALUES = {"a": torch.arange(12.0) + 100, "b": torch.arange(5.0) + 200, "c": torc
 FLAT_NUMEL = 16
 
 
-def flat_of(parts: list[Part], plus: float) -> Tensor:
+def flat_of(pieces: list[Part], plus: float) -> Tensor:
     """The values of a flat tensor, -1 where no parameter is."""
     flat = torch.full((FLAT_NUMEL,), -1.0)
-    for part in parts:
-        flat[part.offset : part.offset + part.numel] = VALUES[part.name][part.start : part.start + part.numel] + plus
+    for piece in pieces:
+        values = VALUES[piece.name][piece.start : piece.start + piece.numel]
+        flat[piece.offset : piece.offset + piece.numel] = values + plus
     return flat
 
 
 def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
     """The tensors in a rank's file; `step` as it counts the steps of both flat tensors."""
     tensors = {}
-    for number, parts in enumerate(LAYOUTS[rank]):
+    for number, pieces in enumerate(LAYOUTS[rank]):
         tensors |= {
-            f"{number}.master": flat_of(parts, 0),
-            f"{number}.exp_avg": flat_of(parts, 0.25).double(),
-            f"{number}.exp_avg_sq": flat_of(parts, 0.5),
+            f"{number}.master": flat_of(pieces, 0),
+            f"{number}.exp_avg": flat_of(pieces, 0.25).double(),
+            f"{number}.exp_avg_sq": flat_of(pieces, 0.5),
             f"{number}.step": torch.as_tensor(step).clone(),
         }
     return tensors

@@ -56,8 +56,8 @@ def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out * weights).sum(), inputs))
 
 
-def assert_same_attention(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+def assert_same_attention(output: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     """Of outputs in fp64, and of their gradients with respect to `inputs`."""
-    assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    for one, another in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+    assert_close(output, expected, rtol=1e-6, atol=1e-6)
+    for one, another in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
         assert_close(one, another, rtol=1e-5, atol=1e-5)

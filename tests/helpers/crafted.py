@@ -35,10 +35,10 @@ def whole_checkpoint(folder: Path) -> FakeRun:
 
 def _write_engine(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "adapter.safetensors")
-    parts = []
+    pieces = []
     offset = 0
     for name, tensor in tensors.items():
-        parts.append(Part(name, 0, tensor.numel(), offset))
+        pieces.append(Part(name, 0, tensor.numel(), offset))
         offset += tensor.numel()
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     state = {"0.exp_avg": torch.zeros_like(flat), "0.exp_avg_sq": torch.zeros_like(flat), "0.step": torch.tensor(3.0)}
@@ -49,7 +49,7 @@ def _write_engine(checkpoint: Path) -> None:
         groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
         settings=[{"lr": 0.1}], counters={"global_steps": 7},
     )  # fmt: skip
-    shard = RankShard.of(layout, 0, SHARD, [parts], [parts])
+    shard = RankShard.of(layout, 0, SHARD, [pieces], [pieces])
     EngineShards.of(checkpoint / "engine", layout, [shard]).write_table()
 
 

@@ -34,9 +34,9 @@ def gone(path: Path) -> None:
 HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}
 
 
-def mount(place: Path, *options: str) -> None:
+def mount(folder: Path, *options: str) -> None:
     """Skips the test where mounting is not allowed."""
-    done = subprocess.run(["mount", *options, str(place)], capture_output=True, check=False)
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("mounting needs root")
 

@@ -69,20 +69,20 @@ def plain_steps(
     """
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, eps=EPSILON, weight_decay=0.0)
-    found: dict[str, Any] = {"losses": [], "norms": []}
+    results: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(steps):
         total = 0.0
         for loss in losses_of(step):
             loss.backward()
             total += loss.item()
         if step == 0:
-            found["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP).item())
+            results["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        results["norms"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP).item())
         optimizer.step()
         optimizer.zero_grad()
-        found["losses"].append(total)
-    found["values"] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return found
+        results["losses"].append(total)
+    results["values"] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return results
 
 
 def state_tensors(engine: zero.Engine, group: int) -> Iterator[tuple[str, Tensor]]:

@@ -33,14 +33,14 @@ VARIANTS = {"shared": {}, "global": {"_SHARED": 0}}
 """Constants of `triton_ops` that choose another branch of a kernel."""
 
 
-def same(found: Tensor, expected: Tensor, what: str) -> None:
+def same(result: Tensor, expected: Tensor, what: str) -> None:
     """To the bit in fp32 and fp64. In half precision within one unit in the last place, as the interpreter cuts bf16
     off where torch rounds."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype, what
-    if found.dtype in (torch.float32, torch.float64):
-        assert torch.equal(found, expected), f"{what}: {(found - expected).abs().max()} apart"
+    assert result.shape == expected.shape and result.dtype == expected.dtype, what
+    if result.dtype in (torch.float32, torch.float64):
+        assert torch.equal(result, expected), f"{what}: {(result - expected).abs().max()} apart"
         return
-    apart = (_ordinal(found) - _ordinal(expected)).abs().max()
+    apart = (_ordinal(result) - _ordinal(expected)).abs().max()
     assert apart <= 1, f"{what}: {apart} units in the last place"
 
 

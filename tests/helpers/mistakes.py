@@ -46,10 +46,10 @@ def command(name: str, flags: list[str]) -> tuple[int, str]:
     return answer(lambda: dispatch.run(name), f"mora-ds {name}", flags)
 
 
-def flags_of(case: str, defaults: list[str], places: dict[str, Path]) -> list[str]:
+def flags_of(case: str, defaults: list[str], paths: dict[str, Path]) -> list[str]:
     """The words of `case`, with the paths of `places` in place of {NAME}, after the flags `defaults`; "-FLAG" takes a
     flag and its value out of them. A recipe comes first, as it has to."""
-    words = shlex.split(case.format(**places))
+    words = shlex.split(case.format(**paths))
     remaining = list(defaults)
     while words and words[0].startswith("-") and not words[0].startswith("--"):
         position = remaining.index(f"-{words.pop(0)}")

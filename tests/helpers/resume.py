@@ -58,10 +58,10 @@ def merged(out: Path, target: Path) -> dict[str, torch.Tensor]:
     return load_file(target / "model.safetensors")
 
 
-def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
+def assert_same_tensors(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == another.keys()
     for name in one:
-        assert torch.equal(one[name], other[name]), name
+        assert torch.equal(one[name], another[name]), name
 
 
 def assert_same_result(out: Path, whole: Path) -> None:

@@ -50,7 +50,7 @@ def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndar
     return [stream.sample(number) for number in range(first, last)]
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    for mine, expected in zip(one, other, strict=True):
+def assert_equal(one: Any, another: Any) -> None:
+    for mine, expected in zip(one, another, strict=True):
         for key in expected:
             assert np.array_equal(mine[key], expected[key]), key

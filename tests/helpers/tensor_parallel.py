@@ -139,16 +139,16 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=tokens(1, seed=99), use_cache=False).logits
 
 
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any], where: object = "") -> None:
-    for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
-        assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (where, found["losses"], expected["losses"])
-    assert_close(found["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}")
-    for step, (mine, theirs) in enumerate(zip(found["norms"], expected["norms"], strict=True)):
+def assert_same_run(results: dict[str, Any], expected: dict[str, Any], where: object = "") -> None:
+    for mine, theirs in zip(results["losses"], expected["losses"], strict=True):
+        assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (where, results["losses"], expected["losses"])
+    assert_close(results["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}")
+    for step, (mine, theirs) in enumerate(zip(results["norms"], expected["norms"], strict=True)):
         # later norms tell of squares that Adam has moved: a rounding in the first step is larger there
-        assert abs(mine - theirs) <= (1e-4 if step else 2e-6) * theirs, (where, found["norms"], expected["norms"])
-    assert found["gradients"].keys() == expected["gradients"].keys()
+        assert abs(mine - theirs) <= (1e-4 if step else 2e-6) * theirs, (where, results["norms"], expected["norms"])
+    assert results["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
-        error = (found["gradients"][name] - gradient).norm() / gradient.norm()
+        error = (results["gradients"][name] - gradient).norm() / gradient.norm()
         assert error <= 1e-5, (where, name, error.item())
     for name, value in expected["values"].items():
-        assert_close(found["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}")
+        assert_close(results["values"][name], value, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where} {text}")

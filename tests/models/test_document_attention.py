@@ -221,8 +221,8 @@ def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str) -
 def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[weakref.ref[Tensor]] = []
 
-    def noted(*given: Any) -> Tensor:
-        mask = seen(*given)
+    def noted(*arguments: Any) -> Tensor:
+        mask = seen(*arguments)
         masks.append(weakref.ref(mask))
         return mask
 

@@ -21,19 +21,19 @@ from tests.helpers.models import FAMILIES, MIXTURES, alone, loaded_model, on_dev
 
 
 @pytest.mark.parametrize(
-    ("held", "wanted"),
+    ("stored_files", "wanted"),
     [
         (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"]),
         (["config.json", "pytorch_model.bin", "rust_model.ot"], ["config.json", "pytorch_model.bin"]),
     ],
 )
 def test_pickled_weights_are_downloaded_where_there_are_no_others(
-    held: list[str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored_files: list[str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """facebook/opt-125m and many of its age have no safetensors."""
 
     def snapshot(name: str, allow_patterns: list[str]) -> str:
-        for file in held:
+        for file in stored_files:
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
                 (tmp_path / file).touch()
         return str(tmp_path)

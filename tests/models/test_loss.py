@@ -75,11 +75,11 @@ def gradients(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str
     return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    assert_close(found[0], expected[0], rtol=1e-6, atol=0)
-    assert found[1].keys() == expected[1].keys()
+def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    assert_close(results[0], expected[0], rtol=1e-6, atol=0)
+    assert results[1].keys() == expected[1].keys()
     for name, right in expected[1].items():
-        assert_close(found[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
+        assert_close(results[1][name], right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

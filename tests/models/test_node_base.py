@@ -115,18 +115,18 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int
         alone = ranks[0][case]["private"]
         assert set(alone["places"].values()) == {None}
         shared = [rank[case]["auto"] for rank in ranks]
-        assert len({str(found["places"]) for found in shared}) == 1, "every process reads the same pages"
+        assert len({str(result["places"]) for result in shared}) == 1, "every process reads the same pages"
         assert None not in shared[0]["places"].values()
-        for rank, found in zip(ranks, shared, strict=True):
-            assert found["reports"] == alone["reports"]
-            assert found["losses"] == rank[case]["private"]["losses"]
-            assert found["tied"] == alone["tied"]
+        for rank, result in zip(ranks, shared, strict=True):
+            assert result["reports"] == alone["reports"]
+            assert result["losses"] == rank[case]["private"]["losses"]
+            assert result["tied"] == alone["tied"]
             for name, tensor in alone["frozen"].items():
-                assert torch.equal(found["frozen"][name], tensor), (case, name)
-            assert found["base_bytes"] == 0
-            small = 64 * len(found["places"]) * MERGES + 4096  # norms of the layers, and checks
-            assert found["sent"] - rank[case]["private"]["sent"] < small
-            assert f"one for {world} processes" in found["text"]
+                assert torch.equal(result["frozen"][name], tensor), (case, name)
+            assert result["base_bytes"] == 0
+            small = 64 * len(result["places"]) * MERGES + 4096  # norms of the layers, and checks
+            assert result["sent"] - rank[case]["private"]["sent"] < small
+            assert f"one for {world} processes" in result["text"]
 
 
 def on_two_nodes(folder: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_varlen_is_called_for_dense_attention(
     layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stand-ins in place of torch's kernels, which need a GPU."""
-    monkeypatch.setattr(module_under_test, "fits_varlen", lambda *given: True)
+    monkeypatch.setattr(module_under_test, "fits_varlen", lambda *arguments: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward_stand_in)
     positions = positions_of(LAYOUTS[layout])

@@ -87,10 +87,10 @@ def plain_run(case: Case) -> dict[str, Any]:
         batch = batch_of(case, step)
         return [token_nll(model, batch) / (batch["labels"] != IGNORED).sum()]
 
-    found = plain_steps(model, losses_of, STEPS, LEARNING_RATE)
+    results = plain_steps(model, losses_of, STEPS, LEARNING_RATE)
     add_deltas(model, lambda square: square.data)
-    found["base"] = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
-    return found
+    results["base"] = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
+    return results
 
 
 def split_run(case: Case, size: int) -> dict[str, Any]:
@@ -155,11 +155,11 @@ def assert_equal_runs(cases: list[Case], ranks: int, size: int) -> None:
             assert_equal_run(actual, expected, case)
 
 
-def assert_equal_run(found: dict[str, Any], expected: dict[str, Any], case: Case) -> None:
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6), case
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
+def assert_equal_run(results: dict[str, Any], expected: dict[str, Any], case: Case) -> None:
+    assert results["losses"] == pytest.approx(expected["losses"], rel=1e-6), case
+    assert results["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
     for what, tolerance in (("gradients", 1e-5), ("values", 2e-5), ("base", 1e-5)):
-        for name, tensor in found[what].items():
+        for name, tensor in results[what].items():
             error = (tensor - expected[what][name]).abs().max()
             scale = expected[what][name].abs().max()
             assert error <= tolerance * scale, (what, name, error, scale, case)

@@ -33,10 +33,10 @@ LENGTH = 24
 def in_and_out_of_the_way() -> dict[str, float]:
     """What a bound model, within `whole_rows`, and another model in the same process compute, against plain ones."""
     ids = tokens(3, LENGTH, seed=5)
-    plain, bound_one, other = (prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3))
+    plain, bound_one, unbound = (prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3))
     expected = plain(input_ids=ids, use_cache=False).logits
     sequence = share_rows(bound_one, 2)
-    assert sequence is bound(bound_one) and bound(other) is None
+    assert sequence is bound(bound_one) and bound(unbound) is None
     positions = torch.arange(LENGTH).expand(3, -1)
     errors = {}
     with torch.no_grad():
@@ -48,7 +48,7 @@ def in_and_out_of_the_way() -> dict[str, float]:
             again = bound_one(**local_batch, use_cache=False).logits
             errors[f"again {number}"] = (again - mine).abs().max()
         if dist.get_rank() == 0:  # alone: nobody else takes part
-            errors["other"] = (other(input_ids=ids, use_cache=False).logits - expected).abs().max()
+            errors["other"] = (unbound(input_ids=ids, use_cache=False).logits - expected).abs().max()
         errors["split"] = (mine - sequence.split({"logits": expected})["logits"]).abs().max()
     return {name: float(error) for name, error in errors.items()}
 

@@ -45,16 +45,16 @@ def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6) -> None:
         assert_close(mine, theirs, rel)
 
 
-def assert_close(found: dict[str, Any], wanted: dict[str, Any], rel: float) -> None:
-    assert found.keys() == wanted.keys()
+def assert_close(results: dict[str, Any], wanted: dict[str, Any], rel: float) -> None:
+    assert results.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, dict):
-            assert_close(found[key], value, rel)
+            assert_close(results[key], value, rel)
         elif isinstance(value, float):
             small = 10 * rel if key in ("grad_norm", "delta_norm", "square_norm") else rel
-            assert found[key] == pytest.approx(value, rel=small, abs=0.0), key
+            assert results[key] == pytest.approx(value, rel=small, abs=0.0), key
         else:
-            assert found[key] == value, key
+            assert results[key] == value, key
 
 
 def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path, out: Path) -> None:

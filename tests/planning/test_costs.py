@@ -26,15 +26,15 @@ def test_a_rank_stores_the_base_and_its_share_of_the_matrices() -> None:
     assert alone.traffic == () and alone.wire() == 0
     assert (alone.square_elements, alone.trained) == (squares, "MoRA matrices")
     assert alone.base_elements == sum(tensor.numel() for tensor in tiny_model().parameters())
-    found = costs(model, 1, 4, TOKENS)
-    assert found.wire() == found.wire("square") == 3 * squares * 3 / 4 and found.square_elements == squares / 4
+    cost = costs(model, 1, 4, TOKENS)
+    assert cost.wire() == cost.wire("square") == 3 * squares * 3 / 4 and cost.square_elements == squares / 4
 
 
 def test_factors_of_lora() -> None:
-    found = costs(injected(LoRAConfig(rank=4, target_modules=["q_proj"])), 1, 2, TOKENS)
+    cost = costs(injected(LoRAConfig(rank=4, target_modules=["q_proj"])), 1, 2, TOKENS)
     factors = 2 * 4 * (32 + 32)
-    assert found.trained == "factors" and found.square_elements == factors / 2
-    assert found.payload(Collective.GATHER) == 2 * factors
+    assert cost.trained == "factors" and cost.square_elements == factors / 2
+    assert cost.payload(Collective.GATHER) == 2 * factors
 
 
 def test_a_domains_matrix_is_gathered_beside_the_shared_one() -> None:

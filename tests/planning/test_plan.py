@@ -257,24 +257,24 @@ def test_a_split_plan_counts_its_tables_every_time(operator: str) -> None:
     assert first == second > 0
 
 
-def assert_as_planned(plan: Plan, found: dict[str, int], case: tuple[Any, ...]) -> None:
+def assert_as_planned(plan: Plan, measured_bytes: dict[str, int], case: tuple[Any, ...]) -> None:
     exact_to = plan.gathered * 1e-3  # padding of what is gathered twice
     if REUSE in case[2]:
         exact_to += 2 * plan.trained.layer * plan.trained.bytes_each
-    assert found["gathered"] == pytest.approx(plan.gathered, abs=exact_to), case
-    assert (found["reduced"], found["base_sent"]) == (plan.reduced, 0), case
+    assert measured_bytes["gathered"] == pytest.approx(plan.gathered, abs=exact_to), case
+    assert (measured_bytes["reduced"], measured_bytes["base_sent"]) == (plan.reduced, 0), case
     memory = plan.memory
-    assert plan.copied == found["copied"], case
-    assert memory.base == pytest.approx(found["base"], abs=1000), case  # with the rotary frequencies
+    assert plan.copied == measured_bytes["copied"], case
+    assert memory.base == pytest.approx(measured_bytes["base"], abs=1000), case  # with the rotary frequencies
     for name in ("squares", "masters", "moments", "gradients", "bucket"):
-        assert getattr(memory, name) == found[name], (case, name)
+        assert getattr(memory, name) == measured_bytes[name], (case, name)
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), (4, [CASES[0], CASES[-1]])])
 def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]) -> None:
-    for found in run_ranks(ranks, all_measured, cases):
-        for case, each in zip(cases, found, strict=True):
-            assert_as_planned(plan_for(ranks, *case), each, case)
+    for rank_results in run_ranks(ranks, all_measured, cases):
+        for case, result in zip(cases, rank_results, strict=True):
+            assert_as_planned(plan_for(ranks, *case), result, case)
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------

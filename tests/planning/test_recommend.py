@@ -75,8 +75,8 @@ def test_a_trained_head_makes_all_logits_at_once() -> None:
 def test_a_node_of_cpus_has_one_base() -> None:
     plan = planner(Cluster(16, per_node=4), on_cpu=True).plan()
     memory = plan.memory
-    own = memory.peak - memory.base
-    assert memory.logits == 0 and plan.host_memory == memory.base + 4 * own + memory.host_save
+    beside_the_base = memory.peak - memory.base
+    assert memory.logits == 0 and plan.host_memory == memory.base + 4 * beside_the_base + memory.host_save
     assert "a node needs" in verdict(plan)
     on_gpus = replace(plan, trained=replace(plan.trained, on_cpu=False))
     assert on_gpus.host_memory == memory.base + memory.host_save

@@ -67,12 +67,12 @@ def one_merge_each(folder: str) -> dict[str, dict[str, Any]]:
     return {dtype: merging_run(f"{folder}/{dtype}", dtype, 1) for dtype in ("float32", "bfloat16")}
 
 
-def check_rounding(found: dict[str, Any], folder: Path) -> None:
+def check_rounding(results: dict[str, Any], folder: Path) -> None:
     """What bf16 does not take up of a merge."""
-    (report,), base, ledger = found["reports"], BaseCheckpoint.open(folder / "base"), Ledger.open(folder / "ledger")
+    (report,), base, ledger = results["reports"], BaseCheckpoint.open(folder / "base"), Ledger.open(folder / "ledger")
     deltas = check_norms(report, base, ledger)
     lost = [
-        found["weights"][name].double() - base.read(f"{name}.weight").double() - delta.double()
+        results["weights"][name].double() - base.read(f"{name}.weight").double() - delta.double()
         for name, delta in zip(ledger.layers(0), deltas, strict=True)
     ]
     assert report["rounding_loss"] == pytest.approx(norm(lost) / norm(deltas), rel=1e-4)

@@ -196,8 +196,8 @@ def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Pa
     run(2, research(user.flags(again, *resume), tmp_path, **ALIGNED))
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
     export_merged(again, tmp_path / "merged", verify=True)
-    other = research(user.flags(tmp_path / "other", *resume), tmp_path, alignment_weight=0.25, alignment_rank=4)
-    assert "research.alignment_weight, alignment_rank" in refusal(other, ranks=2)
+    heavier = research(user.flags(tmp_path / "other", *resume), tmp_path, alignment_weight=0.25, alignment_rank=4)
+    assert "research.alignment_weight, alignment_rank" in refusal(heavier, ranks=2)
 
 
 @pytest.mark.heavy

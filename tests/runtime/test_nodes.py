@@ -14,13 +14,13 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, output_of, refused
 
 
-def refused_on_two_nodes(argv: list[str], other: str) -> tuple[str, str]:
+def refused_on_two_nodes(argv: list[str], second_folder: str) -> tuple[str, str]:
     """A run in which rank 2 is another node, on whose disk the output folder is `other`. For `run_ranks`."""
     nodes.VISIBLE_WITHIN_S = 0.5
     if dist.get_rank() == 2:
         os.environ["LOCAL_RANK"] = "0"
         platform.node = lambda: "node-b"
-        argv = [*argv, "--output_dir", other]
+        argv = [*argv, "--output_dir", second_folder]
     else:
         platform.node = lambda: "node-a"
     return refused(argv)

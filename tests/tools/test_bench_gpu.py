@@ -22,17 +22,17 @@ def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, l
     return {question: content["tables"][question][1:] for question, content in contents.items()}
 
 
-def check(found: dict[str, Any], waits: str) -> None:
-    for name, dtype, _, *errors, merge in found["operators"]:
+def check(results: dict[str, Any], waits: str) -> None:
+    for name, dtype, _, *errors, merge in results["operators"]:
         assert merge == "same bits", name
         assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
-    assert len(found["operators"]) >= 4 * 3 * 2 and len(found["ceilings"]) == 6 and found["gather"]
-    assert [leak for *_, leak in found["attention"]] == ["0", "0", "0"]
-    assert [(row[0], row[-1]) for row in found["step"]] == [(stage, waits) for stage in ("1", "2", "3")]
-    assert found["resume"] == [["3", "same"]]
-    assert len(found["memory"]) >= 2 and all(float(row[-1]) > 0 for row in found["memory"])
+    assert len(results["operators"]) >= 4 * 3 * 2 and len(results["ceilings"]) == 6 and results["gather"]
+    assert [leak for *_, leak in results["attention"]] == ["0", "0", "0"]
+    assert [(row[0], row[-1]) for row in results["step"]] == [(stage, waits) for stage in ("1", "2", "3")]
+    assert results["resume"] == [["3", "same"]]
+    assert len(results["memory"]) >= 2 and all(float(row[-1]) > 0 for row in results["memory"])
     if waits != "none":
-        passes, update = [float(row[-1]) for row in found["memory"]]
+        passes, update = [float(row[-1]) for row in results["memory"]]
         assert 0.9 < passes < 1.05  # the plan counts memory to each pass that a CPU keeps from the first one on
         assert update == pytest.approx(1, abs=0.05)
 

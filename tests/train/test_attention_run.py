@@ -124,10 +124,10 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
         parameter.data *= 3
     forward = model.forward
 
-    def leaks(input_ids: Any, position_ids: Any, **others: Any) -> Any:
+    def leaks(input_ids: Any, position_ids: Any, **kwargs: Any) -> Any:
         if len(input_ids) == rows:
             position_ids = torch.arange(position_ids.shape[1]).expand_as(position_ids)
-        return forward(input_ids=input_ids, position_ids=position_ids, **others)
+        return forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
 
     check_document_mask(model, 128, (1, 2, 4))
     model.forward = leaks

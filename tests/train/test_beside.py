@@ -97,12 +97,12 @@ def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
     """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
     target = {"evaluator": Evaluator, "remora": ReMoRA, "log": MetricsLog}[owner]
     real = getattr(target, method)
-    made: list[int] = []
+    steps_made: list[int] = []
 
     def end(*arguments: Any, **options: Any) -> Any:
-        made.append(len(made))
+        steps_made.append(len(steps_made))
         result = real(*arguments, **options) if owner == "log" else None
-        if made[-1] == call:
+        if steps_made[-1] == call:
             raise KeyboardInterrupt
         return result if owner == "log" else real(*arguments, **options)
 

@@ -38,13 +38,13 @@ def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: P
     flags = ("--merge_every", 2, "--restart_warmup_steps", 1, "--export_merged", "true", "--train_embeddings", "true")
     run(2, user.flags(tmp_path / "idle", *flags))
     spin = [sys.executable, "-c", "while True: pass"]
-    others = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
+    spinning = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
     try:
         run(2, user.flags(tmp_path / "busy", *flags))
     finally:
-        for other in others:
-            other.kill()
-            other.wait()
+        for process in spinning:
+            process.kill()
+            process.wait()
     assert_same_outcome(tmp_path / "busy", tmp_path / "idle")
 
 

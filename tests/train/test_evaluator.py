@@ -122,13 +122,13 @@ def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None,
     return evaluator_class(model, {"held": dataset}, state, Log(), 2, watch=watch, hooks=hooks, **settings)
 
 
-def at(made: Any, step: int, nll: float, score: float = 0.5) -> None:
-    made.state.step = step
-    made.replica.nll = nll
-    made.replica.score = score
-    before = made.evaluate()
+def at(evaluator: Any, step: int, nll: float, score: float = 0.5) -> None:
+    evaluator.state.step = step
+    evaluator.replica.nll = nll
+    evaluator.replica.score = score
+    before = evaluator.evaluate()
     if step == 0:  # as `Trainer` keeps it
-        made.state.perplexity_before = before
+        evaluator.state.perplexity_before = before
 
 
 def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None:

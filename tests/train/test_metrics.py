@@ -83,8 +83,8 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
 
 def test_the_line_for_humans() -> None:
     line = metrics(7).line(100, 0.5)
-    parts = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
-    assert all(phrase in line for phrase in parts), line
+    phrases = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
+    assert all(phrase in line for phrase in phrases), line
     assert line.endswith("  0:00:46 left"), "93 steps of half a second"
     assert "gathered" not in metrics(7, bytes_gathered=0).line(100, 0.5)
 
@@ -164,7 +164,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bars: list[Recorder] = []
-    monkeypatch.setattr(metrics_module, "tqdm", lambda **given: bars.append(Recorder(**given)) or bars[-1])
+    monkeypatch.setattr(metrics_module, "tqdm", lambda **options: bars.append(Recorder(**options)) or bars[-1])
     one = Recorder()
     another = Recorder()
     log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda: [one, another])

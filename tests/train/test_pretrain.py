@@ -39,8 +39,8 @@ def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:
     return [(row["step"], row["eval"]) for row in rows(out) if "eval" in row]
 
 
-def assert_close_evals(one: Path, other: Path, rel: float) -> None:
-    for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(other), strict=True):
+def assert_close_evals(one: Path, reference: Path, rel: float) -> None:
+    for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(reference), strict=True):
         assert step == expected_step and perplexity == pytest.approx(expected, rel=rel)
 
 
@@ -254,8 +254,8 @@ def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
         "steps       4 (",
         "memory      ",
     )
-    places = [before.index(f"\n{label}") for label in labels]
-    assert places == sorted(places)
+    positions = [before.index(f"\n{label}") for label in labels]
+    assert positions == sorted(positions)
     assert "parameters (" in before and "MoRA of rank 2" in before
     for line in (
         "done        4 steps, 256 tokens in 0:0",

@@ -89,8 +89,8 @@ def loop_in_bf16(folder: str, file_dtype: str, merges: int) -> dict[str, Any]:
     return {"at_first": at_first, "weights": quantized(model), "lost": reports}
 
 
-def assert_rounded_once(found: dict[str, tuple[Tensor, Tensor]], base: BaseCheckpoint, ledger: Ledger | None) -> None:
-    for name, (values, scales) in found.items():
+def assert_rounded_once(layers: dict[str, tuple[Tensor, Tensor]], base: BaseCheckpoint, ledger: Ledger | None) -> None:
+    for name, (values, scales) in layers.items():
         updates = [] if ledger is None else ledger.squares_of(name)
         exact = quantize(live_weight(base.read(f"{name}.weight"), updates, False, torch.float32))
         assert torch.equal(values, exact[0]) and torch.equal(scales, exact[1]), name
@@ -165,9 +165,9 @@ def heavy(cases: list[tuple[AdapterConfig, int]]) -> list[Any]:
 def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterConfig, stage: int) -> None:
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_ranks(1, loop_of, str(tmp_path), config, stage, 0)[0]
-    for found in run_ranks(2, loop_of, str(tmp_path), config, stage, 0):
-        assert found["losses"] == pytest.approx(one["losses"], rel=1e-5) and found["base_bytes"] == 0
-        assert_rounded_once(found["bits"], BaseCheckpoint.open(tmp_path / "base"), None)
+    for result in run_ranks(2, loop_of, str(tmp_path), config, stage, 0):
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-5) and result["base_bytes"] == 0
+        assert_rounded_once(result["bits"], BaseCheckpoint.open(tmp_path / "base"), None)
 
 
 @packed

@@ -102,9 +102,9 @@ def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Pat
     changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2)
     (told,) = run_ranks(1, printed, [*longer, *map(str, changed), "--cache_dir", str(tmp_path / "cache")])
     (line,) = [line for line in told.splitlines() if line.startswith("changed since the run was last started: ")]
-    parts = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
-    for part in (*parts, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0"):
-        assert part in line
+    phrases = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
+    for phrase in (*phrases, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0"):
+        assert phrase in line
     assert "cache_dir" not in line and "output_dir" not in line
     (told,) = run_ranks(1, printed, [*longer, *map(str, changed)])
     assert "changed since" not in told

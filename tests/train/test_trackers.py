@@ -157,13 +157,13 @@ def test_services_see_no_secrets() -> None:
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.MagicMock]:
     """Packages of services in their places, which note how they are called."""
-    made = {name: mock.MagicMock() for name in ("wandb", "mlflow")}
-    made["wandb"].init.return_value = mock.MagicMock(id="w1", summary={})
-    made["wandb"].init.side_effect = lambda **told: mock.DEFAULT if Path(told["dir"]).is_dir() else 1 / 0
-    made["mlflow"].start_run.return_value.info.run_id = "m1"
-    for name, package in made.items():
+    stand_ins = {name: mock.MagicMock() for name in ("wandb", "mlflow")}
+    stand_ins["wandb"].init.return_value = mock.MagicMock(id="w1", summary={})
+    stand_ins["wandb"].init.side_effect = lambda **told: mock.DEFAULT if Path(told["dir"]).is_dir() else 1 / 0
+    stand_ins["mlflow"].start_run.return_value.info.run_id = "m1"
+    for name, package in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, package)
-    return made
+    return stand_ins
 
 
 def test_services_are_called_as_their_packages_want_it(
