@@ -82,7 +82,8 @@ def imports(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, "a relative import hides which package it reaches"
+            assert node.level == 0
+            assert node.module, "a relative import hides which package it reaches"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 

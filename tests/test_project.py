@@ -42,7 +42,8 @@ def test_before_a_commit_run_the_linters_of_a_landing() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_for_issues_asks_something(form: str) -> None:
     content = read(f".github/ISSUE_TEMPLATE/{form}")
-    assert content["name"] and content["description"]
+    assert content["name"]
+    assert content["description"]
     fields = [field for field in content["body"] if field["type"] != "markdown"]
     assert len({field["id"] for field in fields}) == len(fields) > 1
     assert all(field["attributes"]["label"] for field in fields)

@@ -54,7 +54,8 @@ def low_rank_model(tied: bool) -> Any:
     modules = model.get_input_embeddings(), model.get_output_embeddings()
     for low_rank in {id(module.low_rank): module.low_rank.data for module in modules}.values():
         tall, wide = low_rank.split((128, 32))
-        assert not tall.any() and 0.9 < wide.abs().max() * 32**0.5 <= 1
+        assert not tall.any()
+        assert 0.9 < wide.abs().max() * 32**0.5 <= 1
         tall.normal_()
     return model
 
@@ -66,7 +67,8 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bo
     whole = tiny_model("llama", tie_word_embeddings=tied)
     ids = tokens(3)
     modules = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(modules[0], LowRankEmbedding) and isinstance(modules[1], LowRankHead)
+    assert isinstance(modules[0], LowRankEmbedding)
+    assert isinstance(modules[1], LowRankHead)
     assert (modules[0].low_rank is modules[1].low_rank) == tied
     tables = whole.get_input_embeddings(), whole.get_output_embeddings()
     for module, table in zip(modules[: 1 if tied else 2], tables, strict=False):
@@ -77,7 +79,8 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bo
     for module, table in zip(modules, tables, strict=True):
         tall, wide = module.low_rank.data.split((128, 32))
         wanted = torch.cat([table.weight.grad @ wide, table.weight.grad.T @ tall])
-        assert torch.allclose(module.low_rank.grad, wanted, atol=1e-5) and wanted.abs().max() > 1e-3
+        assert torch.allclose(module.low_rank.grad, wanted, atol=1e-5)
+        assert wanted.abs().max() > 1e-3
     names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
     assert names == {"model.embed_tokens.low_rank"} | (set() if tied else {"lm_head.low_rank"})
 
@@ -132,7 +135,8 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
     for key in TABLES:
         was, now, then = base.read(key), *(models[name].state_dict()[key] for name in ("merged", "earlier"))
         assert torch.allclose(saved[f"base_model.model.{key}"], now, atol=1e-6)
-        assert (now - was).abs().max() > 1e-3 and torch.linalg.matrix_rank(now - was, atol=1e-5) == RANK
+        assert (now - was).abs().max() > 1e-3
+        assert torch.linalg.matrix_rank(now - was, atol=1e-5) == RANK
         for name, wanted in (
             ("half", (was + now) / 2),
             ("mean", (now + then) / 2),
@@ -147,7 +151,8 @@ def test_products_are_summed_side_by_side() -> None:
     table = torch.randn(7, 4)
     nothing = torch.zeros(7, 4)
     wanted = table + 0.5 * with_product(nothing, lows[0]) - 2 * with_product(nothing, lows[1])
-    assert total.shape == (11, 5) and torch.allclose(with_product(table, total), wanted, atol=1e-5)
+    assert total.shape == (11, 5)
+    assert torch.allclose(with_product(table, total), wanted, atol=1e-5)
 
 
 # -- new rows ----------------------------------------------------------------------------------------------------------
@@ -169,16 +174,19 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool) -
     whole = tiny_model("llama", tie_word_embeddings=tied)
     ids = tokens(3)
     is_new = ids >= FIRST
-    assert is_new.any() and not is_new.all()
+    assert is_new.any()
+    assert not is_new.all()
     for variant in (model, whole):
         causal_loss(variant, ids).backward()
     assert causal_loss(model, ids).item() == causal_loss(whole, ids).item()
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    assert isinstance(embedding, NewRowEmbedding) and isinstance(head, NewRowHead)
+    assert isinstance(embedding, NewRowEmbedding)
+    assert isinstance(head, NewRowHead)
     assert (embedding.new_rows is head.new_rows) == tied
     wanted = whole.get_input_embeddings().weight.grad[FIRST:]
-    assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7) and wanted.abs().max() > 1e-3
+    assert torch.allclose(embedding.new_rows.grad, wanted, atol=1e-7)
+    assert wanted.abs().max() > 1e-3
     assert torch.allclose(head.new_rows.grad, whole.get_output_embeddings().weight.grad[FIRST:], atol=1e-7)
     names = {name for name, _ in model.named_parameters() if not name.endswith("square")}
     assert names == {"model.embed_tokens.new_rows"} | (set() if tied else {"lm_head.new_rows"})
@@ -193,7 +201,8 @@ def test_a_tied_table_is_counted_once(tied: bool) -> None:
     move_base(model, "cpu", torch.bfloat16)
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    assert (embedding.weight is head.weight) == tied and head.weight.dtype == torch.bfloat16
+    assert (embedding.weight is head.weight) == tied
+    assert head.weight.dtype == torch.bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +228,8 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_pat
     for verdict in verify(out, extended.model):
         assert verdict.is_good, verdict.lines()
     report = export_merged(out, tmp_path / "merged", verify=True)
-    assert report.replaced == 2 and report.cycles == 1
+    assert report.replaced == 2
+    assert report.cycles == 1
     live = load_adapter(extended.model, out)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     text = json.loads(extended.train.read_text().splitlines()[0])["text"]

@@ -108,14 +108,16 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
 
 def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
     half = adapted(model=tiny_model("mixtral", dtype=torch.bfloat16))
-    assert torch.isfinite(causal_loss(half, tokens(2))) and half.dtype == torch.bfloat16
+    assert torch.isfinite(causal_loss(half, tokens(2)))
+    assert half.dtype == torch.bfloat16
     for family in ("mixtral", "gpt_oss"):  # weights (out, in), and (in, out)
         model = adapted(family, base_bits=8)
         live = live_of(model, family, "eager")
         ids = tokens(2)
         for name, layer in mora_layers(model).items():
             weight = live.get_parameter(layer.spec.weight_name(name))
-            assert layer.weight.dtype is torch.int8 and layer.weight.shape == weight.shape
+            assert layer.weight.dtype is torch.int8
+            assert layer.weight.shape == weight.shape
             delta = layer.spec.delta_weight(layer.square.data)
             weight.data = layer.read() + (delta.mT if layer.transposed else delta)
         loss = causal_loss(model, ids)
@@ -164,7 +166,8 @@ def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
     ends = torch.tensor([2, 6], dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
         grouped_linear(x, torch.randn(2, 3, 4), ends)
-    assert (6, 4) not in saved and (2, 3, 4) in saved
+    assert (6, 4) not in saved
+    assert (2, 3, 4) in saved
 
 
 # -- operators and sizes -----------------------------------------------------------------------------------------------
@@ -175,7 +178,8 @@ def test_a_stack_is_its_members() -> None:
     layer = next(iter(stacks_in(model).values()))
     spec = layer.spec
     value = layer.square.data
-    assert spec_from_dict(spec.to_dict()) == spec and hash(spec) == hash(replace(spec))
+    assert spec_from_dict(spec.to_dict()) == spec
+    assert hash(spec) == hash(replace(spec))
     assert tuple(value.shape) == spec.value_shape == (4, spec.r_hat, spec.r_hat)
     for index, (name, member_spec, square) in enumerate(spec.members("a", value)):
         assert name == f"a.{index}"
@@ -184,9 +188,11 @@ def test_a_stack_is_its_members() -> None:
     whole = live_weight(original, [(spec, value), (spec, value)], False, torch.bfloat16)
     turned = live_weight(original.mT.contiguous(), [(spec, value), (spec, value)], True, torch.bfloat16)
     matrices = [live_weight(original[e], [(spec.operator, value[e])] * 2, False, torch.bfloat16) for e in range(4)]
-    assert torch.equal(whole, torch.stack(matrices)) and torch.equal(whole, turned.mT)
+    assert torch.equal(whole, torch.stack(matrices))
+    assert torch.equal(whole, turned.mT)
     both = histories("a", [(spec, value), (spec, value)])
-    assert [name for name, _ in both] == [f"a.{index}" for index in range(4)] and len(both[0][1]) == 2
+    assert [name for name, _ in both] == [f"a.{index}" for index in range(4)]
+    assert len(both[0][1]) == 2
     for damaged in ({"count": 0}, {"count": 2**40}, {"operator": {}}, {"more": 1}):
         with pytest.raises(UserError):
             spec_from_dict({**spec.to_dict(), **damaged})
@@ -219,8 +225,10 @@ def test_the_report_and_the_names_of_frozen_weights() -> None:
     parameters = dict(model.named_parameters())
     report = inject(model, MoRAConfig(rank=4, target_modules=EVERYWHERE))
     rows = {row.name: row for row in report.rows}
-    assert rows["down_proj"].count == 2 and rows["down_proj"].params == 2 * 4 * rows["down_proj"].size ** 2
-    assert "4 experts each" in str(report) and report.left_out.keys() == {"gate.weight"}
+    assert rows["down_proj"].count == 2
+    assert rows["down_proj"].params == 2 * 4 * rows["down_proj"].size ** 2
+    assert "4 experts each" in str(report)
+    assert report.left_out.keys() == {"gate.weight"}
     frozen = base_weights(model)
     assert frozen.keys() == parameters.keys()
     assert all(frozen[name].data_ptr() == parameters[name].data_ptr() for name in frozen), "not copied"
@@ -253,9 +261,11 @@ def test_only_patterns_with_the_word_reach_experts() -> None:
 @pytest.mark.parametrize("family", MIXTURES)
 def test_every_layout_of_transformers_is_read_by_its_marks(family: str) -> None:
     stacks = find_stacks(tiny_model(family))
-    assert stacks and all(isinstance(stack, ExpertStack) for stack in stacks.values())
+    assert stacks
+    assert all(isinstance(stack, ExpertStack) for stack in stacks.values())
     for name, stack in stacks.items():
-        assert isinstance(stack, ExpertStack) and stack.experts_per_token == 2
+        assert isinstance(stack, ExpertStack)
+        assert stack.experts_per_token == 2
         assert (stack.in_features if name.endswith("gate_up_proj") else stack.out_features) == 32
         assert stack.transposed == (family == "gpt_oss")
 
@@ -330,7 +340,8 @@ def test_transformers_still_has_what_the_forward_is_built_on() -> None:
         True,
         False,
     )
-    assert layer() == "its own" and layer._apply_gate is not None
+    assert layer() == "its own"
+    assert layer._apply_gate is not None
     layer.config = SimpleNamespace(_experts_implementation=module_of_experts.IMPLEMENTATION)
     with pytest.raises(TypeError, match="experts_forward"):
         layer()
@@ -343,12 +354,15 @@ def test_transformers_still_has_what_the_forward_is_built_on() -> None:
 def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="40KB")
     loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager")
-    assert loaded.base.folder == tmp_path / "model" and not (tmp_path / "own").exists()
+    assert loaded.base.folder == tmp_path / "model"
+    assert not (tmp_path / "own").exists()
     stacks = {name: key for name, key in loaded.keys.items() if name.endswith(tuple(STACKS))}
-    assert stacks and all(("*" in key) == (family != "gpt_oss") for key in stacks.values())
+    assert stacks
+    assert all(("*" in key) == (family != "gpt_oss") for key in stacks.values())
     for name, key in stacks.items():
         live = loaded.model.get_parameter(name)
-        assert key in loaded.base and loaded.base.shape_dtype(key) == (tuple(live.shape), torch.float32)
+        assert key in loaded.base
+        assert loaded.base.shape_dtype(key) == (tuple(live.shape), torch.float32)
         assert torch.equal(loaded.base.read(key), live)
 
 
@@ -358,6 +372,7 @@ def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path) -> None:
     base = BaseCheckpoint.open(tmp_path)
     key = map_model(base, model, ["model.layers.0.mlp.experts.down_proj"])["model.layers.0.mlp.experts.down_proj"]
     assert base.members(key) == [[key.replace("*", str(index))] for index in range(4)]
-    assert "nothing.*.weight" not in base and base.members("nothing.*.weight") == []
+    assert "nothing.*.weight" not in base
+    assert base.members("nothing.*.weight") == []
     mixed = key + " + model.layers.0.self_attn.q_proj.weight"
     assert mixed not in base

@@ -50,7 +50,8 @@ def whole(user: Playground, model_folder: Path, tmp_path_factory: pytest.TempPat
     """Two ranks, two merges, and an unmerged cycle."""
     out = tmp_path_factory.mktemp("whole")
     summary = run(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING))
-    assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
+    assert summary["merges"] == 2
+    assert summary["base_bytes_gathered"] == 0
     assert not (out / "base").exists(), "the files hold the experts: nothing is written twice"
     return out
 

@@ -71,9 +71,12 @@ def test_only_the_square_trains_and_is_saved(kind: str) -> None:
     layer.square.data.normal_()
     x = inputs().requires_grad_()
     layer(x).square().sum().backward()
-    assert layer.square.grad is not None and layer.square.grad.abs().sum() > 0
-    assert x.grad is not None and x.grad.abs().sum() > 0
-    assert not layer.weight.requires_grad and weight.grad is None
+    assert layer.square.grad is not None
+    assert layer.square.grad.abs().sum() > 0
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert not layer.weight.requires_grad
+    assert weight.grad is None
 
 
 def test_dropout_is_on_the_squares_input_and_only_while_training() -> None:
@@ -106,7 +109,8 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 def test_repr_says_what_it_is() -> None:
     text = repr(MoRALinear(base_layer("linear"), spec()))
-    assert "square=(6, 6)" in text and "rotate/permuted" in text
+    assert "square=(6, 6)" in text
+    assert "rotate/permuted" in text
 
 
 class Renamed(nn.Linear):

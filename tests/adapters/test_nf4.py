@@ -59,12 +59,15 @@ def some_terms(spec: Any, cycles: int = 3) -> list[Term]:
 def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, int]) -> None:
     weight = random(*shape).float()
     quantized = held(weight)
-    assert quantized.packed.dtype is torch.uint8 and quantized.packed.numel() == -(-weight.numel() // 2)
-    assert quantized.scales.dtype is torch.float32 and quantized.scales.numel() == -(-weight.numel() // BLOCK)
+    assert quantized.packed.dtype is torch.uint8
+    assert quantized.packed.numel() == -(-weight.numel() // 2)
+    assert quantized.scales.dtype is torch.float32
+    assert quantized.scales.numel() == -(-weight.numel() // BLOCK)
     error = (quantized.dense(torch.float32) - weight).abs()
     blocks = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK).abs().amax(dim=1)
     bound = blocks.repeat_interleave(BLOCK)[: weight.numel()].view(shape)
-    assert (error <= bound * 0.1525).all() and error.max() <= quantized.largest_error * 1.01
+    assert (error <= bound * 0.1525).all()
+    assert error.max() <= quantized.largest_error * 1.01
     assert quantized.largest_error == pytest.approx(0.152 * blocks.max().item())
     assert (error == 0).sum() >= len(blocks)  # the largest number of a block is exact
 
@@ -142,7 +145,8 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
                 over_dense = adapt(base, spec, 0.0, path, seed=1)
                 value = random(*layer.value.shape, seed=1)
                 layer.value.data, over_dense.value.data = value, value.clone()
-                assert layer.is_packed and layer.shape == tuple(base.weight.shape)
+                assert layer.is_packed
+                assert layer.shape == tuple(base.weight.shape)
                 for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
                     assert_close(one, right, rtol=1e-5, atol=2e-5)
 
@@ -162,7 +166,8 @@ def test_merges_never_round_the_weight_again_and_lose_nothing(conv: bool) -> Non
     for cycle, (spec, value) in enumerate(updates, start=1):
         layer.spec = spec  # type: ignore[assignment]
         norms = merge_layer(layer, original, updates[:cycle], value)
-        assert torch.equal(layer.weight, bits[0]) and torch.equal(layer.weight_scales, bits[1])  # type: ignore[arg-type]
+        assert torch.equal(layer.weight, bits[0])  # type: ignore[arg-type]
+        assert torch.equal(layer.weight_scales, bits[1])  # type: ignore[arg-type]
         assert torch.equal(layer.read(), live_weight(rounded, updates[:cycle], conv, torch.float32))
         assert norms.lost < 1e-6 * norms.delta
     again = in_4_bits(adapt(base_of(SHARE, conv, torch.float32), SHARE, 0.0, Compute.AUTO, 0))

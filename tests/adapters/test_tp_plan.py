@@ -48,7 +48,8 @@ def test_heads_that_the_degree_does_not_divide_fall_back() -> None:
 
 def test_a_model_without_a_plan_is_not_split() -> None:
     plan = plan_of(tiny_model("gpt2"), 2)
-    assert not plan.blocks and "the model has no tensor-parallel plan" in str(plan)
+    assert not plan.blocks
+    assert "the model has no tensor-parallel plan" in str(plan)
     assert "colwise_gather_output" in str(plan_of(tiny_model("phi3"), 2))
 
 
@@ -56,7 +57,8 @@ def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.extra = nn.LayerNorm(56)
     plan = plan_of(model, 2)
-    assert "model.layers.0.mlp" not in plan.blocks and "model.layers.1.mlp" in plan.blocks
+    assert "model.layers.0.mlp" not in plan.blocks
+    assert "model.layers.1.mlp" in plan.blocks
     assert "leaves extra out" in str(plan)
 
 
@@ -64,10 +66,12 @@ def test_shares_are_contiguous_and_differ_by_one_at_most() -> None:
     for size in range(1, 20):
         for degree in range(1, 6):
             bounds = [share(size, degree, index) for index in range(degree)]
-            assert bounds[0][0] == 0 and bounds[-1][1] == size
+            assert bounds[0][0] == 0
+            assert bounds[-1][1] == size
             assert all(one[1] == following[0] for one, following in pairwise(bounds))
             lengths = [stop - start for start, stop in bounds]
-            assert max(lengths) - min(lengths) <= 1 and max(lengths) == -(-size // degree)
+            assert max(lengths) - min(lengths) <= 1
+            assert max(lengths) == -(-size // degree)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -112,6 +116,7 @@ def test_aligned_segments_depend_on_the_models_plan_only() -> None:
     segments: dict[str, Any] = {}
     for name, layer in mora_layers(model).items():
         segments[name.rpartition(".")[2]] = (layer.spec.in_segments, layer.spec.out_segments)
-    assert segments["q_proj"] == segments["up_proj"] == (1, 4) and segments["o_proj"] == segments["down_proj"] == (4, 1)
+    assert segments["q_proj"] == segments["up_proj"] == (1, 4)
+    assert segments["o_proj"] == segments["down_proj"] == (4, 1)
     fallback = model_with_mora("phi3", operator="share", segments=4)
     assert all(max(layer.spec.in_segments, layer.spec.out_segments) == 1 for layer in mora_layers(fallback).values())

@@ -44,7 +44,8 @@ def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
     assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
     tensors = AdapterTensors.open(tmp_path, adapter)
     assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
-    assert tensors.trained("n.weight").dtype == torch.float32 and tensors.trained_shape("n.weight") == (5,)
+    assert tensors.trained("n.weight").dtype == torch.float32
+    assert tensors.trained_shape("n.weight") == (5,)
 
 
 WRONG = """

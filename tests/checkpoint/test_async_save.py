@@ -153,8 +153,10 @@ def hanging_job(argv: list[str]) -> tuple[str, str]:
 def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, out: Path) -> None:
     argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
     for kind, message in run_ranks(2, hanging_job, argv, timeout_s=100):
-        assert kind == "RunError" and f"checkpoint {out / 'checkpoints' / 'step-000004'}" in message, message
-        assert "8 s" in message and "--collective_timeout_s" in message
+        assert kind == "RunError", message
+        assert f"checkpoint {out / 'checkpoints' / 'step-000004'}" in message, message
+        assert "8 s" in message
+        assert "--collective_timeout_s" in message
     assert (out / "checkpoints" / "latest").resolve().name == "step-000002"
 
 
@@ -165,7 +167,8 @@ def test_a_copy_shares_nothing_with_what_goes_on() -> None:
     storage = torch.arange(10.0)
     copied = on_host({"view": storage[2:4], "whole": storage})
     storage.zero_()
-    assert copied["view"].tolist() == [2.0, 3.0] and copied["view"].untyped_storage().nbytes() == 8
+    assert copied["view"].tolist() == [2.0, 3.0]
+    assert copied["view"].untyped_storage().nbytes() == 8
     assert copied["whole"].tolist() == list(range(10))
 
 

@@ -151,7 +151,8 @@ def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: 
         change_layout(checkpoint, lambda content: set_value(content, change))
     reseal(checkpoint)
     problems = [problem for problem in verify(checkpoint)[0].problems if words in problem]
-    assert problems and file.split("/")[-1] in problems[0]
+    assert problems
+    assert file.split("/")[-1] in problems[0]
 
 
 def test_random_states_that_torch_does_not_take(checkpoint: Path) -> None:

@@ -48,7 +48,8 @@ KINDS = (
 def test_every_file_of_a_checkpoint_has_its_case(golden: Path) -> None:
     checkpoint = golden / "checkpoints" / "step-000006"
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    assert files - set(KINDS) == {"ledger/cycle-00000.safetensors"} and not set(KINDS) - files
+    assert files - set(KINDS) == {"ledger/cycle-00000.safetensors"}
+    assert not set(KINDS) - files
 
 
 # -- a checkpoint ----------------------------------------------------------------------------------------------------
@@ -66,12 +67,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
     HARMS[harm](damaged)
     assert resume_checkpoint("auto", root) == root / "step-000004"
     (line,) = caplog.messages
-    assert line.startswith(f"skipped {root / 'step-000006'}: ") and str(damaged) in line
+    assert line.startswith(f"skipped {root / 'step-000006'}: ")
+    assert str(damaged) in line
     asked = ["latest", str(root / "step-000006")] if kind != "manifest.json" or harm != "gone" else []
     for wanted in asked:
         with pytest.raises(UserError, match="step-000006 is damaged") as caught:
             resume_checkpoint(wanted, root)
-        assert str(damaged) in str(caught.value) and "--resume_from_checkpoint auto" in str(caught.value)
+        assert str(damaged) in str(caught.value)
+        assert "--resume_from_checkpoint auto" in str(caught.value)
     if asked:
         with pytest.raises((UserError, RunError)):
             export_merged(root / "step-000006", out / "merged")
@@ -130,7 +133,8 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, o
     flip(out / "ledger" / "cycle-00000.safetensors", 0.9)
     before = tree(out)
     for kind, message in run_ranks(2, refused, golden_flags(user, out, "--resume_from_checkpoint", "auto")):
-        assert kind == "UserError" and f"no checkpoint in {root} is intact" in message
+        assert kind == "UserError"
+        assert f"no checkpoint in {root} is intact" in message
         assert all(f"step-00000{step}/ledger/cycle-00000.safetensors" in message for step in (2, 4, 6))
     assert tree(out) == before
 
@@ -199,7 +203,8 @@ def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_pa
     """A low bit of one number: the merge's probe does not see it, the next checkpoint does, and is not written."""
     out = tmp_path / "out"
     kind, message = run_ranks(1, harmed_job, golden_flags(user, out))[0]
-    assert kind in ("RunError", "UserError") and "cycle-00000.safetensors" in message
+    assert kind in ("RunError", "UserError")
+    assert "cycle-00000.safetensors" in message
     assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
     assert not list((out / "checkpoints").glob(".*"))
 
@@ -245,7 +250,8 @@ def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path:
     before = tree(out)
     for results in run_ranks(2, refused_each, cases):
         for (kind, message), (name, harm, words) in zip(results, BASES, strict=True):
-            assert kind == "UserError" and words in message, (name, harm.__name__, message)
+            assert kind == "UserError", (name, harm.__name__, message)
+            assert words in message, (name, harm.__name__, message)
     assert tree(out) == before
     same = Path(shutil.copytree(user.model, tmp_path / "elsewhere"))
     change_json(same / "config.json", lambda content: content.update(transformers_version="5.99.0"))
@@ -289,7 +295,8 @@ def test_a_cycle_on_a_full_disk(out: Path, disk: Path) -> None:
     before = tree(disk / "ledger")
     with pytest.raises(RunError, match=f"{disk / 'ledger'} is full"):
         book.append(9, book.layers(1), squares.items())
-    assert tree(disk / "ledger") == before and Ledger.open(disk / "ledger").cycles == book.cycles == 2
+    assert tree(disk / "ledger") == before
+    assert Ledger.open(disk / "ledger").cycles == book.cycles == 2
 
 
 def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path) -> None:
@@ -309,7 +316,8 @@ def test_an_output_folder_that_cannot_be_written_to(
     read_only(out)
     for more in (("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true"), ()):
         kind, message = run_ranks(1, refused, golden_flags(user, out, *more))[0]
-        assert kind == "UserError" and f"--output_dir {out} cannot be written to" in message
+        assert kind == "UserError"
+        assert f"--output_dir {out} cannot be written to" in message
     assert tree(out) == before
 
 
@@ -339,7 +347,9 @@ def test_a_folder_that_becomes_read_only(
     argv = golden_flags(user, out)
     kind, message = run_ranks(1, frozen_job, argv, str(out / name))[0]
     subprocess.run(["umount", "-l", str(out / name)], check=True)
-    assert kind == "RunError" and f"writing to {out / name} failed" in message and "Read-only" in message
+    assert kind == "RunError"
+    assert f"writing to {out / name} failed" in message
+    assert "Read-only" in message
     assert resume_checkpoint("latest", out / "checkpoints") == out / "checkpoints" / newest
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
@@ -350,4 +360,5 @@ def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_
     run(1, golden_flags(user, tmp_path / "second", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
     more = ("--cache_dir", tmp_path / "cache", "--train_files", user.held)
     kind, message = run_ranks(1, refused, golden_flags(user, tmp_path / "third", *more))[0]
-    assert kind == "UserError" and f"--cache_dir {tmp_path / 'cache'} cannot be written to" in message
+    assert kind == "UserError"
+    assert f"--cache_dir {tmp_path / 'cache'} cannot be written to" in message

@@ -92,7 +92,9 @@ def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogC
     copy = root / "step-000002.bak"
     assert resume_checkpoint(str(copy), root) == copy
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
-    assert "step-000002.bak" in caplog.text and "notes" in caplog.text and "latest" not in caplog.text
+    assert "step-000002.bak" in caplog.text
+    assert "notes" in caplog.text
+    assert "latest" not in caplog.text
     assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
 
 

@@ -65,7 +65,9 @@ def test_table(original: FakeRun, tmp_path: Path) -> None:
     ledger = find_ledger(original.output).open()
     lines = show_lines(ledger)
     second = summarize(ledger)[1]
-    assert "3 cycle(s)" in lines[0] and len(lines) == 6
-    assert lines[3].split()[:3] == ["1", "2", "7"] and f"{math.sqrt(second.delta_energy):.4e}" in lines[3]
+    assert "3 cycle(s)" in lines[0]
+    assert len(lines) == 6
+    assert lines[3].split()[:3] == ["1", "2", "7"]
+    assert f"{math.sqrt(second.delta_energy):.4e}" in lines[3]
     assert "truncate/permuted" in lines[3]
     assert len(show_lines(Ledger.create(tmp_path / "empty", "f" * 64))) == 1

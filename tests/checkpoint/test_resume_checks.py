@@ -96,7 +96,8 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> 
             expected = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
             assert drawn(rank) == expected
         draws = [drawn(2), drawn(3), drawn(2, step=6), drawn(2, seed=1)]
-        assert len(set(draws)) == 4 and draws[0] == drawn(2)
+        assert len(set(draws)) == 4
+        assert draws[0] == drawn(2)
     finally:
         torch.set_rng_state(rng_state)
 

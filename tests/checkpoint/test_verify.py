@@ -62,13 +62,17 @@ def test_a_good_run(user: Playground, golden: Path) -> None:
 
 def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path: Path) -> None:
     done = tool(golden)
-    assert done.returncode == 0 and done.stdout.count(": good") == 3, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": good") == 3, done.stderr
     (checkpoint / "trainer_state.json").write_text("{}")
     done = tool(checkpoint)
-    assert done.returncode == 1 and "wrong: " in done.stdout and "trainer_state.json has 2 bytes" in done.stdout
+    assert done.returncode == 1
+    assert "wrong: " in done.stdout
+    assert "trainer_state.json has 2 bytes" in done.stdout
     assert "error: 1 of 1 checkpoint(s) damaged: step-000006" in done.stderr
     done = tool(tmp_path / "nothing")
-    assert done.returncode == 2 and "neither a checkpoint, nor a ledger" in done.stderr
+    assert done.returncode == 2
+    assert "neither a checkpoint, nor a ledger" in done.stderr
 
 
 def test_files_beside_those_of_the_checkpoint_are_named(checkpoint: Path) -> None:
@@ -82,7 +86,8 @@ def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> Non
     (checkpoint / "manifest.json").write_text("[]")
     (checkpoint / "engine" / "layouts.safetensors").unlink()
     text = wrong(checkpoint)
-    assert "manifest.json is damaged" in text and "layouts.safetensors is missing" in text
+    assert "manifest.json is damaged" in text
+    assert "layouts.safetensors is missing" in text
 
 
 def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path) -> None:
@@ -191,7 +196,8 @@ def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str
     fake = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
     ledger = fake.checkpoint / "ledger"
     (verdict,) = verify(ledger, fake.base)
-    assert verdict.is_good and "ledger: 3 cycle(s), hashes and chain" in verdict.facts
+    assert verdict.is_good
+    assert "ledger: 3 cycle(s), hashes and chain" in verdict.facts
     another_base = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
         verify(ledger, another_base)

@@ -136,9 +136,12 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, di
         (disk / f"ballast-{ballast}").write_bytes(bytes(7_000))
         argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
         kind, message = run_ranks(1, careless_job, argv)[0]
-        assert kind == "RunError" and f"the disk that holds {out}" in message and "is full" in message
+        assert kind == "RunError"
+        assert f"the disk that holds {out}" in message
+        assert "is full" in message
         complete = complete_checkpoints(out / "checkpoints")
-        assert complete and all(verify_manifest(folder) == [] for folder in complete)
+        assert complete
+        assert all(verify_manifest(folder) == [] for folder in complete)
         assert (out / "checkpoints" / "latest").resolve() == complete[-1]
         assert not list((out / "checkpoints").glob(".*")), "half a checkpoint would keep the disk full"
         shutil.rmtree(out)

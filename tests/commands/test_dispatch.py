@@ -38,7 +38,8 @@ def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[
     assert answer(lambda: dispatch.run("export"), "mora-ds export", ["--help"])[0] == 0
     assert capsys.readouterr().out.startswith("usage: mora-ds export ")
     code, message = answer(lambda: dispatch.run("exprot"), "mora-ds", [])
-    assert code == 2 and "Did you mean 'export'?" in message
+    assert code == 2
+    assert "Did you mean 'export'?" in message
 
 
 # -- the package's own recipes -----------------------------------------------------------------------------------------
@@ -50,7 +51,8 @@ def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     files = ["--mixture", "configs/mixtures/two_domains.yaml", "--model_config", "configs/models/tiny_llama.json"]
     arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
-    assert arguments.training.deepspeed == str(CONFIGS / "zero3.json") and arguments.training.seed == 3
+    assert arguments.training.deepspeed == str(CONFIGS / "zero3.json")
+    assert arguments.training.seed == 3
     assert arguments.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
     assert arguments.model.model_config == str(CONFIGS / "models/tiny_llama.json")
     with pytest.raises(UserError, match="configs/recipes/gone"):
@@ -68,7 +70,8 @@ def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFix
     assert answer(recipes.main, "mora-ds recipes", ["copy", str(copy)]) == (0, "")
     assert (copy / "recipes" / "continual.yaml").read_bytes() == (CONFIGS / "recipes" / "continual.yaml").read_bytes()
     code, message = answer(recipes.main, "mora-ds recipes", ["copy", str(copy)])
-    assert code == 2 and str(copy) in message
+    assert code == 2
+    assert str(copy) in message
 
 
 # -- who starts the processes ------------------------------------------------------------------------------------------
@@ -88,7 +91,9 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module() -> None:
     words = [word for name in launcher.VALUES for word in (f"--{name}", values.get(name, "x"))]
     words += [f"--{name}" for name in launcher.SWITCHES]
     parsed = runner.parse_args(launcher.command(words, ["--num_gpus", "ours"])[3:])
-    assert parsed.module and parsed.user_script == "mora_ds" and parsed.num_gpus == 2
+    assert parsed.module
+    assert parsed.user_script == "mora_ds"
+    assert parsed.num_gpus == 2
     assert parsed.user_args == ["pretrain", "--num_gpus", "ours"]
 
 

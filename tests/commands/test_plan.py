@@ -35,7 +35,8 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.Monk
     assert (work.document_mask, work.checkpointing, work.by_documents) == (False, False, True)
     assert work.adapter == MoRAConfig(rank=4, embedding_rank=3)
     assert (planner.cluster, planner.on_cpu, planner.accumulation) == (Cluster(16, 4, 40e9), False, 3)
-    assert config["train_batch_size"] == 2 * 3 * 8 and config["zero_optimization"]["stage"] == 2
+    assert config["train_batch_size"] == 2 * 3 * 8
+    assert config["zero_optimization"]["stage"] == 2
 
 
 @pytest.mark.parametrize(
@@ -77,5 +78,7 @@ def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     plan = json.loads(printed.out)
     assert "measuring a micro-batch of 1 x 512 tokens" in printed.err, "it says what it does"
-    assert plan["recommended"] and plan["fits"] and plan["bytes"]["peak"] < 1e9
+    assert plan["recommended"]
+    assert plan["fits"]
+    assert plan["bytes"]["peak"] < 1e9
     assert plan["passes"] == pytest.approx(1, rel=0.01)

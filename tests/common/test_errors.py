@@ -37,7 +37,8 @@ def test_each_problem_is_told_once() -> None:
     with pytest.raises(UserError) as caught:
         refuse(["--a", "--b", "--a"])
     assert str(caught.value) == "--a\n--b"
-    assert refusal(refuse, ["--a", "--b"]) == ["--a", "--b"] and refusal(refuse, []) == []
+    assert refusal(refuse, ["--a", "--b"]) == ["--a", "--b"]
+    assert refusal(refuse, []) == []
 
 
 def test_a_word_is_not_its_own_nearest() -> None:

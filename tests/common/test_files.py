@@ -53,14 +53,16 @@ def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path) -> None:
     for target in ("step-1", "step-2"):
         (tmp_path / target).mkdir()
         files.replace_symlink(tmp_path / "latest", target)
-        assert (tmp_path / "latest").resolve() == tmp_path / target and not list(tmp_path.glob(".*"))
+        assert (tmp_path / "latest").resolve() == tmp_path / target
+        assert not list(tmp_path.glob(".*"))
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "kept").write_text("")
     os.rename(folder, tmp_path / ".model.old")  # killed between the two renames
     with pytest.raises(RuntimeError), files.atomic_folder(folder):
         raise RuntimeError
-    assert (folder / "kept").exists() and not (tmp_path / ".model.old").exists()
+    assert (folder / "kept").exists()
+    assert not (tmp_path / ".model.old").exists()
 
 
 def test_half_made_link_is_never_written_through(tmp_path: Path) -> None:
@@ -206,7 +208,8 @@ def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     target.write_text("old")
     for _ in range(2):  # the second time they are one file already
         files.link_or_copy(source, target)
-        assert target.samefile(source) and not list(tmp_path.glob(".*"))
+        assert target.samefile(source)
+        assert not list(tmp_path.glob(".*"))
 
     def refuse(code: int) -> None:
         def link(*names: object) -> None:
@@ -216,7 +219,8 @@ def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     refuse(errno.EXDEV)
     files.link_or_copy(source, tmp_path / "copy")
-    assert (tmp_path / "copy").read_text() == "content" and not (tmp_path / "copy").samefile(source)
+    assert (tmp_path / "copy").read_text() == "content"
+    assert not (tmp_path / "copy").samefile(source)
     refuse(errno.EDQUOT)
     with pytest.raises(RunError, match="is full"):
         files.link_or_copy(source, tmp_path / "other")

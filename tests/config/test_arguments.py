@@ -30,8 +30,10 @@ def recipe(folder: Path, text: str) -> str:
 
 def test_no_flag_at_all_is_the_is_demo_and_valid() -> None:
     arguments = parse([])
-    assert arguments.is_demo and arguments.given == frozenset()
-    assert arguments.adapter == AdapterArguments() and arguments.training == TrainingArguments()
+    assert arguments.is_demo
+    assert arguments.given == frozenset()
+    assert arguments.adapter == AdapterArguments()
+    assert arguments.training == TrainingArguments()
     validate(arguments)
 
 

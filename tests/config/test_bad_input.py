@@ -29,7 +29,8 @@ def assert_user_errors(cases: list[list[str]], phrases: list[list[str]]) -> None
     """Each run of `cases` is refused with a message that has all of its `parts`."""
     results = run_ranks(1, refused_each, cases)[0]
     for argv, expected, (kind, message) in zip(cases, phrases, results, strict=True):
-        assert kind == "UserError" and all(phrase in message for phrase in expected), (argv, message)
+        assert kind == "UserError", (argv, message)
+        assert all(phrase in message for phrase in expected), (argv, message)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -39,7 +40,8 @@ def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> N
     (tmp_path / "late.txt").write_bytes(b"fine\n" * 400_000 + b"\xff\n")
     argv = user.flags(tmp_path / "out", "--train_files", tmp_path / "late.txt")
     for kind, message in run_ranks(2, refused, argv, timeout_s=60):
-        assert kind == "UserError" and "late.txt, line 400001" in message
+        assert kind == "UserError"
+        assert "late.txt, line 400001" in message
 
 
 def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
@@ -59,7 +61,8 @@ def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
         )[0]
     finally:
         subprocess.run(["umount", str(cache)], check=True)
-    assert kind == "UserError" and f"--cache_dir {cache} cannot be written to: Read-only file system" in message
+    assert kind == "UserError"
+    assert f"--cache_dir {cache} cannot be written to: Read-only file system" in message
 
 
 # -- models and tokenizers -----------------------------------------------------------------------------------------
@@ -90,7 +93,8 @@ def test_a_tokenizer_that_would_come_back_as_another_one(user: Playground, tmp_p
     path = train_sentencepiece(texts, 380, tmp_path)
     argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model", "--tokenizer_name", path)
     message = refusal(argv)
-    assert "--tokenizer_name" in message and "qwen2" in message
+    assert "--tokenizer_name" in message
+    assert "qwen2" in message
 
 
 # -- output folders ------------------------------------------------------------------------------------------------
@@ -129,7 +133,8 @@ def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Pa
     holder = "import sys, pathlib as p; from mora_ds.train.output_folder import reserve; reserve(p.Path(sys.argv[1]))"
     command = [sys.executable, "-c", f"{holder}; print('held', flush=True); input()", str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True) as living:
-        assert living.stdout is not None and living.stdout.readline() == "held\n"
+        assert living.stdout is not None
+        assert living.stdout.readline() == "held\n"
         cases = [user.flags(out, "--resume_from_checkpoint", "auto"), user.flags(out, "--overwrite_output_dir")]
         assert_user_errors(cases, [[f"--output_dir {out}", "another run"]] * 2)
         living.kill()
@@ -144,14 +149,18 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tm
     """The learning rate makes the first steps diverge; a checkpoint from before is named."""
     argv = user.flags(out, "--learning_rate", "1e25", "--warmup_steps", 0, "--save_steps", 1, "--eval_files", user.held)
     for kind, message in run_ranks(2, refused, argv):
-        assert kind == "RunError" and "after step 1" in message and "none was written" in message
+        assert kind == "RunError"
+        assert "after step 1" in message
+        assert "none was written" in message
     assert not complete_checkpoints(out / "checkpoints"), "MoRA matrices with NaN are not saved"
     good = tmp_path / "good"
     run(1, user.flags(good, "--save_steps", 2, "--max_steps", 4))
     more = ["--learning_rate", "1e25", "--save_steps", 2, "--max_steps", 8]
     argv = user.flags(good, *more, "--resume_from_checkpoint", good / "checkpoints" / "step-000002")
     kind, message = run_ranks(1, refused, argv)[0]
-    assert kind == "RunError" and "step 4" in message and str(good / "checkpoints" / "step-000002") in message
+    assert kind == "RunError"
+    assert "step 4" in message
+    assert str(good / "checkpoints" / "step-000002") in message
     assert all(verify_manifest(folder) == [] for folder in complete_checkpoints(good / "checkpoints"))
 
 
@@ -165,7 +174,8 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
     (kind, message), (later, at_step) = run_ranks(1, refused_each, cases)[0]
     assert kind == later == "RunError"
     assert "before any training" in message
-    assert "at step 1" in at_step and "none was written" in at_step
+    assert "at step 1" in at_step
+    assert "none was written" in at_step
 
 
 # -- the real launcher ---------------------------------------------------------------------------------------------
@@ -185,6 +195,7 @@ def test_the_launcher_says_it_once(
 ) -> None:
     done = launch(ranks, user.flags("out", *more), tmp_path, timeout_s=180)
     assert done.returncode == code, done.stdout + done.stderr
-    assert done.stderr.count(part) == 1 and done.stderr.count("error:") == 1
+    assert done.stderr.count(part) == 1
+    assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
     assert (tmp_path / "out").exists() == (code == 1)

@@ -348,7 +348,8 @@ NEED_WEIGHTS = (
 def answers(folder: Path, user: Playground) -> dict[str, Answer]:
     """Line -> exit code, message, whether the output folder was made, and whether weights were loaded."""
     spec = importlib.util.spec_from_file_location("launch_pretrain", REPOSITORY / "launch" / "pretrain.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     launch = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launch)
     folders = {"bad": folder, "user": user.root, "tok": user.model}

@@ -85,7 +85,8 @@ def test_every_setting_of_the_table_exists_and_stands_there_once() -> None:
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
     known = {field.name for group in groups for field in dataclasses.fields(group)}
     listed = [name for effect in EFFECTS for name in effect.settings.split()]
-    assert set(listed) <= known and len(listed) == len(set(listed))
+    assert set(listed) <= known
+    assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize(("setting", "beside"), cases(IDLE))

@@ -22,11 +22,13 @@ def test_bounds_and_scores() -> None:
     assert watch.forgotten(start, {"old": 110.0, "new": 500.0}) is None
     assert watch.forgotten(start, {"old": 110.1})
     assert watch.score({"old": math.e, "new": math.e**2}) == pytest.approx(0.25 + 1.5)
-    assert Watch.of([], []).score(start) is None and watch.score({"old": 1.0}) is None, "a set that was left out"
+    assert Watch.of([], []).score(start) is None
+    assert watch.score({"old": 1.0}) is None, "a set that was left out"
     assert watch.forgotten({"new": 1.0}, start) is None is watch.forgotten(start, {"new": 1e9})
     assert Watch.of(["a:b:1.5"], []).bounds == {"a:b": 1.5}
     lines = report(start, {"old": 110.0, "new": 40.0, "late": 1.0})
-    assert [line.split()[-1] for line in lines] == ["change", "+10.00%", "-20.00%"] and not report({}, start)
+    assert [line.split()[-1] for line in lines] == ["change", "+10.00%", "-20.00%"]
+    assert not report({}, start)
 
 
 def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
@@ -43,15 +45,19 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path) -> Non
     told = run_ranks(1, printed, argv)[0]
     summary = read_json(out / "summary.json")
     step = summary["steps"]
-    assert step < 12 and f"stopping after step {step} of 12: the perplexity on held is" in told
+    assert step < 12
+    assert f"stopping after step {step} of 12: the perplexity on held is" in told
     ratios = [row["eval"]["held"] / summary["perplexity_before"]["held"] for row in rows(out) if "eval" in row]
     assert ratios[-1] > 1.2 >= max(ratios[:-1]), "at the first evaluation beyond the bound, made once"
     assert summary["perplexity_change_percent"]["held"] == pytest.approx(100 * (ratios[-1] - 1))
-    assert "perplexity on" in told and f"{100 * (ratios[-1] - 1):+.2f}%" in told
+    assert "perplexity on" in told
+    assert f"{100 * (ratios[-1] - 1):+.2f}%" in told
     state = TrainerState.read(out / "checkpoints" / "latest")
-    assert state.finished and state.step == step
+    assert state.finished
+    assert state.step == step
     again = run_ranks(1, printed, argv)[0]
-    assert "--stop_when_forgotten allows 1.2" in again and len(rows(out)) == len(ratios) + step
+    assert "--stop_when_forgotten allows 1.2" in again
+    assert len(rows(out)) == len(ratios) + step
     run(1, [*argv, "--stop_when_forgotten", "held:1e9"])
     assert read_json(out / "summary.json")["steps"] == 12, "a higher bound goes on"
 

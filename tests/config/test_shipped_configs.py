@@ -73,7 +73,9 @@ def test_recipes_leave_model_and_data_to_the_user(path: Path) -> None:
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
 def test_mixtures_make_plans(path: Path) -> None:
     plan = mixture_plan(DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"]))
-    assert plan is not None and len(plan.sources) == 3 and len(plan.phases) == 2
+    assert plan is not None
+    assert len(plan.sources) == 3
+    assert len(plan.phases) == 2
     assert all(weights[-1] == 0.05 and sum(weights) == pytest.approx(1) for _, weights in plan.phases)
 
 

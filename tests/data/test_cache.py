@@ -67,11 +67,13 @@ def test_documents_between_bos_and_eos(
     wanted = [[1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS]
     assert built.tokens.tolist() == [token for document in wanted for token in document]
     assert built.ends.tolist() == np.cumsum([len(document) for document in wanted]).tolist()
-    assert built.tokens.dtype == np.uint16 and built.ends.dtype == np.int64
+    assert built.tokens.dtype == np.uint16
+    assert built.ends.dtype == np.int64
     assert (built.n_documents, built.eos_id, built.meta["documents"]) == (40, 2, 40)
     assert not damage(built.folder, contents=True)
     without = build(files, document_start="none")
-    assert without.n_tokens == built.n_tokens - 40 and without.tokens[0] != 1
+    assert without.n_tokens == built.n_tokens - 40
+    assert without.tokens[0] != 1
 
 
 def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path) -> None:
@@ -79,7 +81,8 @@ def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path) ->
     wide.add_tokens([f"<extra_{number}>" for number in range(1 << 16)])
     (tmp_path / "c.txt").write_text("hello <extra_65535>")
     built = build_cache(load_corpus([str(tmp_path / "c.txt")]), wide, tmp_path / "cache")
-    assert built.tokens.dtype == np.uint32 and built.tokens[-2] == 300 + 65535
+    assert built.tokens.dtype == np.uint32
+    assert built.tokens[-2] == 300 + 65535
 
 
 def test_a_long_file_is_one_document(
@@ -103,8 +106,10 @@ def test_any_number_of_processes_gives_the_same(
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 100)
     one, two = (build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n) for n in (1, 2))
-    assert one.meta == two.meta and one.folder.name == two.folder.name
-    assert one.tokens.tobytes() == two.tokens.tobytes() and one.ends.tobytes() == two.ends.tobytes()
+    assert one.meta == two.meta
+    assert one.folder.name == two.folder.name
+    assert one.tokens.tobytes() == two.tokens.tobytes()
+    assert one.ends.tobytes() == two.ends.tobytes()
 
 
 def test_errors_of_worker_processes_arrive(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +133,8 @@ def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> No
     )
     # Their pipe ends when the last of them has: `run` would wait for one that lives on.
     ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == -signal.SIGKILL and ended.stdout.strip().isdigit(), ended.stderr
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert ended.stdout.strip().isdigit(), ended.stderr
 
 
 def test_the_second_call_only_opens(
@@ -191,7 +197,8 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
         with pytest.raises(KeyboardInterrupt):
             build(files)
     (leftover,) = folders(cache_dir)
-    assert ".partial-" in leftover and (cache_dir / leftover / "meta.json").exists()
+    assert ".partial-" in leftover
+    assert (cache_dir / leftover / "meta.json").exists()
     built = build(files)
     assert built.meta == good.meta
     assert folders(cache_dir) == sorted([built.folder.name, leftover])  # a fresh one might be alive: it stays ...
@@ -236,7 +243,8 @@ def test_only_the_builder_builds_and_all_meet_at_the_barrier(
         arrivals.append("other")
 
     opened = build_cache(corpus, tokenizer, cache_dir, is_builder=False, barrier=builder_meanwhile)
-    assert opened.n_documents == 40 and arrivals == ["builder", "other"]
+    assert opened.n_documents == 40
+    assert arrivals == ["builder", "other"]
 
 
 def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -267,7 +275,8 @@ def test_of_two_builders_at_once_the_first_wins(
 
     monkeypatch.setattr(cache, "fsync_tree", late)
     mine = build(files)
-    assert mine.meta == theirs[0].meta and folders(tmp_path / "cache") == [mine.folder.name]
+    assert mine.meta == theirs[0].meta
+    assert folders(tmp_path / "cache") == [mine.folder.name]
 
 
 def test_nothing_to_tokenise(build: Build, tmp_path: Path) -> None:

@@ -30,10 +30,13 @@ def test_a_damaged_cache_is_named_and_built_anew(
     contents = tree(built.folder)
     for where in (0.02, 0.4, 0.97) if harm == "flip" else (0.0,):
         flip(built.folder / name, where) if harm == "flip" else HARMS[harm](built.folder / name)
-        assert build().folder == built.folder and tree(built.folder) == contents
-    assert caplog.messages and all(f"the token cache {built.folder} is damaged" in line for line in caplog.messages)
+        assert build().folder == built.folder
+        assert tree(built.folder) == contents
+    assert caplog.messages
+    assert all(f"the token cache {built.folder} is damaged" in line for line in caplog.messages)
     caplog.clear()
-    assert build().folder == built.folder and not caplog.messages
+    assert build().folder == built.folder
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
@@ -44,4 +47,5 @@ def test_a_damaged_entry_of_the_index_is_not_believed(build: Callable[[], Any], 
     content = entry.read_text()
     flip(entry, where)
     assert inspection._recall(entry) is None
-    assert build().folder == built.folder and entry.read_text() == content
+    assert build().folder == built.folder
+    assert entry.read_text() == content

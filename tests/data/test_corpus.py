@@ -169,7 +169,8 @@ WRONG: list[tuple[str, bytes, str]] = [
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     text = error(tmp_path / name)
-    assert text.startswith(f"--train_files: {tmp_path / name}") and message in text
+    assert text.startswith(f"--train_files: {tmp_path / name}")
+    assert message in text
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -246,7 +247,8 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pyte
     (tmp_path / "e.txt").write_text("")
     with caplog.at_level("INFO"):
         corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")], flag="--eval_files")
-    assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"] and corpus.size_bytes() == 15
+    assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"]
+    assert corpus.size_bytes() == 15
     assert [file.label for file in corpus.parts] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
     assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
 

@@ -108,7 +108,8 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
     extension = read_json(out / EXTENSION_JSON)
     first = extension["first_row"]
     pieces = extension["pieces"]
-    assert len(pieces) == 150 and new.convert_tokens_to_ids(pieces) == list(range(first, first + 150))
+    assert len(pieces) == 150
+    assert new.convert_tokens_to_ids(pieces) == list(range(first, first + 150))
     assert {token: new.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()
     used = set()
     for text in [*(PLAIN if make_folder is llama_folder else PROBES), *DOMAIN, *GENERAL[:20]]:
@@ -120,7 +121,9 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
 
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, out))
     rows = after.get_input_embeddings().num_embeddings
-    assert rows == report.vocabulary[1] and rows % 64 == 0 and first + 150 <= rows < max(first + 150, 640) + 64
+    assert rows == report.vocabulary[1]
+    assert rows % 64 == 0
+    assert first + 150 <= rows < max(first + 150, 640) + 64
     tied = before.config.tie_word_embeddings
     assert tied == (make_folder is byte_level_folder) == (after.lm_head.weight is after.get_input_embeddings().weight)
     for name, weight in after.state_dict().items():
@@ -128,7 +131,8 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
         assert torch.equal(weight[: min(first, len(was))], was[: min(first, len(was))]), name
         if len(weight) == rows:
             old_ids = [token.id for token in old.backend_tokenizer.model.tokenize(pieces[40])]
-            assert len(old_ids) > 1 and torch.allclose(weight[first + 40], was[old_ids].mean(dim=0))
+            assert len(old_ids) > 1
+            assert torch.allclose(weight[first + 40], was[old_ids].mean(dim=0))
 
 
 def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path) -> None:
@@ -216,7 +220,8 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path) -> Non
     table = torch.arange(24.0).view(8, 3).square().bfloat16()
     table[6:] = 1e6
     result = grown(table, extension_of(tmp_path), 10)
-    assert result.dtype == torch.bfloat16 and torch.equal(result[:6], table[:6])
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result[:6], table[:6])
     for row, old in ((6, [0, 1]), (7, [0, 1, 2]), (8, range(6)), (9, range(6))):
         assert torch.equal(result[row], table[list(old)].float().mean(dim=0).bfloat16()), row
     bias = torch.arange(8.0)
@@ -240,7 +245,8 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Pat
     (tokenizer_folder / "tokenizer.json").write_text("{}")
     vocabulary._write(base, out, keys, extension_of(tokenizer_folder), 64)
     changed = read_json(out / "config.json")
-    assert changed["text_config"]["vocab_size"] == 64 and changed["vocab_size"] == 3
+    assert changed["text_config"]["vocab_size"] == 64
+    assert changed["vocab_size"] == 3
     assert changed["dtype"] == changed["text_config"]["dtype"] == "bfloat16"
     assert (out / "tokenizer.json").read_text() == "{}"
     extended = BaseCheckpoint.open(out)

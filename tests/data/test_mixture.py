@@ -52,20 +52,23 @@ def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> No
         source, number = shares.locate(sample)
         assert number == seen[source]
         seen[source] += 1
-    assert (order(shares, 500)[50:77] != 0).all() and (order(shares, 500)[77:] != 2).all()
+    assert (order(shares, 500)[50:77] != 0).all()
+    assert (order(shares, 500)[77:] != 2).all()
 
 
 def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
     shares = SampleSchedule([Phase(0, (0.5, 0.25, 0.25))], [None, 10, 40])
     drawn = order(shares, 1000)
-    assert (drawn == 1).sum() == 10 and (drawn == 2).sum() == 40
+    assert (drawn == 1).sum() == 10
+    assert (drawn == 2).sum() == 40
     last = int(np.flatnonzero(drawn == 1)[-1])
     assert 36 <= last <= 40, "after 10 / 0.25 samples"
     later = drawn[last + 1 :][:30]
     assert (later == 0).sum() == 20, "what is left shares as 0.5 to 0.25"
     assert shares.limit is None
     ending = SampleSchedule([Phase(0, (1, 1))], [3, 4])
-    assert ending.limit == 7 and sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
+    assert ending.limit == 7
+    assert sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(IndexError):
         ending.locate(7)
 
@@ -82,10 +85,12 @@ def test_weights_become_whole_numbers() -> None:
     assert integer_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
     assert integer_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
     crooked = integer_weights((math.pi, math.e, 1e-9))
-    assert sum(crooked) == LONGEST_PERIOD and crooked[2] == 1
+    assert sum(crooked) == LONGEST_PERIOD
+    assert crooked[2] == 1
     large = (0.6, 0.4)
     rounded = integer_weights((*large, *[1e-7] * 6))
-    assert sum(rounded) == LONGEST_PERIOD and rounded[2:] == (1,) * 6
+    assert sum(rounded) == LONGEST_PERIOD
+    assert rounded[2:] == (1,) * 6
     assert all(abs(have - want * LONGEST_PERIOD) < 4 for have, want in zip(rounded, large, strict=False))
 
 
@@ -120,7 +125,8 @@ def test_sources_keep_their_own_order_and_epochs() -> None:
     for first, blocks, mark in ((10_000, 31, 0), (20_000, 9, 1)):
         mine = (drawn[marks == mark] - first) // 4
         epochs = [sorted(mine[start : start + blocks].tolist()) for start in range(0, len(mine) - blocks, blocks)]
-        assert len(epochs) > 5 and all(epoch == list(range(blocks)) for epoch in epochs)
+        assert len(epochs) > 5
+        assert all(epoch == list(range(blocks)) for epoch in epochs)
     assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
     alone = PackedDataset(data.sources[1].cache, 4, "7/b")  # type: ignore[attr-defined]
     wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
@@ -182,7 +188,8 @@ def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path) -> 
     assert plan.phases == ((0, (0.6, 0.2, 0.2)), (10, (0.0, 0.8, 0.2)))
     assert plan.sources[1].epochs == 2
     plain = plan_of(tmp_path, train_files=["new.txt"], replay=["old=o:0.05"])
-    assert [source.name for source in plain.sources] == ["train", "old"] and plain.phases == ((0, (0.95, 0.05)),)
+    assert [source.name for source in plain.sources] == ["train", "old"]
+    assert plain.phases == ((0, (0.95, 0.05)),)
 
 
 WRONG = """
@@ -289,7 +296,10 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     for corpus in corpora:
         trained = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share)))
         evaluated = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share, takes_held_out=True)))
-        assert trained and evaluated and not trained & held_out and evaluated <= held_out
+        assert trained
+        assert evaluated
+        assert not trained & held_out
+        assert evaluated <= held_out
     eval_file = tmp_path / "eval.jsonl"
     eval_file.write_text(json.dumps({"text": texts[3] + "  "}) + "\n")
     argv = mixture_flags(

@@ -137,10 +137,14 @@ def test_a_corpus_shorter_than_one_batch() -> None:
 def test_documents_begin_with_rows_and_where_positions_restart() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [4, 5, 6, 7, 8, 9], [0, 1, 0, 0, 1, 2]])
     documents = Documents.of(positions)
-    assert documents.lengths == (3, 2, 1, 6, 2, 1, 3) and documents.longest == 6 and documents.tokens == 18
-    assert documents.bounds.tolist() == [0, 3, 5, 6, 12, 14, 15, 18] and documents.bounds.dtype is torch.int32
+    assert documents.lengths == (3, 2, 1, 6, 2, 1, 3)
+    assert documents.longest == 6
+    assert documents.tokens == 18
+    assert documents.bounds.tolist() == [0, 3, 5, 6, 12, 14, 15, 18]
+    assert documents.bounds.dtype is torch.int32
     whole = Documents.whole_rows(3, 6)
-    assert whole.bounds.tolist() == [0, 6, 12, 18] and whole.lengths == (6, 6, 6)
+    assert whole.bounds.tolist() == [0, 6, 12, 18]
+    assert whole.lengths == (6, 6, 6)
 
 
 def test_a_batch_knows_its_documents() -> None:

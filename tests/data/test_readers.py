@@ -35,9 +35,8 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None
         path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
     (part,) = load_corpus([str(path)]).parts
     whole = list(part.marked(readers.START))
-    assert [document.text for document, _ in whole] == rows and all(
-        document.begins and document.ends for document, _ in whole
-    )
+    assert [document.text for document, _ in whole] == rows
+    assert all(document.begins and document.ends for document, _ in whole)
     for count, (_, mark) in enumerate(whole, start=1):
         assert list(part.marked(mark)) == whole[count:]
     word, numbers = ("line", [1, 3, 5, 6, 7, 8, 9]) if kind.startswith("jsonl") else ("row", range(1, 8))
@@ -49,7 +48,8 @@ def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.txt").write_text("some text")
     (part,) = load_corpus([str(tmp_path / "a.txt")]).parts
     ((document, mark),) = part.marked(readers.START)
-    assert document.text == "some text" and list(part.marked(mark)) == []
+    assert document.text == "some text"
+    assert list(part.marked(mark)) == []
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
     chunks = [(document.text, mark) for document, mark in part.marked(readers.START)]
     assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
@@ -70,7 +70,8 @@ def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 6)
     items = ["abc", "def", "", "ghijklm", "n"]
     assert list(readers.batched(items, len)) == [["abc", "def"], ["", "ghijklm"], ["n"]]
-    assert list(readers.batched(items[:2], len)) == [["abc", "def"]] and not list(readers.batched([], len))
+    assert list(readers.batched(items[:2], len)) == [["abc", "def"]]
+    assert not list(readers.batched([], len))
 
 
 def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +128,5 @@ def test_suffixes_say_what_a_file_is(tmp_path: Path) -> None:
     assert found == ["A.TXT", "b.JSONL.GZ", "b.json.zst", "y/h.PY", "z/g.txt"]
     kinds = [readers.file_kind(Path(name)).value for name in ("A.TXT.gz", "b.JSONL.GZ", "c.ndjson", "c.PARQUET")]
     assert kinds == ["text", "json", "json", "parquet"]
-    assert readers.is_compressed(Path("a.ZST")) and not readers.is_compressed(Path("a.zst.txt"))
+    assert readers.is_compressed(Path("a.ZST"))
+    assert not readers.is_compressed(Path("a.zst.txt"))

@@ -202,7 +202,8 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
     assert source_rows(wide)[-1]["old"]["tokens"] == 6 * 32
     changed = [*argv, "--shuffle_buffer", "8"]
     message = refusal(changed)
-    assert "--shuffle_buffer" in message and "train.shuffle_buffer: 7 there, 8 here" in message
+    assert "--shuffle_buffer" in message
+    assert "train.shuffle_buffer: 7 there, 8 here" in message
 
 
 def job_in_small_batches(argv: list[str]) -> None:
@@ -216,4 +217,5 @@ def test_a_record_without_text_ends_a_streamed_run(user: Playground, tmp_path: P
     late.write_text(user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n')
     argv = user.flags(tmp_path / "out", "--streaming", "--train_files", late, "--shuffle_buffer", 3, "--max_steps", 300)
     message = refusal(argv)
-    assert "late.jsonl, line" in message and "no field 'text'; there are: body" in message
+    assert "late.jsonl, line" in message
+    assert "no field 'text'; there are: body" in message

@@ -79,7 +79,8 @@ def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path) -> 
     assert names == (0, 1, 2, 3)
     assert len(wrapped) == wrapped.vocab_size == 600
     assert len(wrapped.encode(" " * 8, add_special_tokens=False)) == 1
-    assert wants_bos(wrapped) and end_of_text_id(wrapped) == 2
+    assert wants_bos(wrapped)
+    assert end_of_text_id(wrapped) == 2
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()])

@@ -96,7 +96,9 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
     check(merged, by_hand([(scale, run.checkpoint)]))
     assert scale or all(torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items())
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert report.cycles == 2 and COMBINED in card and f'"weight": {scale}' in card
+    assert report.cycles == 2
+    assert COMBINED in card
+    assert f'"weight": {scale}' in card
 
 
 # -- average -----------------------------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path) -> None:
     assert (tmp_path / "sum" / "tokenizer" / "tokenizer_config.json").read_text() == '{"from": "run"}'
     assert BaseReference.read(tmp_path / "sum").folder == str(base.resolve())
     listed = files.listed_files(tmp_path / "sum")
-    assert files.verify_manifest(tmp_path / "sum") == [] and {"adapter.json", "ledger/ledger.json"} <= set(listed)
+    assert files.verify_manifest(tmp_path / "sum") == []
+    assert {"adapter.json", "ledger/ledger.json"} <= set(listed)
 
 
 def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_path: Path) -> None:

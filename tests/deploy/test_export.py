@@ -37,7 +37,9 @@ def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:
     """The export, loaded by plain transformers, has every expected value bit for bit, in `dtype`."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     model, info = loaded
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert set(parameters) == set(run.expected)
     for name, tensor in parameters.items():
@@ -70,7 +72,8 @@ def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, setting
     run = fake_run(tmp_path, dtype=dtype, **settings)
     report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
-    assert report.comparison is not None and report.comparison.error <= report.comparison.tolerance
+    assert report.comparison is not None
+    assert report.comparison.error <= report.comparison.tolerance
     assert (report.merged, report.replaced) == (len(run.adapter.layers), len(run.adapter.trainables))
 
 
@@ -91,7 +94,9 @@ def test_a_model_in_several_files_is_that_in_one(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     whole = export_merged(run.checkpoint, tmp_path / "whole")
     sharded = export_merged(run.checkpoint, tmp_path / "parts", max_shard_gib=20_000 / 2**30)
-    assert whole.files == ("model.safetensors",) and len(sharded.files) > 2 and whole.nbytes == sharded.nbytes
+    assert whole.files == ("model.safetensors",)
+    assert len(sharded.files) > 2
+    assert whole.nbytes == sharded.nbytes
     assert all((tmp_path / "parts" / name).stat().st_size < 24_000 for name in sharded.files)
     check(run, tmp_path / "parts", torch.float32)
     prints = {BaseCheckpoint.open(tmp_path / name).fingerprint() for name in ("whole", "parts")}
@@ -112,7 +117,8 @@ def test_companions(tmp_path: Path) -> None:
     output = tmp_path / "merged"
     export_merged(run.output, output)
     written = read_json(output / "config.json")
-    assert written["dtype"] == "bfloat16" and written["architectures"] == ["LlamaForCausalLM"]
+    assert written["dtype"] == "bfloat16"
+    assert written["architectures"] == ["LlamaForCausalLM"]
     assert (output / "generation_config.json").exists()
     assert read_json(output / "tokenizer_config.json") == {"from": "base"}
     card = (output / "README.md").read_text()
@@ -134,7 +140,9 @@ def test_the_card_has_the_perplexities_that_are_known(tmp_path: Path) -> None:
     export_merged(run.output, tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
     table = "| text | before | after |\n|---|---|---|\n| code | 9.500 | 8.250 |\n| law | - | 7.000 |\n"
-    assert table in card and "| note | two lines |" in card and "| pair | [1, 2] |" in card
+    assert table in card
+    assert "| note | two lines |" in card
+    assert "| pair | [1, 2] |" in card
     state |= {"perplexity_last": {"code": 9.0}, "evaluation_pending": True}
     files.write_json_atomic(run.checkpoint / "trainer_state.json", state)
     files.write_manifest(run.checkpoint)
@@ -245,7 +253,8 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
     with pytest.raises(UserError, match=r"--output .* exists already"):
         export_merged(run.checkpoint, output)
     export_merged(run.checkpoint, output, overwrite=True)
-    assert not (output / "mine").exists() and not list(tmp_path.glob(".merged*"))
+    assert not (output / "mine").exists()
+    assert not list(tmp_path.glob(".merged*"))
     for inside in ("merged", "ledger/merged"):
         with pytest.raises(UserError, match="lies in the checkpoint"):
             export_merged(run.checkpoint, run.checkpoint / inside)
@@ -271,13 +280,18 @@ def test_tool_exports_and_tells_errors_apart(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     done = tool("--checkpoint", run.output / "checkpoints" / "latest", "--output", tmp_path / "merged", "--verify")
     assert done.returncode == 0, done.stderr
-    assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout and "tolerance" in done.stdout
+    assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout
+    assert "tolerance" in done.stdout
     check(run, tmp_path / "merged", torch.float32)
     again = tool("--checkpoint", run.output, "--output", tmp_path / "merged")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "--overwrite" in again.stderr
     flip_byte(run.checkpoint / "adapter.safetensors")
     damaged = tool("--checkpoint", run.output, "--output", tmp_path / "other")
-    assert damaged.returncode == 1 and damaged.stderr.count("\n") == 1 and "adapter.safetensors" in damaged.stderr
+    assert damaged.returncode == 1
+    assert damaged.stderr.count("\n") == 1
+    assert "adapter.safetensors" in damaged.stderr
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
     def create_repo(api: HfApi, repo_id: str, *, private: bool, exist_ok: bool) -> str:
         if error is not None:
             raise error
-        assert private and exist_ok
+        assert private
+        assert exist_ok
         return f"https://hub.test/{repo_id}"
 
     def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
@@ -73,7 +74,8 @@ def test_an_export_that_is_refused_stays_where_it_is(
     monkeypatch.setattr("sys.argv", words)
     with uploads_to(tmp_path / "hub", error), pytest.raises(RunError, match="not uploaded") as failed:
         export.main()
-    assert f"hf upload {REPOSITORY} {merged}" in str(failed.value) and TOKEN not in str(failed.value)
+    assert f"hf upload {REPOSITORY} {merged}" in str(failed.value)
+    assert TOKEN not in str(failed.value)
     assert (merged / "model.safetensors").is_file()
 
 
@@ -81,7 +83,8 @@ def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path) -> N
     error = OSError(f"the token {TOKEN} is refused")
     with uploads_to(tmp_path, error), pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
         push_folder(tmp_path, REPOSITORY)
-    assert TOKEN not in str(failed.value) and failed.value.__cause__ is None
+    assert TOKEN not in str(failed.value)
+    assert failed.value.__cause__ is None
 
 
 def uploading_job(folder: Path, argv: list[str]) -> None:
@@ -108,13 +111,16 @@ def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path
     run_ranks(1, uploading_job, tmp_path / "hub", [*flags, "--export_merged", "--overwrite_output_dir"])
     assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out" / "merged")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
-    assert REPOSITORY.encode() in written and TOKEN.encode() not in written
+    assert REPOSITORY.encode() in written
+    assert TOKEN.encode() not in written
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
 def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offline: bool) -> None:
     flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
     (failure,) = run_ranks(1, failing_job, is_offline, flags)
-    assert "--push_to_hub" in failure and "not uploaded" in failure
-    assert "mora-ds convert adapter" in failure and TOKEN not in failure
+    assert "--push_to_hub" in failure
+    assert "not uploaded" in failure
+    assert "mora-ds convert adapter" in failure
+    assert TOKEN not in failure
     assert read_json(tmp_path / "out" / "summary.json")["steps"] == 2

@@ -264,7 +264,9 @@ def test_a_second_ring_takes_the_place_of_the_first() -> None:
     second = stream_base(model, CPU)
     actual = gradients(model)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert first.copied == copied and second.copied > 0 and ring_of(model) is second
+    assert first.copied == copied
+    assert second.copied > 0
+    assert ring_of(model) is second
     assert {name: id(tensor) for name, tensor in frozen_buffers(model).items()} == host
 
 
@@ -276,7 +278,8 @@ def test_tied_tensors_stay_on_the_device() -> None:
     model.model.layers[2].input_layernorm._buffers["weight"] = shared["weight"]
     names = {name for tensors in weights_of_layers(model).values() for name in tensors}
     assert list(layers) == [f"model.layers.{index}" for index in range(3)]
-    assert "model.layers.1.input_layernorm.weight" in names and "model.layers.1.mlp.up_proj.weight" in names
+    assert "model.layers.1.input_layernorm.weight" in names
+    assert "model.layers.1.mlp.up_proj.weight" in names
     assert not names & {f"model.layers.{index}.input_layernorm.weight" for index in (0, 2)}
     assert not [name for name in names if "embed" in name or "lm_head" in name]
 

@@ -25,10 +25,12 @@ def deterministic_job(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
 def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any) -> None:
     results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
     for enabled, environment in results:
-        assert enabled and environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, "what the user has set stays"
+        assert enabled
+        assert environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, "what the user has set stays"
     run(2, user.flags(tmp_path / "other"))
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "other"))
-    assert make_deterministic.__doc__ and not torch.are_deterministic_algorithms_enabled()
+    assert make_deterministic.__doc__
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +41,8 @@ def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     warn_of_slow_precision("bfloat16")
     assert not said
     warn_of_slow_precision("float32")
-    assert len(said) == 1 and "--bf16" in said[0]
+    assert len(said) == 1
+    assert "--bf16" in said[0]
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     warn_of_slow_precision("float32")
     assert len(said) == 1, "with TF32 it is the user's choice"

@@ -82,7 +82,8 @@ def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_ranks_that_hold_other_bases_are_named() -> None:
     for message in run_ranks(3, different_base):
-        assert "[1, 2]" in message and "--model_name_or_path" in message
+        assert "[1, 2]" in message
+        assert "--model_name_or_path" in message
 
 
 def tensors_that_are_files(folder: str) -> tuple[int, int]:
@@ -154,7 +155,8 @@ def test_bucket_sizes_are_those_of_the_largest_share() -> None:
     model = model_with_mora(operator="share", train_norms=True)
     rows = [layer.value.shape[0] for layer in mora_layers(model).values()]
     norms = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
-    assert any(count % 3 for count in rows) and norms
+    assert any(count % 3 for count in rows)
+    assert norms
     for degree in (1, 2, 3):
         shares = [-(-count // degree) * count for count in rows]
         assert sorted(trainable_numels(model, degree)) == sorted([*norms, *shares])

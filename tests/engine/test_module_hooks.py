@@ -133,7 +133,8 @@ def held_at_once(setting: str) -> list[set[str]]:
 @pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
 def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str) -> None:
     for gathered_layers in run_ranks(2, held_at_once, setting):
-        assert all(len(layers) == 1 for layers in gathered_layers) and set.union(*gathered_layers) == {"0", "1"}
+        assert all(len(layers) == 1 for layers in gathered_layers)
+        assert set.union(*gathered_layers) == {"0", "1"}
 
 
 class Recorder:
@@ -163,15 +164,20 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
     named = {"pair": Pair(inputs[1], ids), "list": [inputs[2], None], "name": "x", "more": inputs[3]}
     arguments = ((inputs[0], plain), named)
     (first, same), keywords = marked(arguments, partial(recorder.release, forward=False))
-    assert same is plain and keywords["pair"].other is ids and keywords["list"][1] is None and keywords["name"] == "x"
-    assert type(keywords["pair"]) is Pair and type(keywords["list"]) is list
+    assert same is plain
+    assert keywords["pair"].other is ids
+    assert keywords["list"][1] is None
+    assert keywords["name"] == "x"
+    assert type(keywords["pair"]) is Pair
+    assert type(keywords["list"]) is list
     results = (first + keywords["pair"].one, {"sum": keywords["list"][0] * keywords["more"]})
     outputs = marked(results, partial(recorder.fetch, forward=False))
     assert recorder.calls == []
     (outputs[0].sum() + outputs[1]["sum"].sum()).backward()
     assert recorder.calls == ["fetch False", "release False"], "once each, however many tensors there are"
     assert [tensor.grad.tolist() for tensor in inputs[:2]] == [[1.0] * 3] * 2
-    assert torch.equal(inputs[2].grad, inputs[3]) and torch.equal(inputs[3].grad, inputs[2])
+    assert torch.equal(inputs[2].grad, inputs[3])
+    assert torch.equal(inputs[3].grad, inputs[2])
     with torch.no_grad():
         assert marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
 
@@ -203,7 +209,8 @@ def test_persistent_matrices_are_gathered_again_after_a_skipped_step() -> None:
     for history, last, _ in run_ranks(2, gathered_when_needed):
         assert history[0][0], "nothing is gathered before the first pass"
         assert any(sharded for sharded, _, _ in history[2:]), "a skipped step leaves the matrices sharded"
-        assert any(skipped for _, skipped, _ in history) and last
+        assert any(skipped for _, skipped, _ in history)
+        assert last
         assert all(finite for _, _, finite in history)
 
 
@@ -215,7 +222,8 @@ def hooks_of_deepspeed() -> list[str]:
     layer = next(iter(mora_layers(engine.module).values()))
     ids = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
     assert len(ids & {*layer._forward_pre_hooks, *layer._forward_hooks}) == 4, "two before forward, two after"
-    assert layer.value.ds_persist and offload.persistent_parameters
+    assert layer.value.ds_persist
+    assert offload.persistent_parameters
     return drop_idle_hooks(engine)
 
 

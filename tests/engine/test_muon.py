@@ -265,7 +265,9 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
 def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> None:
     """By names, GPT-2's embeddings would get Muon."""
     ((numels, expected, muon),) = run_ranks(1, groups_of, family)
-    assert numels == expected and len(numels) == 2 and muon
+    assert numels == expected
+    assert len(numels) == 2
+    assert muon
 
 
 # -- the main job --------------------------------------------------------------------------------------------------

@@ -109,4 +109,5 @@ def test_sizes_that_cannot_be_are_refused() -> None:
 
 
 def test_deepspeed_keeps_the_groups_where_they_are_forgotten() -> None:
-    assert groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None and callable(groups._create_zero_param_parallel_group)
+    assert groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None
+    assert callable(groups._create_zero_param_parallel_group)

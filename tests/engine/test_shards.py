@@ -87,10 +87,12 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
             for start in range(len(values)):
                 for numel in range(len(values) - start + 1):
                     piece = shards.read(name, key, start, numel)
-                    assert piece.dtype == dtype and piece.tolist() == (values[start : start + numel] + plus).tolist()
+                    assert piece.dtype == dtype
+                    assert piece.tolist() == (values[start : start + numel] + plus).tolist()
                 assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
-        assert shards.keys(name) == ["exp_avg", "exp_avg_sq"] and shards.scalars(name) == {"step": 3}
+        assert shards.keys(name) == ["exp_avg", "exp_avg_sq"]
+        assert shards.scalars(name) == {"step": 3}
     assert [shards.group_step(group) for group in range(3)] == [None, 7, None]
 
 
@@ -120,7 +122,8 @@ def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytes
         opened.clear()
         assert shards.read("a", "exp_avg").tolist() == [float(rank)] * 12
         assert shards.read("b", "exp_avg", 1, 2).tolist() == [float(rank)] * 2
-        assert shards.keys("a") == ["exp_avg"] and opened == [f"{rank}.st"]
+        assert shards.keys("a") == ["exp_avg"]
+        assert opened == [f"{rank}.st"]
 
 
 def one_flat_each(folder: Path) -> EngineShards:
@@ -142,14 +145,16 @@ def test_a_count_that_was_read_is_a_copy(tmp_path: Path) -> None:
     shards = one_flat_each(tmp_path)
     first, again = (shards.scalars("b")["step"] for _ in range(2))
     first += 1
-    assert again == 4 and shards.scalars("b")["step"] == 4
+    assert again == 4
+    assert shards.scalars("b")["step"] == 4
 
 
 def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
     fresh = [{name: tensor for name, tensor in contents(rank).items() if "master" in name} for rank in range(2)]
     write(tmp_path, *fresh)
     shards = EngineShards.open(tmp_path)
-    assert shards.keys("a") == [] and shards.scalars("a") == {}
+    assert shards.keys("a") == []
+    assert shards.scalars("a") == {}
     assert torch.equal(shards.read("a", MASTER), VALUES["a"])
 
 
@@ -167,19 +172,22 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1.st has no exp_avg of a"):
         shards.read("a", "exp_avg")
     assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
-    assert shards.keys("a") == ["exp_avg", "exp_avg_sq"] and shards.keys("a", 7, 1) == ["exp_avg_sq"]
+    assert shards.keys("a") == ["exp_avg", "exp_avg_sq"]
+    assert shards.keys("a", 7, 1) == ["exp_avg_sq"]
     with pytest.raises(UserError, match=r"1.st has no master of b"):
         broken("master").read("b", MASTER)
     shards = broken(master=torch.zeros(12))
     with pytest.raises(UserError, match=r"1.st is incomplete: master of a"):
         shards.read("a", MASTER)
-    assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0] and shards.read("c", MASTER, 3, 1).tolist() == [303]
+    assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0]
+    assert shards.read("c", MASTER, 3, 1).tolist() == [303]
     with pytest.raises(UserError, match=r"1.st: 0.exp_avg has dtype I8, which is none of F64, F32, F16, BF16"):
         broken(exp_avg=torch.ones(16, dtype=torch.int8)).read("b", "exp_avg")
     shards = broken(step=torch.tensor(4))
     with pytest.raises(UserError, match=r"1.st: a has {'step': 4}, another rank's shard {'step': 3}"):
         shards.scalars("a")
-    assert shards.scalars("a", 0, 7) == {"step": 3} and shards.scalars("a", 7, 2) == {"step": 4}
+    assert shards.scalars("a", 0, 7) == {"step": 3}
+    assert shards.scalars("a", 7, 2) == {"step": 4}
     with pytest.raises(UserError, match=r"1.st: a has {}, another rank's shard {'step': 3}"):
         broken("step").scalars("a")
     write(tmp_path, settings=[{"step": "many"}])
@@ -211,20 +219,26 @@ def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path) -
     flat = restored(EngineShards.open(tmp_path), [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)], **stale)
     expected = torch.tensor([0.0, 106, 107, 0, 201, 202, 203, 0, 0])
     used = expected > 0
-    assert torch.equal(flat.master, expected) and flat.state["exp_avg"] is stale["exp_avg"]
+    assert torch.equal(flat.master, expected)
+    assert flat.state["exp_avg"] is stale["exp_avg"]
     assert torch.equal(flat.state["exp_avg"], expected + 0.25 * used)
     assert torch.equal(flat.state["exp_avg_sq"], expected + 0.5 * used)
-    assert flat.state["exp_avg_sq"].dtype == torch.float32 and "momentum" not in flat.state
-    assert list(flat.state)[-2:] == ["step", "exp_avg_sq"] and flat.state["step"] == 3
+    assert flat.state["exp_avg_sq"].dtype == torch.float32
+    assert "momentum" not in flat.state
+    assert list(flat.state)[-2:] == ["step", "exp_avg_sq"]
+    assert flat.state["step"] == 3
     fresh = restored(EngineShards.open(tmp_path), [("b", 0, 5, 0)])
-    assert fresh.state["exp_avg"].dtype == torch.float64 and list(fresh.state) == ["step", "exp_avg", "exp_avg_sq"]
+    assert fresh.state["exp_avg"].dtype == torch.float64
+    assert list(fresh.state) == ["step", "exp_avg", "exp_avg_sq"]
 
 
 def test_padding_alone_has_the_state_of_its_group(tmp_path: Path) -> None:
     """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
     flat = restored(one_flat_each(tmp_path), [])
-    assert not flat.master.any() and flat.state["step"] == 4
-    assert flat.state["exp_avg"].shape == flat.master.shape and not flat.state["exp_avg"].any()
+    assert not flat.master.any()
+    assert flat.state["step"] == 4
+    assert flat.state["exp_avg"].shape == flat.master.shape
+    assert not flat.state["exp_avg"].any()
 
 
 def test_a_count_keeps_its_kind(tmp_path: Path) -> None:

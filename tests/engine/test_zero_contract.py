@@ -96,7 +96,8 @@ def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch) -> None
     view = SimpleNamespace(flats=lambda group: [flat], set_step=lambda group, step: None)
     monkeypatch.setattr(zero, "view_of", lambda engine: view)
     zero.reset_group(SimpleNamespace(), 0, [])
-    assert flat.state["step"] == 0 and type(flat.state["step"]) is int
+    assert flat.state["step"] == 0
+    assert type(flat.state["step"]) is int
 
 
 @pytest.mark.parametrize("step", [3, torch.tensor(3)])
@@ -109,4 +110,5 @@ def test_a_step_count_in_the_group_is_reset_and_restored(step: Any) -> None:
     view.set_step(2, 0)
     assert [int(group.get("step", -1)) for group in groups] == [0, 7, -1]
     view.set_step(0, 5)
-    assert groups[0]["step"] == 5 and type(groups[0]["step"]) is type(step)
+    assert groups[0]["step"] == 5
+    assert type(groups[0]["step"]) is type(step)

@@ -63,12 +63,15 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
     corpus = load_corpus([str(path)])
     score = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=3)
     nats, tokens = naive(user.model, texts, window, stride)
-    assert score.tokens == tokens and score.text_bytes == len("".join(texts).encode()) and score.documents == 5
+    assert score.tokens == tokens
+    assert score.text_bytes == len("".join(texts).encode())
+    assert score.documents == 5
     assert score.nats == pytest.approx(nats, rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len("".join(texts).encode()), rel=1e-6)
     one = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=1, max_documents=1)
-    assert one.documents == 1 and one.text_bytes == len(texts[0].encode())
+    assert one.documents == 1
+    assert one.text_bytes == len(texts[0].encode())
 
 
 class Letters:
@@ -119,7 +122,9 @@ def test_figures_of_a_score() -> None:
 def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground) -> None:
     assert load_target(user.model).model.dtype == torch.float32
     target = load_target(user.model, dtype="bfloat16")
-    assert target.model.dtype == torch.bfloat16 and not target.model.training and target.source == str(user.model)
+    assert target.model.dtype == torch.bfloat16
+    assert not target.model.training
+    assert target.source == str(user.model)
     with pytest.raises(UserError, match="--domain belongs to a checkpoint"):
         load_target(user.model, domain="law")
 
@@ -176,7 +181,9 @@ def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.M
     huggingface.HFLM = lambda **given: given  # type: ignore[attr-defined]
 
     def simple_evaluate(model: dict[str, Any], tasks: list[str], log_samples: bool) -> dict[str, Any]:
-        assert model["pretrained"] is target.model and model["tokenizer"] is target.tokenizer and not log_samples
+        assert model["pretrained"] is target.model
+        assert model["tokenizer"] is target.tokenizer
+        assert not log_samples
         if "nothing" in tasks:
             raise KeyError("nothing")
         if "offline" in tasks:
@@ -201,11 +208,11 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> 
     ):
         with pytest.raises(UserError, match=message):
             Windows.of(target.model, window, stride)
-    assert Windows.of(target.model, None, None) == Windows(128, 64) and Windows.of(target.model, 2, None) == Windows(
-        2, 1
-    )
+    assert Windows.of(target.model, None, None) == Windows(128, 64)
+    assert Windows.of(target.model, 2, None) == Windows(2, 1)
     unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
-    assert Windows.of(unlimited, None, None) == Windows(1024, 512) and Windows.of(unlimited, 4096, None).stride == 2048
+    assert Windows.of(unlimited, None, None) == Windows(1024, 512)
+    assert Windows.of(unlimited, 4096, None).stride == 2048
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"
     with pytest.raises(UserError, match=r"--json .*nowhere/scores.json: name a file in a folder that exists"):
         call("evaluate", user.model, "--sets", user.held, "--json", tmp_path / "nowhere" / "scores.json")

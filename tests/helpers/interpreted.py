@@ -36,7 +36,8 @@ VARIANTS = {"shared": {}, "global": {"_SHARED": 0}}
 def same(result: Tensor, expected: Tensor, what: str) -> None:
     """To the bit in fp32 and fp64. In half precision within one unit in the last place, as the interpreter cuts bf16
     off where torch rounds."""
-    assert result.shape == expected.shape and result.dtype == expected.dtype, what
+    assert result.shape == expected.shape, what
+    assert result.dtype == expected.dtype, what
     if result.dtype in (torch.float32, torch.float64):
         assert torch.equal(result, expected), f"{what}: {(result - expected).abs().max()} apart"
         return

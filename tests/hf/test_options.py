@@ -104,7 +104,8 @@ def test_a_model_that_is_sharded_is_refused(tmp_path: Path) -> None:
 def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     args = arguments(tmp_path)
-    assert hf_deepspeed.is_deepspeed_zero3_enabled() and args.deepspeed
+    assert hf_deepspeed.is_deepspeed_zero3_enabled()
+    assert args.deepspeed
     assert not any(hasattr(parameter, "ds_id") for parameter in load_model(tmp_path / "model").parameters())
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
 
@@ -146,10 +147,13 @@ def test_where_the_merged_model_is_written(
         processing_class=SimpleNamespace(save_pretrained=tokenizers.append),
     )
     MoRATrainer.save_model(trainer, str(folder) if is_checkpoint else None, is_checkpoint)
-    assert written == ([folder] if is_merged else []) and tokenizers == [folder] and folder.is_dir()
+    assert written == ([folder] if is_merged else [])
+    assert tokenizers == [folder]
+    assert folder.is_dir()
     trainer.args.should_save = False
     MoRATrainer.save_model(trainer, str(folder) if is_checkpoint else None, is_checkpoint)
-    assert len(written) == 2 * is_merged and tokenizers == [folder]
+    assert len(written) == 2 * is_merged
+    assert tokenizers == [folder]
 
 
 def test_operations_are_counted_with_the_frozen_base() -> None:
@@ -186,7 +190,9 @@ def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
     args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": section})
     fill_config(args, [100])
     optimizer = args.hf_deepspeed_config.config["optimizer"]
-    assert optimizer["type"] == "AdamW" and optimizer["params"]["lr"] == 0.5 and optimizer["params"]["eps"] == 1e-8
+    assert optimizer["type"] == "AdamW"
+    assert optimizer["params"]["lr"] == 0.5
+    assert optimizer["params"]["eps"] == 1e-8
     args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": {"type": 7}})
     with pytest.raises(UserError, match=r'"optimizer.type" in the DeepSpeed config must be a name, got 7'):
         fill_config(args, [100])
@@ -225,8 +231,11 @@ def test_transformers_and_accelerate_have_what_is_overridden() -> None:
     assert [*inspect.signature(transformers.Trainer._prepare_for_training).parameters] == [
         "self", "max_steps", "train_dataloader", "resume_from_checkpoint",
     ]  # fmt: skip
-    assert hasattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref") and hasattr(PartialState, "_prepare_backend")
+    assert hasattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref")
+    assert hasattr(PartialState, "_prepare_backend")
     source = inspect.getsource(accelerate.Accelerator._prepare_deepspeed)
-    assert "ds_initialize = deepspeed.initialize" in source and "config_params=self.deepspeed_config" in source
-    assert "self.deepspeed_engine_wrapped" in source and "self._models" in source
+    assert "ds_initialize = deepspeed.initialize" in source
+    assert "config_params=self.deepspeed_config" in source
+    assert "self.deepspeed_engine_wrapped" in source
+    assert "self._models" in source
     assert "set_gradient_accumulation_boundary" in inspect.getsource(accelerate.utils.deepspeed.DeepSpeedEngineWrapper)

@@ -54,10 +54,12 @@ def fine_tuned(root: str) -> dict[str, Any]:
 def test_supervised_fine_tuning_with_two_merges(tmp_path: Path) -> None:
     for rank in run_ranks(2, fine_tuned, str(tmp_path)):
         assert rank["merges"] == [8, 16]
-        assert len(rank["losses"]) == 4 and rank["losses"][-1] < rank["losses"][0]
+        assert len(rank["losses"]) == 4
+        assert rank["losses"][-1] < rank["losses"][0]
         assert rank["evaluated"][1] < rank["evaluated"][0]
     report = export_merged(tmp_path / "out" / "checkpoint-20", tmp_path / "exported", verify=True)
-    assert report.comparison is not None and report.cycles == 2
+    assert report.comparison is not None
+    assert report.cycles == 2
     saved, exported = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("saved", "exported"))
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), exported.parameters(), strict=True))
     AutoTokenizer.from_pretrained(tmp_path / "saved")

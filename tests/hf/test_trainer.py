@@ -92,9 +92,11 @@ def _without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     both = run_ranks(2, interrupted_and_not, str(tmp_path))
     for rank in both:
-        assert rank["history"][0] == rank["history"][1] and rank["base_bytes"] == 0
+        assert rank["history"][0] == rank["history"][1]
+        assert rank["base_bytes"] == 0
         assert rank["told"] == [3], "MoRACallback(0) ends the merges, that of step 6"
-        assert rank["evaluated"] == pytest.approx(4.85, abs=0.1) and rank["seed"] == 3
+        assert rank["evaluated"] == pytest.approx(4.85, abs=0.1)
+        assert rank["seed"] == 3
         for name, tensor in rank["expected"].items():
             assert torch.equal(rank["resumed"][name], tensor), name
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
@@ -132,7 +134,8 @@ def best_is_loaded(root: str) -> dict[str, Any]:
 @pytest.mark.heavy
 def test_the_best_checkpoint_brings_its_base_back(tmp_path: Path) -> None:
     for rank in run_ranks(2, best_is_loaded, str(tmp_path)):
-        assert Path(rank["best"]).name == "checkpoint-2" and rank["merges"] == []
+        assert Path(rank["best"]).name == "checkpoint-2"
+        assert rank["merges"] == []
         for name, tensor in rank["saved"].items():
             assert torch.equal(rank["live"][name], tensor), name
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]

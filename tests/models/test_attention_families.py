@@ -51,10 +51,12 @@ def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bo
     expected, wanted = losses_and_gradients(model_of(family), batch)
     model = model_of(family, checkpointing)
     use_documents(model)
-    assert attention_of(model) == NAME and why_dense(model.config, None) is None
+    assert attention_of(model) == NAME
+    assert why_dense(model.config, None) is None
     loss, gradients = losses_and_gradients(model, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert gradients.keys() == wanted.keys() and len(gradients) >= len(mora_layers(model))
+    assert gradients.keys() == wanted.keys()
+    assert len(gradients) >= len(mora_layers(model))
     for name, gradient in gradients.items():
         scale = float(wanted[name].abs().max())
         assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale)
@@ -87,11 +89,13 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other() -> N
     assert "documents" not in model_inputs(tiny_model(), batch)
     model = prefer_documents(tiny_model())
     engine: Any = SimpleNamespace(module=model)
-    assert attention_of(model) == NAME and model_inputs(engine, batch)["documents"] is batch["documents"]
+    assert attention_of(model) == NAME
+    assert model_inputs(engine, batch)["documents"] is batch["documents"]
     assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
     config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=32)
     bloom = prefer_documents(AutoModelForCausalLM.from_config(config))
-    assert attention_of(bloom) != NAME and "documents" not in model_inputs(bloom, batch)
+    assert attention_of(bloom) != NAME
+    assert "documents" not in model_inputs(bloom, batch)
     flash_model = tiny_model()
     flash_model.config._attn_implementation_internal = "flash_attention_2"
     assert "documents" not in model_inputs(prefer_documents(flash_model), batch)
@@ -131,9 +135,12 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monk
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **told: Any) -> Tensor:
     """A stand-in for `flash_attn_varlen_func`: (N, H, D), documents by their bounds."""
-    assert told["causal"] and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype is torch.int32
+    assert told["causal"]
+    assert cu_seqlens_q is cu_seqlens_k
+    assert cu_seqlens_q.dtype is torch.int32
     lengths = cu_seqlens_q.diff()
-    assert int(cu_seqlens_q[-1]) == len(q) and told["max_seqlen_q"] == told["max_seqlen_k"] == int(lengths.max())
+    assert int(cu_seqlens_q[-1]) == len(q)
+    assert told["max_seqlen_q"] == told["max_seqlen_k"] == int(lengths.max())
     window = told["window_size"][0] + 1 if "window_size" in told else None
     return _by_documents(q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"]))
 

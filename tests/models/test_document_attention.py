@@ -126,11 +126,16 @@ def test_what_the_varlen_kernel_can_compute() -> None:
         query, value = (torch.empty(1, 2, 4, head_size, dtype=dtype, device=device) for head_size in (size, value_size))
         return fits_varlen(query, value, Scores(1.0, **scores))
 
-    assert fits(torch.float16) and fits(torch.bfloat16) and fits(torch.bfloat16, 256, 256)
+    assert fits(torch.float16)
+    assert fits(torch.bfloat16)
+    assert fits(torch.bfloat16, 256, 256)
     assert fits(torch.bfloat16, sinks=torch.zeros(2))
-    assert not fits(torch.float32) and not fits(torch.bfloat16, device="cpu")
-    assert not fits(torch.bfloat16, 257) and not fits(torch.bfloat16, 64, 257)
-    assert not fits(torch.bfloat16, softcap=30.0) and not fits(torch.bfloat16, dropout=0.1)
+    assert not fits(torch.float32)
+    assert not fits(torch.bfloat16, device="cpu")
+    assert not fits(torch.bfloat16, 257)
+    assert not fits(torch.bfloat16, 64, 257)
+    assert not fits(torch.bfloat16, softcap=30.0)
+    assert not fits(torch.bfloat16, dropout=0.1)
 
 
 @pytest.mark.parametrize("capability, has_flash", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -164,16 +169,20 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
             mask_function=lambda batch, head, query, key: key > 0,
         ),
     ):
-        assert mask is not None and not mask[..., 0].any()
+        assert mask is not None
+        assert not mask[..., 0].any()
     cached = make(2, 4, batch_size=1, q_offset=2)
-    assert cached is not None and cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
+    assert cached is not None
+    assert cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
 
 
 def test_short_documents_are_padded_by_a_quarter_at_most() -> None:
     """And long ones not at all."""
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
     groups = groups_of(lengths)
-    assert groups.gather is not None and len(groups.gather) < 1.25 * sum(lengths) and len(groups.shapes) < len(lengths)
+    assert groups.gather is not None
+    assert len(groups.gather) < 1.25 * sum(lengths)
+    assert len(groups.shapes) < len(lengths)
     assert sorted(groups_of((600, 3000, 600, 16, 1)).shapes) == [(1, 3000), (2, 16), (2, 600)]
     for length in (40, 100, 300, 500):  # half of a length is another group
         assert len(groups_of((length, length // 2)).shapes) == len(groups_of((length, 3 * length // 4 - 1)).shapes) == 2
@@ -214,7 +223,8 @@ def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str) -
             s_aux=sinks if kind == "sinks" else None,
         )  # fmt: skip
         out.sum().backward()
-    assert query.grad is not None and query.grad.shape == query.shape
+    assert query.grad is not None
+    assert query.grad.shape == query.shape
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 
 
@@ -230,7 +240,8 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module_under_test, "_seen", noted)
     query, key, value, _ = parts(1, LENGTH, 2)
     out, _ = document_attention(torch.nn.Module(), query, key, value, None, softcap=5.0)
-    assert masks and not any(mask() is not None for mask in masks)
+    assert masks
+    assert not any(mask() is not None for mask in masks)
     count = len(masks)
     out.sum().backward()
     assert len(masks) == 2 * count, "made again"

@@ -80,7 +80,8 @@ def check_cast(model: Any, folder: Path) -> None:
     tensors, expected = (on_device(network, torch.bfloat16) for network in (late, early))
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert tensors[name].dtype is tensor.dtype and torch.equal(tensors[name], tensor), name
+        assert tensors[name].dtype is tensor.dtype, name
+        assert torch.equal(tensors[name], tensor), name
 
 
 @pytest.mark.heavy

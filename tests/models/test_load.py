@@ -50,13 +50,15 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
     tiny_model().save_pretrained(tmp_path / "llama")
     folder = with_own_code(tmp_path / "llama", tmp_path / "own")
     model = load.load_model(folder, torch.float32, trust_remote_code=True)
-    assert type(model).__name__ == "OwnForCausalLM" and type(load.folder_config(folder, True)).__name__ == "OwnConfig"
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert type(load.folder_config(folder, True)).__name__ == "OwnConfig"
     assert type(load.named_config(str(folder), True)).__name__ == "OwnConfig"
     with torch.device("meta"):
         meta_model = load.make_model(model.config, "the model", trust_remote_code=True)
     assert type(meta_model).__name__ == "OwnForCausalLM"
     base = load.load_base(folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True, cast=False)
-    assert type(base.model).__name__ == "OwnForCausalLM" and base.model.dtype == torch.bfloat16
+    assert type(base.model).__name__ == "OwnForCausalLM"
+    assert base.model.dtype == torch.bfloat16
     for use in (
         lambda: load.load_model(folder, torch.float32),
         lambda: load.folder_config(folder),
@@ -118,7 +120,8 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
     weights = pickled(tmp_path / "model", stored, shards, zipped)
     model, base_tensors = originals(tmp_path / "model", tmp_path / "own", dtype)
     for name, tensor in base_tensors.items():
-        assert tensor.dtype == kept and torch.equal(tensor, weights[name].to(kept)), name
+        assert tensor.dtype == kept, name
+        assert torch.equal(tensor, weights[name].to(kept)), name
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
@@ -149,7 +152,8 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.Lo
         model, tmp_path / "model", tmp_path / "own", torch.bfloat16,
         lambda dtype: AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
     )  # fmt: skip
-    assert is_own and "are float32 and are kept in bfloat16 only" in caplog.text
+    assert is_own
+    assert "are float32 and are kept in bfloat16 only" in caplog.text
 
 
 # -- weights of another dtype than the run's ---------------------------------------------------------------------------
@@ -165,9 +169,11 @@ def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
     configs = [model.config.to_dict() for model in models]
     assert configs[0] == configs[1]
     late, early = (on_device(model, torch.bfloat16) for model in models)
-    assert late.keys() == early.keys() and len(late) > 10
+    assert late.keys() == early.keys()
+    assert len(late) > 10
     for name, tensor in early.items():
-        assert late[name].dtype is tensor.dtype and torch.equal(late[name], tensor), name
+        assert late[name].dtype is tensor.dtype, name
+        assert torch.equal(late[name], tensor), name
 
 
 def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path: Path) -> None:
@@ -189,5 +195,6 @@ def test_configs_within_the_config_say_the_dtype_of_the_run(tmp_path: Path) -> N
     config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, vocab_size=64)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
     late, early = (loaded_model(tmp_path, torch.bfloat16, cast).config for cast in (False, True))
-    assert late.to_dict() == early.to_dict() and late.attn_config.dtype is torch.bfloat16
+    assert late.to_dict() == early.to_dict()
+    assert late.attn_config.dtype is torch.bfloat16
     assert load.config_digest(late) == load.config_digest(early)

@@ -138,7 +138,9 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, n
     chunked = ChunkedHead(head, lambda logits: logits, 2)
     chunked._labels = labels
     (chunked._forward(rows).sum() * 2**12).backward()
-    assert rows.grad is not None and exact.grad is not None and not rows.grad[2].any()
+    assert rows.grad is not None
+    assert exact.grad is not None
+    assert not rows.grad[2].any()
     error = (rows.grad.float() / 2**12 - exact.grad).norm() / exact.grad.norm()
     assert error <= near
 
@@ -163,9 +165,11 @@ def test_no_more_logits_than_a_chunk_are_ever_made(
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         nll = token_nll(model, batch)
     count = batch["labels"].numel()
-    assert sum(sizes) == count and max(saved) < count * model.config.vocab_size
+    assert sum(sizes) == count
+    assert max(saved) < count * model.config.vocab_size
     nll.backward()
-    assert sum(sizes) == times * count and max(sizes) == CHUNK
+    assert sum(sizes) == times * count
+    assert max(sizes) == CHUNK
 
 
 def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token() -> None:
@@ -199,7 +203,8 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyP
     logits = model(batch["input_ids"]).logits
     hooks = len(model.lm_head._forward_hooks)
     chunked = chunk_loss(model, CHUNK)
-    assert bound(model) is chunked and bound(_Engine(model)) is chunked
+    assert bound(model) is chunked
+    assert bound(_Engine(model)) is chunked
 
     def fails(hidden: Tensor, labels: Tensor) -> Any:
         raise KeyError("of a chunk")
@@ -208,11 +213,15 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyError, match="of a chunk"):
         token_nll(model, batch)
     monkeypatch.undo()
-    assert chunked._labels is None and chunked._outputs is None
+    assert chunked._labels is None
+    assert chunked._outputs is None
     assert torch.equal(model(batch["input_ids"]).logits, logits)
     whole_loss(model)
-    assert bound(model) is None and len(model.lm_head._forward_hooks) == hooks
-    assert is_frozen(torch.nn.ReLU()) and not is_frozen(model.lm_head) and not is_frozen(None)
+    assert bound(model) is None
+    assert len(model.lm_head._forward_hooks) == hooks
+    assert is_frozen(torch.nn.ReLU())
+    assert not is_frozen(model.lm_head)
+    assert not is_frozen(None)
 
 
 class _Engine:
@@ -273,7 +282,8 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
     nll, expected = gradients(model, batch)
     for loss, sharded in run_ranks(2, zero3_gradients, family):
         assert abs(loss - nll.item()) <= 1e-6 * nll.item()
-        assert sharded.keys() == expected.keys() and any("lm_head" in n or "embed" in n for n in sharded)
+        assert sharded.keys() == expected.keys()
+        assert any("lm_head" in n or "embed" in n for n in sharded)
         for name, right in expected.items():
             assert_close(sharded[name], 0.5 * right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
 
@@ -315,13 +325,17 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, 
     run(1, user.flags(gone_on, *KEPT, "--resume_from_checkpoint", "auto"))
     assert_same_run(gone_on, old)
     assert_close_losses(new, old)
-    assert chunks_in(new) and chunks_in(resumed) and not chunks_in(old) and not chunks_in(gone_on)
+    assert chunks_in(new)
+    assert chunks_in(resumed)
+    assert not chunks_in(old)
+    assert not chunks_in(gone_on)
 
 
 def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user: Playground, tmp_path: Path) -> None:
     ((told, refusal_told),) = run_ranks(1, with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
     assert "loss: from the logits of complete batches, because this model does more to its logits" in told
-    assert "--chunked_loss: this model does more to its logits" in refusal_told and not chunks_in(tmp_path / "out")
+    assert "--chunked_loss: this model does more to its logits" in refusal_told
+    assert not chunks_in(tmp_path / "out")
 
 
 def with_changed_logits(argv: list[str], folder: Path) -> tuple[str, str]:

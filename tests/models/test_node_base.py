@@ -139,7 +139,8 @@ def on_two_nodes(folder: str) -> dict[str, Any]:
 def test_nodes_of_one_and_of_two_processes(tmp_path: Path) -> None:
     ranks = run_ranks(3, on_two_nodes, str(tmp_path))
     assert "one process on this node" in ranks[0]["auto"]["text"]
-    assert ranks[1]["auto"]["places"] == ranks[2]["auto"]["places"] and None not in ranks[1]["auto"]["places"].values()
+    assert ranks[1]["auto"]["places"] == ranks[2]["auto"]["places"]
+    assert None not in ranks[1]["auto"]["places"].values()
     for rank in ranks:
         assert rank["auto"]["reports"] == rank["private"]["reports"]
         for name, tensor in rank["private"]["frozen"].items():
@@ -266,7 +267,8 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping() -> None:
     assert len(os.listdir("/proc/self/fd")) == descriptors - 1
     first, second = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, twin))
     first[7] = 3
-    assert second[7] == 3 and Mappings.read().place_of(first) == Mappings.read().place_of(second)
+    assert second[7] == 3
+    assert Mappings.read().place_of(first) == Mappings.read().place_of(second)
     assert named_memory() <= before
     with pytest.raises(RunError, match="cannot be mapped"):
         offer.map("layout")

@@ -129,7 +129,8 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
     (base.folder / "merges.txt").symlink_to("kept.txt")
     out.mkdir()
     write_companions(base, out, torch.float32)
-    assert (out / "tokenizer.json").read_text() == "ff" and (out / "merges.txt").read_text() == "kept.txt"
+    assert (out / "tokenizer.json").read_text() == "ff"
+    assert (out / "merges.txt").read_text() == "kept.txt"
     assert not (out / "tokenizer.json").is_symlink()
     for target in (tmp_path / "secret", hub / "secret"):
         (base.folder / "vocab.json").unlink(missing_ok=True)
@@ -156,12 +157,15 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> Non
     read = load_file(path)
     raw = path.read_bytes()
     handle = open_safetensors(path)
-    assert read.keys() == tensors.keys() and handle.metadata() == {"format": "pt", "step": "3"}
+    assert read.keys() == tensors.keys()
+    assert handle.metadata() == {"format": "pt", "step": "3"}
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    assert length % 8 == 0 and len(raw) == 8 + length + sum(tensor.nbytes for tensor in tensors.values())
+    assert length % 8 == 0
+    assert len(raw) == 8 + length + sum(tensor.nbytes for tensor in tensors.values())
     for name, tensor in tensors.items():
-        assert read[name].dtype == tensor.dtype and torch.equal(read[name].double(), tensor.double()), name
+        assert read[name].dtype == tensor.dtype, name
+        assert torch.equal(read[name].double(), tensor.double()), name
         assert shape_dtype(handle, name) == (tuple(tensor.shape), tensor.dtype)
         assert (8 + length + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0, name
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
@@ -180,9 +184,9 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> N
         writer.write("large", torch.tensor([0.5, 0.25], dtype=torch.float64, requires_grad=True))
     assert os.stat(tmp_path / "t").st_size == size, "the file has its size from the start"
     read = load_file(tmp_path / "t")
-    assert (
-        read["large"].tolist() == [0.5, 0.25] and read["small"].tolist() == [1, 2, 3] and read["none"].shape == (0, 4)
-    )
+    assert read["large"].tolist() == [0.5, 0.25]
+    assert read["small"].tolist() == [1, 2, 3]
+    assert read["none"].shape == (0, 4)
     with pytest.raises(ValueError, match="not written: large, none, small"):
         SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
 

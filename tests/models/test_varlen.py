@@ -33,7 +33,9 @@ def test_varlen_keeps_its_contract() -> None:
     query, key, value = (torch.empty(10, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
     kernel = VarlenKernel(bounds, 7, 5, 0.5)
     out, sums = kernel.forward(query, key, value)
-    assert out.shape == (10, 4, 16) and sums.shape == (4, 10) and sums.dtype is torch.float32
+    assert out.shape == (10, 4, 16)
+    assert sums.shape == (4, 10)
+    assert sums.dtype is torch.float32
     input_gradients = kernel.backward(out, query, key, value, out, sums)
     assert [gradient.shape for gradient in input_gradients] == [query.shape, key.shape, value.shape]
 
@@ -46,7 +48,9 @@ def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks:
     sink_logits = torch.empty(4, device="meta") if sinks else None
     out, _ = document_attention(torch.nn.Module(), query, key, value, None, s_aux=sink_logits)
     out.sum().backward()
-    assert out.shape == (2, 32, 4, value_size) and query.grad is not None and query.grad.shape == query.shape
+    assert out.shape == (2, 32, 4, value_size)
+    assert query.grad is not None
+    assert query.grad.shape == query.shape
 
 
 def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -72,11 +76,16 @@ def forward_stand_in(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, return_debu
 def told_of(q: Tensor, k: Tensor, v: Tensor, lengths: Any, told: dict[str, Any]) -> tuple[Tensor, int, float]:
     """The documents' bounds, the keys that a query sees and the scale, all as torch's flash attention wants them."""
     begins, ends, longest, most, dropout, is_causal = lengths
-    assert begins is ends and longest == most == int(begins.diff().max()) and len(q) == int(begins[-1])
-    assert q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
+    assert begins is ends
+    assert longest == most == int(begins.diff().max())
+    assert len(q) == int(begins[-1])
+    assert q.shape[2] == k.shape[2] == v.shape[2]
+    assert q.shape[2] % 8 == 0
     left = told.pop("window_size_left")
     scale = told.pop("scale")
-    assert told == {"window_size_right": 0} and dropout == 0 and is_causal is (left < 0)
+    assert told == {"window_size_right": 0}
+    assert dropout == 0
+    assert is_causal is (left < 0)
     return begins, left, scale
 
 
@@ -85,8 +94,11 @@ def backward_stand_in(
 ) -> tuple[Tensor, ...]:
     """As flash attention's: weights from the sums of exponentials that are given, less g . out."""
     *lengths, seed, offset = others
-    assert seed.tolist() == [0, 0] and seed.dtype is torch.uint64 and not len(offset)
-    assert sums.shape == (q.shape[1], len(q)) and out.shape == q.shape
+    assert seed.tolist() == [0, 0]
+    assert seed.dtype is torch.uint64
+    assert not len(offset)
+    assert sums.shape == (q.shape[1], len(q))
+    assert out.shape == q.shape
     bounds, left, scale = told_of(q, k, v, lengths, told)
     groups = q.shape[1] // k.shape[1]
     scores, values = as_varlen(q, k, v, bounds, left, scale)

@@ -36,7 +36,8 @@ def in_and_out_of_the_way() -> dict[str, float]:
     plain, bound_one, unbound = (prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3))
     expected = plain(input_ids=ids, use_cache=False).logits
     sequence = share_rows(bound_one, 2)
-    assert sequence is bound(bound_one) and bound(unbound) is None
+    assert sequence is bound(bound_one)
+    assert bound(unbound) is None
     positions = torch.arange(LENGTH).expand(3, -1)
     errors = {}
     with torch.no_grad():
@@ -68,7 +69,9 @@ def handed_to_flash_attention() -> float:
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def kernel(module: Any, query: Any, key: Any, value: Any, mask: None, **told: Any) -> Any:
-        assert mask is None and query.shape[1:3] == (2, LENGTH) and key.shape[1:3] == (1, LENGTH)
+        assert mask is None
+        assert query.shape[1:3] == (2, LENGTH)
+        assert key.shape[1:3] == (1, LENGTH)
         index = torch.arange(LENGTH)
         document = (told["position_ids"].diff(prepend=torch.tensor([[-1]])) != 1).cumsum(1)
         distance = index[:, None] - index
@@ -153,13 +156,16 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkey
     told_layer = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
     split_attention.attn = None  # type: ignore[attr-defined]
     out, _ = sequence.attend(lambda: None, module, query, key, key, **told_layer)  # type: ignore[arg-type, return-value]
-    assert torch.equal(out, query.transpose(1, 2)) and torch.equal(told[0], sinks.view(PARTS, 2)[rank])
-    assert module.num_key_value_groups == 2 and not sequence.saw_window
+    assert torch.equal(out, query.transpose(1, 2))
+    assert torch.equal(told[0], sinks.view(PARTS, 2)[rank])
+    assert module.num_key_value_groups == 2
+    assert not sequence.saw_window
     with pytest.raises(ValueError):
         sequence.attend(  # type: ignore[arg-type]
             lambda: None, module, query, key, key, fails=True, sliding_window=2, **told_layer
         )
-    assert module.num_key_value_groups == 2 and sequence.saw_window
+    assert module.num_key_value_groups == 2
+    assert sequence.saw_window
     for wrong, words in (
         ({**told_layer, "position_ids": None}, "does not pass its attention the position_ids"),
         ({**told_layer, "position_bias": sinks}, "has a position bias"),

@@ -65,7 +65,8 @@ def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str
     for name, layer in mora_layers(ours).items():
         assert_close(squares[name].grad, layer.square.grad, rtol=1e-4, atol=1e-6)
     trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
-    assert len(trained) == len(squares) and all("mora_square.default" in name for name in trained)
+    assert len(trained) == len(squares)
+    assert all("mora_square.default" in name for name in trained)
 
 
 def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -95,7 +96,8 @@ def test_merging_keeps_the_model(family: str, dtype: torch.dtype) -> None:
     model.unmerge_adapter()
     assert_close(logits(model), expected, rtol=0, atol=tolerance)
     merged = model.merge_and_unload(safe_merge=True)
-    assert not layers(merged) and type(merged) is type(tiny_model(family))
+    assert not layers(merged)
+    assert type(merged) is type(tiny_model(family))
     assert_close(logits(merged), expected, rtol=0, atol=tolerance)
 
 
@@ -117,13 +119,15 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
     assert layer.merged_adapters == []
     layer.base_layer.weight.data.copy_(before)
     layer.merge(adapter_names=names)
-    assert torch.equal(layer.base_layer.weight, wanted.bfloat16()) and not torch.equal(layer.base_layer.weight, before)
+    assert torch.equal(layer.base_layer.weight, wanted.bfloat16())
+    assert not torch.equal(layer.base_layer.weight, before)
     layer.unmerge()
     before = layer.base_layer.weight.detach().clone()
     layer.mora_square["a1"].data[0, 0] = torch.nan
     with pytest.raises(UserError, match="merging a1 gives a weight that is not finite"):
         layer.merge(safe_merge=True, adapter_names=["a1"])
-    assert torch.equal(layer.base_layer.weight, before) and not layer.merged_adapters
+    assert torch.equal(layer.base_layer.weight, before)
+    assert not layer.merged_adapters
     assert layer.bfloat16().get_delta_weight("a0").dtype == torch.float32
 
 
@@ -136,7 +140,8 @@ def test_a_config_means_what_it_does_in_a_run() -> None:
     (name, layer), *_ = layers(model).items()
     assert layer.mora_spec["default"] == mora_ds.MoRAConfig(rank=4).operator_for(name, 32, 32, 2)
     x = torch.ones(3, 32)
-    assert torch.equal(layer.eval()(x), layer(x)) and not torch.equal(layer.train()(x), layer(x)), "dropout"
+    assert torch.equal(layer.eval()(x), layer(x))
+    assert not torch.equal(layer.train()(x), layer(x)), "dropout"
 
 
 def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled() -> None:
@@ -161,7 +166,8 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
     physics = logits(model)
     assert not torch.equal(law, physics)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained and all("physics" in name for name in trained)
+    assert trained
+    assert all("physics" in name for name in trained)
     with pytest.raises(UserError, match="adapter_names: all rows of a batch have the same MoRA adapters"):
         model(input_ids=IDS, adapter_names=["law", "physics", "law"])
     with model.disable_adapter():

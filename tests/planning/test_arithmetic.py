@@ -76,7 +76,8 @@ def test_what_a_rank_holds_at_each_stage(
 def test_where_else_states_of_the_optimizer_are() -> None:
     memory = rank_memory(0, 0, 0, STEP, trained(2, zero={"offload_optimizer": {"device": "cpu"}}), GATHERED)
     assert (memory.masters, memory.moments, memory.gradients, memory.optimizer_step) == (0, 0, 0, 0)
-    assert memory.host_optimizer == 172 + 344 + 172 and memory.merge == 0
+    assert memory.host_optimizer == 172 + 344 + 172
+    assert memory.merge == 0
     half = trained(2, config={"data_types": {"grad_accum_dtype": "bf16"}})
     assert rank_memory(0, 0, 0, STEP, half, GATHERED).gradients == 86
     assert rank_memory(0, 0, 0, STEP, trained(2, on_cpu=True), GATHERED).optimizer_step == 3 * 4 * 43

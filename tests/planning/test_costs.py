@@ -23,17 +23,20 @@ def test_a_rank_stores_the_base_and_its_share_of_the_matrices() -> None:
     model = injected(MoRAConfig(rank=4, operator="share"))
     squares = sum(layer.value.numel() for layer in mora_layers(model).values())
     alone = costs(model, 1, 1, TOKENS)
-    assert alone.traffic == () and alone.wire() == 0
+    assert alone.traffic == ()
+    assert alone.wire() == 0
     assert (alone.square_elements, alone.trained) == (squares, "MoRA matrices")
     assert alone.base_elements == sum(tensor.numel() for tensor in tiny_model().parameters())
     cost = costs(model, 1, 4, TOKENS)
-    assert cost.wire() == cost.wire("square") == 3 * squares * 3 / 4 and cost.square_elements == squares / 4
+    assert cost.wire() == cost.wire("square") == 3 * squares * 3 / 4
+    assert cost.square_elements == squares / 4
 
 
 def test_factors_of_lora() -> None:
     cost = costs(injected(LoRAConfig(rank=4, target_modules=["q_proj"])), 1, 2, TOKENS)
     factors = 2 * 4 * (32 + 32)
-    assert cost.trained == "factors" and cost.square_elements == factors / 2
+    assert cost.trained == "factors"
+    assert cost.square_elements == factors / 2
     assert cost.payload(Collective.GATHER) == 2 * factors
 
 
@@ -49,7 +52,8 @@ def test_a_domains_matrix_is_gathered_beside_the_shared_one() -> None:
         )
     )
     domain_elements = sum(layer.domain_squares.numel() for layer in mora_layers(both).values())
-    assert two == shared + domain_elements and frozen == domain_elements
+    assert two == shared + domain_elements
+    assert frozen == domain_elements
 
 
 def test_what_a_rank_does_is_said() -> None:
@@ -57,7 +61,8 @@ def test_what_a_rank_does_is_said() -> None:
         Traffic("square", Collective.GATHER, 4, 1_000_000, 2),
         Traffic("activation", Collective.SUM, 2, 3_000_000),
     )
-    assert [item.wire for item in traffic] == [1_500_000, 3_000_000] and traffic[0].payload == 2_000_000
+    assert [item.wire for item in traffic] == [1_500_000, 3_000_000]
+    assert traffic[0].payload == 2_000_000
     assert str(Costs(traffic, 1234567, 89.6, "factors")).splitlines() == [
         "each rank stores the unsharded base (1,234,567 elements) and 90 elements of the factors",
         "each rank sends 4.500 M elements a micro-batch (factors 1.500, activations 3.000, base 0)",

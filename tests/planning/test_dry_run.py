@@ -28,7 +28,8 @@ def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
     flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4"]
     validate(parse(flags))
     plan, told = planned(parse(flags), world=2)
-    assert as_json(plan)["cluster"]["gpus"] == 2 and plan.gathered > 0
+    assert as_json(plan)["cluster"]["gpus"] == 2
+    assert plan.gathered > 0
     assert "each rank stores the unsharded base" in told[-1]
     with pytest.raises(UserError, match="does not divide the 3 ranks"):
         planned(parse([*flags, "--tensor_parallel_size", "2"]), world=3)
@@ -53,4 +54,5 @@ def test_a_dry_run_of_the_demo() -> None:
         [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--dry_run"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "dry run: nothing trained" in done.stdout and "= peak" in done.stdout
+    assert "dry run: nothing trained" in done.stdout
+    assert "= peak" in done.stdout

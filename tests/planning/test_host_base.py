@@ -28,15 +28,19 @@ def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it() -> None:
     small = planner(Cluster(64, memory=2.2e9))
     assert recommend(small) is None
     placed = place_base(small, BaseDevice.AUTO)
-    assert placed.work.base_on_host and place_base(small, BaseDevice.DEVICE) is small
+    assert placed.work.base_on_host
+    assert place_base(small, BaseDevice.DEVICE) is small
     plan = recommend(placed)
-    assert plan is not None and plan.fits and plan.work.tensor_parallel == 1
+    assert plan is not None
+    assert plan.fits
+    assert plan.work.tensor_parallel == 1
     memory = plan.memory
     resident = small.plan().memory
     assert memory.base - memory.base_buffers + memory.host_base == resident.base
     assert plan.host_memory - memory.host_save == resident.base  # one copy a node
     assert "copied from host memory" in report(plan)
-    assert as_json(plan)["settings"]["base_device"] == "host" and as_json(plan)["base_bytes_copied"] == plan.copied > 0
+    assert as_json(plan)["settings"]["base_device"] == "host"
+    assert as_json(plan)["base_bytes_copied"] == plan.copied > 0
     with pytest.raises(UserError, match="--base_device host"):
         place_base(replace(small, work=replace(small.work, adapter=None)), BaseDevice.HOST)
     assert not place_base(planner(Cluster(8)), BaseDevice.AUTO).work.base_on_host

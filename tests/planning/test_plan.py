@@ -296,18 +296,22 @@ def planner(cluster: Cluster, config: Any = None, seq_len: int = 1024) -> Planne
 def test_a_recommendation_fits_and_the_next_size_does_not() -> None:
     gpu_planner = planner(Cluster(8, memory=12e9))
     plan = recommend(gpu_planner)
-    assert plan is not None and plan.fits
+    assert plan is not None
+    assert plan.fits
     assert not gpu_planner.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
 
 
 def test_little_memory_takes_checkpointing_and_less_takes_groups() -> None:
     checkpointed = recommend(planner(Cluster(8, memory=4.4e9)))
-    assert checkpointed is not None and checkpointed.work.checkpointing
+    assert checkpointed is not None
+    assert checkpointed.work.checkpointing
     shared = recommend(planner(Cluster(8, memory=4.4e9)), rows=4)
-    assert shared is not None and shared.work.tensor_parallel * shared.work.sequence_parallel == 2
+    assert shared is not None
+    assert shared.work.tensor_parallel * shared.work.sequence_parallel == 2
 
 
 def test_a_base_that_does_not_fit_is_said_to() -> None:
     gpu_planner = planner(Cluster(64, memory=2e9))
     assert recommend(gpu_planner) is None
-    assert "the base alone" in report(gpu_planner.plan()) and "never sharded" in report(gpu_planner.plan())
+    assert "the base alone" in report(gpu_planner.plan())
+    assert "never sharded" in report(gpu_planner.plan())

@@ -62,7 +62,8 @@ def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches() -> None:
 def test_many_ranks_send_gradients_twice_in_place_of_loops() -> None:
     """7 matrices in the one layer."""
     few, many = (planner(Cluster(ranks)).plan() for ranks in (1024, 2048))
-    assert few.trained.zero.get("reduce_scatter", True) and not many.trained.zero["reduce_scatter"]
+    assert few.trained.zero.get("reduce_scatter", True)
+    assert not many.trained.zero["reduce_scatter"]
     assert few.sent == (few.gathered + few.reduced) * 1023 / 1024
     assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
 
@@ -76,7 +77,8 @@ def test_a_node_of_cpus_has_one_base() -> None:
     plan = planner(Cluster(16, per_node=4), on_cpu=True).plan()
     memory = plan.memory
     beside_the_base = memory.peak - memory.base
-    assert memory.logits == 0 and plan.host_memory == memory.base + 4 * beside_the_base + memory.host_save
+    assert memory.logits == 0
+    assert plan.host_memory == memory.base + 4 * beside_the_base + memory.host_save
     assert "a node needs" in verdict(plan)
     on_gpus = replace(plan, trained=replace(plan.trained, on_cpu=False))
     assert on_gpus.host_memory == memory.base + memory.host_save

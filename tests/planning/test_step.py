@@ -25,7 +25,8 @@ def test_figures_of_a_config() -> None:
     config = config_of(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=5, hidden_size=64)
     work = Work(config, MoRAConfig(rank=4, base_bits=8), seq_len=30, micro_batch=4, sequence_parallel=2)
     assert (work.tokens, work.layers, work.heads, work.key_value_heads, work.head_dim) == (60, 3, 8, 2, 5)
-    assert work.base_bits == 8 and Work(config, None, 30).base_bits is None
+    assert work.base_bits == 8
+    assert Work(config, None, 30).base_bits is None
     plain = Work(config_of(num_hidden_layers=3, num_attention_heads=8, hidden_size=64, head_dim=None), None, 30)
     assert (plain.tokens, plain.key_value_heads, plain.head_dim) == (30, 8, 8)
     assert Work(config_of(num_hidden_layers=1, hidden_size=64), None, 30).heads == 1, "no attention at all"
@@ -78,7 +79,8 @@ def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(
         expected = measure(None, work)
         depths.clear()
         assert step_memory(work) == expected, layers
-        assert len(depths) == (1 if layers <= 3 * period else 2) and max(depths) <= max(4 * period + 3, 3 * period)
+        assert len(depths) == (1 if layers <= 3 * period else 2)
+        assert max(depths) <= max(4 * period + 3, 3 * period)
     planned: Any = SimpleNamespace(planned_layers=True)
     depths.clear()
     step_memory(Work(config_of(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))

@@ -191,7 +191,8 @@ def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float) -> No
     squares["a.v"][0, 0] = bad
     with pytest.raises(RunError, match=r"a\.v\.square is not finite"):
         ledger.append(400, layers, squares.items())
-    assert ledger.cycles == 3 and Ledger.open(folder).cycles == 3
+    assert ledger.cycles == 3
+    assert Ledger.open(folder).cycles == 3
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------
@@ -216,7 +217,8 @@ def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pyt
             ledger.append(400, stray, squares_for(stray, 9).items())
     assert (folder / "cycle-00003.safetensors").exists()
     again = Ledger.open(folder)
-    assert again.cycles == 3 and state(again) == before
+    assert again.cycles == 3
+    assert state(again) == before
     append(again)
     assert set(Ledger.open(folder).layers(3)) == {"a.q", "a.v"}
 
@@ -248,7 +250,8 @@ def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path
     copy = ledger.copy_to(tmp_path / "copy")
     assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
     append(shortened(folder, 1), ("b.q",))
-    assert Ledger.open(copy.folder, BASE).cycles == 3 and Ledger.open(folder).cycles == 2
+    assert Ledger.open(copy.folder, BASE).cycles == 3
+    assert Ledger.open(folder).cycles == 2
     assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
 
 
@@ -302,7 +305,8 @@ def test_live_weight_is_the_sum_in_order_rounded_once(
     for spec, square in updates:
         expected = expected + (delta_weight(spec, square).T if transposed else delta_weight(spec, square))
     live = live_weight(original, iter(updates), transposed, dtype)
-    assert live.dtype == dtype and torch.equal(live, expected.to(dtype))
+    assert live.dtype == dtype
+    assert torch.equal(live, expected.to(dtype))
     assert torch.equal(original, before)
     assert torch.equal(live_weight(original, [], transposed, dtype), original.to(dtype))
     assert live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()

@@ -127,4 +127,5 @@ def test_what_a_probe_may_move_by() -> None:
 
 def test_a_moved_probe_stops_the_run(tmp_path: Path) -> None:
     (message,) = run_ranks(1, moved_probe, str(tmp_path))
-    assert "step 1" in message and "3.000000 to 3.500000" in message
+    assert "step 1" in message
+    assert "3.000000 to 3.500000" in message

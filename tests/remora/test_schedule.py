@@ -146,7 +146,8 @@ def test_merges_that_do_not_come_are_announced() -> None:
     """Of a re-warmup that would not end, of the first warm-up, and of an interval longer than the run."""
     short = said(dataclasses.replace(PLAIN, total_steps=79)).splitlines()
     assert short[0] == "merges after steps 25, 50 of 79"
-    assert short[1].startswith("no merge after step 75: ") and short[1].endswith("exports add what stays unmerged")
+    assert short[1].startswith("no merge after step 75: ")
+    assert short[1].endswith("exports add what stays unmerged")
     assert "no merge" not in said(dataclasses.replace(PLAIN, total_steps=80))
     warm = said(dataclasses.replace(PLAIN, warmup_steps=51)).splitlines()
     assert warm[0] == "merges after step 75 of 100"

@@ -133,7 +133,8 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
         assert torch.equal(logits(bank.model, ids), outer)
     assert torch.equal(logits(bank.model, ids), logits(rotating.merged(None), ids))
     for name, weight in bank.model.named_parameters():
-        assert torch.equal(weight, weights[name]) and not weight.requires_grad
+        assert torch.equal(weight, weights[name])
+        assert not weight.requires_grad
 
 
 def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) -> None:
@@ -164,7 +165,8 @@ def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
     exec(code_with("AdapterBank", "docs/research/bank.md"), names)
-    assert names["logits"].shape == (3, 16, 128) and list(names["bank"].residents) == ["law", "code"]
+    assert names["logits"].shape == (3, 16, 128)
+    assert list(names["bank"].residents) == ["law", "code"]
 
 
 def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
@@ -265,7 +267,8 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
     assert command("evaluate-adapters", flags) == (0, "")
     scores = read_json(tmp_path / "scores.json")["adapters"]
     printed = capsys.readouterr().out
-    assert "bits/byte" in printed and "2 adapter(s) on" in printed
+    assert "bits/byte" in printed
+    assert "2 adapter(s) on" in printed
     tokenizer = load_target(user.model).tokenizer
     for name in ("(base)", "a", "b"):
         merge(maker.model, maker.weights, updates.get(name, {}))
@@ -275,4 +278,5 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
         assert name == "(base)" or abs(expected.nats / scores["(base)"]["held"]["nats"] - 1) > 1e-4
         maker.model.load_state_dict(maker.weights, strict=False)
     code, message = command("evaluate-adapters", [*flags, "--adapters", "a", "d"])
-    assert code == 2 and "--adapters: there is no adapter 'd'" in message
+    assert code == 2
+    assert "--adapters: there is no adapter 'd'" in message

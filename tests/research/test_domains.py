@@ -253,12 +253,14 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
 
     latest = whole / "checkpoints" / "latest"
     facts = read_json(latest / "adapter.json")
-    assert facts["domains"]["names"] == ["new", "old"] and facts["cycle"] == 1
+    assert facts["domains"]["names"] == ["new", "old"]
+    assert facts["cycle"] == 1
     probe = load_file(latest / "probe.safetensors")
     live = {}
     for domain in ("shared", "new", "old"):
         report = export_merged(latest, tmp_path / domain, verify=True, domain=domain)
-        assert report.comparison is not None and report.merged == 14
+        assert report.comparison is not None
+        assert report.merged == 14
         recorded = probe["logits" if domain == "shared" else f"logits.{domain}"]
         with torch.no_grad():
             model: Any = load_adapter(user.model, latest, domain=domain)
@@ -274,7 +276,8 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert "1 merged cycle(s)" in refusal(domain_flags(user, tmp_path / "new", mix, init_adapter=whole))
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
     message = refusal(domain_flags(user, out, mix, *resume, eval_domains=["plain=new"]), ranks=2)
-    assert "research.domain_adapters" in message and "['new', 'old'] there, ['new', 'older'] here" in message
+    assert "research.domain_adapters" in message
+    assert "['new', 'old'] there, ['new', 'older'] here" in message
 
 
 @pytest.mark.heavy
@@ -311,7 +314,8 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out:
     block = {"freeze": freeze, "init_adapter": first}
     more = ("--save_steps", 2, "--max_steps", 4, "--no_eval_on_start")
     told = run_ranks(1, printed, domain_flags(user, whole, mix, *more, **block))[0]
-    assert "the shared ones, new, old; fresh: from zero" in told and "held: old, short: shared" in told
+    assert "the shared ones, new, old; fresh: from zero" in told
+    assert "held: old, short: shared" in told
     argv = domain_flags(user, out, mix, *more, "--resume_from_checkpoint", "auto", **block)
     run_ranks(2, interrupted_job, [*argv, "--per_device_train_batch_size", "1"], 3)
     run(1, argv)
@@ -337,7 +341,8 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out:
     tensors[-1] ^= 1
     (copy_of / "adapter.safetensors").write_bytes(tensors)
     for kind, message in run_ranks(2, refused_here, domain_flags(user, never, mix, init_adapter="earlier"), tmp_path):
-        assert kind == "UserError" and "research.init_adapter: not the same on all ranks" in message
+        assert kind == "UserError"
+        assert "research.init_adapter: not the same on all ranks" in message
     assert not (never / "checkpoints").exists()
 
 
@@ -397,7 +402,8 @@ def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, messag
     path.write_text(f"research: {block}\n")
     with pytest.raises(UserError) as caught:
         parse([str(path)])
-    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of() -> None:
@@ -427,7 +433,8 @@ def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path,
     assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
     tensors = load_file(out / "checkpoints/latest/adapter.safetensors")
     of_domains = [tensor for name, tensor in tensors.items() if name.endswith("domain_squares")]
-    assert of_domains and all(tensor[index].any() for tensor in of_domains for index in range(2))
+    assert of_domains
+    assert all(tensor[index].any() for tensor in of_domains for index in range(2))
     assert {path.name for path in (out / "merged").iterdir()} == {"shared", "new", "old"}
     for domain in ("shared", "old"):
         export_merged(out, tmp_path / domain, verify=True, domain=domain)

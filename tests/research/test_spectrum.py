@@ -36,7 +36,8 @@ def test_measures() -> None:
     energy = 9 + 1 + 1 + 0.05**2
     total = 5.05
     shares = [value / total for value in (3.0, 1.0, 1.0, 0.05)]
-    assert measured.norm == pytest.approx(math.sqrt(energy)) and measured.largest == 3.0
+    assert measured.norm == pytest.approx(math.sqrt(energy))
+    assert measured.largest == 3.0
     assert (measured.above, measured.rank) == (3, 4)
     assert measured.stable_rank == pytest.approx(energy / 9)
     assert measured.effective_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
@@ -89,12 +90,16 @@ def ranks_and_spans(plan: Callable[[int], tuple[Grouping, int]]) -> tuple[list[i
 def test_rank_grows_with_fresh_permutations_and_no_longer_with_repeated_groupings() -> None:
     """By a matrix a cycle, less one from the second on: the sum of all inputs (outputs) is in every grouping's span."""
     ranks, spans = ranks_and_spans(lambda cycle: (Grouping.PERMUTED, cycle))
-    assert ranks == [16, 31, 46, 61, 64, 64] and spans[1] > 0.8 and spans[5] < 1e-9
+    assert ranks == [16, 31, 46, 61, 64, 64]
+    assert spans[1] > 0.8
+    assert spans[5] < 1e-9
     groupings = (Grouping.STRIDED, Grouping.CONTIGUOUS)  # the paper's alternation
     ranks, spans = ranks_and_spans(lambda cycle: (groupings[cycle % 2], 0))
-    assert ranks == [16, 28, 28, 28, 28, 28] and max(spans[2:]) < 1e-9
+    assert ranks == [16, 28, 28, 28, 28, 28]
+    assert max(spans[2:]) < 1e-9
     ranks, spans = ranks_and_spans(lambda _: (Grouping.PERMUTED, 7))
-    assert ranks == [16] * 6 and max(spans[1:]) < 1e-9
+    assert ranks == [16] * 6
+    assert max(spans[1:]) < 1e-9
 
 
 def test_factors_of_lora_have_spectra_too() -> None:
@@ -158,7 +163,8 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert command("spectrum", flags) == (0, "")
     content = read_json(tmp_path / "out.json")
     printed = capsys.readouterr().out
-    assert "a.v" in printed and " >2 " in printed
+    assert "a.v" in printed
+    assert " >2 " in printed
     assert (content["format"], content["threshold"]) == (1, 2)
     assert content["rows"] == [asdict(row) for row in spectra(find_ledger(checkpoint), threshold=2)]
     last = content["rows"][4]
@@ -177,4 +183,5 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 )
 def test_mistakes_in_flags_are_named(checkpoint: Path, flags: list[str], named: str) -> None:
     code, message = command("spectrum", [str(checkpoint), *flags])
-    assert code == 2 and named in message
+    assert code == 2
+    assert named in message

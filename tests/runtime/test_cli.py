@@ -90,9 +90,11 @@ def test_the_code_and_the_message_of_each_end(
 ) -> None:
     assert code_of(error) == code
     text = capsys.readouterr().err
-    assert told in text and bool(told) == bool(text)
+    assert told in text
+    assert bool(told) == bool(text)
     assert ("Traceback" in text) == (told == "Traceback"), "what is expected has no traceback"
-    assert "stack" not in text and bool(pauses) == ("lost contact" in told), "the launcher is to see the other's code"
+    assert "stack" not in text
+    assert bool(pauses) == ("lost contact" in told), "the launcher is to see the other's code"
 
 
 def test_other_ranks_hold_their_message_back_and_say_who_they_are(
@@ -100,7 +102,8 @@ def test_other_ranks_hold_their_message_back_and_say_who_they_are(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert code_of(UserError("mine")) == 2 and code_of(shared(UserError("of all"))) == 2
+    assert code_of(UserError("mine")) == 2
+    assert code_of(shared(UserError("of all"))) == 2
     assert pauses == [cli._WAIT_FOR_RANK_0_S, cli._WAIT_FOR_FAILED_RANK_S]
     assert code_of(Stopped("told by rank 0")) == 75
     assert capsys.readouterr().err == "[rank 1] error: mine\n[rank 1] error: of all\n"
@@ -112,7 +115,8 @@ def test_signals_have_their_own_effect_while_an_error_is_held_back(
     """The launcher ends a rank that only waits to repeat rank 0's message."""
     given_back: list[bool] = []
     monkeypatch.setattr(signals, "uninstall", lambda: given_back.append(True))
-    assert code_of(UserError("mine")) == 2 and given_back == [True]
+    assert code_of(UserError("mine")) == 2
+    assert given_back == [True]
 
 
 def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
@@ -124,7 +128,8 @@ def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
         raise Stopped("stopped by SIGTERM with nothing to save")
 
     monkeypatch.setattr(signals, "uninstall", uninstall)
-    assert code_of(RuntimeError(CLOSED)) == 75 and not pauses
+    assert code_of(RuntimeError(CLOSED)) == 75
+    assert not pauses
     assert capsys.readouterr().err == "stopped by SIGTERM with nothing to save\n"
 
 
@@ -135,7 +140,9 @@ def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
     with pytest.raises(Left) as left:
         cli.run(lambda: pytest.fail("the program ran"))
     told = capsys.readouterr().err
-    assert left.value.args == (2,) and "--output must not be empty" in told and "--device must not be empty" in told
+    assert left.value.args == (2,)
+    assert "--output must not be empty" in told
+    assert "--device must not be empty" in told
 
 
 def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:

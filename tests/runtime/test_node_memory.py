@@ -92,4 +92,5 @@ def test_places_are_told_by_file_and_offset(tmp_path: Path) -> None:
     assert mappings.place_of(one) == mappings.place_of(another) != mappings.place_of(one[1:])
     assert (mappings.place_of(one[page + 7 :]) or "").endswith(f" @{page + 7}")
     assert str(path.stat().st_ino) in (mappings.place_of(one) or "")
-    assert mappings.place_of(one[:0]) is None and mappings.place_of(torch.zeros(1, device="meta")) is None
+    assert mappings.place_of(one[:0]) is None
+    assert mappings.place_of(torch.zeros(1, device="meta")) is None

@@ -39,4 +39,5 @@ def test_both_nodes_and_the_folder_are_named(user: Playground, tmp_path: Path, m
         f"--output_dir: {local} on node-b (rank 2) is another folder than {output_of(argv)} on node-a (rank 0): name "
         "one on storage that all nodes share"
     )
-    assert not (tmp_path / "first").exists() and [path.name for path in local.iterdir()] == ["mine"]
+    assert not (tmp_path / "first").exists()
+    assert [path.name for path in local.iterdir()] == ["mine"]

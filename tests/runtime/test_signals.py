@@ -77,7 +77,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     user: Playground, whole: Path, out: Path, number: int, rank: int, method: str, step: int, saved: int
 ) -> None:
     told = run_ranks(2, signalled_job, user.flags(out, *MERGING), number, rank, method, step)
-    assert told[0] == told[1] and f"stopped at step {saved}" in told[0]
+    assert told[0] == told[1]
+    assert f"stopped at step {saved}" in told[0]
     state = TrainerState.read(out / "checkpoints" / "latest")
     assert (state.step, state.finished) == (saved, False)
     run(2, user.flags(out, *MERGING, *AUTO))
@@ -87,7 +88,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, out: Path) -> None:
     flags = user.flags(out, *MERGING, *AUTO)
     told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
-    assert "before the first step" in told[0] and not (out / "checkpoints").exists()
+    assert "before the first step" in told[0]
+    assert not (out / "checkpoints").exists()
     run(2, flags)
     assert_same_run(out, whole)
 
@@ -142,7 +144,8 @@ def script(function: str, **more: Any) -> subprocess.Popen[str]:
 
 
 def ready(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     return process
 
 
@@ -151,7 +154,9 @@ def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number: signal.S
     process = ready(script("starting"))
     process.send_signal(number)
     _, told = process.communicate(timeout=5)
-    assert process.returncode == EXIT_STOPPED and number.name in told and "nothing to save" in told
+    assert process.returncode == EXIT_STOPPED
+    assert number.name in told
+    assert "nothing to save" in told
 
 
 def test_sigint_again_ends_a_process_whatever_it_does() -> None:
@@ -163,7 +168,8 @@ def test_sigint_again_ends_a_process_whatever_it_does() -> None:
     assert process.poll() is None, "one Ctrl-C is one, however often it arrives"
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=5)
-    assert process.returncode == 130 and "at once" in told
+    assert process.returncode == 130
+    assert "at once" in told
 
 
 def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint() -> None:
@@ -225,7 +231,8 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
     os.kill(ranks[1], signal.SIGTERM)
     seen = rows(out)[-1]["step"]
     assert process.wait(timeout=60) == EXIT_STOPPED
-    assert "[rank 1] SIGTERM: saving" in log.read_text() and "--resume_from_checkpoint auto goes on" in log.read_text()
+    assert "[rank 1] SIGTERM: saving" in log.read_text()
+    assert "--resume_from_checkpoint auto goes on" in log.read_text()
     saved = TrainerState.read(out / "checkpoints" / "latest").step
     assert saved == rows(out)[-1]["step"] <= seen + 3, "two steps, and one that was logged meanwhile"
 
@@ -243,7 +250,8 @@ def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, nu
     process, log, ranks = start()
     os.kill(-process.pid if group else psutil.Process(ranks[0]).ppid(), number)
     process.wait(timeout=60)
-    assert len(ranks) == 2 and gone_within(ranks, 30), log.read_text()
+    assert len(ranks) == 2, log.read_text()
+    assert gone_within(ranks, 30), log.read_text()
     assert TrainerState.read(out / "checkpoints" / "latest").step == rows(out)[-1]["step"], "no step was lost"
 
 
@@ -308,7 +316,8 @@ def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path
     process, log, _ = start(script=script, past="")
     assert process.wait(timeout=60) == 1
     told = log.read_text()
-    assert told.count("Traceback") == 1 and "[rank 1] Traceback" in told
+    assert told.count("Traceback") == 1
+    assert "[rank 1] Traceback" in told
     assert told.count("ZeroDivisionError: on one rank only") == 1
 
 

@@ -26,11 +26,14 @@ def check(results: dict[str, Any], waits: str) -> None:
     for name, dtype, _, *errors, merge in results["operators"]:
         assert merge == "same bits", name
         assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
-    assert len(results["operators"]) >= 4 * 3 * 2 and len(results["ceilings"]) == 6 and results["gather"]
+    assert len(results["operators"]) >= 4 * 3 * 2
+    assert len(results["ceilings"]) == 6
+    assert results["gather"]
     assert [leak for *_, leak in results["attention"]] == ["0", "0", "0"]
     assert [(row[0], row[-1]) for row in results["step"]] == [(stage, waits) for stage in ("1", "2", "3")]
     assert results["resume"] == [["3", "same"]]
-    assert len(results["memory"]) >= 2 and all(float(row[-1]) > 0 for row in results["memory"])
+    assert len(results["memory"]) >= 2
+    assert all(float(row[-1]) > 0 for row in results["memory"])
     if waits != "none":
         passes, update = [float(row[-1]) for row in results["memory"]]
         assert 0.9 < passes < 1.05  # the plan counts memory to each pass that a CPU keeps from the first one on
@@ -56,4 +59,5 @@ def test_every_question_runs_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     call("bench/gpu", "ceilings")
-    assert capsys.readouterr().out.startswith("no GPU here") and not torch.cuda.is_available()
+    assert capsys.readouterr().out.startswith("no GPU here")
+    assert not torch.cuda.is_available()

@@ -73,11 +73,13 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
         bench.Row("mora-rotate", 8, 1e-2, 9, new={1: 176.0, 2: 300.0}, old={1: 99.0, 2: 99.0}),
     ]
     assert [(row.method, row.rate) for row in bench._best(rows)][:2] == [("lora", 1e-2), ("full", 1e-3)]
-    assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01" and bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
+    assert bench._rate(rows[1], (1e-3, 1e-2, 3e-2)) == "0.01"
+    assert bench._rate(rows[2], (1e-2, 3e-2)) == "0.03*"
     assert bench._rate(rows[1], (1e-2,)) == "0.01"
     shown = {row.method: row for row in rows[1:] if row.rate != 3e-2}
     assert bench._gap(rows[4], shown) == "25%", "of the one seed that all three have"
-    assert bench._gap(rows[1], shown) == "-" and bench._gap(rows[4], {}) == "-"
+    assert bench._gap(rows[1], shown) == "-"
+    assert bench._gap(rows[4], {}) == "-"
 
 
 @pytest.fixture
@@ -122,7 +124,8 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     call("bench/learning", *flags)
     assert len(ran) == 6
     call("bench/learning", *flags, "--rank", 4)
-    assert len(ran) == 12 and {run["per_device_train_batch_size"] for run in ran} == {8}
+    assert len(ran) == 12
+    assert {run["per_device_train_batch_size"] for run in ran} == {8}
     more = ["--batch", 2, "--compute", "weight", "--replay", 0.25]
     call("bench/learning", *flags, "--methods", "none", "recipe@0.01", *more)
     changed = [(run["per_device_train_batch_size"], run.get("compute"), run.get("replay")) for run in ran[12:]]
@@ -136,7 +139,8 @@ def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: li
     assert [run["eval_tasks"] for run in ran] == [[str(tmp_path / "quiz.yaml")]] * 4
     report = read_json(tmp_path / "scored.json")
     head, *rows = report["tables"]["learning"]
-    assert head[-1] == "quiz" and [row[-1] for row in rows] == ["25.0%", "25.0%"]
+    assert head[-1] == "quiz"
+    assert [row[-1] for row in rows] == ["25.0%", "25.0%"]
     assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [0.2, pytest.approx(0.3)]
 
 

@@ -41,7 +41,8 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
     assert done.returncode == 0, done.stderr
     results = read_json(folder / "results.json")
     for result in results:
-        assert result["steps"] == [20, 40, 60] and len(result["accuracy"]) == len(result["loss"]) == 3
+        assert result["steps"] == [20, 40, 60]
+        assert len(result["accuracy"]) == len(result["loss"]) == 3
         assert result["loss"][-1] < result["loss"][0] or result["ended_at"] == 20
         assert result["ended_at"] == 60 or result["accuracy"][-1] == 1.0
     return results, done.stdout
@@ -52,9 +53,11 @@ def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     results, told = learned_by_heart(tmp_path, user, "--seeds", 1, "--rates", 1e-2)
     named = {result["method"]: result for result in results}
-    assert set(named) == {"full", "lora", "mora", "remora"} and len(results) == 4
+    assert set(named) == {"full", "lora", "mora", "remora"}
+    assert len(results) == 4
     assert named["mora"]["trained"] == named["remora"]["trained"] <= named["lora"]["trained"] < named["full"]["trained"]
-    assert named["full"]["accuracy"][-1] >= 0.9 and named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
+    assert named["full"]["accuracy"][-1] >= 0.9
+    assert named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
     assert "with 90% of each seed" in told
 
 
@@ -63,4 +66,5 @@ def test_the_best_rate_is_shown(tmp_path: Path, user: Playground) -> None:
     results, told = learned_by_heart(tmp_path, user, "--methods", "full", "--seeds", 2, "--rates", 1e-5, 1e-2)
     assert [(result["rate"], result["seed"]) for result in results] == [(1e-5, 1), (1e-5, 2), (1e-2, 1), (1e-2, 2)]
     row = next(line for line in told.splitlines() if line.split()[:1] == ["full"])
-    assert " 0.01* " in row and row.rstrip().count("/") == 1  # steps to 90%, of each seed
+    assert " 0.01* " in row
+    assert row.rstrip().count("/") == 1  # steps to 90%, of each seed

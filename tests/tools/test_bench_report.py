@@ -26,16 +26,18 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     assert capsys.readouterr().out.split("\n") == ["Two rows.", "  what  seconds", "a step      0.5", ""]
     written = read_json(tmp_path / "new" / "bench.json")
     assert written["command"] == "python tools/bench/loss.py --rows 2"
-    assert written["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]} and written["sentences"] == [
-        "Two rows."
-    ]
-    assert written["measured_on"]["cores"] > 0 and written["measured_on"]["versions"]["torch"]
+    assert written["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]}
+    assert written["sentences"] == ["Two rows."]
+    assert written["measured_on"]["cores"] > 0
+    assert written["measured_on"]["versions"]["torch"]
 
     monkeypatch.setattr(plans, "DATA", tmp_path / "new")
     old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
     page = docs_results.results(f"# Title\n\n{old}\n\nText.")
-    assert "|what |seconds|\n|---|---:|\n|a step |0.5|" in page and "old" not in page
-    assert "`python tools/bench/loss.py --rows 2` on " in page and page.endswith("\n\nText.")
+    assert "|what |seconds|\n|---|---:|\n|a step |0.5|" in page
+    assert "old" not in page
+    assert "`python tools/bench/loss.py --rows 2` on " in page
+    assert page.endswith("\n\nText.")
 
 
 def test_without_json_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

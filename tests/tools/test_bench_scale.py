@@ -37,7 +37,8 @@ def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: p
         assert {row["ranks"] for row in records if row["phase"] == phase} == {"4", "16"}, phase
     assert {row["setting"] for row in records} == {path.name for path in scale.CONFIGS}
     titles, *lines = tables["CPU seconds"]
-    assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"] and all(float(cell) >= 0 for cell in lines[0][1:])
+    assert titles == ["phase", "tiny, 4 ranks", "tiny, 16 ranks"]
+    assert all(float(cell) >= 0 for cell in lines[0][1:])
     for row in records:
         if row["phase"] == "resume":
             assert int(row["files"]) <= 2, "its own shard, and the table on rank 0"

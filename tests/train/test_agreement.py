@@ -66,7 +66,8 @@ def test_ranks_with_different_settings(user: Playground, out: Path) -> None:
     results = run_ranks(2, refused_each, cases)
     for (more, *phrases), *ranks in zip(rows(DIFFERENT), *results, strict=True):
         for kind, message, seconds in ranks:
-            assert kind == "UserError" and all(phrase in message for phrase in phrases), (more, message)
+            assert kind == "UserError", (more, message)
+            assert all(phrase in message for phrase in phrases), (more, message)
             assert seconds < SECONDS, more
     assert not out.exists(), "nothing was written"
 
@@ -79,7 +80,9 @@ def other_version(argv: list[str]) -> tuple[str, str]:
 
 def test_ranks_with_different_packages(user: Playground, tmp_path: Path) -> None:
     for kind, message in run_ranks(2, other_version, user.flags(tmp_path / "out")):
-        assert kind == "UserError" and "version of safetensors: " in message and '"0.0.1" on rank 1' in message
+        assert kind == "UserError"
+        assert "version of safetensors: " in message
+        assert '"0.0.1" on rank 1' in message
 
 
 def refused_in(folders: list[str], argv: list[str]) -> tuple[str, str]:
@@ -95,8 +98,10 @@ def test_a_relative_model_folder_that_one_node_does_not_have(user: Playground, t
     folders[missing] = str(tmp_path)
     argv = user.flags(tmp_path / "out", "--model_name_or_path", "model")
     for kind, message in run_ranks(2, refused_in, folders, argv, timeout_s=60):
-        assert kind == "UserError" and "--model_name_or_path is" in message
-        assert f'Hub" on rank {missing}' in message and f'"a folder" on rank {1 - missing}' in message
+        assert kind == "UserError"
+        assert "--model_name_or_path is" in message
+        assert f'Hub" on rank {missing}' in message
+        assert f'"a folder" on rank {1 - missing}' in message
 
 
 def refused_on_its_node(argv: list[list[str]]) -> tuple[str, str]:
@@ -110,7 +115,9 @@ def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path, out:
     changed_text.write_text(user.train.read_text().replace("def", "fed"))
     argv = [user.flags(out), user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache")]
     for kind, message in run_ranks(2, refused_on_its_node, argv):
-        assert kind == "UserError" and "training text" in message and "on rank 1" in message
+        assert kind == "UserError"
+        assert "training text" in message
+        assert "on rank 1" in message
 
 
 # -- a failure at each check -------------------------------------------------------------------------------------------

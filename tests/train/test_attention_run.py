@@ -54,7 +54,8 @@ def attention_in(out: Path) -> str:
 def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     by_documents: Path, dense: Path
 ) -> None:
-    assert attention_in(by_documents) == "documents" and attention_in(dense) == "dense"
+    assert attention_in(by_documents) == "documents"
+    assert attention_in(dense) == "dense"
     assert_close_losses(by_documents, dense)
 
 
@@ -80,7 +81,8 @@ def test_dense_attention_is_what_it_was_to_the_bit() -> None:
     logits = one(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
     nll = token_nll(another, batch)
-    assert torch.equal(nll, loss) and attention_of(another) == "sdpa"
+    assert torch.equal(nll, loss)
+    assert attention_of(another) == "sdpa"
     assert model_inputs(another, batch).keys() == {"input_ids", "position_ids", "use_cache"}
     loss.backward()
     nll.backward()

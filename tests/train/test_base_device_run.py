@@ -108,7 +108,9 @@ def without_memory(argv: list[str]) -> tuple[str, str]:
 
 def test_too_little_host_memory_is_said_before_anything_is_loaded(user: Playground) -> None:
     kind, message = run_ranks(1, without_memory, deep(user, "none", *HOST))[0]
-    assert kind == "UserError" and "0.01 MB are available" in message and "--base_device host" in message
+    assert kind == "UserError"
+    assert "0.01 MB are available" in message
+    assert "--base_device host" in message
 
 
 def settled(argv: list[str], memory: float) -> str:
@@ -152,4 +154,5 @@ def test_a_dry_run_plans_both(user: Playground) -> None:
     resident, streamed = (planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST))
     assert resident.memory.host_base == 0 < streamed.memory.host_base
     assert streamed.memory.base == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers
-    assert streamed.copied > 0 and isinstance(streamed.work.adapter, MoRAConfig)
+    assert streamed.copied > 0
+    assert isinstance(streamed.work.adapter, MoRAConfig)

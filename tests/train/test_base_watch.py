@@ -39,7 +39,8 @@ def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
     copied_user = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
     argv = copied_user.flags(out, "--save_steps", 2, "--eval_steps", 0, "--merge_every", 5, "--restart_warmup_steps", 1)
     for kind, message in run_ranks(2, overwritten_job, argv, word):
-        assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message
+        assert kind == "RunError", message
+        assert "model.safetensors was changed or replaced during the run" in message, message
         assert f"Last good checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
     assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
     assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3], "found in the next step, not at a save"
@@ -64,4 +65,5 @@ def shortened_job(argv: list[str]) -> tuple[str, str]:
 def test_a_base_that_is_cut_off_is_found_before_it_is_read(user: Playground, tmp_path: Path, out: Path) -> None:
     copied_user = replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
     for kind, message in run_ranks(2, shortened_job, copied_user.flags(out, "--save_steps", 3, "--eval_steps", 0)):
-        assert kind == "RunError" and "model.safetensors was changed or replaced during the run" in message, message
+        assert kind == "RunError", message
+        assert "model.safetensors was changed or replaced during the run" in message, message

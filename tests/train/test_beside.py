@@ -61,10 +61,12 @@ def test_a_failed_evaluation_does_not_end_the_run(
     error = RuntimeError("no evaluation today")
     told = run_ranks(ranks, failing, user.flags(out, *FLAGS), "evaluator", "evaluate", error, calls)
     for kind, message in told:
-        assert kind == "FailedBeside" and "step-000004 is its end" in message
+        assert kind == "FailedBeside"
+        assert "step-000004 is its end" in message
         assert [f"after step {call}: RuntimeError: no evaluation today" in message for call in calls]
     assert losses(out).equal(losses(whole)), "training is what it would have been"
-    assert last_state(out).finished and (out / "summary.json").is_file()
+    assert last_state(out).finished
+    assert (out / "summary.json").is_file()
     assert not last_state(out).evaluation_pending
 
 
@@ -80,7 +82,8 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_pat
     argv = user.flags(tmp_path, *FLAGS, "--save_total_limit", 1, "--resume_from_checkpoint", "auto")
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
         ((kind, message),) = run_ranks(1, failing, argv, "evaluator", "evaluate", error, (call,))
-        assert kind == "RunError" and "the loss is nan" in message
+        assert kind == "RunError"
+        assert "the loss is nan" in message
         assert re.search(r"step-000004 holds this model\. Last good checkpoint: \S*step-000002\. ", message)
 
 
@@ -89,7 +92,8 @@ def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path)
     error = OSError("the network is gone")
     with mock.patch.object(program, "check_repository"):
         ((kind, message),) = run_ranks(1, failing, argv, "program", "push_adapter", error, (0,))
-    assert kind == "FailedBeside" and "--push_to_hub me/adapter: the network is gone" in message
+    assert kind == "FailedBeside"
+    assert "--push_to_hub me/adapter: the network is gone" in message
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 
@@ -162,4 +166,5 @@ def tracked(argv: list[str]) -> tuple[str, str]:
 def test_a_failed_tracker_is_told_on_every_rank(user: Playground, tmp_path: Path) -> None:
     argv = user.flags(tmp_path, "--max_steps", 2, "--report_to", "wandb")
     for kind, message in run_ranks(2, tracked, argv):
-        assert kind == "FailedBeside" and "--report_to wandb" in message
+        assert kind == "FailedBeside"
+        assert "--report_to wandb" in message

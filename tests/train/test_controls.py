@@ -23,7 +23,8 @@ def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground
     two = tmp_path / "2"
     run(1, user.flags(one, *RELORA, "--per_device_train_batch_size", 4))
     summary = run(2, user.flags(two, *RELORA))
-    assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
+    assert summary["merges"] == 2
+    assert summary["base_bytes_gathered"] == 0
     assert_close_losses(two, one, rtol=2e-6)
     assert summary["perplexity_after"]["held"] < 0.99 * summary["perplexity_before"]["held"], "it learns"
     report = export_merged(two, tmp_path / "merged", verify=True)
@@ -45,7 +46,8 @@ def test_as_many_parameters_at_the_same_rank(user: Playground, tmp_path: Path) -
     mora = run(1, user.flags(tmp_path / "mora", *flags))["trainable_params"]
     lora = run(1, user.flags(tmp_path / "lora", *flags, "--adapter", "lora"))["trainable_params"]
     wider = run(1, user.flags(tmp_path / "wider", *flags, "--adapter", "lora", "--mora_rank", 4))["trainable_params"]
-    assert 0.6 * lora < mora <= lora and wider == 2 * lora
+    assert 0.6 * lora < mora <= lora
+    assert wider == 2 * lora
 
 
 def test_an_adapter_of_another_kind_does_not_continue_a_run(user: Playground, tmp_path: Path) -> None:

@@ -28,10 +28,13 @@ def is_recipe(job: Arguments) -> bool:
 
 def test_the_demo_follows_the_default_recipe(tmp_path: Path) -> None:
     job = settings(tmp_path, "--max_steps", 60, "--merge_every", 20, "--embedding_learning_rate", 1e-3)
-    assert is_recipe(job) and job.training.max_steps == 60 and job.training.embedding_learning_rate == 1e-3
+    assert is_recipe(job)
+    assert job.training.max_steps == 60
+    assert job.training.embedding_learning_rate == 1e-3
     recipe = load_yaml(str(ROOT / "configs" / "recipes" / "continual.yaml"), "recipe")
     assert all(recipe[name] == RECIPE[name] for name in ("optimizer", "train_embeddings")), "not its learning rates"
-    assert recipe["operator"] == CONTINUE["operator"] and recipe["mora_rank"] == CONTINUE["mora_rank"]
+    assert recipe["operator"] == CONTINUE["operator"]
+    assert recipe["mora_rank"] == CONTINUE["mora_rank"]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, .
     run(1, user.flags(out, *START, *more))
     resume = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--max_steps", 8)
     (kind, message), *_ = run_ranks(1, refused, resume)
-    assert kind == "UserError" and ("--document_start" in message or "train.text" in message)
+    assert kind == "UserError"
+    assert "--document_start" in message or "train.text" in message
     run(1, [*resume, *START])
     assert len(losses(out)) == 8
 

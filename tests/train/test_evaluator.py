@@ -151,8 +151,10 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
     start = {"held": math.exp(1)}
     now = {"held": math.exp(2)}
     assert evaluation.log.rows == [(0, start, start), (0, {"quiz": {"acc": 0.5}}), (2, now, start)]
-    assert evaluation.state.perplexity_last == now and not evaluation.state.evaluation_pending
-    assert evaluation.replica.read_as == ["held", "held"] and evaluation.hooks.now == ""
+    assert evaluation.state.perplexity_last == now
+    assert not evaluation.state.evaluation_pending
+    assert evaluation.replica.read_as == ["held", "held"]
+    assert evaluation.hooks.now == ""
 
 
 def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture) -> None:
@@ -162,8 +164,10 @@ def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.
     for step, nll in enumerate((1.0, 3.0, 2.0, 2.0, 2.5)):
         at(evaluation, step, nll)
         best_steps.append(evaluation.state.best_step)
-    assert best_steps == [0, 1, 2, 2, 2] and evaluation.state.best_score == pytest.approx(2.0)
-    assert "step 2: the best so far by --best_by, 2.0000" in caplog.text and "step 3: the best" not in caplog.text
+    assert best_steps == [0, 1, 2, 2, 2]
+    assert evaluation.state.best_score == pytest.approx(2.0)
+    assert "step 2: the best so far by --best_by, 2.0000" in caplog.text
+    assert "step 3: the best" not in caplog.text
 
 
 def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
@@ -171,8 +175,10 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
     at(evaluation, 0, 1.0)
     for step in (2, 4):
         at(evaluation, step, 1.0, score=0.4)
-    assert evaluation.state.best_step == 4 and evaluation.state.best_score == pytest.approx(1 - 2 * math.log(0.4))
-    assert evaluation.forgotten is None and evaluation.state.task_costs_before == {"quiz": 2.0}
+    assert evaluation.state.best_step == 4
+    assert evaluation.state.best_score == pytest.approx(1 - 2 * math.log(0.4))
+    assert evaluation.forgotten is None
+    assert evaluation.state.task_costs_before == {"quiz": 2.0}
     at(evaluation, 6, 1.0, score=0.25)
     assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
 
@@ -196,4 +202,5 @@ def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation
     evaluation.state.step = 4
     with pytest.raises(Stopped):
         evaluation.evaluate(before_batch=leave)
-    assert evaluation.log.rows == [] and evaluation.state.evaluation_pending
+    assert evaluation.log.rows == []
+    assert evaluation.state.evaluation_pending

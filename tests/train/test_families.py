@@ -163,7 +163,8 @@ def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any)
         logits = exported(input_ids=tokens(2, seed=77)).logits
     live = ranks[0][family]["live"]
     assert (logits - live).abs().max() <= 1e-5 * max(1.0, live.abs().max().item())
-    assert report.comparison is not None and report.cycles == 1
+    assert report.comparison is not None
+    assert report.cycles == 1
     assert report.merged == len(ranks[0][family]["norms"])
     assert report.replaced == len(load_file(root / family / "checkpoints" / "latest" / "adapter.safetensors")) - (
         report.merged

@@ -69,7 +69,8 @@ def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
         assert ids.tolist() == list(range(step * 4, (step + 1) * 4))
         for micro_batch in batch:
             counted = (micro_batch.rows["labels"] != IGNORED).sum(dim=1)
-            assert micro_batch.labels == counted.tolist() and sum(micro_batch.labels) == T
+            assert micro_batch.labels == counted.tolist()
+            assert sum(micro_batch.labels) == T
         assert batch_loader.labels_ahead(step + 1) == (2 * T if step < 4 else 0)
     main = threading.current_thread().name
     assert data.threads == [main, main, "mora_ds batches_0", "mora_ds batches_0"], "and nothing beyond the last step"
@@ -114,4 +115,5 @@ def test_counts_are_those_of_the_part_that_a_process_computes() -> None:
     vars(batch_loader.replica).update(vars(loader(Data()).replica), processes_per_replica=1, sequence=first_token)
     del batch_loader.replica.rows
     (first, second) = batch_loader.take(0)
-    assert first.rows["labels"].shape == (2, 1) and labels_in([first, second]) == 2
+    assert first.rows["labels"].shape == (2, 1)
+    assert labels_in([first, second]) == 2

@@ -74,11 +74,14 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
         losses.add([0, 1, 0], torch.tensor([1.0, 2.0, 3.0], requires_grad=True), [2, 4, 6])
         losses.add([1], torch.tensor([4.0]), [2])
         sums, labels = losses.sums()
-    assert not sums.requires_grad and sums.dtype == torch.float64
-    assert sums.tolist() == [4.0, 6.0, 0.0] and labels == [8, 6, 0]
+    assert not sums.requires_grad
+    assert sums.dtype == torch.float64
+    assert sums.tolist() == [4.0, 6.0, 0.0]
+    assert labels == [8, 6, 0]
     facts = losses.facts([*sums.tolist(), *labels], {"a": 8, "b": 6, "idle": 0})
     assert facts["a"] == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "tokens": 8}
-    assert facts["b"]["loss"] == 1.0 and facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
+    assert facts["b"]["loss"] == 1.0
+    assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
 def test_the_line_for_humans() -> None:
@@ -97,7 +100,9 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     log.evaluation(1, {"held": math.inf})
     log.close()
     first, second = rows(tmp_path)
-    assert first["perplexity"] is None and first["grad_norm"] is None and first["loss"] == 800.0
+    assert first["perplexity"] is None
+    assert first["grad_norm"] is None
+    assert first["loss"] == 800.0
     assert second["eval"] == {"held": None}
     assert plain_json({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
 

@@ -70,7 +70,8 @@ def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, o
     put(tmp_path, name, "seed: 1")
     with untouched(tmp_path), pytest.raises(UserError, match=name) as refused:
         reserve(tmp_path).prepare(overwrite, not overwrite)
-    assert str(tmp_path) in str(refused.value) and "move it away" in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+    assert "move it away" in str(refused.value)
 
 
 def test_other_files_do_not_matter_and_stay(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:
 
 def assert_close_evals(one: Path, reference: Path, rel: float) -> None:
     for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(reference), strict=True):
-        assert step == expected_step and perplexity == pytest.approx(expected, rel=rel)
+        assert step == expected_step
+        assert perplexity == pytest.approx(expected, rel=rel)
 
 
 # -- one curve -----------------------------------------------------------------------------------------------------
@@ -56,7 +57,8 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
         out = tmp_path / f"{ranks}-{micro}-{accumulation}"
         batch = ("--per_device_train_batch_size", micro, "--gradient_accumulation_steps", accumulation)
         summary = run(ranks, user.flags(out, *more, *batch, "--per_device_eval_batch_size", micro))
-        assert summary["merges"] == 2 and summary["base_bytes_gathered"] == 0
+        assert summary["merges"] == 2
+        assert summary["base_bytes_gathered"] == 0
         outs.append(out)
     reference, *remaining = outs
     assert losses(reference)[-1] < losses(reference)[0] - 0.05, "it learns"
@@ -214,7 +216,8 @@ def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: s
     run(2, user.flags(out, *MERGING, "--bf16", "true", "--deepspeed", REPOSITORY / "configs" / f"{stage}.json"))
     assert_close_losses(out, plain, rtol=0, atol=0.02)
     report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
-    assert report.dtype == "bfloat16" and report.comparison is not None
+    assert report.dtype == "bfloat16"
+    assert report.comparison is not None
 
 
 def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path, out: Path) -> None:
@@ -256,7 +259,8 @@ def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
     )
     positions = [before.index(f"\n{label}") for label in labels]
     assert positions == sorted(positions)
-    assert "parameters (" in before and "MoRA of rank 2" in before
+    assert "parameters (" in before
+    assert "MoRA of rank 2" in before
     for line in (
         "done        4 steps, 256 tokens in 0:0",
         "checkpoint  my run/checkpoints/step-000004",
@@ -314,7 +318,8 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_pa
         "~/out", "--cache_dir", "~/cache", "--model_name_or_path", "~/model", "--train_files", "~/train.jsonl"
     )
     run_ranks(1, job_with_home, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
-    assert (tmp_path / "out" / "summary.json").is_file() and (tmp_path / "cache").is_dir()
+    assert (tmp_path / "out" / "summary.json").is_file()
+    assert (tmp_path / "cache").is_dir()
     resume = ["--deepspeed", "~/zero3.json", "--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
     run_ranks(1, job_with_home, str(tmp_path), [*argv, *resume])
     assert not Path("~").exists()

@@ -93,7 +93,8 @@ def assert_rounded_once(layers: dict[str, tuple[Tensor, Tensor]], base: BaseChec
     for name, (values, scales) in layers.items():
         updates = [] if ledger is None else ledger.squares_of(name)
         exact = quantize(live_weight(base.read(f"{name}.weight"), updates, False, torch.float32))
-        assert torch.equal(values, exact[0]) and torch.equal(scales, exact[1]), name
+        assert torch.equal(values, exact[0]), name
+        assert torch.equal(scales, exact[1]), name
 
 
 @pytest.mark.parametrize("file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)])
@@ -107,11 +108,13 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
     for result in results:
         assert_rounded_once(result["at_first"], base, None)
         assert_rounded_once(result["weights"], base, ledger)
-        assert result["lost"] == results[0]["lost"] and 0 < result["lost"][-1] < 1
+        assert result["lost"] == results[0]["lost"]
+        assert 0 < result["lost"][-1] < 1
     loaded = load_adapter(tmp_path / "base", tmp_path / "out")
     for name, (values, scales) in results[0]["weights"].items():
         weight, own_scales = quantized(loaded)[name]
-        assert torch.equal(weight, values) and torch.equal(own_scales, scales)
+        assert torch.equal(weight, values)
+        assert torch.equal(own_scales, scales)
 
 
 def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int) -> dict[str, Any]:
@@ -166,7 +169,8 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterCo
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_ranks(1, loop_of, str(tmp_path), config, stage, 0)[0]
     for result in run_ranks(2, loop_of, str(tmp_path), config, stage, 0):
-        assert result["losses"] == pytest.approx(one["losses"], rel=1e-5) and result["base_bytes"] == 0
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert result["base_bytes"] == 0
         assert_rounded_once(result["bits"], BaseCheckpoint.open(tmp_path / "base"), None)
 
 
@@ -185,14 +189,16 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
     for result in two:
         if not config.dropout:
             assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert result["base_bytes"] == 0 and result["lost"] < 1e-5
+        assert result["base_bytes"] == 0
+        assert result["lost"] < 1e-5
         for name, bits in result["bits"].items():
             exact = nf4.quantize(base.read(f"{name}.weight"))
             terms = join(ledger.squares_of(name))
             assert len(terms) == {"alternate": 2, "permuted": 3}.get(getattr(config, "grouping", ""), 1)
             layer = loaded[name]
             for weight, scales in (bits, (layer.weight, layer.get_buffer("weight_scales"))):
-                assert torch.equal(weight, exact[0]) and torch.equal(scales, exact[1])
+                assert torch.equal(weight, exact[0])
+                assert torch.equal(scales, exact[1])
             for have in (result["merged"][name], layer.merged):
                 assert [spec for spec, _ in have] == [spec for spec, _ in terms]
                 assert all(torch.equal(mine, right) for (_, mine), (_, right) in zip(have, terms, strict=True))
@@ -227,14 +233,17 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     whole = tmp_path / "whole"
     flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
     summary = run(ranks, user.flags(whole, *flags))
-    assert summary["base_bytes_gathered"] == 0 and summary["merges"] == 2
+    assert summary["base_bytes_gathered"] == 0
+    assert summary["merges"] == 2
     stop_and_resume(ranks, user.flags(out, *flags), 5)
     assert_same_run(out, whole)
     comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
-    assert comparison is not None and comparison.error < 0.6 * comparison.tolerance
+    assert comparison is not None
+    assert comparison.error < 0.6 * comparison.tolerance
     exported = load_file(tmp_path / "merged" / "model.safetensors")
     expected = exact_export(out, user.model)
-    assert expected and all(torch.equal(exported[name], weight) for name, weight in expected.items())
+    assert expected
+    assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
     message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
     assert f"--base_bits: {bits} there, 16 here" in message
 
@@ -268,20 +277,26 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pyt
     rotary = small.memory.base - sum(tensor.nbytes for tensor in frozen)
     assert 0 <= rotary < 1000
     in_few_bits = sum(weight.nbytes + scales.nbytes for weight, scales in quantized(model).values())
-    assert small.quantized == in_few_bits and whole.quantized == 0
+    assert small.quantized == in_few_bits
+    assert whole.quantized == 0
     in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
     assert whole.memory.base - small.memory.base == in_bf16 - in_few_bits
     assert small.base_elements == whole.base_elements
     assert small.memory.activations == whole.memory.activations
     assert small.files == 2 * small.base_elements, "the files have all of their bits"
     told = as_json(small)
-    assert told["settings"]["base_bits"] == bits and told["bytes_a_merge_adds"] == small.a_merge_adds
-    assert told[f"base_bytes_in_{bits}_bits"] == in_few_bits and told[f"base_bytes_in_{12 - bits}_bits"] == 0
-    assert f"of it in {bits} bits" in report(small) and "bits" not in report(whole)
-    assert ("each merge adds" in report(small)) == (bits == 4) and "each merge adds" not in report(whole)
+    assert told["settings"]["base_bits"] == bits
+    assert told["bytes_a_merge_adds"] == small.a_merge_adds
+    assert told[f"base_bytes_in_{bits}_bits"] == in_few_bits
+    assert told[f"base_bytes_in_{12 - bits}_bits"] == 0
+    assert f"of it in {bits} bits" in report(small)
+    assert "bits" not in report(whole)
+    assert ("each merge adds" in report(small)) == (bits == 4)
+    assert "each merge adds" not in report(whole)
     tables = sum(12 * (layer.in_features + layer.out_features) for layer in layers)
     squares = sum(2 * layer.value.numel() for layer in layers)
-    assert small.a_merge_adds == (squares + tables if bits == 4 else 0) and whole.a_merge_adds == 0
+    assert small.a_merge_adds == (squares + tables if bits == 4 else 0)
+    assert whole.a_merge_adds == 0
     if bits == 4:
         assert tables == pytest.approx(small.memory.tables, rel=0.3)
 
@@ -313,7 +328,8 @@ def test_a_dry_run_says_it(user: Playground, bits: int) -> None:
     flags = ["--model_name_or_path", str(user.model), "--dry_run", "--mora_rank", "4", "--base_bits", str(bits)]
     validate(parse(flags))
     plan, _ = planned(parse(flags), world=2)
-    assert plan.quantized > 0 and f"of it in {bits} bits" in report(plan)
+    assert plan.quantized > 0
+    assert f"of it in {bits} bits" in report(plan)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -105,7 +105,8 @@ def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Pat
     phrases = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
     for phrase in (*phrases, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0"):
         assert phrase in line
-    assert "cache_dir" not in line and "output_dir" not in line
+    assert "cache_dir" not in line
+    assert "output_dir" not in line
     (told,) = run_ranks(1, printed, [*longer, *map(str, changed)])
     assert "changed since" not in told
 
@@ -140,7 +141,8 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     assert len(losses(out)) == 12
     shorter = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
     message = refusal(shorter)
-    assert "--max_steps" in message and "step-000012" in message
+    assert "--max_steps" in message
+    assert "step-000012" in message
 
 
 def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Path, tmp_path: Path) -> None:
@@ -148,9 +150,11 @@ def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Pa
     damaged = next((out / "checkpoints" / "step-000009" / "engine").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-1])
     message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "latest"))
-    assert damaged.name in message and "--resume_from_checkpoint auto" in message
+    assert damaged.name in message
+    assert "--resume_from_checkpoint auto" in message
     told = run_ranks(1, printed, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
-    assert "skipped" in told and damaged.name in told
+    assert "skipped" in told
+    assert damaged.name in told
     assert "step-000008 at step 8" in told
     assert_same_run(out, whole)
 
@@ -192,7 +196,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
 def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path) -> None:
     flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 1)
     message = refusal(flags, ranks=3)
-    assert "2 sequences a step, which 3 ranks cannot share" in message and "start 1 or 2 of them" in message
+    assert "2 sequences a step, which 3 ranks cannot share" in message
+    assert "start 1 or 2 of them" in message
 
 
 def test_latest_without_a_checkpoint_is_an_error(user: Playground, tmp_path: Path) -> None:

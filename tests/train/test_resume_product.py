@@ -64,5 +64,6 @@ def test_resumed_is_uninterrupted(
     run(2, user.flags(out, *more, "--resume_from_checkpoint", out / "checkpoints" / "step-000004"))
     assert torch.equal(losses(out), whole)
     again = weights(out)
-    assert again.keys() == at_end.keys() and all(torch.equal(again[name], at_end[name]) for name in again)
+    assert again.keys() == at_end.keys()
+    assert all(torch.equal(again[name], at_end[name]) for name in again)
     assert adapter == "full" or at_end, "a checkpoint has MoRA matrices"

@@ -20,15 +20,19 @@ DEEPSPEED = {
 def test_secrets_are_masked_wherever_they_lie(tmp_path: Path) -> None:
     write_run_file(tmp_path, {"seed": 1}, {"deepspeed": DEEPSPEED, "tokens": "5f32"}, ["ledger"])
     text = (tmp_path / "run.yaml").read_text()
-    assert "s3cret" not in text and text.count("***") == 5
+    assert "s3cret" not in text
+    assert text.count("***") == 5
     resolved = yaml.safe_load(text)["resolved"]
     assert resolved["tokens"] == "5f32", "it names the training text"
     resolved = resolved["deepspeed"]
-    assert resolved["max_tokens"] == 100 and resolved["comet"] == {"enabled": True, "api_key": "***", "project": "mine"}
-    assert holds_run(tmp_path) and owned_by_run(tmp_path) == ["ledger"]
+    assert resolved["max_tokens"] == 100
+    assert resolved["comet"] == {"enabled": True, "api_key": "***", "project": "mine"}
+    assert holds_run(tmp_path)
+    assert owned_by_run(tmp_path) == ["ledger"]
 
 
 def test_a_file_of_another_program_is_no_run(tmp_path: Path) -> None:
     for text in ("seed: 1\n", "versions: 1\nresolved: 2\n", "versions: {}\nresolved: {}\n", "- a\n", "a: [\n", ""):
         (tmp_path / "run.yaml").write_text(text)
-        assert not holds_run(tmp_path) and owned_by_run(tmp_path) == []
+        assert not holds_run(tmp_path)
+        assert owned_by_run(tmp_path) == []

@@ -96,7 +96,8 @@ def test_damaged_names_of_runs_begin_new_ones(
     path.write_text(content, encoding="latin-1")
     logged(tmp_path, start_step=1)
     assert [record.getMessage().startswith(str(path)) for record in caplog.records] == [True]
-    assert stand_in.made[1].calls[0] == ("start", "run", None) and read_json(path) == {"wandb": "id-1"}
+    assert stand_in.made[1].calls[0] == ("start", "run", None)
+    assert read_json(path) == {"wandb": "id-1"}
 
 
 @pytest.mark.parametrize("fails_at", range(5))
@@ -107,7 +108,8 @@ def test_a_failing_service_is_reported_once(
     with caplog.at_level(logging.WARNING, "mora_ds"):
         logged(tmp_path)
     (record,) = caplog.records
-    assert record.getMessage().startswith("--report_to wandb ") and "no route to host" in record.getMessage()
+    assert record.getMessage().startswith("--report_to wandb ")
+    assert "no route to host" in record.getMessage()
     assert len(stand_in.made[0].calls) == fails_at
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "trackers" / "runs.json").exists() == (fails_at > 0), "a run that the service never began"
@@ -150,7 +152,8 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_services_see_no_secrets() -> None:
     deepspeed = {"comet": {"api_key": "secret"}, "bf16": {"enabled": True}}
     shown = shown_config({"seed": 1, "path": Path("x")}, {"deepspeed": deepspeed})
-    assert "secret" not in json.dumps(shown) and shown["resolved"]["deepspeed"]["bf16"] == {"enabled": True}
+    assert "secret" not in json.dumps(shown)
+    assert shown["resolved"]["deepspeed"]["bf16"] == {"enabled": True}
     assert shown["path"] == "x"
 
 
@@ -181,22 +184,26 @@ def test_services_are_called_as_their_packages_want_it(
             service.close()
     first, second = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["project"], first["name"], first["id"]) == ("project", "run", None)
-    assert first["dir"] == str(tmp_path / "trackers") and first["config"] == config
+    assert first["dir"] == str(tmp_path / "trackers")
+    assert first["config"] == config
     assert (second["id"], second["resume"]) == ("w1", "allow")
     run = wandb.init.return_value
-    assert [call.kwargs["step"] for call in run.log.call_args_list] == [1, 3] and run.finish.call_count == 2
+    assert [call.kwargs["step"] for call in run.log.call_args_list] == [1, 3]
+    assert run.finish.call_count == 2
     assert run.summary["steps"] == 3
 
     mlflow.set_experiment.assert_called_with("project")
     first, second = (call.kwargs for call in mlflow.start_run.call_args_list)
-    assert first == {"run_id": None, "run_name": "run"} and second["run_id"] == "m1"
+    assert first == {"run_id": None, "run_name": "run"}
+    assert second["run_id"] == "m1"
     (parameters,) = mlflow.log_params.call_args.args
     assert mlflow.log_params.call_count == 1, "a parameter keeps its first value"
     plain = {"seed": "1", "resolved.deepspeed.bf16": "True", "long": "x" * 500, "mixture.a_b": "0.5"}
     assert parameters == plain, "in the characters that MLflow takes"
     assert [call.kwargs["step"] for call in mlflow.log_metrics.call_args_list] == [1, 3]
     assert mlflow.log_metrics.call_args.args == ({"8_sources/a_b/loss": 2.5},)
-    assert mlflow.log_dict.call_args.args[1] == "summary.json" and mlflow.end_run.call_count == 2
+    assert mlflow.log_dict.call_args.args[1] == "summary.json"
+    assert mlflow.end_run.call_count == 2
 
     known = read_json(tmp_path / "trackers" / "runs.json")
     assert known == {"wandb": "w1", "mlflow": "m1"}
@@ -224,12 +231,14 @@ def test_a_run_with_every_service_offline(
     )  # fmt: skip
     run_ranks(1, offline, flags, str(tmp_path))
     losses = [row["loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-    assert len(losses) == 6 and (out / "tensorboard").is_dir()
+    assert len(losses) == 6
+    assert (out / "tensorboard").is_dir()
 
     mlflow.set_tracking_uri(f"file:{tmp_path}/mlflow")
     (run,) = mlflow.search_runs(experiment_names=["tests"], output_format="list")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "1_loss/training")
     assert [point.value for point in sorted(history, key=lambda point: point.step)] == pytest.approx(losses)
-    assert run.data.params["mora_rank"] == "2" and run.info.run_name == "out"
+    assert run.data.params["mora_rank"] == "2"
+    assert run.info.run_name == "out"
 
     assert list((out / "trackers").rglob("*.wandb"))

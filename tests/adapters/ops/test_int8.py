@@ -46,10 +46,13 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype) -
     weight = matrix(400, 700, dtype)  # more than one piece of work
     values, scales = quantize(weight)
     assert Int8Weight(values, scales).largest_error == pytest.approx(float(scales.max()) / 2)
-    assert values.dtype is torch.int8 and scales.dtype is torch.float32 and values.is_contiguous()
+    assert values.dtype is torch.int8
+    assert scales.dtype is torch.float32
+    assert values.is_contiguous()
     largest = weight.double().abs().amax(dim=1)
     assert_close(scales.double(), largest / 127, rtol=1e-6, atol=1e-12)
-    assert (values.abs().amax(dim=1)[largest > 0] == 127).all() and values.min() >= -127
+    assert (values.abs().amax(dim=1)[largest > 0] == 127).all()
+    assert values.min() >= -127
     error = (dense(Int8Weight(values, scales), torch.float64) - weight.double()).abs()
     assert (error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all()
 
@@ -70,7 +73,8 @@ def test_dense_is_the_product_rounded_once(dtype: torch.dtype) -> None:
     expected = (values.float() * scales.unsqueeze(1)).to(dtype)
     assert torch.equal(dense(Int8Weight(values, scales), dtype), expected)
     view = values.T.contiguous().T
-    assert not view.is_contiguous() and torch.equal(dense(Int8Weight(view, scales), dtype), expected)
+    assert not view.is_contiguous()
+    assert torch.equal(dense(Int8Weight(view, scales), dtype), expected)
 
 
 def test_bits_do_not_depend_on_threads_or_layout() -> None:
@@ -207,7 +211,8 @@ def test_only_adapted_weights_are_int8() -> None:
     scales = {name: layer.weight_scales.clone() for name, layer in layers.items()}
     model.to(torch.bfloat16)
     assert all(torch.equal(layer.weight_scales, scales[name]) for name, layer in layers.items())
-    assert model.lm_head.weight.dtype is torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype is torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize(("family", "bits"), [*((family, 8) for family in FAMILIES), ("llama", 4), ("gpt2", 4)])
@@ -219,7 +224,8 @@ def test_every_family_loses_little(family: str, bits: int) -> None:
         model = tiny_model(family).eval()
         inject(model, MoRAConfig(rank=4, base_bits=bits_of_base))
         losses[bits_of_base] = causal_loss(model, tokens(4)).item()
-    assert losses[bits] != losses[16] and losses[bits] == pytest.approx(losses[16], rel=2e-3 if bits == 8 else 2e-2)
+    assert losses[bits] != losses[16]
+    assert losses[bits] == pytest.approx(losses[16], rel=2e-3 if bits == 8 else 2e-2)
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
@@ -242,7 +248,8 @@ def test_many_merges_are_one(conv: bool) -> None:
         for update in updates:
             exact += delta_weight(*update).T if conv else delta_weight(*update)
         values, scales = quantize(exact.T if conv else exact)
-        assert torch.equal(layer.stored_weight, values) and torch.equal(layer.weight_scales, scales)  # type: ignore[arg-type]
+        assert torch.equal(layer.stored_weight, values)  # type: ignore[arg-type]
+        assert torch.equal(layer.weight_scales, scales)  # type: ignore[arg-type]
         error = (layer.read() - exact).abs()
         assert (error <= (scales if conv else scales.unsqueeze(1)) * 0.5001).all()
         step = in_8_bits(adapt(base_of(spec, conv, torch.float32), spec, 0.0, Compute.AUTO, 0))
@@ -268,7 +275,8 @@ def test_norms_of_a_merge(bits: int, conv: bool) -> None:
     lost = layer.read().double() - before - (delta.T if conv else delta)
     for norm, tensor in zip(norms, (value, delta, before, lost), strict=True):
         assert norm.item() == pytest.approx(tensor.norm().item(), rel=1e-4)
-    assert norms.lost > 0 and abs(norms.weight - layer.read().double().norm()) > 1e-3 * norms.weight
+    assert norms.lost > 0
+    assert abs(norms.weight - layer.read().double().norm()) > 1e-3 * norms.weight
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -240,7 +240,8 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
         delta_weight(spec, square)
     mora_update(spec, square, x).sum().backward()
     delta_weight(spec, square).sum().backward()
-    assert square.grad is not None and torch.isfinite(square.grad).all()
+    assert square.grad is not None
+    assert torch.isfinite(square.grad).all()
 
 
 def test_permutations_are_those_that_every_ledger_was_written_with() -> None:
@@ -342,10 +343,12 @@ def test_square_size() -> None:
 @pytest.mark.parametrize("multiple", [1, 2, 8, 16])
 def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int) -> None:
     sides = [round_side(side, multiple, smallest) for side in range(200)]
-    assert sides == sorted(sides) and all(rounded <= side for side, rounded in enumerate(sides))
+    assert sides == sorted(sides)
+    assert all(rounded <= side for side, rounded in enumerate(sides))
     assert [round_side(side, multiple, smallest) for side in sides] == sides
     assert all(side % smallest == 0 and (side < 2 * multiple or side % multiple == 0) for side in sides)
-    assert sides[1] == 2 - smallest and (multiple < 16 or sides[30:33] + sides[47:49] == [30, 30, 32, 32, 48])
+    assert sides[1] == 2 - smallest
+    assert multiple < 16 or sides[30:33] + sides[47:49] == [30, 30, 32, 32, 48]
 
 
 @pytest.mark.parametrize("rank", [0, -1])
