@@ -15,7 +15,6 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
-from mora_ds.train.setup import NODE_SETTINGS
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OWNS = "owns"
@@ -42,12 +41,14 @@ def versions() -> dict[str, str]:
 
 
 def changed_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now"."""
+    """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now". Those
+    that say where the run is and whether it goes on are no part of it."""
     before = _read(folder) or {}
+    place = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir")
     return [
         f"--{name} {before[name]} -> {value}"
         for name, value in settings.items()
-        if name not in NODE_SETTINGS and name in before and before[name] != value
+        if name not in place and name in before and before[name] != value
     ]
 
 

@@ -18,6 +18,7 @@ from mora_ds.runtime import signals
 from mora_ds.train import pretrain as program
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
+    REPOSITORY,
     Playground,
     curve,
     losses,
@@ -99,11 +100,13 @@ def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(
 def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Path, tmp_path: Path) -> None:
     out = copied(whole, tmp_path)
     longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
-    changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2)
+    changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2,
+               "--eval_files", f"short={user.other}", "--deepspeed", REPOSITORY / "configs" / "zero2.json")  # fmt: skip
     (told,) = run_ranks(1, printed, [*longer, *map(str, changed), "--cache_dir", str(tmp_path / "cache")])
     (line,) = [line for line in told.splitlines() if line.startswith("changed since the run was last started: ")]
     phrases = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
-    for phrase in (*phrases, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0"):
+    of_files = ("--eval_files [", "zero3.json -> ")
+    for phrase in (*phrases, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0", *of_files):
         assert phrase in line
     assert "cache_dir" not in line
     assert "output_dir" not in line
