@@ -217,7 +217,10 @@ def _nothing_left(keep: DocumentFilter | None) -> str:
         return "every document is empty"
     if keep.takes_held_out:
         return f"no document falls into --held_out_share {keep.held_out_share}: raise it"
-    return "no document is left to train on: all are empty, held out or in --eval_files"
+    return (
+        "no document is left to train on: all are empty, held out (--held_out_share) or in --eval_files "
+        "(--exclude_eval_documents)"
+    )
 
 
 def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: tqdm) -> dict[str, Any]:

@@ -276,7 +276,13 @@ class _Tokenization:
             "shuffle_buffer": data.shuffle_buffer,
         }
         documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
-        return StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, self.ranks, source.epochs)
+        stream = StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, self.ranks, source.epochs)
+
+        def read_start() -> None:
+            stream.probe(0)  # a source without text must not end a run that has begun
+
+        self.ranks.on_first(f"start of source {source.name!r}", read_start, long=True)
+        return stream
 
 
 def _train_data(

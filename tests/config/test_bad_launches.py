@@ -73,6 +73,7 @@ LAUNCHES = r"""
 --per_device_train_batch_size 0 | --per_device_train_batch_size must be at least 1
 --per_device_train_batch_size 5000 | shorter than one batch | --train_files
 --streaming --exclude_eval_documents --eval_files {user}/train.jsonl | 'train' holds no text | --exclude_eval_documents
+--streaming --exclude_eval_documents --train_files a={user}/train.jsonl:1 held={user}/held.txt:1 | 'held' holds no text
 --per_device_eval_batch_size 2000000 | --per_device_eval_batch_size must be at least 1 and at most 1,000,000
 --gradient_accumulation_steps 0 | --gradient_accumulation_steps must be at least 1
 --gradient_accumulation_steps 99999999999999999999 | --gradient_accumulation_steps must be below
@@ -340,7 +341,6 @@ NEED_WEIGHTS = (
     "--target_modules",
     "--attn_implementation",
     "--max_steps -1 --w",
-    "--streaming --exclude_eval_documents",
 )
 """How launches begin whose mistake shows only when the model is loaded."""
 
