@@ -6,22 +6,14 @@ Each commit tries other mutations.
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.fuzz import Subject, fuzz, subjects
-from tests.helpers.jobs import REPOSITORY
+from tests.helpers.fuzz import Subject, fuzz, seed_of_commit, subjects
 
 FEW = 100
 MANY = 600
-
-
-def seed_of_commit() -> int:
-    """The same for every run of the tests on one commit."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    return int(done.stdout[:8] or "0", 16)
 
 
 @pytest.fixture(scope="module")

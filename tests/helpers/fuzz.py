@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,9 +30,16 @@ from mora_ds.common.errors import RunError, UserError
 from tests.helpers.adapters import Maker
 from tests.helpers.crafted import reseal, whole_checkpoint
 from tests.helpers.damage import change_json
-from tests.helpers.jobs import playground
+from tests.helpers.jobs import REPOSITORY, playground
 from tests.helpers.mutate import Mutator
 from tests.helpers.tools import call, tool
+
+
+def seed_of_commit() -> int:
+    """The same for every run of the tests on one commit."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return int(done.stdout[:8] or "0", 16)
+
 
 SECONDS = 10
 NBYTES = 2**30

@@ -1,0 +1,47 @@
+"""Random settings and changed resumes: they run, or are refused by name with nothing left behind; nothing else.
+
+Each commit tries others. FUZZ="SEED COUNT" in the environment has the heavy test try these instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mora_ds.config.adapter import AdapterArguments
+from mora_ds.config.data import DataArguments, ModelArguments
+from mora_ds.config.training import TrainingArguments
+from mora_ds.research.settings import ResearchSettings
+from tests.helpers.fuzz import seed_of_commit
+from tests.helpers.fuzz_runs import SMALL, fuzz, prepare, values_of_settings
+from tests.helpers.jobs import Playground
+
+CASES = 70
+"""Of a commit: about 200 runs, and 30 resumes."""
+
+OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
+ELSEWHERE = {"local_rank", "push_to_hub", "model_config", "dataset_name", "research.init_adapter"}
+"""What a launcher sets, what needs a network, another kind of model, of text, and an earlier run."""
+
+
+def test_every_setting_is_tried() -> None:
+    groups = (ModelArguments, AdapterArguments, DataArguments, TrainingArguments)
+    known = {field.name for group in groups for field in fields(group)}
+    known |= {f"research.{field.name}" for field in fields(ResearchSettings)}
+    assert {*values_of_settings(), *OF_EVERY_CASE, *ELSEWHERE} == known
+
+
+@pytest.mark.heavy(seconds=150)
+@pytest.mark.timeout(1200)
+def test_settings_run_or_are_refused_by_name(user: Playground, tmp_path: Path) -> None:
+    first, count = map(int, os.environ.get("FUZZ", f"{seed_of_commit()} {CASES}").split())
+    prepare(user)
+    findings = fuzz(user, range(first, first + count), tmp_path)
+    print(f"seeds from {first} on:", Counter(kind for _, kind, _, _ in findings))
+    faults = [f'FUZZ="{seed} 1": {settings}\n{said}' for seed, kind, said, settings in findings if kind == "fault"]
+    assert not faults, "\n\n".join(faults)
+    assert len(findings) >= 2 * count, "too few of the cases came to an end"

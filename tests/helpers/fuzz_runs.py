@@ -1,0 +1,287 @@
+"""Random settings over tiny models of five families, each run in this process and judged; and resumes with a change.
+
+A case is one seed: a model, a text, and up to nine settings. What is refused must name a setting that was given, and
+leave nothing behind; that one is taken away, and the rest is tried again, until a run comes to its end. A fault is
+everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from mora_ds.checkpoint.layout import complete_checkpoints, problems
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.config.arguments import parse
+from mora_ds.data import load_tokenizer
+from mora_ds.train.pretrain import pretrain
+from mora_ds.train.replicas import NotFinite
+from tests.helpers.gloo import RankFailed, run_ranks
+from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground
+from tests.helpers.models import tiny_model
+from tests.helpers.outcome import assert_same_outcome
+
+MODELS = ("llama", "qwen3", "gemma2", "gpt2", "mixtral")
+
+SETTINGS = """
+adapter                     | mora | mora | mora | lora | full | none | mroa
+mora_rank                   | 1 | 2 | 3 | 8 | 64 | 0 | 100000
+r_hat_multiple              | 1 | 2 | 8 | 3 | 1000
+lora_alpha                  | 1 | 1e-30 | 0
+operator                    | truncate | share | decouple | rotate | turn
+grouping                    | alternate | plain | strided | contiguous-strided
+target_modules              | q_proj | *_proj | re:.*(q|v)_proj | experts | all-linear experts | c_attn | nothing
+compute                     | activation | weight | fast
+base_bits                   | 8 | 4 | 16 | 5
+tp_grouping                 | aligned
+mora_dropout                | 0.1 | 0.999 | 1
+train_embeddings            | true
+train_new_embeddings        | true
+train_embedding_rank        | 2 | 1000 | -1
+train_norms                 | true
+train_head                  | true
+merge_every                 | 1 | 2 | 3 | 100
+restart_warmup_steps        | 1 | 2 | 0
+optimizer_reset             | keep
+replay                      | old={user}/held.txt:0.5 | old={user}/held.txt:1 | new:0.1
+held_out_share              | 0.1 | 0.9 | 1
+exclude_eval_documents      | true
+streaming                   | true
+shuffle_buffer              | 0 | 1 | 100000
+eval_files                  | a={user}/held.txt | a={user}/other.txt b={user}/held.txt | {user}/gone.txt
+text_column                 | text | column
+document_start              | none | </s> | <odd>
+seq_len                     | 2 | 3 | 16 | 128 | 129
+document_mask               | false
+preprocessing_workers       | 2
+tokenizer_name              | {user}/model | {user}/gone
+train_tokenizer_vocab       | 300 | 5
+node_base                   | private
+trust_remote_code           | true
+attn_implementation         | sdpa | eager | flex_attention | flash_attention_2
+overwrite_output_dir        | true
+resume_from_checkpoint      | auto | latest
+deepspeed                   | {configs}/zero1.json | {configs}/zero2.json | {configs}/zero3_offload_optimizer.json
+tensor_parallel_size        | 2
+base_device                 | host | device
+dry_run                     | true
+max_steps                   | 1 | 2 | 5 | 0
+num_train_epochs            | 0.01 --max_steps -1 | 1e-9 --max_steps -1 | 0 --max_steps -1
+per_device_train_batch_size | 1 | 3 | 700
+per_device_eval_batch_size  | 1 | 2 | 64
+gradient_accumulation_steps | 2 | 3
+sequence_parallel_size      | 2
+optimizer                   | muon
+learning_rate               | 1e-30 | 1e4 | 1e25 | 1e38 | 0
+embedding_learning_rate     | 1e-3
+min_lr_ratio                | 0.1 | 1 | 2
+lr_scheduler_type           | cosine | constant | wsd | warmup_stable_decay | lin
+decay_ratio                 | 0.5 | 1 | 0
+warmup_steps                | 0 | 1 | 3 | 0.5 | 1.5
+weight_decay                | 0.1 | 1e9
+adam_beta1                  | 0 | 0.99999999
+adam_beta2                  | 0 | 1
+adam_epsilon                | 1e-30 | 1e30
+max_grad_norm               | 0 | 1e-30
+bf16                        | true
+fp16                        | true
+deterministic               | true
+gradient_checkpointing      | true
+chunked_loss                | true
+log_level                   | debug | error
+report_to                   | tensorboard
+logging_steps               | 2 | 100
+eval_steps                  | 1 | 2 | 3
+eval_on_start               | false
+eval_tasks                  | no_such_task
+eval_tasks_steps            | 2
+eval_tasks_limit            | 1
+stop_when_forgotten         | held:1.0001 | a:2
+best_by                     | held:1 | held:1 short:0.5
+max_eval_batches            | 1 | 1000
+save_steps                  | 0 | 1 | 2 | 3
+save_total_limit            | 1 | 2
+async_save                  | true
+seed                        | 0 | 281474976710655
+export_merged               | true
+collective_timeout_s        | 1 | 0.5
+research.targets            | auto
+research.trainable_budget   | 0.5% | 300 | 0
+research.alignment_weight   | 0.1
+research.alignment_rank     | 1 | 1000
+research.domain_adapters    | true
+research.freeze             | shared | domains
+research.eval_domains       | held=new
+"""
+"""A setting and its values, legal ones and such as lie at an edge."""
+
+TEXTS = (
+    ("train_files", "{user}/train.jsonl"),
+    ("train_files", "new={user}/train.jsonl:0.5 old={user}/held.txt:0.5"),
+    ("mixture", "{user}/mixture.yaml"),
+)
+
+SMALL = {
+    "output_dir": "out", "cache_dir": "{user}/cache", "eval_files": "held={user}/held.txt short={user}/other.txt",
+    "seq_len": "32", "max_steps": "4", "per_device_train_batch_size": "2", "learning_rate": "1e-2", "save_steps": "2",
+    "report_to": "none",
+}  # fmt: skip
+"""What a case has where it draws no other value."""
+
+SECONDS = 60
+"""What one run may take, on a machine that others use too."""
+
+CASES_OF_A_PROCESS = 20
+
+Settings = dict[str, str]
+Finding = tuple[int, str, str, Settings]
+"""Seed; ok, diverged, refused, resumed, told or fault; what was said; the settings."""
+
+
+def values_of_settings() -> dict[str, list[str]]:
+    """{setting: its values} of the table."""
+    lines = [[cell.strip() for cell in line.split(" | ")] for line in SETTINGS.strip().splitlines()]
+    return {name: values for name, *values in lines}
+
+
+def prepare(user: Playground) -> None:
+    """Write a model of each family, of one layer and one vocabulary, and a mixture into the user's folder."""
+    for family in MODELS:
+        layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+        tiny_model(family, vocab_size=VOCABULARY, **{layers: 1}).save_pretrained(user.root / family)
+        load_tokenizer(user.model).save_pretrained(user.root / family)
+    sources = {name: {"files": str(path), "weight": 1} for name, path in (("new", user.train), ("old", user.held))}
+    (user.root / "mixture.yaml").write_text(yaml.safe_dump({"sources": sources}), encoding="utf-8")
+
+
+def argv_of(settings: Settings, user: Playground) -> list[str]:
+    """The command line; those of `mora_ds.research` stand in a recipe."""
+    research = {}
+    flags = []
+    for name, text in settings.items():
+        if name.startswith("research."):
+            research[name.removeprefix("research.")] = yaml.safe_load(text)
+        else:
+            flags += [f"--{name}", *text.format(user=user.root, configs=REPOSITORY / "configs").split()]
+    recipe = user.root / "research.yaml"
+    recipe.write_text(yaml.safe_dump({"research": research} if research else {}), encoding="utf-8")
+    return [str(recipe), *flags]
+
+
+def named_in(message: str, settings: Settings) -> list[str]:
+    names = {flag or key for flag, key in re.findall(r"--(\w+)|(research\.\w+)", message)}
+    return [name for name in settings if name in names]
+
+
+def attempt(settings: Settings, user: Playground) -> tuple[str, str]:
+    """(ok, diverged, refused or fault; what was printed or said) of one run, which writes `out` alone."""
+    entries = set(os.listdir("."))
+    printed = io.StringIO()
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            summary = pretrain(parse(argv_of(settings, user)))
+        assert summary.get("base_bytes_gathered", 0) == 0
+        assert not any(problems(folder) for folder in complete_checkpoints(Path("out/checkpoints"))[-1:])
+        assert set(os.listdir(".")) <= {*entries, "out"}
+    except UserError as error:
+        is_clear = named_in(str(error), settings) and set(os.listdir(".")) == entries
+        return ("refused" if is_clear else "fault"), str(error)
+    except RunError as error:
+        return ("diverged" if isinstance(error.__cause__, NotFinite) else "fault"), str(error)
+    except BaseException:
+        return "fault", traceback.format_exc(limit=-8)
+    finally:
+        signal.alarm(0)
+    return "ok", printed.getvalue()
+
+
+def _too_long(_: int, __: FrameType | None) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def attempts(seed: int, user: Playground) -> Iterator[tuple[str, str, Settings]]:
+    """Every run of a case, without a refused setting each time; then the resumes of every third that ends well."""
+    draw = random.Random(seed)
+    text = dict([draw.choice(TEXTS)])
+    base = {"model_name_or_path": "{user}/" + draw.choice(MODELS), **text, **SMALL}
+    table = values_of_settings()
+    settings = {**base, **{name: draw.choice(table[name]) for name in draw.sample(sorted(table), draw.randint(1, 9))}}
+    while True:
+        kind, said = attempt(settings, user)
+        yield kind, said, dict(settings)
+        removable = [name for name in named_in(said, settings) if settings[name] != base.get(name)]
+        if kind != "refused" or not removable:
+            break
+        name = draw.choice(removable)
+        settings.pop(name)
+        settings |= {name: base[name]} if name in base else {}
+    settings.pop("overwrite_output_dir", None)
+    if kind == "ok" and seed % 3 == 0 and len(complete_checkpoints(Path("out/checkpoints"))) > 1:
+        os.rename("out", "whole")
+        settings["resume_from_checkpoint"] = "latest"
+        yield *_resumed(settings, user), dict(settings)
+        name = draw.choice(sorted({*table} - {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"}))
+        changed = {**settings, name: draw.choice(table[name])}
+        yield *_resumed(changed, user, name), changed
+
+
+def _resumed(settings: Settings, user: Playground, changed: str = "") -> tuple[str, str]:
+    """(resumed, told, refused, diverged or fault; what was said) of the run `whole` gone on with from its first
+    checkpoint: equal to the bit, or what has `changed` is refused or told by its name."""
+    shutil.rmtree("out", ignore_errors=True)
+    shutil.copytree("whole", "out", symlinks=True)
+    checkpoints = Path("out/checkpoints")
+    first, *later = complete_checkpoints(checkpoints)
+    for folder in later:
+        shutil.rmtree(folder)
+    for link in ("latest", "best"):
+        (checkpoints / link).unlink(missing_ok=True)
+    (checkpoints / "latest").symlink_to(first.name)
+    kind, said = attempt(settings, user)
+    if kind == "refused":
+        return (kind if changed in named_in(said, settings) else "fault"), f"{changed}: {said}"
+    if kind != "ok" or re.search(rf"changed since.*--{changed} .* -> ", said):
+        return ("told" if kind == "ok" else kind), said
+    try:
+        assert_same_outcome(Path("out"), Path("whole"))
+    except AssertionError as error:
+        return "fault", f"{changed}: {error}"
+    return "resumed", ""
+
+
+def _judged(user: Playground, seeds: Sequence[int], scratch: Path) -> list[Finding]:
+    """Every attempt of the cases with these seeds, on one rank."""
+    findings = []
+    for seed in seeds:
+        (scratch / "seed").write_text(str(seed))
+        shutil.rmtree(scratch / "case", ignore_errors=True)
+        (scratch / "case").mkdir()
+        os.chdir(scratch / "case")
+        findings += [(seed, *attempted) for attempted in attempts(seed, user)]
+    return findings
+
+
+def fuzz(user: Playground, seeds: Sequence[int], scratch: Path) -> list[Finding]:
+    """Every attempt of the cases with these seeds, in processes that may die."""
+    findings: list[Finding] = []
+    for start in range(0, len(seeds), CASES_OF_A_PROCESS):
+        try:
+            findings += run_ranks(1, _judged, user, seeds[start : start + CASES_OF_A_PROCESS], scratch, timeout_s=3600)[
+                0
+            ]
+        except RankFailed as error:
+            findings.append((int((scratch / "seed").read_text()), "fault", str(error), {}))
+    return findings
