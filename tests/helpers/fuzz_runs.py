@@ -25,8 +25,8 @@ from mora_ds.checkpoint.layout import complete_checkpoints, problems
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer
+from mora_ds.train.loader import NotFinite
 from mora_ds.train.pretrain import pretrain
-from mora_ds.train.replicas import NotFinite
 from tests.helpers.gloo import RankFailed, run_ranks
 from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground
 from tests.helpers.models import tiny_model
