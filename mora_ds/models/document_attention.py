@@ -7,9 +7,10 @@
                           where causal attention never looks; long ones under a sliding window in blocks of queries
     capped scores         in blocks of queries that are recomputed in backward (Gemma 2); torch's kernels cannot cap
 
-Grouped key-value heads are not repeated. Attention sinks (GPT-OSS) need no kernel of their own: with one more score s,
-which takes weight and gives nothing, lse' = log(exp(lse) + exp(s)) and out' = exp(lse - lse') out, and the gradients of
-query, key and value are those of the same kernel's backward pass, given lse' and out'.
+Grouped key-value heads are repeated only for scaled_dot_product_attention on CUDA. Attention sinks (GPT-OSS) need no
+kernel of their own: with one more score s, which takes weight and gives nothing, lse' = log(exp(lse) + exp(s)) and
+out' = exp(lse - lse') out, and the gradients of query, key and value are those of the same kernel's backward pass,
+given lse' and out'.
 
 The documents come with the batch, as the keyword argument `documents` that models hand down to their attention. Without
 it they are read from the positions, and where a model hands down neither, a row is one document. With a mask of padding
@@ -176,8 +177,9 @@ class _Groups:
 
 
 @lru_cache(maxsize=16)
-def groups_of(lengths: tuple[int, ...]) -> _Groups:
-    """The groups of documents with these lengths, which lie one after the other."""
+def groups_of(lengths: tuple[int, ...], device: torch.device) -> _Groups:
+    """The groups of documents with these lengths, which lie one after the other. All layers of a batch read the tables
+    that its first one has copied to the device."""
     begins = np.cumsum((0, *lengths[:-1]))
     by_size: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
@@ -199,7 +201,13 @@ def groups_of(lengths: tuple[int, ...]) -> _Groups:
     gather = np.concatenate(positions)
     if len(gather) == total and (gather == np.arange(total)).all():
         return _Groups(shapes, None, None)
-    return _Groups(shapes, torch.from_numpy(gather), torch.from_numpy(scatter))
+    return _Groups(shapes, _on_device(gather, device), _on_device(scatter, device))
+
+
+def _on_device(table: np.ndarray, device: torch.device) -> Tensor:
+    """The table on a device. The host does not wait for a copy to a GPU, which would have to end its work first."""
+    on_host = torch.from_numpy(table)
+    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
 
 
 def _rounded(length: int) -> int:
@@ -214,12 +222,12 @@ def _by_documents(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None, scores: Scores
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
-    groups = groups_of(lengths)
+    groups = groups_of(lengths, query.device)
     attend = _attend_for(query, key, value, scores)
     pieces = []
     for tensor in (query, key, value):
         if groups.gather is not None:
-            tensor = tensor.index_select(0, groups.gather.to(tensor.device))
+            tensor = tensor.index_select(0, groups.gather)
         pieces.append(tensor.split([count * size for count, size in groups.shapes]))
     outs = []
     for shape, *tokens in zip(groups.shapes, *pieces, strict=True):
@@ -227,7 +235,7 @@ def _by_documents(
         out = _rows(query, key, value, window, attend)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs) if len(outs) > 1 else outs[0]
-    return out if groups.scatter is None else out.index_select(0, groups.scatter.to(out.device))
+    return out if groups.scatter is None else out.index_select(0, groups.scatter)
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: Attend) -> Tensor:
@@ -270,6 +278,12 @@ def _attend_for(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> At
 
 def _fused(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
     head = value.shape[3]
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped and query.is_cuda:
+        # What varlen kernels do not compute (fp32, large heads, masks) torch gives to its memory-efficient kernel. That
+        # knows no grouped heads: with these, torch would silently take the kernel that keeps all (T, T) scores.
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        is_grouped = False
     out = F.scaled_dot_product_attention(
         query,
         key,
@@ -278,7 +292,7 @@ def _fused(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tens
         dropout_p=scores.dropout,
         is_causal=seen is None,
         scale=scores.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=is_grouped,
     )
     return out[..., :head]
 

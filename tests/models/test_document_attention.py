@@ -179,13 +179,18 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
 def test_short_documents_are_padded_by_a_quarter_at_most() -> None:
     """And long ones not at all."""
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
-    groups = groups_of(lengths)
+    cpu = torch.device("cpu")
+    groups = groups_of(lengths, cpu)
     assert groups.gather is not None
     assert len(groups.gather) < 1.25 * sum(lengths)
     assert len(groups.shapes) < len(lengths)
-    assert sorted(groups_of((600, 3000, 600, 16, 1)).shapes) == [(1, 3000), (2, 16), (2, 600)]
+    assert sorted(groups_of((600, 3000, 600, 16, 1), cpu).shapes) == [(1, 3000), (2, 16), (2, 600)]
     for length in (40, 100, 300, 500):  # half of a length is another group
-        assert len(groups_of((length, length // 2)).shapes) == len(groups_of((length, 3 * length // 4 - 1)).shapes) == 2
+        assert (
+            len(groups_of((length, length // 2), cpu).shapes)
+            == len(groups_of((length, 3 * length // 4 - 1), cpu).shapes)
+            == 2
+        )
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,208 @@
+"""Steps, merges and reads of toy models on a CUDA device without numbers (`fake_cuda`), of everything that ships.
+
+LD_PRELOAD=SHIM python -m tests.helpers.fake_steps FILE NAME...      writes {name: what went wrong, or ""} as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from mora_ds.adapters import layer as layer_module
+from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.inject import inject, mora_layers, move_base, set_cycle
+from mora_ds.adapters.merge_layer import merge_layer
+from mora_ds.adapters.ops.index_tables import IndexTables, clear_tables
+from mora_ds.adapters.ops.linear import mora_linear
+from mora_ds.config.arguments import Arguments, from_flat
+from mora_ds.data.documents import Documents
+from mora_ds.engine import zero
+from mora_ds.engine.base_ring import BaseRing, names_on_host
+from mora_ds.engine.host_copies import Copies
+from mora_ds.models.attention import use_documents
+from mora_ds.models.loss import chunk_loss, row_nll, token_nll
+from mora_ds.parallel.tensor_parallel import split_model
+from mora_ds.parallel.topology import Topology
+from mora_ds.parallel.ulysses import share_rows
+from tests.helpers.fake_cuda import CUDA, FakeCuda, Permits, pin
+from tests.helpers.models import tiny_model, tokens
+from tests.helpers.pairwise import pairwise_cases
+
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+WORLD = 2
+"""Processes of the tensor- or sequence-parallel steps; collectives of torch's fake group change nothing."""
+ROWS = 2
+LENGTH = 48
+DEFAULTS = {"mora_rank": 4, "bf16": True, "family": "llama", "chunked_loss": True}
+
+OPERATORS: dict[str, list[Any]] = {
+    "operator": ["truncate", "share", "decouple", "rotate"],
+    "compute": ["activation", "weight"],
+    "base_bits": [16, 8],
+    "kernels": [True, False],
+    "checkpointing": ["none", "gradient_checkpointing", "reentrant"],
+}
+
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """Name -> settings: those of the YAML file, every recipe at rank 4, every combination of an operator."""
+    named: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    for path in RECIPES.glob("*.yaml"):
+        named[f"recipe {path.stem}"] = {**yaml.safe_load(path.read_text(encoding="utf-8")), "mora_rank": 4}
+    for values in product(*OPERATORS.values()):
+        settings = dict(zip(OPERATORS, values, strict=True))
+        named[str(settings)] = {**settings, settings["checkpointing"]: True}
+    return named
+
+
+PAIRS = [str(case) for case in pairwise_cases(OPERATORS)]
+"""Names of combinations that hold every pair of an operator's settings."""
+
+
+class FakeCopies(Copies):
+    """`CudaCopies` without streams."""
+
+    pin = staticmethod(pin)  # type: ignore[assignment]
+
+    def start(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+
+
+def run(settings: dict[str, Any]) -> None:
+    """A step in which tables are copied to the device, one that waits for nothing, a merge, what a checkpoint and an
+    export read, and the first step of the next cycle."""
+    clear_tables()
+    settings = {**DEFAULTS, **settings}
+    arguments = from_flat(settings)
+    config = replace(arguments.adapter.config(seed=0), **settings.get("more", {}))
+    with FakeCuda() as cuda, ExitStack() as patches:
+        patches.enter_context(patch.object(F, "scaled_dot_product_attention", without_grouped_heads))
+        if not settings.get("kernels", True):
+            patches.enter_context(patch.object(layer_module, "runs_kernels", lambda device: False))
+        model = tiny_model(settings["family"])
+        if arguments.training.gradient_checkpointing or settings.get("reentrant"):
+            model.gradient_checkpointing_enable({"use_reentrant": settings.get("reentrant", False)})
+            model.enable_input_require_grads()
+        inject(model, config)
+        if names := settings.get("more", {}).get("domains"):
+            domains_of(model).set(names)
+        prepare(model, arguments, dense=settings.get("dense", False))
+        step(model, settings, first=20)
+        cuda.permits = Permits.NOTHING
+        step(model, settings, first=30)
+        cuda.permits = Permits.READS
+        for layer in mora_layers(model).values():
+            merge(layer)
+            layer.value.detach().float().cpu()
+            layer.read().cpu()
+        set_cycle(model, config, 1)
+        cuda.permits = Permits.COPIES
+        step(model, settings, first=20)
+
+
+def prepare(model: Any, arguments: Arguments, dense: bool) -> None:
+    """What `load_base` and `initialize` make of an injected model: split, and on the device."""
+    training = arguments.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    if not dense:
+        use_documents(model)
+        share_rows(model, training.sequence_parallel_size)
+    if training.tensor_parallel_size > 1:
+        split_model(model, Topology.of(WORLD))
+    streams = training.base_device == "host"
+    move_base(model, CUDA, dtype, names_on_host(model) if streams else ())
+    with BaseRing(model, CUDA, FakeCopies()).aside() if streams else nullcontext():
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(CUDA)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.data.to(CUDA, dtype))
+                    vars(module._parameters[name]).update(vars(parameter))
+    if training.chunked_loss:
+        chunk_loss(model, 16)
+    model.train()
+
+
+def step(model: Any, settings: dict[str, Any], first: int) -> None:
+    """Forward and backward of rows whose first document has so many tokens; every trained tensor gets a gradient."""
+    positions = torch.cat((torch.arange(first), torch.arange(LENGTH - first))).expand(ROWS, -1).contiguous()
+    ids = tokens(ROWS, LENGTH // settings.get("sequence_parallel_size", 1))
+    rows = {"input_ids": ids, "labels": ids, "position_ids": positions[:, : ids.shape[1]].contiguous()}
+    rows["documents"] = Documents.of(positions)
+    rows = {name: part.pin_memory().to(CUDA, non_blocking=True) for name, part in rows.items()}
+    loss = row_nll(model, rows).sum() if settings.get("by_row") else token_nll(model, rows)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None and gradient.device == parameter.device == CUDA, f"{name}: {gradient}"
+        parameter.grad = None
+
+
+def merge(layer: Any) -> None:
+    square = layer.unshard(layer.value.detach()).float()
+    norms = merge_layer(layer, torch.randn(layer.shape), [(layer.spec, square)], square)
+    assert {norm.device for norm in norms} == {CUDA}
+
+
+attend = F.scaled_dot_product_attention
+
+
+def without_grouped_heads(*tensors: Tensor, enable_gqa: bool = False, **options: Any) -> Tensor:
+    """Torch's attention, which takes its kernel that keeps all scores for grouped heads in fp32, and says nothing."""
+    assert not enable_gqa, "grouped heads make torch take its kernel that keeps all (T, T) scores"
+    return attend(*tensors, **options)
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+def before_layers(work: Callable[[Tensor], object]) -> tuple[Any, str, Any]:
+    """A patch that has layers do more with their input."""
+    return layer_module, "mora_linear", lambda x, *others: (work(x), mora_linear(x, *others))[1]
+
+
+PLANTS: dict[str, tuple[Any, str, Any]] = {
+    "misplaced table": (IndexTables, "to", lambda tables, device: tables),
+    "item": before_layers(lambda x: x.sum().item()),
+    "blocking copy": before_layers(lambda x: torch.ones(1).to(x)),
+    "copy that is not pinned": before_layers(lambda x: torch.ones(1).to(x, non_blocking=True)),
+}
+"""What is replaced, by what, in layers of plain torch."""
+
+
+def main() -> None:
+    file, *names = sys.argv[1:]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    zero.prepare_backend()
+    deepspeed.init_distributed(verbose=False)
+    settings = {**configurations(), **{plant: {"kernels": False} for plant in PLANTS}}
+    faults = dict.fromkeys(names, "")
+    for name in names:
+        try:
+            with patch.object(*PLANTS[name]) if name in PLANTS else nullcontext():
+                run(settings[name])
+        except Exception as error:
+            faults[name] = "".join(traceback.format_exception(error))
+    Path(file).write_text(json.dumps(faults), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
