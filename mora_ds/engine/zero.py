@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -255,13 +256,25 @@ class Stage3View(OptimizerView):
 
     @torch.no_grad()
     def repair(self) -> None:
-        """Where the number of processes does not divide a parameter, stage 3 leaves in the last master whatever was in
-        that memory (`torch.empty`): zero it, so that equal runs write equal files."""
+        """Zero what stage 3 leaves in the last master where the number of processes does not divide a parameter, which
+        is whatever was in that memory (`torch.empty`), so that equal runs write equal files. Let the device wait for
+        reductions in place of the host."""
+        self._order_reductions()
         for flat in self.flats():
             is_padding = torch.ones_like(flat.master, dtype=torch.bool)
             for span in flat.spans:
                 is_padding[span.offset : span.offset + span.numel] = False
             flat.master.masked_fill_(is_padding, 0)
+
+    def _order_reductions(self) -> None:
+        """Replace what makes the host wait for a GPU in every backward pass: at its end stage 3 calls
+        `reduce_and_partition_stream.synchronize()` (stage3.py, `independent_gradient_partition_epilogue`).
+
+        All that reads the reduced gradients afterwards is queued on the current stream, which therefore waits; their
+        memory is not reused before (`partition_grads`, `record_stream`). Offloaded gradients are read by the host."""
+        stream = self.optimizer.reduce_and_partition_stream  # None on a CPU
+        if stream is not None and not self.optimizer.offload_optimizer:
+            stream.synchronize = lambda: get_accelerator().current_stream().wait_stream(stream)
 
 
 class _MappedView(OptimizerView):
