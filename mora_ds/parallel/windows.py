@@ -6,11 +6,11 @@ complete update (a colwise layer); windows over consecutive input ranges, summed
 
     fold      (..., w_in) -> (..., N, columns)        unfold     its transpose
     deal      (..., N, rows) -> (..., w_out)          collect    its transpose
-    delta     M -> (w_out, w_in) of `delta_weight`    gradient   its transpose, for decouple and rotate
+    delta     M -> (w_out, w_in) of `delta_weight`    gradient   its transpose, where M is applied to several blocks
 
 Shape legend: D = d_in, O = d_out, R = r_hat, N = blocks, as in `adapters.ops.mora`; w_in, w_out: inputs and outputs of
-the window; rows, columns: those of M that it uses. A slot is a row or column of M, or for decouple and rotate, which
-cut inputs and outputs into blocks of R, a position in a block.
+the window; rows, columns: those of M that it uses. A slot is a row or column of M, or where M is applied to several
+blocks, a position in a block.
 
 Everything is a part of the operator's own maps (`index_tables`): gathers and sums, which give the same bits on every
 process of a group.
@@ -30,9 +30,7 @@ from mora_ds.adapters.ops.gather import gather
 from mora_ds.adapters.ops.index_tables import IndexMap, IndexTables, lists, tables_of, transposed
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
-    block_pairs,
     block_squares,
-    output_blocks,
     rotate_blocks,
     sum_of_blocks,
     sums_by_product,
@@ -118,8 +116,8 @@ class Window:
         return columns.index_select(0, tables.deal.table[0] % len(columns))
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """(R, R), for decouple and rotate: the window's part of dL/dM, from its input x (..., w_in) and the gradient g
-        (..., w_out) of its output. Only the slots of each block that the window has are multiplied."""
+        """(R, R), where M is applied to several blocks: the window's share of dL/dM, from its input x (..., w_in) and
+        the gradient g (..., w_out) of its output. Only the slots of each block that the window has are multiplied."""
         spec = self.spec
         tables = _block_tables(self, g.device)
         inputs = tables.inputs
@@ -127,14 +125,14 @@ class Window:
         x = x.flatten(0, -2)
         g = g.flatten(0, -2)
         tokens = max(1, len(g)) if sums_by_product(g) else tokens_in_cache(g, max(self.d_in, self.d_out))
-        runs = block_pairs(spec)
+        runs = tables.runs
         products = [g.new_zeros(into.stop - into.start, outputs.width, inputs.width) for into, _ in runs]
         for x_part, g_part in zip(x.split(tokens), g.split(tokens), strict=True):
             z = inputs.of(x_part)
             c = outputs.of(g_part)
             for product, (into, out) in zip(products, runs, strict=True):
                 product.baddbmm_(c[:, out].permute(1, 2, 0), z[:, into].transpose(0, 1))
-        total = g.new_zeros(spec.blocks_in, spec.r_hat**2)
+        total = g.new_zeros(spec.blocks, spec.r_hat**2)
         for product, (into, out) in zip(products, runs, strict=True):
             elements = outputs.slots[out].unsqueeze(2) * spec.r_hat + inputs.slots[into].unsqueeze(1)
             padding = outputs.padding[out].unsqueeze(2) | inputs.padding[into].unsqueeze(1)
@@ -235,41 +233,51 @@ class _Side(NamedTuple):
 
 
 class _Meeting(NamedTuple):
-    """The outputs that read an input block in one of the operator's `block_pairs`; (n,) each."""
+    """The outputs with one term of `deal`, the update's rows that they read; (n,) each."""
 
     outputs: Tensor
     """Counted from the window's first."""
     blocks: Tensor
     """The input block that each reads."""
     rows: Tensor
-    """Its row among the N * R rows of all blocks of `block_squares`."""
+    """Which of the N * R rows of all blocks of `block_squares`."""
 
 
 class _BlockTables(NamedTuple):
     inputs: _Side
+    """Of the N input blocks."""
     outputs: _Side
+    """Of the P blocks of each term of `collect`, one term after the other."""
+    runs: tuple[tuple[slice, slice], ...]
+    """Input blocks, and the blocks of `outputs` that read them: in each pair as many, one by one."""
     meetings: tuple[_Meeting, ...]
 
 
 @lru_cache(maxsize=1024)
 def _block_tables(window: Window, device: torch.device) -> _BlockTables:
-    """The same window for decouple and rotate without the slots that other windows have, so that its part of the delta
-    and of M's gradient costs its share of the complete one."""
+    """The same window, where M is applied to several blocks, without the slots that other windows have, so that its
+    delta and its gradient of M cost its share of the complete ones."""
     with torch.inference_mode(False), torch.no_grad():
         spec, (start, stop) = window.spec, window.outputs
-        fold = tables_of(spec, torch.device("cpu")).fold.table.long().view(spec.blocks, spec.r_hat)
-        blocks_of_outputs = output_blocks(spec, torch.device("cpu"))
-        inside = (blocks_of_outputs >= start) & (blocks_of_outputs < stop)
-        blocks, slots = inside.nonzero(as_tuple=True)
-        outputs = blocks_of_outputs[inside] - start
+        tables = tables_of(spec, torch.device("cpu"))
+        fold = tables.fold.table.long().view(spec.blocks, spec.r_hat)
+        collect = tables.collect.table.long().unflatten(1, (-1, spec.r_hat))  # (K, P, R)
+        terms, count, _ = collect.shape
+        runs = []
+        for term in range(terms):
+            for first in range(0, spec.blocks, count):  # block b of u has the numbers of block b mod P
+                into = slice(first, min(first + count, spec.blocks))
+                runs.append((into, slice(term * count, term * count + into.stop - first)))
         meetings = []
-        for into, out in block_pairs(spec):
-            readers = ((blocks >= out.start) & (blocks < out.stop)).nonzero().flatten()
-            read = blocks[readers] - out.start + into.start
-            rows = read * spec.r_hat + slots[readers]
-            meetings.append(_Meeting(outputs[readers].to(device), read.to(device), rows.to(device)))
+        for rows in tables.deal.table[:, start:stop].long():
+            readers = (rows >= 0).nonzero().flatten()
+            rows = rows[readers]
+            meetings.append(_Meeting(readers.to(device), (rows // spec.r_hat).to(device), rows.to(device)))
         return _BlockTables(
-            _side(fold, window.inputs, device), _side(blocks_of_outputs, window.outputs, device), tuple(meetings)
+            inputs=_side(fold, window.inputs, device),
+            outputs=_side(collect.flatten(0, 1), window.outputs, device),
+            runs=tuple(runs),
+            meetings=tuple(meetings),
         )
 
 

@@ -21,10 +21,12 @@ from torch.testing import assert_close
 from mora_ds.adapters.kernels import linear, plain, triton_ops
 from mora_ds.adapters.kernels.ops import NAMES
 from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.ops.index_tables import OPERATORS, Operator
 from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
-from tests.helpers.operators import outputs_and_gradients, random, spec_id, specs
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tests.helpers.operators import blocks_onto_wrapped_outputs, outputs_and_gradients, random, spec_id, specs
 
 CPU = torch.device("cpu")
 TOKENS = 5
@@ -83,8 +85,7 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
 def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> None:
     square = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
     weight = random(spec.d_out, spec.d_in, seed=3).to(dtype)
-    blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
-    operands = square, tables.unfold, tables.deal, tables.members, *tables.rotation, *blocks
+    operands = square, tables.unfold, tables.slots, tables.members, *tables.rotation, tables.blocks_out
     expected = plain.form(weight, None, *operands)
     same(triton_ops.form(weight, None, *operands), expected, "form")
     same(triton_ops.form(weight.T.contiguous().T, None, *operands), expected, "form of a transposed weight")
@@ -100,6 +101,16 @@ def check_parts() -> None:
         partial_sums = triton_ops.product(c, z)
         assert len(partial_sums) == (2 if terms == 1300 else 1)
         assert_close(partial_sums.sum(0), plain.product(c, z)[0], rtol=1e-4, atol=1e-4)
+
+
+def check_outputs_that_read_several_rows() -> None:
+    """`form` of an operator that is not shipped, turned and not."""
+    shipped = OPERATORS[OperatorKind.TRUNCATE]
+    for rotates in (False, True):
+        OPERATORS[OperatorKind.TRUNCATE] = Operator(blocks_onto_wrapped_outputs, in_blocks=True, rotates=rotates)
+        spec = OperatorSpec(OperatorKind.TRUNCATE, 18, 11, 4, Grouping.PERMUTED)
+        check_form(spec, KernelTables(spec, CPU), torch.float32)
+    OPERATORS[OperatorKind.TRUNCATE] = shipped
 
 
 def check_layer(spec: OperatorSpec) -> None:
@@ -141,6 +152,7 @@ def variant(constants: dict[str, int]) -> Iterator[None]:
 def main() -> None:
     assert triton_ops.triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
     check_parts()
+    check_outputs_that_read_several_rows()
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     names = list(VARIANTS)
     start, step = map(int, sys.argv[1:])

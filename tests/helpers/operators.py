@@ -39,6 +39,13 @@ def spec_id(spec: OperatorSpec) -> str:
     return f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
 
 
+def blocks_onto_wrapped_outputs(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+    """One number of all blocks after the other onto one output after the other, from the first again: an output reads
+    several blocks, in each another row of M."""
+    numbers = torch.arange(spec.blocks_in * spec.r_hat).unsqueeze(0)
+    return numbers % spec.d_in, numbers % spec.d_out
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

@@ -36,7 +36,6 @@ def kernel_linear(
 
 def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round otherwise."""
-    spec = tables.spec
     if isinstance(weight, Int8Weight):
         values = weight.values
         scales = weight.scales
@@ -44,8 +43,8 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
         values = dense(weight, square.dtype)
         scales = None
     cos, sin = tables.rotation
-    blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
-    formed: Tensor = ops.form(values, scales, square, tables.unfold, tables.deal, tables.members, cos, sin, *blocks)
+    maps = tables.unfold, tables.slots, tables.members
+    formed: Tensor = ops.form(values, scales, square, *maps, cos, sin, tables.blocks_out)
     return formed
 
 

@@ -10,8 +10,8 @@
 Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for rotate only, `gather_sum` rotates
 each of the N blocks of the result (`back` False) or rotates each block of x back before it gathers (`back` True).
 
-`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8; M (R, R); `unfold`, `deal` and,
-for share, `members` of `tables`. The result is contiguous, in the dtype of M.
+`form`: weight (O, D) of any strides, in the dtype of M or, with scales (O,) fp32, int8; M (R, R); `unfold`, `slots`,
+`blocks_out` and, for share, `members` of `tables`. The result is contiguous, in the dtype of M.
 
 Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
 A CPU runs `plain`, CUDA runs `triton_ops`; meta tensors give the shapes, so that a plan or a count sees CUDA's
@@ -36,8 +36,8 @@ _ROTATION = "Tensor? cos, Tensor? sin, bool back"
 _LIBRARY.define(f"gather_sum(Tensor x, Tensor table, {_ROTATION}) -> Tensor")
 _LIBRARY.define(f"gather_add_(Tensor(a!) y, Tensor x, Tensor table, {_ROTATION}) -> ()")
 _LIBRARY.define(
-    "form(Tensor weight, Tensor? scales, Tensor square, Tensor unfold, Tensor deal, Tensor? members, Tensor? cos, "
-    "Tensor? sin, int blocks_in, int blocks_out) -> Tensor"
+    "form(Tensor weight, Tensor? scales, Tensor square, Tensor unfold, Tensor slots, Tensor? members, Tensor? cos, "
+    "Tensor? sin, int blocks) -> Tensor"
 )
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
 _LIBRARY.define("sum_parts(Tensor parts, ScalarType dtype) -> Tensor")

@@ -34,20 +34,22 @@ def gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Te
 
 
 def form(
-    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, deal: Tensor, members: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, blocks_in: int, blocks_out: int,
+    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, slots: Tensor, members: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, blocks: int,
 ) -> Tensor:  # fmt: skip
     """See `ops.form`."""
     del members
     r_hat = len(square)
-    slots = deal[0]
-    rows = _with_zero_row(square)[slots.where(slots < 0, slots % r_hat)]
-    rows = F.pad(_unturned(_wide(rows).repeat(1, blocks_in), cos, sin), (0, 1))  # (O, N * R + 1)
-    delta = torch.zeros(weight.shape, dtype=rows.dtype, device=rows.device)
+    turned_blocks = blocks if cos is None else len(cos)
+    padded = _with_zero_row(_wide(square))
+    read = [padded[row_slots.where(row_slots < 0, row_slots % r_hat)] for row_slots in slots]
+    read = [F.pad(_unturned(rows.repeat(1, turned_blocks), cos, sin), (0, 1)) for rows in read]  # (O, N * R + 1) each
+    delta = torch.zeros(weight.shape, dtype=padded.dtype, device=padded.device)
     for positions in unfold:
-        meets = (positions // r_hat) % blocks_out == (slots // r_hat % blocks_in).unsqueeze(1)
-        delta += rows.index_select(1, positions % rows.shape[1]).where(meets, 0)
-    base = weight.to(rows.dtype) if scales is None else weight * scales.unsqueeze(1).to(rows.dtype)
+        for row_slots, rows in zip(slots, read, strict=True):
+            meets = positions // r_hat % blocks == (row_slots // r_hat).unsqueeze(1)
+            delta += rows.index_select(1, positions % rows.shape[1]).where(meets, 0)
+    base = weight.to(delta.dtype) if scales is None else weight * scales.unsqueeze(1).to(delta.dtype)
     return delta.add_(base).to(square.dtype)
 
 

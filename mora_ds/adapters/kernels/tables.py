@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.ops.index_tables import make_tables, rope_table
+from mora_ds.adapters.ops.index_tables import make_tables, rope_table, transposed
 from mora_ds.adapters.ops.mora import OperatorSpec
 
 
@@ -25,6 +25,9 @@ class KernelTables(nn.Module):
     """(K, O)"""
     collect: Tensor
     """(K, P * R)"""
+    slots: Tensor
+    """(K, O), the transpose of `collect`: the numbers among P blocks that each output reads; one, of every operator
+    here."""
 
     blocks_read: Tensor | None
     """(N,), the block of collected outputs that each input block reads: where they are repeated, to be rotated."""
@@ -38,12 +41,14 @@ class KernelTables(nn.Module):
         if not spec.rotates:
             unfold = unfold.where(unfold < 0, unfold % collect.shape[1])
         maps = {"fold": tables.fold.table, "unfold": unfold, "deal": tables.deal.table, "collect": collect}
+        maps["slots"] = transposed(collect, spec.d_out)
         for name, table in maps.items():
             self.register_buffer(name, table.to(device, torch.int32).contiguous(), persistent=False)
         self.register_buffer("blocks_read", None, persistent=False)
-        blocks_out = collect.shape[1] // spec.r_hat
-        if spec.rotates and blocks_out < spec.blocks:
-            self.blocks_read = (torch.arange(spec.blocks) % blocks_out).to(device, torch.int32)
+        self.blocks_out = collect.shape[1] // spec.r_hat
+        """P."""
+        if spec.rotates and self.blocks_out < spec.blocks:
+            self.blocks_read = (torch.arange(spec.blocks) % self.blocks_out).to(device, torch.int32)
         self._every_output_reads_a_row = spec.blocks == 1 and tables.deal.missing is None
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
         """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No buffers, as they stay in fp32

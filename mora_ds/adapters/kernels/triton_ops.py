@@ -92,8 +92,8 @@ def plan_gather_sum(
 
 
 def form(
-    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, deal: Tensor, members: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, blocks_in: int, blocks_out: int,
+    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, slots: Tensor, members: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, blocks: int,
 ) -> Tensor:  # fmt: skip
     """See `ops.form`."""
     out = square.new_empty(weight.shape)
@@ -101,7 +101,7 @@ def form(
     if members is not None:
         plan_form_groups(out, weight, scales, square, unfold, members)()
     else:
-        plan_form_blocks(out, weight, scales, square, unfold, deal, cos, sin, blocks_in, blocks_out)()
+        plan_form_blocks(out, weight, scales, square, unfold, slots, cos, sin, blocks)()
     return out
 
 
@@ -126,8 +126,8 @@ def plan_form_groups(
 
 
 def plan_form_blocks(
-    out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, deal: Tensor,
-    cos: Tensor | None, sin: Tensor | None, blocks_in: int, blocks_out: int,
+    out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, slots: Tensor,
+    cos: Tensor | None, sin: Tensor | None, blocks: int,
 ) -> Launch:  # fmt: skip
     """`form` for the other operators: most elements of the delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
@@ -136,10 +136,10 @@ def plan_form_blocks(
     return Launch(
         _form_blocks,
         (triton.cdiv(rows, lines), triton.cdiv(columns, chunk)),
-        {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "deal": deal, "cos": cos,
+        {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "slots": slots, "cos": cos,
          "sin": sin, "rows": rows, "columns": columns, "row_stride": weight.stride(0),
-         "column_stride": weight.stride(1), "r_hat": len(square), "blocks_in": blocks_in, "blocks_out": blocks_out},
-        {"TERMS": len(unfold), "ROWS": lines, "PART": chunk, "SUM": _accumulator(square.dtype)},
+         "column_stride": weight.stride(1), "r_hat": len(square), "blocks": blocks},
+        {"TERMS": len(unfold), "SLOTS": len(slots), "ROWS": lines, "PART": chunk, "SUM": _accumulator(square.dtype)},
         {"num_warps": 8, "enable_fp_fusion": False},
     )  # fmt: skip
 
@@ -305,17 +305,14 @@ def _form_groups(
 
 @triton.jit
 def _form_blocks(
-    out, weight, scales, square, unfold, deal, cos, sin, rows, columns, row_stride, column_stride, r_hat, blocks_in,
-    blocks_out, TERMS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
+    out, weight, scales, square, unfold, slots, cos, sin, rows, columns, row_stride, column_stride, r_hat, blocks,
+    TERMS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     output = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * PART + tl.arange(0, PART)
     in_rows = output < rows
     in_columns = column < columns
     inside = in_rows[:, None] & in_columns[None, :]
-    slot = tl.load(deal + output, mask=in_rows, other=-1)
-    block = tl.where(slot >= 0, slot // r_hat % blocks_in, -1)
-    source = square + (slot % r_hat)[:, None] * r_hat
     line = output.to(tl.int64)[:, None]
     base = tl.load(weight + line * row_stride + column[None, :] * column_stride, mask=inside, other=0).to(SUM)
     if scales is not None:
@@ -324,15 +321,20 @@ def _form_blocks(
     for term in tl.static_range(TERMS):
         position = tl.load(unfold + term * columns + column, mask=in_columns, other=-1)
         present = position >= 0
-        column_block = tl.where(present, position // r_hat % blocks_out, -2)
-        meets = block[:, None] == column_block[None, :]
+        column_block = tl.where(present, position // r_hat % blocks, -2)
         start = position // r_hat * r_hat
-        value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(SUM)
         if cos is not None:
             pair, cosine, sine = _rotation(cos, sin, position, r_hat // 2, present)
-            partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
-            value = value * cosine[None, :] - partner * sine[None, :]
-        delta = value if term == 0 else delta + value
+        for read in tl.static_range(SLOTS):
+            slot = tl.load(slots + read * rows + output, mask=in_rows, other=-1)
+            block = tl.where(slot >= 0, slot // r_hat, -1)
+            meets = block[:, None] == column_block[None, :]
+            source = square + (slot % r_hat)[:, None] * r_hat
+            value = tl.load(source + (position - start)[None, :], mask=meets, other=0).to(SUM)
+            if cos is not None:
+                partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
+                value = value * cosine[None, :] - partner * sine[None, :]
+            delta = value if term == 0 and read == 0 else delta + value
     tl.store(out + line * columns + column[None, :], (base + delta).to(out.dtype.element_ty), mask=inside)
 
 

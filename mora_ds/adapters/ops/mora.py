@@ -453,22 +453,6 @@ def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
     return sum_of_blocks(spec, products)
 
 
-def output_blocks(spec: OperatorSpec, device: torch.device) -> Tensor:
-    """(blocks_out, R) for decouple and rotate: the output at each position of each output block, -1 for none."""
-    return tables_of(spec, device).collect.table.long().view(-1, spec.r_hat)[: spec.blocks_out]
-
-
-def block_pairs(spec: OperatorSpec) -> list[tuple[slice, slice]]:
-    """For decouple and rotate, the pairs (input block, output block) that M connects, as slices of both: p mod N and
-    p mod blocks_out for p below the larger number of blocks."""
-    most = max(spec.blocks_in, spec.blocks_out)
-    least = min(spec.blocks_in, spec.blocks_out)
-    runs = [
-        (slice(start, min(start + least, most)), slice(0, min(least, most - start))) for start in range(0, most, least)
-    ]
-    return runs if spec.blocks_in >= spec.blocks_out else [(few, many) for many, few in runs]
-
-
 def sum_of_blocks(spec: OperatorSpec, products: Tensor) -> Tensor:
     """dL/dM (R, R) from the gradients (N, R, R) of `block_squares`."""
     if spec.rotates:

@@ -82,11 +82,10 @@ def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict
     formed = meta(spec.d_out, spec.d_in, dtype=dtype)
     base = (formed, weight, scales, square, tables.unfold)
     plan = triton_ops.plan_gather_sum
-    blocks = (spec.blocks_in, spec.blocks_out) if spec.blocks > 1 else (1, 1)
     if tables.members is not None:
         form = triton_ops.plan_form_groups(*base, tables.members)
     else:
-        form = triton_ops.plan_form_blocks(*base, tables.deal, *rotation, *blocks)
+        form = triton_ops.plan_form_blocks(*base, tables.slots, *rotation, tables.blocks_out)
     partial_sums = meta(PARTS, side, side, dtype=torch.float32)
     return {
         "fold": plan(z, x, tables.fold, *rotation, False, add=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
+from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
+from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.index_tables import Operator, square_size
@@ -25,8 +28,11 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import UserError
+from mora_ds.parallel.windows import Window
+from mora_ds.parallel.windows import clear_tables as clear_windows
 from tests.helpers.operators import (
     KINDS_AND_GROUPINGS,
+    blocks_onto_wrapped_outputs,
     by_definition,
     by_path,
     outputs_and_gradients,
@@ -195,8 +201,10 @@ def blocks_onto_few_outputs(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Ten
         Operator(mirrored_groups),
         Operator(blocks_onto_few_outputs, in_blocks=True),
         Operator(blocks_onto_few_outputs, in_blocks=True, rotates=True),
+        Operator(blocks_onto_wrapped_outputs, in_blocks=True),
+        Operator(blocks_onto_wrapped_outputs, in_blocks=True, rotates=True),
     ],
-    ids=["groups", "blocks", "rotated blocks"],
+    ids=["groups", "blocks", "rotated blocks", "wrapped blocks", "wrapped and rotated blocks"],
 )
 def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
     operator: Operator, sizes: tuple[int, int, int], grouping: Grouping, monkeypatch: pytest.MonkeyPatch
@@ -220,9 +228,22 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
         assert_close(outputs_and_gradients(spec, torch.float64, by_path(spec, path)), expected)
     merged = random(spec.d_out, spec.d_in, seed=3)
     right = merged + delta
+    kernel_tables = KernelTables(spec, torch.device("cpu"))
+    assert_close(form_weight(merged, square, kernel_tables), right)
+    for path in (Compute.ACTIVATION, Compute.WEIGHT):
+        by_kernels = partial(kernel_linear, tables=kernel_tables, path=path)
+        assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
+    g = random(5, spec.d_out, seed=4)
+    half = spec.d_in // 2
+    windows = [Window.of(spec, inputs=span) for span in ((0, half), (half, spec.d_in))]
+    assert_close(torch.cat([window.delta(square) for window in windows], dim=1), delta)
+    if operator.in_blocks:
+        gradients = [window.gradient(x[:, slice(*window.inputs)], g) for window in windows]
+        assert_close(sum(gradients), adjoint(spec, g.T @ x))
     add_deltas_(merged, [(spec, square)])
     assert torch.equal(merged, right)
     index_tables.clear_tables()
+    clear_windows()
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
