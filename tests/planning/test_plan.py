@@ -27,6 +27,7 @@ from mora_ds.planning.step import Work, measure_step, planned_model, step_memory
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, enable_checkpointing, tiny_model, tokens
+from tests.helpers.operators import saved_bytes
 
 ROWS = 2
 LENGTH = 64
@@ -48,32 +49,17 @@ def batch(packed: bool = True) -> dict[str, torch.Tensor]:
 # -- activations ------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(model: torch.nn.Module, rows: dict[str, torch.Tensor]) -> int:
-    """Of all that autograd saves, each storage once, without the model's own: another count than the plan's."""
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *rows.values())}
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = token_nll(model, rows)
-    total = sum(saved.values())
-    loss.backward()
-    return total
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_activations_are_those_that_autograd_saves(family: str, packed: bool) -> None:
+    """Each storage once, by another count than the plan's."""
     model = tiny_model(family).train()
     inject(model, ADAPTER)
     chunk_loss(model)
-    token_nll(model, batch(packed)).backward()  # tables are made
-    saved = saved_bytes(model, batch(packed))
+    rows = batch(packed)
+    token_nll(model, rows).backward()  # tables are made
+    its_own = (*model.parameters(), *model.buffers(), *rows.values())
+    saved = saved_bytes(lambda: token_nll(model, rows), *its_own)
     planned_bytes = step_memory(work_of(family, document_mask=packed)).saved
     assert planned_bytes / 1.05 <= saved <= 1.05 * planned_bytes
 

@@ -148,20 +148,6 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     assert "step-000012" in message
 
 
-def test_auto_skips_a_damaged_checkpoint_and_says_so(user: Playground, whole: Path, tmp_path: Path) -> None:
-    out = copied(whole, tmp_path)
-    damaged = next((out / "checkpoints" / "step-000009" / "engine").iterdir())
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "latest"))
-    assert damaged.name in message
-    assert "--resume_from_checkpoint auto" in message
-    told = run_ranks(1, printed, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))[0]
-    assert "skipped" in told
-    assert damaged.name in told
-    assert "step-000008 at step 8" in told
-    assert_same_run(out, whole)
-
-
 def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path, out: Path) -> None:
     """Also over what a run has left that was killed before its first checkpoint, merges included."""
     whole = tmp_path / "whole"

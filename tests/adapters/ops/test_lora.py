@@ -115,22 +115,17 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
     inject(model, config)
     engine, *_ = initialize(model=model, config=ds_config(stage, ROWS // world, 1, **half))
     run = Run(engine, base=Path(folder) / "base", folder=Path(folder) / "out")
-    losses = []
     for step in range(1, merges + 1):
         for _ in range(2):  # after the first of them B is no longer zero, and A learns too
             loss = causal_loss(engine, tokens(ROWS, seed=step)[rank * (ROWS // world) :][: ROWS // world])
             engine.backward(loss)
             engine.step()
-        losses.append(loss.item())
         report = run.merge(step)
         assert report.square_norm > 0
     layers = mora_layers(model).items()
     starts = {name: zero.full_fp32(engine, layer.value) for name, layer in layers}
-    live = causal_loss(engine, tokens(2, seed=99)).item()
     run.save(merges)
     return {
-        "losses": losses,
-        "live": live,
         "weights": {name: layer.weight.clone() for name, layer in layers},
         "starts": starts,
         "expected": {name: layer.spec.first_value(config.first_seed(name, merges)) for name, layer in layers},
@@ -184,12 +179,3 @@ def set_everywhere() -> list[str]:
 
 def test_a_parameter_is_set_in_all_its_copies() -> None:
     assert run_ranks(2, set_everywhere) == [[], []]
-
-
-def test_relora_is_the_same_at_every_stage_and_world(tmp_path: Path) -> None:
-    (alone,) = run_ranks(1, relora, str(tmp_path / "alone"), 1, "float32", 3)
-    for world, stage in ((2, 1), (3, 3)):
-        ranks = run_ranks(world, relora, str(tmp_path / f"{world}"), stage, "float32", 3)
-        mean = [sum(losses) / world for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
-        assert mean == pytest.approx(alone["losses"], abs=1e-5)
-        assert ranks[0]["live"] == pytest.approx(alone["live"], abs=1e-5)
