@@ -42,7 +42,7 @@ MAY_IMPORT["commands"] = {
 }  # fmt: skip
 """A command stands above all that it calls: it reads flags, calls functions and prints what they return."""
 MAY_IMPORT["__main__"] = {"commands"}
-MAY_IMPORT["hf"] = {"adapters", "checkpoint", "deploy", "engine", "models", "remora", "runtime", "train"}
+MAY_IMPORT["hf"] = {"adapters", "checkpoint", "engine", "models", "remora", "runtime", "train"}
 MAY_IMPORT["peft"] = {"adapters"}
 MAY_IMPORT["research"] = {
     "adapters", "checkpoint", "commands", "config", "data", "engine", "eval", "models", "planning", "runtime", "train",
