@@ -101,10 +101,10 @@ def frozen_values(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{value}": layer.get_buffer(value) for name, layer in layers for value in layer.frozen_values}
 
 
-def set_values(layer: AdaptedLinear, square: Tensor, own: Tensor | None, dtype: torch.dtype) -> None:
+def set_values(layer: AdaptedLinear, square: Tensor, domain_squares: Tensor | None, dtype: torch.dtype) -> None:
     """Sets a layer's matrices from fp32 tensors: trained ones in `dtype`, frozen ones in fp32. Not after `initialize`,
     when DeepSpeed holds them."""
-    for name, value in {layer.spec.value_name: square, OWN: own}.items():
+    for name, value in {layer.spec.value_name: square, OWN: domain_squares}.items():
         if value is not None:
             getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
 

@@ -77,7 +77,7 @@ class Rows:
     """(S,): row -> its expert."""
     ends: Tensor
     """(E,) int32: where the rows of each expert end."""
-    each: int
+    per_token: int
     """K."""
 
     @classmethod
@@ -89,13 +89,13 @@ class Rows:
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its experts, on every device."""
-        copies = x.unsqueeze(1).expand(-1, self.each, *x.shape[1:]).flatten(0, 1)
+        copies = x.unsqueeze(1).expand(-1, self.per_token, *x.shape[1:]).flatten(0, 1)
         return copies.index_select(0, self.order)
 
     def collect(self, x: Tensor) -> Tensor:
         """(S, D) -> (T, D), the sum of each token's rows."""
         placed = torch.zeros_like(x).index_copy(0, self.order, x)
-        return placed.unflatten(0, (-1, self.each)).sum(1)
+        return placed.unflatten(0, (-1, self.per_token)).sum(1)
 
 
 def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -117,9 +117,9 @@ class AdaptedLinear(nn.Module):
         value: nn.Parameter = getattr(self, self.spec.value_name)
         return value
 
-    def unshard(self, own: Tensor) -> Tensor:
-        """The unsharded value, of which this rank's parameter is `own`. Collective under tensor parallelism."""
-        return own if self.split is None else self.split.unshard(own)
+    def unshard(self, value_shard: Tensor) -> Tensor:
+        """The unsharded value, of which this rank's parameter is `value_shard`. Collective under tensor parallelism."""
+        return value_shard if self.split is None else self.split.unshard(value_shard)
 
     def shard(self, value: Tensor) -> Tensor:
         """The part of an unsharded value that this rank's parameter holds."""

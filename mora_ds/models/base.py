@@ -29,7 +29,7 @@ from mora_ds.common.files import atomic_folder, read_json, stamp
 from mora_ds.common.untrusted import FileName, expanded, typed
 from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
 from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
-from mora_ds.runtime.ranks import Ranks, deal
+from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class BaseCheckpoint:
                 lines = self._lines(self._file_of)
             else:
                 sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
-                slices = deal(sizes, ranks.width)
+                slices = balanced(sizes, ranks.width)
                 lines = [line for of_rank in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in of_rank]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint

@@ -26,7 +26,7 @@ from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.runtime.mappings import Mappings, give_back, trim
 from mora_ds.runtime.node_memory import FLAG, Offer, Sharing, check_room, node_members
-from mora_ds.runtime.ranks import Ranks, deal
+from mora_ds.runtime.ranks import Ranks, balanced
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -124,7 +124,7 @@ class NodeBase:
         """Those of the names that this process writes, in their order: about an equal part of the sizes' sum."""
         if self.ranks is None:
             return list(sizes)
-        mine = set(deal(sizes, len(self.members))[self.members.index(self.ranks.rank)])
+        mine = set(balanced(sizes, len(self.members))[self.members.index(self.ranks.rank)])
         return [name for name in sizes if name in mine]
 
 

@@ -222,7 +222,7 @@ class _SplitLinear(torch.autograd.Function):
         ctx.save_for_backward(z if ctx.saves_folded else x, square_shard)
         if ctx.by_weight:
             return linear(x, window.delta(matrix).add_(weight), bias)
-        update = window.deal(F.linear(window.rotate(z), window.used_rows(matrix)))
+        update = window.spread(F.linear(window.rotate(z), window.used_rows(matrix)))
         return linear(x, weight, bias).add_(update)
 
     @staticmethod
@@ -270,7 +270,7 @@ class _Decompress(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, window: Window) -> Tensor:
         ctx.window = window
-        return window.deal(window.used_rows(u, dim=-1))
+        return window.spread(window.used_rows(u, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

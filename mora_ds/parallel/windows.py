@@ -5,7 +5,7 @@ computes what its inputs contribute to its outputs. Windows over consecutive out
 complete update (a colwise layer); windows over consecutive input ranges, summed, do too (a rowwise layer).
 
     fold      (..., w_in) -> (..., N, columns)        unfold     its transpose
-    deal      (..., N, rows) -> (..., w_out)          collect    its transpose
+    spread    (..., N, rows) -> (..., w_out)          collect    its transpose
     delta     M -> (w_out, w_in) of `delta_weight`    gradient   its transpose, where M is applied to several blocks
 
 Shape legend: D = d_in, O = d_out, R = r_hat, N = blocks, as in `adapters.ops.mora`; w_in, w_out: inputs and outputs of
@@ -85,12 +85,12 @@ class Window:
         """Rotate's rotation of each block of z (..., N, R), or its inverse; z itself for the other operators."""
         return rotate_blocks(self.spec, z, back)
 
-    def deal(self, u: Tensor) -> Tensor:
+    def spread(self, u: Tensor) -> Tensor:
         """(..., N, used rows) -> (..., w_out): `decompress`."""
-        return _tables(self, u.device).deal(u.flatten(-2))
+        return _tables(self, u.device).spread(u.flatten(-2))
 
     def collect(self, g: Tensor) -> Tensor:
-        """(..., w_out) -> (..., N, used rows): the transpose of `deal`."""
+        """(..., w_out) -> (..., N, used rows): the transpose of `spread`."""
         return _tables(self, g.device).collect(g).unflatten(-1, (self.spec.blocks, -1))
 
     def used_rows(self, matrix: Tensor, dim: int = 0) -> Tensor:
@@ -113,7 +113,7 @@ class Window:
             return _delta_of_blocks(self, matrix)
         tables = _tables(self, matrix.device)
         columns = F.pad(tables.unfold(self.used_rows(matrix)), (0, 0, 0, 1))
-        return columns.index_select(0, tables.deal.table[0] % len(columns))
+        return columns.index_select(0, tables.spread.table[0] % len(columns))
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """(R, R), where M is applied to several blocks: the window's share of dL/dM, from its input x (..., w_in) and
@@ -169,17 +169,17 @@ def _tables(window: Window, device: torch.device) -> IndexTables:
         spec, (first, last) = window.spec, window.columns
         tables = tables_of(spec, torch.device("cpu"))
         fold = _within(tables.fold.table if spec.blocks > 1 else tables.fold.table[:, first:last], window.inputs)
-        deal = tables.deal.table[:, slice(*window.outputs)]
+        spread = tables.spread.table[:, slice(*window.outputs)]
         size = spec.blocks * spec.r_hat
         if spec.blocks == 1:
             used = _rows_read(window)
-            deal = torch.searchsorted(used, deal.long()).where(deal >= 0, -1)
+            spread = torch.searchsorted(used, spread.long()).where(spread >= 0, -1)
             size = len(used)
         return IndexTables(
             fold=IndexMap.of(fold),
             unfold=IndexMap.of(transposed(fold, window.d_in)),
-            deal=IndexMap.of(deal),
-            collect=IndexMap.of(transposed(deal, size)),
+            spread=IndexMap.of(spread),
+            collect=IndexMap.of(transposed(spread, size)),
         ).to(device)
 
 
@@ -194,7 +194,7 @@ def _within(table: Tensor, numbers: Range) -> Tensor:
 def _rows_read(window: Window) -> Tensor:
     """For truncate and share: the rows of M that the window's outputs read, in order; where they read none, one that
     they may use, so that no tensor is empty."""
-    rows = tables_of(window.spec, torch.device("cpu")).deal.table[0, slice(*window.outputs)].long().unique()
+    rows = tables_of(window.spec, torch.device("cpu")).spread.table[0, slice(*window.outputs)].long().unique()
     rows = rows[rows >= 0]
     return rows if len(rows) else torch.tensor(window.rows[:1])
 
@@ -233,7 +233,7 @@ class _Side(NamedTuple):
 
 
 class _Meeting(NamedTuple):
-    """The outputs with one term of `deal`, the update's rows that they read; (n,) each."""
+    """The outputs with one term of `spread`, the update's rows that they read; (n,) each."""
 
     outputs: Tensor
     """Counted from the window's first."""
@@ -269,7 +269,7 @@ def _block_tables(window: Window, device: torch.device) -> _BlockTables:
                 into = slice(first, min(first + count, spec.blocks))
                 runs.append((into, slice(term * count, term * count + into.stop - first)))
         meetings = []
-        for rows in tables.deal.table[:, start:stop].long():
+        for rows in tables.spread.table[:, start:stop].long():
             readers = (rows >= 0).nonzero().flatten()
             rows = rows[readers]
             meetings.append(_Meeting(readers.to(device), (rows // spec.r_hat).to(device), rows.to(device)))

@@ -104,8 +104,8 @@ class _SingleRank(Topology):
     def sum_(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def gather(self, own: Tensor, size: int) -> Tensor:
-        return own.new_empty(size, *own.shape[1:])
+    def gather(self, shard: Tensor, size: int) -> Tensor:
+        return shard.new_empty(size, *shard.shape[1:])
 
     def sum_scatter(self, whole: Tensor) -> Tensor:
         start, stop = self.share(len(whole))

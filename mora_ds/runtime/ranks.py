@@ -224,7 +224,7 @@ class Ranks:
         return highest[0].item() == -highest[1].item()
 
 
-def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """The names in `count` parts of about the same size in sum, the largest ones dealt out first."""
     heap: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(count)]
     for name in sorted(sizes, key=lambda name: -sizes[name]):

@@ -64,14 +64,14 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
     same(triton_ops.gather_sum(g, tables.collect, None, None, False), c, "collect")
     repeated = c if tables.blocks_read is None else c.view(TOKENS, -1, spec.r_hat)[:, tables.blocks_read].flatten(1)
     for target, source, arguments in (
-        (g, z, (tables.deal, None, None, False)),
+        (g, z, (tables.spread, None, None, False)),
         (x, repeated, (tables.unfold, *rotation, True)),
     ):
         result = target.clone()
         expected = target.clone()
         triton_ops.gather_add_(result, source, *arguments)
         plain.gather_add_(expected, source, *arguments)
-        same(result, expected, "deal or unfold")
+        same(result, expected, "spread or unfold")
     check_form(spec, tables, dtype)
     # `tl.dot` multiplies the bit patterns of bf16 in triton 3.9's interpreter (`create_dot`): fp16 in its place.
     c = c.view(TOKENS, -1, spec.r_hat).half()

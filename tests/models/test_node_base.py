@@ -22,7 +22,7 @@ from mora_ds.models.node_base import NodeBase, node_base_of
 from mora_ds.runtime import node_memory
 from mora_ds.runtime.mappings import Mappings
 from mora_ds.runtime.node_memory import Offer, check_room, free_bytes
-from mora_ds.runtime.ranks import Ranks, deal
+from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
 from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
@@ -226,8 +226,8 @@ def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground,
 
 def test_a_process_alone_owns_all_layers_and_several_deal_them_out() -> None:
     sizes = {"a": 5, "b": 1, "c": 4, "d": 1}
-    assert deal(sizes, 2) == [["a", "d"], ["c", "b"]]
-    assert deal(sizes, 5)[4] == []
+    assert balanced(sizes, 2) == [["a", "d"], ["c", "b"]]
+    assert balanced(sizes, 5)[4] == []
     model = model_with_mora()
     assert NodeBase().layers(model) == list(mora_layers(model))
 

@@ -32,7 +32,7 @@ def bounds(size: int, parts: int = PARTS) -> list[tuple[int, int]]:
 def update(part: Window, square: Tensor, x: Tensor) -> Tensor:
     """As a process computes it, from the rows and columns of M that the window may use."""
     square = part.used_rows(square[slice(*part.rows), slice(*part.columns)])
-    return part.deal(part.rotate(part.fold(x)) @ square.T)
+    return part.spread(part.rotate(part.fold(x)) @ square.T)
 
 
 def tensors(spec: OperatorSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
         z = torch.randn_like(folded)
         u = torch.randn_like(collected)
         assert torch.isclose((folded * z).sum(), (inside * window.unfold(z)).sum())
-        assert torch.isclose((collected * u).sum(), (outside * window.deal(u)).sum())
+        assert torch.isclose((collected * u).sum(), (outside * window.spread(u)).sum())
         assert_close(window.rotate(window.rotate(z), back=True), z)
     complete = Window.of(spec)
     z = complete.rotate(complete.fold(x)).flatten(0, -2)

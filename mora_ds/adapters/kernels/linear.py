@@ -2,7 +2,7 @@
 
     weight        forward    fold(x) where M is applied once, W' = W0 + delta, W' x
                   backward   W', g W', collect(g), fold(x) of several blocks, dM
-    activation    forward    fold(x), M z, deal(u), += W0 x
+    activation    forward    fold(x), M z, spread(u), += W0 x
                   backward   collect(g), c M, unfold(g_z), += g W0, fold(x) of several blocks, dM
 
 What is added to the base's product is there before it: the product then starts from it (`addmm_`), and no kernel reads
@@ -63,11 +63,11 @@ class KernelProducts:
     def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
         z = self._folded(saved)
         u = (z.view(-1, self.tables.spec.r_hat) @ square.T).view(z.shape)
-        deal = u, self.tables.deal, None, None, False
+        terms = u, self.tables.spread, None, None, False
         if isinstance(weight, Tensor) and bias is None:
-            return _plus_product(ops.gather_sum(*deal), x, weight.T)
+            return _plus_product(ops.gather_sum(*terms), x, weight.T)
         y = product(x, weight, bias)
-        ops.gather_add_(y.view(-1, y.shape[-1]), *deal)
+        ops.gather_add_(y.view(-1, y.shape[-1]), *terms)
         return y
 
     def collect_once(self, g: Tensor) -> Tensor:

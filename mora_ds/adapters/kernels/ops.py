@@ -5,7 +5,7 @@
     form(...)                                    (O, D): the frozen weight plus the delta of M
     product(c, z)                                (T, P, R), (T, N, R) -> (parts, R, R): c^T z over all tokens and
                                                  blocks, summed in fp32; block b of z meets block b mod P of c
-    sum_parts(parts, dtype)                      (parts, R, R) -> (R, R)
+    sum_parts(partial_sums, dtype)               (parts, R, R) -> (R, R)
 
 Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for rotate only, `gather_sum` rotates
 each of the N blocks of the result (`back` False) or rotates each block of x back before it gathers (`back` True).
@@ -40,7 +40,7 @@ _LIBRARY.define(
     "Tensor? sin, int blocks) -> Tensor"
 )
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
-_LIBRARY.define("sum_parts(Tensor parts, ScalarType dtype) -> Tensor")
+_LIBRARY.define("sum_parts(Tensor partial_sums, ScalarType dtype) -> Tensor")
 
 _PROGRAMS_ON_META = 256
 """Programs that a device runs at once, where there is no device to ask."""
@@ -74,8 +74,8 @@ def _meta_product(c: Tensor, z: Tensor) -> Tensor:
     return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)
 
 
-def _meta_sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    return parts.new_empty(parts.shape[1:], dtype=dtype)
+def _meta_sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
+    return partial_sums.new_empty(partial_sums.shape[1:], dtype=dtype)
 
 
 def _in_triton(name: str) -> Any:

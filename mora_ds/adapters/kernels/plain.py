@@ -67,9 +67,9 @@ def parts_of(z: Tensor, programs: int) -> int:
     return max(1, min(programs // tiles, tokens * blocks // max(_TERMS, _TERMS_OF_SIDE * r_hat)))
 
 
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
     """See `ops.sum_parts`."""
-    return parts.sum(dim=0).to(dtype)
+    return partial_sums.sum(dim=0).to(dtype)
 
 
 def _sums(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:

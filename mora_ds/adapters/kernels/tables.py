@@ -21,7 +21,7 @@ class KernelTables(nn.Module):
     """(K, N * R)"""
     unfold: Tensor
     """(K, D), of numbers in N blocks for rotate, which turns each by angles of its own, else of numbers in P blocks."""
-    deal: Tensor
+    spread: Tensor
     """(K, O)"""
     collect: Tensor
     """(K, P * R)"""
@@ -40,7 +40,7 @@ class KernelTables(nn.Module):
         unfold = tables.unfold.table
         if not spec.rotates:
             unfold = unfold.where(unfold < 0, unfold % collect.shape[1])
-        maps = {"fold": tables.fold.table, "unfold": unfold, "deal": tables.deal.table, "collect": collect}
+        maps = {"fold": tables.fold.table, "unfold": unfold, "spread": tables.spread.table, "collect": collect}
         maps["slots"] = transposed(collect, spec.d_out)
         for name, table in maps.items():
             self.register_buffer(name, table.to(device, torch.int32).contiguous(), persistent=False)
@@ -49,7 +49,7 @@ class KernelTables(nn.Module):
         """P."""
         if spec.rotates and self.blocks_out < spec.blocks:
             self.blocks_read = (torch.arange(spec.blocks) % self.blocks_out).to(device, torch.int32)
-        self._every_output_reads_a_row = spec.blocks == 1 and tables.deal.missing is None
+        self._every_output_reads_a_row = spec.blocks == 1 and tables.spread.missing is None
         self.rotation: tuple[Tensor | None, Tensor | None] = (None, None)
         """Cosines and sines (N, R / 2) of rotate, shared by all layers of these sizes. No buffers, as they stay in fp32
         whatever dtype the layer is cast to."""

@@ -172,19 +172,19 @@ def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
     )  # fmt: skip
 
 
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
     """See `ops.sum_parts`."""
-    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    plan_sum_parts(out, parts)()
+    out = torch.empty(partial_sums.shape[1:], dtype=dtype, device=partial_sums.device)
+    plan_sum_parts(out, partial_sums)()
     return out
 
 
-def plan_sum_parts(out: Tensor, parts: Tensor) -> Launch:
+def plan_sum_parts(out: Tensor, partial_sums: Tensor) -> Launch:
     """`sum_parts` into out (R, R), part after part."""
     return Launch(
         _sum_parts,
         (triton.cdiv(out.numel(), 1024),),
-        {"out": out, "parts": parts, "count": len(parts), "size": out.numel()},
+        {"out": out, "partial_sums": partial_sums, "count": len(partial_sums), "size": out.numel()},
         {"PART": 1024},
         {"num_warps": 4},
     )
@@ -366,11 +366,11 @@ def _product(
 
 
 @triton.jit
-def _sum_parts(out, parts, count, size, PART: tl.constexpr):
+def _sum_parts(out, partial_sums, count, size, PART: tl.constexpr):
     element = tl.program_id(0) * PART + tl.arange(0, PART)
     inside = element < size
-    total = tl.zeros((PART,), parts.dtype.element_ty)
+    total = tl.zeros((PART,), partial_sums.dtype.element_ty)
     for _ in range(count):
-        total += tl.load(parts + element, mask=inside, other=0)
-        parts += size
+        total += tl.load(partial_sums + element, mask=inside, other=0)
+        partial_sums += size
     tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)

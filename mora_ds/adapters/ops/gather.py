@@ -37,12 +37,12 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-class _Kept(threading.local):
+class _Scratch(threading.local):
     def __init__(self) -> None:
         self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
-_kept = _Kept()
+_scratch = _Scratch()
 
 
 def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
@@ -53,10 +53,10 @@ def scratch(use: str, like: Tensor, *shape: int) -> Tensor:
     is_plain = type(like) in (Tensor, torch.nn.Parameter)  # and no FakeTensor
     if not (is_plain and reuses_memory(like)) or numbers * like.element_size() > _SCRATCH_BYTES:
         return like.new_empty(shape)
-    memory = _kept.memory.get((use, like.dtype))
+    memory = _scratch.memory.get((use, like.dtype))
     if memory is None or memory.numel() < numbers:
         with torch.inference_mode(False):  # it may be training that takes it next
-            memory = _kept.memory[use, like.dtype] = torch.empty(numbers, dtype=like.dtype, device=like.device)
+            memory = _scratch.memory[use, like.dtype] = torch.empty(numbers, dtype=like.dtype, device=like.device)
     return memory[:numbers].view(shape)
 
 

@@ -1,10 +1,10 @@
 """The four maps of an operator, as tables of indices that say which numbers are summed at each result.
 
     fold     x (D) -> z (N R)   the inputs that are summed at each position          unfold   its transpose
-    deal     u (N R) -> y (O)   the positions of u that are summed at each output    collect  its transpose
+    spread   u (N R) -> y (O)   the positions of u that are summed at each output    collect  its transpose
 
-Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `deal`. All else
-follows from the maps: the operator's delta and gradients (`mora`), its kernels, its windows for tensor parallelism.
+Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `spread`. All
+else follows from the maps: the operator's delta and gradients (`mora`), its kernels, its windows for tensor parallelism.
 Another operator is one more entry of `OPERATORS`, with one function that makes its `fold` and `collect`.
 
 The tables hold indices only, no arithmetic. Permutations are folded into them, so that a permuted operator costs no
@@ -134,7 +134,7 @@ class IndexTables:
 
     fold: IndexMap
     unfold: IndexMap
-    deal: IndexMap
+    spread: IndexMap
     collect: IndexMap
     """(K, P R)"""
     delta_rows: DeltaRows | None = None
@@ -144,7 +144,7 @@ class IndexTables:
         return IndexTables(
             fold=self.fold.to(device),
             unfold=self.unfold.to(device),
-            deal=self.deal.to(device),
+            spread=self.spread.to(device),
             collect=self.collect.to(device),
             delta_rows=None if self.delta_rows is None else self.delta_rows.to(device),
         )
@@ -160,27 +160,27 @@ class DeltaRows:
     columns: Tensor
     """(N, R) int64: where the numbers of a row lie in the delta's row, by block."""
     terms: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
-    """For each term of `deal`: the row that is added to each output's row and its block, (O,) int32 each, and the
+    """For each term of `spread`: the row that is added to each output's row and its block, (O,) int32 each, and the
     outputs without such a term, for which any row stands; None for none."""
 
     overlap: bool
     """Whether an output reads some input in two blocks, so that two rows change one number."""
 
     @classmethod
-    def of(cls, fold: Tensor, deal: Tensor, r_hat: int) -> DeltaRows:
+    def of(cls, fold: Tensor, spread: Tensor, r_hat: int) -> DeltaRows:
         terms = []
-        for rows in deal.int():
+        for rows in spread.int():
             without = (rows < 0).nonzero().flatten()
             rows = rows.clamp(min=0)
             terms.append((rows, rows // r_hat, without if len(without) else None))
         columns = fold.view(-1, r_hat)
-        blocks = torch.where(deal < 0, -1, deal // r_hat)
+        blocks = torch.where(spread < 0, -1, spread // r_hat)
         read_together = [columns[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
         overlap = any(len(numbers.unique()) < len(numbers) for numbers in read_together)
         return cls(columns, tuple(terms), overlap)
 
     def to(self, device: torch.device) -> DeltaRows:
-        terms = [tuple(None if each is None else each.to(device) for each in term) for term in self.terms]
+        terms = [tuple(None if indices is None else indices.to(device) for indices in term) for term in self.terms]
         return DeltaRows(self.columns.to(device), tuple(terms), self.overlap)  # type: ignore[arg-type]
 
     def add_to_(self, total: Tensor, rows: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class DeltaRows:
         return total
 
 
-_held: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
+_tables_in_use: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
 """Tables that someone holds."""
 
 
@@ -202,9 +202,9 @@ def tables_of(spec: OperatorSpec, device: torch.device) -> IndexTables:
     """The operator's tables, made on the CPU and kept on `device`: those last used, and those that anyone holds. A
     layer holds its own, as a model of 70B with domains has 1,120 operators, used one after the other."""
     key = spec, device
-    tables = _held.get(key)
+    tables = _tables_in_use.get(key)
     if tables is None:
-        tables = _held[key] = make_tables(spec, device)
+        tables = _tables_in_use[key] = make_tables(spec, device)
     return tables
 
 
@@ -216,13 +216,13 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
             inputs, outputs = draw_permutations(spec.seed, spec.d_in, spec.d_out, spec.in_segments, spec.out_segments)
             fold = inputs[fold].where(fold >= 0, -1)
             collect = outputs[collect].where(collect >= 0, -1)
-        deal = transposed(of_all_blocks(collect, spec), spec.d_out)
+        spread = transposed(of_all_blocks(collect, spec), spec.d_out)
         return IndexTables(
             fold=IndexMap.of(fold),
             unfold=IndexMap.of(transposed(fold, spec.d_in)),
-            deal=IndexMap.of(deal),
+            spread=IndexMap.of(spread),
             collect=IndexMap.of(collect),
-            delta_rows=DeltaRows.of(fold, deal, spec.r_hat) if spec.blocks > 1 else None,
+            delta_rows=DeltaRows.of(fold, spread, spec.r_hat) if spec.blocks > 1 else None,
         ).to(device)
 
 
@@ -379,7 +379,7 @@ def group_of_each(size: int, groups: int, segments: int, contiguous: bool) -> Te
 
 def clear_tables() -> None:
     """Forgets all cached tables; those that are held stay with their holders alone."""
-    _held.clear()
+    _tables_in_use.clear()
     tables_of.cache_clear()
     rope_table.cache_clear()
     signed_rope_table.cache_clear()

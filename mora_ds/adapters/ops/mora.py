@@ -174,14 +174,14 @@ def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
     if spec.blocks == 1:
-        return deal_out(spec, z)
-    output: Tensor = _Map.apply(z, spec, deal_out, decompress_transpose)
+        return spread_out(spec, z)
+    output: Tensor = _Map.apply(z, spec, spread_out, decompress_transpose)
     return output
 
 
-def deal_out(spec: OperatorSpec, z: Tensor) -> Tensor:
+def spread_out(spec: OperatorSpec, z: Tensor) -> Tensor:
     """`decompress`, term by term."""
-    return tables_of(spec, z.device).deal(z.flatten(-2))
+    return tables_of(spec, z.device).spread(z.flatten(-2))
 
 
 class _Map(torch.autograd.Function):
@@ -216,7 +216,7 @@ def collect(spec: OperatorSpec, g: Tensor, use: str | None = None) -> Tensor:
     """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these. With `use`
     the result may lie in `scratch`."""
     tables = tables_of(spec, g.device)
-    return _sums(spec, g, tables.collect, tables.deal, use).unflatten(-1, (-1, spec.r_hat))
+    return _sums(spec, g, tables.collect, tables.spread, use).unflatten(-1, (-1, spec.r_hat))
 
 
 def fold_input(spec: OperatorSpec, x: Tensor, use: str | None = None) -> Tensor:
@@ -328,10 +328,10 @@ def rows_of_outputs(spec: OperatorSpec, square: Tensor) -> Tensor:
 def rows_and_slots(spec: OperatorSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
     """For share and truncate, of rows (R, ...): these, with one of zeros where truncate has outputs that read none, and
     for each output (O,) the row that it reads."""
-    deal = tables_of(spec, rows.device).deal
-    if deal.missing is not None:
+    spread = tables_of(spec, rows.device).spread
+    if spread.missing is not None:
         rows = torch.cat((rows, torch.zeros_like(rows[:1])))
-    return rows, deal.table[0] % len(rows)
+    return rows, spread.table[0] % len(rows)
 
 
 def rotate_blocks(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:

@@ -101,7 +101,7 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
             y = layer(x)
         assert kernels.started["mora_ds.form"] == kernels.started["mora_ds.gather_sum"] == 1
         torch.testing.assert_close(y, F.linear(x, original + delta_weight(layer.spec, square), base.bias))
-    assert {name for name, _ in layer.named_buffers()} >= {"tables.fold", "tables.unfold", "tables.deal"}
+    assert {name for name, _ in layer.named_buffers()} >= {"tables.fold", "tables.unfold", "tables.spread"}
     assert not layer.state_dict().keys() & {"tables.fold", "weight"}
     assert layer.to(torch.bfloat16).tables.fold.dtype is torch.int32
     with Kernels() as kernels:

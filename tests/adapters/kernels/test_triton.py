@@ -90,9 +90,9 @@ def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict
     return {
         "fold": plan(z, x, tables.fold, *rotation, False, add=False),
         "collect": plan(c, g, tables.collect, None, None, False, add=False),
-        "deal": plan(g, z, tables.deal, None, None, False, add=False),
+        "spread": plan(g, z, tables.spread, None, None, False, add=False),
         "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
-        "add deal": plan(g, z, tables.deal, None, None, False, add=True),
+        "add spread": plan(g, z, tables.spread, None, None, False, add=True),
         "form": form,
         "product": triton_ops.plan_product(partial_sums, c.view(TOKENS, -1, side), z.view(TOKENS, -1, side)),
         "sum_parts": triton_ops.plan_sum_parts(square, partial_sums),

@@ -109,7 +109,7 @@ def test_layers_that_write_to_the_same_memory_keep_their_bits(
     kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three layers of other shapes one after the other, forward and backward, in inference mode before."""
-    monkeypatch.setattr(gather, "_kept", gather._Kept())
+    monkeypatch.setattr(gather, "_scratch", gather._Scratch())
     specs = [OperatorSpec(kind, d_in, d_out, 6, Grouping.PERMUTED, 1) for d_in, d_out in ((16, 12), (12, 20), (20, 16))]
     weights = [random(spec.d_out, spec.d_in, seed=spec.d_in) for spec in specs]
     x = random(7, 16).requires_grad_()
@@ -149,7 +149,7 @@ def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
     assert gather.scratch("test", like, 5, 2).data_ptr() not in addresses, "autograd records"
     with torch.no_grad():
         gather.scratch("large", like, 2**24 + 1)
-    assert ("large", torch.float32) not in gather._kept.memory, "more than 64 MiB are not kept"
+    assert ("large", torch.float32) not in gather._scratch.memory, "more than 64 MiB are not kept"
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
