@@ -3,8 +3,8 @@
     fold     x (D) -> z (N R)   the inputs that are summed at each position          unfold   its transpose
     spread   u (N R) -> y (O)   the positions of u that are summed at each output    collect  its transpose
 
-Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `spread`. All
-else follows from the maps: the operator's delta and gradients (`mora`), its kernels, its windows for tensor parallelism.
+Compression is `fold`, for rotate followed by a rotation of each block (`rope_table`); decompression is `spread`. The
+operator's delta and gradients (`mora`), its kernels and its windows for tensor parallelism follow from the maps.
 Another operator is one more entry of `OPERATORS`, with one function that makes its `fold` and `collect`.
 
 The tables hold indices only, no arithmetic. Permutations are folded into them, so that a permuted operator costs no
