@@ -99,6 +99,8 @@ class FakeCuda(TorchDispatchMode):
                 return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)
         if func is torch.ops.aten.copy_.default and args[0].device.type != args[1].device.type:
             self._check_copy(args[1], args[0].device, args[2:] == (True,))
+            if args[0].is_cuda and args[0].itemsize > args[1].itemsize:
+                raise Fault(f"{tuple(args[1].shape)} is cast to {args[0].dtype} on the host before it is copied")
             return args[0]
         if device.type == "cpu" and not any(tensor.is_cuda for tensor in tensors):
             return func(*args, **kwargs)

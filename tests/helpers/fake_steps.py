@@ -158,7 +158,7 @@ def step(model: Any, settings: dict[str, Any], first: int) -> None:
 
 def merge(layer: Any) -> None:
     square = layer.unshard(layer.value.detach()).float()
-    norms = merge_layer(layer, torch.randn(layer.shape), [(layer.spec, square)], square)
+    norms = merge_layer(layer, torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square)
     assert {norm.device for norm in norms} == {CUDA}
 
 
