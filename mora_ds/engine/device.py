@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sysconfig
 from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from mora_ds.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +32,30 @@ class BaseDevice(str, Enum):
     AUTO = "auto"
     DEVICE = "device"
     HOST = "host"
+
+
+def take_device(local_rank: int) -> None:
+    """Choose the device of this process, before anything is placed. Raises `UserError` where it does not see the GPU
+    of its rank, and where triton, whose first kernel compiles its launcher, would find no C compiler or no header."""
+    accelerator = get_accelerator()
+    if not is_cpu():
+        count = accelerator.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, and this process sees {count} GPUs: every process of a node must see all "
+                "of its GPUs (Slurm: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
+            )
+        if find_spec("triton") is not None:  # the layers' kernels are written in it
+            _check_compiler()
+    accelerator.set_device(local_rank)
+
+
+def _check_compiler() -> None:
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not (os.environ.get("CC") or which("gcc") or which("clang")):
+        raise UserError("the GPU's kernels (triton) need a C compiler: install gcc, or name one by the variable CC")
+    if not header.is_file():
+        raise UserError(f"the GPU's kernels (triton) need {header}: install python3-dev, or what brings it here")
 
 
 def make_deterministic() -> None:

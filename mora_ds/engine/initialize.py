@@ -29,7 +29,7 @@ from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
-from mora_ds.engine.device import current_device, is_cpu
+from mora_ds.engine.device import current_device, is_cpu, take_device
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
@@ -49,15 +49,15 @@ logger = logging.getLogger(__name__)
 def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
-    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started, and where the port by
-    which ranks find each other is in use.
+    `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started, where the port by which
+    ranks find each other is in use, and as `take_device` does.
     """
     if not dist.is_initialized():
         _require_launcher()
     zero.prepare_backend(verbose)
     _share_cores()
-    # Each process sees all devices of its node; DeepSpeed's engine picks one, but too late for the base and for NCCL.
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # DeepSpeed's engine picks the same device, but too late for the base and for NCCL.
+    take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine import device
-from mora_ds.engine.device import DETERMINISTIC, make_deterministic, warn_of_slow_precision
+from mora_ds.engine.device import DETERMINISTIC, make_deterministic, take_device, warn_of_slow_precision
 from mora_ds.engine.ds_config import complete_ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, run
@@ -64,3 +65,47 @@ def test_torchs_fused_adam_is_a_key() -> None:
     assert refused(fused=True) == refused(fused=False, foreach=True) == ""
     assert "optimizer.params.fused is for torch's AdamW" in refused(fused=True, foreach=True)
     assert "optimizer.params.fused is for torch's AdamW" in refused(fused=True, torch_adam=False)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[int]:
+    """Two of them, with all that triton needs; the one that is taken is put into the list."""
+    taken: list[int] = []
+    stand_in = SimpleNamespace(
+        device_count=lambda: 2,
+        device_name=lambda: "cuda",
+        set_device=taken.append,
+    )
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(device, "get_accelerator", lambda: stand_in)
+    monkeypatch.setattr(device, "find_spec", lambda name: name)
+    monkeypatch.setattr(device.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(device, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    monkeypatch.delenv("CC", raising=False)
+    return taken
+
+
+def test_a_process_takes_the_gpu_of_its_rank(gpus: list[int]) -> None:
+    take_device(1)
+    assert gpus == [1]
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 2, .* sees 2 GPUs: .*--gpus-per-node"):
+        take_device(2)
+
+
+def test_what_triton_compiles_with_is_there_before_anything_is_placed(
+    gpus: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "Python.h").unlink()
+    with pytest.raises(UserError, match=r"triton.*need .*Python\.h: install python3-dev"):
+        take_device(0)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(device, "which", lambda name: None)
+    with pytest.raises(UserError, match="need a C compiler: install gcc"):
+        take_device(0)
+    assert not gpus
+    monkeypatch.setenv("CC", "/opt/cc")
+    take_device(0)
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    take_device(1)
+    assert gpus == [0, 1]
