@@ -1,7 +1,7 @@
 """Settings of the test processes, the order of the test files, and the fixture that many of them share.
 
 The environment is set before any test imports torch: one thread a process (the distributed tests start several), the
-CPU accelerator, nothing from the network.
+CPU accelerator unless GPU tests are asked for, nothing from the network.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from tests.helpers.jobs import Playground
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """DeepSpeed's accelerator: the CPU, but for `pytest -m gpu`, which takes the one that is there."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mora_ds.common.files import read_json
+from tests import conftest
 from tests.helpers.gloo import run_ranks
 from tests.helpers.tools import call, tool
 
@@ -54,6 +58,29 @@ def test_every_question_runs_at_toy_size(tmp_path: Path) -> None:
 def test_every_question_runs_on_a_gpu(tmp_path: Path) -> None:
     (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
     check(tables, "none")
+
+
+def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for what torch does on CUDA."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with tool("bench/gpu")._waits(torch.device("cuda")) as waits:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    assert waits == ["2: called a synchronizing CUDA operation"]
+    assert modes == ["warn", "default"]
+    with tool("bench/gpu")._waits(torch.device("cuda")) as waits:
+        warnings.warn("something else", stacklevel=1)
+    assert waits == ["none"]
+
+
+@pytest.mark.parametrize(("asked", "accelerator"), [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")])
+def test_gpu_tests_alone_take_the_accelerator_that_is_there(
+    asked: str, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR")
+    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=asked)))  # type: ignore[arg-type]
+    assert os.environ.get("DS_ACCELERATOR") == accelerator
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -4,11 +4,12 @@
     python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
-    operators   every operator, grouping, dtype and path against fp64 on the CPU; merges: the bits of the CPU
+    operators   the kernels of every operator, grouping, dtype and path against plain torch in fp64 on the CPU; merges:
+                the bits of the CPU
     gather      the operations of `adapters/kernels` against plain torch, in GB/s
     attention   by documents against a dense mask: time, and what leaks from one document to another (0)
-    step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and whether the host waits inside a
-                micro-batch, which on a GPU is an error (torch.cuda.set_sync_debug_mode)
+    step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and how often the host waits inside a
+                micro-batch (torch.cuda.set_sync_debug_mode)
     memory      one rank under ZeRO-3: planned against what the card's allocator saw
     resume      a run that is saved and resumed, against the uninterrupted one, to the bit, as --deterministic has it
 
@@ -21,8 +22,10 @@ import argparse
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -38,6 +41,7 @@ from transformers import AutoModelForCausalLM
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.kernels import ops
+from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.linear import Compute, mora_linear
@@ -95,13 +99,15 @@ def operators(options: argparse.Namespace, report: Report) -> None:
     rows = [["operator", "dtype", "path", "error of y", "of x's gradient", "of M's gradient", "merge"]]
     for spec in _specs(options):
         x, weight, square = (torch.randn(*shape, dtype=torch.float64) for shape in _shapes(spec, options))
-        wanted = _product(spec, x, weight, square, Compute.ACTIVATION)
+        by_torch = partial(mora_linear, spec=spec, path=Compute.ACTIVATION)
+        wanted = _product(by_torch, x, weight, square)
+        tables = KernelTables(spec, options.device)
         merged = delta_weight(spec, square.float())
         same = torch.equal(delta_weight(spec, square.float().to(options.device)).cpu(), merged)
         for dtype in DTYPES:
             there = x.to(options.device, dtype), weight.to(options.device, dtype), square.to(options.device, dtype)
             for path in PATHS:
-                results = _product(spec, *there, path)
+                results = _product(partial(kernel_linear, tables=tables, path=path), *there)
                 errors = [
                     f"{(a.double().cpu() - b).norm() / b.norm():.1e}" for a, b in zip(results, wanted, strict=True)
                 ]
@@ -162,19 +168,12 @@ def step(options: argparse.Namespace, report: Report) -> None:
         engine = _engine(options, stage)
         ids = _ids(options)
         _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
-        waits = "none" if options.device.type == "cuda" else "only a GPU can say"
-        with _waits_are_errors(options.device):
-            try:
-                loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
-                engine.backward(loss)
-            except RuntimeError as error:
-                if "synchroniz" not in str(error):
-                    raise
-                waits = str(error).splitlines()[0]
+        with _waits(options.device) as waits:
+            engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
         seconds = _seconds(lambda e=engine, i=ids: _train(e, i, 1), options)  # type: ignore[misc]
         peak = torch.cuda.max_memory_reserved() / 2**30 if options.device.type == "cuda" else float("nan")
-        rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", waits])
+        rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", *waits])
         engine.destroy()
     report.show("step", rows)
 
@@ -270,11 +269,11 @@ def _tokens(options: argparse.Namespace) -> int:
     return 64 if options.toy else 4096
 
 
-def _product(spec: OperatorSpec, x: Tensor, weight: Tensor, square: Tensor, path: Compute) -> tuple[Tensor, ...]:
+def _product(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, square: Tensor) -> tuple[Tensor, ...]:
     """y, and the gradients of x and M for a gradient of one everywhere."""
     x = x.detach().requires_grad_()
     square = square.detach().requires_grad_()
-    y = mora_linear(x, weight, None, square, spec, path)
+    y = layer(x, weight, None, square)
     return y.detach(), *torch.autograd.grad(y.sum(), (x, square))
 
 
@@ -298,7 +297,9 @@ def _engine(options: argparse.Namespace, stage: int, config: MoRAConfig | None =
 
 
 def _settings(options: argparse.Namespace, stage: int) -> dict[str, Any]:
-    return zero3_config(1, zero_optimization={"stage": stage}, bf16={"enabled": options.device.type == "cuda"})
+    # One process gathers nothing: DeepSpeed would make the host wait for what it does in place of it.
+    persistent = {"stage": stage, "stage3_param_persistence_threshold": 10**9}
+    return zero3_config(1, zero_optimization=persistent, bf16={"enabled": options.device.type == "cuda"})
 
 
 def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
@@ -322,15 +323,23 @@ def _one_rank() -> None:
 
 
 @contextmanager
-def _waits_are_errors(device: torch.device) -> Iterator[None]:
+def _waits(device: torch.device) -> Iterator[list[str]]:
+    """A list that says, at the end, how often the host has waited for the device. Torch warns of each wait; as an error
+    it would leave DeepSpeed's engine in the midst of a micro-batch."""
+    text: list[str] = []
     if device.type != "cuda":
-        yield
+        yield text
+        text.append("only a GPU can say")
         return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield text
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    text.append(f"{len(waits)}: {waits[0].splitlines()[0]}" if waits else "none")
 
 
 def _name(device: torch.device) -> str:

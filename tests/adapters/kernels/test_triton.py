@@ -38,9 +38,9 @@ REGISTERS = 65536
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def interpret(start: int, step: int) -> int:
-    """Runs a slice of the operators in the interpreter; how many they were."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+def interpret(start: int, step: int, interpreted: str = "1") -> int:
+    """Runs a slice of the operators in the interpreter, with "0" on a GPU; how many they were."""
+    environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted", str(start), str(step)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -57,6 +57,12 @@ def test_kernels_return_what_plain_torch_returns() -> None:
 @pytest.mark.parametrize("start", range(SLICES))
 def test_every_operator_grouping_and_shape(start: int) -> None:
     assert interpret(start, SLICES) == len(list(specs())[start::SLICES])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu() -> None:
+    assert interpret(0, 1, interpreted="0") == len(list(specs()))
 
 
 # -- machine code -----------------------------------------------------------------------------------------------------
