@@ -47,591 +47,484 @@ class Mutation:
         return "" if count == 1 else f"the anchor is {count} times in mora_ds/{self.file}: {self.old!r}"
 
 
-MUTATIONS = (
-    Mutation(
-        "moments are not reset at a merge",
-        "remora/merge.py",
-        "zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()])",
-        "pass",
-        ("remora/test_merge.py",),
-    ),
-    Mutation(
-        "permutations are the same in every cycle",
-        "adapters/config.py",
-        "permutation_seed(self.seed, layer, cycle) if grouping",
-        "permutation_seed(self.seed, layer, 0) if grouping",
-        ("adapters", "remora/test_merge.py"),
-    ),
-    Mutation(
-        "the mean over tokens is a mean of ranks' means",
-        "train/trainer.py",
-        "total_labels = max(self._next_labels, 1.0)",
-        "total_labels = max(labels_in(batch) * self.replica.world, 1.0)",
-        ("train/test_pretrain.py",),
-    ),
-    Mutation(
-        "a base is cast late although other tensors depend on its dtype",
-        "models/load.py",
-        "    return stored if one == other else dtype",
-        "    return stored",
-        ("models/test_load.py",),
-    ),
-    Mutation(
-        "the rule of paths counts the work over activations once",
-        "adapters/ops/linear.py",
-        "moved = 2 * tokens * (d_in + d_out)",
-        "moved = tokens * (d_in + d_out)",
-        ("adapters/ops/test_linear.py",),
-    ),
-    Mutation(
-        "a resumed run does not say that its layers take other paths",
-        "train/job.py",
-        "if before and counted(before) != counted(tokens):",
-        "if False:",
-        ("train/test_compute_run.py",),
-    ),
-    Mutation(
-        "the rotation's sines are those of the CPU",
-        "adapters/ops/index_tables.py",
-        "return cos.float().to(device, dtype), sin.float().to(device, dtype)",
-        "return cos.acos().float().cos().to(device, dtype), sin.float().to(device, dtype)",
-        ("adapters/ops/test_mora.py",),
-    ),
-    Mutation(
-        "hashes of files are not compared",
-        "common/files.py",
-        "if sha256 is not None and sha256_file(path) != sha256:",
-        "if sha256 is not None and not sha256_file(path):",
-        ("checkpoint/test_damage.py", "remora/test_ledger.py"),
-    ),
-    Mutation(
-        "the live weight is rounded twice",
-        "adapters/ops/delta.py",
-        "dtype=torch.float32, device=device).copy_(original)",
-        "dtype=torch.float32, device=device).copy_(original.to(dtype))",
-        ("remora/test_ledger.py",),
-    ),
-    Mutation(
-        "blocks are packed one token too far apart",
-        "data/packing.py",
-        "start = index * self.seq_len\n",
-        "start = index * (self.seq_len + 1)\n",
-        ("data/test_packing.py",),
-    ),
-    Mutation(
-        "evaluation counts some blocks twice",
-        "data/packing.py",
-        "self.block(index) if index < self.n_blocks else padding for index",
-        "self.block(index % self.n_blocks) for index",
-        ("data/test_packing.py", "eval/test_perplexity.py"),
-    ),
-    Mutation(
-        "the limit of evaluation batches is one of each rank",
-        "train/evaluator.py",
-        "if round_ * count + index >= limit:",
-        "if round_ + index >= limit * count:",
-        ("train/test_evaluator.py",),
-    ),
-    Mutation(
-        "the re-warmup is one step short",
-        "remora/schedule.py",
-        "(step - merged_at + 1) / (self.restart_warmup_steps + 1)",
-        "(step - merged_at + 2) / (self.restart_warmup_steps + 1)",
-        ("remora/test_schedule.py",),
-    ),
-    Mutation(
-        "the last cycle is left out of an export",
-        "deploy/export.py",
-        "updates = [*self.ledger.squares_of(entry.module), (entry",
-        "updates = [*list(self.ledger.squares_of(entry.module))[:-1], (entry",
-        ("deploy/test_export.py",),
-    ),
-    Mutation(
-        "rows of a batch get each other's adapters",
-        "research/bank.py",
-        "which = [users.index(str(names[row])) for row in rows]",
-        "which = [users.index(str(names[row])) for row in rows[::-1]]",
-        ("research/test_bank.py",),
-    ),
-    Mutation(
-        "the chain of hashes is not checked",
-        "remora/ledger.py",
-        "if record.chain != chain:",
-        "if not record.chain:",
-        ("remora/test_ledger.py",),
-    ),
-    Mutation(
-        "a merge comes before the checkpoint of its step",
-        "train/trainer.py",
-        "if state.merge_pending and self._save_is_due:",
-        "if False:",
-        ("train/test_beside.py",),
-    ),
-    Mutation(
-        "a merge may come between a backward pass and its step",
-        "train/run.py",
-        " or self._gradient_of == self.engine.micro_steps:",
-        ":",
-        ("train/test_run_calls.py",),
-    ),
-    Mutation(
-        "a request to stop is not heard",
-        "train/trainer.py",
-        "self._stop_asked |= requests.item() > 0",
-        "self._stop_asked |= requests.item() < 0",
-        ("runtime/test_signals.py",),
-    ),
-    Mutation(
-        "the checksum of base tensors is not in the fingerprint",
-        "models/base.py",
-        "{shape} {tensor_checksum(tensor):016x}",
-        "{shape} {0:016x}",
-        ("models/test_base.py",),
-    ),
-    Mutation(
-        "micro-batches of different ranks are swapped",
-        "train/loader.py",
-        "first = (index * self.replica.count + self.replica.index) * size",
-        "first = (self.replica.index * self.training.gradient_accumulation_steps + index) * size",
-        ("train/test_loader.py",),
-    ),
-    Mutation(
-        "the tail of a stream is dropped",
-        "data/stream_source.py",
-        "if self._available > 1:",
-        "if self._available > self.seq_len:",
-        ("data/test_stream.py",),
-    ),
-    Mutation(
-        "Muon's learning rate is ignored",
-        "config/training.py",
-        "return MUON_LEARNING_RATE if self.optimizer == OptimizerKind.MUON.value else ADAMW_LEARNING_RATE",
-        "return ADAMW_LEARNING_RATE",
-        ("config/test_settings.py",),
-    ),
-    Mutation(
-        "a stale copy of a tied weight is exported",
-        "deploy/export.py",
-        "if key in used or key not in run.reference.keys:",
-        "if key:",
-        ("deploy/test_export.py",),
-    ),
-    Mutation(
-        "int8 scales are those of the columns",
-        "adapters/ops/int8.py",
-        "least, most = torch.aminmax(chunk, dim=1)",
-        "least, most = torch.aminmax(chunk.view(chunk.shape[::-1]).T, dim=1)",
-        ("adapters/ops/test_int8.py",),
-    ),
-    Mutation(
-        "merged cycles beside 4 bits have no input gradient",
-        "adapters/nf4.py",
-        "return add_terms_gradient_(g @ self._original(g.dtype), self.terms, g)",
-        "return g @ self._original(g.dtype)",
-        ("adapters/test_nf4.py",),
-    ),
-    Mutation(
-        "a tensor-parallel window is shifted by one input",
-        "parallel/windows.py",
-        "inside = (table >= start) & (table < stop)",
-        "inside = (table > start) & (table <= stop)",
-        ("parallel/test_windows.py",),
-    ),
-    Mutation(
-        "the share of replayed text is ignored",
-        "config/mixture.py",
-        "tuple({**scaled, **shares}[source.name] for",
-        "tuple({**shares, **scaled}.get(source.name, 1.0) for",
-        ("data/test_mixture.py",),
-    ),
-    # those that the tests did not notice once
-    Mutation(
-        "small token caches are not read through",
-        "data/cache.py",
-        "if not contents or sum(sizes.values()) > HASHED_BYTES:",
-        "if not contents or sum(sizes.values()) > 0:",
-        ("data/test_cache_damage.py",),
-    ),
-    Mutation(
-        "elements that two shards hold are accepted",
-        "engine/shards.py",
-        "holes = reached != first if once else reached < first",
-        "holes = reached < first",
-        ("checkpoint/test_verify.py",),
-    ),
-    Mutation(
-        "rows of a replica are never compared",
-        "train/loader.py",
-        "if self.processes_per_replica > 1 and not self._rows_checked:",
-        "if self.processes_per_replica < 1:",
-        ("parallel/test_tensor_parallel_run.py", "parallel/test_ulysses_checks.py", "parallel/test_ulysses_run.py"),
-    ),
-    Mutation(
-        "the folder of a checkpoint is not flushed before its name",
-        "checkpoint/writer.py",
-        "        sync_folders(beside)\n",
-        "",
-        ("checkpoint/test_writer.py",),
-    ),
-    Mutation(
-        "the folder of all checkpoints is not flushed after the rename",
-        "checkpoint/writer.py",
-        "        files.fsync(self.root)\n",
-        "",
-        ("checkpoint/test_writer.py",),
-    ),
-    # -- faults that were mended ---------------------------------------------------------------------------------------
-    Mutation(
-        "a base that is changed during the run is not noticed",
-        "models/base.py",
-        "for path, before in self.stamps.items() if stamp(path) != before]",
-        "for path, before in self.stamps.items() if not before]",
-        ("models/test_base.py", "train/test_base_watch.py"),
-    ),
-    Mutation(
-        "auto goes on from a checkpoint after the one that latest names",
-        "checkpoint/layout.py",
-        "        folders = folders[: named[-1]]\n",
-        "        pass\n",
-        ("checkpoint/test_resume_checks.py",),
-    ),
-    Mutation(
-        "ranks without a saved random state draw the same masks",
-        "checkpoint/writer.py",
-        'f"{seed}/{state.step}/{rank}"',
-        'f"{seed}/{state.step}"',
-        ("checkpoint/test_resume_checks.py",),
-    ),
-    Mutation(
-        "a folder gets its name before its files are on disk",
-        "common/files.py",
-        "            yield partial\n            fsync_tree(partial)\n",
-        "            yield partial\n",
-        ("common/test_files.py",),
-    ),
-    Mutation(
-        "an old checkpoint that cannot be deleted ends the run",
-        "checkpoint/layout.py",
-        "        os.rename(folder, gone)\n    except OSError as error:",
-        "        os.rename(folder, gone)\n    except FileNotFoundError as error:",
-        ("checkpoint/test_folder.py",),
-    ),
-    Mutation(
-        "a hash is of the first 4 MiB alone",
-        "common/files.py",
-        "        while block := file.read(1 << 22):\n            digest.update(block)\n",
-        "        digest.update(file.read(1 << 22))\n",
-        ("common/test_files.py",),
-    ),
-    Mutation(
-        "an average takes checkpoints after the one that is named",
-        "deploy/combine.py",
-        "for folder in known if step_of(folder) <= step_of(newest)]",
-        "for folder in known]",
-        ("deploy/test_combine.py",),
-    ),
-    Mutation(
-        "logits of an export in 16 bits may differ twice as much",
-        "deploy/logits_check.py",
-        "2 * torch.finfo(dtype).eps *",
-        "4 * torch.finfo(dtype).eps *",
-        ("deploy/test_logits_check.py",),
-    ),
-    Mutation(
-        "links inside a checkpoint are followed",
-        "common/untrusted.py",
-        "elif stat.S_ISLNK(mode):",
-        "elif stat.S_ISLNK(mode) and not child.path:",
-        ("checkpoint/test_crafted.py",),
-    ),
-    Mutation(
-        "a pipe in a checkpoint is read",
-        "common/untrusted.py",
-        "elif not stat.S_ISREG(mode):",
-        "elif stat.S_ISBLK(mode):",
-        ("checkpoint/test_crafted.py",),
-    ),
-    Mutation(
-        "what a line unpacks to has no limit",
-        "data/readers.py",
-        "line = stream.readline(LINE_BYTES + 1)",
-        "line = stream.readline()",
-        ("data/test_corpus.py",),
-    ),
-    Mutation(
-        "pickled weights are kept in the precision of the run",
-        "models/load.py",
-        "if torch.promote_types(stored, dtype) != dtype:",
-        "if torch.promote_types(stored, dtype) != dtype and not own_base:",
-        ("models/test_load.py",),
-    ),
-    Mutation(
-        "the place of the merged model is looked at after training",
-        "train/output_folder.py",
-        "            check_merged(self.folder / MERGED_FOLDER)\n",
-        "            pass\n",
-        ("train/test_output_folder.py",),
-    ),
-    Mutation(
-        "a text may stand where a number belongs",
-        "common/untrusted.py",
-        "if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):",
-        "if isinstance(value, bool) and hint is not bool:",
-        ("checkpoint/test_crafted.py",),
-    ),
-    Mutation(
-        "step counts that differ between two shards are accepted",
-        "engine/shards.py",
-        "if first is not None and counts != first:",
-        "if first is None and counts == first:",
-        ("engine/test_shards.py",),
-    ),
-    Mutation(
-        "a full disk in TensorBoard's thread is a raw error",
-        "train/trackers.py",
-        "        with disk_errors(self._folder):\n            for tag, value in numbers.items():",
-        "        if self._folder:\n            for tag, value in numbers.items():",
-        ("train/test_metrics.py",),
-    ),
-    Mutation(
-        "secrets of the DeepSpeed file are written",
-        "train/run_file.py",
-        'masked(value) if name == "deepspeed" else value for name',
-        "value for name",
-        ("train/test_run_file.py",),
-    ),
-    Mutation(
-        "an own base is private whatever the umask is",
-        "models/base.py",
-        '            path.chmod((partial / "config.json").stat().st_mode)\n',
-        "            del path\n",
-        ("train/test_output_run.py",),
-    ),
-    Mutation(
-        "a disk that hangs in the background is forgotten",
-        "checkpoint/writer.py",
-        "if thread.is_alive() and timeout_s is not None:",
-        "if thread.is_alive():",
-        ("checkpoint/test_async_save.py",),
-    ),
-    Mutation(
-        "a rank that fails between two checks does not say so",
-        "runtime/ranks.py",
-        "        self._meet(None, None, error)\n",
-        "",
-        ("runtime/test_ranks.py", "train/test_agreement.py"),
-    ),
-    Mutation(
-        "settings are not compared",
-        "runtime/ranks.py",
-        "if self.world == 1 or self._is_equal(_number(json.dumps(mine, sort_keys=True))):",
-        "if mine is not None:",
-        ("train/test_agreement.py",),
-    ),
-    Mutation(
-        "a file that shared storage shows late is not waited for",
-        "common/files.py",
-        "    while problem := file_problem(path, size, None):\n        if time.monotonic() > deadline:",
-        "    if problem := file_problem(path, size, None):\n        if deadline:",
-        ("common/test_files.py",),
-    ),
-    Mutation(
-        "an input inside the output folder is taken",
-        "train/inputs.py",
-        "if any(place == real or place in real.parents for place in places):",
-        "if not real.exists():",
-        ("train/test_inputs.py",),
-    ),
-    Mutation(
-        "a folder with names of a run and no run is taken",
-        "train/output_folder.py",
-        "if present and not (holds_run(folder) or",
-        "if present and (holds_run(folder) or",
-        ("train/test_output_folder.py",),
-    ),
-    Mutation(
-        "the working directory may be the output folder",
-        "config/training.py",
-        "return not output_dir.strip() or folder in (Path.cwd(), home, *home.parents)",
-        "return folder == home",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "a model folder that one node does not have is waited for",
-        "models/load.py",
-        '    ranks.same("the model", {f"{MODEL_FLAG} is": kind})\n',
-        "    del kind\n",
-        ("train/test_agreement.py",),
-    ),
-    Mutation(
-        "names in a file become paths",
-        "common/untrusted.py",
-        'if text in ("", ".", "..") or "/" in text or "\\\\" in text or not text.isprintable():',
-        'if text == "":',
-        ("checkpoint/test_crafted.py",),
-    ),
-    Mutation(
-        "a copy of a checkpoint is taken for a checkpoint",
-        "checkpoint/layout.py",
-        "return _STEP_NAME.fullmatch(name) is not None",
-        "return _STEP_NAME.match(name) is not None",
-        ("checkpoint/test_folder.py",),
-    ),
-    Mutation(
-        "second copies of a matrix survive its reset",
-        "engine/zero.py",
-        "        parameter.ds_secondary_tensor = None\n",
-        "",
-        ("engine/test_second_copies.py",),
-    ),
-    Mutation(
-        "a JSON line takes many times its size",
-        "data/readers.py",
-        "        return json.loads(line.decode())\n",
-        '        return json.loads("".join(list(line.decode())))\n',
-        ("data/test_corpus.py",),
-    ),
-    Mutation(
-        "the seed of an operator has no bounds",
-        "adapters/ops/mora.py",
-        "if not 0 <= self.seed < 2**32:",
-        "if self.seed < 0:",
-        ("checkpoint/test_crafted.py",),
-    ),
-    Mutation(
-        "whole numbers of any length are taken",
-        "common/errors.py",
-        "_TOO_LARGE = 2**63\n",
-        "_TOO_LARGE = 2**200\n",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "a number of too many digits is a raw error",
-        "common/untrusted.py",
-        '    except ValueError:\n        raise ValueError(f"a number has more than',
-        '    except ArithmeticError:\n        raise ValueError(f"a number has more than',
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "nested brackets are a raw error",
-        "common/untrusted.py",
-        '    except RecursionError:\n        raise ValueError("brackets',
-        '    except ArithmeticError:\n        raise ValueError("brackets',
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "values of the DeepSpeed file are left to DeepSpeed",
-        "engine/ds_config.py",
-        "        problems = _refused_by_deepspeed(resolved)\n",
-        "        problems = []\n",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "a section of the DeepSpeed file may be a number",
-        "engine/ds_config.py",
-        "problems = [*_wrong_shapes(resolved), *take_degree(resolved, degree)]",
-        "problems = [*take_degree(resolved, degree)]",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "a tokenizer that cannot be loaded is a raw error",
-        "data/tokenizer.py",
-        "    except Exception as error:  # the tokenizers library",
-        "    except OSError as error:  # the tokenizers library",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "a config that makes no model is a raw error",
-        "models/load.py",
-        'raise UserError(f"{flag} {folder}: its config.json cannot be used: {reason(error)}") from error',
-        "raise",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "an index may name its shards by lists",
-        "models/base.py",
-        '    weight_map = typed(dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map")\n',
-        "",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "an empty folder of text is no match",
-        "data/corpus.py",
-        "if os.path.isdir(os.path.expanduser(pattern)):",
-        "if not pattern:",
-        ("config/test_bad_launches.py",),
-    ),
-    Mutation(
-        "plan names a flag that was not given",
-        "models/load.py",
-        "return read_model_config(path, flag=flag)",
-        "return read_model_config(path)",
-        ("config/test_bad_tool_calls.py",),
-    ),
-    Mutation(
-        "ranks that are left are not waited for",
-        "train/output_folder.py",
-        "    while not _takes(file, fcntl.LOCK_EX, _OTHERS):\n",
-        "    while False:\n",
-        ("train/test_output_folder.py",),
-    ),
-    Mutation(
-        "rank 0 alone holds the output folder",
-        "train/pretrain.py",
-        "            join(root)\n",
-        "            pass\n",
-        ("train/test_output_run.py",),
-    ),
-    Mutation(
-        "a pipe below /dev/shm is read",
-        "common/untrusted.py",
-        'return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")',
-        'return path.parts[:2] == ("/", "dev")',
-        ("common/test_files.py",),
-    ),
-    Mutation(
-        "a tokenizer is not tried where it is loaded",
-        "data/tokenizer.py",
-        '        tokenizer("a")  # which',
-        "        # which",
-        ("config/test_bad_tool_calls.py",),
-    ),
-    Mutation(
-        "layers that no file has are made",
-        "models/load.py",
-        '"num_hidden_layers", 0)) > count:',
-        '"num_hidden_layers", 0)) > MAX_LAYERS:',
-        ("config/test_bad_tool_calls.py",),
-    ),
-    Mutation(
-        "tools take a model that lacks weights",
-        "models/load.py",
-        "        if info.get(what):\n",
-        "        if info.get(what) and flag == MODEL_FLAG:\n",
-        ("config/test_bad_tool_calls.py",),
-    ),
-    Mutation(
-        "experts are imported before ranks meet",
-        "adapters/experts.py",
-        "import torch.nn.functional as F\n",
-        "import torch.nn.functional as F\nimport transformers.integrations.moe\n",
-        ("test_imports.py",),
-    ),
-    Mutation(
-        "a product of low rank that is weighted twice in a sum",
-        "adapters/low_rank_embeddings.py",
-        "low[tokens:].double()]",
-        "low[tokens:].double() * weight]",
-        ("adapters/test_embeddings.py",),
-    ),
-    Mutation(
-        "a tied head has a product of its own",
-        "adapters/low_rank_embeddings.py",
-        "head_values = values if tied else",
-        "head_values =",
-        ("adapters/test_embeddings.py",),
-    ),
-)
+FAULTS = r"""
+# moments are not reset at a merge
+remora/merge.py | remora/test_merge.py
+-zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()])
++pass
+
+# permutations are the same in every cycle
+adapters/config.py | adapters remora/test_merge.py
+-permutation_seed(self.seed, layer, cycle) if grouping
++permutation_seed(self.seed, layer, 0) if grouping
+
+# the mean over tokens is a mean of ranks' means
+train/trainer.py | train/test_pretrain.py
+-total_labels = max(self._next_labels, 1.0)
++total_labels = max(labels_in(batch) * self.replica.world, 1.0)
+
+# a base is cast late although other tensors depend on its dtype
+models/load.py | models/test_load.py
+-    return stored if one == other else dtype
++    return stored
+
+# the rule of paths counts the work over activations once
+adapters/ops/linear.py | adapters/ops/test_linear.py
+-moved = 2 * tokens * (d_in + d_out)
++moved = tokens * (d_in + d_out)
+
+# a resumed run does not say that its layers take other paths
+train/job.py | train/test_compute_run.py
+-if before and counted(before) != counted(tokens):
++if False:
+
+# the rotation's sines are those of the CPU
+adapters/ops/index_tables.py | adapters/ops/test_mora.py
+-return cos.float().to(device, dtype), sin.float().to(device, dtype)
++return cos.acos().float().cos().to(device, dtype), sin.float().to(device, dtype)
+
+# hashes of files are not compared
+common/files.py | checkpoint/test_damage.py remora/test_ledger.py
+-if sha256 is not None and sha256_file(path) != sha256:
++if sha256 is not None and not sha256_file(path):
+
+# the live weight is rounded twice
+adapters/ops/delta.py | remora/test_ledger.py
+-dtype=torch.float32, device=device).copy_(original)
++dtype=torch.float32, device=device).copy_(original.to(dtype))
+
+# blocks are packed one token too far apart
+data/packing.py | data/test_packing.py
+-start = index * self.seq_len
+-
++start = index * (self.seq_len + 1)
++
+
+# evaluation counts some blocks twice
+data/packing.py | data/test_packing.py eval/test_perplexity.py
+-self.block(index) if index < self.n_blocks else padding for index
++self.block(index % self.n_blocks) for index
+
+# the limit of evaluation batches is one of each rank
+train/evaluator.py | train/test_evaluator.py
+-if round_ * count + index >= limit:
++if round_ + index >= limit * count:
+
+# the re-warmup is one step short
+remora/schedule.py | remora/test_schedule.py
+-(step - merged_at + 1) / (self.restart_warmup_steps + 1)
++(step - merged_at + 2) / (self.restart_warmup_steps + 1)
+
+# the last cycle is left out of an export
+deploy/export.py | deploy/test_export.py
+-updates = [*self.ledger.squares_of(entry.module), (entry
++updates = [*list(self.ledger.squares_of(entry.module))[:-1], (entry
+
+# rows of a batch get each other's adapters
+research/bank.py | research/test_bank.py
+-which = [users.index(str(names[row])) for row in rows]
++which = [users.index(str(names[row])) for row in rows[::-1]]
+
+# the chain of hashes is not checked
+remora/ledger.py | remora/test_ledger.py
+-if record.chain != chain:
++if not record.chain:
+
+# a merge comes before the checkpoint of its step
+train/trainer.py | train/test_beside.py
+-if state.merge_pending and self._save_is_due:
++if False:
+
+# a merge may come between a backward pass and its step
+train/run.py | train/test_run_calls.py
+- or self._gradient_of == self.engine.micro_steps:
++:
+
+# a request to stop is not heard
+train/trainer.py | runtime/test_signals.py
+-self._stop_asked |= requests.item() > 0
++self._stop_asked |= requests.item() < 0
+
+# the checksum of base tensors is not in the fingerprint
+models/base.py | models/test_base.py
+-{shape} {tensor_checksum(tensor):016x}
++{shape} {0:016x}
+
+# micro-batches of different ranks are swapped
+train/loader.py | train/test_loader.py
+-first = (index * self.replica.count + self.replica.index) * size
++first = (self.replica.index * self.training.gradient_accumulation_steps + index) * size
+
+# the tail of a stream is dropped
+data/stream_source.py | data/test_stream.py
+-if self._available > 1:
++if self._available > self.seq_len:
+
+# Muon's learning rate is ignored
+config/training.py | config/test_settings.py
+-return MUON_LEARNING_RATE if self.optimizer == OptimizerKind.MUON.value else ADAMW_LEARNING_RATE
++return ADAMW_LEARNING_RATE
+
+# a stale copy of a tied weight is exported
+deploy/export.py | deploy/test_export.py
+-if key in used or key not in run.reference.keys:
++if key:
+
+# int8 scales are those of the columns
+adapters/ops/int8.py | adapters/ops/test_int8.py
+-least, most = torch.aminmax(chunk, dim=1)
++least, most = torch.aminmax(chunk.view(chunk.shape[::-1]).T, dim=1)
+
+# merged cycles beside 4 bits have no input gradient
+adapters/nf4.py | adapters/test_nf4.py
+-return add_terms_gradient_(g @ self._original(g.dtype), self.terms, g)
++return g @ self._original(g.dtype)
+
+# a tensor-parallel window is shifted by one input
+parallel/windows.py | parallel/test_windows.py
+-inside = (table >= start) & (table < stop)
++inside = (table > start) & (table <= stop)
+
+# the share of replayed text is ignored
+config/mixture.py | data/test_mixture.py
+-tuple({**scaled, **shares}[source.name] for
++tuple({**shares, **scaled}.get(source.name, 1.0) for
+
+# small token caches are not read through
+data/cache.py | data/test_cache_damage.py
+-if not contents or sum(sizes.values()) > HASHED_BYTES:
++if not contents or sum(sizes.values()) > 0:
+
+# elements that two shards hold are accepted
+engine/shards.py | checkpoint/test_verify.py
+-holes = reached != first if once else reached < first
++holes = reached < first
+
+# rows of a replica are never compared
+train/loader.py | parallel/test_tensor_parallel_run.py parallel/test_ulysses_checks.py parallel/test_ulysses_run.py
+-if self.processes_per_replica > 1 and not self._rows_checked:
++if self.processes_per_replica < 1:
+
+# the folder of a checkpoint is not flushed before its name
+checkpoint/writer.py | checkpoint/test_writer.py
+-        sync_folders(beside)
+-
++
+
+# the folder of all checkpoints is not flushed after the rename
+checkpoint/writer.py | checkpoint/test_writer.py
+-        files.fsync(self.root)
+-
++
+
+# a base that is changed during the run is not noticed
+models/base.py | models/test_base.py train/test_base_watch.py
+-for path, before in self.stamps.items() if stamp(path) != before]
++for path, before in self.stamps.items() if not before]
+
+# auto goes on from a checkpoint after the one that latest names
+checkpoint/layout.py | checkpoint/test_resume_checks.py
+-        folders = folders[: named[-1]]
+-
++        pass
++
+
+# ranks without a saved random state draw the same masks
+checkpoint/writer.py | checkpoint/test_resume_checks.py
+-f"{seed}/{state.step}/{rank}"
++f"{seed}/{state.step}"
+
+# a folder gets its name before its files are on disk
+common/files.py | common/test_files.py
+-            yield partial
+-            fsync_tree(partial)
+-
++            yield partial
++
+
+# an old checkpoint that cannot be deleted ends the run
+checkpoint/layout.py | checkpoint/test_folder.py
+-        os.rename(folder, gone)
+-    except OSError as error:
++        os.rename(folder, gone)
++    except FileNotFoundError as error:
+
+# a hash is of the first 4 MiB alone
+common/files.py | common/test_files.py
+-        while block := file.read(1 << 22):
+-            digest.update(block)
+-
++        digest.update(file.read(1 << 22))
++
+
+# an average takes checkpoints after the one that is named
+deploy/combine.py | deploy/test_combine.py
+-for folder in known if step_of(folder) <= step_of(newest)]
++for folder in known]
+
+# logits of an export in 16 bits may differ twice as much
+deploy/logits_check.py | deploy/test_logits_check.py
+-2 * torch.finfo(dtype).eps *
++4 * torch.finfo(dtype).eps *
+
+# links inside a checkpoint are followed
+common/untrusted.py | checkpoint/test_crafted.py
+-elif stat.S_ISLNK(mode):
++elif stat.S_ISLNK(mode) and not child.path:
+
+# a pipe in a checkpoint is read
+common/untrusted.py | checkpoint/test_crafted.py
+-elif not stat.S_ISREG(mode):
++elif stat.S_ISBLK(mode):
+
+# what a line unpacks to has no limit
+data/readers.py | data/test_corpus.py
+-line = stream.readline(LINE_BYTES + 1)
++line = stream.readline()
+
+# pickled weights are kept in the precision of the run
+models/load.py | models/test_load.py
+-if torch.promote_types(stored, dtype) != dtype:
++if torch.promote_types(stored, dtype) != dtype and not own_base:
+
+# the place of the merged model is looked at after training
+train/output_folder.py | train/test_output_folder.py
+-            check_merged(self.folder / MERGED_FOLDER)
+-
++            pass
++
+
+# a text may stand where a number belongs
+common/untrusted.py | checkpoint/test_crafted.py
+-if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
++if isinstance(value, bool) and hint is not bool:
+
+# step counts that differ between two shards are accepted
+engine/shards.py | engine/test_shards.py
+-if first is not None and counts != first:
++if first is None and counts == first:
+
+# a full disk in TensorBoard's thread is a raw error
+train/trackers.py | train/test_metrics.py
+-        with disk_errors(self._folder):
+-            for tag, value in numbers.items():
++        if self._folder:
++            for tag, value in numbers.items():
+
+# secrets of the DeepSpeed file are written
+train/run_file.py | train/test_run_file.py
+-masked(value) if name == "deepspeed" else value for name
++value for name
+
+# an own base is private whatever the umask is
+models/base.py | train/test_output_run.py
+-            path.chmod((partial / "config.json").stat().st_mode)
+-
++            del path
++
+
+# a disk that hangs in the background is forgotten
+checkpoint/writer.py | checkpoint/test_async_save.py
+-if thread.is_alive() and timeout_s is not None:
++if thread.is_alive():
+
+# a rank that fails between two checks does not say so
+runtime/ranks.py | runtime/test_ranks.py train/test_agreement.py
+-        self._meet(None, None, error)
+-
++
+
+# settings are not compared
+runtime/ranks.py | train/test_agreement.py
+-if self.world == 1 or self._is_equal(_number(json.dumps(mine, sort_keys=True))):
++if mine is not None:
+
+# a file that shared storage shows late is not waited for
+common/files.py | common/test_files.py
+-    while problem := file_problem(path, size, None):
+-        if time.monotonic() > deadline:
++    if problem := file_problem(path, size, None):
++        if deadline:
+
+# an input inside the output folder is taken
+train/inputs.py | train/test_inputs.py
+-if any(place == real or place in real.parents for place in places):
++if not real.exists():
+
+# a folder with names of a run and no run is taken
+train/output_folder.py | train/test_output_folder.py
+-if present and not (holds_run(folder) or
++if present and (holds_run(folder) or
+
+# the working directory may be the output folder
+config/training.py | config/test_bad_launches.py
+-return not output_dir.strip() or folder in (Path.cwd(), home, *home.parents)
++return folder == home
+
+# a model folder that one node does not have is waited for
+models/load.py | train/test_agreement.py
+-    ranks.same("the model", {f"{MODEL_FLAG} is": kind})
+-
++    del kind
++
+
+# names in a file become paths
+common/untrusted.py | checkpoint/test_crafted.py
+-if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
++if text == "":
+
+# a copy of a checkpoint is taken for a checkpoint
+checkpoint/layout.py | checkpoint/test_folder.py
+-return _STEP_NAME.fullmatch(name) is not None
++return _STEP_NAME.match(name) is not None
+
+# second copies of a matrix survive its reset
+engine/zero.py | engine/test_second_copies.py
+-        parameter.ds_secondary_tensor = None
+-
++
+
+# a JSON line takes many times its size
+data/readers.py | data/test_corpus.py
+-        return json.loads(line.decode())
+-
++        return json.loads("".join(list(line.decode())))
++
+
+# the seed of an operator has no bounds
+adapters/ops/mora.py | checkpoint/test_crafted.py
+-if not 0 <= self.seed < 2**32:
++if self.seed < 0:
+
+# whole numbers of any length are taken
+common/errors.py | config/test_bad_launches.py
+-_TOO_LARGE = 2**63
+-
++_TOO_LARGE = 2**200
++
+
+# a number of too many digits is a raw error
+common/untrusted.py | config/test_bad_launches.py
+-    except ValueError:
+-        raise ValueError(f"a number has more than
++    except ArithmeticError:
++        raise ValueError(f"a number has more than
+
+# nested brackets are a raw error
+common/untrusted.py | config/test_bad_launches.py
+-    except RecursionError:
+-        raise ValueError("brackets
++    except ArithmeticError:
++        raise ValueError("brackets
+
+# values of the DeepSpeed file are left to DeepSpeed
+engine/ds_config.py | config/test_bad_launches.py
+-        problems = _refused_by_deepspeed(resolved)
+-
++        problems = []
++
+
+# a section of the DeepSpeed file may be a number
+engine/ds_config.py | config/test_bad_launches.py
+-problems = [*_wrong_shapes(resolved), *take_degree(resolved, degree)]
++problems = [*take_degree(resolved, degree)]
+
+# a tokenizer that cannot be loaded is a raw error
+data/tokenizer.py | config/test_bad_launches.py
+-    except Exception as error:  # the tokenizers library
++    except OSError as error:  # the tokenizers library
+
+# a config that makes no model is a raw error
+models/load.py | config/test_bad_launches.py
+-raise UserError(f"{flag} {folder}: its config.json cannot be used: {reason(error)}") from error
++raise
+
+# an index may name its shards by lists
+models/base.py | config/test_bad_launches.py
+-    weight_map = typed(dict[str, FileName], weight_map, f"{folder / INDEX_FILE}: weight_map")
+-
++
+
+# an empty folder of text is no match
+data/corpus.py | config/test_bad_launches.py
+-if os.path.isdir(os.path.expanduser(pattern)):
++if not pattern:
+
+# plan names a flag that was not given
+models/load.py | config/test_bad_tool_calls.py
+-return read_model_config(path, flag=flag)
++return read_model_config(path)
+
+# ranks that are left are not waited for
+train/output_folder.py | train/test_output_folder.py
+-    while not _takes(file, fcntl.LOCK_EX, _OTHERS):
+-
++    while False:
++
+
+# rank 0 alone holds the output folder
+train/pretrain.py | train/test_output_run.py
+-            join(root)
+-
++            pass
++
+
+# a pipe below /dev/shm is read
+common/untrusted.py | common/test_files.py
+-return path == Path("/dev/stdin") or path.parent == Path("/dev/fd")
++return path.parts[:2] == ("/", "dev")
+
+# a tokenizer is not tried where it is loaded
+data/tokenizer.py | config/test_bad_tool_calls.py
+-        tokenizer("a")  # which
++        # which
+
+# layers that no file has are made
+models/load.py | config/test_bad_tool_calls.py
+-"num_hidden_layers", 0)) > count:
++"num_hidden_layers", 0)) > MAX_LAYERS:
+
+# tools take a model that lacks weights
+models/load.py | config/test_bad_tool_calls.py
+-        if info.get(what):
+-
++        if info.get(what) and flag == MODEL_FLAG:
++
+
+# experts are imported before ranks meet
+adapters/experts.py | test_imports.py
+-import torch.nn.functional as F
+-
++import torch.nn.functional as F
++import transformers.integrations.moe
++
+
+# a product of low rank that is weighted twice in a sum
+adapters/low_rank_embeddings.py | adapters/test_embeddings.py
+-low[tokens:].double()]
++low[tokens:].double() * weight]
+
+# a tied head has a product of its own
+adapters/low_rank_embeddings.py | adapters/test_embeddings.py
+-head_values = values if tied else
++head_values =
+"""
+"""A name; the file below mora_ds/ and the tests that should notice it first; what stands there, and the fault in its
+place, as lines of a diff. An empty line at the end of both is the line break."""
+
+
+def read_faults(text: str) -> tuple[Mutation, ...]:
+    mutations = []
+    for block in text.strip().split("\n\n"):
+        name, target, *lines = block.splitlines()
+        file, _, tests = target.partition(" | ")
+        old = "\n".join(line[1:] for line in lines if line.startswith("-"))
+        new = "\n".join(line[1:] for line in lines if line.startswith("+"))
+        mutations.append(Mutation(name.removeprefix("# "), file, old, new, tuple(tests.split())))
+    return tuple(mutations)
+
+
+MUTATIONS = read_faults(FAULTS)
 
 
 def copy_of_checkout(target: Path) -> None:

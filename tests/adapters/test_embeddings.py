@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject, load_adapter
 from mora_ds.adapters.inject import count_parameters, move_base
-from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, sum_of_products, with_product
+from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, with_product
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
-from mora_ds.config.validate import validate
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.deploy.combine import Mix, combine_adapters
 from mora_ds.deploy.export import export_merged
@@ -145,16 +144,6 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
             assert torch.allclose(models[name].state_dict()[key], wanted, atol=1e-6), name
 
 
-def test_products_are_summed_side_by_side() -> None:
-    lows = torch.randn(7 + 4, 2), torch.randn(7 + 4, 3)
-    total = sum_of_products(((low, weight) for low, weight in zip(lows, (0.5, -2.0), strict=True)), 7)
-    table = torch.randn(7, 4)
-    nothing = torch.zeros(7, 4)
-    wanted = table + 0.5 * with_product(nothing, lows[0]) - 2 * with_product(nothing, lows[1])
-    assert total.shape == (11, 5)
-    assert torch.allclose(with_product(table, total), wanted, atol=1e-5)
-
-
 # -- new rows ----------------------------------------------------------------------------------------------------------
 
 FIRST = 112
@@ -252,14 +241,6 @@ def test_a_head_keeps_its_bias() -> None:
     assert_close(head(x), table(x))
 
 
-def test_every_trained_row_is_looked_up_among_the_trained() -> None:
-    table = torch.nn.Embedding(128, 4)
-    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
-    rows = embedding(torch.arange(128))
-    assert not rows[FIRST:].any()
-    assert torch.equal(rows[:FIRST], table.weight[:FIRST])
-
-
 # -- plans and refusals ------------------------------------------------------------------------------------------------
 
 
@@ -283,22 +264,6 @@ def test_a_dry_run_counts_them(
         (["--train_new_embeddings"], new_rows * width),
     ):
         assert counted(*more) == without + 2 * elements  # the head is not tied
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--train_embedding_rank 3 --train_embeddings", "train them all: give one of them"),
-        ("--train_embedding_rank 3 --train_head", "train them all: give one of them"),
-        ("--train_new_embeddings --train_embeddings", "train them all: give one of them"),
-        ("--train_new_embeddings --train_head", "train them all: give one of them"),
-        ("--train_embedding_rank 3 --train_new_embeddings", "train different parts of embeddings and head: give one"),
-        ("--train_embedding_rank -1", "train_embedding_rank must"),
-    ],
-)
-def test_flags_that_do_not_go_together_are_refused(flags: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        validate(parse(["--model_name_or_path", "m", "--train_files", "a.txt", *flags.split()]))
 
 
 class Scaled(torch.nn.Embedding):

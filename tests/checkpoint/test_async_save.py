@@ -16,7 +16,7 @@ from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
-from mora_ds.checkpoint.writer import Background, on_host
+from mora_ds.checkpoint.writer import Background
 from mora_ds.common.errors import RunError
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine.shards import MASTER, EngineShards
@@ -161,15 +161,6 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground,
 
 
 # -- the pieces --------------------------------------------------------------------------------------------------------
-
-
-def test_a_copy_shares_nothing_with_what_goes_on() -> None:
-    storage = torch.arange(10.0)
-    copied = on_host({"view": storage[2:4], "whole": storage})
-    storage.zero_()
-    assert copied["view"].tolist() == [2.0, 3.0]
-    assert copied["view"].untyped_storage().nbytes() == 8
-    assert copied["whole"].tolist() == list(range(10))
 
 
 def test_background_work_is_waited_for_and_its_error_raised_once() -> None:

@@ -72,12 +72,6 @@ def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows:
             check_world_size(tmp_path, state, world)
 
 
-def test_differences_of_a_mixture_are_told_with_their_source(tmp_path: Path) -> None:
-    saved, now = ({"mixture": {"weights": {"0": {"law": weight}}}} for weight in (0.5, 0.25))
-    with pytest.raises(UserError, match=r"weights of --mixture, 0\.law: 0\.5 there, 0\.25 here"):
-        check_identity(tmp_path, saved, now)
-
-
 def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> None:
     """A rank's own state where it has one; otherwise one of its own, another at every step, the same each time."""
     states = []

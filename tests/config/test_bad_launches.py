@@ -111,6 +111,26 @@ LAUNCHES = r"""
 --max_step=5 | unknown flag --max_step. Did you mean '--max_steps'?
 --max_steps ten | --max_steps | invalid int value: 'ten'
 stray | 'stray'
+# -- settings of adapters that do not go together
+--operator subspace | --operator subspace was removed
+--operator decuple | Did you mean 'decouple'
+--tensor_parallel_size 2 --sequence_parallel_size 2 | use one of them
+--tensor_parallel_size 2 --adapter lora | --adapter lora has none: leave it at 1
+--tensor_parallel_size 2 --adapter full | --adapter full has none: leave it at 1
+--tensor_parallel_size 2 --adapter none | --adapter none has none: leave it at 1
+--tensor_parallel_size 2 --mora_dropout 0.1 | set to 0: --mora_dropout = 0.1
+--tensor_parallel_size 2 --optimizer muon | which no rank has: use adamw
+--sequence_parallel_size 2 --seq_len 33 | --sequence_parallel_size 2 does not divide --seq_len 33
+--sequence_parallel_size 2 --attn_implementation sdpa | sdpa reads masks, which are not split over ranks
+--tp_grouping algned | unknown --tp_grouping 'algned'
+--tp_grouping aligned --operator rotate | belongs to --operator share
+--tp_grouping aligned --tensor_parallel_size 3 --operator share | does not divide the 8 segments of --tp_grouping
+--train_embedding_rank 3 --train_embeddings | train them all: give one of them
+--train_embedding_rank 3 --train_head | train them all: give one of them
+--train_new_embeddings --train_embeddings | train them all: give one of them
+--train_new_embeddings --train_head | train them all: give one of them
+--train_embedding_rank 3 --train_new_embeddings | train different parts of embeddings and head: give one
+--train_embedding_rank -1 | train_embedding_rank must
 # -- flags that contradict each other
 --push_to_hub a/b/c | --push_to_hub a/b/c
 --adapter full --push_to_hub a/b | --push_to_hub | --export_merged

@@ -209,18 +209,6 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     assert leftover not in folders(cache_dir)  # ... and a day later it goes
 
 
-def test_a_failed_build_leaves_nothing(
-    files: list[str], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache, "fsync_tree", full)
-    with pytest.raises(RunError, match="full"):
-        build(files)
-    assert folders(tmp_path / "cache") == []
-
-
 def test_a_damaged_cache_is_not_opened(files: list[str], build: Build) -> None:
     """(That it is named and rebuilt, whatever the damage, is in test_cache_damage.py.)"""
     built = build(files)

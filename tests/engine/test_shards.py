@@ -6,7 +6,6 @@ Those that engines write, in several processes: tests/checkpoint/test_elastic.py
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,25 +104,6 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
         assert shards.read(name, MASTER, 1, 2, transposed=stored).tolist() == VALUES[name][1:3].tolist()
         assert shards.read(name, MASTER, 1, 2, transposed=opposite).tolist() == turned[1:3].tolist()
         assert shards.read(name, MASTER, 1, transposed=opposite).tolist() == turned[1:].tolist()
-
-
-def test_no_file_is_opened_that_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where both ranks hold the same elements, the preferred one's file is read."""
-    flats = [[Part("a", 0, 12, 0), Part("b", 0, 5, 12)], [Part("c", 0, 4, 0)]]
-    for rank in range(2):
-        values = torch.full((17,), float(rank))
-        save_file({"0.exp_avg": values, "1.exp_avg": values.clone()}, tmp_path / f"{rank}.st")
-    of_both = shards_of(tmp_path, layout(), LAYOUTS, flats)
-    opened = list[str]()
-    open_file = shard_module.open_safetensors
-    monkeypatch.setattr(shard_module, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
-    for rank in range(2):
-        shards = replace(of_both, rank=rank)
-        opened.clear()
-        assert shards.read("a", "exp_avg").tolist() == [float(rank)] * 12
-        assert shards.read("b", "exp_avg", 1, 2).tolist() == [float(rank)] * 2
-        assert shards.keys("a") == ["exp_avg"]
-        assert opened == [f"{rank}.st"]
 
 
 def one_flat_each(folder: Path) -> EngineShards:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
-from tests.helpers.jobs import Playground, assert_close_losses, refusal, run
+from tests.helpers.jobs import Playground, assert_close_losses, run
 from tests.helpers.resume import assert_same_run, stop_and_resume
 
 RELORA = (
@@ -39,22 +39,6 @@ def test_relora_interrupted_and_resumed_is_the_same_run(user: Playground, tmp_pa
     run(2, user.flags(whole, *RELORA))
     stop_and_resume(2, user.flags(resumed, *RELORA), 3, 5)
     assert_same_run(resumed, whole)
-
-
-def test_as_many_parameters_at_the_same_rank(user: Playground, tmp_path: Path) -> None:
-    flags = ("--max_steps", 2, "--eval_on_start", "false")
-    mora = run(1, user.flags(tmp_path / "mora", *flags))["trainable_params"]
-    lora = run(1, user.flags(tmp_path / "lora", *flags, "--adapter", "lora"))["trainable_params"]
-    wider = run(1, user.flags(tmp_path / "wider", *flags, "--adapter", "lora", "--mora_rank", 4))["trainable_params"]
-    assert 0.6 * lora < mora <= lora
-    assert wider == 2 * lora
-
-
-def test_an_adapter_of_another_kind_does_not_continue_a_run(user: Playground, tmp_path: Path) -> None:
-    run(1, user.flags(tmp_path, "--max_steps", 2))
-    resume = ("--max_steps", 4, "--resume_from_checkpoint", "auto")
-    assert "--adapter: 'mora' there, 'lora' here" in refusal(user.flags(tmp_path, *resume, "--adapter", "lora"))
-    assert "--operator: 'auto' there, 'share'" in refusal(user.flags(tmp_path, *resume, "--operator", "share"))
 
 
 # -- nothing -----------------------------------------------------------------------------------------------------------
