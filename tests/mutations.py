@@ -90,8 +90,8 @@ common/files.py | checkpoint/test_damage.py remora/test_ledger.py
 
 # the live weight is rounded twice
 adapters/ops/delta.py | remora/test_ledger.py
--dtype=torch.float32, device=device).copy_(original)
-+dtype=torch.float32, device=device).copy_(original.to(dtype))
+-dtype=torch.float32, device=device).copy_(original.to(device))
++dtype=torch.float32, device=device).copy_(original.to(device, dtype))
 
 # blocks are packed one token too far apart
 data/packing.py | data/test_packing.py
