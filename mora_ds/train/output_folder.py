@@ -157,9 +157,10 @@ def is_reserved(folder: Path) -> bool:
 
 
 def give_up(folder: Path) -> None:
-    """Roll back the reservation that this process holds, if it holds one."""
+    """Roll back the reservation that this process holds, if it holds one, and give its lock up."""
     if (reservation := _open.get(folder.resolve())) is not None:
         reservation.rollback()
+    leave(folder)
 
 
 def join(folder: Path) -> None:

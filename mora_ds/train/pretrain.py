@@ -57,14 +57,7 @@ from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
-from mora_ds.train.output_folder import (
-    Reservation,
-    give_up,
-    join,
-    leave,
-    names_of_run,
-    reserve,
-)
+from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
@@ -172,56 +165,43 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
 
     The folder becomes the run's when the block has passed, and is as it was when the block raises.
     """
-    training = arguments.training
-    root = expanded(training.output_dir)
+    root = expanded(arguments.training.output_dir)
     hooks = hooks_of(arguments)
     hooks.read_files(ranks)  # they may lie in the folder
-    reservations: list[Reservation] = []  # of rank 0
-
-    def reserve_folder() -> tuple[Path | None, TrainerState | None]:
-        checkpoint, state, reservation = _reserve(arguments, root, ranks.world)
-        reservations.append(reservation)
-        return checkpoint, state
-
     try:
-        checkpoint, state = ranks.on_first("output folder", reserve_folder, long=True)
+        checkpoint, state = ranks.on_first("output folder", lambda: _reserve(arguments, root, ranks.world), long=True)
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
         yield Place(ranks, root, checkpoint, state, hooks)
     except BaseException:
-        for reservation in reservations:
-            reservation.rollback()
-        leave(root)
+        give_up(root)
         raise
-    for reservation in reservations:
-        reservation.commit()
+    if ranks.is_first:
+        reserve(root).commit()
         if checkpoint is not None and state is not None:
             name_latest(root / CHECKPOINTS, checkpoint)
             if state.best_step:
                 name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step))
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, Reservation]:
-    """The checkpoint to resume from, if any, with its state, and the reserved output folder. On rank 0."""
+def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None]:
+    """Reserve the output folder, and return the checkpoint to resume from, if any, with its state. On rank 0; the
+    caller gives the folder up where this raises."""
     training = arguments.training
     wanted = training.resume_from_checkpoint
     root = folder / CHECKPOINTS
     check_inputs(arguments, folder)
     reservation = reserve(folder)
-    try:
-        settle(root)
-        checkpoint = resume_checkpoint(wanted, root) if wanted else None
-        state = None
-        if checkpoint is not None:
-            state = TrainerState.read(checkpoint)
-            check_world_size(checkpoint, state, world // training.ranks_per_replica)
-        continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
-        reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
-    except BaseException:
-        give_up(folder)
-        raise
-    return checkpoint, state, reservation
+    settle(root)
+    checkpoint = resume_checkpoint(wanted, root) if wanted else None
+    state = None
+    if checkpoint is not None:
+        state = TrainerState.read(checkpoint)
+        check_world_size(checkpoint, state, world // training.ranks_per_replica)
+    continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
+    reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
+    return checkpoint, state
 
 
 # -- evaluation sets and steps -----------------------------------------------------------------------------------------
