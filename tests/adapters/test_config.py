@@ -28,7 +28,7 @@ mora | {domains: [a, a]} | research.domain_adapters:
 """
 
 
-@pytest.mark.parametrize(("kind", "values", "flags"), rows(PROBLEMS))
+@pytest.mark.parametrize("kind, values, flags", rows(PROBLEMS))
 def test_all_wrong_values_are_reported_together(kind: str, values: str, flags: str) -> None:
     config: Any = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
     problems = config.problems(**parsed(values))

@@ -105,7 +105,7 @@ def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("family", "more"),
+    "family, more",
     [
         ("mixtral", ("--bf16",)),
         ("mixtral", ("--base_device", "host")),

@@ -34,7 +34,7 @@ EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{
 
 
 @pytest.mark.parametrize(
-    ("patterns", "expected"),
+    "patterns, expected",
     [
         (["q_proj"], in_layers("self_attn.q_proj")),
         (["self_attn.q_proj"], in_layers("self_attn.q_proj")),
@@ -193,7 +193,7 @@ LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weig
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "expected"),
+    "family, settings, expected",
     [
         ("llama", ["norms"], LLAMA_NORMS),
         ("llama", ["embeddings"], {"model.embed_tokens.weight"}),

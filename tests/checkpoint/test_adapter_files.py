@@ -58,7 +58,7 @@ config = {kind: mora, rank: 8} | the adapter's settings: 'target_modules' is mis
 """
 
 
-@pytest.mark.parametrize(("change", "words"), rows(WRONG))
+@pytest.mark.parametrize("change, words", rows(WRONG))
 def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path, change: str, words: str) -> None:
     change_json(tmp_path / "adapter.json", lambda content: set_value(content, change))
     with pytest.raises(UserError, match=words):
@@ -128,7 +128,7 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change, words",
     [("format = 2", " has format 2"), ("dtype = int4", ": unknown dtype 'int4'"), ("keys = null", " is damaged")],
 )
 def test_a_damaged_base_reference_is_named(tmp_path: Path, change: str, words: str) -> None:

@@ -143,7 +143,7 @@ engine/layouts.safetensors | scaler = {cur_scale: null} | must be a number
 """
 
 
-@pytest.mark.parametrize(("file", "change", "words"), rows(HUGE))
+@pytest.mark.parametrize("file, change, words", rows(HUGE))
 def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: str, words: str) -> None:
     if file.endswith(".json"):
         change_json(checkpoint / file, lambda content: set_value(content, change))

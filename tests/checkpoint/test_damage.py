@@ -55,7 +55,7 @@ def test_every_file_of_a_checkpoint_has_its_case(golden: Path) -> None:
 # -- a checkpoint ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "harm"), list(zip(KINDS, itertools.cycle(HARMS), strict=False)))
+@pytest.mark.parametrize("kind, harm", list(zip(KINDS, itertools.cycle(HARMS), strict=False)))
 def test_a_damaged_checkpoint_is_passed_over_and_refused(
     out: Path, kind: str, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,7 +169,7 @@ def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "harm"), [("ledger.json", "cut"), ("cycle-00000.safetensors", "flip"), ("cycle-00000.safetensors", "gone")]
+    "kind, harm", [("ledger.json", "cut"), ("cycle-00000.safetensors", "flip"), ("cycle-00000.safetensors", "gone")]
 )
 def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str) -> None:
     damaged = out / "ledger" / kind
@@ -335,7 +335,7 @@ def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
     return refused(argv)
 
 
-@pytest.mark.parametrize(("name", "newest"), [("checkpoints", "step-000002"), ("ledger", "step-000004")])
+@pytest.mark.parametrize("name, newest", [("checkpoints", "step-000002"), ("ledger", "step-000004")])
 def test_a_folder_that_becomes_read_only(
     user: Playground, golden: Path, tmp_path: Path, read_only: Callable[[Path], None], name: str, newest: str
 ) -> None:

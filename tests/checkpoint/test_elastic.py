@@ -126,7 +126,7 @@ CROSS = [
 
 
 @pytest.mark.parametrize(
-    ("world", "pairs"),
+    "world, pairs",
     [(1, SAME), (2, SAME), (4, SAME), pytest.param(3, [*SAME, *CROSS], marks=pytest.mark.heavy)],
     ids=["1", "2", "4", "3 and any stage"],
 )

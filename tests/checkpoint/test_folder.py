@@ -103,7 +103,7 @@ def busy(*_: object, **options: object) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
 
-@pytest.mark.parametrize(("module", "call"), [(shutil, "rmtree"), (os, "rename")])
+@pytest.mark.parametrize("module, call", [(shutil, "rmtree"), (os, "rename")])
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: Any, call: str
 ) -> None:

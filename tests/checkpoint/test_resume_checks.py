@@ -60,7 +60,7 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
     assert "target_modules" not in str(error.value)
 
 
-@pytest.mark.parametrize(("rows", "divisors"), [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
+@pytest.mark.parametrize("rows, divisors", [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
 def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int, divisors: str) -> None:
     state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):

@@ -143,7 +143,7 @@ base.json | fingerprint = "0" | belongs to another base
 """
 
 
-@pytest.mark.parametrize(("file", "change", "message"), rows(VALUES))
+@pytest.mark.parametrize("file, change, message", rows(VALUES))
 def test_values_that_do_not_go_together(checkpoint: Path, file: str, change: str, message: str) -> None:
     change_json(checkpoint / file, lambda content: set_value(content, change))
     write_manifest(checkpoint)
@@ -167,7 +167,7 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "told"), [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER])
+@pytest.mark.parametrize("change, told", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER])
 def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], Any], told: str) -> None:
     change(checkpoint)
     write_manifest(checkpoint)
@@ -186,7 +186,7 @@ def not_finite(ledger: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    "change, told",
     [
         (lambda ledger: flip(ledger / "cycle-00001.safetensors"), "cycle-00001.safetensors is damaged"),
         (not_finite, r"the MoRA matrix of model.layers.0.self_attn.q_proj is not finite"),

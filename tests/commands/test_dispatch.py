@@ -98,7 +98,7 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "gpus", "rank", "launched"),
+    "flags, gpus, rank, launched",
     [
         (["--num_gpus", "2", "--seed", "3"], 0, None, ["--num_gpus", "2"]),
         (["--seed", "3"], 8, None, []),
@@ -125,7 +125,7 @@ def test_a_training_is_launched_once(
 
 
 @pytest.mark.parametrize(
-    ("for_launcher", "flags", "level"),
+    "for_launcher, flags, level",
     [
         ([], [], "error"),
         (["--hostfile", "nodes"], [], "warning"),

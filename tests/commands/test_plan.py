@@ -40,7 +40,7 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("recipe", "flags", "dtype"),
+    "recipe, flags, dtype",
     [
         ("mora_rank: 8", "", torch.bfloat16),
         ("fp16: true", "", torch.float16),

@@ -61,7 +61,7 @@ def test_a_stop_passes_what_handles_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    "error, words",
     [
         (ValueError("first line\nsecond line"), "first line"),
         (ValueError("\n  what is wrong:\n  a detail\nmore"), "what is wrong: a detail"),
@@ -75,7 +75,7 @@ def test_another_librarys_message_in_a_line(error: Exception, words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("bounds", "allowed", "refused"),
+    "bounds, allowed, refused",
     [
         (COUNT, [1, 2], [0, -1]),
         (POSITIVE, [1e-9, 1], [0, -1]),

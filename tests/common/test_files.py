@@ -138,7 +138,7 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    "code, words",
     [
         *((code, "the disk that holds .* is full") for code in (errno.ENOSPC, errno.EDQUOT)),
         *((getattr(errno, name), "writing to .* failed") for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")),
@@ -279,7 +279,7 @@ def test_json_is_utf8_of_a_known_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    "error, words",
     [(UserError("of a value"), "a.json: of a value"), (KeyError("step"), "a.json is damaged: KeyError"),
      (ZeroDivisionError("x"), "a.json is damaged"), (RuntimeError("x"), "a.json is damaged")],
 )  # fmt: skip
@@ -303,7 +303,7 @@ YAML: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "words"), YAML, ids=[f"{index}" for index in range(len(YAML))])
+@pytest.mark.parametrize("text, words", YAML, ids=[f"{index}" for index in range(len(YAML))])
 def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=words):

@@ -65,7 +65,7 @@ ALLOWED: list[tuple[Any, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("hint", "value"), ALLOWED, ids=[f"{index}" for index in range(len(ALLOWED))])
+@pytest.mark.parametrize("hint, value", ALLOWED, ids=[f"{index}" for index in range(len(ALLOWED))])
 def test_what_is_allowed_is_returned_as_it_is(hint: Any, value: Any) -> None:
     assert typed(hint, value, "file") == value
 
@@ -99,7 +99,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("hint", "value", "words"), REFUSED, ids=[f"{index}" for index in range(len(REFUSED))])
+@pytest.mark.parametrize("hint, value, words", REFUSED, ids=[f"{index}" for index in range(len(REFUSED))])
 def test_what_is_refused_is_named_with_its_place(hint: Any, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         typed(hint, value, "file")
@@ -123,7 +123,7 @@ def nested(depth: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    "text, words",
     [
         (nested(MAX_DEPTH + 1), "nested more than"),
         (nested(100_000), "nested too deeply"),
@@ -165,7 +165,7 @@ def test_json_that_is_as_deep_as_it_may_be() -> None:
     assert plain_json(nested(MAX_DEPTH), "file") == json.loads(nested(MAX_DEPTH))
 
 
-@pytest.mark.parametrize(("free", "limit"), [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
+@pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
 def test_memory_that_a_file_asks_for(free: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of the 1300 that it may have."""
     psutil: Any = SimpleNamespace(

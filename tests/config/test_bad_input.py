@@ -182,7 +182,7 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more", "code", "part"),
+    "ranks, more, code, part",
     [
         (2, ["--target_modules", "q_prj"], 2, "--target_modules 'q_prj'"),
         pytest.param(

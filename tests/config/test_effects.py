@@ -89,7 +89,7 @@ def test_every_setting_of_the_table_exists_and_stands_there_once() -> None:
     assert len(listed) == len(set(listed))
 
 
-@pytest.mark.parametrize(("setting", "beside"), cases(IDLE))
+@pytest.mark.parametrize("setting, beside", cases(IDLE))
 def test_a_setting_without_effect_is_refused(setting: str, beside: str) -> None:
     arguments = arguments_of(setting, beside)
     name = setting.partition(":")[0]
@@ -98,7 +98,7 @@ def test_a_setting_without_effect_is_refused(setting: str, beside: str) -> None:
         validate(arguments)
 
 
-@pytest.mark.parametrize(("setting", "beside"), cases(USED))
+@pytest.mark.parametrize("setting, beside", cases(USED))
 def test_a_setting_with_an_effect_is_taken(setting: str, beside: str) -> None:
     validate(arguments_of(setting, beside))
 

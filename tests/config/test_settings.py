@@ -78,7 +78,7 @@ def test_adapter_settings_become_the_adapters_config() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "adapter", "others"),
+    "flags, adapter, others",
     [
         ("", 4e-4, 4e-4),
         ("--learning_rate 0.001", 0.001, 0.001),

@@ -31,7 +31,7 @@ def test_there_is_something_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
-@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
+@pytest.mark.parametrize("flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
 def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str) -> None:
     training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
     assert training.tensor_parallel_size == (2 if path.stem.endswith("tp2") else 1)
@@ -54,7 +54,7 @@ def test_recipes_make_valid_runs(path: Path) -> None:
     assert schedule.learning_rate(schedule.warmup_steps) == arguments.training.peak_learning_rate
 
 
-@pytest.mark.parametrize(("name", "rank", "rates"), [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])
+@pytest.mark.parametrize("name, rank, rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])
 def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rates: tuple[float, float]) -> None:
     arguments = parse([str(CONFIGS / "recipes" / f"continual_7b_{name}.yaml")])
     training = arguments.training

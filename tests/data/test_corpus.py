@@ -165,7 +165,7 @@ WRONG: list[tuple[str, bytes, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=lambda value: value if type(value) is str else "")
+@pytest.mark.parametrize("name, content, message", WRONG, ids=lambda value: value if type(value) is str else "")
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     text = error(tmp_path / name)

@@ -199,7 +199,7 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stored", "new", "expected"), [(640, 40, 640), (640, 41, 704), (700, 10, 704)])
+@pytest.mark.parametrize("stored, new, expected", [(640, 40, 640), (640, 41, 704), (700, 10, 704)])
 def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(
     tmp_path: Path, stored: int, new: int, expected: int
 ) -> None:

@@ -202,7 +202,7 @@ WRONG = """
 """What flags can say wrong is in lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize(("text", "phrases"), [(text, phrases) for text, *phrases in rows_of(WRONG)])
+@pytest.mark.parametrize("text, phrases", [(text, phrases) for text, *phrases in rows_of(WRONG)])
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, phrases: list[str]) -> None:
     with pytest.raises(UserError) as error:
         plan_of(tmp_path, text)

@@ -87,7 +87,7 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    "kind, message",
     [
         (pa.dictionary(pa.int32(), pa.string()), None),
         (pa.string_view(), None),

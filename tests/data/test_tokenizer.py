@@ -132,7 +132,7 @@ def test_vocabulary_must_fit_the_model(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "size", "said"),
+    "texts, size, said",
     [
         (["small corpus"], 5000, r"--train_tokenizer_vocab 5000: the training text yields only \d+ tokens"),
         (["a"], 100, "--train_tokenizer_vocab must be at least 261"),

@@ -70,7 +70,7 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "words"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("change, words", UNFIT.values(), ids=UNFIT)
 def test_an_adapter_that_does_not_fit_its_model_is_refused(
     maker: Maker, tmp_path: Path, change: Callable[[Path], Any], words: str
 ) -> None:

@@ -67,7 +67,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "settings"), SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("dtype, settings", SETTINGS.values(), ids=SETTINGS)
 def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, settings: dict[str, Any]) -> None:
     run = fake_run(tmp_path, dtype=dtype, **settings)
     report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
@@ -191,7 +191,7 @@ def shorten(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    "name, damage",
     [
         ("adapter.safetensors", shorten),
         ("adapter.json", Path.unlink),

@@ -56,7 +56,7 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layers", "largest", "tolerance"),
+    "dtype, layers, largest, tolerance",
     [
         (torch.float32, 8, 0.5, 1e-5),
         (torch.float32, 8, 4.0, 4e-5),

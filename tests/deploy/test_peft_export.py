@@ -45,7 +45,7 @@ def adapter(folder: Path, config: AdapterConfig, cycles: int, family: str = "lla
 
 
 @pytest.mark.parametrize(
-    ("config", "cycles", "family"),
+    "config, cycles, family",
     [
         (LoRAConfig(rank=3), 0, "llama"),
         (LoRAConfig(rank=3, alpha=5.0), 2, "llama"),
@@ -102,7 +102,7 @@ def test_every_rank_is_the_merged_model_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "trained", "saved"),
+    "family, trained, saved",
     [
         ("llama", ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), 3),
         ("llama", ("model.layers.1.input_layernorm.weight",), 1),

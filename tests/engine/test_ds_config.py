@@ -86,7 +86,7 @@ def test_the_users_config_is_not_touched_and_own_values_stay() -> None:
     assert resolved["steps_per_print"] == 7
 
 
-@pytest.mark.parametrize(("flag", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
+@pytest.mark.parametrize("flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
 @pytest.mark.parametrize("written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}])
 def test_compute_dtype_follows_the_flag(flag: str | None, dtype: str, written: dict[str, Any]) -> None:
     settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
@@ -138,7 +138,7 @@ MATRICES_7B = [256**2] * 128 + [344**2] * 96
 
 
 @pytest.mark.parametrize(
-    ("numels", "ranks", "written", "chosen"),
+    "numels, ranks, written, chosen",
     [
         (MATRICES_7B, 36, {}, {}),
         (MATRICES_7B, 37, {}, {"reduce_scatter": False, "stage3_allgather_sequential": True}),
@@ -206,7 +206,7 @@ WRONG = """
 """Others are lines of tests/config/test_bad_launches.py."""
 
 
-@pytest.mark.parametrize(("config", "message"), rows(WRONG))
+@pytest.mark.parametrize("config, message", rows(WRONG))
 def test_each_wrong_setting_is_named(config: str, message: str) -> None:
     text = refusal(parsed(config))
     assert message in text
@@ -235,7 +235,7 @@ DEGREES = """
 """
 
 
-@pytest.mark.parametrize(("section", "degree", "message"), rows(DEGREES))
+@pytest.mark.parametrize("section, degree, message", rows(DEGREES))
 def test_a_degree_that_the_flag_does_not_say(section: str, degree: str, message: str) -> None:
     settings = replace(SETTINGS, tensor_parallel_size=int(degree))
     assert message in refusal({"tensor_parallel": parsed(section)}, settings, 1)
@@ -255,7 +255,7 @@ def test_the_degree_goes_by_deepspeeds_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "flags", "degree"),
+    "value, flags, degree",
     [(2, [], 2), (0, [], 1), ("auto", [], 1), ("auto", ["--tensor_parallel_size", "4"], 4)],
 )
 def test_a_file_says_the_degree_for_a_flag_that_is_not_given(

@@ -55,7 +55,7 @@ WRONG = """
 """
 
 
-@pytest.mark.parametrize(("config", "message"), rows(WRONG))
+@pytest.mark.parametrize("config, message", rows(WRONG))
 def test_each_wrong_setting_is_named(config: str, message: str) -> None:
     settings = flags("--optimizer", "muon").training.engine_settings()
     with pytest.raises(UserError) as error:

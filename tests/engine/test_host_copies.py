@@ -31,7 +31,7 @@ class Memory:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "ranges"),
+    "tensors, ranges",
     [
         ([(0, PAGE)], [(0, PAGE)]),
         ([(10, PAGE)], [(0, 2 * PAGE)]),

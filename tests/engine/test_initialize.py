@@ -42,7 +42,7 @@ def test_every_rank_takes_its_own_device_before_anything_is_placed() -> None:
     assert run_ranks(2, devices_chosen) == [[0], [1]]
 
 
-@pytest.mark.parametrize(("section", "other"), [("fp16", "--bf16"), ("bf16", "--fp16")])
+@pytest.mark.parametrize("section, other", [("fp16", "--bf16"), ("bf16", "--fp16")])
 def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = get_accelerator()
     for name in ("fp16", "bf16"):
@@ -124,7 +124,7 @@ def test_what_an_engine_is_not_made_of_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "threads"),
+    "environment, threads",
     [
         ({"LOCAL_WORLD_SIZE": "4"}, 3),
         ({"LOCAL_SIZE": "6"}, 2),

@@ -35,7 +35,7 @@ class Coordinator:
 
 
 @pytest.mark.parametrize(
-    ("in_backward", "active", "is_fetched"), [(True, {7}, False), (True, set(), True), (False, {7}, True)]
+    "in_backward, active, is_fetched", [(True, {7}, False), (True, set(), True), (False, {7}, True)]
 )
 def test_a_forward_that_runs_again_finds_its_matrices_there(
     in_backward: bool, active: set[int], is_fetched: bool, monkeypatch: pytest.MonkeyPatch
@@ -51,7 +51,7 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
 
 
 @pytest.mark.parametrize(
-    ("status", "location", "kwargs", "is_quick"),
+    "status, location, kwargs, is_quick",
     [
         ("AVAILABLE", None, {}, True),
         ("AVAILABLE", None, {"hierarchy": 3}, True),

@@ -175,7 +175,7 @@ def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) ->
     return [sharded_run(stage, merge_at, variant) for variant in variants]
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 3), (3, 3), (2, 1)])
+@pytest.mark.parametrize("world, stage", [(2, 3), (3, 3), (2, 1)])
 def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
     """Clipped, accumulated, decayed; the same with states on the CPU."""
     variants = [{}, {"offload": True}] if stage else [{}]

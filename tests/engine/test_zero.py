@@ -40,7 +40,7 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("passes", "accumulation", "settings"),
+    "passes, accumulation, settings",
     [
         (1, 1, {}),  # gathered in forward, kept for backward
         (3, 3, {}),  # once a micro-batch

@@ -54,7 +54,7 @@ def test_the_version_is_one_that_was_tried() -> None:
     assert version("deepspeed").startswith("0.19."), "setup.cfg pins the minor version: try the new one here first"
 
 
-@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SYMBOLS.items() for name in names])
+@pytest.mark.parametrize("module, name", [(module, name) for module, names in SYMBOLS.items() for name in names])
 def test_symbols(module: str, name: str) -> None:
     value = import_module(module)
     for attribute in name.split("."):
@@ -84,7 +84,7 @@ def test_the_switch_that_avoids_a_build_is_read() -> None:
     assert builder.NAME == "deepspeed_shm_comm", "the switch in zero.prepare_backend has another name now"
 
 
-@pytest.mark.parametrize(("module", "name"), [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
+@pytest.mark.parametrize("module, name", [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
 def test_deepspeeds_adam_counts_steps_by_numbers_in_the_state(module: str, name: str) -> None:
     source = inspect.getsource(getattr(import_module(f"deepspeed.ops.adam.{module}"), name).step)
     assert "state['step'] += 1" in source, f"{name} keeps its step count elsewhere: see zero.reset_group"

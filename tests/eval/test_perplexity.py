@@ -54,7 +54,7 @@ def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[flo
     return nats, tokens
 
 
-@pytest.mark.parametrize(("window", "stride"), [(128, 64), (24, 7), (24, 23), (5, 1)])
+@pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 23), (5, 1)])
 def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: int, stride: int) -> None:
     texts = [json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]] + ["naïve ☃\n", "x"]
     path = tmp_path / "set.jsonl"

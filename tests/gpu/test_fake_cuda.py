@@ -49,7 +49,7 @@ def test_a_step_places_every_tensor_and_waits_for_nothing(faults: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    "name, message",
     [
         ("misplaced table", r"a tensor \(\d+,\) on the host is among those on the device"),
         ("item", "the host waits for the device: aten._local_scalar_dense"),

@@ -40,7 +40,7 @@ def _forget_the_config() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"deepspeed": None}, "deepspeed=...) is missing"),
         ({"torch_compile": True}, "torch_compile"),
@@ -124,7 +124,7 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("settings", "is_checkpoint", "is_merged"),
+    "settings, is_checkpoint, is_merged",
     [
         ({}, False, True),
         ({}, True, False),

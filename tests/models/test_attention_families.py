@@ -67,7 +67,7 @@ class OwnConfig(LlamaConfig):
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    "config, reason",
     [
         (LlamaConfig(is_causal=False), "the model's attention is not causal"),
         (AutoConfig.for_model("gemma3_text", use_bidirectional_attention=True), "the model's attention is not causal"),

@@ -21,7 +21,7 @@ from tests.helpers.models import FAMILIES, MIXTURES, alone, loaded_model, on_dev
 
 
 @pytest.mark.parametrize(
-    ("stored_files", "wanted"),
+    "stored_files, wanted",
     [
         (["config.json", "model.safetensors", "pytorch_model.bin"], ["config.json", "model.safetensors"]),
         (["config.json", "pytorch_model.bin", "rust_model.ot"], ["config.json", "pytorch_model.bin"]),

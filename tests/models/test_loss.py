@@ -84,7 +84,7 @@ def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tenso
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("family", "train_head"),
+    "family, train_head",
     [
         *[("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False), ("gemma2", True), ("gpt2", True)],
         *[("gpt_neox", True), ("mixtral", False), ("cohere", True), ("granite", False)],
@@ -125,7 +125,7 @@ def test_evaluation_and_whole_logits_are_as_before() -> None:
         assert torch.equal(token_nll(model, batch), expected)
 
 
-@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, near: float) -> None:
     """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, n
     assert error <= near
 
 
-@pytest.mark.parametrize(("train_head", "times"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize("train_head, times", [(True, 2), (False, 1)])
 def test_no_more_logits_than_a_chunk_are_ever_made(
     monkeypatch: pytest.MonkeyPatch, train_head: bool, times: int
 ) -> None:

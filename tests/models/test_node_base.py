@@ -102,7 +102,7 @@ def private_and_shared(folder: str, cases: tuple[str, ...]) -> dict[str, dict[st
 
 
 @pytest.mark.parametrize(
-    ("world", "cases"),
+    "world, cases",
     [
         (2, FEW),
         pytest.param(2, tuple(CASES), marks=pytest.mark.heavy),

@@ -40,7 +40,7 @@ def test_varlen_keeps_its_contract() -> None:
     assert [gradient.shape for gradient in input_gradients] == [query.shape, key.shape, value.shape]
 
 
-@pytest.mark.parametrize(("size", "value_size"), [(16, 16), (20, 12), (192, 128)])
+@pytest.mark.parametrize("size, value_size", [(16, 16), (20, 12), (192, 128)])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks: bool) -> None:
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))

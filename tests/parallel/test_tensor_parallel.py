@@ -33,7 +33,7 @@ def split_runs(cases: list[Case], degree: int, **settings: Any) -> list[dict[str
     return [split_run(case, degree, **settings) for case in cases]
 
 
-@pytest.mark.parametrize(("world", "degree"), [(2, 2), (4, 4), pytest.param(4, 2, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("world, degree", [(2, 2), (4, 4), pytest.param(4, 2, marks=pytest.mark.heavy)])
 def test_the_core(world: int, degree: int) -> None:
     """t = 2, t = 4 (where two key-value heads do not divide: the attention falls back), t = 2 x dp = 2."""
     compare(world, degree, CORE if world == degree == 2 else CORE[:2])

@@ -179,7 +179,7 @@ CORE = [
 
 
 @pytest.mark.parametrize(
-    ("ranks", "size", "cases"),
+    "ranks, size, cases",
     [pytest.param(*CORE[0], marks=pytest.mark.heavy), *CORE[1:]],
     ids=["s2", "s4", "s2 x dp2"],
 )

@@ -197,7 +197,7 @@ llama4_text | {} | 2 | layers of the kind chunked_attention
 """
 
 
-@pytest.mark.parametrize(("kind", "values", "size", "message"), rows(UNSPLIT))
+@pytest.mark.parametrize("kind, values, size, message", rows(UNSPLIT))
 def test_what_a_config_tells(kind: str, values: str, size: str, message: str) -> None:
     config = config_of(kind, **parsed(values))
     with pytest.raises(UserError, match="--sequence_parallel_size") as error:

@@ -220,7 +220,7 @@ TYPES = """
 """
 
 
-@pytest.mark.parametrize(("settings", "message"), rows(TYPES))
+@pytest.mark.parametrize("settings, message", rows(TYPES))
 def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message: str) -> None:
     """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)

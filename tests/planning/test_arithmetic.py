@@ -48,7 +48,7 @@ def trained(stage: int, **changes: Any) -> Trained:
 
 
 @pytest.mark.parametrize(
-    ("stage", "squares", "masters", "moments", "gradients", "bucket"),
+    "stage, squares, masters, moments, gradients, bucket",
     [
         (1, 338, 172, 344, 676, 100),
         (2, 338, 172, 344, 172, 100),
@@ -106,7 +106,7 @@ def test_volumes_of_a_step_at_each_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    "settings, expected",
     [
         ({}, Gathers(elements=162, most_at_once=162, largest_call=90)),
         ({"max_live_parameters": 100}, Gathers(2 * 162 - 100, 162, 90)),

@@ -65,7 +65,7 @@ def test_activations_are_those_that_autograd_saves(family: str, packed: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("family", "by_documents"), [*product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]), ("mixtral", False)]
+    "family, by_documents", [*product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]), ("mixtral", False)]
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
@@ -256,7 +256,7 @@ def assert_as_planned(plan: Plan, measured_bytes: dict[str, int], case: tuple[An
         assert getattr(memory, name) == measured_bytes[name], (case, name)
 
 
-@pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), (4, [CASES[0], CASES[-1]])])
+@pytest.mark.parametrize("ranks, cases", [(2, CASES), (4, [CASES[0], CASES[-1]])])
 def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]) -> None:
     for rank_results in run_ranks(ranks, all_measured, cases):
         for case, result in zip(cases, rank_results, strict=True):

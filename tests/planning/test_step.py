@@ -32,9 +32,7 @@ def test_figures_of_a_config() -> None:
     assert Work(config_of(num_hidden_layers=1, hidden_size=64), None, 30).heads == 1, "no attention at all"
 
 
-@pytest.mark.parametrize(
-    ("buffers", "on_device", "forward", "backward"), [(1, 40, 90, 60), (2, 80, 70, 30), (4, 160, 0, 0)]
-)
+@pytest.mark.parametrize("buffers, on_device, forward, backward", [(1, 40, 90, 60), (2, 80, 70, 30), (4, 160, 0, 0)])
 def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, forward: int, backward: int) -> None:
     """The first ones from the end of the last backward pass, the last ones from the end of forward."""
     streamed = Streamed((10, 20, 30, 40), buffers, 40)
@@ -43,7 +41,7 @@ def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, forw
 
 
 @pytest.mark.parametrize(
-    ("kinds", "period"),
+    "kinds, period",
     [("aaaaa", 1), ("abab", 2), ("ababa", 2), ("abbabb", 3), ("abba", 3), ("abc", 3), ("aab", 3), ("a", 1)],
 )
 def test_kinds_of_layers_repeat(kinds: str, period: int) -> None:

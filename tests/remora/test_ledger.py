@@ -144,7 +144,7 @@ cycles.1.sha256 = "{"0" * 64}" | broken at cycle 1
 """
 
 
-@pytest.mark.parametrize(("change", "words"), rows(HOLES))
+@pytest.mark.parametrize("change, words", rows(HOLES))
 def test_a_ledger_file_with_a_wrong_value_is_named(folder: Path, change: str, words: str) -> None:
     change_json(folder / "ledger.json", lambda content: set_value(content, change))
     with pytest.raises(UserError, match=words) as caught:

@@ -27,7 +27,7 @@ HEAVY = ((3, "float32"), (3, "bfloat16"), (2, "bfloat16"))
 
 
 @pytest.mark.parametrize(
-    ("world", "dtype"),
+    "world, dtype",
     [(2, "float32"), *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)],
 )
 def test_after_50_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, world: int, dtype: str) -> None:

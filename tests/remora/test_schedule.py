@@ -36,7 +36,7 @@ def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "middle", "end"),
+    "kind, middle, end",
     [(ScheduleKind.LINEAR, 0.6, 0.2), (ScheduleKind.COSINE, 0.6, 0.2), (ScheduleKind.CONSTANT, 1.0, 1.0)],
 )
 def test_global_curve_at_its_corners(kind: ScheduleKind, middle: float, end: float) -> None:

@@ -113,7 +113,7 @@ def mean_share(model: Any, leading: dict[str, Leading]) -> Tensor:
     return torch.stack(layer_shares).mean()
 
 
-@pytest.mark.parametrize(("operator", "checkpointing"), [*((operator, False) for operator in EVERY), ("share", True)])
+@pytest.mark.parametrize("operator, checkpointing", [*((operator, False) for operator in EVERY), ("share", True)])
 def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
     """Two micro-batches before a step; then the same with the operators of the next cycle."""
     model, config, leading = aligned_model(tmp_path, operator)

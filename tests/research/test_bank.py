@@ -85,7 +85,7 @@ def rotating(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize(
-    ("family", "operator", "rank"),
+    "family, operator, rank",
     [("llama", "truncate", 3), ("llama", "share", 40), ("gpt2", "decouple", 3), ("qwen2", "rotate", 2)],
 )
 def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: str, operator: str, rank: int) -> None:

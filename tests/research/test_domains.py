@@ -76,7 +76,7 @@ def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("operator", "family", "cycle"),
+    "operator, family, cycle",
     [
         ("truncate", "gpt2", 0),
         ("share", "llama", 0),
@@ -206,7 +206,7 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> Non
             open_for("domains", name)
 
 
-@pytest.mark.parametrize(("freeze", "gone"), [("shared", "square"), ("domains", "domain_squares")])
+@pytest.mark.parametrize("freeze, gone", [("shared", "square"), ("domains", "domain_squares")])
 def test_frozen_squares_act_and_are_no_parameters(freeze: str, gone: str) -> None:
     free = domain_model("rotate")
     ids = tokens(len(ROWS), 12)
@@ -374,7 +374,7 @@ WRONG = """
 RESEARCH = ("domain_adapters", "freeze", "eval_domains", "targets", "trainable_budget", "alignment_weight")
 
 
-@pytest.mark.parametrize(("changes", "message"), rows(WRONG))
+@pytest.mark.parametrize("changes, message", rows(WRONG))
 def test_what_does_not_go_together_is_named(changes: str, message: str) -> None:
     settings = {
         "model_name_or_path": "m",
@@ -396,7 +396,7 @@ BLOCKS = """
 """
 
 
-@pytest.mark.parametrize(("block", "message"), rows(BLOCKS))
+@pytest.mark.parametrize("block, message", rows(BLOCKS))
 def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"research: {block}\n")

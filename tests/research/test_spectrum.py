@@ -172,7 +172,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    "flags, named",
     [
         (["--layers", "nothing"], "--layers"),
         (["--device", "warp"], "--device warp"),

@@ -102,7 +102,7 @@ def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
         assert estimated.effective_rank == pytest.approx(exact.effective_rank, rel=0.05)
 
 
-@pytest.mark.parametrize(("family", "operator"), [("llama", "rotate"), ("gpt2", "share")])
+@pytest.mark.parametrize("family, operator", [("llama", "rotate"), ("gpt2", "share")])
 def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family: str, operator: str) -> None:
     """Layers are those of injection, singular values those of the weights, gradients those that autograd finds."""
     model = tiny_model(family)
@@ -181,7 +181,7 @@ def test_the_command_prints_writes_and_plans(
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    "flags, named",
     [
         (["--target_modules", "experts"], "'experts' matches no linear layer"),
         (["--probe", "{held}", "--probe_batches", "0"], "--probe_batches"),
@@ -219,7 +219,7 @@ def test_budgets_are_read_or_refused() -> None:
             parse_budget(text, 10_000)
 
 
-@pytest.mark.parametrize(("step", "multiple"), [(1, 1), (2, 16)])
+@pytest.mark.parametrize("step, multiple", [(1, 1), (2, 16)])
 def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int) -> None:
     chance = random.Random(step)
     for _ in range(100):
@@ -268,7 +268,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text, message",
     [
         ("layers: [", "is no valid YAML"),
         ("format: 2\nfingerprint: a\nlayers: {a: 2}", "format is 2, and only 1 is known"),
@@ -292,7 +292,7 @@ def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("sides", "message"),
+    "sides, message",
     [
         ({"a": 7}, "the side of a must be at least 1, and even for rotate, got 7"),
         ({"model.layers.0.self_attn.q_proj": 34}, "of 32 x 32, is larger than it can use: give 32"),

@@ -60,7 +60,7 @@ LOST = "lost contact with another rank"
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    "error, code, told",
     [
         (None, 0, ""),
         (SystemExit(0), 0, ""),

@@ -25,7 +25,7 @@ def unchanged_logger() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "level", "out", "err"),
+    "rank, level, out, err",
     [
         ("0", "info", "info\n", "[rank 0] warning\n"),
         ("0", "debug", "debug\ninfo\n", "[rank 0] warning\n"),

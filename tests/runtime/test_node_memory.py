@@ -18,7 +18,7 @@ from mora_ds.runtime.node_memory import Offer, free_bytes, machine, node_members
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "text, expected",
     [("0::/jobs/17\n", ["jobs/17", "jobs", ""]), ("1:name=a:b:/\n0::/\n", [""]), ("", [])],
     ids=["a job", "in a container", "none"],
 )

@@ -63,7 +63,7 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "method", "step", "saved"),
+    "number, rank, method, step, saved",
     [
         (signal.SIGTERM, 1, "_nll", 4, 5),
         (signal.SIGUSR1, 0, "_merge", 4, 4),
@@ -238,7 +238,7 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
 
 
 @pytest.mark.parametrize(
-    ("number", "group"),
+    "number, group",
     [
         pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.heavy),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.heavy),

@@ -74,7 +74,7 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.Monke
     assert waits == ["none"]
 
 
-@pytest.mark.parametrize(("asked", "accelerator"), [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")])
+@pytest.mark.parametrize("asked, accelerator", [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")])
 def test_gpu_tests_alone_take_the_accelerator_that_is_there(
     asked: str, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,7 +190,7 @@ def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int
     assert not (tmp_path / "out").exists(), "the folder is as it was"
 
 
-AT_EACH = pytest.mark.parametrize(("world", "failing"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3, 2)])
 
 
 @pytest.mark.heavy

@@ -109,7 +109,7 @@ mamba | auto | none
 """
 
 
-@pytest.mark.parametrize(("kind", "asked_for", "runs"), rows(CHOSEN))
+@pytest.mark.parametrize("kind, asked_for, runs", rows(CHOSEN))
 def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str) -> None:
     implementation = implementation_of(ModelArguments(attn_implementation=asked_for), config_of(kind))
     assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
@@ -139,7 +139,7 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags", "advice"),
+    "kind, flags, advice",
     [
         ("opt", {"attn_implementation": "eager"}, "rows): leave out --attn_implementation eager, or give"),
         ("bloom", {}, "rows): give --no_document_mask"),

@@ -115,7 +115,7 @@ def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "method", "call", "step"),
+    "owner, method, call, step",
     [
         ("evaluator", "evaluate", 1, 4),
         ("log", "evaluation", 1, 4),

@@ -233,7 +233,7 @@ CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "e
 CASES.remove(("gemma2", "sdpa"))  # transformers has none
 
 
-@pytest.mark.parametrize(("family", "attention"), CASES)
+@pytest.mark.parametrize("family, attention", CASES)
 def test_documents_do_not_see_each_other(family: str, attention: str) -> None:
     model = adapted(family, attention)
     for training in (False, True):

@@ -66,7 +66,7 @@ def settings(changes: dict[str, Any]) -> Any:
     return from_flat({"model_name_or_path": "facebook/opt-125m", "train_files": ["text.txt"], **changes})
 
 
-@pytest.mark.parametrize(("changes", "message"), rows(NAMED))
+@pytest.mark.parametrize("changes, message", rows(NAMED))
 def test_an_input_within_the_output_is_named(home: Path, changes: str, message: str) -> None:
     with untouched(home), pytest.raises(UserError) as refused:
         check_inputs(settings(parsed(changes)), Path("out"))

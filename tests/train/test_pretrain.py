@@ -167,7 +167,7 @@ def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "blocks", "ranks", "steps"),
+    "epochs, blocks, ranks, steps",
     [(1.0, 32, 1, 8), (0.5, 32, 1, 4), (0.5, 33, 1, 5), (1.1, 40, 1, 11), (1.1, 40, 2, 6), (0.01, 32, 1, 1)],
     ids=["whole", "half", "rounded up", "read as a decimal", "two ranks", "at least one"],
 )

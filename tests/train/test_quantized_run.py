@@ -164,7 +164,7 @@ def heavy(cases: list[tuple[AdapterConfig, int]]) -> list[Any]:
     return [pytest.param(*case, marks=pytest.mark.heavy) for case in cases]
 
 
-@pytest.mark.parametrize(("config", "stage"), [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)])
+@pytest.mark.parametrize("config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)])
 def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterConfig, stage: int) -> None:
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_ranks(1, loop_of, str(tmp_path), config, stage, 0)[0]
@@ -175,7 +175,7 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterCo
 
 
 @packed
-@pytest.mark.parametrize(("config", "stage"), [(IN_4_BITS, 3), *heavy(LOOPS)])
+@pytest.mark.parametrize("config, stage", [(IN_4_BITS, 3), *heavy(LOOPS)])
 def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
     tmp_path: Path, config: AdapterConfig, stage: int
 ) -> None:

@@ -14,7 +14,7 @@ SUMMARY = {"steps": 1200, "tokens": 2_400_000}
 
 
 @pytest.mark.parametrize(
-    ("flags", "labels"),
+    "flags, labels",
     [
         ([], ["done", "checkpoint", "curves", "evaluate", "export", "serve"]),
         (["--export_merged"], ["done", "checkpoint", "curves", "evaluate", "serve"]),

@@ -147,7 +147,7 @@ def meta(*shape: int) -> Tensor:
 
 @both_paths
 @by_kind
-@pytest.mark.parametrize(("shape", "bias"), [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)])
+@pytest.mark.parametrize("shape, bias", [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)])
 def test_a_layer_starts_few_kernels_and_never_waits(
     shape: tuple[int, int], kind: OperatorKind, bias: bool, path: Compute
 ) -> None:

@@ -155,9 +155,7 @@ def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
 # -- the rule ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("d_in", "d_out", "tokens"), [(1024, 1024, 256), (2752, 1024, 374), (576, 1536, 210), (1, 9, 1)]
-)
+@pytest.mark.parametrize("d_in, d_out, tokens", [(1024, 1024, 256), (2752, 1024, 374), (576, 1536, 210), (1, 9, 1)])
 def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in: int, d_out: int, tokens: int) -> None:
     """Literal numbers: another rule would change the bits of every run."""
     assert cheaper_path(tokens, d_in, d_out) is Compute.WEIGHT

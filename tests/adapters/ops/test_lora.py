@@ -133,7 +133,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "dtype"),
+    "world, stage, dtype",
     [(1, 1, "float32"), (2, 1, "float32"), (2, 3, "float32"),
      (3, 3, "bfloat16"), (2, 1, "bfloat16"), (2, 2, "bfloat16")],
 )  # fmt: skip

@@ -53,7 +53,7 @@ REFERENCE_TYPES = {
 
 
 every_operator = pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
-every_grouping = pytest.mark.parametrize(("kind", "grouping"), KINDS_AND_GROUPINGS)
+every_grouping = pytest.mark.parametrize("kind, grouping", KINDS_AND_GROUPINGS)
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_reference_outputs_are_reproduced(case: str) -> None:
         assert_close(result, right, rtol=0, atol=apart)
 
 
-@pytest.mark.parametrize(("blocks", "r_hat"), [(1, 2), (7, 2), (16, 256), (300, 38)])
+@pytest.mark.parametrize("blocks, r_hat", [(1, 2), (7, 2), (16, 256), (300, 38)])
 def test_sines_and_cosines_are_correctly_rounded(blocks: int, r_hat: int) -> None:
     cos, sin = index_tables.rope_table(blocks, r_hat, torch.float32, torch.device("cpu"))
     angles = [[block * 10000 ** (-pair / (r_hat // 2)) for pair in range(r_hat // 2)] for block in range(blocks)]
@@ -377,7 +377,7 @@ NO_OPERATORS = """
 """
 
 
-@pytest.mark.parametrize(("changes", "message"), rows(NO_OPERATORS))
+@pytest.mark.parametrize("changes, message", rows(NO_OPERATORS))
 def test_specs_that_are_no_operator(changes: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **parsed(changes)})
