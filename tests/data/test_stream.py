@@ -126,28 +126,6 @@ def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: P
         nothing.sample(0)
 
 
-class Recalled:
-    """A `ParallelMap` of `width` ranks in one process."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def __call__(self, work: Any, count: int) -> list[Any]:
-        assert count <= self.width
-        return [work(number) for number in reversed(range(count))][::-1]
-
-
-@pytest.mark.parametrize("width", [2, 4])
-def test_how_many_tokenise_makes_no_difference(
-    tokenizer: Any, tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "BATCH_CHARACTERS", 700)
-    corpus = corpus_of(tmp_path / "shards")
-    one = source(corpus, tokenizer, 9)
-    parallel = source(corpus, tokenizer, 9, parallel_map=Recalled(width))
-    assert_equal(taken(parallel, 0, 400), taken(one, 0, 400))
-
-
 # -- mixtures --------------------------------------------------------------------------------------------------------
 
 

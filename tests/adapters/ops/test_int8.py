@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
-from mora_ds.adapters.layer import MoRALinear, adapt
-from mora_ds.adapters.merge_layer import merge_layer, write_live
+from mora_ds.adapters.layer import adapt
+from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
@@ -109,26 +109,6 @@ def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pyte
                     assert_close(one, right, rtol=1e-11, atol=1e-10)
 
 
-@pairwise({
-    "kind": list(OperatorKind), "path": [Compute.ACTIVATION, Compute.WEIGHT], "dropout": [0.0, 0.5], "bits": [8, 4],
-})  # fmt: skip
-def test_gradients_are_those_of_numbers_nearby(kind: OperatorKind, path: Compute, dropout: float, bits: int) -> None:
-    spec = OperatorSpec(kind, 10, 14, 6, Grouping.PERMUTED, seed=3)
-    if bits == 4:
-        pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
-    layer = in_bits(MoRALinear(base_of(spec, False), spec, dropout, path), bits)
-    layer.value.data = random(6, 6, seed=1)
-    if bits == 4:
-        layer.merged = tuple((replace(spec, seed=cycle), 0.1 * random(6, 6, seed=cycle)) for cycle in (100, 101))
-
-    def run(x: Tensor, square: Tensor) -> Tensor:
-        torch.manual_seed(5)  # the same mask every time
-        return torch.func.functional_call(layer, {"square": square}, (x,))
-
-    x = random(2, 10).requires_grad_()
-    assert torch.autograd.gradcheck(run, (x, layer.value.detach().clone().requires_grad_()))
-
-
 class Casting(nn.Module):
     """Casts its input to the dtype of a weight, as Falcon Mamba's head does."""
 
@@ -206,33 +186,6 @@ def test_only_adapted_weights_are_int8() -> None:
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("conv", [False, True])
-def test_many_merges_are_one(conv: bool) -> None:
-    """Bit for bit the original plus the sum, rounded once; the distance from it does not grow with the cycles."""
-    spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
-    base = base_of(spec, conv, torch.float32)
-    original = base.weight.data.clone()
-    layer = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0))
-    drifting = original.clone()
-    updates: list[Any] = []
-    for cycle in range(30):
-        turned = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=cycle)
-        updates.append((turned, 0.003 * random(10, 10, seed=cycle).float()))
-        write_live(layer, original, updates)
-        exact = original.clone()
-        for update in updates:
-            exact += delta_weight(*update).T if conv else delta_weight(*update)
-        values, scales = quantize(exact.T if conv else exact)
-        assert torch.equal(layer.stored_weight, values)  # type: ignore[arg-type]
-        assert torch.equal(layer.weight_scales, scales)  # type: ignore[arg-type]
-        error = (layer.read() - exact).abs()
-        assert (error <= (scales if conv else scales.unsqueeze(1)) * 0.5001).all()
-        step = in_8_bits(adapt(base_of(spec, conv, torch.float32), spec, 0.0, Compute.AUTO, 0))
-        write_live(step, drifting, updates[-1:])
-        drifting = step.read().clone()
-    assert (drifting - exact).norm() > 2 * (layer.read() - exact).norm()  # what each merge into 8 bits would do
 
 
 @pytest.mark.parametrize("conv", [False, True])

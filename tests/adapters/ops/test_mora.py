@@ -115,19 +115,6 @@ def test_adjoint(spec: OperatorSpec) -> None:
     assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
-@every_grouping
-def test_low_precision(kind: OperatorKind, grouping: Grouping) -> None:
-    spec = OperatorSpec(kind, 33, 20, 6, grouping, seed=5)
-    square = random(6, 6)
-    x = random(4, 33, seed=1)
-    exact = mora_update(spec, square, x)
-    for dtype in (torch.bfloat16, torch.float16):
-        low = mora_update(spec, square.to(dtype), x.to(dtype))
-        assert low.dtype is dtype
-        assert (low.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
-        assert delta_weight(spec, square.to(dtype)).dtype is dtype
-
-
 @pytest.mark.parametrize(
     "spec", [s for s in specs() if s.kind in (OperatorKind.ROTATE, OperatorKind.DECOUPLE)], ids=spec_id
 )
@@ -146,14 +133,6 @@ def test_truncate_and_decouple_by_hand() -> None:
     assert decouple.tolist() == [[1, 2, 0, 0], [3, 4, 0, 0], [0, 0, 1, 2], [0, 0, 3, 4]]
     folded = delta_weight(OperatorSpec(OperatorKind.DECOUPLE, 4, 2, 2), square)  # two input blocks on one output block
     assert folded.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4]]
-
-
-def test_share_by_hand() -> None:
-    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    strided = delta_weight(OperatorSpec(OperatorKind.SHARE, 4, 3, 2, Grouping.STRIDED), square)
-    assert strided.tolist() == [[1, 2, 1, 2], [3, 4, 3, 4], [1, 2, 1, 2]]
-    contiguous = delta_weight(OperatorSpec(OperatorKind.SHARE, 4, 3, 2, Grouping.CONTIGUOUS), square)
-    assert contiguous.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4]]
 
 
 # -- another operator -------------------------------------------------------------------------------------------------
