@@ -1,12 +1,18 @@
 # An image with `mora-ds`. CUDA:
 #   docker build -t mora_ds .
-#   docker run --gpus all --ipc host -v "$PWD:/work" mora_ds pretrain configs/recipes/continual.yaml ...
+#   docker run --gpus all --ipc host --ulimit memlock=-1 -v "$PWD:/work" mora_ds pretrain configs/recipes/continual.yaml ...
+#   several nodes with InfiniBand: also --network host --device /dev/infiniband
 # CPU:
 #   docker build -t mora_ds:cpu --build-arg IMAGE=python:3.12-slim --build-arg PIP_EXTRA_INDEX_URL=INDEX_OF_CPU_TORCH .
 #   docker run --ipc host -v "$PWD:/work" mora_ds:cpu pretrain --num_gpus 2
 # --ipc host: processes on one node exchange data through shared memory, of which a container has 64 MB otherwise.
-ARG IMAGE=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime
+# --ulimit memlock: --base_device host and InfiniBand lock memory.
+# torch 2.10 is the first with grouped products; before it the host waits for the GPU in every layer of experts.
+ARG IMAGE=pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime
 FROM ${IMAGE}
+
+# What Triton compiles with at the first kernel.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev && rm -r /var/lib/apt/lists/*
 
 # torch of the CUDA image is kept; the CPU image takes it from the index that is given, or from the default one.
 ARG PIP_EXTRA_INDEX_URL
@@ -14,6 +20,7 @@ COPY setup.cfg pyproject.toml README.md LICENSE /source/
 COPY configs /source/configs
 COPY mora_ds /source/mora_ds
 RUN pip install --no-cache-dir /source && rm -r /source
+RUN python -c "from mora_ds.engine.device import check_compiler; check_compiler()"
 
 WORKDIR /work
 ENTRYPOINT ["mora-ds"]

@@ -46,11 +46,12 @@ def take_device(local_rank: int) -> None:
                 "of its GPUs (Slurm: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
             )
         if find_spec("triton") is not None:  # the layers' kernels are written in it
-            _check_compiler()
+            check_compiler()
     accelerator.set_device(local_rank)
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Raise `UserError` where triton could not compile."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         raise UserError("the GPU's kernels (triton) need a C compiler: install gcc, or name one by the variable CC")

@@ -1,0 +1,140 @@
+"""launch/: Slurm's script with stand-ins for Slurm's commands; what Kubernetes and SkyPilot start, parsed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from mora_ds.config.arguments import Arguments, parse
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+GPUS = 8
+NODES = 2
+
+STAND_INS = {
+    "scontrol": 'if [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "$@" >> "$LOG"; fi',
+    "srun": (
+        'echo "srun cpus=$SRUN_CPUS_PER_TASK" >> "$LOG"\n'
+        'while [ "$1" != bash ]; do shift; done\n'
+        'SLURM_PROCID=9 SLURM_LOCALID=1 "$@"'
+    ),
+    "scancel": 'echo "scancel $@" >> "$LOG"',
+    "sleep": "",
+    "python": (
+        'echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE at $MASTER_ADDR: $*" >> "$LOG"\n'
+        'echo "gloo=$GLOO_SOCKET_IFNAME triton=$TRITON_CACHE_DIR" >> "$LOG"\n'
+        'exit "$CODE"'
+    ),
+}
+
+
+def sbatch(folder: Path, code: int, **environment: str) -> tuple[int, list[str]]:
+    """What the script leaves with, and the log of the stand-ins, where every rank ends with a code."""
+    for name, script in STAND_INS.items():
+        stand_in = folder / name
+        stand_in.write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
+        stand_in.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "12", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_USER": "me",
+    }  # fmt: skip
+    log = folder / "log"
+    log.unlink(missing_ok=True)
+    path = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), "LOG": str(log)}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "recipe.yaml"]
+    done = subprocess.run(command, env={**slurm, **path, "CODE": str(code), **environment}, capture_output=True)
+    return done.returncode, log.read_text(encoding="utf-8").splitlines()
+
+
+def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path: Path) -> None:
+    code, log = sbatch(tmp_path, 0, NCCL_SOCKET_IFNAME="ib0")
+    assert code == 0
+    assert log == [
+        "srun cpus=12",
+        f"rank 9 of 16, 1 of 8 at node1: -u {LAUNCH}/pretrain.py recipe.yaml --resume_from_checkpoint auto",
+        "gloo=ib0 triton=/tmp/triton-me",
+    ]
+    _, log = sbatch(tmp_path, 0, NCCL_SOCKET_IFNAME="ib0", GLOO_SOCKET_IFNAME="eth0", TRITON_CACHE_DIR="/local")
+    assert log[-1] == "gloo=eth0 triton=/local"
+
+
+@pytest.mark.parametrize(("code", "starts", "requeued"), [(2, 1, False), (3, 1, False), (75, 1, True), (1, 3, False)])
+def test_slurm_starts_again_what_may_go_better(tmp_path: Path, code: int, starts: int, requeued: bool) -> None:
+    left_with, log = sbatch(tmp_path, code, RESTARTS="2")
+    assert left_with == code
+    assert sum(line.startswith("srun") for line in log) == starts
+    assert ("requeue 7" in log) == requeued
+
+
+def started(words: list[str]) -> tuple[Any, Arguments]:
+    """What torchrun makes of its command line, and what mora_ds makes of the rest."""
+    options = get_args_parser().parse_args(words)
+    flags = options.training_script_args
+    return options, parse(flags[1:] if options.module else flags)
+
+
+def check(options: Any, arguments: Arguments) -> None:
+    assert int(options.nnodes) == NODES
+    assert int(options.nproc_per_node) == GPUS
+    assert options.master_port == 29500
+    assert arguments.training.resume_from_checkpoint == "auto"
+    assert arguments.training.output_dir == "/shared/out"
+    assert arguments.adapter.mora_rank == 8
+
+
+def test_kubernetes_starts_a_process_a_gpu() -> None:
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text(encoding="utf-8"))
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    nodes = job["template"]["spec"]
+    assert nodes["parallelism"] == nodes["completions"] == NODES
+    assert nodes["completionMode"] == "Indexed"
+    pod = nodes["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["torchrun"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == GPUS
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    names = {variable["name"] for variable in container["env"]}
+    words = [word.replace("$(NODE_RANK)", "1") for word in container["args"]]
+    assert {"NODE_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR"} <= names
+    options, arguments = started(words)
+    check(options, arguments)
+    assert options.training_script_args[0] == "pretrain"
+    assert options.training_script == "mora_ds"
+    # JobSet's names of pods: SET-JOB-INDEX-POD, in the set's own domain
+    assert options.master_addr == f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
+
+
+def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text(encoding="utf-8"))
+    assert task["num_nodes"] == NODES
+    assert task["resources"]["accelerators"].endswith(f":{GPUS}")
+    *_, command = task["run"].replace("\\\n", " ").strip().splitlines()
+    variables = {
+        "SKYPILOT_NUM_NODES": NODES, "SKYPILOT_NUM_GPUS_PER_NODE": GPUS, "SKYPILOT_NODE_RANK": 1, "head": "10.0.0.1",
+    }  # fmt: skip
+    torchrun, *words = shlex.split(Template(command).substitute({**variables, **task["envs"]}))
+    options, arguments = started(words)
+    check(options, arguments)
+    assert torchrun == ".venv/bin/torchrun"
+    assert (ROOT / options.training_script).is_file()
+    assert options.master_addr == "10.0.0.1"
+
+
+def test_the_image_has_what_kernels_and_experts_need() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    version = re.search(r"IMAGE=pytorch/pytorch:(\d+)\.(\d+)", text)
+    assert version is not None
+    assert (int(version[1]), int(version[2])) >= (2, 10), "torch's grouped products: adapters/ops/grouped.py"
+    assert "check_compiler()" in text
