@@ -1,7 +1,7 @@
 """From text on disk to batches of tokens. Knows no model and no DeepSpeed.
 
 readers            one file -> documents, in chunks where they are long
-parts, corpus      files, patterns, folders or a `datasets` name -> `Corpus`
+members, corpus    files, patterns, folders or a `datasets` name -> `Corpus`
 held_out           which documents are held out
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
 inspection, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)

@@ -32,7 +32,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import at_work, disk_errors, fsync, fsync_tree, is_abandoned, sha256_file
 from mora_ds.data.corpus import Corpus
 from mora_ds.data.held_out import DocumentFilter
-from mora_ds.data.inspection import PartFacts, inspect_parts, writable
+from mora_ds.data.inspection import MemberFacts, inspect_members, writable
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.tokenizer import AUTO, Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
@@ -113,10 +113,10 @@ def build_cache(
     num_proc = _processes_for(corpus, tokenizer, num_proc)
     if not is_builder:
         barrier()
-        settings = _settings(corpus, encoder, inspect_parts(corpus, cache_dir, 1, False))
+        settings = _settings(corpus, encoder, inspect_members(corpus, cache_dir, 1, False))
         return TokenCache.open(cache_dir / _key(settings))
     try:
-        facts = inspect_parts(corpus, cache_dir, num_proc, progress)
+        facts = inspect_members(corpus, cache_dir, num_proc, progress)
         settings = _settings(corpus, encoder, facts)
         folder = cache_dir / _key(settings)
         if problem := damage(folder, contents=True):
@@ -160,7 +160,7 @@ def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc:
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
-def _settings(corpus: Corpus, encoder: Encoder, facts: list[PartFacts]) -> dict[str, Any]:
+def _settings(corpus: Corpus, encoder: Encoder, facts: list[MemberFacts]) -> dict[str, Any]:
     """Everything that decides which tokens a cache holds."""
     return {
         "format": FORMAT,
@@ -187,7 +187,7 @@ def _build(
     encoder: Encoder,
     folder: Path,
     settings: dict[str, Any],
-    facts: list[PartFacts],
+    facts: list[MemberFacts],
     num_proc: int,
     progress: bool,
 ) -> None:

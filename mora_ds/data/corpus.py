@@ -1,7 +1,7 @@
 """What the user names (files, patterns, folders, a `datasets` name) as a `Corpus`, which can be read again and again.
 
-    --train_files 'corpus/*.jsonl' notes.md folder/    FilePart, FilePart, ...   in the order given, each pattern sorted
-    --dataset_name NAME                                DatasetPart
+    --train_files 'corpus/*.jsonl' notes.md folder/    FileMember, ...   in the order given, each pattern sorted
+    --dataset_name NAME                                DatasetMember
 
 Nothing is copied: the only thing written from a corpus is its token cache.
 """
@@ -19,20 +19,20 @@ from typing import Any
 
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.data.held_out import DocumentFilter
-from mora_ds.data.parts import DatasetPart, FilePart, Part, StreamedDatasetPart
+from mora_ds.data.members import DatasetMember, FileMember, Member, StreamedDatasetMember
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix
 
 logger = logging.getLogger(__name__)
 
 SPLIT = "train"
-"""The part of a data set that is read."""
+"""The split of a data set that is read."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The documents of one named source. Iterating reads them from disk."""
 
-    parts: tuple[Part, ...]
+    members: tuple[Member, ...]
     text_column: str = "text"
     flag: str = "--train_files"
     """The flag that its error messages name."""
@@ -40,14 +40,14 @@ class Corpus:
     """Which documents belong to the corpus; None for all."""
 
     def __iter__(self) -> Iterator[Document]:
-        for part in self.parts:
-            documents = self.documents_of(part)
+        for member in self.members:
+            documents = self.documents_of(member)
             yield from documents if self.keep is None else self.keep(documents)
 
-    def documents_of(self, part: Part) -> Iterator[Document]:
-        """All documents of one part, whatever `keep` says."""
+    def documents_of(self, member: Member) -> Iterator[Document]:
+        """All documents of one member, whatever `keep` says."""
         with _naming(self.flag):
-            yield from part.documents()
+            yield from member.documents()
 
     def texts(self) -> Iterator[str]:
         """The texts alone, for training a tokenizer."""
@@ -55,7 +55,7 @@ class Corpus:
 
     def size_bytes(self) -> int:
         """Size on disk, compressed where the files are."""
-        return sum(part.size_bytes() for part in self.parts)
+        return sum(member.size_bytes() for member in self.members)
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def load_corpus(
 ) -> Corpus:
     """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder on disk), as one corpus.
 
-    Looks at names, sizes and the first document of every part only; the rest is checked while it is read.
+    Looks at names, sizes and the first document of every member only; the rest is checked while it is read.
     Raises `UserError`, which names `flag` or `--dataset_name`, for anything that is no corpus.
     """
     if bool(patterns) == bool(dataset_name):
@@ -85,14 +85,14 @@ def load_corpus(
         flag = "--dataset_name" if flag == "--train_files" else flag  # else a source of a mixture
         dataset = _saved_dataset if is_saved_dataset(Path(dataset_name)) else _named_dataset
         with _naming(flag):
-            parts: tuple[Part, ...] = (_dataset_part(dataset_name, dataset(dataset_name), text_column),)
+            members: tuple[Member, ...] = (_dataset_member(dataset_name, dataset(dataset_name), text_column),)
     else:
         files = resolve_files(patterns, flag)
         with _naming(flag):
-            parts = tuple(_file_part(path, text_column) for path in files)
-    corpus = Corpus(parts, text_column, flag)
-    for part in parts:
-        next(corpus.documents_of(part))
+            members = tuple(_file_member(path, text_column) for path in files)
+    corpus = Corpus(members, text_column, flag)
+    for member in members:
+        next(corpus.documents_of(member))
     return corpus
 
 
@@ -102,9 +102,9 @@ def stream_dataset(name: str, text_column: str, flag: str) -> Corpus:
     Raises `UserError`, which names `flag`, where there is no such dataset, or no text in it.
     """
     with _naming(flag):
-        part = StreamedDatasetPart(name, _named_dataset(name, streaming=True), text_column)
-    corpus = Corpus((part,), text_column, flag)
-    next(corpus.documents_of(part))
+        member = StreamedDatasetMember(name, _named_dataset(name, streaming=True), text_column)
+    corpus = Corpus((member,), text_column, flag)
+    next(corpus.documents_of(member))
     return corpus
 
 
@@ -166,15 +166,15 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
 
 
-def _file_part(path: Path, text_column: str) -> Part:
+def _file_member(path: Path, text_column: str) -> Member:
     if path.is_dir():
-        return _dataset_part(str(path), _saved_dataset(str(path)), text_column)
+        return _dataset_member(str(path), _saved_dataset(str(path)), text_column)
     file_kind(path)
     if not path.exists():
         raise UserError(f"{path} is a link to nothing")
     if _is_empty(path):
         raise UserError(f"{path} is empty")
-    return FilePart(path, text_column)
+    return FileMember(path, text_column)
 
 
 # -- datasets ------------------------------------------------------------------------------------------------------
@@ -211,6 +211,6 @@ def _saved_dataset(folder: str) -> Any:
     return dataset[SPLIT]
 
 
-def _dataset_part(label: str, dataset: Any, text_column: str) -> DatasetPart:
+def _dataset_member(label: str, dataset: Any, text_column: str) -> DatasetMember:
     check_column(dataset.features.arrow_schema, text_column, label)
-    return DatasetPart(label, dataset, text_column)
+    return DatasetMember(label, dataset, text_column)

@@ -1,6 +1,6 @@
 """Reads the documents of a corpus that is too large to cache: while training, in shuffled windows, from any position.
 
-    parts of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
+    members of an epoch  ->  windows of `buffer` documents, each shuffled  ->  documents, each with its `StreamPosition`
 
 A window's order is drawn from (seed, epoch, window), so a few numbers say where the stream is: the file position at
 which the window begins, and how many of its documents are done. To go on from there one window is read again.
@@ -17,8 +17,8 @@ from huggingface_hub.errors import HTTPError
 
 from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.data.corpus import Corpus
+from mora_ds.data.members import Member
 from mora_ds.data.packing import epoch_order
-from mora_ds.data.parts import Part
 from mora_ds.data.readers import START, Document, Mark
 
 IN_ORDER_WINDOW = 1024
@@ -34,10 +34,10 @@ class StreamPosition:
 
     epoch: int = 0
     window: int = 0
-    part: int = 0
-    """The part in which the window begins, counted in the epoch's order of parts."""
+    member: int = 0
+    """The member in which the window begins, counted in the epoch's order of members."""
     mark: Mark = START
-    """The position in that part at which the window begins."""
+    """The position in that member at which the window begins."""
     done: int = 0
     """Documents and chunks of the window before this position."""
 
@@ -63,7 +63,7 @@ class DocumentStream:
     def epoch(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
         """The documents from `position` to the end of its epoch, each with its own position. Empty ones are left out.
 
-        Raises `UserError` for a record that is no document, `RunError` for a part that cannot be read any more.
+        Raises `UserError` for a record that is no document, `RunError` for a member that cannot be read any more.
         """
         done = position.done
         for opening, window in self._windows(replace(position, done=0)):
@@ -116,28 +116,28 @@ class DocumentStream:
         return (window[index] for index in order)
 
     def _documents(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
-        """(document, the position after it) of the parts from `position` on, without those that are left out."""
-        parts: list[Part] = list(self.corpus.parts)
+        """(document, the position after it) of the members from `position` on, without those that are left out."""
+        members: list[Member] = list(self.corpus.members)
         if self.buffer:
-            order = epoch_order(f"{self.seed}/parts", position.epoch, len(parts))
-            parts = [parts[index] for index in order]
+            order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
+            members = [members[index] for index in order]
         keep = self.corpus.keep
         mark = position.mark
         passes = True
-        for number in range(position.part, len(parts)):
-            for document, after in self._read(parts[number], mark):
+        for number in range(position.member, len(members)):
+            for document, after in self._read(members[number], mark):
                 if document.begins:
                     passes = not document.is_empty and (keep is None or keep.keeps(document.text))
                 if passes:
-                    yield document, replace(position, part=number, mark=after)
+                    yield document, replace(position, member=number, mark=after)
             mark = START
 
-    def _read(self, part: Part, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-        """The documents of `part` after `mark`, each with the position after it. `datasets` itself repeats what fails
+    def _read(self, member: Member, mark: Mark) -> Iterator[tuple[Document, Mark]]:
+        """The documents of `member` after `mark`, each with the position after it. `datasets` itself repeats what fails
         over a network, for about two minutes."""
         last = mark
         try:
-            for document, after in part.marked(mark):
+            for document, after in member.marked(mark):
                 yield document, after
                 last = after
         except UserError as error:
@@ -146,5 +146,5 @@ class DocumentStream:
             kind = RunError if fails else UserError
             raise kind(f"source {self.name!r}: {error}") from error
         except (OSError, HTTPError) as error:
-            where = f"source {self.name!r}: {part.label}"
+            where = f"source {self.name!r}: {member.label}"
             raise RunError(f"{where} cannot be read after record {last.record}: {reason(error)}") from error

@@ -80,7 +80,7 @@ def load_data(
     folder = place.folder / TOKENIZER_FOLDER
     ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, place.checkpoint))
     first, *remaining = corpora.values()
-    joined = replace(first, parts=first.parts + tuple(part for corpus in remaining for part in corpus.parts))
+    joined = replace(first, members=first.members + tuple(member for corpus in remaining for member in corpus.members))
     tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.ranks)
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
@@ -265,7 +265,7 @@ class _Tokenization:
         data = self.data
         encoder = Encoder.of(self.tokenizer, self.data.document_start)
         facts = {
-            "files": [(Path(part.label).name, part.size_bytes()) for part in corpus.parts],
+            "files": [(Path(member.label).name, member.size_bytes()) for member in corpus.members],
             "text_column": corpus.text_column,
             "left_out": None if corpus.keep is None else corpus.keep.identity,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),

@@ -249,7 +249,7 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pyte
         corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")], flag="--eval_files")
     assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"]
     assert corpus.size_bytes() == 15
-    assert [file.label for file in corpus.parts] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
+    assert [file.label for file in corpus.members] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
     assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
 
 

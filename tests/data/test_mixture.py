@@ -294,8 +294,8 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     held_out = {document_hash(text) for text in texts if document_hash(text) < share * 2**64}
     assert 5 < len(held_out) < 40
     for corpus in corpora:
-        trained = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share)))
-        evaluated = hashes_of(Corpus(corpus.parts, keep=DocumentFilter(share, takes_held_out=True)))
+        trained = hashes_of(Corpus(corpus.members, keep=DocumentFilter(share)))
+        evaluated = hashes_of(Corpus(corpus.members, keep=DocumentFilter(share, takes_held_out=True)))
         assert trained
         assert evaluated
         assert not trained & held_out

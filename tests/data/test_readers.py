@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import load_corpus, parts, readers, resolve_files
+from mora_ds.data import load_corpus, members, readers, resolve_files
 
 
 def lines(rows: list[dict[str, str]]) -> bytes:
@@ -33,12 +33,12 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None
     else:
         data = codecs.BOM_UTF8 + lines([{"text": text} for text in rows]).replace(b"\n", b"\n \n", 2)
         path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
-    (part,) = load_corpus([str(path)]).parts
-    whole = list(part.marked(readers.START))
+    (member,) = load_corpus([str(path)]).members
+    whole = list(member.marked(readers.START))
     assert [document.text for document, _ in whole] == rows
     assert all(document.begins and document.ends for document, _ in whole)
     for count, (_, mark) in enumerate(whole, start=1):
-        assert list(part.marked(mark)) == whole[count:]
+        assert list(member.marked(mark)) == whole[count:]
     word, numbers = ("line", [1, 3, 5, 6, 7, 8, 9]) if kind.startswith("jsonl") else ("row", range(1, 8))
     assert [document.source for document, _ in whole] == [f"{path}, {word} {number}" for number in numbers]
 
@@ -46,12 +46,12 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None
 def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The position after a chunk is that before its document."""
     (tmp_path / "a.txt").write_text("some text")
-    (part,) = load_corpus([str(tmp_path / "a.txt")]).parts
-    ((document, mark),) = part.marked(readers.START)
+    (member,) = load_corpus([str(tmp_path / "a.txt")]).members
+    ((document, mark),) = member.marked(readers.START)
     assert document.text == "some text"
-    assert list(part.marked(mark)) == []
+    assert list(member.marked(mark)) == []
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 4)
-    chunks = [(document.text, mark) for document, mark in part.marked(readers.START)]
+    chunks = [(document.text, mark) for document, mark in member.marked(readers.START)]
     assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
 
 
@@ -63,7 +63,7 @@ def test_a_dataset_without_rows_is_empty(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name} is empty, or one of its splits is: it holds no row"):
             load_corpus([str(tmp_path / name)])
     with pytest.raises(UserError, match="rows is empty: it holds no row"):
-        list(parts.DatasetPart("rows", none, "text").documents())
+        list(members.DatasetMember("rows", none, "text").documents())
 
 
 def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:

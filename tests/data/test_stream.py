@@ -79,7 +79,7 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     assert len({tuple(epoch) for epoch in epochs}) == 3
     reseeded = DocumentStream("a", corpus, buffer=8, seed=4)
     assert [document.text for document, _ in reseeded.epoch(StreamPosition())] != epochs[0]
-    alone = DocumentStream("a", Corpus(corpus.parts[:1]), buffer=4, seed=3)
+    alone = DocumentStream("a", Corpus(corpus.members[:1]), buffer=4, seed=3)
     read = [int(document.text) // 3 for document, _ in alone.epoch(StreamPosition())]
     windows = [read[start : start + 4] for start in range(0, 16, 4)]
     assert [sorted(window) for window in windows] == [list(range(start, start + 4)) for start in range(0, 16, 4)]
@@ -117,11 +117,11 @@ def test_a_document_longer_than_memory_passes_in_chunks(
 
 
 def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: Path) -> None:
-    corpus = Corpus(corpus_of(tmp_path / "shards").parts, keep=DocumentFilter(0.4))
+    corpus = Corpus(corpus_of(tmp_path / "shards").members, keep=DocumentFilter(0.4))
     cached = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False)
     wanted = [cached.block(number) for number in range(cached.n_blocks)]
     assert_equal(taken(source(corpus, tokenizer), 0, len(wanted)), wanted)
-    nothing = source(Corpus(corpus.parts, keep=DocumentFilter(0.999999999)), tokenizer)
+    nothing = source(Corpus(corpus.members, keep=DocumentFilter(0.999999999)), tokenizer)
     with pytest.raises(UserError, match="source 'a' holds no text to train on"):
         nothing.sample(0)
 

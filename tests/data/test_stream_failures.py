@@ -28,15 +28,15 @@ from tests.helpers.streams import T, documents, source, taken, write
 
 
 class Broken:
-    """A part that fails as disks and networks do, before record 5."""
+    """A member that fails as disks and networks do, before record 5."""
 
     def __init__(self, shard: Any, error: Exception) -> None:
-        self.part = shard
+        self.member = shard
         self.error = error
         self.label = shard.label
 
     def marked(self, mark: Any) -> Iterator[tuple[Document, Any]]:
-        for document, behind in self.part.marked(mark):
+        for document, behind in self.member.marked(mark):
             if behind.record == 5:
                 raise self.error
             yield document, behind
@@ -45,7 +45,7 @@ class Broken:
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HTTPError("no route to host")], ids=repr)
 def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: Path, error: Exception) -> None:
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
-    broken_shards: Any = tuple(Broken(shard, error) for shard in corpus.parts)
+    broken_shards: Any = tuple(Broken(shard, error) for shard in corpus.members)
     with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 4: .*(output error|route)"):
         taken(source(Corpus(broken_shards), tokenizer), 0, 300)
 

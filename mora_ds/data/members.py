@@ -1,7 +1,7 @@
-"""The parts of a corpus: one file, one `datasets` dataset, or one streamed dataset.
+"""The members of a corpus: one file, one `datasets` dataset, or one streamed dataset.
 
-A part knows the hash of its contents and reads its own documents one at a time, from any position on. Parts are pickled
-to worker processes.
+A member knows the hash of its contents and reads its own documents one at a time, from any position on. Members are
+pickled to worker processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mora_ds.data.readers import (
 )
 
 
-class Part(ABC):
+class Member(ABC):
     """One file or dataset of a corpus."""
 
     label: str
@@ -56,7 +56,7 @@ class Part(ABC):
 
 
 @dataclass(frozen=True)
-class FilePart(Part):
+class FileMember(Member):
     """A file of text, JSON lines or Parquet."""
 
     path: Path
@@ -82,7 +82,7 @@ class FilePart(Part):
 
 
 @dataclass(frozen=True)
-class DatasetPart(Part):
+class DatasetMember(Member):
     """A map-style `datasets.Dataset`; it stays on disk and is read batch by batch."""
 
     label: str
@@ -107,7 +107,7 @@ class DatasetPart(Part):
 
 
 @dataclass(frozen=True)
-class StreamedDatasetPart(Part):
+class StreamedDatasetMember(Member):
     """A `datasets.IterableDataset`. A mark holds the dataset's own state, which can be saved after any row."""
 
     label: str
