@@ -209,11 +209,18 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _is_of_attention(error: Exception) -> bool:
+    """Whether transformers has refused the implementation of attention."""
+    return "attn_implementation" in str(error) or "flash" in reason(error).lower()
+
+
 def make_model(config: Any, where: str, **options: Any) -> Any:
     """A model with random weights, on the device of the context. Raises `UserError`, after the words `where`."""
     try:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it may change
     except Exception as error:  # as at `folder_config`: each model's class has checks of its own
+        if _is_of_attention(error):
+            where = f"--attn_implementation {options.get('attn_implementation')}"
         raise UserError(f"{where}: no model can be made of this config: {reason(error)}") from error
 
 
@@ -250,7 +257,7 @@ def load_model(
         raise
     except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
         why = reason(error)
-        if "attn_implementation" in str(error) or "flash" in why.lower():
+        if _is_of_attention(error):
             raise UserError(f"--attn_implementation {attn_implementation}: {why}") from error
         raise UserError(f"{flag} {folder}: cannot be loaded as a causal language model: {damage or why}") from error
     model, info = loaded

@@ -58,6 +58,16 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
     for phrase in ("--model_name_or_path", rank, "--seed: 1 there, None here", "more: None"):
         assert phrase in str(error.value)
     assert "target_modules" not in str(error.value)
+    labels = {
+        "global_batch_size": ("--per_device_train_batch_size", "--gradient_accumulation_steps"),
+        "tokens": ("--document_start", "--exclude_eval_documents", "--replay", "--text_column", "--held_out_share"),
+        "mixture": ("--document_start", "--exclude_eval_documents", "--replay", "--mixture", "--train_files"),
+    }
+    for key, flags in labels.items():
+        values = ({key: {"sources": {"law": number}} if key == "mixture" else number} for number in (1, 2))
+        with pytest.raises(UserError) as error:
+            check_identity(tmp_path, *values)
+        assert [flag for flag in flags if flag not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("rows, divisors", [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])

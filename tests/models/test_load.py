@@ -69,6 +69,12 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
             use()
 
 
+def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read() -> None:
+    """As by a plan of the model."""
+    with pytest.raises(UserError, match=r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
+        load.make_model(tiny_model("gemma2").config, "the model", attn_implementation="sdpa")
+
+
 def test_a_mistyped_path_is_no_name_of_the_hub() -> None:
     with pytest.raises(UserError, match=r"--model_name_or_path \./no/such/model: no such folder, and no name"):
         load.named_config("./no/such/model")

@@ -35,6 +35,16 @@ def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
         planned(parse([*flags, "--tensor_parallel_size", "2"]), world=3)
 
 
+def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> None:
+    """The meta device has torch's grouped product of experts in bf16 alone."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "mixtral", **FAMILIES["mixtral"]}))
+    flags = ["--model_name_or_path", str(config), "--dry_run"]
+    with pytest.raises(UserError, match=r"cannot be planned \(--dry_run, mora-ds plan\) in torch.float32, --bf16 may"):
+        planned(parse(flags), world=1)
+    planned(parse([*flags, "--bf16"]), world=1)
+
+
 def test_a_dry_run_says_of_traffic_what_the_run_says_at_its_start(tmp_path: Path) -> None:
     """With gradient checkpointing too: tensor-parallel ranks have the inputs that they saved, and gather none again."""
     config = tmp_path / "config.json"
