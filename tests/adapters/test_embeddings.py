@@ -333,8 +333,15 @@ def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
     return {name: zero.full_fp32(engine, parameter).clone() for name, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "kind, tied",
+    [
+        ("low_rank", False),
+        ("new_rows", True),
+        pytest.param("low_rank", True, marks=pytest.mark.heavy),
+        pytest.param("new_rows", False, marks=pytest.mark.heavy),
+    ],
+)
 def test_two_ranks_train_as_one(kind: str, tied: bool) -> None:
     """The same rows of data, split over two ranks: the same parameters after three steps."""
     alone = run_ranks(1, trained_on_ranks, kind, tied)[0]

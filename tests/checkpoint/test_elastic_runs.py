@@ -75,7 +75,7 @@ def two(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return out, in_order(run_ranks(2, watched, flags(user, out, 2), -1))
 
 
-@pytest.mark.parametrize("world, stage", [(1, 3), (3, 3), (4, 2)])
+@pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), pytest.param(3, 3, marks=pytest.mark.heavy)])
 def test_a_run_goes_on_at_another_size_and_back(
     user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, world: int, stage: int
 ) -> None:
@@ -112,7 +112,7 @@ def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("world, stage", [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize("world, stage", [(3, 2), (2, 1), pytest.param(1, 3, marks=pytest.mark.heavy)])
 def test_muons_momentum_goes_on_at_another_size_and_stage(
     user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
 ) -> None:

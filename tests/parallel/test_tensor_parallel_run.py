@@ -77,7 +77,9 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
         assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("degree, replicas", [(1, 2), (2, 1), (4, 1), (1, 4)])
+@pytest.mark.parametrize(
+    "degree, replicas", [(1, 2), (4, 1), *(pytest.param(*size, marks=pytest.mark.heavy) for size in ((2, 1), (1, 4)))]
+)
 def test_it_resumes_at_another_size(
     saved: tuple[str, Path, torch.Tensor], ground: Playground, degree: int, replicas: int
 ) -> None:

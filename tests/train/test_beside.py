@@ -51,13 +51,21 @@ def last_state(out: Path) -> TrainerState:
     return TrainerState.read(out / "checkpoints" / "step-000004")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks_and_whole(
+    request: pytest.FixtureRequest, user: Playground, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """A number of ranks, and the output folder of their undisturbed run."""
+    whole = tmp_path_factory.mktemp("whole") / "out"
+    run(request.param, user.flags(whole, *FLAGS))
+    return request.param, whole
+
+
 @pytest.mark.parametrize("calls", [(2,), (1, 3), (4,)], ids=["before a save", "twice", "at the end"])
 def test_a_failed_evaluation_does_not_end_the_run(
-    user: Playground, tmp_path: Path, out: Path, ranks: int, calls: tuple[int, ...]
+    user: Playground, ranks_and_whole: tuple[int, Path], out: Path, calls: tuple[int, ...]
 ) -> None:
-    whole = tmp_path / "whole"
-    run(ranks, user.flags(whole, *FLAGS))
+    ranks, whole = ranks_and_whole
     error = RuntimeError("no evaluation today")
     told = run_ranks(ranks, failing, user.flags(out, *FLAGS), "evaluator", "evaluate", error, calls)
     for kind, message in told:
@@ -114,28 +122,35 @@ def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
         program.pretrain(parse(argv))
 
 
+DUE = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warmup_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in whose fourth step a checkpoint, an evaluation and a merge are due."""
+    out = tmp_path_factory.mktemp("due") / "out"
+    run(1, user.flags(out, *DUE))
+    return out
+
+
 @pytest.mark.parametrize(
     "owner, method, call, step",
     [
-        ("evaluator", "evaluate", 1, 4),
-        ("log", "evaluation", 1, 4),
-        ("remora", "merge", 0, 4),
-        ("remora", "_start_cycle", 0, 4),
-        ("evaluator", "evaluate", 2, 6),
-        ("log", "evaluation", 2, 6),
+        pytest.param("evaluator", "evaluate", 1, 4, id="evaluation", marks=pytest.mark.heavy),
+        pytest.param("log", "evaluation", 1, 4, id="after an evaluation"),
+        pytest.param("remora", "merge", 0, 4, id="merge", marks=pytest.mark.heavy),
+        pytest.param("remora", "_start_cycle", 0, 4, id="half a merge"),
+        pytest.param("evaluator", "evaluate", 2, 6, id="last evaluation"),
+        pytest.param("log", "evaluation", 2, 6, id="after the last evaluation", marks=pytest.mark.heavy),
     ],
-    ids=["evaluation", "after an evaluation", "merge", "half a merge", "last evaluation", "after the last evaluation"],
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
-    user: Playground, tmp_path: Path, out: Path, owner: str, method: str, call: int, step: int
+    user: Playground, whole: Path, out: Path, owner: str, method: str, call: int, step: int
 ) -> None:
     """And the run that resumes there does what was pending, once."""
-    whole = tmp_path / "whole"
-    flags = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warmup_steps", 1)
-    run(1, user.flags(whole, *flags))
-    run_ranks(1, ended_within, user.flags(out, *flags), owner, method, call)
+    run_ranks(1, ended_within, user.flags(out, *DUE), owner, method, call)
     assert TrainerState.read(out / "checkpoints" / "latest").step == step
-    run(1, user.flags(out, *flags, "--resume_from_checkpoint", "auto"))
+    run(1, user.flags(out, *DUE, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, whole)
 
 

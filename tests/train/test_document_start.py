@@ -61,7 +61,7 @@ def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path)
         assert ("nothing stands before a document" in run_ranks(1, printed, argv)[0]) == says
 
 
-@pytest.mark.parametrize("more", [(), ("--streaming",)])
+@pytest.mark.parametrize("more", [("--streaming",), pytest.param((), marks=pytest.mark.heavy)])
 def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, ...]) -> None:
     run(1, user.flags(out, *START, *more))
     resume = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--max_steps", 8)

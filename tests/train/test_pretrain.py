@@ -204,7 +204,9 @@ def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_p
     assert_close_evals(tmp_path / "out", plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "stage", ["zero3", *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("zero1", "zero2"))]
+)
 def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: str) -> None:
     run(2, user.flags(out, *MERGING, "--bf16", "true", "--deepspeed", REPOSITORY / "configs" / f"{stage}.json"))
     assert_close_losses(out, plain, rtol=0, atol=0.02)

@@ -134,9 +134,13 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "world, stage, dtype",
-    [(1, 1, "float32"), (2, 1, "float32"), (2, 3, "float32"),
-     (3, 3, "bfloat16"), (2, 1, "bfloat16"), (2, 2, "bfloat16")],
-)  # fmt: skip
+    [
+        (1, 1, "float32"),
+        (2, 3, "float32"),
+        (2, 2, "bfloat16"),
+        *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
+    ],
+)
 def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str) -> None:
     ranks = run_ranks(world, relora, str(tmp_path), stage, dtype, 4)
     ledger = Ledger.open(tmp_path / "out" / "ledger")
