@@ -34,10 +34,6 @@ def checkpoint(original: FakeRun, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original.checkpoint, tmp_path / "out" / "checkpoints" / "step-000007"))
 
 
-def snapshot(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
-
 def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None:
     (verdict,) = verify(checkpoint, tmp_path / "base")
     assert verdict.is_good, verdict.problems

@@ -33,18 +33,18 @@ class Memory:
 @pytest.mark.parametrize(
     "tensors, ranges",
     [
-        ([(0, PAGE)], [(0, PAGE)]),
-        ([(10, PAGE)], [(0, 2 * PAGE)]),
-        ([(PAGE, 2), (0, 0)], [(PAGE, 2 * PAGE)]),
-        ([(0, 5 * PAGE), (2 * PAGE, 10)], [(0, 5 * PAGE)]),
-        ([(8 * PAGE, 10), (0, PAGE), (PAGE, PAGE)], [(0, 2 * PAGE), (8 * PAGE, 9 * PAGE)]),
-        ([(0, PAGE + 2), (PAGE + 100, 10), (3 * PAGE, 2)], [(0, 2 * PAGE), (3 * PAGE, 4 * PAGE)]),
+        ([(0, 100)], [(0, 100)]),
+        ([(10, 100)], [(0, 200)]),
+        ([(100, 2), (0, 0)], [(100, 200)]),
+        ([(0, 500), (200, 10)], [(0, 500)]),
+        ([(800, 10), (0, 100), (100, 100)], [(0, 200), (800, 900)]),
+        ([(0, 102), (150, 10), (300, 2)], [(0, 200), (300, 400)]),
     ],
 )
 def test_whole_pages_once_and_in_order(
     tensors: list[tuple[int, int]], ranges: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_copies.mmap, "PAGESIZE", PAGE)
+    monkeypatch.setattr(host_copies.mmap, "PAGESIZE", 100)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
     pieces: list[Any] = [Memory(*tensor) for tensor in tensors]
     assert page_ranges(pieces) == ranges

@@ -32,6 +32,7 @@ from mora_ds.models.load import load_model
 from tests.helpers.adapters import Maker
 from tests.helpers.jobs import Playground, run
 from tests.helpers.models import with_own_code
+from tests.helpers.streams import Letters
 from tests.helpers.tools import call
 
 
@@ -72,16 +73,6 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
     one = evaluate(target, corpus, Windows.of(target.model, window, stride), batch_size=1, max_documents=1)
     assert one.documents == 1
     assert one.text_bytes == len(texts[0].encode())
-
-
-class Letters:
-    """A tokenizer with a token a letter."""
-
-    bos_token_id = None
-    eos_token_id = 0
-
-    def __call__(self, text: str, **anything: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) - 96 for letter in text]}
 
 
 def test_a_chunk_has_the_end_of_the_one_before_as_context() -> None:

@@ -16,6 +16,16 @@ from mora_ds.data import Corpus, DocumentStream, Encoder, StreamSource
 T = 16
 
 
+class Letters:
+    """A tokenizer with a token a letter, "a" being 1."""
+
+    bos_token_id = None
+    eos_token_id = 0
+
+    def __call__(self, text: str, **anything: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+
 def documents(count: int = 90) -> list[str]:
     """Of all lengths, empty ones among them."""
     return ["" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23) for n in range(count)]

@@ -44,6 +44,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refusal, research, run
 from tests.helpers.mistakes import command
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.streams import Letters
 
 AUTO = {"targets": "auto", "trainable_budget": "3%"}
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4)
@@ -134,15 +135,6 @@ def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family:
         assert probed[name].score == pytest.approx(probed[name].norm / layer.value.shape[0])
         assert not layer.value.any()
         assert layer.value.grad is None, "nothing is trained"
-
-
-class Letters:
-    """A tokenizer: a letter a token."""
-
-    eos_token_id = 0
-
-    def __call__(self, text: str, **anything: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) - 96 for letter in text]}
 
 
 def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
