@@ -5,17 +5,17 @@
     EngineShards    the files of all ranks as one: any range of a complete parameter, its fp32 master or its moments
     restore         masters, low-precision copies, optimizer state and counters of this process
 
-    engine/layouts.safetensors    written by rank 0: which part of which parameter lies where in the files of all ranks
+    engine/layouts.safetensors    written by rank 0: which extent of which parameter lies where in all ranks' files
     engine/rank-*.safetensors     "<number>.master", "<number>.<key>": each flat fp32 master, and what the optimizer
                                   keeps for it: moments of its length, counts without a dimension
 
-Masters and moments go by `OptimizerView.flats`: which part of which parameter lies where in the tensors that the
+Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies where in the tensors that the
 optimizer steps on. DeepSpeed's own `save_checkpoint` is not used: it writes pickles, which serve the same number of
 processes only. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays something
 out in another way.
 
-1,024 ranks with 224 matrices under ZeRO-3 have 229,376 parts: they stay rows of an array, which is sorted, checked and
-searched as a whole.
+1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an array, which is sorted, checked
+and searched as a whole.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Length = Annotated[int, Bounds(least=1, most=2 * MAX_SIDE)]
 
 
 @dataclass(frozen=True)
-class Part:
+class Extent:
     """Elements [start, start + numel) of a flattened parameter, which lie from `offset` on in a flat tensor."""
 
     name: str
@@ -99,32 +99,34 @@ class Layout:
 
 NAME, START, NUMEL, RANK, FLAT, OFFSET = range(6)
 """Columns of the table: index of the parameter's name; first element and number of elements; the rank that wrote the
-part; the flat tensor in its file, and the offset in that."""
+extent; the flat tensor in its file, and the offset in that."""
 
 
 class RankShard(NamedTuple):
-    """Where the parts of one rank lie in its file."""
+    """Where the extents of one rank lie in its file."""
 
     rank: int
     file: str
-    parts: np.ndarray
+    extents: np.ndarray
     """(P, 6) int64"""
     moments: np.ndarray | None
-    """(Q, 6) int64 of the optimizer's state; None: as `parts`."""
+    """(Q, 6) int64 of the optimizer's state; None: as `extents`."""
     layout: str
     """A digest of the rank's `Layout`, which must be that of all."""
 
     @classmethod
-    def of(cls, layout: Layout, rank: int, file: str, flats: list[list[Part]], moments: list[list[Part]]) -> RankShard:
-        """`flats`: the parts in each flat tensor; `moments`: those in its optimizer state, which are not always the
+    def of(
+        cls, layout: Layout, rank: int, file: str, flats: list[list[Extent]], moments: list[list[Extent]]
+    ) -> RankShard:
+        """`flats`: the extents in each flat tensor; `moments`: those in its optimizer state, which are not always the
         same (see `zero.Flat`)."""
         number = {name: index for index, name in enumerate(layout.shapes)}
 
-        def rows(tensors: list[list[Part]]) -> np.ndarray:
+        def rows(tensors: list[list[Extent]]) -> np.ndarray:
             numbers = [
-                (number[part.name], part.start, part.numel, rank, index, part.offset)
-                for index, parts in enumerate(tensors)
-                for part in parts
+                (number[extent.name], extent.start, extent.numel, rank, index, extent.offset)
+                for index, extents in enumerate(tensors)
+                for extent in extents
             ]
             return np.array(numbers, np.int64).reshape(-1, 6)
 
@@ -146,10 +148,10 @@ class EngineShards:
     layout: Layout
     files: list[str]
     """The file of every rank."""
-    parts: np.ndarray
+    extents: np.ndarray
     """(P, 6) int64 rows of the masters, by name and then by start."""
     moments: np.ndarray
-    """(Q, 6) int64 rows of the optimizer's state; `parts` itself where they are the same."""
+    """(Q, 6) int64 rows of the optimizer's state; `extents` itself where they are the same."""
     rank: int = 0
     """The writer whose file is read first, where several hold the same elements."""
     _shards: dict[int, _Shard] = field(init=False, default_factory=dict)
@@ -158,12 +160,12 @@ class EngineShards:
     @classmethod
     def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
         """From the shards of all ranks, in their order."""
-        parts = _sorted(np.concatenate([shard.parts for shard in shards]))
-        moments = parts
+        extents = _sorted(np.concatenate([shard.extents for shard in shards]))
+        moments = extents
         if any(shard.moments is not None for shard in shards):
-            state_rows = [shard.parts if shard.moments is None else shard.moments for shard in shards]
+            state_rows = [shard.extents if shard.moments is None else shard.moments for shard in shards]
             moments = _sorted(np.concatenate(state_rows))
-        return cls(folder, layout, [shard.file for shard in shards], parts, moments)
+        return cls(folder, layout, [shard.file for shard in shards], extents, moments)
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
@@ -178,19 +180,19 @@ class EngineShards:
             files = typed(list[FileName], content.pop("files"), f"{path}: files")
             layout: Layout = typed(Layout, content, path)
             tables = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
-            parts = _table(tables["parts"])
-            moments = _table(tables["moments"]) if "moments" in tables else parts
+            extents = _table(tables["extents"])
+            moments = _table(tables["moments"]) if "moments" in tables else extents
         if len(files) != layout.world_size:
             raise UserError(f"{path}: it lists {len(files)} files of {layout.world_size} ranks")
-        shards = cls(folder, layout, files, parts, moments)
+        shards = cls(folder, layout, files, extents, moments)
         shards._check_whole()
         return shards
 
     def write_table(self) -> None:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
         content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
-        tables = {"parts": torch.from_numpy(self.parts)}
-        if self.moments is not self.parts:
+        tables = {"extents": torch.from_numpy(self.extents)}
+        if self.moments is not self.extents:
             tables["moments"] = torch.from_numpy(self.moments)
         write_safetensors_atomic(self.folder / INDEX_FILE, tables, {"layout": json.dumps(content)})
 
@@ -256,7 +258,7 @@ class EngineShards:
             if whole is None:
                 whole = torch.empty(end - start, dtype=values.dtype)
             whole[first - start : last - start] = values
-        assert whole is not None, "every parameter has a part"
+        assert whole is not None, "every parameter has an extent"
         return whole
 
     def _shard(self, rank: int) -> _Shard:
@@ -282,7 +284,7 @@ class EngineShards:
     def _tables(self) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
         """Whether it is that of the masters -> (a table, where the rows of each parameter begin in it)."""
         numbers = np.arange(len(self.shapes) + 1)
-        tables = {True: self.parts, False: self.moments}
+        tables = {True: self.extents, False: self.moments}
         return {is_master: (rows, np.searchsorted(rows[:, NAME], numbers)) for is_master, rows in tables.items()}
 
     def _check_whole(self) -> None:
@@ -293,8 +295,8 @@ class EngineShards:
         if sum(sizes) > sum(entry.stat().st_size for entry in entries):
             path = self.folder / INDEX_FILE
             raise UserError(f"{path} lists parameters of more elements than the shards have bytes")
-        tables = [("", self.parts)]
-        if self.moments is not self.parts:
+        tables = [("", self.extents)]
+        if self.moments is not self.extents:
             tables.append(("the optimizer's state of ", self.moments))
         for what, rows in tables:
             names = rows[:, NAME]
@@ -318,7 +320,7 @@ def _table(tensor: Tensor) -> np.ndarray:
 
 
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> int | None:
-    """The index of the first parameter of which a part is missing, out of bounds or (`once`) held twice; else None."""
+    """The index of the first parameter with an extent missing, out of bounds or (`once`) held twice; None for none."""
     name = rows[:, NAME]
     start = rows[:, START]
     numel = rows[:, NUMEL]
@@ -400,15 +402,15 @@ def _names(engine: zero.Engine) -> Names:
     return {id(parameter): name for name, parameter in engine.module.named_parameters()}
 
 
-def _parts(spans: list[Span], names: Names) -> list[Part]:
+def _extents(spans: list[Span], names: Names) -> list[Extent]:
     """The spans by the names of their parameters, counted in the complete parameter."""
-    parts = []
+    extents = []
     for span in spans:
         if span.numel:
             share = share_of(span.parameter)
             begin = 0 if share is None else share.start * share.r_hat  # of this process's tensor-parallel share
-            parts.append(Part(names[id(span.parameter)], begin + span.start, span.numel, span.offset))
-    return parts
+            extents.append(Extent(names[id(span.parameter)], begin + span.start, span.numel, span.offset))
+    return extents
 
 
 def _shapes(engine: zero.Engine) -> dict[str, tuple[int, ...]]:
@@ -461,7 +463,7 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
-    """(what all ranks have in common, where the parts of this rank lie in its file, that file's tensors). The tensors
+    """(what all ranks have in common, where the extents of this rank lie in its file, that file's tensors). The tensors
     are the engine's own, not copies."""
     layout = _layout(engine)
     flats = list(view_of(engine).flats())
@@ -473,8 +475,8 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
     names = _names(engine)
     skipped = duplicates(engine)
 
-    def written(spans: list[Span]) -> list[Part]:
-        return [part for part in _parts(spans, names) if part.name not in skipped]
+    def written(spans: list[Span]) -> list[Extent]:
+        return [extent for extent in _extents(spans, names) if extent.name not in skipped]
 
     masters = [written(flat.spans) for flat in flats]
     moments = [written(flat.state_spans) for flat in flats]
@@ -547,23 +549,23 @@ def _restore_flat(
 ) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
     where the optimizer wants counts that are tensors, as torch's fused Adam does."""
-    parts = _parts(flat.spans, names)
-    state_parts = _parts(flat.state_spans, names)
-    _fill(flat.master, MASTER, parts, shards, transposed)
+    extents = _extents(flat.spans, names)
+    state_extents = _extents(flat.state_spans, names)
+    _fill(flat.master, MASTER, extents, shards, transposed)
     # A tensor of padding alone steps as often as the others of its group: it gets the counts of the group's first one.
-    sources = parts
+    sources = extents
     if not sources:
         with malformed(shards.folder / INDEX_FILE):
             of_group = list(shards.layout.groups[flat.group])
-            sources = [Part(of_group[0], 0, 0, 0)]
+            sources = [Extent(of_group[0], 0, 0, 0)]
     first = sources[0]
     keys = shards.keys(first.name, first.start, first.numel)
     counts = shards.scalars(first.name, first.start, first.numel)
-    for part in sources[1:]:
-        same_keys = shards.keys(part.name, part.start, part.numel) == keys
-        if not same_keys or shards.scalars(part.name, part.start, part.numel) != counts:
+    for extent in sources[1:]:
+        same_keys = shards.keys(extent.name, extent.start, extent.numel) == keys
+        if not same_keys or shards.scalars(extent.name, extent.start, extent.numel) != counts:
             raise UserError(
-                f"{shards.folder}: {first.name} and {part.name} are one tensor here, with different state there"
+                f"{shards.folder}: {first.name} and {extent.name} are one tensor here, with different state there"
             )
     for key in set(flat.state) - {*keys, *counts}:
         del flat.state[key]
@@ -576,14 +578,14 @@ def _restore_flat(
         if not isinstance(flat.state.get(key), Tensor):
             dtype = shards.read(first.name, key, first.start, 0).dtype
             flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
-            if state_parts != parts:
-                flat.state[key] = flat.state[key].new_zeros(sum(state_part.numel for state_part in state_parts))
-        _fill(flat.state[key], key, state_parts, shards, transposed)
+            if state_extents != extents:
+                flat.state[key] = flat.state[key].new_zeros(sum(state_extent.numel for state_extent in state_extents))
+        _fill(flat.state[key], key, state_extents, shards, transposed)
 
 
-def _fill(target: Tensor, key: str, parts: list[Part], shards: EngineShards, transposed: set[str]) -> None:
+def _fill(target: Tensor, key: str, extents: list[Extent], shards: EngineShards, transposed: set[str]) -> None:
     flat = target.detach().view(-1)
     flat.zero_()
-    for part in parts:
-        values = shards.read(part.name, key, part.start, part.numel, part.name in transposed)
-        flat.narrow(0, part.offset, part.numel).copy_(values)
+    for extent in extents:
+        values = shards.read(extent.name, key, extent.start, extent.numel, extent.name in transposed)
+        flat.narrow(0, extent.offset, extent.numel).copy_(values)

@@ -128,8 +128,8 @@ def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) 
     path = folder / "engine" / "layouts.safetensors"
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()
-        rows = handle.get_tensor("parts")
-    save_file({"parts": change(rows).contiguous()}, path, metadata)
+        rows = handle.get_tensor("extents")
+    save_file({"extents": change(rows).contiguous()}, path, metadata)
 
 
 VALUES = """

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine import shards as shard_module
-from mora_ds.engine.shards import MASTER, EngineShards, Layout, Part, RankShard
+from mora_ds.engine.shards import MASTER, EngineShards, Extent, Layout, RankShard
 from mora_ds.engine.zero import Flat, Span
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
 LAYOUTS = [
-    [[Part("a", 0, 7, 1), Part("b", 0, 2, 8)], [Part("c", 0, 3, 0)]],
-    [[Part("b", 2, 3, 4), Part("a", 7, 5, 8)], [Part("c", 3, 1, 2)]],
+    [[Extent("a", 0, 7, 1), Extent("b", 0, 2, 8)], [Extent("c", 0, 3, 0)]],
+    [[Extent("b", 2, 3, 4), Extent("a", 7, 5, 8)], [Extent("c", 3, 1, 2)]],
 ]
-"""Two flat tensors a rank, with padding before, between and after the parts."""
+"""Two flat tensors a rank, with padding before, between and after the extents."""
 VALUES = {"a": torch.arange(12.0) + 100, "b": torch.arange(5.0) + 200, "c": torch.arange(4.0) + 300}
 FLAT_NUMEL = 16
 
 
-def flat_of(pieces: list[Part], plus: float) -> Tensor:
+def flat_of(pieces: list[Extent], plus: float) -> Tensor:
     """The values of a flat tensor, -1 where no parameter is."""
     flat = torch.full((FLAT_NUMEL,), -1.0)
     for piece in pieces:
@@ -61,9 +61,9 @@ def layout(**more: Any) -> Layout:
 
 
 def shards_of(
-    folder: Path, common: Layout, shards: list[list[list[Part]]], moments: list[list[Part]] | None = None
+    folder: Path, common: Layout, shards: list[list[list[Extent]]], moments: list[list[Extent]] | None = None
 ) -> EngineShards:
-    """Those of ranks with these parts, the optimizer's state of each as `moments` say."""
+    """Those of ranks with these extents, the optimizer's state of each as `moments` say."""
     rows = [RankShard.of(common, n, f"{n}.st", flats, moments or flats) for n, flats in enumerate(shards)]
     return EngineShards.of(folder, common, rows)
 
@@ -108,7 +108,7 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
 
 def one_flat_each(folder: Path) -> EngineShards:
     """One rank's file with a flat tensor for each parameter; the first has stepped once, the others four times."""
-    flats = [[Part(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
+    flats = [[Extent(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
     tensors = {}
     for number, values in enumerate(VALUES.values()):
         tensors |= {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
-from mora_ds.engine.shards import INDEX_FILE, EngineShards, Layout, Part, RankShard
+from mora_ds.engine.shards import INDEX_FILE, EngineShards, Extent, Layout, RankShard
 from mora_ds.remora.ledger import _link
 from tests.helpers.exports import FakeRun, fake_run
 
@@ -38,7 +38,7 @@ def _write_engine(checkpoint: Path) -> None:
     pieces = []
     offset = 0
     for name, tensor in tensors.items():
-        pieces.append(Part(name, 0, tensor.numel(), offset))
+        pieces.append(Extent(name, 0, tensor.numel(), offset))
         offset += tensor.numel()
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
     state = {"0.exp_avg": torch.zeros_like(flat), "0.exp_avg_sq": torch.zeros_like(flat), "0.step": torch.tensor(3.0)}

@@ -287,7 +287,7 @@ def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, s
                          np.zeros(len(sizes), np.int64), start - rank * share], axis=1)  # fmt: skip
     rows = rows[rows[:, NUMEL] > 0]
     assert rows.shape[1] == 6 and (NAME, START, RANK, OFFSET) == (0, 1, 3, 5)
-    return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), parts=rows, moments=None)
+    return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows, moments=None)
 
 
 def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
