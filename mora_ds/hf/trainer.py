@@ -91,7 +91,8 @@ class MoRATrainer(_Base):
         check_options(args, kwargs)
         if isinstance(model, (str, Path)):
             model = load_model(model, **(getattr(args, "model_init_kwargs", None) or {}))
-        self.mora, self._base_name = mora, _name_of_base(model, base)
+        self.mora = mora
+        self._base_name = _name_of_base(model, base)
         if is_sharded(model):
             raise UserError(
                 "the model was loaded after TrainingArguments(deepspeed=...), so transformers has sharded its weights: "

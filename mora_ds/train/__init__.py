@@ -2,7 +2,7 @@
 
 pretrain        the pipeline from settings to a summary; demo runs it twice
 dry_run         --dry_run: the plan of a job in place of the job
-setup           processes that start together, DeepSpeed config, and the place where a run happens
+setup           processes that start together, DeepSpeed config, and what a run starts from
 output_folder   --output_dir: which run may write into it, and what of it is a run's; run_file: run.yaml
 data            files -> tokens -> batches; tokenizer: which one
 inputs          what a run reads, and that none of it lies where it writes

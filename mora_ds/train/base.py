@@ -33,21 +33,21 @@ from mora_ds.planning.report import size_text, verdict
 from mora_ds.runtime.node_memory import free_bytes
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planner_of
-from mora_ds.train.setup import Place
+from mora_ds.train.setup import Start
 
 logger = logging.getLogger(__name__)
 
 
-def find_model(model: ModelArguments, place: Place) -> tuple[Path | None, Any]:
+def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
     """(folder of the base, its config); no folder where --model_config asks for random weights. Collective."""
     folder = None
     if model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
         config = read_model_config(expanded(model.model_config, "--model_config"))
     else:
-        folder = resolve_folder(model.model_name_or_path, place.ranks)
+        folder = resolve_folder(model.model_name_or_path, start.ranks)
         config = folder_config(folder, model.trust_remote_code)
-    place.ranks.same("the model", {"config.json (digest)": config_digest(config)})
+    start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config
 
 
@@ -57,23 +57,23 @@ def prepare_base(
     folder: Path | None,
     tokenizer: Any,
     dtype: torch.dtype,
-    place: Place,
+    start: Start,
     cast: bool = True,
 ) -> LoadedBase:
     """Load the complete base on this process, from `folder` or created from --model_config; `cast` as in `load_base`.
     Collective."""
-    base_folder = place.folder / BASE_FOLDER
+    base_folder = start.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
         vocabulary = largest_id(tokenizer)[1] + 1
 
         def create() -> None:
-            if place.checkpoint is None or not (base_folder / "config.json").exists():
+            if start.checkpoint is None or not (base_folder / "config.json").exists():
                 create_base(config_file, base_folder, training.seed, tokenizer, vocabulary)
 
-        place.ranks.on_first("creation of the base", create, long=True)
+        start.ranks.on_first("creation of the base", create, long=True)
         folder = base_folder
-    loaded = load_base(folder, base_folder, place.ranks, dtype, model.implementation, model.trust_remote_code, cast)
+    loaded = load_base(folder, base_folder, start.ranks, dtype, model.implementation, model.trust_remote_code, cast)
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded

@@ -41,7 +41,7 @@ from mora_ds.data import (
     tokenizer_fingerprint,
 )
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.setup import Place
+from mora_ds.train.setup import Start
 from mora_ds.train.tokenizer import begin_tokenizer, load_named_tokenizer, load_or_train_tokenizer, save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def load_data(
     training: TrainingArguments,
     model_folder: Path | None,
     model_config: Any,
-    place: Place,
+    start: Start,
 ) -> RunData:
     """Read and tokenize all text of a run. Collective.
 
@@ -74,20 +74,20 @@ def load_data(
     tokenized.
     """
     plan = mixture_plan(data)
-    ranks = place.ranks
+    ranks = start.ranks
     corpora, evaluation = _text(data, plan)
     _check_positions(model_config, data.seq_len)
-    folder = place.folder / TOKENIZER_FOLDER
-    ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, place.checkpoint))
+    folder = start.folder / TOKENIZER_FOLDER
+    ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, start.checkpoint))
     first, *remaining = corpora.values()
     joined = replace(first, members=first.members + tuple(member for corpus in remaining for member in corpus.members))
-    tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, place.ranks)
+    tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, start.ranks)
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
     logger.debug(f"tokens of the training corpus: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
-    state = None if place.state is None else place.state.stream
+    state = None if start.state is None else start.state.stream
     rows = training.rows_per_step(ranks.world)
     train = _train_data(tokenization, plan, corpora, training.seed, rows, state)
     train.check_batch_size(rows)

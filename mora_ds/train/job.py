@@ -35,7 +35,7 @@ from mora_ds.planning.costs import costs
 from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
 from mora_ds.train.run import PROBE_TOKENS, FullRun, Run
-from mora_ds.train.setup import Place
+from mora_ds.train.setup import Start
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class Job:
     """A model with all that belongs to its run. All processes make it together.
 
-    Making it prepares the model, starts the engine and, where `place.checkpoint` is set, resumes. Raises `UserError`
+    Making it prepares the model, starts the engine and, where `start.checkpoint` is set, resumes. Raises `UserError`
     for settings that do not fit the model or the checkpoint.
     """
 
@@ -57,18 +57,18 @@ class Job:
     total_parameters: int
 
     def __init__(
-        self, arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, place: Place
+        self, arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, start: Start
     ) -> None:
         self.arguments = arguments
         self.loaded = loaded
         self.ds_config = ds_config
         self.data = data
-        self.place = place
+        self.start = start
         training = arguments.training
         self.micro_batch_tokens = (
             training.per_device_train_batch_size * data.train.seq_len // training.sequence_parallel_size
         )
-        place.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
+        start.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
         self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
         if self.sequence is not None:
             logger.info(describe(loaded.model.config, training.sequence_parallel_size, data.train.seq_len))
@@ -95,20 +95,20 @@ class Job:
     def _start_full_training(self) -> None:
         """--adapter full."""
         model = self.loaded.model
-        place = self.place
+        start = self.start
         self.trainable_parameters = self.total_parameters = count_parameters(model)
         identity = {"adapter": {"kind": "full"}, **self._common_identity()}
         self._check_checkpoint(identity)
-        place.ranks.barrier("start of the engine")
+        start.ranks.barrier("start of the engine")
         self.engine, *_ = initialize_full(model=model, config=self.ds_config)
         self._seed_dropout()
-        self.state = place.state or TrainerState(world_size=place.ranks.world, identity=identity)
+        self.state = start.state or TrainerState(world_size=start.ranks.world, identity=identity)
         self.run = FullRun(
             self.engine,
-            folder=place.folder,
+            folder=start.folder,
             state=self.state,
-            ranks=place.ranks,
-            resume=place.checkpoint,
+            ranks=start.ranks,
+            resume=start.checkpoint,
             async_save=self.arguments.training.async_save,
             tokenizer=self.data.tokenizer,
         )
@@ -116,17 +116,17 @@ class Job:
     def _start_adapter(self) -> None:
         """--adapter mora, lora."""
         training = self.arguments.training
-        place = self.place
+        start = self.start
         base = self.loaded.base
         self.config = self._planned_config()
-        place.ranks.agree("injection of the adapter", self._inject, long=True)
-        fingerprint = base.fingerprint(ranks=place.ranks)
+        start.ranks.agree("injection of the adapter", self._inject, long=True)
+        fingerprint = base.fingerprint(ranks=start.ranks)
         common = self._common_identity()
         self._check_checkpoint(run_identity(fingerprint, self.config, common))
-        if place.checkpoint is None:
-            place.hooks.fit(self.loaded.model, fingerprint, place.ranks)
+        if start.checkpoint is None:
+            start.hooks.fit(self.loaded.model, fingerprint, start.ranks)
         degree = training.tensor_parallel_size
-        place.ranks.barrier("start of the engine")
+        start.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
             model=self.loaded.model,
             config=self.ds_config,
@@ -139,13 +139,13 @@ class Job:
             logger.debug(node.text)
         if self.arguments.adapter.merge_every:  # what merges change is a mapped file until the first one
             needed = sum(node.slots[name].nbytes for name in node.waiting)
-            place.ranks.agree("room for merges", lambda: check_room(needed))
+            start.ranks.agree("room for merges", lambda: check_room(needed))
         self._seed_dropout()
         self.run = Run(
             self.engine,
             base=base,
-            folder=place.folder,
-            resume=place.checkpoint,
+            folder=start.folder,
+            resume=start.checkpoint,
             overwrite=True,
             async_save=training.async_save,
             keys=self.loaded.keys,
@@ -153,14 +153,14 @@ class Job:
             tokenizer_folder=self.data.tokenizer_folder,
             probe_ids=self.data.train.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
             facts={"seq_len": self.data.train.seq_len},
-            ranks=place.ranks,
-            state=place.state,
+            ranks=start.ranks,
+            state=start.state,
         )
         self.state = self.run.state
         self._log_paths(self.micro_batch_tokens, self.state.micro_batch_tokens)
         self.state.micro_batch_tokens = self.micro_batch_tokens
-        if place.checkpoint is None:
-            place.hooks.begin(self.engine)
+        if start.checkpoint is None:
+            start.hooks.begin(self.engine)
 
     # -- their steps ---------------------------------------------------------------------------------------------------
 
@@ -175,9 +175,9 @@ class Job:
             "seq_len": data.train.seq_len,
             "document_mask": self.arguments.data.document_mask,
             "seed": training.seed,
-            "global_batch_size": training.rows_per_step(self.place.ranks.world),
+            "global_batch_size": training.rows_per_step(self.start.ranks.world),
             "merge_every": adapter.merge_every,
-            **self.place.hooks.identity(),
+            **self.start.hooks.identity(),
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if attends_by_documents(self.loaded.model) else "dense",
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
@@ -185,13 +185,13 @@ class Job:
 
     def _check_checkpoint(self, identity: dict[str, Any]) -> None:
         """Raise `UserError` where the checkpoint to resume from is another run's."""
-        if self.place.checkpoint is not None and self.place.state is not None:
-            check_identity(self.place.checkpoint, self.place.state.identity, identity)
+        if self.start.checkpoint is not None and self.start.state is not None:
+            check_identity(self.start.checkpoint, self.start.state.identity, identity)
 
     def _seed_dropout(self) -> None:
         """Give every replica its own dropout masks; a checkpoint restores its random states afterwards."""
         training = self.arguments.training
-        torch.manual_seed((training.seed << 16) + self.place.ranks.rank // training.ranks_per_replica)
+        torch.manual_seed((training.seed << 16) + self.start.ranks.rank // training.ranks_per_replica)
 
     @property
     def _streams(self) -> bool:
@@ -202,11 +202,11 @@ class Job:
         """The adapter's config with what the hooks add to it."""
         arguments = self.arguments
         loaded = self.loaded
-        place = self.place
+        start = self.start
         config = arguments.adapter.config(arguments.training.seed)
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
-        return place.hooks.plan(config, loaded, place.folder, place.checkpoint, place.ranks)
+        return start.hooks.plan(config, loaded, start.folder, start.checkpoint, start.ranks)
 
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""
@@ -219,12 +219,12 @@ class Job:
         self.trainable_parameters = report.trainable_params
         self.total_parameters = report.total_params
         logger.debug(report)
-        self.place.hooks.injected(model, self.config)
+        self.start.hooks.injected(model, self.config)
         degree = training.tensor_parallel_size
         if degree > 1:
             logger.debug(plan_of(model, degree))
         if self.ds_config["zero_optimization"]["stage"] == 3:
-            replicas = self.place.ranks.world // degree
+            replicas = self.start.ranks.world // degree
             logger.debug(costs(model, degree, replicas, self.micro_batch_tokens))
 
     def _log_paths(self, tokens: int, before: int) -> None:

@@ -64,7 +64,7 @@ def preflight(job: Job, arguments: Arguments) -> None:
             logger.info(f"loss: from the logits of complete batches, because {problem}")
             loss.whole_loss(model)
             job.state.chunked_loss = False
-        job.place.hooks.check(job.engine, _random_ids(job.engine, vocab_size, 3, 8))
+        job.start.hooks.check(job.engine, _random_ids(job.engine, vocab_size, 3, 8))
         check_attention(job.engine, vocab_size, sizes, document_mask, advice)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)

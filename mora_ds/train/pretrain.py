@@ -61,7 +61,7 @@ from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
-from mora_ds.train.setup import Place, engine_config, start_processes, start_up
+from mora_ds.train.setup import Start, engine_config, start_processes, start_up
 from mora_ds.train.tasks import check_tasks, task_names
 from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
@@ -101,41 +101,41 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         check_device(model)
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
-    with _output_folder(arguments, ranks) as place:
-        if place.checkpoint is None:
-            place.hooks.check_files(ranks)
-        folder, config = find_model(model, place)
+    with _output_folder(arguments, ranks) as start:
+        if start.checkpoint is None:
+            start.hooks.check_files(ranks)
+        folder, config = find_model(model, start)
         check_config(config, training.sequence_parallel_size, model.implementation)
         arguments = settle_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
-        data = load_data(model, arguments.data, training, folder, config, place)
+        data = load_data(model, arguments.data, training, folder, config, start)
         _check_evaluation_sets(arguments, data)
-        place.hooks.check_sets(list(data.evaluation))
+        start.hooks.check_sets(list(data.evaluation))
         cast = adapter.is_control or adapter.base_bits != AS_LOADED  # else `initialize` casts, on the device
-        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, place, cast)
+        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, start, cast)
         if reason := why_dense(config, model.implementation):
             logger.info(f"attention: dense, because {reason}")
         else:
             use_documents(loaded.model)
-        job = Job(arguments, loaded, ds_config, data, place)
+        job = Job(arguments, loaded, ds_config, data, start)
         job.state.chunked_loss = _in_chunks(job, training)
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
         schedule = arguments.schedule(_total_steps(training, data.train, ranks.world))
-        if place.state is not None and place.state.step > schedule.total_steps:
+        if start.state is not None and start.state.step > schedule.total_steps:
             raise UserError(
-                f"{place.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
+                f"{start.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
             )
         ranks.barrier("end of all checks", long=True)
         if ranks.is_first:
-            owns = names_of_run(place.folder, training.export_merged)
+            owns = names_of_run(start.folder, training.export_merged)
             facts = {"world_size": ranks.world, "steps": _steps(job, schedule), **_facts(job)}
-            if place.checkpoint is not None:
-                run_folder = place.checkpoint.resolve().parents[1]
+            if start.checkpoint is not None:
+                run_folder = start.checkpoint.resolve().parents[1]
                 if changes := changed_settings(run_folder, dump(arguments)):
                     logger.info(f"changed since the run was last started: {', '.join(changes)}")
-            write_run_file(place.folder, dump(arguments), facts, owns)
+            write_run_file(start.folder, dump(arguments), facts, owns)
     return job, schedule
 
 
@@ -151,7 +151,7 @@ def _facts(job: Job) -> dict[str, Any]:
 def _in_chunks(job: Job, training: TrainingArguments) -> bool:
     """Whether the loss is computed in chunks: with a frozen head, where that costs nothing, and on demand. A run that
     resumes goes on as it began, since the two round differently."""
-    if job.place.checkpoint is not None:
+    if job.start.checkpoint is not None:
         return training.chunked_loss or job.state.chunked_loss
     return training.chunked_loss or is_frozen(job.loaded.model.get_output_embeddings())
 
@@ -160,7 +160,7 @@ def _in_chunks(job: Job, training: TrainingArguments) -> bool:
 
 
 @contextmanager
-def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
+def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     """Reserve --output_dir and find the checkpoint to resume from. Collective.
 
     The folder becomes the run's when the block has passed, and is as it was when the block raises.
@@ -173,7 +173,7 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Place]:
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
-        yield Place(ranks, root, checkpoint, state, hooks)
+        yield Start(ranks, root, checkpoint, state, hooks)
     except BaseException:
         give_up(root)
         raise
@@ -236,8 +236,8 @@ def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> in
 
 def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
-    folder = job.place.folder
-    ranks = job.place.ranks
+    folder = job.start.folder
+    ranks = job.start.ranks
     state = job.state
     steps = _steps(job, schedule)
     facts = _facts(job)
@@ -251,8 +251,8 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         lambda: _trackers(arguments, folder, facts, state.step),
         pending,
     )
-    if job.place.checkpoint is not None:
-        logger.info(_resumed(job.place.checkpoint, state, steps))
+    if job.start.checkpoint is not None:
+        logger.info(_resumed(job.start.checkpoint, state, steps))
     state.total_steps = steps
     trainer = Trainer(job, schedule, log)
     for line in opening(job, steps):
@@ -269,7 +269,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
-        job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.place.hooks.variants)
+        job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants)
     log.close()
     failures = [*trainer.failures, *(f"--report_to {name}" for name in log.failed_trackers)]
     if arguments.training.push_to_hub is not None:

@@ -22,7 +22,7 @@ def opening(job: Job, total_steps: int) -> list[str]:
     """The lines before the first step: model, trained parameters, data, steps, memory."""
     arguments = job.arguments
     training = arguments.training
-    world = job.place.ranks.world
+    world = job.start.ranks.world
     model_type = job.loaded.model.config.model_type
     origin = arguments.model.model_name_or_path or arguments.model.model_config
     rows = {"model": f"{model_type}, {job.total_parameters:,} parameters, from {origin}"}

@@ -1,5 +1,5 @@
 """What every job begins with: its processes, which start together with the same settings and packages or not at all,
-its DeepSpeed config, and the place where it runs.
+its DeepSpeed config, and what it starts from.
 
 `NODE_SETTINGS` lists what may differ from node to node. Every other setting is compared: launchers such as
 `deepspeed --no_ssh`, torchrun and Slurm give each node a command line of its own.
@@ -61,8 +61,8 @@ _REPORT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run happens, and what it starts from."""
+class Start:
+    """What a run starts from, and where."""
 
     ranks: Ranks
     folder: Path

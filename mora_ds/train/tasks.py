@@ -96,7 +96,8 @@ class TaskSuite:
         self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int, limit: int | None = None
     ) -> None:
         """`batch_size`: rows of a pass; `limit`: documents of each task."""
-        self.names, self._manager = task_names(names), _loaded(names)
+        self.names = task_names(names)
+        self._manager = _loaded(names)
         self._replica = replica
         self._tokenizer = tokenizer
         self._batch_size = batch_size

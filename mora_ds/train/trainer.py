@@ -50,15 +50,15 @@ class Trainer:
     def __init__(self, job: Job, schedule: Schedule, log: MetricsLog) -> None:
         training = job.arguments.training
         self.job = job
-        self.ranks = job.place.ranks
+        self.ranks = job.start.ranks
         self.schedule = schedule
         self.training = training
         self.log = log
         self.engine = job.engine
         self.state = job.state
-        self.hooks = job.place.hooks
+        self.hooks = job.start.hooks
         self.train_data: TrainData = job.data.train
-        self.last_checkpoint = job.place.checkpoint
+        self.last_checkpoint = job.start.checkpoint
         self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
         self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
         tasks = None
@@ -89,9 +89,9 @@ class Trainer:
         """What has failed beside training, one line each; the same on all processes."""
         self._saved_step: int | None = None
         """The step whose checkpoint, the run's `latest`, holds all that the run is now."""
-        checkpoint = job.place.checkpoint
+        checkpoint = job.start.checkpoint
         if checkpoint is not None:
-            latest = job.place.folder / CHECKPOINTS / LATEST
+            latest = job.start.folder / CHECKPOINTS / LATEST
             if self.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
                 self._saved_step = self.state.step
         self._mixture = self.loader.mixture

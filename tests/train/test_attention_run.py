@@ -149,9 +149,9 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
 )
 def test_only_given_flags_that_would_help_are_to_be_left_out(kind: str, flags: dict[str, str], advice: str) -> None:
     model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
-    place = SimpleNamespace(hooks=Hooks())
+    start = SimpleNamespace(hooks=Hooks())
     job: Any = SimpleNamespace(
-        engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None, place=place
+        engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None, start=start
     )
     with pytest.raises(UserError, match=re.escape(advice)):
         preflight(job, from_flat(flags))
