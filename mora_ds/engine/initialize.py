@@ -75,7 +75,6 @@ def initialize(
     *,
     model: nn.Module,
     config: dict[str, Any] | str | Path,
-    check_base: bool = True,
     tensor_parallel_size: int | None = None,
     base_on_host: bool = False,
     node_base: str = "auto",
@@ -84,7 +83,7 @@ def initialize(
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four return values.
 
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
-    process's device in the config's dtype and, with `check_base`, compared between all processes by checksum. With
+    process's device in the config's dtype and compared between all processes by checksum. With
     `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
     With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
@@ -121,8 +120,7 @@ def initialize(
     move_base(model, device, dtype, names_on_host(model) if base_on_host else ())
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device, dtype)
-    if check_base:
-        check_base_equal(frozen_buffers(model).values())
+    check_base_equal(frozen_buffers(model).values())
     if is_cpu() or base_on_host:
         # What is locked for copies to a GPU stays where it is, and locking a file's pages would copy them.
         share_base(model, node_base, Ranks.current(), at_once=not is_cpu())
