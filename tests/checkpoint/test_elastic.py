@@ -34,7 +34,7 @@ def trained(combination: Combination) -> Any:
     for number in range(3):
         one_step(engine)
         if number == 0:
-            zero.reset_group(engine, 1, [engine.module.second], lambda key, value: value.zero_())
+            zero.reset_group(engine, 1, [engine.module.second])
     return engine
 
 

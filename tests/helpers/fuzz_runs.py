@@ -53,7 +53,6 @@ train_norms                 | true
 train_head                  | true
 merge_every                 | 1 | 2 | 3 | 100
 restart_warmup_steps        | 1 | 2 | 0
-optimizer_reset             | keep
 replay                      | old={user}/held.txt:0.5 | old={user}/held.txt:1 | new:0.1
 held_out_share              | 0.1 | 0.9 | 1
 exclude_eval_documents      | true
