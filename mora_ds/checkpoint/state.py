@@ -129,7 +129,7 @@ _LABELS = {
     "adapter.base_bits": "--base_bits",
     "adapter.domains": "research.domain_adapters",
     "adapter.freeze": "research.freeze",
-    "global_batch_size": "sequences a step (--per_device_train_batch_size, --gradient_accumulation_steps, number of ranks)",
+    "global_batch_size": "sequences a step (--per_device_train_batch_size, --gradient_accumulation_steps, ranks)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "attention": "attention (--attn_implementation)",
     "optimizer": "--optimizer (None: adamw)",
