@@ -10,9 +10,13 @@
                                   keeps for it: moments of its length, counts without a dimension
 
 Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies where in the tensors that the
-optimizer steps on. DeepSpeed's own `save_checkpoint` is not used: it writes pickles, which serve the same number of
-processes only. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays something
-out in another way.
+optimizer steps on. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays
+something out in another way.
+
+Not used: DeepSpeed's own `save_checkpoint`, which writes pickles that serve the same number of processes only; and
+torch.distributed.checkpoint (tried with torch 2.13). With a planner of its own that restores the shards of 2 ranks on 3
+to the bit, but its table is a pickle with a Python object for each extent: for 256 ranks with 224 matrices rank 0 took
+10 s to plan it, and every rank 16 s to read it, where the table here took 0.1 s. It records no hashes.
 
 1,024 ranks with 224 matrices under ZeRO-3 have 229,376 extents: they stay rows of an array, which is sorted, checked
 and searched as a whole.
