@@ -87,6 +87,11 @@ def is_cpu() -> bool:
     return bool(get_accelerator().device_name() == "cpu")
 
 
+def card_name() -> str:
+    """The name of this process's GPU; "" on a CPU."""
+    return "" if is_cpu() else torch.cuda.get_device_name()
+
+
 def memory_bytes() -> float:
     """The total memory of this process's device; on a CPU, of the machine."""
     if is_cpu():

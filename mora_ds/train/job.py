@@ -22,7 +22,7 @@ from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
-from mora_ds.engine.device import BaseDevice, current_device
+from mora_ds.engine.device import BaseDevice, card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
@@ -32,6 +32,7 @@ from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.costs import costs
+from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
 from mora_ds.train.run import PROBE_TOKENS, FullRun, Run
@@ -97,6 +98,7 @@ class Job:
         model = self.loaded.model
         start = self.start
         self.trainable_parameters = self.total_parameters = count_parameters(model)
+        self._count_flops()
         identity = {"adapter": {"kind": "full"}, **self._common_identity()}
         self._check_checkpoint(identity)
         start.ranks.barrier("start of the engine")
@@ -208,6 +210,23 @@ class Job:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
         return start.hooks.plan(config, loaded, start.folder, start.checkpoint, start.ranks)
 
+    def utilization(self, tokens_per_s: float) -> float | None:
+        """The share of its GPUs' peak that a run of so many tokens a second uses; None where the peak is not known."""
+        if self._peak_flops is None:
+            return None
+        return tokens_per_s * self._token_flops / self.start.ranks.world / self._peak_flops
+
+    def _count_flops(self) -> None:
+        """Count and log the model's FLOPs, where there is a GPU."""
+        card = card_name()
+        dtype = compute_dtype(self.ds_config)
+        self._peak_flops = None if dtype == "float32" else peak_flops(card)
+        if card:
+            self._token_flops = token_flops(self.loaded.model, self.data.train.seq_len)
+            unknown = f"no MFU, as its peak in {dtype} is not known"
+            peak = unknown if self._peak_flops is None else f"at most {self._peak_flops / 1e12:.0f} TFLOP/s"
+            logger.info(f"model FLOPs: {self._token_flops / 1e9:,.2f} G a token; {card}: {peak}")
+
     def _inject(self) -> None:
         """Put the adapter into the model, and log what it costs."""
         training = self.arguments.training
@@ -220,6 +239,7 @@ class Job:
         self.total_parameters = report.total_params
         logger.debug(report)
         self.start.hooks.injected(model, self.config)
+        self._count_flops()
         degree = training.tensor_parallel_size
         if degree > 1:
             logger.debug(plan_of(model, degree))

@@ -35,6 +35,7 @@ STEP_TAGS = {
     "bytes_gathered": ("5_traffic/all_gather_MB_per_step", 1e-6),
     "tokens_per_s": ("6_speed/tokens_per_second", 1.0),
     "tokens_per_s_per_rank": ("6_speed/tokens_per_second_and_process", 1.0),
+    "mfu": ("6_speed/model_flops_utilization", 1.0),
     "step_time_s": ("6_speed/seconds_per_step", 1.0),
     "tokens": ("6_speed/tokens_read", 1.0),
     "peak_memory_bytes": ("7_memory/peak_GiB", 2.0**-30),
@@ -112,6 +113,8 @@ class StepMetrics:
     peak_memory_bytes: int
     bytes_gathered: int
     """All-gather volume of the step, per process."""
+    mfu: float | None = None
+    """The share of the GPU's peak that the model's FLOPs are; None where a peak is not known."""
 
     @property
     def perplexity(self) -> float:
@@ -121,15 +124,19 @@ class StepMetrics:
         """What is printed. The time left is that of the other steps, if each takes `seconds_a_step`."""
         width = len(str(total_steps))
         gathered = f"  gathered {self.bytes_gathered / 1e6:.2f} MB" if self.bytes_gathered else ""
+        mfu = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
         left = duration((total_steps - self.step) * seconds_a_step)
         return (
             f"step {self.step:>{width}}/{total_steps}  loss {self.loss:.4f}  ppl {self.perplexity:.2f}  "
-            f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  {self.tokens_per_s:,.0f} tok/s  "
+            f"lr {self.learning_rate:.2e}  grad {self.grad_norm:.3f}  {self.tokens_per_s:,.0f} tok/s{mfu}  "
             f"{self.peak_memory_bytes / 2**30:.2f} GiB{gathered}  {left} left"
         )
 
     def row(self) -> dict[str, Any]:
-        return {**vars(self), "perplexity": self.perplexity}
+        row = {**vars(self), "perplexity": self.perplexity}
+        if self.mfu is None:
+            del row["mfu"]
+        return row
 
 
 def duration(seconds: float) -> str:
@@ -182,7 +189,7 @@ class MetricsLog:
     def step(self, metrics: StepMetrics) -> None:
         row = metrics.row()
         self._write(row)
-        self._log({tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items()}, metrics.step)
+        self._log({tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items() if name in row}, metrics.step)
         # The mean of all steps of this process, with what lies between them: a single step says little.
         seconds_a_step = (time.monotonic() - self._started) / max(metrics.step - self._start_step, 1)
         logger.info(metrics.line(self.total_steps, seconds_a_step))

@@ -268,6 +268,7 @@ class Trainer:
                 step_time_s=seconds,
                 peak_memory_bytes=peak_memory_bytes(),
                 bytes_gathered=self.bytes_gathered_per_step,
+                mfu=self.job.utilization(tokens / seconds),
             )
         )
         if self._mixture is not None:

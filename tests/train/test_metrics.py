@@ -58,12 +58,12 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
         state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
         replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
         hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3),
-        schedule=SimpleNamespace(total_steps=8),
+        schedule=SimpleNamespace(total_steps=8), job=SimpleNamespace(utilization=lambda speed: speed / 200),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
     monkeypatch.setattr(trainer_module, "peak_memory_bytes", lambda: 2**30)
     trainer._log_step(2.0, 1e-3, 2.0, [])
-    assert logged == [StepMetrics(3, 2.0, 1e-3, 0.5, 384, 64.0, 16.0, 2.0, 2**30, 7)]
+    assert logged == [StepMetrics(3, 2.0, 1e-3, 0.5, 384, 64.0, 16.0, 2.0, 2**30, 7, 0.32)]
     assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
 
 
@@ -138,7 +138,7 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in board.Scalars("1_loss/training")] == [
         (1, 2.0), (2, 2.0), (3, 1.0), (4, 1.0), (5, 1.0),
     ]  # fmt: skip
-    tags = {tag for tag, _ in STEP_TAGS.values()}
+    tags = {tag for name, (tag, _) in STEP_TAGS.items() if name != "mfu"}
     tags |= {"2_evaluation/perplexity/held", "2_evaluation/perplexity/old", "2_forgetting/change_percent/old"}
     assert set(board.Tags()["scalars"]) == tags
     assert [event.value for event in board.Scalars("2_forgetting/change_percent/old")][-1] == pytest.approx(50.0)

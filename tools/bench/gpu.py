@@ -168,12 +168,13 @@ def step(options: argparse.Namespace, report: Report) -> None:
         engine = _engine(options, stage)
         ids = _ids(options)
         _train(engine, ids, 3)  # DeepSpeed traces the model in the first steps
-        with _waits(options.device) as waits:
+        with _counted_waits(options.device) as waits:
             engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
+        said = str(len(waits)) if options.device.type == "cuda" else "only a GPU can say"
         seconds = _seconds(lambda e=engine, i=ids: _train(e, i, 1), options)  # type: ignore[misc]
         peak = torch.cuda.max_memory_reserved() / 2**30 if options.device.type == "cuda" else float("nan")
-        rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", *waits])
+        rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", said])
         engine.destroy()
     report.show("step", rows)
 
@@ -323,23 +324,17 @@ def _one_rank() -> None:
 
 
 @contextmanager
-def _waits(device: torch.device) -> Iterator[list[str]]:
-    """A list that says, at the end, how often the host has waited for the device. Torch warns of each wait; as an error
-    it would leave DeepSpeed's engine in the midst of a micro-batch."""
-    text: list[str] = []
-    if device.type != "cuda":
-        yield text
-        text.append("only a GPU can say")
-        return
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield text
-        finally:
+def _counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+    """A list with an entry for each wait of the host, of which torch warns. As an error, a wait would leave DeepSpeed's
+    engine in the midst of a micro-batch."""
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message=".*synchroniz")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        yield waits
+        if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
-    text.append(f"{len(waits)}: {waits[0].splitlines()[0]}" if waits else "none")
 
 
 def _name(device: torch.device) -> str:

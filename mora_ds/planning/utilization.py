@@ -1,0 +1,66 @@
+"""What share of a GPU's arithmetic a run uses (MFU): model FLOPs a token, counted from shapes, and the peaks of cards.
+
+Counted is what the model's definition asks for, forward and backward, without what is computed again or gathered:
+
+    a frozen weight that multiplies a token     2 FLOPs for each of its numbers in forward, 2 for the input's gradient
+    a trained weight, a MoRA matrix             2 more, for its own gradient
+    causal attention over complete rows         2 products with half of the row's tokens in forward, 4 in backward
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from mora_ds.adapters.experts import find_stacks
+from mora_ds.adapters.inject import mora_layers
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, is_linear, linear_shape
+
+PEAK_TFLOPS = {
+    "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+}  # fmt: skip
+"""Dense products a second in bf16 and fp16, in 10^12, by words of the name that CUDA tells; the first that fits. From
+NVIDIA's data sheets, whose figures with sparsity are halved."""
+
+
+def peak_flops(card: str) -> float | None:
+    """Of a card, in bf16 or fp16; None for one that the table does not have."""
+    words = f" {card.replace('-', ' ')} "
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None)
+
+
+def token_flops(model: Any, length: int) -> float:
+    """Model FLOPs of a token in rows of `length` tokens, of a model with its adapter or one that is trained whole;
+    before the engine shards anything."""
+    frozen = 0
+    trained = 0
+    stacks = [stack for stack in find_stacks(model).values() if isinstance(stack, ExpertStack)]
+    for layer in (*stacks, *mora_layers(model).values()):
+        experts = getattr(layer, "experts_per_token", 1) or 1
+        weight = math.prod(linear_shape(layer)) * experts
+        if isinstance(layer, AdaptedLinear):
+            operator = layer.spec.operator if layer.spec.is_stack else layer.spec  # type: ignore[attr-defined]
+            frozen += weight
+            trained += math.prod(operator.value_shape) * getattr(operator, "blocks", 1) * experts
+        else:
+            trained += weight
+    for module in model.modules():
+        if not isinstance(module, AdaptedLinear) and is_linear(module):
+            weight = math.prod(linear_shape(module))
+            if isinstance(module.weight, nn.Parameter):
+                trained += weight
+            else:
+                frozen += weight
+    return 4.0 * frozen + 6.0 * (trained + _attention(model.config.get_text_config(), length))
+
+
+def _attention(config: Any, length: int) -> int:
+    """Multiplications for a token's scores and weighted values in forward, in all layers; 0 for a model without heads
+    or with other numbers of them in each layer."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(config.num_hidden_layers * heads * size * length)

@@ -1,0 +1,67 @@
+"""Model FLOPs, counted from shapes, against what torch counts; the peaks of cards."""
+
+from __future__ import annotations
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.planning.utilization import peak_flops, token_flops
+from tests.helpers.models import causal_loss, tiny_model, tokens
+
+LENGTH = 32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_model_that_is_trained_whole_takes_what_torch_counts(family: str) -> None:
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")  # torch counts no attention of a CPU's own kernel
+    with FlopCounterMode(display=False) as counter:
+        causal_loss(model, tokens(1, LENGTH)).backward()
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    all_scores = 12 * config.num_hidden_layers * config.num_attention_heads * size * LENGTH
+    # torch counts attention without its mask: twice what a causal kernel computes
+    assert token_flops(model, LENGTH) == counter.get_total_flops() / LENGTH - all_scores / 2
+
+
+@pytest.mark.parametrize("operator", ["share", "rotate"])
+def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator: str) -> None:
+    whole = token_flops(tiny_model("llama"), LENGTH)
+    head = 128 * 32
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, operator=operator))
+    layers = mora_layers(model).values()
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    matrices = sum(layer.value.numel() * layer.spec.blocks for layer in layers)
+    assert token_flops(model, LENGTH) == whole - 2 * (weights + head) + 6 * matrices
+
+
+def test_a_token_takes_the_experts_that_it_has() -> None:
+    """Two of eight, whose weights are two projections of 32 to 48 and 24 to 32 numbers in each of two layers."""
+    model = tiny_model("qwen3_moe")
+    inject(model, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
+    stacks = [layer for layer in mora_layers(model).values() if layer.spec.is_stack]
+    with_experts = token_flops(model, LENGTH)
+    matrices = sum(2 * layer.value[0].numel() * layer.spec.operator.blocks for layer in stacks)
+    for layer in stacks:
+        layer.experts_per_token = 4
+    added = 2 * 2 * (32 * 48 + 24 * 32)
+    assert token_flops(model, LENGTH) - with_experts == 4 * added + 6 * matrices
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("", None),
+    ],
+)
+def test_a_card_that_the_table_lacks_has_no_peak(card: str, peak: float | None) -> None:
+    assert peak_flops(card) == peak

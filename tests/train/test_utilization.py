@@ -1,0 +1,50 @@
+"""A run says what share of its GPUs' arithmetic it uses, where that is known."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mora_ds.planning.utilization import token_flops
+from mora_ds.train import job as job_module
+from mora_ds.train.job import Job
+from mora_ds.train.metrics import StepMetrics
+from tests.helpers.models import tiny_model
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    "card, bf16, said, peak",
+    [
+        (H100, True, f"G a token; {H100}: at most 989 TFLOP/s", 989e12),
+        (H100, False, f"G a token; {H100}: no MFU, as its peak in float32 is not known", None),
+        ("NVIDIA X1", True, "G a token; NVIDIA X1: no MFU, as its peak in bfloat16 is not known", None),
+        ("", True, "", None),
+    ],
+)
+def test_utilization(card: str, bf16: bool, said: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(job_module, "card_name", lambda: card)
+    monkeypatch.setattr(job_module.logger, "info", lines.append)
+    job: Any = Job.__new__(Job)
+    model = tiny_model("llama")
+    vars(job).update(
+        ds_config={"bf16": {"enabled": bf16}}, loaded=SimpleNamespace(model=model),
+        data=SimpleNamespace(train=SimpleNamespace(seq_len=64)), start=SimpleNamespace(ranks=SimpleNamespace(world=4)),
+    )  # fmt: skip
+    job._count_flops()
+    share = job.utilization(1e9)
+    assert share == (None if peak is None else pytest.approx(1e9 * token_flops(model, 64) / 4 / peak))
+    assert "".join(lines).endswith(said)
+    assert bool(lines) == bool(card)
+
+
+@pytest.mark.parametrize("share", [0.4123, None])
+def test_a_step_is_logged_with_it_or_without(share: float | None) -> None:
+    metrics = StepMetrics(1, 2.0, 1e-3, 1.0, 64, 128.0, 64.0, 0.5, 2**30, 0, share)
+    assert metrics.row().get("mfu") == share
+    assert ("mfu" in metrics.row()) == (share is not None)
+    assert ("tok/s  MFU 41.2%  1.00 GiB" in metrics.line(2, 1.0)) == (share is not None)
