@@ -33,6 +33,7 @@ from mora_ds.common.untrusted import (
     require_plain,
     typed,
 )
+from tests.helpers.tables import parsed, rows
 
 
 class ColourKind(str, Enum):
@@ -77,29 +78,60 @@ def test_instances_are_made_of_dataclasses_enums_and_tuples() -> None:
     assert typed(tuple[int, ...], [], "file") == ()
 
 
-REFUSED: list[tuple[Any, Any, str]] = [
-    (int, 2**63, "out of bounds"), (int, -(2**63) - 1, "out of bounds"), (int, True, "a whole number"),
-    (int, 1.0, "a whole number"), (float, False, "a number"), (float, "1", "a number"), (bool, 1, "true or false"),
-    (str, None, "a text"), (str, "x" * (MAX_TEXT + 1), "too long"), (str, "\ud800", "no Unicode text"),
-    (Count, -1, "at least 0"), (Side, 0, "at least 1"), (Side, MAX_SIDE + 1, "at most"), (int | None, "3", "number"),
-    (FileName, LONG + "b", "too long"), (FileName, "", "name of a file"), (FileName, "..", "name of a file"),
-    (FileName, "a/b", "name of a file"), (FileName, "a\nb", "name of a file"), (RelativePath, "a//b", "name of a file"),
-    (RelativePath, "/a", "name of a file"), (RelativePath, "a/../b", "name of a file"), (AnyPath, "", "be a path"),
-    (AnyPath, "a\0b", "be a path"), (AnyPath, "a\x1b[2Jb", "be a path"), (AnyPath, "a\u202eb", "be a path"),
-    (AnyPath, "/" + "a" * 256, "be a path"), (AnyPath, "/a" * 2001, "be a path"),
-    (list[int], "12", "a list"), (list[int], [1, "2"], r"file\[1\] must be a whole number"),
-    (tuple[int, int], [1], "2 entries"), (tuple[int, int], [1, 2, 3], "2 entries"), (dict[str, int], [], "a mapping"),
-    (dict[str, int], {"a": "b"}, "file: 'a' must be a whole number"), (dict[FileName, int], {"a/b": 1}, "a key"),
-    (Entry, [], "a mapping"), (Entry, {}, "'number' is missing"),
-    (Entry, {"number": 1, "nam": "a"}, "unknown key 'nam'. Did you mean 'name'"),
-    (ColourKind, "rad", "unknown colour 'rad'; known: red. Did you mean 'red'"),
-    (ColourKind, ["red"], "unknown colour"), (AnyPath, "a\u2066b", "be a path"), (AnyPath, "a\u2028b", "be a path"),
-    (AnyPath, "a\x9fb", "be a path"), (Entry, {"number": 13}, "file: 13 is no number"),
-    (Entry, {"number": 1, "made": 2}, "unknown key 'made'"),
+HINTS: dict[str, Any] = {
+    "int": int, "float": float, "bool": bool, "str": str, "Count": Count, "Side": Side, "int or none": int | None,
+    "FileName": FileName, "RelativePath": RelativePath, "AnyPath": AnyPath, "list": list[int], "pair": tuple[int, int],
+    "mapping": dict[str, int], "files": dict[FileName, int], "Entry": Entry, "ColourKind": ColourKind,
+}  # fmt: skip
+REFUSED = r"""
+int | 9223372036854775808 | out of bounds
+int | -9223372036854775809 | out of bounds
+int | true | a whole number
+int | 1.0 | a whole number
+float | false | a number
+float | "1" | a number
+bool | 1 | true or false
+str | null | a text
+Count | -1 | at least 0
+Side | 0 | at least 1
+int or none | "3" | number
+FileName | "" | name of a file
+FileName | ".." | name of a file
+FileName | a/b | name of a file
+FileName | "a\nb" | name of a file
+RelativePath | a//b | name of a file
+RelativePath | /a | name of a file
+RelativePath | a/../b | name of a file
+AnyPath | "" | be a path
+AnyPath | "a\0b" | be a path
+AnyPath | "a\x1b[2Jb" | be a path
+AnyPath | "a\x9fb" | be a path
+AnyPath | "a\u202eb" | be a path
+AnyPath | "a\u2066b" | be a path
+AnyPath | "a\u2028b" | be a path
+list | "12" | a list
+list | [1, "2"] | file\[1\] must be a whole number
+pair | [1] | 2 entries
+pair | [1, 2, 3] | 2 entries
+mapping | [] | a mapping
+mapping | {a: b} | file: 'a' must be a whole number
+files | {a/b: 1} | a key
+Entry | [] | a mapping
+Entry | {} | 'number' is missing
+Entry | {number: 1, nam: a} | unknown key 'nam'. Did you mean 'name'
+Entry | {number: 13} | file: 13 is no number
+Entry | {number: 1, made: 2} | unknown key 'made'
+ColourKind | rad | unknown colour 'rad'; known: red. Did you mean 'red'
+ColourKind | [red] | unknown colour
+"""
+TOO_MUCH: list[tuple[Any, Any, str]] = [
+    (str, "x" * (MAX_TEXT + 1), "too long"), (str, "\ud800", "no Unicode text"), (Side, MAX_SIDE + 1, "at most"),
+    (FileName, LONG + "b", "too long"), (AnyPath, "/" + "a" * 256, "be a path"), (AnyPath, "/a" * 2001, "be a path"),
 ]  # fmt: skip
+REFUSALS = [*((HINTS[hint], parsed(value), words) for hint, value, words in rows(REFUSED)), *TOO_MUCH]
 
 
-@pytest.mark.parametrize("hint, value, words", REFUSED, ids=[f"{index}" for index in range(len(REFUSED))])
+@pytest.mark.parametrize("hint, value, words", REFUSALS, ids=[f"{index}" for index in range(len(REFUSALS))])
 def test_what_is_refused_is_named_with_its_place(hint: Any, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         typed(hint, value, "file")
