@@ -83,8 +83,8 @@ def _check(options: argparse.Namespace) -> None:
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:
     """The settings of the run that is planned, from recipe and flags of `mora-ds pretrain`. Raises `UserError`."""
     for word in settings:
-        if own := _OF_PLANS.get(word.split("=")[0].replace("-", "_")):
-            raise UserError(f"{word.split('=')[0]} is for training: a plan takes {own}")
+        if planned_flag := _OF_PLANS.get(word.split("=")[0].replace("-", "_")):
+            raise UserError(f"{word.split('=')[0]} is for training: a plan takes {planned_flag}")
     flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
     flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
     if options.dtype is not None:

@@ -296,7 +296,7 @@ def links(folder: Path) -> list[str]:
         inner = waiting.pop()
         try:
             with os.scandir(inner) as entries:
-                listed = sorted(entries, key=lambda each: each.name)
+                listed = sorted(entries, key=lambda item: item.name)
         except OSError as error:
             problems.append(f"{inner} cannot be read: {error.strerror}")
             continue

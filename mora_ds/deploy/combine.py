@@ -198,25 +198,25 @@ class _Term:
 
     step: int
     layers: dict[str, LayerEntry]
-    parts: dict[str, tuple[Fraction, Callable[[str], Tensor]]] = field(default_factory=dict)
+    contents: dict[str, tuple[Fraction, Callable[[str], Tensor]]] = field(default_factory=dict)
     """A name for the content, such as its hash -> its weight, and the value of a module. The same content in several
-    sources, such as a merged cycle in the checkpoints after it, is one part, whose weights are summed exactly."""
+    sources, such as a merged cycle in the checkpoints after it, is there once, and its weights are summed exactly."""
 
     @property
     def is_linear(self) -> bool:
         return all(entry.operator.is_linear for entry in self.layers.values())
 
     def takes(self, content: str, layers: dict[str, LayerEntry]) -> bool:
-        return layers == self.layers and (self.is_linear or content in self.parts)
+        return layers == self.layers and (self.is_linear or content in self.contents)
 
     def add(self, content: str, weight: Fraction, value: Callable[[str], Tensor]) -> None:
-        known = self.parts.get(content, (Fraction(0), value))[0]
-        self.parts[content] = known + weight, value
+        known = self.contents.get(content, (Fraction(0), value))[0]
+        self.contents[content] = known + weight, value
 
     def value(self, module: str) -> Tensor:
         """The layer's MoRA matrix or LoRA factors in fp32. Raises `RunError` where they are not finite."""
         scaled = self.layers[module].operator.scaled
-        values = (scaled(value(module).double(), float(weight)) for weight, value in self.parts.values())
+        values = (scaled(value(module).double(), float(weight)) for weight, value in self.contents.values())
         return _rounded_sum(values, module)
 
 
@@ -243,9 +243,9 @@ def _terms(sources: Sequence[_Source]) -> list[_Term]:
     return [*terms, live]
 
 
-def _rounded_sum(parts: Iterable[Tensor], name: str) -> Tensor:
+def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:
     """The sum of fp64 tensors, rounded to fp32 once. Raises `RunError` where it is not finite."""
-    total = reduce(torch.add, parts).float()
+    total = reduce(torch.add, summands).float()
     if not torch.isfinite(total).all():
         raise RunError(f"the sum of {name} is not finite: a source holds no numbers there, or a weight is too large")
     return total

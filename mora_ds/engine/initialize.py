@@ -245,7 +245,7 @@ def check_base_equal(tensors: Iterable[Tensor]) -> None:
     mine = torch.tensor(list(digest), dtype=torch.int64, device=current_device())
     digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(digests, mine)
-    if different := [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]:
+    if different := [rank for rank, of_rank in enumerate(digests) if not torch.equal(of_rank, digests[0])]:
         raise RunError(
             f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
             "Do all nodes read the same files at --model_name_or_path?"

@@ -104,11 +104,11 @@ def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter]) 
         view.zero_copy(parameter)
 
 
-def set_learning_rate(engine: Engine, learning_rate: float, others: float = 1.0) -> None:
-    """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the MoRA matrices, and `others`
+def set_learning_rate(engine: Engine, learning_rate: float, factor: float = 1.0) -> None:
+    """Set the learning rate of the next optimizer step: `learning_rate` for group 0, the MoRA matrices, and `factor`
     times it for the other trained parameters. With Muon, DeepSpeed marks the groups by the key `use_muon`."""
     for index, group in enumerate(engine.optimizer.param_groups):
-        group["lr"] = learning_rate * (1.0 if group.get("use_muon", index == 0) else others)
+        group["lr"] = learning_rate * (1.0 if group.get("use_muon", index == 0) else factor)
 
 
 def gradient_norm(engine: Engine) -> float:

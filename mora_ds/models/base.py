@@ -125,8 +125,8 @@ class BaseCheckpoint:
             return shape_dtype(self._handle(key), key)
         members = self.members(key)
         first, dtype = self.shape_dtype(members[0][0])
-        parts = members[0]
-        return (len(members), sum(self.shape_dtype(member_key)[0][0] for member_key in parts), *first[1:]), dtype
+        rows = sum(self.shape_dtype(member_key)[0][0] for member_key in members[0])
+        return (len(members), rows, *first[1:]), dtype
 
     def read(self, key: str) -> Tensor:
         """The tensor as stored, on the CPU. Its memory is the mapped file: do not write to it.
@@ -353,10 +353,10 @@ def _sum_of_words(words: Tensor, shifted: Tensor, factors: Tensor) -> Tensor:
     return words.view(-1, _CHUNK).mul_(factors).sum(dim=1)
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def _same_bits(one: Tensor, another: Tensor) -> bool:
     """Compares two tensors of one dtype as whole numbers, so that NaN equals itself, and 0 not -0."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
-    return torch.equal(one.view(words), other.view(words))
+    return torch.equal(one.view(words), another.view(words))
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -73,12 +73,13 @@ def document_attention(
     s_aux: Tensor | None = None,
     documents: Documents | None = None,
     position_ids: Tensor | None = None,
-    **others: Any,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query (B, H, T, D), key (B, H_kv, T, D), value (B, H_kv, T, D_v) ->
     (B, T, H, D_v). `s_aux`: (H,) attention sinks. Raises ValueError for attention that is not causal or has a bias, and
     for documents of another batch."""
-    if others.get("position_bias") is not None or others.get("is_causal", getattr(module, "is_causal", True)) is False:
+    is_causal = arguments.get("is_causal", getattr(module, "is_causal", True))
+    if arguments.get("position_bias") is not None or is_causal is False:
         raise ValueError("attention by documents is causal and has no position bias: give --attn_implementation sdpa")
     rows, heads, length, size = query.shape
     scores = Scores(size**-0.5 if scaling is None else scaling, softcap, s_aux, dropout)
@@ -99,11 +100,11 @@ def document_attention(
     return out.view(rows, length, heads, value.shape[2]), None
 
 
-def _mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+def _mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
     """Transformers' mask interface: none, but for padding, a cache or a model's own rules."""
-    if attention_mask is None and q_length == kv_length and not others.get("use_vmap"):
+    if attention_mask is None and q_length == kv_length and not arguments.get("use_vmap"):
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **others)
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **arguments)
 
 
 def _from_positions(positions: Tensor | None, query: Tensor) -> Documents:
@@ -157,8 +158,8 @@ def _varlen(
     return out[..., :head]
 
 
-def _padded(part: Tensor, size: int) -> Tensor:
-    return part if part.shape[-1] == size else F.pad(part, (0, size - part.shape[-1]))
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    return tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))
 
 
 # -- document by document ----------------------------------------------------------------------------------------------

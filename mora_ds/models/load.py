@@ -323,8 +323,8 @@ def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
     config = folder_config(folder)
     with torch.device("meta"):
         models = [make_model(config, f"{MODEL_FLAG} {folder}", dtype=candidate) for candidate in (stored, dtype)]
-    one, other = ({name: buffer.dtype for name, buffer in model.named_buffers()} for model in models)
-    return stored if one == other else dtype
+    of_stored, of_dtype = ({name: buffer.dtype for name, buffer in model.named_buffers()} for model in models)
+    return stored if of_stored == of_dtype else dtype
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

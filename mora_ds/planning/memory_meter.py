@@ -102,7 +102,7 @@ def fused_attention(ranks: int = 1) -> Iterator[None]:
         return _attend(query, *args, **kwargs) if query.is_meta else sdpa(query, *args, **kwargs)
 
     def split(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole = (_exchanged(part, ranks) for part in (query, key, value))
+        whole = (_exchanged(heads, ranks) for heads in (query, key, value))
         if (sinks := kwargs.get("s_aux")) is not None:
             kwargs["s_aux"] = sinks[: query.shape[1] // ranks]
         out, weights = by_documents(module, *whole, *args, **kwargs)
@@ -132,8 +132,8 @@ def _attend(
     return out
 
 
-def _exchanged(part: Tensor, ranks: int) -> Tensor:
+def _exchanged(heads: Tensor, ranks: int) -> Tensor:
     """The exchange of Ulysses, (B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
-    if part.shape[1] < ranks:
-        part = part.repeat_interleave(ranks // part.shape[1], dim=1)
-    return part.reshape(part.shape[0], part.shape[1] // ranks, part.shape[2] * ranks, part.shape[3])
+    if heads.shape[1] < ranks:
+        heads = heads.repeat_interleave(ranks // heads.shape[1], dim=1)
+    return heads.reshape(heads.shape[0], heads.shape[1] // ranks, heads.shape[2] * ranks, heads.shape[3])

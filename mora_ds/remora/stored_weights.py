@@ -25,7 +25,7 @@ class StoredWeight:
     """A tensor of the base's files that a layer changes."""
 
     entry: LayerEntry
-    parts: tuple[str, ...]
+    keys: tuple[str, ...]
     """The keys of the tensors that are changed together, in the order of their rows."""
     rows: slice
     """The rows of this one."""
@@ -34,7 +34,7 @@ class StoredWeight:
 
     def live(self, base: BaseCheckpoint, updates: Iterable[tuple[UpdateSpec, Tensor]], dtype: torch.dtype) -> Tensor:
         """The tensor with the updates of its layer, summed as `live_weight` sums them."""
-        original = torch.cat([base.read(key) for key in self.parts]) if len(self.parts) > 1 else base.read(*self.parts)
+        original = torch.cat([base.read(key) for key in self.keys]) if len(self.keys) > 1 else base.read(*self.keys)
         if self.expert is not None:
             updates = (spec.single(value, self.expert) for spec, value in updates)
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]

@@ -62,12 +62,12 @@ def gather_to_all(value: Any, group: Any) -> list[Any]:
     return everyone[0]
 
 
-def _send(parts: list[bytes], to: int, group: Any) -> None:
-    """A message is the lengths of its parts, then the parts as one tensor of bytes."""
-    lengths = torch.tensor([len(pickled) for pickled in parts])
+def _send(pickles: list[bytes], to: int, group: Any) -> None:
+    """A message is the lengths of its pickles, then the pickles as one tensor of bytes."""
+    lengths = torch.tensor([len(pickled) for pickled in pickles])
     dist.send(torch.tensor([len(lengths)]), dst=to, group=group)
     dist.send(lengths, dst=to, group=group)
-    dist.send(torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8), dst=to, group=group)
+    dist.send(torch.frombuffer(bytearray(b"".join(pickles)), dtype=torch.uint8), dst=to, group=group)
 
 
 def _receive(sender: int, group: Any) -> list[bytes]:

@@ -230,7 +230,7 @@ def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         size, number, names = heap[0]
         heapq.heapreplace(heap, (size + sizes[name], number, [*names, name]))
-    return [names for _, _, names in sorted(heap, key=lambda part: part[1])]
+    return [names for _, _, names in sorted(heap, key=lambda bin_: bin_[1])]
 
 
 def _number(text: str) -> int:

@@ -31,13 +31,13 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
     readable = _READABLE if resumes else (DEMO,) if is_reserved(folder) else ()  # the demo reserves it for its main job
-    places = [folder.resolve() / name for name in NAMES if name not in readable]
-    places += [output.resolve() for output in places if output.is_symlink()]
-    holds_any = any(os.path.lexists(place) for place in places)
+    outputs = [folder.resolve() / name for name in NAMES if name not in readable]
+    outputs += [output.resolve() for output in outputs if output.is_symlink()]
+    holds_any = any(os.path.lexists(output) for output in outputs)
     for flag, named in inputs_of(arguments):
         for path in (named, *(_files_in(named) if holds_any else ())):
             real = path.resolve()
-            if any(place == real or place in real.parents for place in places):
+            if any(output == real or output in real.parents for output in outputs):
                 raise UserError(
                     f"{flag} {named}: the run would read {path} and also replace or delete it in --output_dir "
                     f"{folder}: name a copy elsewhere, or another --output_dir"

@@ -117,7 +117,7 @@ class BatchLoader:
         labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()  # numpy starts no threads of its own
         sources = [] if self.mixture is None else self.mixture.sources_of(*position)
         if self._device.type == "cuda":
-            rows = {name: part.pin_memory() for name, part in rows.items()}
+            rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
         return MicroBatch(rows, labels, sources)
 
 
@@ -176,7 +176,7 @@ class Replica:
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
         device = self.engine.device
-        return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes. Collective."""

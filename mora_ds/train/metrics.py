@@ -265,15 +265,15 @@ def plain_json(value: Any) -> Any:
 def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row_of(line)
         if row is None or last_step == 0 or row["step"] > last_step:
             continue
         if row["step"] < last_step or not any(kind in row for kind in pending):
-            kept.append(line + "\n")
+            lines.append(line + "\n")
     with atomic_path(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 def _row_of(line: str) -> dict[str, Any] | None:

@@ -44,11 +44,11 @@ def changed_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now". Those
     that say where the run is and whether it goes on are no part of it."""
     before = _read(folder) or {}
-    place = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir")
+    of_the_folder = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir")
     return [
         f"--{name} {before[name]} -> {value}"
         for name, value in settings.items()
-        if name not in place and name in before and before[name] != value
+        if name not in of_the_folder and name in before and before[name] != value
     ]
 
 

@@ -47,14 +47,14 @@ def _trained(adapter: AdapterArguments) -> str:
     if adapter.adapter == AdapterKind.FULL.value:
         return "all of the model, sharded by ZeRO"
     kind = "LoRA" if adapter.adapter == AdapterKind.LORA.value else "MoRA"
-    others = {
+    beside = {
         "embeddings": adapter.train_embeddings,
         "new rows of the embeddings": adapter.train_new_embeddings,
         f"a product of rank {adapter.train_embedding_rank} on the embeddings": adapter.train_embedding_rank > 0,
         "norms": adapter.train_norms,
         "head": adapter.train_head,
     }
-    return ", ".join([f"{kind} of rank {adapter.mora_rank}", *(name for name, is_on in others.items() if is_on)])
+    return ", ".join([f"{kind} of rank {adapter.mora_rank}", *(name for name, is_on in beside.items() if is_on)])
 
 
 def closing(arguments: Arguments, summary: Mapping[str, Any], seconds: float) -> list[str]:

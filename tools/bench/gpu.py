@@ -230,7 +230,7 @@ def resume(options: argparse.Namespace, report: Report) -> None:
         Run(again, base=base, folder=out, resume="auto")
         resumed_losses = _train(again, _ids(options), 3)
         pairs = zip(_matrices(whole), _matrices(again), strict=True)
-        same = resumed_losses == losses and all(torch.equal(one, other) for one, other in pairs)
+        same = resumed_losses == losses and all(torch.equal(one, another) for one, another in pairs)
     rows = [["steps after the checkpoint", "losses and matrices"], ["3", "same" if same else "DIFFERENT"]]
     report.show("resume", rows)
 

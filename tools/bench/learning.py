@@ -284,7 +284,7 @@ def _run(trial: Trial) -> None:
 def _scores(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Task -> its last score in the rows of metrics.jsonl: the accuracy, or else its first metric."""
     tasks = [row["tasks"] for row in rows if "tasks" in row][-1:]
-    return {name: each.get("acc", next(iter(each.values()))) for scored in tasks for name, each in scored.items()}
+    return {name: scores.get("acc", next(iter(scores.values()))) for scored in tasks for name, scores in scored.items()}
 
 
 def _kept(run: Mapping[str, Any]) -> dict[str, Any]:

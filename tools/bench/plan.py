@@ -90,7 +90,7 @@ def _show(report: Report, ranks: int, plan: Plan, by_rank: list[dict[str, float]
         ("resident, peak", memory.peak + plan.files - memory.base, mine["resident"]),
         ("Pss, all ranks, between steps",
          plan.files + ranks * (memory.static - memory.base + _persistent(plan)),
-         sum(each["pss"] for each in by_rank)),
+         sum(usage["pss"] for usage in by_rank)),
     ]  # fmt: skip
     lines = [[f"{ranks} rank(s)", "planned", "measured", "measured / planned"]]
     for name, planned, measured in rows:
