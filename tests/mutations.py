@@ -65,7 +65,7 @@ train/trainer.py | train/test_pretrain.py
 
 # a base is cast late although other tensors depend on its dtype
 models/load.py | models/test_load.py
--    return stored if one == other else dtype
+-    return stored if of_stored == of_dtype else dtype
 +    return stored
 
 # the rule of paths counts the work over activations once
@@ -348,7 +348,7 @@ common/files.py | common/test_files.py
 
 # an input inside the output folder is taken
 train/inputs.py | train/test_inputs.py
--if any(place == real or place in real.parents for place in places):
+-if any(output == real or output in real.parents for output in outputs):
 +if not real.exists():
 
 # a folder with names of a run and no run is taken

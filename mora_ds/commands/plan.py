@@ -94,7 +94,7 @@ def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Argument
     arguments = parse([*settings, *flags])
     model = replace(arguments.model, model_config=None)  # --model stands in the place of the recipe's
     training = arguments.training
-    if not arguments.given & {"bf16", "fp16"}:
+    if not arguments.set_by_user & {"bf16", "fp16"}:
         training = replace(training, bf16=True)
     arguments = replace(arguments, model=model, training=training)
     validate(arguments)

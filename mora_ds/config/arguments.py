@@ -38,7 +38,7 @@ class Arguments:
     training: TrainingArguments
     research: dict[str, Any] = field(default_factory=dict)
     """The settings that the block `research:` of the recipe sets; without one empty, as nearly always."""
-    given: frozenset[str] = frozenset()
+    set_by_user: frozenset[str] = frozenset()
     """Names of the fields that flags or recipe set; the rest are defaults."""
     left_out: tuple[str, ...] = ()
     """Keys of the recipe that flags on the command line leave without an effect (`effects`); they have defaults."""
@@ -111,7 +111,7 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
     for name, group in _GROUPS.items():
         names = {entry.name for entry in dataclasses.fields(group)}
         groups[name] = group(**{key: value for key, value in settings.items() if key in names})
-    return Arguments(**groups, research=settings.get(RESEARCH, {}), given=frozenset(settings))
+    return Arguments(**groups, research=settings.get(RESEARCH, {}), set_by_user=frozenset(settings))
 
 
 def dump(arguments: Arguments) -> dict[str, Any]:

@@ -195,7 +195,9 @@ def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> No
 def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> Arguments:
     """The settings of the second part: the demo's, and over them those that the user gave. Raises `UserError`."""
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    user_settings = {key: value for group in groups for key, value in vars(group).items() if key in arguments.given}
+    user_settings = {
+        key: value for group in groups for key, value in vars(group).items() if key in arguments.set_by_user
+    }
     replicas = max(1, world // arguments.training.ranks_per_replica)
     settings = {
         **CONTINUE,

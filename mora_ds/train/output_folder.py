@@ -64,7 +64,7 @@ class Reservation:
     """An output folder that is reserved for a run which has not begun. Held by rank 0."""
 
     folder: Path
-    made: tuple[Path, ...]
+    new_folders: tuple[Path, ...]
     """The folders that were made for this run, the innermost first."""
     had_lock_file: bool
 
@@ -120,7 +120,7 @@ class Reservation:
             (self.folder / LOCK).unlink(missing_ok=True)
         leave(self.folder)
         _open.pop(self.folder.resolve(), None)
-        _remove_empty(self.made)
+        _remove_empty(self.new_folders)
 
 
 def reserve(folder: Path) -> Reservation:
@@ -180,13 +180,13 @@ def leave(folder: Path) -> None:
 
 
 def names_of_run(folder: Path, exports: bool) -> list[str]:
-    """What the run that begins in `folder` makes, and what it has made already where it is resumed.
+    """What the run that begins in `folder` makes, and what it has written already where it is resumed.
 
     `exports`: whether it writes a merged model.
     """
     optional = (*_AT_START, DEMO, MERGED_FOLDER)
-    made = {*owned_by_run(folder), *_present(folder, (*_AT_START, DEMO)), *((MERGED_FOLDER,) if exports else ())}
-    return [name for name in NAMES if name in made or name not in optional]
+    written = {*owned_by_run(folder), *_present(folder, (*_AT_START, DEMO)), *((MERGED_FOLDER,) if exports else ())}
+    return [name for name in NAMES if name in written or name not in optional]
 
 
 def check_merged(folder: Path) -> None:

@@ -31,7 +31,7 @@ def recipe(folder: Path, text: str) -> str:
 def test_no_flag_at_all_is_the_is_demo_and_valid() -> None:
     arguments = parse([])
     assert arguments.is_demo
-    assert arguments.given == frozenset()
+    assert arguments.set_by_user == frozenset()
     assert arguments.adapter == AdapterArguments()
     assert arguments.training == TrainingArguments()
     validate(arguments)
@@ -81,7 +81,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
     assert arguments.training.learning_rate == 4e-4, "YAML 1.1 reads 4e-4 as a string"
     assert arguments.adapter.target_modules == ["q_proj"]
     assert arguments.training.max_eval_batches is None
-    assert {"learning_rate", "mora_rank", "max_eval_batches"} <= arguments.given
+    assert {"learning_rate", "mora_rank", "max_eval_batches"} <= arguments.set_by_user
 
 
 def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
 
 
 def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
-    assert parse([recipe(tmp_path, "# nothing yet\n")]).given == frozenset()
+    assert parse([recipe(tmp_path, "# nothing yet\n")]).set_by_user == frozenset()
 
 
 def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_mistakes_in_values_come_first() -> None:
 def test_flags_may_leave_keys_of_a_recipe_without_effect() -> None:
     arguments = parse([str(RECIPES / "continual_7b_r8.yaml"), *RUN, "--adapter", "full", "--max_steps", "500"])
     assert set(arguments.left_out) == {"operator", "num_train_epochs"}
-    assert not arguments.given & set(arguments.left_out)
+    assert not arguments.set_by_user & set(arguments.left_out)
     validate(arguments)
     assert dump(arguments)["operator"] == "auto", "run.yaml is a recipe that is taken as it is"
 
