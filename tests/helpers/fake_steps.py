@@ -61,10 +61,10 @@ OPERATORS: dict[str, list[Any]] = {
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Name -> settings: those of the YAML file, every recipe at rank 4, every combination of an operator."""
+    """Name -> settings: those of the YAML file, every recipe, every combination of an operator."""
     named: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for path in RECIPES.glob("*.yaml"):
-        named[f"recipe {path.stem}"] = {**yaml.safe_load(path.read_text(encoding="utf-8")), "mora_rank": 4}
+        named[f"recipe {path.stem}"] = yaml.safe_load(path.read_text(encoding="utf-8"))
     for values in product(*OPERATORS.values()):
         settings = dict(zip(OPERATORS, values, strict=True))
         named[str(settings)] = {**settings, settings["checkpointing"]: True}

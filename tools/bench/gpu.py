@@ -75,7 +75,8 @@ def main() -> None:
         print("no GPU here: nothing is measured (--device cpu --toy runs the same code at toy sizes)")
         return
     report = Report(options)
-    report.say(f"{options.question} on {_name(options.device)}{', toy sizes' if options.toy else ''}")
+    where = torch.cuda.get_device_name() if options.device.type == "cuda" else "a CPU"
+    report.say(f"{options.question} on {where}{', toy sizes' if options.toy else ''}")
     QUESTIONS[options.question](options, report)
     report.write()
 
@@ -171,9 +172,10 @@ def step(options: argparse.Namespace, report: Report) -> None:
         with _counted_waits(options.device) as waits:
             engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
         engine.step()
-        said = str(len(waits)) if options.device.type == "cuda" else "only a GPU can say"
+        on_gpu = options.device.type == "cuda"
+        said = str(len(waits)) if on_gpu else "only a GPU can say"
         seconds = _seconds(lambda e=engine, i=ids: _train(e, i, 1), options)  # type: ignore[misc]
-        peak = torch.cuda.max_memory_reserved() / 2**30 if options.device.type == "cuda" else float("nan")
+        peak = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
         rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", said])
         engine.destroy()
     report.show("step", rows)
@@ -335,10 +337,6 @@ def _counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessag
         yield waits
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
 
 
 def _options() -> argparse.Namespace:
