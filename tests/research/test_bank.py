@@ -104,10 +104,11 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: 
 
 
 def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None:
-    """Cycles without permutations are one matrix."""
+    """Cycles without permutations are one matrix; two adapters may have the same operator."""
     bench = bench_of(tmp_path, intermediate_size=53)
     for name in ("permuted", "plain", "alternate", "strided-contiguous"):
         bench.add(name, MoRAConfig(rank=2, operator="share", grouping=name), cycles=3, scale=0.05)
+    bench.add("twin", MoRAConfig(rank=2, operator="share", grouping="plain"), cycles=1, scale=0.1)
     bench.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
     bench.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
     bench.add("zero", MoRAConfig(rank=3), scale=0.0)
@@ -116,8 +117,10 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None
     check_rows(bench, bank, names, tokens(len(names)))
     layer = "model.layers.0.mlp.up_proj"
     counts = {name: len(bank.resident(name).layers.get(layer, {})) for name in bank.folders}
-    assert counts == {"permuted": 4, "plain": 1, "alternate": 2, "strided-contiguous": 1, "other": 2, "queries": 0,
-                      "zero": 0}  # fmt: skip
+    assert counts == {
+        "permuted": 4, "plain": 1, "twin": 1, "alternate": 2, "strided-contiguous": 1, "other": 2, "queries": 0,
+        "zero": 0,
+    }  # fmt: skip
 
 
 def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
