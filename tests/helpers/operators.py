@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.spec import OperatorKind
 
-KINDS_AND_GROUPINGS = [
-    (kind, grouping)
-    for kind in OperatorKind
-    for grouping in (Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED))
-]
+KINDS_AND_GROUPINGS = [(kind, grouping) for kind in OperatorKind for grouping in OPERATORS[kind].groupings]
 SHAPES = [
     (16, 16, 4), (12, 20, 4), (20, 12, 4),  # d_in =, <, > d_out; divisible
     (13, 7, 4), (7, 13, 4), (33, 17, 6), (17, 33, 6), (11, 11, 4),  # not divisible
@@ -30,7 +27,7 @@ SHAPES = [
 def specs() -> Iterator[OperatorSpec]:
     for kind, grouping in KINDS_AND_GROUPINGS:
         for d_in, d_out, r_hat in SHAPES:
-            if kind is OperatorKind.ROTATE and r_hat % 2:
+            if r_hat % OPERATORS[kind].smallest_side:
                 continue
             yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=17)
 

@@ -43,7 +43,7 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.ops.index_tables import square_size
+from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -258,9 +258,9 @@ def _seconds(work: Callable[[], object], options: argparse.Namespace) -> float:
 
 def _specs(options: argparse.Namespace) -> Iterator[OperatorSpec]:
     d_in, d_out, rank = (48, 80, 8) if options.toy else (4096, 11008, 256)
-    for kind in (OperatorKind.TRUNCATE, OperatorKind.SHARE, OperatorKind.DECOUPLE, OperatorKind.ROTATE):
-        r_hat = square_size(d_in, d_out, 8 if kind is OperatorKind.ROTATE else rank, kind)
-        for grouping in Grouping if kind is OperatorKind.SHARE else (Grouping.PLAIN, Grouping.PERMUTED):
+    for kind, operator in OPERATORS.items():
+        r_hat = square_size(d_in, d_out, 8 if operator.rotates else rank, kind)
+        for grouping in operator.groupings:
             yield OperatorSpec(kind, d_in, d_out, min(r_hat, d_in), grouping, seed=1)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mora_ds.adapters.kernels import triton_ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.kernels.triton_ops import Launch
+from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import specs
@@ -145,7 +146,7 @@ def test_machine_code(spec: OperatorSpec, name: str, capability: int) -> None:
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)])
 @pytest.mark.parametrize("kind", list(OperatorKind))
 def test_machine_code_of_every_operator(kind: OperatorKind, shape: tuple[int, int], capability: int) -> None:
-    side = 1440 if kind in (OperatorKind.SHARE, OperatorKind.TRUNCATE) else 272
+    side = 272 if OPERATORS[kind].in_blocks else 1440
     spec = OperatorSpec(kind, *shape, side, Grouping.PERMUTED, seed=1)
     for name, launch in launches(spec, torch.bfloat16).items():
         check_code(name, launch, capability)

@@ -16,7 +16,7 @@ from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import add_deltas_
-from mora_ds.adapters.ops.index_tables import Operator, square_size
+from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, square_size
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, compress, delta_weight, mora_update
 from mora_ds.adapters.ops.spec import (
@@ -115,9 +115,7 @@ def test_adjoint(spec: OperatorSpec) -> None:
     assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    "spec", [s for s in specs() if s.kind in (OperatorKind.ROTATE, OperatorKind.DECOUPLE)], ids=spec_id
-)
+@pytest.mark.parametrize("spec", [spec for spec in specs() if OPERATORS[spec.kind].in_blocks], ids=spec_id)
 def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec) -> None:
     """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's down_proj)."""
     delta = delta_weight(spec, random(spec.r_hat, spec.r_hat))
