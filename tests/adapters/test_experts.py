@@ -27,11 +27,10 @@ from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
-from mora_ds.engine.initialize import initialize
 from mora_ds.eval.ledger_summary import histories
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
-from tests.helpers.models import MIXTURES, alone, causal_loss, enable_checkpointing, model_with_mora, tiny_model, tokens
+from tests.helpers.models import MIXTURES, alone, causal_loss, enable_checkpointing, tiny_model, tokens
 
 EVERYWHERE = ("all-linear", "experts")
 OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), strict=True))
@@ -312,14 +311,6 @@ def test_adapters_that_experts_cannot_have_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=named):
             inject(tiny_model("mixtral"), config)
-
-
-def test_muon_is_refused_by_an_engine_of_ones_own() -> None:
-    """Before any process group is started."""
-    model = model_with_mora("mixtral", target_modules=("experts",))
-    settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "Muon", "params": {"lr": 0.02}}}
-    with pytest.raises(UserError, match=r"--optimizer muon .*experts\.\w+ has a stack"):
-        initialize(model=model, config={**settings, "zero_optimization": {"stage": 3}})
 
 
 def test_transformers_still_has_what_the_forward_is_built_on() -> None:

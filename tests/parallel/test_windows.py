@@ -82,14 +82,6 @@ def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
     assert_close(gradient, adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2)))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_slice_of_the_weight(spec: OperatorSpec) -> None:
-    square, _, _ = tensors(spec)
-    whole = delta_weight(spec, square)
-    for window in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
-        assert_close(window.delta(square), whole[slice(*window.outputs), slice(*window.inputs)])
-
-
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blocks > 1], ids=str)
 def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
     _, x, g = tensors(spec)

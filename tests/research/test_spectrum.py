@@ -87,21 +87,6 @@ def ranks_and_spans(plan: Callable[[int], tuple[Grouping, int]]) -> tuple[list[i
     return [spectrum.cumulative.rank for spectrum in cycles], [spectrum.outside_span for spectrum in cycles]
 
 
-def test_rank_grows_with_fresh_permutations_and_no_longer_with_repeated_groupings() -> None:
-    """By a matrix a cycle, less one from the second on: the sum of all inputs (outputs) is in every grouping's span."""
-    ranks, spans = ranks_and_spans(lambda cycle: (Grouping.PERMUTED, cycle))
-    assert ranks == [16, 31, 46, 61, 64, 64]
-    assert spans[1] > 0.8
-    assert spans[5] < 1e-9
-    groupings = (Grouping.STRIDED, Grouping.CONTIGUOUS)  # the paper's alternation
-    ranks, spans = ranks_and_spans(lambda cycle: (groupings[cycle % 2], 0))
-    assert ranks == [16, 28, 28, 28, 28, 28]
-    assert max(spans[2:]) < 1e-9
-    ranks, spans = ranks_and_spans(lambda _: (Grouping.PERMUTED, 7))
-    assert ranks == [16] * 6
-    assert max(spans[1:]) < 1e-9
-
-
 def test_factors_of_lora_have_spectra_too() -> None:
     spec = LoRASpec(12, 10, 3, 6.0)
     factors = [torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]

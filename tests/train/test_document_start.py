@@ -11,7 +11,7 @@ import pytest
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
-from mora_ds.data import Document, Encoder, TokenCache, load_corpus, load_tokenizer, start_id
+from mora_ds.data import TokenCache, load_corpus, load_tokenizer, start_id
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, printed, refused, run
@@ -31,15 +31,6 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground) -> None:
     for start in ("", "</S>"):
         with pytest.raises(UserError, match=f"--document_start '{start}' is no token .* special tokens are '"):
             start_id(tokenizer, start)
-
-
-def test_every_part_of_a_long_document_but_the_first_is_without_it(user: Playground) -> None:
-    tokenizer = load_tokenizer(user.model)
-    first, last = Encoder.of(tokenizer, TOKEN).rows(
-        [Document("def f", "here", ends=False), Document("return x", "here", begins=False)]
-    )
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("def f", "return x")]
-    assert [first.tolist(), last.tolist()] == [[2, *ids[0]], [*ids[1], 2]]
 
 
 def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path) -> None:

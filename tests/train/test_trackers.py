@@ -66,19 +66,6 @@ def logged(folder: Path, start_step: int = 0) -> None:
     log.close()
 
 
-def test_a_service_gets_what_tensorboard_gets(tmp_path: Path, stand_in: type[StandIn]) -> None:
-    logged(tmp_path)
-    assert stand_in.made[0].calls == [
-        ("start", "run", None),
-        (1, {"4_merges/cycle": 0}),
-        (1, {"2_evaluation/perplexity/old": 2.2}),
-        (1, {"2_forgetting/change_percent/old": pytest.approx(10)}),
-        {"steps": 1},
-        "close",
-    ]
-    assert not (tmp_path / "tensorboard").exists()
-
-
 def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in: type[StandIn]) -> None:
     logged(tmp_path)
     logged(tmp_path, start_step=1)
