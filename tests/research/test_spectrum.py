@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -76,15 +75,6 @@ def expected_span(newest: torch.Tensor, earlier: torch.Tensor) -> float:
     rank = int((values > values[0] * 1e-5).sum())
     inside = left[:, :rank] @ left[:, :rank].T @ newest @ right[:rank].T @ right[:rank]
     return 1 - (inside.norm() / newest.norm()).square().item()
-
-
-def ranks_and_spans(plan: Callable[[int], tuple[Grouping, int]]) -> tuple[list[int], list[float]]:
-    """Of six cycles of share, d = 64, r_hat = 16: the rank of the sum, and the newest delta's share outside its span.
-    `plan`: cycle -> (grouping, seed)."""
-    specs = [OperatorSpec(OperatorKind.SHARE, 64, 64, 16, *plan(cycle)) for cycle in range(6)]
-    cycles = list(layer_spectra([(spec, square(16, cycle)) for cycle, spec in enumerate(specs)]))
-    assert [spectrum.newest.rank for spectrum in cycles] == [16] * 6
-    return [spectrum.cumulative.rank for spectrum in cycles], [spectrum.outside_span for spectrum in cycles]
 
 
 def test_factors_of_lora_have_spectra_too() -> None:
