@@ -106,7 +106,7 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
 
 _OF_TEXT = (
     "--train_files, --dataset_name, --mixture, --replay, --text_column, --document_start, --held_out_share, "
-    "--exclude_eval_documents, --streaming, --shuffle_buffer and the tokenizer"
+    "--exclude_eval_documents with --eval_files, --streaming, --shuffle_buffer and the tokenizer"
 )
 """What decides the tokens of a source."""
 
@@ -115,7 +115,8 @@ _LABELS = {
     "model_config": "config.json of --model_name_or_path",
     "tokens": f"tokens of the training text ({_OF_TEXT})",
     "mixture.sources": f"sources ({_OF_TEXT})",
-    **{f"mixture.{setting}": f"{setting} of --mixture" for setting in ("weights", "epochs")},
+    "mixture.weights": "weights of --mixture, --train_files or --replay",
+    "mixture.epochs": "epochs of --mixture",
     "adapter.kind": "--adapter",
     "adapter.rank": "--mora_rank",
     "adapter.r_hat_multiple": "--r_hat_multiple",

@@ -248,7 +248,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)
     write_mixture(user, mix)  # without the phase
-    assert "weights of --mixture, from step 4.old" in refusal(argv)
+    assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(argv)
 
 
 def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"cannot be planned \(--dry_run, mora-ds plan\) in torch.float32, --bf16 may"):
         planned(parse(flags), world=1)
     planned(parse([*flags, "--bf16"]), world=1)
+    with pytest.raises(UserError, match=r"cannot be planned .*FlexAttention is only supported on"):
+        planned(parse([*flags, "--bf16", "--attn_implementation", "flex_attention"]), world=1)
 
 
 def test_a_dry_run_says_of_traffic_what_the_run_says_at_its_start(tmp_path: Path) -> None:
