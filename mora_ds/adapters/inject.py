@@ -106,6 +106,8 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
         raise UserError(f"inject: `model` must be a torch module, got {model!r}")
     if not isinstance(config, AdapterConfig):
         raise UserError(f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}")
+    if is_compiled(model):
+        raise UserError("inject: `model` is compiled: merges change what was compiled; give the model itself")
     if mora_layers(model):
         raise UserError("this model already has an adapter: inject it once")
     targets = targets_of(model, config)
@@ -156,6 +158,11 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
         total_params=total + values + frozen,
         left_out=_matrices_left_out(model) if all_linear else {},
     )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether it is the wrapper that `torch.compile` returns."""
+    return hasattr(model, "_orig_mod")
 
 
 def config_of(model: nn.Module) -> AdapterConfig:

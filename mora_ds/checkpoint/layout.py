@@ -294,32 +294,35 @@ def sync_folders(folder: Path) -> None:
         fsync(path)
 
 
-def resume_checkpoint(wanted: str, root: Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint wanted` means, its files verified; `root` holds the run's own.
+RESUME = "--resume_from_checkpoint"
+
+
+def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | None:
+    """The checkpoint that the value `wanted` of `flag` means, its files verified; `root` holds the run's own.
 
     latest: what the link names. auto: the newest intact one, from the latest backwards, or None where none was ever
     completed. Otherwise a path. Raises `UserError` when the one asked for is missing or damaged, or when `auto` meets
     damaged ones only: a run does not start afresh over damaged checkpoints.
     """
     if wanted == AUTO:
-        return _newest_intact(root)
-    folder = (root / LATEST if wanted == LATEST else expanded(wanted, "--resume_from_checkpoint")).resolve()
+        return _newest_intact(root, flag)
+    folder = (root / LATEST if wanted == LATEST else expanded(wanted, flag)).resolve()
     if wanted == LATEST and folder.parent != root.resolve():
         raise UserError(
-            f"--resume_from_checkpoint {LATEST}: {root / LATEST} leads to {folder}, which is no checkpoint of this "
-            f"run. --resume_from_checkpoint {AUTO} takes the newest one that is"
+            f"{flag} {LATEST}: {root / LATEST} leads to {folder}, which is no checkpoint of this "
+            f"run. {flag} {AUTO} takes the newest one that is"
         )
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint at {folder}")
+        raise UserError(f"{flag} {wanted}: no checkpoint at {folder}")
     if damage := problems(folder):
         raise UserError(
-            f"--resume_from_checkpoint {wanted}: {folder} is damaged: {'; '.join(damage)}. "
-            f"--resume_from_checkpoint {AUTO} takes the newest one that is intact"
+            f"{flag} {wanted}: {folder} is damaged: {'; '.join(damage)}. "
+            f"{flag} {AUTO} takes the newest one that is intact"
         )
     return folder
 
 
-def _newest_intact(root: Path) -> Path | None:
+def _newest_intact(root: Path, flag: str) -> Path | None:
     """Passes over checkpoints after the one that `latest` names: a resume from an earlier one has left them behind."""
     latest = (root / LATEST).resolve()
     folders = complete_checkpoints(root)
@@ -335,7 +338,7 @@ def _newest_intact(root: Path) -> Path | None:
         skipped.append(f"{folder}: {damage[0]}")
     if skipped:
         raise UserError(
-            f"--resume_from_checkpoint {AUTO}: no checkpoint in {root} is intact. To start afresh take another "
+            f"{flag} {AUTO}: no checkpoint in {root} is intact. To start afresh take another "
             "--output_dir, or --overwrite_output_dir in place of this flag:\n  " + "\n  ".join(skipped)
         )
     return None

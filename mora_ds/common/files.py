@@ -196,6 +196,14 @@ def copy_folder(source: Path, target: Path) -> None:
                 os.utime(target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
 
 
+def as_path(value: Any, argument: str) -> Path:
+    """An argument of a public function as a path. Raises `UserError` that begins with the words `argument` for what is
+    none, an empty string among them."""
+    if not isinstance(value, (str, Path)) or value == "":
+        raise UserError(f"{argument} must be a path, got {value!r}")
+    return Path(value)
+
+
 def require_new(output: Path) -> None:
     """Raises `UserError` unless `output` is new or an empty folder, which `atomic_folder` then fills."""
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):

@@ -30,7 +30,7 @@ from mora_ds.checkpoint.layout import (
     tokenizer_of,
 )
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_folder, copy_folder, require_new, write_manifest
+from mora_ds.common.files import as_path, atomic_folder, copy_folder, require_new, write_manifest
 from mora_ds.models.load import load_model
 from mora_ds.models.tensor_files import compute_dtype
 
@@ -41,9 +41,9 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
 
     Returns lines to print. Raises `UserError` for a damaged checkpoint or a folder that holds something.
     """
-    output = Path(output)
+    output = as_path(output, "export_adapter: `output`")
     require_new(output)
-    adapter = Adapter.open(find_adapter(Path(checkpoint)))
+    adapter = Adapter.open(find_adapter(as_path(checkpoint, "export_adapter: `checkpoint`")))
     source = adapter.folder
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
@@ -74,7 +74,7 @@ def load_adapter(
     """
     if not isinstance(base, (str, Path)):
         raise UserError(f"load_adapter: `base` must be the model's folder, got a {type(base).__name__}")
-    folder = find_adapter(Path(adapter))
+    folder = find_adapter(as_path(adapter, "load_adapter: `adapter`"))
     opened = Adapter.open(folder)
     facts = opened.file
     tensors = opened.tensors

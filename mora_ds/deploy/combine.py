@@ -41,7 +41,15 @@ from mora_ds.checkpoint.layout import (
     tokenizer_of,
 )
 from mora_ds.common.errors import COUNT, RunError, UserError, refuse, wrong_values
-from mora_ds.common.files import atomic_folder, atomic_path, copy_folder, require_new, write_json_atomic, write_manifest
+from mora_ds.common.files import (
+    as_path,
+    atomic_folder,
+    atomic_path,
+    copy_folder,
+    require_new,
+    write_json_atomic,
+    write_manifest,
+)
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -128,13 +136,20 @@ def combine_adapters(
     Returns lines to print. Raises `UserError` naming what does not fit, `RunError` for damaged sources, values that are
     not finite and a full disk.
     """
-    output = Path(output)
+    output = as_path(output, "combine_adapters: `output`")
+    if isinstance(sources, (str, Path)) or not isinstance(sources, Sequence):
+        raise UserError(f"combine_adapters: `sources` must be paths in a list, got {sources!r}")
+    if not isinstance(weights, Sequence) or not all(isinstance(weight, (int, float, Fraction)) for weight in weights):
+        raise UserError(f"combine_adapters: `weights` must be numbers in a list, got {weights!r}")
     if len(weights) != len(sources) or not sources:
         raise UserError(f"--weights: {len(weights)} for {len(sources)} adapter(s); give one for each")
     if odd := [str(weight) for weight in weights if not math.isfinite(weight)]:
         raise UserError(f"--weights must be finite, got {odd[0]}")
     require_new(output)
-    opened = [_Source.of(Path(path), Fraction(weight)) for path, weight in zip(sources, weights, strict=True)]
+    opened = [
+        _Source.of(as_path(path, "combine_adapters: one of `sources`"), Fraction(weight))
+        for path, weight in zip(sources, weights, strict=True)
+    ]
     last = opened[-1]
     for source in opened[:-1]:
         _check_pair(source, last)

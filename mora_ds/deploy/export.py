@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError
-from mora_ds.common.files import atomic_folder
+from mora_ds.common.files import as_path, atomic_folder
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
@@ -121,8 +121,8 @@ def export_merged(
     naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full disk.
     """
     started = time.monotonic()
-    checkpoint = find_adapter(Path(checkpoint), "--checkpoint")
-    output = Path(output)
+    output = as_path(output, "export_merged: `output`")
+    checkpoint = find_adapter(as_path(checkpoint, "export_merged: `checkpoint`"), "--checkpoint")
     base_folder = None if base_folder is None else Path(base_folder)
     if dtype != "auto":
         compute_dtype(dtype)

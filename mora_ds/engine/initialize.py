@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
-from mora_ds.adapters.inject import config_of, frozen_buffers, mora_layers, move_base
+from mora_ds.adapters.inject import config_of, frozen_buffers, is_compiled, mora_layers, move_base
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.engine import muon, zero
@@ -99,11 +99,17 @@ def initialize(
     if node_base not in (choices := [choice.value for choice in Sharing]):
         raise UserError(unknown("node_base", node_base, choices))
     config_of(model)  # refuses a model without an adapter
+    if is_compiled(model):
+        raise UserError("initialize: `model` is compiled: merges change what was compiled; give the model itself")
+    if tensor_parallel_size is not None and not (isinstance(tensor_parallel_size, int) and tensor_parallel_size > 0):
+        raise UserError(f"initialize: `tensor_parallel_size` must be a whole number, got {tensor_parallel_size!r}")
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
     numels = trainable_numels(model, degree)
     settings = complete_ds_config(config, numels, tensor_parallel_size)
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & settings.keys():
+        raise UserError("initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu")
     check_compute_dtype(settings)
     _check_experts(model, settings)
     check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)

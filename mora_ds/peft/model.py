@@ -105,6 +105,13 @@ class MoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an attribute of every tuner)
     """Empty: `target_modules` has a default that suits every architecture."""
 
+    def add_weighted_adapter(self, *arguments: Any, **kwargs: Any) -> None:
+        """Raise `UserError`: a sum of updates is none of one square matrix, as their operators differ."""
+        raise UserError(
+            "add_weighted_adapter: updates of MoRA have no sum in one matrix: activate several, or merge them; "
+            "mora_ds.combine_adapters sums those of runs"
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters it around `forward` and `generate`, which never see `adapter_names`, an adapter for each row."""

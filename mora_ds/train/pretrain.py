@@ -125,7 +125,8 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         schedule = arguments.schedule(_total_steps(training, data.train, ranks.world))
         if start.state is not None and start.state.step > schedule.total_steps:
             raise UserError(
-                f"{start.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps"
+                f"{start.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps or "
+                "--num_train_epochs"
             )
         ranks.barrier("end of all checks", long=True)
         if ranks.is_first:

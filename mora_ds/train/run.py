@@ -47,7 +47,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import copy_folder
+from mora_ds.common.files import as_path, copy_folder
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
@@ -105,6 +105,10 @@ class Run:
             raise UserError(
                 f"Run: `engine` must be what mora_ds.initialize returns first, got a {type(engine).__name__}"
             )
+        if not isinstance(base, BaseCheckpoint):
+            base = as_path(base, "Run: `base`")
+        if resume is not None:
+            as_path(resume, "Run: `resume`")
         config = config_of(engine.module)
         self.engine = engine
         self._gradient_of: int | None = None
@@ -112,7 +116,7 @@ class Run:
         first_layer = next(iter(mora_layers(engine.module).values()))
         trained = next(first_layer.parameters(recurse=False))  # not `value`, which may be frozen beside domains
         trained.register_hook(self._note_gradient)
-        self.folder = Path(folder)
+        self.folder = as_path(folder, "Run: `folder`")
         if ranks is None:
             self.ranks = Ranks.current()
             self.ranks.on_first("output folder", lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -166,12 +170,12 @@ class Run:
         self._check_call("save", step, self.state.merges[-1] if self.state.merges else 0)
         if keep is not None and (not isinstance(keep, int) or keep < 1):
             raise UserError(f"save: `keep` must be a whole number from 1 on, or None for all, got {keep!r}")
-        self.state.step = step
-        self.check_base()
         checkpoints = self.checkpoints
         if folder is not None:
-            root = Path(folder) / CHECKPOINTS
+            root = as_path(folder, "save: `folder`") / CHECKPOINTS
             checkpoints = CheckpointWriter(root, self.engine, self._gather, ranks=self.ranks)
+        self.state.step = step
+        self.check_base()
         return checkpoints.save(self.state, keep)
 
     def _check_call(self, method: str, step: Any, least: int) -> None:
@@ -307,7 +311,7 @@ class Run:
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
             return resume
         find = "checkpoint to resume from"
-        return self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root), long=True)
+        return self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root, "Run: resume"), long=True)
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.

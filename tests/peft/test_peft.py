@@ -170,6 +170,8 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
     assert all("physics" in name for name in trained)
     with pytest.raises(UserError, match="adapter_names: all rows of a batch have the same MoRA adapters"):
         model(input_ids=IDS, adapter_names=["law", "physics", "law"])
+    with pytest.raises(UserError, match="add_weighted_adapter: updates of MoRA have no sum in one matrix"):
+        model.add_weighted_adapter(["law", "physics"], [0.5, 0.5], "both")
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     model.set_adapter("physics")

@@ -34,6 +34,17 @@ WRONG: dict[str, Callable[[mora_ds.Run], object]] = {
     "save: `step` must be a whole number from 2 on, got -1": lambda run: run.save(-1),
     "save: `step` must be a whole number from 2 on, got 'x'": lambda run: run.save("x"),  # type: ignore[arg-type]
     "save: `step` must be a whole number from 2 on, got 1": lambda run: run.save(1),
+    "save: `folder` must be a path, got 3": lambda run: run.save(3, folder=3),  # type: ignore[arg-type]
+    "Run: `base` must be a path, got None": lambda run: mora_ds.Run(run.engine, base=None, folder="new"),  # type: ignore[arg-type]
+    "Run: `folder` must be a path, got ''": lambda run: mora_ds.Run(run.engine, base="base", folder=""),
+    "Run: `resume` must be a path, got True": lambda run: mora_ds.Run(
+        run.engine,
+        base="base",
+        folder="new",
+        resume=True,  # type: ignore[arg-type]
+    ),
+    "Run: resume gone: no checkpoint at": lambda run: mora_ds.Run(run.engine, base="base", folder="new", resume="gone"),
+    "out holds another run": lambda run: mora_ds.Run(run.engine, base="base", folder="out"),
     "save: `keep` must be a whole number from 1 on, or None for all, got -1": lambda run: run.save(3, keep=-1),
     "save: `keep` must be a whole number from 1 on, or None for all, got 0": lambda run: run.save(3, keep=0),
 }
@@ -65,7 +76,7 @@ def wrong_calls(folder: str) -> None:
         for message, call in WRONG.items():
             with pytest.raises(UserError) as refused:
                 call(run)
-            assert str(refused.value).startswith(message)
+            assert str(refused.value).startswith(message), f"{message}: {refused.value}"
     run.save(2)
     run.merge(3)
     assert [cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]] == [2, 3]
@@ -102,6 +113,9 @@ def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_sav
 
 def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> None:
     model = tiny_model("llama")
+    adapted = tiny_model("llama")
+    mora_ds.inject(adapted, CONFIG)
+    new = tmp_path / "new"
     calls: dict[str, Callable[[], object]] = {
         "rank must be of the type int, got '8'": lambda: MoRAConfig(rank="8"),  # type: ignore[arg-type]
         "rank must be of the type int, got True": lambda: MoRAConfig(rank=True),
@@ -116,6 +130,33 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> Non
         "unknown node_base 'shared'; known: auto, private": lambda: mora_ds.initialize(
             model=model, config={}, node_base="shared"
         ),
+        "inject: `model` is compiled": lambda: mora_ds.inject(torch.compile(model), CONFIG),
+        "the model has no adapter: call mora_ds.inject": lambda: mora_ds.initialize(model=model, config={}),
+        "initialize: `model` is compiled": lambda: mora_ds.initialize(model=torch.compile(adapted), config={}),
+        "initialize: `tensor_parallel_size` must be a whole number, got '2'": lambda: mora_ds.initialize(
+            model=adapted,
+            config={},
+            tensor_parallel_size="2",  # type: ignore[arg-type]
+        ),
+        "initialize: the DeepSpeed config has no batch size": lambda: mora_ds.initialize(model=adapted, config={}),
+        "this model already has an adapter": lambda: mora_ds.inject(adapted, CONFIG),
+        "export_merged: `checkpoint` must be a path, got None": lambda: mora_ds.export_merged(None, new),  # type: ignore[arg-type]
+        "export_merged: `output` must be a path, got ''": lambda: mora_ds.export_merged("out", ""),
+        "export_adapter: `checkpoint` must be a path, got 3": lambda: mora_ds.export_adapter(3, new),  # type: ignore[arg-type]
+        "export_adapter: `output` must be a path, got None": lambda: mora_ds.export_adapter("out", None),  # type: ignore[arg-type]
+        "load_adapter: `adapter` must be a path, got None": lambda: mora_ds.load_adapter("base", None),  # type: ignore[arg-type]
+        "combine_adapters: `sources` must be paths in a list, got 'a'": lambda: mora_ds.combine_adapters("a", [1], "b"),
+        "combine_adapters: `weights` must be numbers in a list, got ['x']": lambda: mora_ds.combine_adapters(
+            ["a"],
+            ["x"],  # type: ignore[list-item]
+            new,
+        ),
+        "combine_adapters: one of `sources` must be a path, got 3": lambda: mora_ds.combine_adapters(
+            [3],  # type: ignore[list-item]
+            [1],
+            new,
+        ),
+        "--weights: 0 for 0 adapter(s)": lambda: mora_ds.combine_adapters([], [], new),
         "load_adapter: `base` must be the model's folder, got a LlamaForCausalLM": lambda: mora_ds.load_adapter(
             model, tmp_path
         ),
