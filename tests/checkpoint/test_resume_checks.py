@@ -33,6 +33,8 @@ def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypa
     assert resume_checkpoint("auto", tmp_path / "none") is None
     with pytest.raises(UserError, match="no checkpoint at"):
         resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
+    with pytest.raises(UserError, match=r"^Run: resume gone: no checkpoint at"):
+        resume_checkpoint("gone", tmp_path, "Run: resume")
 
 
 @pytest.mark.parametrize("root", [".", "linked", "absolute"])

@@ -43,8 +43,6 @@ WRONG: dict[str, Callable[[mora_ds.Run], object]] = {
         folder="new",
         resume=True,  # type: ignore[arg-type]
     ),
-    "Run: resume gone: no checkpoint at": lambda run: mora_ds.Run(run.engine, base="base", folder="new", resume="gone"),
-    "out holds another run": lambda run: mora_ds.Run(run.engine, base="base", folder="out"),
     "save: `keep` must be a whole number from 1 on, or None for all, got -1": lambda run: run.save(3, keep=-1),
     "save: `keep` must be a whole number from 1 on, or None for all, got 0": lambda run: run.save(3, keep=0),
 }
