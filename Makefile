@@ -36,4 +36,4 @@ docs: ## write the generated pages and figures
 	$(PYTHON) tools/docs.py && $(PYTHON) tools/figures.py
 
 site: docs ## build the site, in site/
-	$(PYTHON) -m mkdocs build --strict
+	REPOSITORY_URL=$${REPOSITORY_URL:-$$(git remote get-url origin 2>/dev/null)} $(PYTHON) -m mkdocs build --strict

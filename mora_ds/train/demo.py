@@ -236,7 +236,7 @@ def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | Non
         start = before.get(name, float("nan"))
         logger.info(f"{'perplexity on ' + name:<24}{start:>12.2f}{value:>12.2f}{100 * (value / start - 1):>+9.1f}%")
     facts = {
-        "trained": f"{summary['trainable_params']:,} of {summary['total_params']:,} parameters ({percent:.2f}%), "
+        "trained": f"{summary['trainable_params']:,} of {summary['total_params']:,} ({percent:.2f}%), "
         f"{summary['merges']} merges in {summary['steps']} steps",
         "all-gather a step": _gathered(summary, sharded, world),
         "bytes of the base": f"{summary['base_bytes_gathered']} in all collectives of the run",
@@ -265,7 +265,7 @@ def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: in
     volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
     if sharded is None:
         return volume
-    return f"{volume} (ZeRO-3 with the base sharded, in part 1: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
+    return f"{volume} (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
 
 
 def sample(folder: Path, prompt: str, tokens: int = 60, seed: int = 0) -> str:

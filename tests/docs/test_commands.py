@@ -2,7 +2,7 @@
 
 A block with the comment `run: demo` before it is run, page by page and in order, in a folder that looks like a
 checkout in which the demo has just finished; `run: ci` is what .ci/run runs, and `not run: ...` says why not.
-Longer runs are cut to a few steps.
+Longer runs are cut to a few steps. Of one run the guide to a healthy run shows the first and the last lines.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
 WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
+PRINTED = re.compile(r"<!-- run: terminal -->\n```bash\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
+"""A run's command, and its first and last `SHOWN` lines."""
+SHOWN = 15
+VARIES = re.compile(r"[\d,.]+ (tok/s|GiB)|\d+:\d\d:\d\d")
+"""What the machine decides."""
+DECIMAL = re.compile(r"\d+\.\d+")
+
 DEMO = "deepspeed --num_gpus 2 launch/pretrain.py --deepspeed configs/zero3.json --max_steps 24 --merge_every 8"
 DEMO += " --restart_warmup_steps 2 --warmup_steps 2 --eval_steps 12 --save_steps 12"
 
@@ -40,7 +47,7 @@ def run(folder: Path, script: str, language: str = "bash") -> str:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with links to the repository's own, in which a short demo has run."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("mora_ds", "launch", "tools", "configs"):
+    for name in ("mora_ds", "launch", "tools", "configs", "LICENSE"):
         (folder / name).symlink_to(ROOT / name)
     run(folder, DEMO)
     return folder
@@ -50,6 +57,23 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_of_a_page_run(checkout: Path, page: Path) -> None:
     for language, script in BLOCK.findall(page.read_text(encoding="utf-8")):
         run(checkout, re.sub(r"--max_steps \d+", "--max_steps 6", script), language)
+
+
+def test_a_run_prints_what_the_page_shows(checkout: Path) -> None:
+    page = (ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8")
+    ((command, shown),) = PRINTED.findall(page)
+    printed = run(checkout, command).splitlines()
+    lines = "\n".join([*printed[:SHOWN], "...", *printed[-SHOWN:], ""])
+    words, numbers = words_and_numbers(lines)
+    shown_words, shown_numbers = words_and_numbers(shown)
+    assert shown_words == words, f"for the page:\n{lines}"
+    assert shown_numbers == pytest.approx(numbers, rel=0.05), f"for the page:\n{lines}"
+
+
+def words_and_numbers(text: str) -> tuple[str, list[float]]:
+    """A text without its decimals, and these, which other processors round differently."""
+    steady = VARIES.sub("#", text)
+    return DECIMAL.sub("#", steady), [float(number) for number in DECIMAL.findall(steady)]
 
 
 @pytest.mark.heavy(seconds=1)

@@ -80,7 +80,10 @@ def test_every_block_of_commands_says_whether_it_is_run() -> None:
         for number, line in enumerate(lines):
             if line.strip() == "```bash" and page.parent != ROOT / "tools":
                 mark = lines[number - 1]
-                if not re.fullmatch(r"<!-- (run: (demo|ci)|not run: .+) -->", mark) and page.name != "CONTRIBUTING.md":
+                if (
+                    not re.fullmatch(r"<!-- (run: (demo|ci|terminal)|not run: .+) -->", mark)
+                    and page.name != "CONTRIBUTING.md"
+                ):
                     unmarked.append(f"{page.relative_to(ROOT)}:{number + 1}")
     assert not unmarked
 
