@@ -92,7 +92,8 @@ class KernelProducts:
         c = self.collect_once(g) if collected is None else collected
         z = self._folded(saved)
         by_token = len(z), -1, self.tables.spec.r_hat
-        gradient: Tensor = ops.sum_parts(ops.product(c.view(by_token), z.view(by_token)), g.dtype)
+        parts: Tensor = ops.product(c.view(by_token), z.view(by_token))
+        gradient: Tensor = parts[0] if len(parts) == 1 else ops.sum_parts(parts, g.dtype)
         return gradient
 
     def _fold(self, x: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
     gather_add_(y, x, table, cos, sin, back)     the same, added to y (T, Q) in place
     form(...)                                    (O, D): the frozen weight plus the delta of M
     product(c, z)                                (T, P, R), (T, N, R) -> (parts, R, R): c^T z over all tokens and
-                                                 blocks, summed in fp32; block b of z meets block b mod P of c
+                                                 blocks; block b of z meets block b mod P of c. In the dtype of c
+                                                 where it is one part, else in fp32
     sum_parts(partial_sums, dtype)               (parts, R, R) -> (R, R)
 
 Index -1 of a table stands for zero. With cosines and sines (N, R / 2), both given for rotate only, `gather_sum` rotates
@@ -69,9 +70,8 @@ def _meta_form(weight: Tensor, scales: Tensor | None, square: Tensor, *_: Any) -
 
 
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:
-    part_count = plain.parts_of(z, _PROGRAMS_ON_META)
-    dtype = torch.promote_types(c.dtype, torch.float32)
-    return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)
+    part_count = plain.parts_of(c, z, _PROGRAMS_ON_META)
+    return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=plain.dtype_of(part_count, c.dtype))
 
 
 def _meta_sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:

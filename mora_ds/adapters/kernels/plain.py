@@ -18,9 +18,10 @@ TILE = 128
 """Side of the tiles of M's gradient that one program of `product` sums."""
 
 _TERMS = 512
-_TERMS_OF_SIDE = 8
-"""Terms of a sum that a part of `product` has at least, and at least in one of M's sides: its R x R partial sums are
-then an eighth of the bytes that it reads, or less."""
+"""Terms of a sum that a part of `product` has at least."""
+
+_READ_A_SUM = 16
+"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits eight times their bytes."""
 
 
 def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
@@ -57,14 +58,20 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`."""
     blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
     terms_of_c = _wide(c).index_select(1, blocks).flatten(0, 1)
-    return (terms_of_c.T @ _wide(z).flatten(0, 1)).unsqueeze(0)
+    return (terms_of_c.T @ _wide(z).flatten(0, 1)).unsqueeze(0).to(c.dtype)
 
 
-def parts_of(z: Tensor, programs: int) -> int:
-    """In how many parts `product` sums over z (T, N, R), so that about `programs` programs have work."""
+def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
+    """In how many parts `product` sums c^T z, so that about `programs` programs have work."""
     tokens, blocks, r_hat = z.shape
     tiles = math.ceil(r_hat / TILE) ** 2
-    return max(1, min(programs // tiles, tokens * blocks // max(_TERMS, _TERMS_OF_SIDE * r_hat)))
+    worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
+    return max(1, min(programs // tiles, tokens * blocks // _TERMS, worth))
+
+
+def dtype_of(parts: int, dtype: torch.dtype) -> torch.dtype:
+    """Of the sums of `product`: one part is rounded at once, several are added up first."""
+    return dtype if parts == 1 else torch.promote_types(dtype, torch.float32)
 
 
 def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:

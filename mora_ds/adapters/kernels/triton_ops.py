@@ -29,6 +29,10 @@ from mora_ds.adapters.kernels import plain
 _SHARED = 1 << 16
 """Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB of it for a program."""
 
+_PART = 2048
+_FORM_PART = 512
+"""Most columns of a program: of `gather_sum` and of `form` for share, and of `form` for the other operators."""
+
 _TOKENS = 4
 """Tokens of one program of `gather_sum`, which all read the same part of the table."""
 
@@ -75,7 +79,7 @@ def plan_gather_sum(
     terms, columns = table.shape
     turn = _NONE if cos is None else _BACK if back else _FORTH
     row = triton.next_power_of_2(size)
-    chunk = min(triton.next_power_of_2(columns), 2048)
+    chunk = min(triton.next_power_of_2(columns), _PART)
     shared = row * (_accumulator(x.dtype).primitive_bitwidth // 8 if turn == _BACK else x.element_size()) <= _SHARED
     width = max(row if shared else 0, chunk)
     half = 0 if cos is None else cos.shape[1]
@@ -112,7 +116,7 @@ def plan_form_groups(
     columns = weight.shape[1]
     r_hat = len(square)
     row = triton.next_power_of_2(r_hat)
-    chunk = min(triton.next_power_of_2(columns), 2048)
+    chunk = min(triton.next_power_of_2(columns), _PART)
     return Launch(
         _form_groups,
         (triton.cdiv(columns, chunk), r_hat),
@@ -131,7 +135,7 @@ def plan_form_blocks(
 ) -> Launch:  # fmt: skip
     """`form` for the other operators: most elements of the delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
-    chunk = min(triton.next_power_of_2(columns), 512)
+    chunk = min(triton.next_power_of_2(columns), _FORM_PART)
     lines = 8
     return Launch(
         _form_blocks,
@@ -148,8 +152,8 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by torch."""
     if c.dtype not in (torch.bfloat16, torch.float16):
         return plain.product(c, z)
-    part_count = plain.parts_of(z, 2 * _processors(c.device))
-    out = torch.empty(part_count, c.shape[2], z.shape[2], dtype=torch.float32, device=c.device)
+    part_count = plain.parts_of(c, z, 2 * _processors(c.device))
+    out = c.new_empty(part_count, c.shape[2], z.shape[2], dtype=plain.dtype_of(part_count, c.dtype))
     plan_product(out, c.contiguous(), z.contiguous())()
     return out
 
@@ -362,7 +366,9 @@ def _product(
         right = tl.load(z + line + column[None, :], mask=inside & (column < r_hat)[None, :], other=0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]
-    tl.store(out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :], total, mask=inside)
+    tl.store(
+        out + (part_index * r_hat + row)[:, None] * r_hat + column[None, :], total.to(out.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit

@@ -37,8 +37,14 @@ SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "uniqu
 
 
 def by_kernels(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
+    """Half with the bias in the product, half with it after a product that starts from the update."""
     tables = KernelTables(spec, CPU)
-    return lambda x, weight, bias, square: kernel_linear(x, weight, bias, square, tables, path)
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor) -> Tensor:
+        with_bias = kernel_linear(x, weight, bias, square, tables, path)
+        return (with_bias + kernel_linear(x, weight, None, square, tables, path) + bias) / 2
+
+    return layer
 
 
 @both_paths
@@ -80,6 +86,19 @@ def check_formed(spec: OperatorSpec) -> None:
     dequantised = small.values * small.scales.unsqueeze(1)
     in_8_bits = form_weight(small, square, KernelTables(spec, CPU))
     assert torch.equal(in_8_bits, effective_weight(spec, square, dequantised))
+
+
+def test_a_quantized_weight_has_the_product_of_its_dense_one() -> None:
+    spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
+    tables = KernelTables(spec, CPU)
+    small = Int8Weight(*quantize(random(12, 24)))
+    square = random(6, 6).float()
+    results = []
+    for weight in (small, small.dense(torch.float32)):
+        x = random(5, 24, seed=1).float().requires_grad_()
+        y = kernel_linear(x, weight, None, square, tables, Compute.ACTIVATION)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+    torch.testing.assert_close(*results)
 
 
 # -- the layer --------------------------------------------------------------------------------------------------------

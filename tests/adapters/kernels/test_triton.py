@@ -11,26 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from mora_ds.adapters.kernels import triton_ops
-from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.kernels.triton_ops import Launch
 from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import specs
+from tests.helpers.traffic import launches
 from tests.helpers.triton_code import compile_launch
 
 ROOT = Path(__file__).resolve().parents[3]
-META = torch.device("meta")
 
 SLICES = 4
 SHORT = 40
 """Of so many operators the default tests try one."""
-
-TOKENS = 4096
-PARTS = 8
 
 REGISTERS = 65536
 """Of a multiprocessor, sm_80 and sm_90."""
@@ -67,43 +62,6 @@ def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu() -> None:
 
 
 # -- machine code -----------------------------------------------------------------------------------------------------
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device=META)
-
-
-def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict[str, Launch]:
-    """What one layer starts, by name."""
-    tables = KernelTables(spec, META)
-    rotation = tables.rotation
-    side = spec.r_hat
-    x = meta(TOKENS, spec.d_in, dtype=dtype)
-    g = meta(TOKENS, spec.d_out, dtype=dtype)
-    square = meta(side, side)
-    square = meta(side, side, dtype=dtype)
-    z = meta(TOKENS, tables.fold.shape[1], dtype=dtype)
-    c = meta(TOKENS, tables.collect.shape[1], dtype=dtype)
-    weight = meta(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
-    scales = meta(spec.d_out, dtype=torch.float32) if int8 else None
-    formed = meta(spec.d_out, spec.d_in, dtype=dtype)
-    base = (formed, weight, scales, square, tables.unfold)
-    plan = triton_ops.plan_gather_sum
-    if tables.members is not None:
-        form = triton_ops.plan_form_groups(*base, tables.members)
-    else:
-        form = triton_ops.plan_form_blocks(*base, tables.slots, *rotation, tables.blocks_out)
-    partial_sums = meta(PARTS, side, side, dtype=torch.float32)
-    return {
-        "fold": plan(z, x, tables.fold, *rotation, False, add=False),
-        "collect": plan(c, g, tables.collect, None, None, False, add=False),
-        "spread": plan(g, z, tables.spread, None, None, False, add=False),
-        "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
-        "add spread": plan(g, z, tables.spread, None, None, False, add=True),
-        "form": form,
-        "product": triton_ops.plan_product(partial_sums, c.view(TOKENS, -1, side), z.view(TOKENS, -1, side)),
-        "sum_parts": triton_ops.plan_sum_parts(square, partial_sums),
-    }
 
 
 def check_code(name: str, launch: Launch, capability: int) -> None:
