@@ -7,7 +7,9 @@ A Llama of random weights on random tokens, in turns:
     base alone        the frozen model, forward and the gradient of its input: the limit of any adapter
     mora_ds           MoRA under ZeRO-3, the base unsharded on every rank; also with the operator share, and our LoRA
     PEFT LoRA         of the same rank, under DeepSpeed's ZeRO-3 with its defaults: the base sharded with the rest;
-                      and under ZeRO-2, where every rank has the complete base as here: the rival
+                      and under ZeRO-2, where every rank has the complete base as here: the rival; and under torch's
+                      DDP, as most people run it
+    fused LoRA        of the same rank, under DDP, its products added up in place (`addmm_`), as Unsloth has them
     full training     under ZeRO-3
 
 The first two compute attention and loss as the training program does, the others as transformers does. Each takes its
@@ -28,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout,
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject
@@ -93,6 +97,10 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
         if (peer := _peft(options)) is not None:
             settings = {**config, "zero_optimization": {"stage": stage}}
             contenders[name] = (_trained(peer), _engine_step(initialize_full(model=peer, config=settings)[0], ids))
+    if (peer := _peft(options)) is not None:
+        contenders["PEFT LoRA, DDP"] = (_trained(peer), _ddp_step(peer, ids))
+    fused = _fused(_model(options), options.rank)
+    contenders["fused LoRA, DDP"] = (_trained(fused), _ddp_step(fused, ids))
     full = _model(options)
     contenders["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
     return contenders
@@ -112,6 +120,61 @@ def _peft(options: argparse.Namespace) -> Any:
         r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(_model(options), adapter)
+
+
+class _FusedProduct(torch.autograd.Function):
+    """x W^T + scale x A^T B^T for a frozen W (O, D), with A (R, D) and B (O, R)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.flatten(0, -2)
+        inner = rows @ a.T
+        ctx.save_for_backward(rows, inner, weight, a, b)
+        ctx.scale = scale
+        y = (rows @ weight.T).addmm_(inner, b.T, alpha=scale)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, weight, a, b = ctx.saved_tensors
+        g = gradients[0].flatten(0, -2)
+        g_inner = ctx.scale * (g @ b)
+        g_x = (g @ weight).addmm_(g_inner, a)
+        return g_x.unflatten(0, gradients[0].shape[:-1]), None, g_inner.T @ rows, ctx.scale * (g.T @ inner), None
+
+
+class _FusedLoRA(nn.Module):
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.a = nn.Parameter(torch.randn(rank, base.in_features) / rank)
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _FusedProduct.apply(x, self.weight, self.a, self.b, 2.0)
+        return y
+
+
+def _fused(model: Any, rank: int) -> Any:
+    """The model with such a LoRA in place of each linear layer of its decoder layers."""
+    model.requires_grad_(False)
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, _FusedLoRA(child, rank))
+    return model
+
+
+def _ddp_step(model: Any, ids: Tensor) -> Step:
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _trained(model: torch.nn.Module) -> int:
