@@ -52,7 +52,10 @@ def take_device(local_rank: int) -> None:
 
 def check_compiler() -> None:
     """Raise `UserError` where triton could not compile."""
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's, for what pip installs; headers are the system's (triton/runtime/build.py)
+        scheme = "posix_prefix"
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
     if not (os.environ.get("CC") or which("gcc") or which("clang")):
         raise UserError("the GPU's kernels (triton) need a C compiler: install gcc, or name one by the variable CC")
     if not header.is_file():

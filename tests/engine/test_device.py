@@ -79,7 +79,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[int]:
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device, "get_accelerator", lambda: stand_in)
     monkeypatch.setattr(device, "find_spec", lambda name: name)
-    monkeypatch.setattr(device.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    include = {"posix_prefix": tmp_path, "posix_local": tmp_path / "local"}  # Debian has the headers in the first
+    monkeypatch.setattr(device.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(device.sysconfig, "get_paths", lambda scheme="posix_local": {"include": str(include[scheme])})
     monkeypatch.setattr(device, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     monkeypatch.delenv("CC", raising=False)
     return taken
