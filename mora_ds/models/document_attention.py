@@ -207,8 +207,9 @@ def groups_of(lengths: tuple[int, ...], device: torch.device) -> _Groups:
 
 def _on_device(table: np.ndarray, device: torch.device) -> Tensor:
     """The table on a device. The host does not wait for a copy to a GPU, which would have to end its work first."""
-    on_host = torch.from_numpy(table)
-    return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
+    with torch.inference_mode(False):  # it may be training that takes it next
+        on_host = torch.from_numpy(table)
+        return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
 
 
 def _rounded(length: int) -> int:

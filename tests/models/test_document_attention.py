@@ -252,6 +252,18 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch
     assert len(masks) == 2 * count, "made again"
 
 
+def test_training_takes_the_tables_of_an_evaluation() -> None:
+    groups_of.cache_clear()
+    positions = torch.cat([torch.arange(length) for length in (3, 30, 7)])[None]
+    query, key, value, _ = parts(1, 40, 2)
+    with torch.inference_mode():
+        expected, _ = document_attention(torch.nn.Module(), query, key, value, None, position_ids=positions)
+    out, _ = document_attention(torch.nn.Module(), query, key, value, None, position_ids=positions)
+    out.sum().backward()
+    assert torch.equal(out, expected)
+    assert groups_of.cache_info().hits == 1
+
+
 # -- what it does not compute ------------------------------------------------------------------------------------------
 
 
