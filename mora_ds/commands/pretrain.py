@@ -26,7 +26,13 @@ logger = logging.getLogger(__name__)
 def start() -> None:
     """Train in this process, or hand over to DeepSpeed's launcher: where one of its flags is given, and on a machine
     with several GPUs, each of which gets a process."""
-    from mora_ds.engine.launcher import accelerators, become_the_only_rank, command, launcher_flags
+    from mora_ds.engine.launcher import (
+        accelerators,
+        become_the_only_rank,
+        command,
+        is_one_of_several,
+        launcher_flags,
+    )
 
     for_launcher, flags = launcher_flags(sys.argv[1:])
     is_rank = "RANK" in os.environ or any(flag.startswith("--local_rank") for flag in flags)
@@ -35,7 +41,7 @@ def start() -> None:
         if for_launcher or accelerators() > 1:
             words = command(for_launcher, flags)
             os.execv(words[0], words)  # signals reach the launcher itself
-        else:
+        elif not is_one_of_several():  # each would train a run of its own; `start_distributed` tells what is missing
             become_the_only_rank()
     main()
 

@@ -26,6 +26,9 @@ VALUES = (
 
 SWITCHES = ("no_ssh", "force_multi", "bind_cores_to_rank")
 
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables by which srun and MPI launchers tell a process how many they have started."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -57,6 +60,11 @@ def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     if level not in list(LogLevel):  # a mistake is reported by the training, with all others
         level = LogLevel.WARNING.value if "--hostfile" in launcher else LogLevel.ERROR.value
     return [sys.executable, "-m", RUNNER, "--log_level", level, *launcher, "--module", "mora_ds", "pretrain", *flags]
+
+
+def is_one_of_several() -> bool:
+    """Whether srun or an MPI launcher has started this process together with others."""
+    return any(os.environ.get(name, "1") != "1" for name in TASKS)
 
 
 def become_the_only_rank() -> None:

@@ -124,6 +124,19 @@ def test_a_training_is_launched_once(
     assert ("MASTER_PORT" in environment) == is_alone
 
 
+@pytest.mark.parametrize("variable", launcher.TASKS)
+def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun without RANK: both tasks would train a run of their own, with half of the batch."""
+    ranks: list[str | None] = []
+    monkeypatch.setattr(sys, "argv", ["mora-ds pretrain"])
+    monkeypatch.setattr(launcher, "accelerators", lambda: 1)
+    monkeypatch.setattr(pretrain, "main", lambda: ranks.append(os.environ.get("RANK")))
+    for count in ("1", "2"):
+        monkeypatch.setattr(os, "environ", {variable: count})
+        pretrain.start()
+    assert ranks == ["0", None]
+
+
 @pytest.mark.parametrize(
     "for_launcher, flags, level",
     [
