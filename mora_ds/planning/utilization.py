@@ -57,10 +57,12 @@ def token_flops(model: Any, length: int) -> float:
 
 
 def _attention(config: Any, length: int) -> int:
-    """Multiplications for a token's scores and weighted values in forward, in all layers; 0 for a model without heads
-    or with other numbers of them in each layer."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
+    """Multiplications for a token's scores and weighted values in forward, in all layers; 0 for a model without heads,
+    and for one whose config does not say them for all layers alike."""
+    try:
+        heads = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = config.num_hidden_layers
+    except (AttributeError, TypeError, RuntimeError):  # the last from transformers, where layers differ (Gemma 4)
         return 0
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(config.num_hidden_layers * heads * size * length)
+    return layers * heads * size * length if isinstance(heads, int) else 0

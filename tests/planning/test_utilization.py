@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
@@ -49,6 +54,21 @@ def test_a_token_takes_the_experts_that_it_has() -> None:
         layer.experts_per_token = 4
     added = 2 * 2 * (32 * 48 + 24 * 32)
     assert token_flops(model, LENGTH) - with_experts == 4 * added + 6 * matrices
+
+
+def test_a_config_of_any_type_is_counted() -> None:
+    """Some say no heads, or other ones in each layer, which transformers refuses to give."""
+    attention = {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        model: Any = nn.Module()
+        try:
+            model.config = AutoConfig.for_model(kind).get_text_config()
+        except Exception:  # no config of its own, or of one text model
+            continue
+        attention[kind] = token_flops(model, LENGTH)
+    assert attention["llama"] == 6 * 32 * 4096 * LENGTH
+    assert attention["mamba"] == 0
+    assert len(attention) > 150
 
 
 @pytest.mark.parametrize(
