@@ -42,6 +42,7 @@ from mora_ds.data import (
 )
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import ROOT, seconds_of
 from tools.bench.report import Report, json_flag
 
@@ -165,7 +166,7 @@ def _training(options: argparse.Namespace) -> Callable[[], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--megabytes", type=float, default=20, help="text of all sources")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rows", type=int, default=16, help="sequences a step")

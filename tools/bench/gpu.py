@@ -89,8 +89,8 @@ def ceilings(options: argparse.Namespace, report: Report) -> None:
     rows = [["what", "dtype", "rate"]]
     for dtype in DTYPES:
         a, b = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
-        copied = 2 * a.numel() * a.element_size() / _seconds(lambda a=a, b=b: b.copy_(a), options)  # type: ignore[misc]
-        product = 2 * side**3 / _seconds(lambda a=a, b=b: a @ b, options)  # type: ignore[misc]
+        copied = 2 * a.nbytes / _seconds(partial(b.copy_, a), options)
+        product = 2 * side**3 / _seconds(partial(torch.matmul, a, b), options)
         name = str(dtype).removeprefix("torch.")
         rows += [["copy", name, f"{copied / 1e12:.3f} TB/s"], ["product", name, f"{product / 1e12:.2f} TFLOP/s"]]
     report.show("ceilings", rows)
@@ -126,40 +126,43 @@ def gather(options: argparse.Namespace, report: Report) -> None:
         for dtype in DTYPES[:2]:
             x = torch.randn(_tokens(options), spec.d_in, device=options.device).to(dtype)
             index = tables.fold.clamp(0, spec.d_in - 1).flatten().long()
-            moved = 2 * x.numel() * x.element_size()
-            plain = moved / _seconds(lambda x=x, i=index: x.index_select(1, i), options)  # type: ignore[misc]
-            ours = moved / _seconds(lambda x=x, t=tables: ops.gather_sum(x, t.fold, None, None, False), options)  # type: ignore[misc]
+            moved = 2 * x.nbytes
+            plain = moved / _seconds(partial(x.index_select, 1, index), options)
+            ours = moved / _seconds(partial(ops.gather_sum, x, tables.fold, None, None, False), options)
             rows.append([spec.kind.value, str(dtype)[6:], f"{plain / 1e9:.1f}", f"{ours / 1e9:.1f}"])
     report.show("gather", rows)
 
 
 def attention(options: argparse.Namespace, report: Report) -> None:
+    rows = [_attention_row(options, documents) for documents in (1, 4, 16)]
+    report.show("attention", [["documents", "by documents, ms", "dense mask, ms", "leak"], *rows])
+
+
+def _attention_row(options: argparse.Namespace, count: int) -> list[str]:
+    """`count` documents of the same length."""
     heads, size, length = (4, 32, 64) if options.toy else (32, 128, 16384)
     dtype = torch.float32 if options.device.type == "cpu" else torch.bfloat16
-    module = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=1)
-    rows = [["documents", "by documents, ms", "dense mask, ms", "leak"]]
-    for count in (1, 4, 16):
-        positions = torch.arange(length // count).repeat(count)[None]
-        documents = Documents.of(positions).to(options.device)
-        q, k, v = (
-            torch.randn(1, heads, length, size, device=options.device).to(dtype).requires_grad_() for _ in range(3)
-        )
-        number = (positions.diff(dim=1) != 1).cumsum(1)[0].to(options.device)
-        number = F.pad(number, (1, 0))
+    module: Any = SimpleNamespace(training=True, is_causal=True, num_key_value_groups=1)
+    documents = Documents.of(torch.arange(length // count).repeat(count)[None]).to(options.device)
+    number = torch.arange(count, device=options.device).repeat_interleave(length // count)
+    q, k, v = (torch.randn(1, heads, length, size, device=options.device).to(dtype).requires_grad_() for _ in range(3))
 
-        def by_documents(q: Tensor = q, k: Tensor = k, v: Tensor = v, d: Documents = documents) -> Tensor:
-            return document_attention(module, q, k, v, None, documents=d)[0]  # type: ignore[arg-type]
+    def by_documents() -> Tensor:
+        return document_attention(module, q, k, v, None, documents=documents)[0]
 
-        def dense(q: Tensor = q, k: Tensor = k, v: Tensor = v, n: Tensor = number) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, (n[:, None] == n).tril())
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, (number[:, None] == number).tril())
 
-        leak = 0.0
-        if count > 1:  # what the last document's output takes from the first document's keys
-            (by,) = torch.autograd.grad(by_documents()[:, -1].float().sum(), k)
-            leak = by[:, :, : length // count].abs().max().item()
-        times = [_seconds(lambda f=f: f().float().sum().backward(), options) for f in (by_documents, dense)]  # type: ignore[misc]
-        rows.append([str(count), *(f"{1e3 * seconds:.3f}" for seconds in times), f"{leak:g}"])
-    report.show("attention", rows)
+    leak = 0.0
+    if count > 1:  # what the last document's output takes from the first document's keys
+        (by,) = torch.autograd.grad(by_documents()[:, -1].float().sum(), k)
+        leak = by[:, :, : length // count].abs().max().item()
+    times = [_seconds(partial(_forward_backward, attend), options) for attend in (by_documents, dense)]
+    return [str(count), *(f"{1e3 * seconds:.3f}" for seconds in times), f"{leak:g}"]
+
+
+def _forward_backward(attend: Callable[[], Tensor]) -> None:
+    attend().float().sum().backward()
 
 
 def step(options: argparse.Namespace, report: Report) -> None:
@@ -174,7 +177,7 @@ def step(options: argparse.Namespace, report: Report) -> None:
         engine.step()
         on_gpu = options.device.type == "cuda"
         said = str(len(waits)) if on_gpu else "only a GPU can say"
-        seconds = _seconds(lambda e=engine, i=ids: _train(e, i, 1), options)  # type: ignore[misc]
+        seconds = _seconds(partial(_train, engine, ids, 1), options)
         peak = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
         rows.append([str(stage), f"{ids.numel() / seconds:,.0f}", f"{peak:.2f}", said])
         engine.destroy()

@@ -4,7 +4,7 @@
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
 in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
-other processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as M. `kept` is
+other processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as M. `saved` is
 what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,6 +31,7 @@ from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import clock, saved_activations
 from tools.bench.report import Report, json_flag
 
@@ -73,26 +75,21 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
     trained = weight.clone().requires_grad_()
     ours = LoRALinear(layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank))
+    peft = peft_lora(layer)
     cases: dict[str, tuple[Step, list[Tensor]]] = {
         "frozen": (lambda: F.linear(x, weight), []),
         "full": (lambda: F.linear(x, trained), [trained]),
         "our LoRA": (lambda: ours(x), [ours.value]),
+        "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
         "reference": (lambda: F.linear(x, weight) + reference_update(spec, square, x), [square]),
     }
-    peft = peft_lora(layer)
-    if peft is not None:
-        cases["PEFT LoRA"] = lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]
     for path in PATHS:
         cases[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
     return cases
 
 
-def peft_lora(layer: Layer) -> nn.Module | None:
-    """PEFT's LoRA on the same frozen weight, or None where PEFT is not installed."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        return None
+def peft_lora(layer: Layer) -> nn.Module:
+    """PEFT's LoRA on the same frozen weight."""
     config = LoraConfig(r=layer.rank, lora_alpha=2 * layer.rank, target_modules=["0"])
     model = inject_adapter_in_model(config, nn.Sequential(layer.base))
     return model.to(layer.x.dtype)
@@ -150,9 +147,9 @@ def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
     spec = layer.spec
     dtype = str(layer.x.dtype).removeprefix("torch.")
     measured = ratios(layer, cases, now, seconds)
-    figures = [f"{measured[name]:.2f}" if name in measured else "-" for name in COLUMNS]
+    figures = [f"{measured[name]:.2f}" for name in COLUMNS]
     auto = cheaper_path(len(layer.x), spec.d_in, spec.d_out).value
-    saved = [f"{saved_mib(layer, *cases[name]):.1f}" if name in cases else "-" for name in ("PEFT LoRA", auto)]
+    saved = [f"{saved_mib(layer, *cases[name]):.1f}" for name in ("PEFT LoRA", auto)]
     return [
         f"{spec.d_in} x {spec.d_out}, {len(layer.x)}, {dtype}", f"{spec.kind.value} r={layer.rank}",
         f"{measured['frozen'] * 1e3:.1f}", *figures, f"{auto}: {measured[auto]:.2f}", ", ".join(saved),
@@ -160,7 +157,7 @@ def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.learning_texts import NEW, OLD, Texts, digest
@@ -151,7 +152,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument(

@@ -44,6 +44,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import zero3_config
 from tools.bench.report import Report, json_flag
 from tools.bench.trials import at_edge, run_all, run_alone
@@ -114,7 +115,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = command_parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")

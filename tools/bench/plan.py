@@ -36,6 +36,7 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Plan, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
+from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import llama_config, memory_of, on_processes, zero3_config
 from tools.bench.report import Report, json_flag
 
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)

@@ -20,6 +20,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +39,6 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.checkpoint.layout import ENGINE_TAG, RNG_FILE
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
-from mora_ds.common.errors import RunError
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.initialize import initialize_full
@@ -115,32 +116,18 @@ def _write_base(folder: Path, config: LlamaConfig) -> None:
 
 def _measured(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
     """The rows of one rank, from a fork of this process: there is one process group a process."""
-    scratch = folder / f"{model}-{world}-{rank}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(scratch, model, setting, world, rank))
-    process.start()
-    process.join()
-    try:
-        if process.exitcode:
-            raise RunError((scratch / "log").read_text(encoding="utf-8")[-3000:])
-        rows: list[list[str]] = json.loads((scratch / "result.json").read_text(encoding="utf-8"))
-        return rows
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _child(scratch: Path, *arguments: Any) -> None:
-    log = os.open(scratch / "log", os.O_WRONLY | os.O_CREAT)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    (scratch / "result.json").write_text(json.dumps(_one(scratch, *arguments)), encoding="utf-8")
+    base = folder / f"{model}-base"
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+        ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as alone,
+    ):
+        return alone.submit(_one, Path(scratch), base, model, setting, world, rank).result()
 
 
 # -- one rank ----------------------------------------------------------------------------------------------------------
 
 
-def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
+def _one(folder: Path, base: Path, model: str, setting: str, world: int, rank: int) -> list[list[str]]:
     torch.set_num_threads(1)
     config, lora_rank, saved_layers = MODELS[model]
     ds_config = load_ds_config(ROOT / "configs" / setting)
@@ -158,7 +145,7 @@ def _one(folder: Path, model: str, setting: str, world: int, rank: int) -> list[
     with one.phase() as spent_in["resume"]:
         load_checkpoint(checkpoint, engine, TrainerState.read(checkpoint))
     if rank == 0:
-        spent_in |= _start_and_merge(one, folder, folder.with_name(f"{model}-base"), lora_rank)
+        spent_in |= _start_and_merge(one, folder, base, lora_rank)
     return [
         [phase, model, f"{world:,}", str(rank), setting, f"{spent.cpu_s:.3f}", str(spent.files)]
         for phase, spent in spent_in.items()
@@ -274,19 +261,22 @@ def _renamed(name: str, own_rank: int, rank: int) -> str:
 def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, stage: int) -> RankShard:
     """The shard of another rank: under ZeRO-3 its part of each matrix, else its part of all in a row."""
     share_size = -(-sizes // one.world)
+    rows = np.zeros((len(sizes), 6), np.int64)
+    rows[:, NAME] = np.arange(len(sizes))
+    rows[:, RANK] = rank
     if stage == 3:
         start = np.minimum(rank * share_size, sizes)
-        rows = np.stack([np.arange(len(sizes)), start, np.minimum(share_size, sizes - start), np.full(len(sizes), rank),
-                         np.zeros(len(sizes), np.int64), np.cumsum(share_size) - share_size], axis=1)  # fmt: skip
+        rows[:, START] = start
+        rows[:, NUMEL] = np.minimum(share_size, sizes - start)
+        rows[:, OFFSET] = np.cumsum(share_size) - share_size
     else:
         begins = np.cumsum(sizes) - sizes
         share = -(-int(sizes.sum()) // one.world)
         start = np.maximum(begins, rank * share)
-        end = np.minimum(begins + sizes, (rank + 1) * share)
-        rows = np.stack([np.arange(len(sizes)), start - begins, end - start, np.full(len(sizes), rank),
-                         np.zeros(len(sizes), np.int64), start - rank * share], axis=1)  # fmt: skip
+        rows[:, START] = start - begins
+        rows[:, NUMEL] = np.minimum(begins + sizes, (rank + 1) * share) - start
+        rows[:, OFFSET] = start - rank * share
     rows = rows[rows[:, NUMEL] > 0]
-    assert rows.shape[1] == 6 and (NAME, START, RANK, OFFSET) == (0, 1, 3, 5)
     return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows, moments=None)
 
 
