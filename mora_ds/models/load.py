@@ -219,8 +219,9 @@ def make_model(config: Any, where: str, **options: Any) -> Any:
     try:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)  # which it may change
     except Exception as error:  # as at `folder_config`: each model's class has checks of its own
-        if _is_of_attention(error):
-            where = f"--attn_implementation {options.get('attn_implementation')}"
+        attention = options.get("attn_implementation")  # a config may name one, too
+        if attention is not None and _is_of_attention(error):
+            where = f"--attn_implementation {attention}"
         raise UserError(f"{where}: no model can be made of this config: {reason(error)}") from error
 
 

@@ -73,6 +73,10 @@ def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_rea
     """As by a plan of the model."""
     with pytest.raises(UserError, match=r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
         load.make_model(tiny_model("gemma2").config, "the model", attn_implementation="sdpa")
+    config = tiny_model("gemma2").config
+    config._attn_implementation_internal = "sdpa"
+    with pytest.raises(UserError, match=r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"):
+        load.make_model(config, "--model_config own.json")
 
 
 def test_a_mistyped_path_is_no_name_of_the_hub() -> None:
