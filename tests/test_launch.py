@@ -115,6 +115,22 @@ def test_kubernetes_starts_a_process_a_gpu() -> None:
     assert options.master_addr == f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
 
 
+def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end() -> None:
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text(encoding="utf-8"))
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    *shell, hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    waited = re.search(r"sleep (\d+)$", hook)
+    assert waited is not None
+    assert 30 < int(waited[1]) < pod["terminationGracePeriodSeconds"]
+    rank = "trap 'exit 75' USR1; echo ready; while :; do sleep 0.05; done"
+    launcher = subprocess.Popen(["bash", "-c", f"bash -c {shlex.quote(rank)} & wait $!"], stdout=subprocess.PIPE)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == b"ready\n"
+    subprocess.run([*shell, hook.replace("/proc/1/", f"/proc/{launcher.pid}/").replace(waited[0], "")], check=True)
+    assert launcher.wait(10) == 75
+    launcher.stdout.close()
+
+
 def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text(encoding="utf-8"))
