@@ -44,8 +44,10 @@ def token_flops(model: Any, length: int) -> float:
             operator = layer.spec.operator if layer.spec.is_stack else layer.spec  # type: ignore[attr-defined]
             frozen += weight
             trained += math.prod(operator.value_shape) * getattr(operator, "blocks", 1) * experts
-        else:
+        elif isinstance(layer.weight, nn.Parameter):
             trained += weight
+        else:
+            frozen += weight
     for module in model.modules():
         if not isinstance(module, AdaptedLinear) and is_linear(module):
             weight = math.prod(linear_shape(module))

@@ -144,10 +144,19 @@ MATRICES_7B = [256**2] * 128 + [344**2] * 96
         (MATRICES_7B, 37, {}, {"reduce_scatter": False, "stage3_allgather_sequential": True}),
         (MATRICES_7B, 4096, {"reduce_scatter": True}, {"stage3_allgather_sequential": True}),
         (MATRICES_7B, 4096, {"reduce_scatter": True, "stage3_allgather_sequential": False}, {}),
+        (MATRICES_7B, 4096, {"zero_quantized_gradients": True}, {"stage3_allgather_sequential": True}),
         (MATRICES_7B, 4096, {"stage": 1}, {}),
         ([10**8] * 224, 64, {}, {}),
     ],
-    ids=["few", "many", "one of them is written", "both are written", "stage 1", "large gradients"],
+    ids=[
+        "few",
+        "many",
+        "one of them is written",
+        "both are written",
+        "quantized gradients",
+        "stage 1",
+        "large gradients",
+    ],
 )
 def test_many_ranks_take_collectives_without_loops(
     numels: list[int], ranks: int, written: dict[str, Any], chosen: dict[str, bool]

@@ -71,6 +71,15 @@ def test_a_config_of_any_type_is_counted() -> None:
     assert len(attention) > 150
 
 
+def test_experts_that_no_adapter_has_are_frozen() -> None:
+    model = tiny_model("qwen3_moe")
+    inject(model, MoRAConfig(rank=4))
+    without_experts = token_flops(model, LENGTH)
+    model.config.num_experts_per_tok = 4  # of 2 before
+    added = 2 * 2 * (32 * 48 + 24 * 32)
+    assert token_flops(model, LENGTH) - without_experts == 4 * added
+
+
 @pytest.mark.parametrize(
     ("card", "peak"),
     [

@@ -79,7 +79,7 @@ class KernelProducts:
         c = self.collect_once(g) if collected is None else collected
         g_z = (c @ square).view(-1, self.tables.collect.shape[1])
         if self.tables.blocks_read is not None:
-            by_block = g_z.view(len(g_z), -1, self.tables.spec.r_hat)
+            by_block = g_z.unflatten(1, (-1, self.tables.spec.r_hat))
             g_z = by_block.index_select(1, self.tables.blocks_read).flatten(1)
         unfold = g_z, self.tables.unfold, *self.tables.rotation, True
         if isinstance(weight, Tensor):
@@ -90,9 +90,8 @@ class KernelProducts:
 
     def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
-        z = self._folded(saved)
-        by_token = len(z), -1, self.tables.spec.r_hat
-        parts: Tensor = ops.product(c.view(by_token), z.view(by_token))
+        z = self._folded(saved).unflatten(1, (-1, self.tables.spec.r_hat))
+        parts: Tensor = ops.product(c.view(len(z), self.tables.blocks_out, self.tables.spec.r_hat), z)
         gradient: Tensor = parts[0] if len(parts) == 1 else ops.sum_parts(parts, g.dtype)
         return gradient
 

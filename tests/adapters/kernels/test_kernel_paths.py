@@ -59,6 +59,19 @@ def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute) -> No
 
 
 @both_paths
+def test_both_paths_of_no_tokens(path: Compute) -> None:
+    """As an expert that is a module of its own gets them."""
+    for spec in specs():
+        x = torch.empty(0, spec.d_in, requires_grad=True)
+        square = torch.ones(spec.r_hat, spec.r_hat, requires_grad=True)
+        y = kernel_linear(x, torch.ones(spec.d_out, spec.d_in), None, square, KernelTables(spec, CPU), path)
+        assert y.shape == (0, spec.d_out)
+        of_x, of_square = torch.autograd.grad(y.sum(), (x, square))
+        assert of_x.shape == x.shape
+        assert torch.equal(of_square, torch.zeros_like(square))
+
+
+@both_paths
 @by_kind
 def test_both_paths_in_bf16(kind: OperatorKind, path: Compute) -> None:
     for spec in [spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1][::5]:
