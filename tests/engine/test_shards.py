@@ -6,6 +6,7 @@ Those that engines write, in several processes: tests/checkpoint/test_elastic.py
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
         assert shards.read(name, MASTER, 1, 2, transposed=stored).tolist() == VALUES[name][1:3].tolist()
         assert shards.read(name, MASTER, 1, 2, transposed=opposite).tolist() == turned[1:3].tolist()
         assert shards.read(name, MASTER, 1, transposed=opposite).tolist() == turned[1:].tolist()
+
+
+def test_of_two_ranks_that_hold_the_same_the_preferred_ones_file_alone_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run's own ranks do where each holds a momentum whole: Muon's."""
+    flats = [[Extent("a", 0, 12, 0)]]
+    for rank in range(2):
+        save_file({"0.exp_avg": torch.full((12,), float(rank))}, tmp_path / f"{rank}.st")
+    of_both = shards_of(tmp_path, layout(), [flats, flats])
+    opened = list[str]()
+    open_file = shard_module.open_safetensors
+    monkeypatch.setattr(shard_module, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
+    for rank in range(2):
+        assert replace(of_both, rank=rank).read("a", "exp_avg", 1, 2).tolist() == [rank] * 2
+    assert opened == ["0.st", "1.st"]
 
 
 def one_flat_each(folder: Path) -> EngineShards:
