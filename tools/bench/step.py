@@ -13,14 +13,15 @@ A Llama of random weights on random tokens, in turns:
     full training     under ZeRO-3
 
 The first two compute attention and loss as the training program does, the others as transformers does. Each takes its
-step in turn with the others, all ranks together; a ratio is the median over the turns. Without PEFT
-(`pip install -e '.[bench]'`) its line is left out.
+step in turn with the others, all ranks together; a ratio is the median over the turns. It needs PEFT
+(`pip install -e '.[bench]'`).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout,
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -43,14 +45,18 @@ from mora_ds.models.attention import prefer_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
 from mora_ds.runtime.cli import command_parser
-from tools.bench.measuring import llama_config, seconds_of, zero3_config
+from tools.bench.measuring import llama_config, zero3_config
 from tools.bench.report import Report, json_flag
 
 VOCABULARY = 8192
 PEER = "PEFT LoRA, ZeRO-3"
 RIVAL = "PEFT LoRA, ZeRO-2"
 
+BASELINES = ("base alone", PEER, RIVAL)
+
 Step = Callable[[], None]
+Contender = tuple[int, Step]
+"""Trained parameters, and its step."""
 
 
 def main() -> None:
@@ -78,8 +84,7 @@ def main() -> None:
         report.write()
 
 
-def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tuple[int, Step]]:
-    """Name -> (trained parameters, its step)."""
+def _contenders(options: argparse.Namespace, ids: Tensor) -> dict[str, Contender]:
     config = zero3_config(options.rows)
     contenders = {"base alone": (0, _frozen_step(prefer_documents(_model(options)), ids))}
     ours = {
@@ -92,17 +97,12 @@ def _contenders(options: argparse.Namespace, ids: torch.Tensor) -> dict[str, tup
         trained = inject(model, adapter).trainable_params
         chunk_loss(model)
         engine = initialize(model=model, config=config)[0]
-        contenders[name] = (trained, _own_step(engine, ids))
+        contenders[name] = (trained, _engine_step(engine, _own_loss(engine, ids)))
     for name, stage in ((PEER, 3), (RIVAL, 2)):
-        if (peer := _peft(options)) is not None:
-            settings = {**config, "zero_optimization": {"stage": stage}}
-            contenders[name] = (_trained(peer), _engine_step(initialize_full(model=peer, config=settings)[0], ids))
-    if (peer := _peft(options)) is not None:
-        contenders["PEFT LoRA, DDP"] = (_trained(peer), _ddp_step(peer, ids))
-    fused = _fused(_model(options), options.rank)
-    contenders["fused LoRA, DDP"] = (_trained(fused), _ddp_step(fused, ids))
-    full = _model(options)
-    contenders["full training"] = (_trained(full), _engine_step(initialize_full(model=full, config=config)[0], ids))
+        contenders[name] = _under_zero(_peft(options), {**config, "zero_optimization": {"stage": stage}}, ids)
+    contenders["PEFT LoRA, DDP"] = _under_ddp(_peft(options), ids)
+    contenders["fused LoRA, DDP"] = _under_ddp(_fused(_model(options), options.rank), ids)
+    contenders["full training"] = _under_zero(_model(options), config, ids)
     return contenders
 
 
@@ -112,10 +112,6 @@ def _model(options: argparse.Namespace) -> Any:
 
 
 def _peft(options: argparse.Namespace) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        return None
     adapter = LoraConfig(
         r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -165,78 +161,72 @@ def _fused(model: Any, rank: int) -> Any:
     return model
 
 
-def _ddp_step(model: Any, ids: Tensor) -> Step:
-    parallel = DistributedDataParallel(model)
+def _under_ddp(model: Any, ids: Tensor) -> Contender:
+    loss = _plain_loss(DistributedDataParallel(model), ids)
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-4)
 
     def step() -> None:
-        parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return _trained(model), step
 
 
-def _trained(model: torch.nn.Module) -> int:
+def _under_zero(model: Any, config: dict[str, Any], ids: Tensor) -> Contender:
+    trained = _trained(model)  # before ZeRO-3 takes the parameters apart
+    engine = initialize_full(model=model, config=config)[0]
+    return trained, _engine_step(engine, _plain_loss(engine, ids))
+
+
+def _trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _frozen_step(model: Any, ids: torch.Tensor) -> Step:
+def _frozen_step(model: Any, ids: Tensor) -> Step:
     model.requires_grad_(False)
     model.enable_input_require_grads()
     chunk_loss(model)
-    batch = _batch(ids)
+    loss = _own_loss(model, ids)
+    return lambda: loss().backward()
 
+
+def _engine_step(engine: Any, loss: Callable[[], Tensor]) -> Step:
     def step() -> None:
-        (token_nll(model, batch) / ids.numel()).backward()
-
-    return step
-
-
-def _own_step(engine: Any, ids: torch.Tensor) -> Step:
-    batch = _batch(ids)
-
-    def step() -> None:
-        engine.backward(token_nll(engine, batch) / ids.numel())
+        engine.backward(loss())
         engine.step()
 
     return step
 
 
-def _batch(ids: torch.Tensor) -> dict[str, Any]:
-    """Rows of one document each, as a loader of the training program gives them."""
+def _own_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """Of rows of one document each, as a loader of the training program gives them."""
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     labels = ids.roll(-1, dims=1)
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": Documents.of(positions)}
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "documents": Documents.of(positions)}
+    return lambda: token_nll(model, batch) / ids.numel()
 
 
-def _engine_step(engine: Any, ids: torch.Tensor) -> Step:
-    def step() -> None:
-        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
-        engine.step()
-
-    return step
+def _plain_loss(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    return lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def _together(step: Step) -> float:
     """Seconds until all ranks have done it."""
     dist.barrier()
-
-    def all_of_them() -> None:
-        step()
-        dist.barrier()
-
-    return seconds_of(all_of_them)
+    started = time.perf_counter()
+    step()
+    dist.barrier()
+    return time.perf_counter() - started
 
 
 def _rows(
     options: argparse.Namespace, trained: dict[str, int], times: dict[str, list[float]], gathered: dict[str, int]
 ) -> list[list[str]]:
     tokens = options.rows * options.seq_len * dist.get_world_size()
-    baselines = [name for name in ("base alone", PEER, RIVAL) if name in times]
-    lines = [["", "trained", "tokens/s", *(f"x {name}" for name in baselines), "gathered a step, rank"]]
+    lines = [["", "trained", "tokens/s", *(f"x {name}" for name in BASELINES), "gathered a step, rank"]]
     for name, seconds in times.items():
-        against = [_speedup(seconds, times[baseline]) for baseline in baselines]
+        against = [_speedup(seconds, times[baseline]) for baseline in BASELINES]
         rate = f"{tokens / median(seconds):,.0f}"
         lines.append([name, f"{trained[name]:,}", rate, *against, f"{gathered[name] / 1e6:.2f} MB"])
     return lines
