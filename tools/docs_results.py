@@ -1,15 +1,19 @@
-"""The tables of docs/results/ and of the README, from the JSON in docs/results/data."""
+"""The tables within pages: benchmarks' and plans' from the JSON in docs/results/data, the packages' from their code.
+
+A table stands between `<!-- NAME, by tools/docs.py -->` and `<!-- end of NAME -->`. NAME is one of `TABLES`, or
+FILE.json and a table of that benchmark.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from tools import plans
 from tools.figures import points
-from tools.tables import mean_and_spread, ruler, table_row
+from tools.tables import cell, mean_and_spread, ruler, table_row
 
 README_LEARNING = {
     "before training": "none",
@@ -21,19 +25,23 @@ README_LEARNING = {
 """Row of the README's table -> its method in data/learning_135m_replay.json."""
 
 
-def between(text: str, name: str, body: Sequence[str]) -> str:
-    """`text` with `body` between its two comments `name` and `end of name`."""
-    start = f"<!-- {name}, by tools/docs.py -->"
-    end = f"<!-- end of {name} -->"
-    head, _, after_start = text.partition(start)
-    _, end_comment, tail = after_start.partition(end)
-    assert end_comment, f"no {start} ... {end}"
-    return "\n".join([head + start, *body, end + tail])
+TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables written anew."""
+    for name in TABLE.findall(text):
+        body = TABLES[name]() if name in TABLES else benchmark(*name.split(" ", 1))
+        head, mark, after_mark = text.partition(f"<!-- {name}, by tools/docs.py -->")
+        _, end, tail = after_mark.partition(f"<!-- end of {name} -->")
+        assert end, f"{name} has no end"
+        text = "\n".join([head + mark, *body, end + tail])
+    return text
 
 
 # -- planned figures ---------------------------------------------------------------------------------------------------
-def memory(text: str) -> str:
-    """The tables of results/memory.md, from data/plans.json."""
+def memory() -> list[str]:
+    """Of results/memory.md, from data/plans.json."""
     known = plans.plans()
     body = ["| Llama 7B, 8 GPUs, and 70B, 64 GPUs | Base | Static memory | Peak |", "|---|---|---|---|"]
     for model, (gpus, _) in plans.MEMORY.items():
@@ -41,30 +49,24 @@ def memory(text: str) -> str:
             gigabytes = {name: f"{size / 1e9:,.2f} GB" for name, size in known[model, method, gpus]["bytes"].items()}
             base = "sharded" if "full" in method else gigabytes["base"]
             body.append(table_row(f"{model}, {method}", base, gigabytes["held"], gigabytes["peak"]))
-    text = between(text, "memory", body)
-    body = [table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, plans.GPUS))]
-    body.append(ruler(len(plans.GPUS) + 1, numbers=True))
-    body += [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in plans.traffic().items()]
-    return between(text, "traffic", body)
+    return body
+
+
+def traffic() -> list[str]:
+    """Of results/memory.md, from data/plans.json."""
+    titles = table_row("GB sent by one GPU in a step, at this number of GPUs", *map(str, plans.GPUS))
+    rows = [table_row(name, *(f"{value:,.3f}" for value in values)) for name, values in plans.traffic().items()]
+    return [titles, ruler(len(plans.GPUS) + 1, numbers=True), *rows]
 
 
 # -- benchmarks --------------------------------------------------------------------------------------------------------
-RESULT = re.compile(r"<!-- (?P<file>[\w-]+\.json) (?P<part>.+?), by tools/docs\.py -->")
-
-
-def results(text: str) -> str:
-    """A page with its blocks `<!-- FILE.json PART, by tools/docs.py -->` written anew.
-
-    PART is a table of the benchmark's JSON; above it stand the command and the machine.
-    """
-    for block in list(RESULT.finditer(text)):
-        result = json.loads((plans.DATA / block["file"]).read_text(encoding="utf-8"))
-        made_by = f"{_command(block['file'], result['command'])} on {_machine(result['measured_on'])}:"
-        titles, *rows = result["tables"][block["part"]]
-        head = [table_row(*titles), ruler(len(titles), numbers=True)]
-        body = [made_by, "", *head, *(table_row(*row) for row in rows)]
-        text = between(text, f"{block['file']} {block['part']}", ["", *body, ""])
-    return text
+def benchmark(file: str, part: str) -> list[str]:
+    """The table `part` of a benchmark's JSON, below the command and the machine."""
+    result = json.loads((plans.DATA / file).read_text(encoding="utf-8"))
+    made_by = f"{_command(file, result['command'])} on {_machine(result['measured_on'])}:"
+    titles, *rows = result["tables"][part]
+    head = [table_row(*titles), ruler(len(titles), numbers=True)]
+    return ["", made_by, "", *head, *(table_row(*row) for row in rows), ""]
 
 
 def _command(file: str, command: str) -> str:
@@ -90,12 +92,30 @@ def _machine(measured_on: dict[str, Any]) -> str:
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
-def learning(text: str) -> str:
-    """The README with its table of what each method learned and kept on the pretrained model."""
+def learning() -> list[str]:
+    """Of the README: what each method learned and kept on the pretrained model."""
     by_method = {point.method: point for point in points(plans.DATA / "learning_135m_replay.json")}
     body = [table_row("", "trained", "new text", "old text", "seeds"), ruler(5, numbers=True)]
     for title, method in README_LEARNING.items():
         point = by_method[method]
         perplexities = [mean_and_spread(seeds) for seeds in (point.new, point.old)]
         body.append(table_row(title, f"{point.trained:,}", *perplexities, str(len(point.new))))
-    return between(text, "learning", body)
+    return body
+
+
+# -- packages ----------------------------------------------------------------------------------------------------------
+def packages() -> list[str]:
+    """Of contributing.md: what each package is, by its documentation, and what it may import, by its test."""
+    from tests.test_imports import COMMON, MAY_IMPORT
+
+    body = ["| Package | What it is | May import |", "|---|---|---|"]
+    for name in (COMMON, *MAY_IMPORT):
+        folder = plans.ROOT / "mora_ds" / name
+        if folder.is_dir():
+            doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+            imported = ", ".join(sorted(MAY_IMPORT.get(name, ()))) or "nothing of `mora_ds`"
+            body.append(table_row(f"`{name}/`", cell(re.split(r"(?<=\.)\s", doc.split("\n\n")[0])[0]), imported))
+    return body
+
+
+TABLES = {"memory": memory, "traffic": traffic, "learning": learning, "packages": packages}

@@ -33,7 +33,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
 
     monkeypatch.setattr(plans, "DATA", tmp_path / "new")
     old = "<!-- bench.json times, by tools/docs.py -->\nold\n<!-- end of bench.json times -->"
-    page = docs_results.results(f"# Title\n\n{old}\n\nText.")
+    page = docs_results.with_tables(f"# Title\n\n{old}\n\nText.")
     assert "|what |seconds|\n|---|---:|\n|a step |0.5|" in page
     assert "old" not in page
     assert "`python tools/bench/loss.py --rows 2` on " in page
