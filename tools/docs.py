@@ -5,7 +5,7 @@
 
 Generated: reference/cli.md from the parsers and dataclasses, reference/api.md from the public names,
 reference/support-matrix.md from the checks of settings, and the tables within other pages (`docs_results`).
-tests/test_imports.py, the tables of planned figures in results/memory.md and those of benchmarks, the README's among
+"""
 
 from __future__ import annotations
 
