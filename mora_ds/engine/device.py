@@ -36,7 +36,7 @@ class BaseDevice(str, Enum):
 
 def take_device(local_rank: int) -> None:
     """Choose the device of this process, before anything is placed. Raises `UserError` where it does not see the GPU
-    of its rank, and where triton, whose first kernel compiles its launcher, would find no C compiler or no header."""
+    of its rank."""
     accelerator = get_accelerator()
     if not is_cpu():
         count = accelerator.device_count()
@@ -45,9 +45,14 @@ def take_device(local_rank: int) -> None:
                 f"LOCAL_RANK is {local_rank}, and this process sees {count} GPUs: every process of a node must see all "
                 "of its GPUs (Slurm: --gpus-per-node, without --gpus-per-task and --gpu-bind)"
             )
-        if find_spec("triton") is not None:  # the layers' kernels are written in it
-            check_compiler()
     accelerator.set_device(local_rank)
+
+
+def check_kernels() -> None:
+    """Raise `UserError` where this process computes on a GPU and triton, in which the layers' kernels are written,
+    would find no C compiler or no header: its first kernel compiles its launcher."""
+    if not is_cpu() and find_spec("triton") is not None:
+        check_compiler()
 
 
 def check_compiler() -> None:

@@ -29,7 +29,7 @@ from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError, unknown
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
-from mora_ds.engine.device import current_device, is_cpu, take_device
+from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, compute_dtype, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
@@ -50,7 +50,7 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> 
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
     `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started, where the port by which
-    ranks find each other is in use, and as `take_device` does.
+    ranks find each other is in use, and as `take_device` and `check_kernels` do.
     """
     if not dist.is_initialized():
         _require_launcher()
@@ -69,6 +69,7 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> 
                 f"port {os.environ['MASTER_PORT']} of this machine, by which ranks find each other, is in use, perhaps "
                 "by another run: give this one another with --master_port"
             ) from error
+    check_kernels()  # not before: a rank that lacks a compiler must be there to tell the others so
 
 
 def initialize(

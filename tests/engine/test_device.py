@@ -11,7 +11,7 @@ import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.engine import device
-from mora_ds.engine.device import DETERMINISTIC, make_deterministic, take_device, warn_of_slow_precision
+from mora_ds.engine.device import DETERMINISTIC, check_kernels, make_deterministic, take_device, warn_of_slow_precision
 from mora_ds.engine.ds_config import complete_ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, losses, run
@@ -99,15 +99,14 @@ def test_what_triton_compiles_with_is_there_before_anything_is_placed(
 ) -> None:
     (tmp_path / "Python.h").unlink()
     with pytest.raises(UserError, match=r"triton.*need .*Python\.h: install python3-dev"):
-        take_device(0)
+        check_kernels()
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device, "which", lambda name: None)
     with pytest.raises(UserError, match="need a C compiler: install gcc"):
-        take_device(0)
-    assert not gpus
+        check_kernels()
     monkeypatch.setenv("CC", "/opt/cc")
-    take_device(0)
+    check_kernels()
     monkeypatch.delenv("CC")
     monkeypatch.setattr(device, "find_spec", lambda name: None)
-    take_device(1)
-    assert gpus == [0, 1]
+    check_kernels()
+    assert not gpus

@@ -80,6 +80,24 @@ def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None
             start_distributed()
 
 
+def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one node of several: the others would wait for it to join until --collective_timeout_s."""
+    joined: list[bool] = []
+
+    def refused() -> None:
+        raise UserError("install gcc")
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(joined))
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **arguments: joined.append(True))
+    monkeypatch.setattr("mora_ds.engine.initialize.check_kernels", refused)
+    monkeypatch.setattr("mora_ds.engine.initialize.take_device", lambda local_rank: None)
+    with pytest.raises(UserError, match="install gcc"):
+        start_distributed()
+    assert joined
+
+
 def test_ranks_that_hold_other_bases_are_named() -> None:
     for message in run_ranks(3, different_base):
         assert "[1, 2]" in message
