@@ -134,7 +134,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             facts = {"world_size": ranks.world, "steps": _steps(job, schedule), **_facts(job)}
             if start.checkpoint is not None:
                 run_folder = start.checkpoint.resolve().parents[1]
-                if changes := changed_settings(run_folder, dump(arguments)):
+                if changes := changed_settings(run_folder, dump(arguments), facts):
                     logger.info(f"changed since the run was last started: {', '.join(changes)}")
             write_run_file(start.folder, dump(arguments), facts, owns)
     return job, schedule
@@ -272,7 +272,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants)
     log.close()
-    failures = [*trainer.failures, *(f"--report_to {name}" for name in log.failed_trackers)]
+    failures = [*state.failures, *(f"--report_to {name}" for name in log.failed_trackers)]
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
         failures += _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)

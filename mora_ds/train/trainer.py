@@ -85,8 +85,6 @@ class Trainer:
         self.bytes_gathered_per_step = 0
         self._stop_asked = False
         """Whether any process was asked to stop; the same on all processes."""
-        self.failures: list[str] = []
-        """What has failed beside training, one line each; the same on all processes."""
         self._saved_step: int | None = None
         """The step whose checkpoint, the run's `latest`, holds all that the run is now."""
         checkpoint = job.start.checkpoint
@@ -392,8 +390,8 @@ class Trainer:
         told = [line for line in self.ranks.gather(what, failure) if line is not None]
         if told:
             self.state.evaluation_pending = False
-            self.failures.append(f"{what}: {told[0]}")
-            logger.error(f"{self.failures[-1]}. Training goes on")
+            self.state.failures.append(f"{what}: {told[0]}")
+            logger.error(f"{self.state.failures[-1]}. Training goes on")
         return perplexities
 
     def _evaluate_and_save_best(self) -> None:

@@ -20,9 +20,11 @@ from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.loader import NotFinite
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.tasks import TaskSuite
+from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, run
-from tests.helpers.resume import assert_same_run
+from tests.helpers.jobs import Playground, losses, rows, run
+from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.tasks import task_files
 
 FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", "none")
 
@@ -61,21 +63,48 @@ def ranks_and_whole(
     return request.param, whole
 
 
-@pytest.mark.parametrize("calls", [(2,), (1, 3), (4,)], ids=["before a save", "twice", "at the end"])
+@pytest.mark.parametrize(
+    "owner, calls",
+    [
+        pytest.param("evaluator", (2,), id="before a save"),
+        pytest.param("evaluator", (1, 3), id="twice"),
+        pytest.param("evaluator", (4,), id="at the end"),
+        pytest.param("tasks", (1, 2), id="tasks within the run and at its end", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_failed_evaluation_does_not_end_the_run(
-    user: Playground, ranks_and_whole: tuple[int, Path], out: Path, calls: tuple[int, ...]
+    user: Playground, tmp_path: Path, ranks_and_whole: tuple[int, Path], out: Path, owner: str, calls: tuple[int, ...]
 ) -> None:
     ranks, whole = ranks_and_whole
     error = RuntimeError("no evaluation today")
-    told = run_ranks(ranks, failing, user.flags(out, *FLAGS), "evaluator", "evaluate", error, calls)
+    of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if owner == "tasks" else ()
+    told = run_ranks(ranks, failing, user.flags(out, *FLAGS, *of_tasks), owner, "evaluate", error, calls)
+    steps = [2 * call if owner == "tasks" else call for call in calls]
     for kind, message in told:
         assert kind == "FailedBeside"
         assert "step-000004 is its end" in message
-        assert [f"after step {call}: RuntimeError: no evaluation today" in message for call in calls]
+        assert re.findall(r"after step (\d): RuntimeError: no evaluation today", message) == [*map(str, steps)]
     assert losses(out).equal(losses(whole)), "training is what it would have been"
     assert last_state(out).finished
     assert (out / "summary.json").is_file()
     assert not last_state(out).evaluation_pending
+
+
+def interrupted(argv: list[str], error: Exception) -> None:
+    """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step 3. For `run_ranks`."""
+    with mock.patch.object(Evaluator, "evaluate", side_effect=[{}, error, error, error]):
+        interrupted_job(argv, 3)
+
+
+def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: Playground, out: Path) -> None:
+    """That after step 1, whose model a checkpoint does not hold; that after step 2 is made by the resumed run."""
+    argv = user.flags(out, *FLAGS, "--resume_from_checkpoint", "auto")
+    error = RuntimeError("no evaluation today")
+    run_ranks(1, interrupted, argv, error)
+    ((kind, message),) = run_ranks(1, failing, argv, "evaluator", "evaluate", error, ())
+    assert kind == "FailedBeside"
+    assert re.findall(r"after step (\d)", message) == ["1"]
+    assert [row["step"] for row in rows(out) if "eval" in row] == [2, 3, 4]
 
 
 def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path) -> None:
@@ -107,7 +136,7 @@ def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path)
 
 def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
     """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
-    target = {"evaluator": Evaluator, "remora": ReMoRA, "log": MetricsLog}[owner]
+    target = {"evaluator": Evaluator, "remora": ReMoRA, "log": MetricsLog, "trainer": Trainer}[owner]
     real = getattr(target, method)
     steps_made: list[int] = []
 
@@ -140,6 +169,8 @@ def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("log", "evaluation", 1, 4, id="after an evaluation"),
         pytest.param("remora", "merge", 0, 4, id="merge", marks=pytest.mark.heavy),
         pytest.param("remora", "_start_cycle", 0, 4, id="half a merge"),
+        pytest.param("trainer", "_probe_loss", 1, 4, id="probe before a merge"),
+        pytest.param("trainer", "_probe_loss", 2, 4, id="probe after a merge"),
         pytest.param("evaluator", "evaluate", 2, 6, id="last evaluation"),
         pytest.param("log", "evaluation", 2, 6, id="after the last evaluation", marks=pytest.mark.heavy),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Pat
     assert "output_dir" not in line
     (told,) = run_ranks(1, printed, [*longer, *map(str, changed)])
     assert "changed since" not in told
+
+
+def test_a_resume_tells_what_was_edited_in_the_deepspeed_config(user: Playground, tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text((REPOSITORY / "configs" / "zero2.json").read_text())
+    flags = user.flags(tmp_path / "out", "--deepspeed", config, "--save_steps", 1, "--resume_from_checkpoint", "auto")
+    run(1, [*flags, "--max_steps", "2"])
+    config.write_text(json.dumps({**read_json(config), "zero_allow_untested_optimizer": True}))
+    (told,) = run_ranks(1, printed, [*flags, "--max_steps", "3", "--learning_rate", "0.5"])
+    (line,) = [line for line in told.splitlines() if line.startswith("changed since the run was last started: ")]
+    changes = line.partition(": ")[2].split(", ")
+    assert [change for change in changes if "deepspeed" in change] == [
+        "zero_allow_untested_optimizer in --deepspeed None -> True"
+    ]
 
 
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
@@ -19,43 +18,10 @@ from mora_ds.train.loader import Replica
 from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, run
+from tests.helpers.jobs import Playground, research, run
+from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import adapted_model
-
-WORDS = "value name result index return string number list"
-
-
-def task_files(folder: Path) -> dict[str, Path]:
-    """Three tasks of seven documents, one of each kind of request: choices, continuation, perplexity."""
-    draw = random.Random(0)
-    words = WORDS.split()
-    rows = [
-        {"question": " ".join(draw.choices(words, k=1 + row)), "choices": words[row % 4 :][:4], "answer": row % 4}
-        for row in range(7)
-    ]
-    data = folder / "rows.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    kinds: dict[str, dict[str, Any]] = {
-        "choices": {
-            "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
-            "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
-        },
-        "continued": {
-            "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-        "rolling": {
-            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
-            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-        },
-    }  # fmt: skip
-    files = {}
-    for name, kind in kinds.items():
-        files[name] = folder / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump({"task": name, **common, **kind}), encoding="utf-8")
-    return files
+from tests.helpers.tasks import task_files
 
 
 def test_results_become_costs() -> None:
@@ -94,28 +60,35 @@ def test_a_task_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("stage", [3])
-def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, out: Path, stage: int) -> None:
+@pytest.mark.parametrize("domains", [False, True])
+def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, out: Path, domains: bool) -> None:
+    """With domains it is the shared matrices' model, whatever the rows of the training batch before were."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files = task_files(tmp_path)
-    flags = user.flags(
-        out, "--eval_tasks", *files.values(), "--eval_steps", 2, "--eval_tasks_steps", 4, "--best_by", "rolling:1",
+    flags = (
+        "--eval_tasks", *files.values(), "--eval_steps", 2, "--eval_tasks_steps", 4, "--best_by", "rolling:1",
         "--stop_when_forgotten", "rolling:50", "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged",
         "--per_device_eval_batch_size", 2,
     )  # fmt: skip
-    run(2, flags)
+    argv = user.flags(out, *flags)
+    exported = out / "merged"
+    if domains:
+        mix = write_mixture(user, tmp_path / "mix.yaml")
+        argv = research(mixture_flags(user, out, mix, *flags), tmp_path, domain_adapters=True)
+        exported = exported / "shared"
+    run(2, argv)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
     assert list(scores) == [0, 4, 6]
     state = read_json(out / "checkpoints" / "latest" / "trainer_state.json")
     assert state["best_step"] in (4, 6)
     assert state["task_costs_last"].keys() == files.keys()
-    model = AutoModelForCausalLM.from_pretrained(out / "merged")
-    wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(out / "merged"), batch_size=2)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(exported), batch_size=2)
     manager = TaskManager(include_path=[str(tmp_path)])
     expected = lm_eval.simple_evaluate(model=wrapped, tasks=list(files), task_manager=manager, bootstrap_iters=0)
     for name, metrics in scores[6].items():
