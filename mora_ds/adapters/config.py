@@ -49,7 +49,7 @@ Config = TypeVar("Config", bound="AdapterConfig")
 class AdapterConfig:
     """Which layers are adapted, and what else is trained. Base class: use `MoRAConfig` or `LoRAConfig`.
 
-    Raises `UserError` with one line for each wrong field; each line names the flag.
+    Raises `UserError` with one line for each wrong field, which it names.
     """
 
     adapter: ClassVar[str]
@@ -101,13 +101,13 @@ class AdapterConfig:
 
     def _complaints(self) -> Iterator[str]:
         if self.rank < 1:
-            yield f"--mora_rank must be at least 1, got {self.rank}"
+            yield f"`rank` must be at least 1, got {self.rank}"
         if not 0.0 <= self.dropout < 1.0:
-            yield f"--mora_dropout must be in [0, 1), got {self.dropout}"
+            yield f"`dropout` must be in [0, 1), got {self.dropout}"
         if not self.target_modules:
-            yield "--target_modules names no module"
+            yield "`target_modules` names no module"
         if self.base_bits not in (4, 8, AS_LOADED):
-            yield f"--base_bits must be 8 or 4, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
+            yield f"`base_bits` must be 8 or 4, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
 
     @property
     def title(self) -> str:
@@ -178,7 +178,7 @@ class LoRAConfig(AdapterConfig):
     def _complaints(self) -> Iterator[str]:
         yield from super()._complaints()
         if self.alpha is not None and not 0 < self.alpha < math.inf:
-            yield f"--lora_alpha must be above 0, got {self.alpha}"
+            yield f"`alpha` must be above 0, got {self.alpha}"
 
     @property
     def title(self) -> str:
@@ -246,18 +246,18 @@ class MoRAConfig(AdapterConfig):
             yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
         yield from domain_complaints(self.domains, self.freeze)
         if self.operator in REMOVED_OPERATORS:
-            yield f"--operator {self.operator} {REMOVED_OPERATORS[self.operator]}"
+            yield f"`operator` {self.operator} {REMOVED_OPERATORS[self.operator]}"
             return
         operators = ["auto", *(kind.value for kind in OPERATORS)]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}
         misspelt = [flag for flag, known in choices.items() if getattr(self, flag) not in known]
         for flag in misspelt:
-            yield unknown(f"--{flag}", getattr(self, flag), choices[flag])
+            yield unknown(f"`{flag}`", getattr(self, flag), choices[flag])
         if self.r_hat_multiple < 1 or (self.r_hat_multiple > 1 and self.r_hat_multiple % 2):
-            yield f"--r_hat_multiple must be 1 or even, got {self.r_hat_multiple}"
+            yield f"`r_hat_multiple` must be 1 or even, got {self.r_hat_multiple}"
         if self.segments < 0:
-            yield f"segments must be at least 0, got {self.segments}"
+            yield f"`segments` must be at least 0, got {self.segments}"
         if not misspelt:
             yield from self._unsuited_to(self.kind)
 
@@ -266,9 +266,9 @@ class MoRAConfig(AdapterConfig):
         groupings = [grouping.value for grouping in operator.groupings]
         if self.grouping not in (*groupings, ALTERNATE if operator.has_groups else ""):
             use = " or ".join(groupings)
-            yield f"--grouping {self.grouping} belongs to --operator share, but the operator is {kind.value}: use {use}"
+            yield f"`grouping` {self.grouping} belongs to `operator` share, but the operator is {kind.value}: use {use}"
         if self.segments > 0 and not operator.has_groups:
-            yield f"--tp_grouping aligned belongs to --operator share, but the operator is {kind.value}"
+            yield f"`segments` belong to `operator` share, but the operator is {kind.value}"
 
     @property
     def operator_name(self) -> str:

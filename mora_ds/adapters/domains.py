@@ -29,7 +29,7 @@ from mora_ds.adapters.ops.mora import (
     rotate_blocks,
     unfold_input,
 )
-from mora_ds.common.errors import RunError, UserError, unknown
+from mora_ds.common.errors import RunError, UserError, require_type, unknown
 
 OWN = "domain_squares"
 """Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and in files."""
@@ -92,6 +92,7 @@ def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
 
 def domains_of(model: nn.Module) -> Domains:
     """The object that all layers of a model ask for the domains of rows; without names where it has no domains."""
+    require_type(model, nn.Module, "domains_of: `model`")
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 

@@ -31,7 +31,7 @@ from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
 from mora_ds.adapters.tp_plan import Style, style_in_plan
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError, require_type
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     Raises `UserError` when a target matches nothing, when the model already has an adapter, and when a target shares
     its weight with another module (a merge would change both) or is trained itself.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"inject: `model` must be a torch module, got {model!r}")
+    require_type(model, nn.Module, "inject: `model`")
     if not isinstance(config, AdapterConfig):
         raise UserError(f"inject: `config` must be a MoRAConfig or a LoRAConfig, got {config!r}")
     if is_compiled(model):
@@ -175,6 +174,7 @@ def config_of(model: nn.Module) -> AdapterConfig:
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Module name -> adapted layer, in the model's order, which is the same on every rank."""
+    require_type(model, nn.Module, "mora_layers: `model`")
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -50,6 +51,12 @@ def refusal(check: Callable[..., object], *arguments: object) -> list[str]:
     except UserError as error:
         return str(error).splitlines()
     return []
+
+
+def require_type(value: object, kind: type, argument: str) -> None:
+    """Raise `UserError` that begins with the words `argument`, of a public function, unless `value` is of this type."""
+    if not isinstance(value, kind):
+        raise UserError(f"{argument} must be of the type {kind.__name__}, got {reprlib.repr(value)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

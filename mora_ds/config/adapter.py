@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -32,6 +33,9 @@ class TPGrouping(str, Enum):
 
 SEGMENTS = 8
 """Of --tp_grouping aligned."""
+
+_FLAGS = {"rank": "--mora_rank", "dropout": "--mora_dropout", "segments": "--tp_grouping aligned"}
+"""Field of `MoRAConfig`, as its messages name it -> its flag, where that has another name."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,10 @@ class AdapterArguments:
         """The adapter's own config. Raises `UserError` for invalid settings."""
         if self.adapter == AdapterKind.LORA.value:
             return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **self._common(seed))
-        return self._mora_config(seed)
+        return self.mora_config(seed)
 
-    def _mora_config(self, seed: int) -> MoRAConfig:
+    def mora_config(self, seed: int) -> MoRAConfig:
+        """The config of --adapter mora. Raises `UserError` for invalid settings, named as fields."""
         return MoRAConfig(
             rank=self.mora_rank,
             operator=self.operator,
@@ -144,7 +149,8 @@ class AdapterArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from refusal(self._mora_config, 0)
+        for line in refusal(self.mora_config, 0):
+            yield re.sub(r"`(\w+)`", lambda field: _FLAGS.get(field[1], f"--{field[1]}"), line)
         yield from wrong_values(
             self,
             {

@@ -20,7 +20,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mora_ds.adapters.inject import frozen_buffers, move_base
 from mora_ds.engine import zero
 from mora_ds.engine.device import current_device, is_cpu
-from mora_ds.engine.initialize import initialize
+from mora_ds.engine.initialize import STARTED, initialize
 
 _OURS = "_mora_ds_cpu"
 """Marks the class that `allow_cpu` has changed."""
@@ -60,6 +60,8 @@ def our_engine() -> Iterator[None]:
         del model_parameters
         # accelerate sets infinity, which is no number of JSON (utils/dataclasses.py, DeepSpeedPlugin)
         config = {key: value for key, value in config_params.items() if key != "steps_per_print"}
+        # Another train() of a Trainer goes on from a checkpoint, which fills its new engine.
+        vars(model).pop(STARTED, None)
         with _in_place_of_deepspeed(original):
             returned = initialize(model=model, config=config, **kwargs)
         mark_whole(frozen_buffers(model).values())

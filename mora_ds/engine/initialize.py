@@ -45,6 +45,9 @@ from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
+STARTED = "_mora_started"
+"""Attribute of a model that an engine holds."""
+
 
 def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
@@ -104,6 +107,11 @@ def initialize(
         raise UserError("initialize: `model` is compiled: merges change what was compiled; give the model itself")
     if tensor_parallel_size is not None and not (isinstance(tensor_parallel_size, int) and tensor_parallel_size > 0):
         raise UserError(f"initialize: `tensor_parallel_size` must be a whole number, got {tensor_parallel_size!r}")
+    if hasattr(model, STARTED):
+        raise UserError(
+            "initialize: `model` has an engine already, which holds its MoRA matrices: use that one, or load and "
+            "inject the model again"
+        )
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
     degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
@@ -138,6 +146,7 @@ def initialize(
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
     with aside, muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
+    setattr(model, STARTED, True)
     muon.repair_clipping(returned[0])
     view_of(returned[0]).repair()
     if zero.is_stage3(returned[0]):

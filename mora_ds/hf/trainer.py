@@ -131,6 +131,7 @@ class MoRATrainer(_Base):
     def _restore(self, checkpoint: str | None) -> None:
         """Opens the run; with a folder checkpoint-N as it was then, base and learning rate included."""
         resume = None if checkpoint is None else str(Path(checkpoint) / CHECKPOINTS / LATEST)
+        base_rates = None if resume is None else self._schedule.base_lrs  # the arguments', not the checkpoint's
         again = self.run
         keys = None if again is None else again.remora.keys  # the live base may hold merges: it is formed anew below
         base = resolve_folder(self._base_name, Ranks.current()) if again is None else again.remora.base
@@ -153,12 +154,13 @@ class MoRATrainer(_Base):
                     f"{checkpoint} is of a run that merges every {merged_every} steps: add MoRACallback; "
                     "MoRACallback(merge_every=0) goes on without merges"
                 )
+            self._schedule.base_lrs = base_rates
             self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
         """Sets the `LambdaLR`, and its optimizer's learning rates, to the next optimizer step."""
         step = optimizer_steps(self.deepspeed)
-        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
+        schedule = self._schedule
         factors: list[Callable[[int], float]] = schedule.lr_lambdas
         rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, factors, strict=True)]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
@@ -235,6 +237,10 @@ class MoRATrainer(_Base):
     def _load_best_model(self) -> None:
         """The best checkpoint's matrices, ledger and base: merges that came after it are undone."""
         self._restore(self.state.best_model_checkpoint)
+
+    @property
+    def _schedule(self) -> Any:
+        return getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
 
     @property
     def _open_run(self) -> Run:

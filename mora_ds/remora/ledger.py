@@ -30,6 +30,7 @@ from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import (
     FORMAT,
+    as_path,
     atomic_path,
     file_problem,
     link_or_copy,
@@ -145,11 +146,12 @@ class Ledger:
         return ledger
 
     @classmethod
-    def open(cls, folder: Path, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
+    def open(cls, folder: Path | str, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
         """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte.
 
         Raises `UserError` naming the file and the problem, or that it belongs to another base.
         """
+        folder = as_path(folder, "Ledger.open: `folder`")
         path = folder / LEDGER_FILE
         content = read_json(path)
         require_format(path, content)

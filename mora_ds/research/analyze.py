@@ -25,8 +25,9 @@ from torch import Tensor
 
 from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError, UserError, refuse
 from mora_ds.common.files import write_json_atomic
+from mora_ds.config.adapter import AdapterArguments
 from mora_ds.data import Document, load_corpus
 from mora_ds.eval.perplexity import load_target
 from mora_ds.research.targets import OpenModel, parse_budget
@@ -38,7 +39,11 @@ FLAG = "--probe"
 
 def main() -> None:
     options = _parser().parse_args()
-    config = MoRAConfig(rank=options.mora_rank, operator=options.operator, target_modules=tuple(options.target_modules))
+    settings = AdapterArguments(
+        mora_rank=options.mora_rank, operator=options.operator, target_modules=options.target_modules
+    )
+    refuse(settings.problems())
+    config = settings.mora_config(MoRAConfig.seed)
     _check(options)
     opened = OpenModel.in_folder(options.model, options.target_modules, options.trust_remote_code)
     if options.write:  # before the long part

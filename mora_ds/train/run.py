@@ -110,6 +110,7 @@ class Run:
         if resume is not None:
             as_path(resume, "Run: `resume`")
         config = config_of(engine.module)
+        _scheduler_state(engine.lr_scheduler)  # refuses one before anything is trained
         self.engine = engine
         self._gradient_of: int | None = None
         """Number of the micro-batch of the newest backward pass; `engine.step` counts on."""
@@ -174,6 +175,7 @@ class Run:
         if folder is not None:
             root = as_path(folder, "save: `folder`") / CHECKPOINTS
             checkpoints = CheckpointWriter(root, self.engine, self._gather, ranks=self.ranks)
+        self.state.scheduler = _scheduler_state(self.engine.lr_scheduler)
         self.state.step = step
         self.check_base()
         return checkpoints.save(self.state, keep)
@@ -299,6 +301,12 @@ class Run:
         load_checkpoint(checkpoint, self.engine, self.state)
         if frozen_values(model):
             restore_frozen(model, dict(AdapterTensors.open(checkpoint, adapter).items()))
+        scheduler = self.engine.lr_scheduler
+        if scheduler is not None and self.state.scheduler is not None:
+            scheduler.load_state_dict(self.state.scheduler)
+            # The next step is made with these rates: the scheduler itself sets others only after it.
+            for group, rate in zip(self.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
         self.remora.replay()
 
     def _checkpoint(self, resume: Path | str | None, overwrite: bool) -> Path | None:
@@ -422,6 +430,24 @@ def _require_operators(checkpoint: Path, saved: Mapping[str, LayerEntry], live: 
 
 def _operator(entry: LayerEntry | None) -> str:
     return "none" if entry is None else json.dumps(entry.operator.to_dict())
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any] | None:
+    """The state of an engine's scheduler for trainer_state.json; None without a scheduler. Raises `UserError` for one
+    that would come back from JSON as another."""
+    if scheduler is None:
+        return None
+    state: dict[str, Any] = scheduler.state_dict()
+    try:
+        is_kept = json.loads(json.dumps(state, allow_nan=False)) == state
+    except (TypeError, ValueError):
+        is_kept = False
+    if not is_kept:
+        raise UserError(
+            f"initialize: the state of `lr_scheduler`, a {type(scheduler).__name__}, does not fit in a checkpoint: "
+            'take LambdaLR of torch, or set "lr" of engine.optimizer.param_groups in each step'
+        )
+    return state
 
 
 def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]) -> None:

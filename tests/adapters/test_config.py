@@ -13,15 +13,15 @@ from mora_ds.common.errors import UserError
 from tests.helpers.tables import parsed, rows
 
 PROBLEMS = """
-mora | {rank: 0, dropout: 1.0, operator: rotat, grouping: permutted} | --mora_rank --mora_dropout --operator --grouping
+mora | {rank: 0, dropout: 1.0, operator: rotat, grouping: permutted} | rank dropout operator grouping
 mora | {target_modules: [], compute: fast, base_bits: 5, freeze: shared} \
-| --target_modules --base_bits research.freeze --compute
-mora | {operator: rotate, grouping: alternate, segments: 2} | --grouping --tp_grouping
+| target_modules base_bits research.freeze compute
+mora | {operator: rotate, grouping: alternate, segments: 2} | grouping segments
 # auto: rotate
-mora | {rank: 8, grouping: strided} | --grouping
-lora | {rank: 0, alpha: 0.0} | --mora_rank --lora_alpha
-lora | {alpha: .inf} | --lora_alpha
-mora | {dropout: -0.1, segments: -1, operator: share} | --mora_dropout segments
+mora | {rank: 8, grouping: strided} | grouping
+lora | {rank: 0, alpha: 0.0} | rank alpha
+lora | {alpha: .inf} | alpha
+mora | {dropout: -0.1, segments: -1, operator: share} | dropout segments
 mora | {operator: share, layer_sizes: {a: 0}} | research.targets:
 mora | {domains: [a, .]} | research.domain_adapters:
 mora | {domains: [a, a]} | research.domain_adapters:
@@ -32,7 +32,7 @@ mora | {domains: [a, a]} | research.domain_adapters:
 def test_all_wrong_values_are_reported_together(kind: str, values: str, flags: str) -> None:
     config: Any = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
     problems = config.problems(**parsed(values))
-    assert [problem.removeprefix("unknown ").split()[0] for problem in problems] == flags.split()
+    assert [problem.removeprefix("unknown ").split()[0].strip("`") for problem in problems] == flags.split()
     with pytest.raises(UserError) as caught:
         config(**parsed(values))
     assert str(caught.value).splitlines() == problems

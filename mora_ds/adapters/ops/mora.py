@@ -47,7 +47,7 @@ from mora_ds.adapters.ops.index_tables import (
     tables_of,
 )
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
-from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.errors import UserError, require_type, unknown
 from mora_ds.common.untrusted import MAX_SIDE
 
 
@@ -71,6 +71,8 @@ class OperatorSpec(UpdateSpec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
         object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
+        for name in ("d_in", "d_out", "r_hat", "seed", "in_segments", "out_segments"):
+            require_type(getattr(self, name), int, f"OperatorSpec: `{name}`")
         if min(self.d_in, self.d_out, self.r_hat) < 1 or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE:
             raise UserError(f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}")
         if not 0 <= self.seed < 2**32:
@@ -392,6 +394,9 @@ def add_input_gradient_(
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""
+    require_type(spec, OperatorSpec, "mora_update: `spec`")
+    require_type(square, Tensor, "mora_update: `square`")
+    require_type(x, Tensor, "mora_update: `x`")
     return decompress(spec, F.linear(compress(spec, x), square))
 
 
@@ -400,6 +405,8 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
 
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
+    require_type(spec, OperatorSpec, "delta_weight: `spec`")
+    require_type(square, Tensor, "delta_weight: `square`")
     if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))
     return _add_rows_(square.new_zeros(spec.d_out, spec.d_in), spec, square)
