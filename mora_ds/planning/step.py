@@ -182,6 +182,8 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             saved = meter.live
             loss.backward()
             del loss
+    except UserError:
+        raise
     except (RuntimeError, NotImplementedError, ValueError) as error:  # a kernel that torch has for devices only
         raise UserError(
             f"this model cannot be planned (--dry_run, mora-ds plan) in {work.dtype}, --bf16 may help: {reason(error)}"

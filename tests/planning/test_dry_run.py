@@ -13,6 +13,7 @@ import pytest
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
+from mora_ds.planning import step
 from mora_ds.planning.costs import costs
 from mora_ds.planning.report import as_json
 from mora_ds.planning.step import planned_model
@@ -45,6 +46,18 @@ def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> N
     planned(parse([*flags, "--bf16"]), world=1)
     with pytest.raises(UserError, match=r"cannot be planned .*FlexAttention is only supported on"):
         planned(parse([*flags, "--bf16", "--attn_implementation", "flex_attention"]), world=1)
+
+
+def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
+
+    def refuse(*_: object) -> None:
+        raise UserError("--base_bits 8: this model casts activations")
+
+    monkeypatch.setattr(step, "token_nll", refuse)
+    with pytest.raises(UserError, match=r"^--base_bits 8: this model casts activations$"):
+        planned(parse(["--model_name_or_path", str(config), "--dry_run"]), world=1)
 
 
 def test_a_dry_run_says_of_traffic_what_the_run_says_at_its_start(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
                   backward   collect(g), c M, unfold(g_z), += g W0, fold(x) of several blocks, dM
 
 What is added to the base's product is there before it: the product then starts from it (`addmm_`), and no kernel reads
-the product again. Not so with a bias or a quantized weight, whose product is a function of its own.
+the product again. Not so with a bias, a quantized weight or autocast, whose product is a function of its own.
 
 The folded input is rotated for rotate, so that M's gradient is one product for every operator, c^T z over all tokens
 and blocks, summed in fp32 and rounded once. g is collected by output blocks; where they are fewer than input blocks,
@@ -64,7 +64,8 @@ class KernelProducts:
         z = self._folded(saved)
         u = (z.view(-1, self.tables.spec.r_hat) @ square.T).view(z.shape)
         terms = u, self.tables.spread, None, None, False
-        if isinstance(weight, Tensor) and bias is None:
+        # Under autocast u has another dtype than what it is made of, and an addition in place casts nothing.
+        if isinstance(weight, Tensor) and bias is None and u.dtype == x.dtype == weight.dtype:
             return _plus_product(ops.gather_sum(*terms), x, weight.T)
         y = product(x, weight, bias)
         ops.gather_add_(y.view(-1, y.shape[-1]), *terms)

@@ -81,6 +81,18 @@ def test_both_paths_in_bf16(kind: OperatorKind, path: Compute) -> None:
             assert (one - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm(), spec
 
 
+@both_paths
+def test_a_model_in_fp32_computes_under_autocast(path: Compute) -> None:
+    spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
+    x, weight, square = (random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6)))
+    tables = KernelTables(spec, CPU)
+    expected = kernel_linear(x, weight, None, square, tables, path)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = kernel_linear(x, weight, None, square, tables, path)
+    assert y.dtype is torch.bfloat16
+    assert (y.float() - expected).norm() <= 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+
 @by_kind
 def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind) -> None:
     for spec in specs():
