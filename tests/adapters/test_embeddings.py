@@ -241,6 +241,14 @@ def test_a_head_keeps_its_bias() -> None:
     assert_close(head(x), table(x))
 
 
+def test_every_trained_row_is_looked_up_among_the_trained() -> None:
+    table = torch.nn.Embedding(128, 4)
+    embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
+    rows = embedding(torch.arange(128))
+    assert not rows[FIRST:].any()
+    assert torch.equal(rows[:FIRST], table.weight[:FIRST])
+
+
 # -- plans and refusals ------------------------------------------------------------------------------------------------
 
 

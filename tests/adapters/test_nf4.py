@@ -17,9 +17,10 @@ from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
 from mora_ds.adapters.layer import adapt
-from mora_ds.adapters.merge_layer import merge_layer
+from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -151,6 +152,21 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merges_and_a_replay_never_round_a_conv1d_again() -> None:
+    """In fp32 to the bit the rounded original plus all deltas. (Linear layers: tests/train/test_quantized_run.py.)"""
+    original = base_of(SHARE, True, torch.float32).weight.data
+    updates = [(spec, value.float()) for spec, value in some_terms(SHARE)]
+    merged, replayed = (
+        in_4_bits(adapt(base_of(SHARE, True, torch.float32), SHARE, 0.0, Compute.AUTO, 0)) for _ in range(2)
+    )
+    right = live_weight(merged.read(), updates, True, torch.float32)
+    for cycle, (_, value) in enumerate(updates, start=1):
+        merge_layer(merged, original, updates[:cycle], value)
+    write_live(replayed, original, updates)
+    assert torch.equal(merged.read(), right)
+    assert torch.equal(replayed.read(), right)
 
 
 @pytest.mark.parametrize("config", [MoRAConfig(rank=4, operator="share", compute="activation"), LoRAConfig(rank=4)])

@@ -54,13 +54,14 @@ def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
     assert_close(torch.stack(rows).sum(0), expected)
 
 
-def test_long_sums_in_low_precision_are_rounded_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_sums_in_low_precision_are_rounded_once(dtype: torch.dtype) -> None:
     spec = OperatorSpec(OperatorKind.SHARE, 1024, 1024, 32, Grouping.PERMUTED)
     window = Window.of(spec, outputs=(0, 512))
-    x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
-    g = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
+    g = torch.randn(16, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
     for low, exact in ((window.fold(x), window.fold(x.double())), (window.collect(g), window.collect(g.double()))):
-        assert torch.equal(low, exact.bfloat16())
+        assert torch.equal(low, exact.to(dtype))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

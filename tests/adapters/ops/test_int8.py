@@ -14,8 +14,9 @@ from torch.testing import assert_close
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
 from mora_ds.adapters.layer import adapt
-from mora_ds.adapters.merge_layer import merge_layer
+from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute
@@ -186,6 +187,20 @@ def test_only_adapted_weights_are_int8() -> None:
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_merges_of_a_conv1d_are_one() -> None:
+    """The original plus all deltas, rounded once. (Of linear layers: tests/train/test_quantized_run.py.)"""
+    spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
+    base = base_of(spec, True, torch.float32)
+    original = base.weight.data.clone()
+    layer = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0))
+    updates = [(replace(spec, seed=cycle), 0.003 * random(10, 10, seed=cycle).float()) for cycle in range(3)]
+    for cycles in (1, 2, 3):
+        write_live(layer, original, updates[:cycles])
+    values, scales = quantize(live_weight(original, updates, True, torch.float32).T)
+    assert torch.equal(layer.stored_weight, values)
+    assert torch.equal(layer.get_buffer("weight_scales"), scales)
 
 
 @pytest.mark.parametrize("conv", [False, True])
