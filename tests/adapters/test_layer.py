@@ -162,4 +162,4 @@ def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.Mon
     layer.spec = replace(spec(), seed=2)
     layer(x)
     index_tables.tables_of.cache_clear()
-    assert not [key for key in index_tables._held if key[0] == spec()], "the last cycle's tables are dropped"
+    assert not [key for key in index_tables._tables_in_use if key[0] == spec()], "the last cycle's tables are dropped"
