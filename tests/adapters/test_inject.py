@@ -273,7 +273,7 @@ def test_sides_are_multiples_or_the_papers() -> None:
     config = MoRAConfig(rank=8, operator="share")
     assert [variant.square_size(4096, 11008) for variant in (config, replace(config, r_hat_multiple=1))] == [336, 347]
     for size in (3, -2):
-        with pytest.raises(UserError, match=f"--r_hat_multiple must be 1 or even, got {size}"):
+        with pytest.raises(UserError, match=f"`r_hat_multiple` must be 1 or even, got {size}"):
             MoRAConfig(r_hat_multiple=size)
 
 
