@@ -84,7 +84,6 @@ class Trial:
     seed: int
     base: str
     rank: int
-    operator: str
     pairs: int
     batch: int
     micro_batch: int
@@ -120,7 +119,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many")
-    parser.add_argument("--operator", default="auto", help="MoRA's operator. auto: rotate below rank 64, else share")
     parser.add_argument("--pairs", type=int, default=64, help="pairs to memorise")
     parser.add_argument("--batch", type=int, default=32, help="pairs an optimizer step")
     parser.add_argument("--micro_batch", type=int, default=32, help="pairs at a time")
@@ -155,7 +153,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _trials(options: argparse.Namespace) -> Iterator[Trial]:
-    shared = ("base", "rank", "operator", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "stage")
+    shared = ("base", "rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "stage")
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
             for seed in range(1, options.seeds + 1):
@@ -186,9 +184,7 @@ def run_trial(trial: Trial, work: Path) -> None:
         trained = sum(parameter.numel() for parameter in model.parameters())
         engine, *_ = initialize_full(model=model, config=_ds_config(trial))
     else:
-        extra: dict[str, Any] = {"operator": trial.operator} if method.adapter is MoRAConfig else {}
-        adapter = method.adapter(rank=trial.rank, seed=trial.seed, **extra)
-        trained = inject(model, adapter).trainable_params
+        trained = inject(model, method.adapter(rank=trial.rank, seed=trial.seed)).trainable_params
         engine, *_ = initialize(model=model, config=_ds_config(trial))
         if method.merges:
             run = Run(engine, base=trial.base, folder=work / trial.name / "run", overwrite=True)

@@ -114,15 +114,12 @@ def measure(ranks: int, folder: str, options: argparse.Namespace) -> list[dict[s
 def _measured(folder: str, options: argparse.Namespace) -> dict[str, float]:
     _train(f"{folder}/tiny", options, warm_up=True)  # libraries and code are in memory
     gc.collect()
-    tensors = _alive()
-    resident = memory_of("VmRSS")
-    pss = memory_of("Pss")
-    return _train(folder, options, False, tensors, resident, pss)
+    before = {"held": _alive(), "resident": memory_of("VmRSS"), "pss": memory_of("Pss")}
+    measured = _train(folder, options)
+    return {name: value - before.get(name, 0) for name, value in measured.items()}
 
 
-def _train(
-    folder: str, options: argparse.Namespace, warm_up: bool, tensors: int = 0, resident: int = 0, pss: int = 0
-) -> dict[str, float]:
+def _train(folder: str, options: argparse.Namespace, warm_up: bool = False) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inject(model, _adapter(options))
     chunk_loss(model)
@@ -140,11 +137,12 @@ def _train(
             engine.backward(loss / ids.numel())
             del loss
             engine.step()
-        measured["resident"] = memory_of("VmHWM") - resident
+        measured["resident"] = memory_of("VmHWM")
         measured["gathered"] = counter.gathered_bytes
     gc.collect()
     dist.barrier()
-    measured["held"], measured["pss"] = _alive() - tensors, memory_of("Pss") - pss
+    measured["held"] = _alive()
+    measured["pss"] = memory_of("Pss")
     dist.barrier()
     with MemoryMeter() as meter:
         loss = token_nll(engine, batch)

@@ -94,18 +94,15 @@ def main() -> None:
 
 def by_world(rows: list[list[str]]) -> list[list[str]]:
     """The CPU seconds of the table `phases`, with a column for each model and number of ranks."""
-    titles, *rows_of_ranks = rows
-    measured = [dict(zip(titles, row, strict=True)) for row in rows_of_ranks]
-    columns = list(dict.fromkeys((cells["model"], cells["ranks"]) for cells in measured))
-    lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
-    for cells in measured:
-        line = lines.setdefault((cells["phase"], cells["setting"], cells["rank"]), {})
-        line[cells["model"], cells["ranks"]] = cells["CPU s"]
-    body = [
-        [f"{phase}, {setting}, rank {rank}", *(line.get(column, "") for column in columns)]
-        for (phase, setting, rank), line in lines.items()
-    ]
-    return [["phase", *(f"{model}, {ranks} ranks" for model, ranks in columns)], *body]
+    columns: list[str] = []
+    lines: dict[str, dict[str, str]] = {}
+    for phase, model, ranks, rank, setting, seconds, _ in rows[1:]:
+        column = f"{model}, {ranks} ranks"
+        columns.append(column)
+        lines.setdefault(f"{phase}, {setting}, rank {rank}", {})[column] = seconds
+    titles = list(dict.fromkeys(columns))
+    body = [[name, *(line.get(title, "") for title in titles)] for name, line in lines.items()]
+    return [["phase", *titles], *body]
 
 
 def _write_base(folder: Path, config: LlamaConfig) -> None:
