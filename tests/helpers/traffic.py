@@ -23,8 +23,7 @@ from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 PROCESSORS = 132
 THREADS = 512
@@ -46,9 +45,7 @@ STEPS = {
 
 
 def main() -> None:
-    parser = command_parser(__doc__)
-    json_flag(parser)
-    report = Report(parser.parse_args())
+    report = Report(bench_parser(__doc__).parse_args())
     by_shape = [["operator", "d_in x d_out", "tokens", *(f"{step}, MB" for step in STEPS), *STEPS]]
     most = [["bytes / least, at most", *STEPS]]
     for kind, rank in OPERATORS:

@@ -9,17 +9,15 @@ import pytest
 
 from mora_ds.common.files import read_json
 from tools import docs_results, plans
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 
 def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    json_flag(parser)
     flags = ["--rows", "2", "--json", str(tmp_path / "new" / "bench.json")]
     monkeypatch.setattr("sys.argv", [str(plans.ROOT / "tools" / "bench" / "loss.py"), *flags])
-    report = Report(parser.parse_known_args()[0])
+    report = Report(bench_parser("Rows.").parse_known_args()[0])
     report.say("Two rows.")
     report.show("times", [["what", "seconds"], ["a step", "0.5"]])
     report.write()

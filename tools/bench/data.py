@@ -42,9 +42,8 @@ from mora_ds.data import (
 )
 from mora_ds.models.loss import token_nll
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import ROOT, seconds_of
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 WEIGHTS = (0.70, 0.25, 0.05)
 FAR = 10**6
@@ -120,18 +119,15 @@ def _corpora(folder: Path, megabytes: float) -> dict[str, Corpus]:
     texts = [document.text for document in domain_documents()]
     corpora = {}
     for name, weight in zip("abc", WEIGHTS, strict=True):
-        wanted = megabytes * 1e6 * weight
-        written = 0
+        lines: list[str] = []
+        size = 0
+        while size < megabytes * 1e6 * weight:
+            text = f"# {name} {len(lines)}\n{texts[len(lines) % len(texts)]}"
+            lines.append(json.dumps({"text": text}) + "\n")
+            size += len(text)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        files = [(folder / name / f"{shard}.jsonl").open("w", encoding="utf-8") for shard in range(4)]
-        number = 0
-        while written < wanted:
-            text = f"# {name} {number}\n{texts[number % len(texts)]}"
-            files[number % 4].write(json.dumps({"text": text}) + "\n")
-            written = written + len(text)
-            number = number + 1
-        for file in files:
-            file.close()
+        for shard in range(4):
+            (folder / name / f"{shard}.jsonl").write_text("".join(lines[shard::4]), encoding="utf-8")
         corpora[name] = load_corpus([str(folder / name / "*.jsonl")])
     return corpora
 
@@ -166,12 +162,11 @@ def _training(options: argparse.Namespace) -> Callable[[], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--megabytes", type=float, default=20, help="text of all sources")
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rows", type=int, default=16, help="sequences a step")
     parser.add_argument("--steps", type=int, default=30)
-    json_flag(parser)
     parser.add_argument("--folder", help="for texts and caches; default: one that goes again")
     return parser
 

@@ -59,10 +59,9 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from mora_ds.train.run import Run
 from tools.bench.measuring import clock, llama_config, only_rank, zero3_config
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
@@ -343,11 +342,10 @@ def _counted_waits(device: torch.device) -> Iterator[list[warnings.WarningMessag
 
 
 def _options() -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("question", choices=list(QUESTIONS), help="what to measure")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where")
     parser.add_argument("--toy", action="store_true", help="toy sizes, which say nothing about speed")
-    json_flag(parser)
     return parser.parse_args()
 
 

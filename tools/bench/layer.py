@@ -31,9 +31,8 @@ from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import clock, saved_activations
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 PATHS = (Compute.ACTIVATION, Compute.WEIGHT)
 CASES = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 64))
@@ -157,7 +156,7 @@ def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
 
 
 def main() -> None:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -165,7 +164,6 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
-    json_flag(parser)
     options = parser.parse_args()
     report = Report(options)
     torch.set_num_threads(options.threads)

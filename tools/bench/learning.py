@@ -38,11 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.learning_texts import NEW, OLD, Texts, digest
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 from tools.bench.trials import at_edge, pretrain_alone, run_all, warm_base
 from tools.tables import mean_and_spread
 
@@ -152,7 +151,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument(
@@ -191,7 +190,6 @@ def _options() -> argparse.Namespace:
         "--with", dest="runs", type=Path, nargs="+", default=[], metavar="FILE",
         help="earlier --json files, whose runs count too",
     )  # fmt: skip
-    json_flag(parser)
     return parser.parse_args()
 
 

@@ -44,9 +44,8 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import zero3_config
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 from tools.bench.trials import at_edge, run_all, run_alone
 from tools.bench.uuid_pairs import Digits, accuracy, labels_of, prepared_base
 from tools.tables import mean_and_spread
@@ -114,7 +113,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
@@ -132,7 +131,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
     parser.add_argument("--trial", help=argparse.SUPPRESS)
-    json_flag(parser)
     return parser.parse_args()
 
 

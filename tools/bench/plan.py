@@ -36,9 +36,8 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from mora_ds.planning.plan import Cluster, Plan, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import llama_config, memory_of, on_processes, zero3_config
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 STEPS = 4
 VOCABULARY = 8192
@@ -64,14 +63,13 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--rank", type=int, default=32, help="as --mora_rank")
-    json_flag(parser)
     return parser.parse_args()
 
 

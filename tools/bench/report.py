@@ -1,6 +1,6 @@
 """What a benchmark finds, printed and written as JSON: the tables of docs/results are made from these files.
 
-A benchmark whose parser has `--json FILE` (`json_flag`) hands its tables and sentences to one `Report`.
+A benchmark takes its flags by `bench_parser`, and hands its tables and sentences to one `Report`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import torch
 
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.version import __version__
-from mora_ds.runtime.cli import table
+from mora_ds.runtime.cli import command_parser, table
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products are."""
 
 
-def json_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--json`."""
+def bench_parser(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser with `--json FILE`, described by the first line of a benchmark's documentation."""
+    parser = command_parser(documentation)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed as JSON too")
+    return parser
 
 
 class Report:

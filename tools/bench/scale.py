@@ -48,12 +48,11 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.run import Run
 from tools.bench.measuring import ROOT, llama_config, zero3_config
 from tools.bench.one_rank import OneRank, Spent
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 MODELS: dict[str, tuple[LlamaConfig, int, int]] = {
     "7B-r8": (llama_config(4096, 32, 32000, 4096, mlp=11008, heads=32), 8, 32),
@@ -305,11 +304,10 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
 
 
 def _options() -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints; left as it was")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    json_flag(parser)
     return parser.parse_args()
 
 

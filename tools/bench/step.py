@@ -44,9 +44,8 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
-from mora_ds.runtime.cli import command_parser
 from tools.bench.measuring import llama_config, zero3_config
-from tools.bench.report import Report, json_flag
+from tools.bench.report import Report, bench_parser
 
 VOCABULARY = 8192
 PEER = "PEFT LoRA, ZeRO-3"
@@ -244,14 +243,13 @@ def _speedup(seconds: list[float], others: list[float]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = bench_parser(__doc__)
     parser.add_argument("--width", type=int, default=512, help="of the model")
     parser.add_argument("--layers", type=int, default=8, help="how many")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA; MoRA matrices have about as many parameters")
     parser.add_argument("--rows", type=int, default=2, help="sequences a rank and step")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of each")
     parser.add_argument("--repeat", type=int, default=7, help="turns")
-    json_flag(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     return parser.parse_args()
 
