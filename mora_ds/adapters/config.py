@@ -268,7 +268,7 @@ class MoRAConfig(AdapterConfig):
             use = " or ".join(groupings)
             yield f"`grouping` {self.grouping} belongs to `operator` share, but the operator is {kind.value}: use {use}"
         if self.segments > 0 and not operator.has_groups:
-            yield f"`segments` belong to `operator` share, but the operator is {kind.value}"
+            yield f"`segments` belongs to `operator` share, but the operator is {kind.value}"
 
     @property
     def operator_name(self) -> str:

@@ -175,9 +175,15 @@ class MetricsLog:
         if not enabled:
             return
         self._path = folder / METRICS_FILE
-        _keep_rows(self._path, start_step, pending)
+        newest = _keep_rows(self._path, start_step, pending)
         self._file = self._path.open("a", encoding="utf-8")
         self._trackers = [TensorBoard(folder, start_step)] if report_to is None else report_to()
+        # TensorBoard drops whole steps: of one whose merge or evaluation comes again, what stays is given again.
+        for board in self._trackers if pending else ():
+            if isinstance(board, TensorBoard):
+                board.begin_at(start_step)
+                for row in newest:
+                    board.log(_curves(row), start_step)
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
 
@@ -189,7 +195,7 @@ class MetricsLog:
     def step(self, metrics: StepMetrics) -> None:
         row = metrics.row()
         self._write(row)
-        self._log({tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items() if name in row}, metrics.step)
+        self._log(_curves(row), metrics.step)
         # The mean of all steps of this process, with what lies between them: a single step says little.
         seconds_a_step = (time.monotonic() - self._started) / max(metrics.step - self._start_step, 1)
         logger.info(metrics.line(self.total_steps, seconds_a_step))
@@ -216,15 +222,16 @@ class MetricsLog:
 
     def loss_term(self, step: int, name: str, value: float) -> None:
         """The value of a hook's term of the loss, at the beginning of `step`."""
-        self._write({"step": step, name: value})
-        self._log({f"9_research/{name}": value}, step)
+        row = {"step": step, name: value}
+        self._write(row)
+        self._log(_curves(row), step)
 
     def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
         """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or
         source."""
-        self._write({"step": step, kind: facts})
-        values = flattened(facts, f"{GROUPS[kind]}/", "/").items()
-        self._log({curve: value for curve, value in values if isinstance(value, (int, float))}, step)
+        row = {"step": step, kind: facts}
+        self._write(row)
+        self._log(_curves(row), step)
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         """The results of the run, for the trackers."""
@@ -255,6 +262,20 @@ class MetricsLog:
                 tracker.log(numbers, step)
 
 
+def _curves(row: Mapping[str, Any]) -> dict[str, float]:
+    """Curve -> number of a row of metrics.jsonl."""
+    if "loss" in row:
+        return {tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items() if row.get(name) is not None}
+    numbers: dict[str, float] = {}
+    for name, facts in row.items():
+        if name in GROUPS:
+            values = flattened(facts, f"{GROUPS[name]}/", "/").items()
+            numbers |= {curve: value for curve, value in values if isinstance(value, (int, float))}
+        elif name != "step" and facts is not None:
+            numbers[f"9_research/{name}"] = facts
+    return numbers
+
+
 def plain_json(value: Any) -> Any:
     """`value` with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
     if isinstance(value, dict):
@@ -262,9 +283,11 @@ def plain_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
+def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[dict[str, Any]]:
+    """Returns the rows of the last step that stay."""
+    newest: list[dict[str, Any]] = []
     if not path.exists():
-        return
+        return newest
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row_of(line)
@@ -272,8 +295,10 @@ def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> None:
             continue
         if row["step"] < last_step or not any(kind in row for kind in pending):
             lines.append(line + "\n")
+            newest += [row] if row["step"] == last_step else []
     with atomic_path(path) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
+    return newest
 
 
 def _row_of(line: str) -> dict[str, Any] | None:

@@ -100,6 +100,12 @@ class TensorBoard:
         with disk_errors(folder):
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
 
+    def begin_at(self, step: int) -> None:
+        """Drop the points from this step on."""
+        with disk_errors(self._folder):
+            self._board.close()
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         with disk_errors(self._folder):
             for tag, value in numbers.items():

@@ -127,6 +127,19 @@ def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path) 
     assert rows(tmp_path) == [{"step": 0, "eval": {"held": 3.0}}]
 
 
+def test_tensorboard_has_once_what_was_pending_at_a_resume(tmp_path: Path) -> None:
+    for start in (0, 2):
+        log = MetricsLog(tmp_path, 9, True, start, pending=["merge", "eval"] if start else [])
+        for step in range(start + 1, 3):
+            log.step(metrics(step))
+        log.record("merge", 2, {"cycle": 0})
+        log.evaluation(2, {"held": 3.0})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    steps = {"1_loss/training": [1, 2], "4_merges/cycle": [2], "2_evaluation/perplexity/held": [2]}
+    assert {tag: [event.step for event in board.Scalars(tag)] for tag in steps} == steps
+
+
 def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
     for start, stop, loss in ((0, 4, 2.0), (2, 5, 1.0)):  # interrupted at 4, resumed from a checkpoint at 2
         log = MetricsLog(tmp_path, 9, enabled=True, start_step=start)
