@@ -36,10 +36,11 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
     """Results of two pairs on the tiny model, and what was printed."""
     done = bench(
         "--work", folder, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 60,
-        "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2, "--jobs", 1, *flags,
+        "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2, "--jobs", 1,
+        "--json", folder / "all.json", *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    results = read_json(folder / "results.json")
+    results = read_json(folder / "all.json")["runs"]
     for result in results:
         assert result["steps"] == [20, 40, 60]
         assert len(result["accuracy"]) == len(result["loss"]) == 3

@@ -7,8 +7,8 @@ rate after a warm-up): each learns, of pairs of 32 hex digits, the second from t
 its sweep. At intervals the second is generated greedily; the share
 of right digits is the character accuracy (1/16 is chance); a trial that knows everything ends. A digit is one token
 here, so rows need no padding. Prints, at each method's best learning rate (largest mean accuracy over all intervals),
-the accuracy over steps, mean over seeds, and the steps to 90%; writes results.json. A trial that
-is done is kept.
+the accuracy over steps, mean over seeds, and the steps to 90%; `--json FILE` keeps all trials. A trial that is done is
+kept.
 
 The default is for two cores: the demo's small Llama, warm-started on prose. The paper's: Llama-2 7B,
 
@@ -108,7 +108,6 @@ def main() -> None:
     trials = list(_trials(options))
     run_all(trials, lambda trial: _start(trial, options.work), options.jobs)
     results = [(trial, json.loads((options.work / trial.name / "result.json").read_text())) for trial in trials]
-    write_json_atomic(options.work / "results.json", [{**asdict(trial), **result} for trial, result in results])
     _show(results, options)
 
 
@@ -287,6 +286,9 @@ def _show(results: Sequence[tuple[Trial, dict[str, Any]]], options: argparse.Nam
         f"measured step with {KNOWN:.0%} of each seed."
     )
     report.show("memorization", rows)
+    report.points["runs"] = [
+        {"method": trial.method, "rate": trial.rate, "seed": trial.seed, **result} for trial, result in results
+    ]
     report.write()
 
 
