@@ -11,8 +11,6 @@ Each fault is applied to a copy of the checkout, never to the checkout itself. A
 once is an error: the code has changed, and the fault has to be written anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -1,7 +1,5 @@
 """launch/: Slurm's script with stand-ins for Slurm's commands; what Kubernetes and SkyPilot start, parsed."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """tests/mutations.py: every fault can still be put into the code, so that the list does not age unseen."""
 
-from __future__ import annotations
-
 from tests.mutations import MUTATIONS, ROOT
 
 

@@ -1,7 +1,5 @@
 """The files that a code host reads say what the project itself does."""
 
-from __future__ import annotations
-
 import configparser
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the README shows must run: the plugin's lines, word for word, in a loop over two ranks."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Configurations of adapters: what is refused, what is taken where nothing is said, what follows from them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

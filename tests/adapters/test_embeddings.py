@@ -2,8 +2,6 @@
 --train_new_embeddings trains their added rows. Both compute what trained tables do, and are sharded, resumed and
 exported with the adapters."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

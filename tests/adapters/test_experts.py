@@ -1,7 +1,5 @@
 """Experts of a mixture as targets: which tensors they are, what they compute, how they are named and read."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Runs that adapt the experts of a mixture: ranks, merges, resume, exports, files, and what is refused."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Injection: which layers match, what is replaced, frozen, counted and refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`MoRALinear` is the layer that it replaces at M = 0, and base + delta at any other M."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

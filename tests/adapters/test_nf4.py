@@ -1,8 +1,6 @@
 """A frozen weight in 4 bits: its error, the terms of merged cycles, and that a layer on it computes what one on the
 dense weight does."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from functools import partial

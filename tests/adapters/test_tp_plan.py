@@ -1,7 +1,5 @@
 """Which layers tensor parallelism splits, and which it does not and why."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One run of two ranks that the tests of checkpoints share, and one that was made without training."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections.abc import Iterator

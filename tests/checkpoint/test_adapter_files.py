@@ -1,7 +1,5 @@
 """adapter.json, adapter.safetensors and base.json: what they store, and how damage is named."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

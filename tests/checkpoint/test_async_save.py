@@ -1,7 +1,5 @@
 """--async_save: the same checkpoints, written while training goes on; errors are told by the next save, everywhere."""
 
-from __future__ import annotations
-
 import errno
 import threading
 import time

@@ -1,7 +1,5 @@
 """What a checkpoint weighs: 16 bytes a trained parameter (master, two moments, the adapter file) and little else."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch.distributed as dist

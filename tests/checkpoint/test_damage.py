@@ -5,8 +5,6 @@ What `auto` passes over and `latest` refuses is decided without an engine, so mo
 One file because all of them share that run.
 """
 
-from __future__ import annotations
-
 import itertools
 import shutil
 import subprocess

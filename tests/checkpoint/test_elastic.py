@@ -3,8 +3,6 @@
 Complete runs: `test_elastic_runs`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path

@@ -3,8 +3,6 @@
 The state of the engines alone: `test_elastic`.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The folder of all checkpoints: what is not a run's stays, and what cannot be deleted does not end a run."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A run's ledger is found, and shown as a table."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

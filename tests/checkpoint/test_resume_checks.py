@@ -1,7 +1,5 @@
 """Which checkpoint a run goes on from, whether it may, and with which random states."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

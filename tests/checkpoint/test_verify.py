@@ -1,7 +1,5 @@
 """`mora-ds verify`: a good run is good, and whatever is damaged is named, manifest or not."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

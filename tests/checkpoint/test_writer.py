@@ -1,7 +1,5 @@
 """What a checkpoint holds, when `latest` moves, what is kept, and what a full disk does."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`mora-ds COMMAND`: which function runs, on which flags, and who starts the processes of a training."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`mora-ds plan`: what its flags mean, and what it prints."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`mora-ds prepare-corpus` fills the token cache with what a run of the same settings looks for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A wheel in an environment of its own and an empty folder: every command, the demo, nothing read from the checkout."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The exceptions' messages: each once, the nearest word, another library's reason in a line; and bounds of settings."""
 
-from __future__ import annotations
-
 import math
 from enum import Enum
 from types import SimpleNamespace

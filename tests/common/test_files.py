@@ -1,7 +1,5 @@
 """Atomic writes, links, folders and manifests: what a full disk, a kill or damage leaves behind."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

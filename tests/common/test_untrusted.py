@@ -1,7 +1,5 @@
 """Values that come from files, at the edges of what is allowed."""
 
-from __future__ import annotations
-
 import json
 import re
 import resource

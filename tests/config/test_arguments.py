@@ -1,7 +1,5 @@
 """Flags, recipes and their checks: what is known passes, everything else is named."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import get_args, get_type_hints

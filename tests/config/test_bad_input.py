@@ -3,8 +3,6 @@
 test_bad_launches.py has all others.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

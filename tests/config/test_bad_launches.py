@@ -6,8 +6,6 @@ Each line of `LAUNCHES` is what follows a good command line, and what the messag
 this order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

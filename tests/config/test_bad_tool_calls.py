@@ -5,8 +5,6 @@ folder of `tests/helpers/mistakes.py`, {user} that of a user's own files, {run} 
 {new} a path where nothing is, {tiny} a config. Damaged checkpoints, which end with code 1, are in tests/checkpoint/.
 """
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from pathlib import Path

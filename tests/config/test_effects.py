@@ -1,7 +1,5 @@
 """Settings without an effect are refused by their names, and keys of a recipe left out where a flag makes them idle."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

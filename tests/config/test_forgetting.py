@@ -1,7 +1,5 @@
 """Forgetting: each set against its start, the stop at a bound, the best checkpoint, which stays."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Settings that earlier versions had are refused by name, with what to do instead."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the rest of a run gets from the settings: schedule, engine, adapter, and what a resumed run must share."""
 
-from __future__ import annotations
-
 import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig

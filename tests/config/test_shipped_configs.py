@@ -1,7 +1,5 @@
 """Every file that is shipped in configs/ is read by the code that will read it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A tokenizer that several files use."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

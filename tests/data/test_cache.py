@@ -1,7 +1,5 @@
 """The token cache: built once, completely or not at all, equal for any number of processes, new for new contents."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A damaged token cache or index entry is noticed, named and built again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Files of every format become documents, and every way in which they can be broken has its own clear error."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import tracemalloc

@@ -1,7 +1,5 @@
 """The demo corpora: equal bytes on every call, held-out modules in neither training set, limits on sizes."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

@@ -1,7 +1,5 @@
 """`mora-ds extend-vocab`: real SentencePiece settings, round trips, rows that start as means, heads of every kind."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Mixtures: exact shares in an order that can start at any step, phases, used-up sources, complete runs."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Packing: every token once an epoch, documents apart, and batches that only depend on seed, step and batch size."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Readers of files: from any position on, up to their limits, and what a suffix and a column say."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Streaming: the same blocks as from a cache, resumed at any position. Its failures are in test_stream_failures.py."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Streaming: failures, damage and ends are named."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -1,7 +1,5 @@
 """Tokenizers that are trained, wrapped and saved give exactly SentencePiece's ids; unsuitable ones are refused."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

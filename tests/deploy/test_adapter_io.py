@@ -1,7 +1,5 @@
 """load_adapter: which domain a model computes as, and what does not fit a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

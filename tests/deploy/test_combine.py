@@ -1,7 +1,5 @@
 """Sums of updates against the same sums formed by hand in fp64, and what they refuse."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Export: fabricated checkpoints against models changed by hand, damage, kills, memory."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """--push_to_hub, against a stand-in for the Hub: what is uploaded, who sees it, and a run without a network."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The logits of an export against those that the live model left in the checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

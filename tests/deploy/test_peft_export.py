@@ -1,7 +1,5 @@
 """A checkpoint as PEFT's LoRA adapter: PEFT loads it, and on the base it is the merged model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

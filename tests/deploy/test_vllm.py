@@ -4,8 +4,6 @@ vLLM brings versions of its own, so it gets an environment of its own, which is 
 folder that MORA_DS_VLLM names.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

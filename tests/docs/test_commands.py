@@ -5,8 +5,6 @@ checkout in which the demo has just finished; `run: ci` is what .ci/run runs, an
 Longer runs are cut to a few steps. Of one run the guide to a healthy run shows the first and the last lines.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

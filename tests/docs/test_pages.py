@@ -1,7 +1,5 @@
 """What the documentation promises: pages equal the code, links lead somewhere, commands are marked."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import lru_cache

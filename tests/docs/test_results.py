@@ -1,7 +1,5 @@
 """No figure without its JSON: what the pages of results show is drawn by tools/docs.py and tools/figures.py."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

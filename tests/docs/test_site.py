@@ -1,7 +1,5 @@
 """The site builds without a warning: every link, every anchor and every name of the API is there."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

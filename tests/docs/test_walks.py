@@ -1,8 +1,6 @@
 """What docs/contributing.md says of how to read the code: every file and function that its walks name exists, and the
 files to open are those that run."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

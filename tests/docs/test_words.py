@@ -1,7 +1,5 @@
 """The documentation is written in the field's words: the project's old jargon does not come back."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

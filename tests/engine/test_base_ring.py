@@ -3,8 +3,6 @@
 The device is another buffer of the CPU. Its copies come as late as the ring permits (`Late`) or at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace

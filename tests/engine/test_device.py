@@ -1,7 +1,5 @@
 """What a run sets up for its device."""
 
-from __future__ import annotations
-
 import os
 from types import SimpleNamespace
 from typing import Any

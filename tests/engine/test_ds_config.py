@@ -1,7 +1,5 @@
 """DeepSpeed's JSON: "auto" is filled, contradictions are listed at once, and DeepSpeed accepts what comes out."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import replace

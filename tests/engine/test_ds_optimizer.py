@@ -1,7 +1,5 @@
 """The optimizer's part of a DeepSpeed config: filled from the flags, and refused where it cannot be."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

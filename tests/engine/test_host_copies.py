@@ -1,7 +1,5 @@
 """Copies from host memory: what is asked of CUDA and in which order, with a stand-in for it, and the twin for CPUs."""
 
-from __future__ import annotations
-
 import resource
 from contextlib import contextmanager
 from typing import Any

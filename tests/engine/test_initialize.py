@@ -1,7 +1,5 @@
 """What `start_distributed` and `initialize` settle before DeepSpeed's engine exists."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 What is gathered when, and equal numbers, in several processes: test_module_hooks.py.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

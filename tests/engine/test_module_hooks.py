@@ -1,7 +1,5 @@
 """ZeRO-3 without the hooks of modules that have nothing to gather: the same numbers to the bit."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch

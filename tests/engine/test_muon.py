@@ -1,7 +1,5 @@
 """Muon on the MoRA matrices, AdamW on the other parameters: sharded = one plain process, merged, resumed, refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

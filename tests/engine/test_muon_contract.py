@@ -3,8 +3,6 @@
 A fault that is gone is a failure too: drop the repair then.
 """
 
-from __future__ import annotations
-
 import inspect
 from importlib import import_module
 from typing import Any

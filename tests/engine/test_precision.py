@@ -4,8 +4,6 @@ In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge
 does, leave nothing of the old MoRA matrices behind, and touch nothing else that is trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ A merge is measured before and after, so that its copies are there when the matr
 of its start.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

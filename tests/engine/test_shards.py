@@ -3,8 +3,6 @@
 Those that engines write, in several processes: tests/checkpoint/test_elastic.py.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What ZeRO-3 puts on the wire: the MoRA matrices, and nothing of the base."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 When an upgrade breaks a test here, the message names the symbol: adapt mora_ds/engine, then this file.
 """
 
-from __future__ import annotations
-
 import inspect
 from importlib import import_module
 from importlib.metadata import version

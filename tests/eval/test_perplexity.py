@@ -1,7 +1,5 @@
 """`mora-ds evaluate`: the figures are those of a naive computation, and a checkpoint has those of its export."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

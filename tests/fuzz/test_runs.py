@@ -3,8 +3,6 @@
 Each commit tries others. FUZZ="SEED COUNT" in the environment has the heavy test try these instead.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from dataclasses import fields

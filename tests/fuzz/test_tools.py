@@ -3,8 +3,6 @@
 Each commit tries other mutations.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

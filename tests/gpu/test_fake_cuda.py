@@ -1,7 +1,5 @@
 """Every step that ships, on a CUDA device without numbers: nothing is misplaced, and the host waits for nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

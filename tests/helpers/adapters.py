@@ -1,7 +1,5 @@
 """Portable adapters for tests and benchmarks, written from random squares by the project's own writers: no training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path

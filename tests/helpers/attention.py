@@ -1,7 +1,5 @@
 """Attention from complete scores, and the queries, keys and documents that it is compared on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Batches whose rows hold several documents."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A whole checkpoint made without training, for tests that change its files and reseal them."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

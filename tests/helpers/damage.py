@@ -1,7 +1,5 @@
 """Ways to damage a file: cut short, one bit flipped, deleted, another JSON; and a checkpoint small enough for it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """DeepSpeed engines for the tests: the settings, a merge by hand, a small model without adapters, a run with merges."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any

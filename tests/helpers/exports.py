@@ -1,7 +1,5 @@
 """A checkpoint made without any training, and the model that its export must be."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 from functools import partial

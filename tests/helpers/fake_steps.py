@@ -3,8 +3,6 @@
 LD_PRELOAD=SHIM python -m tests.helpers.fake_steps FILE NAME...      writes {name: what went wrong, or ""} as JSON
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import traceback

@@ -4,8 +4,6 @@ subjects(folder)                  a small checkpoint, adapter and model
 fuzz(subjects, seeds, scratch)    one call of a tool for each seed, and what it found
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

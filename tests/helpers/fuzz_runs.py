@@ -5,8 +5,6 @@ leave nothing behind; that one is taken away, and the rest is tried again, until
 everything else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -7,8 +7,6 @@ every rank is a fork of it, so that starting one takes no time. A rank that rais
 and the others are ended at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import multiprocessing

@@ -1,7 +1,5 @@
 """Runs by Hugging Face's Trainer for the tests, and the same run by a loop of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ kernel gathers from shared memory, as by default, or from global memory, as it d
 several parts, as wide ones are.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

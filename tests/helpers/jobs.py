@@ -1,7 +1,5 @@
 """Whole runs for the tests: a tiny model folder and corpus, `pretrain` on forked ranks, or the real launcher."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

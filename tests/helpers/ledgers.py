@@ -1,7 +1,5 @@
 """Layers and MoRA matrices to put into a merge ledger."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

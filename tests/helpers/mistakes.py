@@ -1,7 +1,5 @@
 """Files with one mistake each, as users and broken transfers make them, and programs that are called with them."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

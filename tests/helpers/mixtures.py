@@ -1,7 +1,5 @@
 """Runs on a mixture of two sources."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny random models of every family, and batches for them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

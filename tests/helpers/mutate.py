@@ -1,7 +1,5 @@
 """Mutations of files by a seeded generator: values, keys and types of JSON, YAML, headers; bytes; links."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -4,8 +4,6 @@ with two_nodes() as nodes:
     nodes[0].start(command, ...), nodes[1].start(command, ...), nodes[1].unplug()
 """
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 import time

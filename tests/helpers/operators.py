@@ -1,7 +1,5 @@
 """Every MoRA operator on every shape that the tests try, and a layer computed in each of the two ways."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

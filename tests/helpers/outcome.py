@@ -1,7 +1,5 @@
 """Everything that a run leaves in its output folder, compared byte for byte with that of another run."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

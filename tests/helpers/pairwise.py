@@ -6,8 +6,6 @@
 8 tests where the product has 16. Which ones, and their order, depends on the argument alone.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Layers over a base of few bits: what the tests of 8 and of 4 bits share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

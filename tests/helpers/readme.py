@@ -1,7 +1,5 @@
 """Code blocks of README.md and of the pages under docs/."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

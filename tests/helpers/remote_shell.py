@@ -7,8 +7,6 @@ As over a real connection, a command gets nothing of the caller's environment, s
 for a shell. `install` puts both into a folder for PATH.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 import subprocess

@@ -1,7 +1,5 @@
 """Interrupted runs, and what must be the same after they have been resumed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

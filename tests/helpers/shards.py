@@ -1,7 +1,5 @@
 """Engine shards, written as a checkpoint has them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

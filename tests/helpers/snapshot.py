@@ -1,7 +1,5 @@
 """What a folder holds, to the byte: for tests that nothing of it was touched."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Streams of small documents, for the tests of streaming."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

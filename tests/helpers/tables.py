@@ -1,7 +1,5 @@
 """Tables of cases in text: a row a line, its cells separated by " | "; lines that begin with "#" are comments."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

@@ -1,7 +1,5 @@
 """Small tasks of the lm-eval harness, from files."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

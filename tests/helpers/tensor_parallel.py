@@ -1,7 +1,5 @@
 """Runs for the tests of tensor parallelism: one process, and the same on t x dp ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any

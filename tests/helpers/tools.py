@@ -1,8 +1,6 @@
 """A command of `mora-ds`, or a program of `tools/`, in this process: for what it says of its flags, which needs no
 interpreter of its own."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

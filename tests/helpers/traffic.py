@@ -8,8 +8,6 @@ counts again. The least: each number that a kernel needs once, and each that it 
 ("dM") is a product and the sum of its parts; the parts count, as neither needs them.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

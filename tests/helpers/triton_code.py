@@ -1,7 +1,5 @@
 """Machine code of a kernel without a GPU: what triton compiles for a launch, and what is in it."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Options of the Trainer that contradict an adapter are refused by name; merges; and what is used of transformers."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """trl's SFTTrainer with MoRA: 20 steps with two merges on two ranks, exported and verified."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Hugging Face's Trainer with MoRA: equal to a loop of its own, resumed bit for bit, the base never sharded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Attention by documents is dense attention in every family: losses and gradients, at one row and at several."""
 
-from __future__ import annotations
-
 from functools import partial
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Original weights on disk: opening, mapping, fingerprints, checksums."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Attention by documents is dense attention under a mask, in its outputs and gradients, and holds nothing of T x T."""
 
-from __future__ import annotations
-
 import weakref
 from itertools import product
 from typing import Any

@@ -1,8 +1,6 @@
 """Every type of causal language model of the installed transformers that can be made small by the usual names of sizes:
 an upgrade that brings a layer which adapters, merges or loading would get wrong fails here."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Iterator

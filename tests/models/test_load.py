@@ -1,8 +1,6 @@
 """Which files of a Hub repository are downloaded, and in which precision a run keeps weights that are not one to one;
 folders on disk are loaded by most other tests."""
 
-from __future__ import annotations
-
 import fnmatch
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The loss in chunks equals the model's own: values, gradients, evaluation, also under ZeRO-3."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path

@@ -1,7 +1,5 @@
 """--node_base: the processes of a node share one frozen base, which every merge leaves as if each had merged alone."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

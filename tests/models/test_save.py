@@ -1,7 +1,5 @@
 """What is written: which tensor is in which file, what the base's other files become, and every dtype."""
 
-from __future__ import annotations
-
 import json
 import os
 import struct

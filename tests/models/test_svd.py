@@ -1,7 +1,5 @@
 """Leading singular vectors of a matrix that is too large to be decomposed exactly."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """torch's flash attention over all documents, as it is called on CUDA: on the meta device, and by stand-ins for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

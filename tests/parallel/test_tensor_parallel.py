@@ -1,7 +1,5 @@
 """Split equals unsplit: t x dp ranks follow one plain PyTorch process, for every family and operator."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

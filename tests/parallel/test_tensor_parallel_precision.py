@@ -1,7 +1,5 @@
 """Low precision at t = 2 follows one rank in the same precision; what every rank holds stays the same everywhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

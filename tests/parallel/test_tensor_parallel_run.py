@@ -1,7 +1,5 @@
 """The main job at t x dp: the run of one rank, its checkpoints resumed at any other t x dp, its merges and exports."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

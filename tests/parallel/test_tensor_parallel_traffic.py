@@ -1,7 +1,5 @@
 """What tensor parallelism puts on the wire, counted, against what `costs` says."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mora_ds.adapters.inject import frozen_buffers

@@ -1,7 +1,5 @@
 """What `topology` relies on in DeepSpeed. A failure here after an upgrade says which symbol moved."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Split rows, attended by documents, give what complete rows give densely: s = 2, 4 and 2 x 2 under ZeRO-3 follow one
 plain PyTorch process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

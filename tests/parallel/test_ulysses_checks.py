@@ -1,7 +1,5 @@
 """What a model bound to sequence parallelism leaves alone, and what is refused before a step is made."""
 
-from __future__ import annotations
-
 import inspect
 from types import SimpleNamespace
 from typing import Any

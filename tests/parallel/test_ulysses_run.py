@@ -1,7 +1,5 @@
 """Complete runs with --sequence_parallel_size: batches, merges, evaluation, checkpoints are those of one process."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Windows concatenated, or summed, are the operator; their transposes are transposes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """MoRA as a method of PEFT: the numbers of mora_ds's own layers, through PEFT's own functions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

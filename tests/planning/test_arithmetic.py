@@ -1,7 +1,5 @@
 """The arithmetic of plans, with figures counted by hand: bytes of Ulysses, and those under every ZeRO stage."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

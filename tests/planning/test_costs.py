@@ -1,7 +1,5 @@
 """Traffic of one micro-batch counted by hand, for each kind of layer. The bytes of real ranks: tests/parallel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig

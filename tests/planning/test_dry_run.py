@@ -1,7 +1,5 @@
 """--dry_run: a plan from the flags and the model's config, which says what a run says at its start."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Plans of a base in host memory: what a device holds, and what is copied to it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

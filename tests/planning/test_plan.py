@@ -1,7 +1,5 @@
 """Planned against done: what a micro-batch keeps, what a rank holds, what ZeRO-3 gathers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which plan is recommended, and how a plan's figures follow from those of its model: on tiny models, in no time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Model FLOPs, counted from shapes, against what torch counts; the peaks of cards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The ledger: what it holds, what it refuses, what a kill leaves, and the one function that forms live weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Merging, many times over: the live base is the replayed ledger bit for bit, and every reset does what it says."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from pathlib import Path

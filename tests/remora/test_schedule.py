@@ -1,7 +1,5 @@
 """The learning rate at its corners, and the steps at which squares are merged."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

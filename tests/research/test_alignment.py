@@ -1,7 +1,5 @@
 """The alignment loss is that of the dense delta, with its gradient, for any number of processes and accumulation."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters side by side: every row of a mixed batch is what its adapter, merged alone, makes of it; what is refused."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

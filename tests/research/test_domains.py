@@ -1,7 +1,5 @@
 """A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete runs, frozen matrices."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Spectra: algebra against the decomposition of the formed matrices, rank growth, and what is written."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, replace
 from pathlib import Path

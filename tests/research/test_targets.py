@@ -1,7 +1,5 @@
 """Weight analysis, the probe, and plans of targets: formulas, files, and runs that follow a plan."""
 
-from __future__ import annotations
-
 import math
 import random
 import shutil

@@ -1,7 +1,5 @@
 """How a program ends: its exit code, and what it prints, on rank 0 and on the others."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Objects travel along a tree, over connections that are made when they are first used."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

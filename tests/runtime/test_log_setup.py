@@ -1,7 +1,5 @@
 """Which messages a process prints: by its rank, by --log_level, and none in a program that only imports mora_ds."""
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

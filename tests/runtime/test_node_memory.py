@@ -1,7 +1,5 @@
 """What the processes of a node have in common: its control groups, its ranks, its pages."""
 
-from __future__ import annotations
-
 import mmap
 import os
 from pathlib import Path

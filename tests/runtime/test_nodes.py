@@ -1,7 +1,5 @@
 """A run whose nodes do not see the same output folder is refused, on all ranks, before it has begun."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ranks meet at checks that have names: they go on together, or all of them fail with the same error."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What the thread that watches a rank's launcher does, without the thread."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Signals, dead ranks, dead launchers: saved within two steps, ended within a minute, resumed bit for bit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

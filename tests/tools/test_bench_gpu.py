@@ -1,7 +1,5 @@
 """tools/bench/gpu.py: every question at toy sizes on the CPU, so that nothing is first run on rented hardware."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from pathlib import Path

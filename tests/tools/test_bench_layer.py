@@ -1,7 +1,5 @@
 """tools/bench/layer.py: its tables."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

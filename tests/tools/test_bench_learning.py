@@ -1,7 +1,5 @@
 """tools/bench/learning.py: what it refuses, which rate it calls the best, and that a finished run is not repeated."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """tools/bench/memorization.py, as small as it gets: every method learns on one engine, and what it prints is right."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """tools/bench/report.py: what is printed is what the file holds, and tools/docs.py makes the pages' tables from it."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

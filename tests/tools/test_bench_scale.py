@@ -1,7 +1,5 @@
 """The benchmark of one rank among many: every phase runs, and what must not grow with the ranks does not."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """tools/measures.py on a small package: nodes, lines of code, short functions, packed assignments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tools.measures import count_flags, measure

@@ -1,7 +1,5 @@
 """All ranks begin together, or none does: settings that differ, and a failure of one rank at each check of a start."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,7 +1,5 @@
 """The attention of whole runs: what is chosen, that a resume goes on with it, and what dense attention stays."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs with --base_device host: curve, checkpoints and merge ledger are those of a run with its base on the device."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """The base's files are mapped: a run whose base changes under it ends, and names the checkpoint to go on from."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What fails beside training: the run goes on to its end and its last checkpoint, and says so by an exit code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """--compute auto in whole runs: nothing that is measured decides numbers, and a resume with other sizes says so."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager

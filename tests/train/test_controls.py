@@ -1,7 +1,5 @@
 """The controls on the same engine: LoRA, ReLoRA, and nothing at all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The same command gives the same bits: beside other work too, and a merge ledger on every kind of CPU."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What the demo trains with: the default recipe, or less where the user's flags do not allow it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

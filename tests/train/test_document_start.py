@@ -1,7 +1,5 @@
 """--document_start TOKEN: documents of cached and streamed text begin with it, and those of an evaluation do."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """--embedding_learning_rate: other trained parameters have their own learning rate at every ZeRO stage."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

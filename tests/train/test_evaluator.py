@@ -1,7 +1,5 @@
 """An evaluation: which batches of a set count, when tasks are due, what is logged and kept of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

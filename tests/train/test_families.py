@@ -3,8 +3,6 @@
 Documents packed into one row do not see each other, in any family.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

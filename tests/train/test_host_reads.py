@@ -1,7 +1,5 @@
 """A training step reads numbers from the device once: the sums over all processes at its end."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

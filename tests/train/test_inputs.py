@@ -1,7 +1,5 @@
 """No input may lie in what a run writes or deletes, whichever way its name leads there."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ pytest tests/train/test_kill.py              every second moment once, on two ra
 pytest tests/train/test_kill.py -m heavy     every moment with each of: one rank or all, 2 and 3 ranks, fp32 and bf16
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches that are prepared a step ahead: whose rows they are, when errors come, where a stream is found meanwhile."""
 
-from __future__ import annotations
-
 import threading
 from types import SimpleNamespace
 from typing import Any

@@ -6,8 +6,6 @@
 The moments of the kills come from a seed (`LONG_HAUL_SEED`), so that a failure can be repeated.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import time

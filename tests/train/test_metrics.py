@@ -1,7 +1,5 @@
 """What is logged: rows that any JSON reader takes, a resumed file that reads as one, TensorBoard, and nothing twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

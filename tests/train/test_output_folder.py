@@ -1,7 +1,5 @@
 """The output folder: a run takes none that holds something of the user's under its names, and removes only its own."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whole runs and their output folder: what of the user's they refuse to touch, and the mode of what they write."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """The main job as users run it: one curve for any number of ranks, every kind of input and setting, the export."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Runs on a base in 8 or 4 bits: ranks, merges, kills, export, memory, plans, and what is refused."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from importlib.util import find_spec

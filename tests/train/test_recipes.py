@@ -1,7 +1,5 @@
 """Every recipe of configs/recipes/ is dry-run with a model of its size, and keeps what its comments say."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

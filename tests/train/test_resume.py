@@ -1,7 +1,5 @@
 """Interrupted and resumed: the same losses, MoRA matrices, base and logged rows, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Resumed = uninterrupted, bit for bit, for every two of: optimizer, ZeRO stage, dtype, offload and adapter."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`mora_ds.Run` in a user's own loop: what is wrong with a call is said before anything is changed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

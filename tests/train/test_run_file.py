@@ -1,7 +1,5 @@
 """run.yaml: no secret of DeepSpeed's file is written into it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

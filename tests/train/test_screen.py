@@ -1,7 +1,5 @@
 """What a run prints after its last step, by what it was asked for; a launched run's lines are in test_pretrain.py."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """One rank that is slow at everything: the others wait for it, and the run is the same to the bit."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tasks of the lm-eval harness during a run: shared by all ranks, the results of the exported model on one process."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

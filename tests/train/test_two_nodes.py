@@ -1,7 +1,5 @@
 """Two nodes with an address each: the same losses as on one; a cut cable ends the run, which can be resumed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A run says what share of its GPUs' arithmetic it uses, where that is known."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,8 +1,6 @@
 """The GPU's paths of a layer, by their operations in plain torch: base + delta, forward and backward; and how many
 kernels they start, counted on the meta device, which runs what CUDA runs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace

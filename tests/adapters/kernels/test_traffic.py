@@ -1,7 +1,5 @@
 """The count of bytes that kernels move: what it holds them to, and that it sees rows that are read twice."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

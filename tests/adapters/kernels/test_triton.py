@@ -1,7 +1,5 @@
 """The Triton kernels without a GPU: results in triton's interpreter, and machine code from its compiler."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Deltas added in place: the bits of `total + delta_weight`, for every operator and shape."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

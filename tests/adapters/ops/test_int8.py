@@ -1,7 +1,5 @@
 """A frozen weight in 8 bits: its error, and that a layer on it computes what one on the dense weight does."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """All ways to compute a layer are base + delta, forward and backward, on every operator, shape and kind of device."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """LoRA: its formula, its merges (ReLoRA) under every ZeRO stage, its export."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The operators against the reference's outputs, and against their own contract on every shape."""
 
-from __future__ import annotations
-
 import json
 import math
 from functools import partial
