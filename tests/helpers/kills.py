@@ -7,12 +7,11 @@
 Each moment is patched into the process that is to die; the package itself has no hooks.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import multiprocessing.connection
 import os
+import pkgutil
 import shutil
 import signal
 import time
@@ -24,23 +23,15 @@ from typing import Any
 
 import torch.distributed as dist
 import transformers
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 import mora_ds.data.cache
-import mora_ds.data.inspection
 from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.checkpoint import writer
-from mora_ds.common import files
-from mora_ds.deploy import export
-from mora_ds.engine import shards, zero
-from mora_ds.models.node_base import NodeBase
-from mora_ds.models.tensor_files import SafetensorsWriter
-from mora_ds.remora import ledger, merge
-from mora_ds.remora.merge import ReMoRA
-from mora_ds.train import metrics, output_folder, pretrain, run
-from mora_ds.train.run import Run
+from mora_ds.engine import shards
+from mora_ds.remora import ledger
+from mora_ds.train import metrics
 from tests.helpers.gloo import start_ranks
 from tests.helpers.jobs import job
+from tests.helpers.tables import rows
 
 Install = Callable[[], None]
 
@@ -186,14 +177,12 @@ class Passes(Enum):
     FIRST = "rank 0 only"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moment:
     install: Install
-    """Patches a process so that it dies then. The numbers of calls are those of a run with the flags `STEPS`: a
-    checkpoint after every step, merges after steps 2 and 4. Before each merge, and before the last evaluation, there is
-    a checkpoint more."""
-    passes: Passes = Passes.FIRST
-    start: Start = Start.NOTHING
+    """Patches a process so that it dies then."""
+    passes: Passes
+    start: Start
     more: tuple[str | int, ...] = ()
     """Flags in addition to `STEPS`."""
     only_heavy: bool = False
@@ -208,90 +197,102 @@ STEPS = (
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Flags for an evaluation after each step, most of which make a new best checkpoint."""
 
-MOMENTS: dict[str, Moment] = {
-    # a step
-    "before_the_optimizer_step": Moment(lambda: before(DeepSpeedEngine, "step", 4), Passes.ALL),
-    "after_the_optimizer_step": Moment(lambda: after(DeepSpeedEngine, "step", 4), Passes.ALL),
-    "half_a_row_of_metrics": Moment(half_a_row),
-    # a checkpoint
-    "matrices_are_gathered": Moment(
-        lambda: within(Run, "_gather", 3, lambda: before(zero, "full_fp32", 5)), Passes.ALL
-    ),
-    "engine_shard_half_written": Moment(
-        lambda: within(
-            writer.CheckpointWriter, "save", 3, lambda: torn(shards, "write_shard", lambda path, tensors: path)
-        ),
-        Passes.ALL,
-    ),
-    "after_the_shards": Moment(lambda: before(writer._Share, "of", 3), Passes.ALL),
-    "adapter_half_written": Moment(
-        lambda: within(run, "write_adapter", 3, lambda: after(SafetensorsWriter, "write", 4))
-    ),
-    "ledger_half_copied": Moment(
-        lambda: within(ledger.Ledger, "copy_to", 5, lambda: before(ledger, "link_or_copy", 2))
-    ),
-    "before_the_manifest": Moment(lambda: before(files, "write_manifest", 3)),
-    "before_the_rename": Moment(lambda: before(writer, "_replace_folder", 3)),
-    "before_the_first_latest": Moment(lambda: before(files, "replace_symlink", 1)),
-    "before_the_last_latest": Moment(lambda: before(files, "replace_symlink", 9)),
-    "latest_made_and_not_moved": Moment(
-        lambda: within(files, "replace_symlink", 3, lambda: after(Path, "symlink_to"))
-    ),
-    "after_the_best": Moment(lambda: after(writer, "name_best", 6), more=BEST),
-    "between_the_two_renames": Moment(
-        lambda: within(writer, "_replace_folder", 1, lambda: after(os, "replace")), start=Start.UNNAMED
-    ),
-    "retention_half_done": Moment(lambda: half_deleted("step-000003")),
-    # a merge
-    "before_a_merge": Moment(lambda: before(ReMoRA, "merge", 2), Passes.ALL),
-    "base_half_copied_to_the_memory_of_the_node": Moment(lambda: after(NodeBase, "copy", 2), Passes.ALL),
-    "a_layer_half_written": Moment(lambda: within(ReMoRA, "merge", 2, lambda: half_a_layer(2)), Passes.ALL),
-    "some_layers_merged": Moment(
-        lambda: within(ReMoRA, "merge", 2, lambda: after(merge, "merge_layer", 3)), Passes.ALL
-    ),
-    "cycle_half_written": Moment(
-        lambda: within(ledger, "_write_cycle", 2, lambda: after(SafetensorsWriter, "write", 5))
-    ),
-    "cycle_not_in_the_ledger": Moment(cycle_without_its_line),
-    "before_the_reset": Moment(lambda: before(ReMoRA, "_start_cycle", 2), Passes.ALL),
-    "right_after_a_merge": Moment(lambda: after(ReMoRA, "merge", 2), Passes.ALL),
-    # the end
-    "before_the_summary": Moment(lambda: before(pretrain, "write_json_atomic")),
-    "export_half_written": Moment(
-        lambda: within(export, "write_shards", 1, lambda: after(SafetensorsWriter, "write", 5))
-    ),
-    "export_set_aside": Moment(
-        lambda: within(export, "write_companions", 1, lambda: before(os, "rename", 2)), start=Start.FINISHED
-    ),
-    "export_replaced": Moment(
-        lambda: within(export, "write_companions", 1, lambda: after(os, "rename", 2)), start=Start.FINISHED
-    ),
-    # the beginning
-    "tokenizer_half_written": Moment(half_a_tokenizer),
-    "corpus_index": Moment(lambda: within(mora_ds.data.inspection, "_remember", 1, lambda: before(os, "replace"))),
-    "tokens_half_written": Moment(
-        lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin")
-    ),
-    "before_the_run_is_begun": Moment(lambda: before(output_folder.Reservation, "commit")),
-    "run_file_half_written": Moment(lambda: within(pretrain, "write_run_file", 1, lambda: before(os, "replace"))),
-    "old_run_half_set_aside": Moment(
-        lambda: within(output_folder, "_set_aside", 1, lambda: after(Path, "rename", 3)), start=Start.ANOTHER
-    ),
-    "old_run_set_aside": Moment(lambda: before(output_folder.Reservation, "commit"), start=Start.ANOTHER),
-    "old_run_half_deleted": Moment(lambda: half_deleted(".deleting"), start=Start.ANOTHER),
-    # a resume
-    "ledger_half_restored": Moment(
-        lambda: within(Run, "_open_ledger", 1, lambda: before(ledger, "link_or_copy", 2)), start=Start.UNNAMED
-    ),
-    "before_the_replay": Moment(lambda: before(ReMoRA, "replay"), Passes.ALL, Start.UNNAMED),
-    "some_layers_replayed": Moment(
-        lambda: within(ReMoRA, "replay", 1, lambda: after(merge, "write_live", 3)), Passes.ALL, Start.UNNAMED,
-        only_heavy=True,
-    ),
-    "metrics_half_trimmed": Moment(
-        lambda: within(metrics, "_keep_rows", 1, lambda: before(os, "replace")), start=Start.UNNAMED
-    ),
-}  # fmt: skip
+UNUSUAL: dict[str, Install] = {
+    "half a row": half_a_row,
+    "half a tokenizer": half_a_tokenizer,
+    "half a layer": lambda: half_a_layer(2),
+    "half a shard": lambda: torn(shards, "write_shard", lambda path, tensors: path),
+    "half of the tokens": lambda: torn(mora_ds.data.cache, "_write", lambda *arguments: arguments[2] / "tokens.bin"),
+    "half of step 3 deleted": lambda: half_deleted("step-000003"),
+    "half of a run deleted": lambda: half_deleted(".deleting"),
+    "cycle without its line": cycle_without_its_line,
+}
+"""Deaths that are neither right before nor right after a call."""
+
+TABLE = """
+# a step
+before_the_optimizer_step | all | nothing | - | before deepspeed.runtime.engine.DeepSpeedEngine.step 4
+after_the_optimizer_step | all | nothing | - | after deepspeed.runtime.engine.DeepSpeedEngine.step 4
+half_a_row_of_metrics | first | nothing | - | half a row
+# a checkpoint
+matrices_are_gathered | all | nothing | .train.run.Run._gather 3 | before .engine.zero.full_fp32 5
+engine_shard_half_written | all | nothing | .checkpoint.writer.CheckpointWriter.save 3 | half a shard
+after_the_shards | all | nothing | - | before .checkpoint.writer._Share.of 3
+adapter_half_written | first | nothing | .train.run.write_adapter 3 | \
+after .models.tensor_files.SafetensorsWriter.write 4
+ledger_half_copied | first | nothing | .remora.ledger.Ledger.copy_to 5 | before .remora.ledger.link_or_copy 2
+before_the_manifest | first | nothing | - | before .common.files.write_manifest 3
+before_the_rename | first | nothing | - | before .checkpoint.writer._replace_folder 3
+before_the_first_latest | first | nothing | - | before .common.files.replace_symlink 1
+before_the_last_latest | first | nothing | - | before .common.files.replace_symlink 9
+latest_made_and_not_moved | first | nothing | .common.files.replace_symlink 3 | after pathlib.Path.symlink_to 1
+after_the_best | first | nothing | - | after .checkpoint.writer.name_best 6
+between_the_two_renames | first | unnamed | .checkpoint.writer._replace_folder 1 | after os.replace 1
+retention_half_done | first | nothing | - | half of step 3 deleted
+# a merge
+before_a_merge | all | nothing | - | before .remora.merge.ReMoRA.merge 2
+base_half_copied_to_the_memory_of_the_node | all | nothing | - | after .models.node_base.NodeBase.copy 2
+a_layer_half_written | all | nothing | .remora.merge.ReMoRA.merge 2 | half a layer
+some_layers_merged | all | nothing | .remora.merge.ReMoRA.merge 2 | after .remora.merge.merge_layer 3
+cycle_half_written | first | nothing | .remora.ledger._write_cycle 2 | \
+after .models.tensor_files.SafetensorsWriter.write 5
+cycle_not_in_the_ledger | first | nothing | - | cycle without its line
+before_the_reset | all | nothing | - | before .remora.merge.ReMoRA._start_cycle 2
+right_after_a_merge | all | nothing | - | after .remora.merge.ReMoRA.merge 2
+# the end
+before_the_summary | first | nothing | - | before .train.pretrain.write_json_atomic 1
+export_half_written | first | nothing | .deploy.export.write_shards 1 | \
+after .models.tensor_files.SafetensorsWriter.write 5
+export_set_aside | first | finished | .deploy.export.write_companions 1 | before os.rename 2
+export_replaced | first | finished | .deploy.export.write_companions 1 | after os.rename 2
+# the beginning
+tokenizer_half_written | first | nothing | - | half a tokenizer
+corpus_index | first | nothing | .data.inspection._remember 1 | before os.replace 1
+tokens_half_written | first | nothing | - | half of the tokens
+before_the_run_is_begun | first | nothing | - | before .train.output_folder.Reservation.commit 1
+run_file_half_written | first | nothing | .train.pretrain.write_run_file 1 | before os.replace 1
+old_run_half_set_aside | first | another | .train.output_folder._set_aside 1 | after pathlib.Path.rename 3
+old_run_set_aside | first | another | - | before .train.output_folder.Reservation.commit 1
+old_run_half_deleted | first | another | - | half of a run deleted
+# a resume
+ledger_half_restored | first | unnamed | .train.run.Run._open_ledger 1 | before .remora.ledger.link_or_copy 2
+before_the_replay | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
+some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .remora.merge.write_live 3
+metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1
+"""
+"""Moment | processes that reach it | content of the output folder at the start | call in which they die | death.
+
+Before or after the call of a function with that number; names that begin with a dot are of `mora_ds`. The numbers are
+those of a run with the flags `STEPS`: a checkpoint after every step, merges after steps 2 and 4. Before each merge, and
+before the last evaluation, there is a checkpoint more."""
+
+
+def call_of(text: str) -> tuple[Any, str, int]:
+    """(owner, function, number of the call)."""
+    name, number = text.split()
+    owner, _, function = name.rpartition(".")
+    return pkgutil.resolve_name(f"mora_ds{owner}" if owner.startswith(".") else owner), function, int(number)
+
+
+def installer(outer: str, death: str) -> Install:
+    """What patches a process so that it dies so, in the call `outer` unless that is "-"."""
+
+    def install() -> None:
+        when, _, call = death.partition(" ")
+        if death in UNUSUAL:
+            UNUSUAL[death]()
+        else:
+            {"before": before, "after": after}[when](*call_of(call))
+
+    return install if outer == "-" else lambda: within(*call_of(outer), install)
+
+
+MOMENTS = {
+    name: Moment(installer(outer, death), Passes[passes.upper()], Start[start.upper()])
+    for name, passes, start, outer, death in rows(TABLE)
+}
+MOMENTS["after_the_best"].more = BEST
+MOMENTS["some_layers_replayed"].only_heavy = True
 
 
 # -- killing ---------------------------------------------------------------------------------------------------------
