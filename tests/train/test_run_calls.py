@@ -1,8 +1,9 @@
 """`mora_ds.Run` in a user's own loop: what is wrong with a call is said before anything is changed."""
 
 import os
-from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,34 +21,91 @@ from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.snapshot import untouched
+from tests.helpers.tables import parsed, rows
 
 CONFIG = MoRAConfig(rank=4, operator="share")
 
-WRONG: dict[str, Callable[[mora_ds.Run], object]] = {
-    "merge: `step` must be a whole number from 3 on, got -5": lambda run: run.merge(-5),
-    "merge: `step` must be a whole number from 3 on, got 'x'": lambda run: run.merge("x"),  # type: ignore[arg-type]
-    "merge: `step` must be a whole number from 3 on, got 1.5": lambda run: run.merge(1.5),  # type: ignore[arg-type]
-    "merge: `step` must be a whole number from 3 on, got None": lambda run: run.merge(None),  # type: ignore[arg-type]
-    "merge: `step` must be a whole number from 3 on, got True": lambda run: run.merge(True),
-    f"merge: `step` must be a whole number from 3 on, got {2**70}": lambda run: run.merge(2**70),
-    "merge: `step` must be a whole number from 3 on, got 2": lambda run: run.merge(2),
-    "merge: `probe` must be a function": lambda run: run.merge(3, 1.0),  # type: ignore[arg-type]
-    "save: `step` must be a whole number from 2 on, got -1": lambda run: run.save(-1),
-    "save: `step` must be a whole number from 2 on, got 'x'": lambda run: run.save("x"),  # type: ignore[arg-type]
-    "save: `step` must be a whole number from 2 on, got 1": lambda run: run.save(1),
-    "save: `folder` must be a path, got 3": lambda run: run.save(3, folder=3),  # type: ignore[arg-type]
-    "Run: `base` must be a path, got None": lambda run: mora_ds.Run(run.engine, base=None, folder="new"),  # type: ignore[arg-type]
-    "Run: `folder` must be a path, got ''": lambda run: mora_ds.Run(run.engine, base="base", folder=""),
-    "Run: `resume` must be a path, got True": lambda run: mora_ds.Run(
-        run.engine,
-        base="base",
-        folder="new",
-        resume=True,  # type: ignore[arg-type]
-    ),
-    "initialize: `model` has an engine already": lambda run: mora_ds.initialize(model=run.engine.module, config={}),
-    "save: `keep` must be a whole number from 1 on, or None for all, got -1": lambda run: run.save(3, keep=-1),
-    "save: `keep` must be a whole number from 1 on, or None for all, got 0": lambda run: run.save(3, keep=0),
-}
+CALLS_OF_A_RUN = """
+merge | {step: -5} | merge: `step` must be a whole number from 3 on, got -5
+merge | {step: x} | merge: `step` must be a whole number from 3 on, got 'x'
+merge | {step: 1.5} | merge: `step` must be a whole number from 3 on, got 1.5
+merge | {step: null} | merge: `step` must be a whole number from 3 on, got None
+merge | {step: true} | merge: `step` must be a whole number from 3 on, got True
+merge | {step: 1180591620717411303424} | merge: `step` must be a whole number from 3 on, got 1180591620717411303424
+merge | {step: 2} | merge: `step` must be a whole number from 3 on, got 2
+merge | {step: 3, probe: 1.0} | merge: `probe` must be a function
+save | {step: -1} | save: `step` must be a whole number from 2 on, got -1
+save | {step: x} | save: `step` must be a whole number from 2 on, got 'x'
+save | {step: 1} | save: `step` must be a whole number from 2 on, got 1
+save | {step: 3, folder: 3} | save: `folder` must be a path, got 3
+save | {step: 3, keep: -1} | save: `keep` must be a whole number from 1 on, or None for all, got -1
+save | {step: 3, keep: 0} | save: `keep` must be a whole number from 1 on, or None for all, got 0
+Run | {engine: ENGINE, base: null, folder: new} | Run: `base` must be a path, got None
+Run | {engine: ENGINE, base: base, folder: ""} | Run: `folder` must be a path, got ''
+Run | {engine: ENGINE, base: base, folder: new, resume: true} | Run: `resume` must be a path, got True
+initialize | {model: MODEL, config: {}} | initialize: `model` has an engine already
+"""
+
+CALLS = """
+MoRAConfig | {rank: 0} | `rank` must be at least 1, got 0
+MoRAConfig | {operator: rotat} | unknown `operator` 'rotat'
+MoRAConfig | {grouping: strided} | `grouping` strided belongs to `operator` share, but
+MoRAConfig | {rank: "8"} | rank must be of the type int, got '8'
+MoRAConfig | {rank: true} | rank must be of the type int, got True
+MoRAConfig | {rank: 4.5} | rank must be of the type int, got 4.5
+MoRAConfig | {dropout: null} | dropout must be of the type float, got None
+MoRAConfig | {train_norms: 1} | train_norms must be of the type bool, got 1
+MoRAConfig | {target_modules: q_proj} | target_modules must be names in a list or tuple, got 'q_proj'
+MoRAConfig | {target_modules: 3} | target_modules must be names in a list or tuple, got 3
+inject | {model: null, config: CONFIG} | inject: `model` must be of the type Module, got None
+inject | {model: MODEL, config: null} | inject: `config` must be a MoRAConfig or a LoRAConfig, got None
+inject | {model: COMPILED, config: CONFIG} | inject: `model` is compiled
+inject | {model: ADAPTED, config: CONFIG} | this model already has an adapter
+mora_layers | {model: m} | mora_layers: `model` must be of the type Module, got 'm'
+domains_of | {model: 3} | domains_of: `model` must be of the type Module, got 3
+OperatorSpec | {kind: share, d_in: "8", d_out: 8, r_hat: 4} | OperatorSpec: `d_in` must be of the type int, got '8'
+OperatorSpec | {kind: share, d_in: 8, d_out: 8, r_hat: 4, seed: 0.5} | \
+OperatorSpec: `seed` must be of the type int, got 0.5
+OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
+delta_weight | {spec: 3, square: SQUARE} | delta_weight: `spec` must be of the type OperatorSpec, got 3
+delta_weight | {spec: SPEC, square: null} | delta_weight: `square` must be of the type Tensor, got None
+mora_update | {spec: SPEC, square: 1, x: SQUARE} | mora_update: `square` must be of the type Tensor, got 1
+mora_update | {spec: SPEC, square: SQUARE, x: x} | mora_update: `x` must be of the type Tensor, got 'x'
+Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
+initialize | {model: MODEL, config: null} | initialize: `config` must be a DeepSpeed config
+initialize | {model: MODEL, config: {}, node_base: shared} | unknown node_base 'shared'; known: auto, private
+initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject
+initialize | {model: COMPILED_ADAPTED, config: {}} | initialize: `model` is compiled
+initialize | {model: ADAPTED, config: {}, tensor_parallel_size: "2"} | \
+initialize: `tensor_parallel_size` must be a whole number, got '2'
+initialize | {model: ADAPTED, config: {}} | initialize: the DeepSpeed config has no batch size
+export_merged | {checkpoint: null, output: NEW} | export_merged: `checkpoint` must be a path, got None
+export_merged | {checkpoint: out, output: ""} | export_merged: `output` must be a path, got ''
+export_adapter | {checkpoint: 3, output: NEW} | export_adapter: `checkpoint` must be a path, got 3
+export_adapter | {checkpoint: out, output: null} | export_adapter: `output` must be a path, got None
+load_adapter | {base: base, adapter: null} | load_adapter: `adapter` must be a path, got None
+load_adapter | {base: MODEL, adapter: FOLDER} | \
+load_adapter: `base` must be the model's folder, got a LlamaForCausalLM
+combine_adapters | {sources: a, weights: [1], output: b} | \
+combine_adapters: `sources` must be paths in a list, got 'a'
+combine_adapters | {sources: [a], weights: [x], output: NEW} | \
+combine_adapters: `weights` must be numbers in a list, got ['x']
+combine_adapters | {sources: [3], weights: [1], output: NEW} | \
+combine_adapters: one of `sources` must be a path, got 3
+combine_adapters | {sources: [], weights: [], output: NEW} | --weights: 0 for 0 adapter(s)
+Run | {engine: MODEL, base: base, folder: FOLDER} | \
+Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausalLM
+"""
+
+
+def assert_refused(calls: str, scope: Any, **objects: Any) -> None:
+    """Of each row's function, found in `scope`, with its arguments: the message begins so. An argument that is the name
+    of one of `objects` is that one."""
+    for function, settings, message in rows(calls):
+        arguments = {name: objects.get(str(value), value) for name, value in parsed(settings).items()}
+        with pytest.raises(UserError) as refused:
+            attrgetter(function)(scope)(**arguments)
+        assert str(refused.value).startswith(message), f"{message}: {refused.value}"
 
 
 def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
@@ -71,12 +129,10 @@ def micro_step(engine: Any, seed: int) -> None:
 
 
 def wrong_calls(folder: str) -> None:
-    _, run = started(folder, 3)
+    engine, run = started(folder, 3)
     with untouched(Path("out")):
-        for message, call in WRONG.items():
-            with pytest.raises(UserError) as refused:
-                call(run)
-            assert str(refused.value).startswith(message), f"{message}: {refused.value}"
+        scope = SimpleNamespace(merge=run.merge, save=run.save, Run=mora_ds.Run, initialize=mora_ds.initialize)
+        assert_refused(CALLS_OF_A_RUN, scope, ENGINE=engine, MODEL=engine.module)
     run.save(2)
     run.merge(3)
     assert [cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]] == [2, 3]
@@ -154,74 +210,16 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> Non
     model = tiny_model("llama")
     adapted = tiny_model("llama")
     mora_ds.inject(adapted, CONFIG)
-    new = tmp_path / "new"
-    spec = OperatorSpec("share", 8, 8, 4)  # type: ignore[arg-type]
-    square = torch.zeros(4, 4)
-    calls: dict[str, Callable[[], object]] = {
-        "`rank` must be at least 1, got 0": lambda: MoRAConfig(rank=0),
-        "unknown `operator` 'rotat'": lambda: MoRAConfig(operator="rotat"),
-        "`grouping` strided belongs to `operator` share, but": lambda: MoRAConfig(grouping="strided"),
-        "rank must be of the type int, got '8'": lambda: MoRAConfig(rank="8"),  # type: ignore[arg-type]
-        "rank must be of the type int, got True": lambda: MoRAConfig(rank=True),
-        "rank must be of the type int, got 4.5": lambda: MoRAConfig(rank=4.5),  # type: ignore[arg-type]
-        "dropout must be of the type float, got None": lambda: MoRAConfig(dropout=None),  # type: ignore[arg-type]
-        "train_norms must be of the type bool, got 1": lambda: MoRAConfig(train_norms=1),  # type: ignore[arg-type]
-        "target_modules must be names in a list or tuple, got 'q_proj'": lambda: MoRAConfig(target_modules="q_proj"),  # type: ignore[arg-type]
-        "target_modules must be names in a list or tuple, got 3": lambda: MoRAConfig(target_modules=3),  # type: ignore[arg-type]
-        "inject: `model` must be of the type Module, got None": lambda: mora_ds.inject(None, CONFIG),  # type: ignore[arg-type]
-        "inject: `config` must be a MoRAConfig or a LoRAConfig, got None": lambda: mora_ds.inject(model, None),  # type: ignore[arg-type]
-        "mora_layers: `model` must be of the type Module, got 'm'": lambda: mora_ds.mora_layers("m"),  # type: ignore[arg-type]
-        "domains_of: `model` must be of the type Module, got 3": lambda: mora_ds.domains_of(3),  # type: ignore[arg-type]
-        "OperatorSpec: `d_in` must be of the type int, got '8'": lambda: OperatorSpec("share", "8", 8, 4),  # type: ignore[arg-type]
-        "OperatorSpec: `seed` must be of the type int, got 0.5": lambda: OperatorSpec("share", 8, 8, 4, seed=0.5),  # type: ignore[arg-type]
-        "unknown operator 3": lambda: OperatorSpec(3, 8, 8, 4),  # type: ignore[arg-type]
-        "delta_weight: `spec` must be of the type OperatorSpec, got 3": lambda: mora_ds.delta_weight(3, square),  # type: ignore[arg-type]
-        "delta_weight: `square` must be of the type Tensor, got None": lambda: mora_ds.delta_weight(spec, None),  # type: ignore[arg-type]
-        "mora_update: `square` must be of the type Tensor, got 1": lambda: mora_ds.mora_update(spec, 1, square),  # type: ignore[arg-type]
-        "mora_update: `x` must be of the type Tensor, got 'x'": lambda: mora_ds.mora_update(spec, square, "x"),  # type: ignore[arg-type]
-        "Ledger.open: `folder` must be a path, got 3": lambda: mora_ds.Ledger.open(3),  # type: ignore[arg-type]
-        "initialize: `config` must be a DeepSpeed config": lambda: mora_ds.initialize(model=model, config=None),  # type: ignore[arg-type]
-        "unknown node_base 'shared'; known: auto, private": lambda: mora_ds.initialize(
-            model=model, config={}, node_base="shared"
-        ),
-        "inject: `model` is compiled": lambda: mora_ds.inject(torch.compile(model), CONFIG),
-        "the model has no adapter: call mora_ds.inject": lambda: mora_ds.initialize(model=model, config={}),
-        "initialize: `model` is compiled": lambda: mora_ds.initialize(model=torch.compile(adapted), config={}),
-        "initialize: `tensor_parallel_size` must be a whole number, got '2'": lambda: mora_ds.initialize(
-            model=adapted,
-            config={},
-            tensor_parallel_size="2",  # type: ignore[arg-type]
-        ),
-        "initialize: the DeepSpeed config has no batch size": lambda: mora_ds.initialize(model=adapted, config={}),
-        "this model already has an adapter": lambda: mora_ds.inject(adapted, CONFIG),
-        "export_merged: `checkpoint` must be a path, got None": lambda: mora_ds.export_merged(None, new),  # type: ignore[arg-type]
-        "export_merged: `output` must be a path, got ''": lambda: mora_ds.export_merged("out", ""),
-        "export_adapter: `checkpoint` must be a path, got 3": lambda: mora_ds.export_adapter(3, new),  # type: ignore[arg-type]
-        "export_adapter: `output` must be a path, got None": lambda: mora_ds.export_adapter("out", None),  # type: ignore[arg-type]
-        "load_adapter: `adapter` must be a path, got None": lambda: mora_ds.load_adapter("base", None),  # type: ignore[arg-type]
-        "combine_adapters: `sources` must be paths in a list, got 'a'": lambda: mora_ds.combine_adapters("a", [1], "b"),
-        "combine_adapters: `weights` must be numbers in a list, got ['x']": lambda: mora_ds.combine_adapters(
-            ["a"],
-            ["x"],  # type: ignore[list-item]
-            new,
-        ),
-        "combine_adapters: one of `sources` must be a path, got 3": lambda: mora_ds.combine_adapters(
-            [3],  # type: ignore[list-item]
-            [1],
-            new,
-        ),
-        "--weights: 0 for 0 adapter(s)": lambda: mora_ds.combine_adapters([], [], new),
-        "load_adapter: `base` must be the model's folder, got a LlamaForCausalLM": lambda: mora_ds.load_adapter(
-            model, tmp_path
-        ),
-        "Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausalLM": lambda: mora_ds.Run(
-            model,  # type: ignore[arg-type]
-            base="base",
-            folder=tmp_path,
-        ),
+    objects = {
+        "CONFIG": CONFIG,
+        "MODEL": model,
+        "ADAPTED": adapted,
+        "COMPILED": torch.compile(model),
+        "COMPILED_ADAPTED": torch.compile(adapted),
+        "SPEC": OperatorSpec("share", 8, 8, 4),  # type: ignore[arg-type]
+        "SQUARE": torch.zeros(4, 4),
+        "FOLDER": tmp_path,
+        "NEW": tmp_path / "new",
     }
-    for message, call in calls.items():
-        with pytest.raises(UserError) as refused:
-            call()
-        assert str(refused.value).startswith(message)
+    assert_refused(CALLS, mora_ds, **objects)
     assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == ("q_proj",)  # type: ignore[arg-type]
