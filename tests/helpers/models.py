@@ -7,69 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, move_base
 from mora_ds.models.load import load_base
 
-_COMMON = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {**_COMMON},
-    "mistral": {**_COMMON, "head_dim": 8, "sliding_window": 12},
-    "qwen2": {**_COMMON, "tie_word_embeddings": True},
-    "qwen3": {**_COMMON, "head_dim": 16},
-    "gemma": {**_COMMON, "head_dim": 16},
-    "gemma2": {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12},
-    "gemma3_text": {**_COMMON, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12},
-    "phi3": {**_COMMON},
-    "olmo2": {**_COMMON},
-    "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_moe": {
-        **_COMMON, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-    },
-    "gpt_neox": {**_COMMON},
-    "gpt2": {
-        "vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
-        "bos_token_id": 1, "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    },
-}  # fmt: skip
-
-
-MIXTURES: dict[str, dict[str, Any]] = {
-    "mixtral": FAMILIES["mixtral"],
-    "qwen3_moe": FAMILIES["qwen3_moe"],
-    "gpt_oss": {
-        **_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    },
-    "deepseek_v3": {
-        **_COMMON, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 2,
-        "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": None, "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
+_CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+FAMILIES: dict[str, dict[str, Any]] = _CONFIGS["families"]
+MIXTURES: dict[str, dict[str, Any]] = _CONFIGS["mixtures"]
 """Models with experts in one tensor a projection, each of another class."""
 
-MASKLESS: dict[str, dict[str, Any]] = {
-    "opt": {
-        "vocab_size": 128, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 128,
-    },
-    "bloom": {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-}  # fmt: skip
+MASKLESS: dict[str, dict[str, Any]] = _CONFIGS["maskless"]
 """Small configs of models that take no mask from the positions: documents in one row see each other."""
 
 NO_SDPA = ("gemma2", "gpt_oss")

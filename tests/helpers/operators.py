@@ -10,21 +10,51 @@ from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
+from tests.helpers.tables import rows
 
 KINDS_AND_GROUPINGS = [(kind, grouping) for kind in OperatorKind for grouping in OPERATORS[kind].groupings]
-SHAPES = [
-    (16, 16, 4), (12, 20, 4), (20, 12, 4),  # d_in =, <, > d_out; divisible
-    (13, 7, 4), (7, 13, 4), (33, 17, 6), (17, 33, 6), (11, 11, 4),  # not divisible
-    (5, 3, 8), (3, 5, 8), (5, 12, 8), (12, 5, 8), (8, 3, 8),  # r_hat larger than a side, or both
-    (40, 128, 18), (128, 40, 18), (5, 40, 2), (40, 5, 2), (3, 100, 2), (100, 3, 2),  # many blocks on one side
-    (1, 1, 2), (1, 9, 2), (9, 1, 2), (6, 6, 6),  # tiny, and one block
-    (13, 7, 5), (7, 13, 3), (9, 9, 1), (1, 1, 1), (20, 6, 7),  # odd sides: all but rotate
-]  # fmt: skip
+SHAPES = """
+# d_in =, <, > d_out; divisible
+16 | 16 | 4
+12 | 20 | 4
+20 | 12 | 4
+# not divisible
+13 | 7 | 4
+7 | 13 | 4
+33 | 17 | 6
+17 | 33 | 6
+11 | 11 | 4
+# r_hat larger than a side, or both
+5 | 3 | 8
+3 | 5 | 8
+5 | 12 | 8
+12 | 5 | 8
+8 | 3 | 8
+# many blocks on one side
+40 | 128 | 18
+128 | 40 | 18
+5 | 40 | 2
+40 | 5 | 2
+3 | 100 | 2
+100 | 3 | 2
+# tiny, and one block
+1 | 1 | 2
+1 | 9 | 2
+9 | 1 | 2
+6 | 6 | 6
+# odd sides: all but rotate
+13 | 7 | 5
+7 | 13 | 3
+9 | 9 | 1
+1 | 1 | 1
+20 | 6 | 7
+"""
+"""d_in | d_out | r_hat"""
 
 
 def specs() -> Iterator[OperatorSpec]:
     for kind, grouping in KINDS_AND_GROUPINGS:
-        for d_in, d_out, r_hat in SHAPES:
+        for d_in, d_out, r_hat in (map(int, row) for row in rows(SHAPES)):
             if r_hat % OPERATORS[kind].smallest_side:
                 continue
             yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=17)
