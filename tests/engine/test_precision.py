@@ -25,6 +25,7 @@ from mora_ds.remora.merge import ReMoRA
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
+from tests.helpers.tables import parsed, rows
 
 WORLD = 2
 ROWS = 2
@@ -74,37 +75,45 @@ class Case:
         return model.train()
 
 
-TIED: dict[str, Any] = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
-OFFLOAD: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
-PERSISTENT: dict[str, Any] = {"stage3_param_persistence_threshold": 10**6}
-
-EXACT_CASES = {
-    "checkpointing, truncate": Case(checkpointing=True, adapter={"operator": "truncate"}),
-    "squares kept gathered": Case(zero=PERSISTENT, accumulation=2),
-    "activations, decouple": Case(adapter={"compute": "activation", "operator": "decouple"}, checkpointing=True),
-    "weights, rotate": Case(adapter={"compute": "weight", "operator": "rotate"}, checkpointing=True),
-    "tied embeddings, kept gathered": Case(**TIED, zero=PERSISTENT),
-    "tied embeddings, all at once": Case(**TIED, accumulation=3, checkpointing=True, zero=OFFLOAD),
-    "conv1d, tied": replace(Case(**TIED, checkpointing=True), family="gpt2"),
-    "untied embeddings and head": Case(adapter={"operator": "rotate", "train_embeddings": True, "train_head": True}),
-    "stage 1": Case(**TIED, stage=1, accumulation=2),
-    "stage 2, offloaded": Case(**TIED, stage=2, zero=OFFLOAD, checkpointing=True),
-}
-ROUNDED_CASES = {
-    "bfloat16, stage 3": Case(dtype="bfloat16", checkpointing=True, accumulation=2),
-    "bfloat16, stage 3, kept gathered": Case(dtype="bfloat16", **TIED, zero=PERSISTENT),
-    "bfloat16, stage 2": Case(dtype="bfloat16", **TIED, stage=2, accumulation=2),
-    "bfloat16, stage 1": Case(dtype="bfloat16", **TIED, stage=1),
-    "float16, stage 3": Case(dtype="float16", **TIED, accumulation=2),
-    "float16, stage 3, offloaded": Case(dtype="float16", **TIED, zero=OFFLOAD),
-    "float16, stage 2": Case(dtype="float16", **TIED, stage=2),
-    "float16, stage 1": Case(dtype="float16", **TIED, stage=1, accumulation=2),
-}
+EXACT = """
+checkpointing, truncate | {checkpointing: true, adapter: {operator: truncate}}
+squares kept gathered | {zero: {stage3_param_persistence_threshold: 1000000}, accumulation: 2}
+activations, decouple | {adapter: {compute: activation, operator: decouple}, checkpointing: true}
+weights, rotate | {adapter: {compute: weight, operator: rotate}, checkpointing: true}
+tied embeddings, kept gathered | {tied: true, zero: {stage3_param_persistence_threshold: 1000000}}
+tied embeddings, all at once | \
+{tied: true, accumulation: 3, checkpointing: true, zero: {offload_optimizer: {device: cpu}}}
+conv1d, tied | {tied: true, checkpointing: true, family: gpt2}
+untied embeddings and head | {adapter: {operator: rotate, train_embeddings: true, train_head: true}}
+stage 1 | {tied: true, stage: 1, accumulation: 2}
+stage 2, offloaded | {tied: true, stage: 2, zero: {offload_optimizer: {device: cpu}}, checkpointing: true}
+"""
+ROUNDED = """
+bfloat16, stage 3 | {dtype: bfloat16, checkpointing: true, accumulation: 2}
+bfloat16, stage 3, kept gathered | {dtype: bfloat16, tied: true, zero: {stage3_param_persistence_threshold: 1000000}}
+bfloat16, stage 2 | {dtype: bfloat16, tied: true, stage: 2, accumulation: 2}
+bfloat16, stage 1 | {dtype: bfloat16, tied: true, stage: 1}
+float16, stage 3 | {dtype: float16, tied: true, accumulation: 2}
+float16, stage 3, offloaded | {dtype: float16, tied: true, zero: {offload_optimizer: {device: cpu}}}
+float16, stage 2 | {dtype: float16, tied: true, stage: 2}
+float16, stage 1 | {dtype: float16, tied: true, stage: 1, accumulation: 2}
+"""
 """Each dtype under each stage."""
-OVERFLOW_CASES = {
-    "overflow, stage 3": Case(dtype="float16", loss_scale_power=24, **TIED, accumulation=2),
-    "overflow, stage 2": Case(dtype="float16", loss_scale_power=24, **TIED, stage=2),
-}
+OVERFLOW = """
+overflow, stage 3 | {dtype: float16, loss_scale_power: 24, tied: true, accumulation: 2}
+overflow, stage 2 | {dtype: float16, loss_scale_power: 24, tied: true, stage: 2}
+"""
+TIED: dict[str, Any] = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
+
+
+def case_of(tied: bool = False, **settings: Any) -> Case:
+    """`tied`: a model whose embeddings are its head's weight, all of it trained."""
+    return Case(**{**(TIED if tied else {}), **settings})
+
+
+EXACT_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(EXACT)}
+ROUNDED_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(ROUNDED)}
+OVERFLOW_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(OVERFLOW)}
 
 
 # -- one process, no DeepSpeed ----------------------------------------------------------------------------------------

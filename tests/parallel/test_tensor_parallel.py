@@ -4,27 +4,26 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.helpers.gloo import run_ranks
 from tests.helpers.pairwise import pairwise_cases
 from tests.helpers.tensor_parallel import Case, assert_same_run, plain_run, split_run
 
-ALL = {"train_norms": True, "train_embeddings": True, "train_head": True}
-ALIGNED = {"operator": "share", "segments": 4}
-CORE: list[Case] = [
-    {"family": "llama", "operator": "share", **ALL},
-    {"family": "llama", **ALIGNED},  # at t = 4 the attention falls back
-    {"family": "llama", "operator": "rotate", "checkpointing": True, "compute": "weight"},
-    {"family": "llama", "operator": "rotate", "grouping": "permuted", "embedding_rank": 3},
-    {"family": "mistral", "operator": "decouple", "grouping": "permuted", "compute": "weight", "documents": True},
-    {"family": "qwen2", "operator": "decouple", "target_modules": ("q_proj", "down_proj"), "new_rows_from": 120},
-    {"family": "llama", "operator": "truncate", "rank": 1},
-    {"family": "qwen3", "operator": "share", "train_norms": True, "checkpointing": True},
-    {"family": "qwen2", "operator": "share", "compute": "weight", "train_embeddings": True, "documents": True},
-    {"family": "gpt_neox", "operator": "rotate", "new_rows_from": 120},
-    {"family": "gpt2", "operator": "share", "train_norms": True},
-    {"family": "phi3", "operator": "decouple"},
-]
+CORE: list[Case] = yaml.safe_load("""
+- {family: llama, operator: share, train_norms: true, train_embeddings: true, train_head: true}
+- {family: llama, operator: share, segments: 4}  # at t = 4 the attention falls back
+- {family: llama, operator: rotate, checkpointing: true, compute: weight}
+- {family: llama, operator: rotate, grouping: permuted, embedding_rank: 3}
+- {family: mistral, operator: decouple, grouping: permuted, compute: weight, documents: true}
+- {family: qwen2, operator: decouple, target_modules: [q_proj, down_proj], new_rows_from: 120}
+- {family: llama, operator: truncate, rank: 1}
+- {family: qwen3, operator: share, train_norms: true, checkpointing: true}
+- {family: qwen2, operator: share, compute: weight, train_embeddings: true, documents: true}
+- {family: gpt_neox, operator: rotate, new_rows_from: 120}
+- {family: gpt2, operator: share, train_norms: true}
+- {family: phi3, operator: decouple}
+""")
 
 
 def split_runs(cases: list[Case], degree: int, **settings: Any) -> list[dict[str, Any]]:
@@ -73,16 +72,19 @@ def test_an_offloaded_optimizer_and_squares_that_stay_gathered() -> None:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
 RANKS = [(2, 2), (4, 4), (4, 2)]
 """(ranks, tensor-parallel degree)"""
-OPERATORS: dict[str, Case] = {
-    **{operator: {"operator": operator} for operator in ("share", "rotate", "decouple", "truncate")},
-    "aligned, permuted": {**ALIGNED, "grouping": "permuted"},
-    "aligned, alternate": {**ALIGNED, "grouping": "alternate"},
-}
-FORMS: dict[str, Case] = {
-    "others trained": {"train_norms": True, "train_embeddings": True},
-    "over the weight": {"compute": "weight", "checkpointing": True},
-    "documents": {"documents": True, "checkpointing": True},
-}
+OPERATORS: dict[str, Case] = yaml.safe_load("""
+share: {operator: share}
+rotate: {operator: rotate}
+decouple: {operator: decouple}
+truncate: {operator: truncate}
+aligned, permuted: {operator: share, segments: 4, grouping: permuted}
+aligned, alternate: {operator: share, segments: 4, grouping: alternate}
+""")
+FORMS: dict[str, Case] = yaml.safe_load("""
+others trained: {train_norms: true, train_embeddings: true}
+over the weight: {compute: weight, checkpointing: true}
+documents: {documents: true, checkpointing: true}
+""")
 
 
 def has_heads(ranks: tuple[int, int], family: str, kv_heads: int | None, **others: str) -> bool:
