@@ -21,6 +21,7 @@ from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, curve, job, refused, run
+from tests.helpers.resume import assert_same_tensors
 
 LAST_STEP = 7
 MORE = (
@@ -45,12 +46,6 @@ def contents_of(engine: Path) -> dict[str, torch.Tensor]:
         contents |= {f"{name} {key}": shards.whole(name, key) for key in (MASTER, *shards.keys(name))}
         contents |= {f"{name} {key}": torch.as_tensor(value) for key, value in shards.scalars(name).items()}
     return contents
-
-
-def assert_same(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == another.keys()
-    for name in one:
-        assert torch.equal(one[name], another[name]), name
 
 
 def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
@@ -100,10 +95,10 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
         for name in ("trainer_state.json", "adapter.json", "ledger/ledger.json"):
             assert (verdict.folder / name).read_bytes() == (reference / name).read_bytes(), (verdict.folder, name)
         for path in sorted(reference.rglob("*.safetensors")):
-            assert_same(load_file(verdict.folder / path.relative_to(reference)), load_file(path))
+            assert_same_tensors(load_file(verdict.folder / path.relative_to(reference)), load_file(path))
         shards = [EngineShards.open(folder / "engine").layout.counters for folder in (verdict.folder, reference)]
         assert shards[0] == shards[1]
-        assert_same(contents_of(verdict.folder / "engine"), contents_of(reference / "engine"))
+        assert_same_tensors(contents_of(verdict.folder / "engine"), contents_of(reference / "engine"))
 
 
 def failing_job(argv: list[str]) -> tuple[str, str]:

@@ -21,10 +21,15 @@ from tests.helpers.models import FAMILIES
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def dry_run_of(folder: Path, family: str = "llama") -> list[str]:
+    """Flags of a dry run of a model of which there is a config alone."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({"model_type": family, **FAMILIES[family]}))
+    return ["--model_name_or_path", str(config), "--dry_run"]
+
+
 def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
-    flags = ["--model_name_or_path", str(config), "--dry_run", "--mora_rank", "4"]
+    flags = [*dry_run_of(tmp_path), "--mora_rank", "4"]
     validate(parse(flags))
     plan, told = planned(parse(flags), world=2)
     assert as_json(plan)["cluster"]["gpus"] == 2
@@ -36,9 +41,7 @@ def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> None:
     """The meta device has torch's grouped product of experts in bf16 alone."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "mixtral", **FAMILIES["mixtral"]}))
-    flags = ["--model_name_or_path", str(config), "--dry_run"]
+    flags = dry_run_of(tmp_path, "mixtral")
     with pytest.raises(UserError, match=r"cannot be planned \(--dry_run, mora-ds plan\) in torch.float32, --bf16 may"):
         planned(parse(flags), world=1)
     planned(parse([*flags, "--bf16"]), world=1)
@@ -47,22 +50,17 @@ def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> N
 
 
 def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
-
     def refuse(*_: object) -> None:
         raise UserError("--base_bits 8: this model casts activations")
 
     monkeypatch.setattr(step, "token_nll", refuse)
     with pytest.raises(UserError, match=r"^--base_bits 8: this model casts activations$"):
-        planned(parse(["--model_name_or_path", str(config), "--dry_run"]), world=1)
+        planned(parse(dry_run_of(tmp_path)), world=1)
 
 
 def test_a_dry_run_says_of_traffic_what_the_run_says_at_its_start(tmp_path: Path) -> None:
     """With gradient checkpointing too: tensor-parallel ranks have the inputs that they saved, and gather none again."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": "llama", **FAMILIES["llama"]}))
-    flags = ["--model_name_or_path", str(config), "--dry_run", "--operator", "rotate", "--tensor_parallel_size", "2"]
+    flags = [*dry_run_of(tmp_path), "--operator", "rotate", "--tensor_parallel_size", "2"]
     sent = {}
     for more in ((), ("--gradient_checkpointing",)):
         plan, told = planned(parse([*flags, *more]), world=4)
