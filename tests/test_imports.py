@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
 
 import mora_ds
 
@@ -22,32 +23,28 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMON = "common"
 """The package that every other may import."""
 
-MAY_IMPORT: dict[str, set[str]] = {
-    "adapters": set(),
-    "data": set(),
-    "runtime": set(),
-    "parallel": {"adapters", "models"},
-    "models": {"adapters", "data", "runtime"},
-    "engine": {"adapters", "models", "parallel", "runtime"},
-    "remora": {"adapters", "models", "engine"},
-    "planning": {"adapters", "data", "models", "parallel", "engine"},
-    "checkpoint": {"adapters", "models", "runtime", "engine", "remora"},
-    "config": {"adapters", "parallel", "runtime", "engine", "remora"},
-    "deploy": {"adapters", "models", "remora", "checkpoint"},
-    "eval": {"adapters", "data", "models", "runtime", "remora", "checkpoint", "deploy"},
-}
-MAY_IMPORT["train"] = set(MAY_IMPORT) - {"eval"}
-MAY_IMPORT["commands"] = {
-    "data", "runtime", "models", "engine", "planning", "checkpoint", "config", "deploy", "eval", "train",
-}  # fmt: skip
-"""A command stands above all that it calls: it reads flags, calls functions and prints what they return."""
-MAY_IMPORT["__main__"] = {"commands"}
-MAY_IMPORT["hf"] = {"adapters", "checkpoint", "engine", "models", "remora", "runtime", "train"}
-MAY_IMPORT["peft"] = {"adapters"}
-MAY_IMPORT["research"] = {
-    "adapters", "checkpoint", "commands", "config", "data", "engine", "eval", "models", "planning", "runtime", "train",
-}  # fmt: skip
-
+TABLE = """
+adapters:
+data:
+runtime:
+parallel: adapters models
+models: adapters data runtime
+engine: adapters models parallel runtime
+remora: adapters models engine
+planning: adapters data models parallel engine
+checkpoint: adapters models runtime engine remora
+config: adapters parallel runtime engine remora
+deploy: adapters models remora checkpoint
+eval: adapters data models runtime remora checkpoint deploy
+train: adapters data runtime parallel models engine remora planning checkpoint config deploy
+# A command stands above all that it calls: it reads flags, calls functions and prints what they return.
+commands: data runtime models engine planning checkpoint config deploy eval train
+__main__: commands
+hf: adapters checkpoint engine models remora runtime train
+peft: adapters
+research: adapters checkpoint commands config data engine eval models planning runtime train
+"""
+MAY_IMPORT = {package: set((others or "").split()) for package, others in yaml.safe_load(TABLE).items()}
 """Nothing may import research: `common/research.py` loads one of its modules by name, when it is asked for."""
 
 ROOT_ENTRIES = 21

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
@@ -62,26 +63,26 @@ class Late(Copies):
             self.wait(self.waiting[-1][0])
 
 
-CASES: list[dict[str, Any]] = [
-    {"checkpointing": True, "bf16": True, "accumulation": 4},
-    {"base_bits": 8, "operator": "share", "compute": "weight"},
-]
-MORE: list[dict[str, Any]] = [
-    {"accumulation": 4},
-    {"checkpointing": True},
-    {"bf16": True},
-    {"checkpointing": True, "base_bits": 8, "bf16": True},
-    {"operator": "decouple", "compute": "weight"},
-    {"operator": "rotate", "compute": "weight"},
-    {"family": "gpt2", "base_bits": 8},
-    {"family": "qwen2", "operator": "truncate", "accumulation": 4},
-    {"family": "gpt2", "checkpointing": True, "stage": 1},
-    {"family": "mixtral", "bf16": True, "checkpointing": True},
-    {"family": "mixtral", "bf16": True, "target_modules": ("all-linear", "experts"), "base_bits": 8},
-    {"family": "gemma2", "train_norms": True, "train_embeddings": True, "stage": 2},
-    {"family": "gpt_neox", "stage": 1},
-    {"base_bits": 4, "bf16": True, "checkpointing": True, "compute": "weight"},
-]
+CASES: list[dict[str, Any]] = yaml.safe_load("""
+- {checkpointing: true, bf16: true, accumulation: 4}
+- {base_bits: 8, operator: share, compute: weight}
+""")
+MORE: list[dict[str, Any]] = yaml.safe_load("""
+- {accumulation: 4}
+- {checkpointing: true}
+- {bf16: true}
+- {checkpointing: true, base_bits: 8, bf16: true}
+- {operator: decouple, compute: weight}
+- {operator: rotate, compute: weight}
+- {family: gpt2, base_bits: 8}
+- {family: qwen2, operator: truncate, accumulation: 4}
+- {family: gpt2, checkpointing: true, stage: 1}
+- {family: mixtral, bf16: true, checkpointing: true}
+- {family: mixtral, bf16: true, target_modules: [all-linear, experts], base_bits: 8}
+- {family: gemma2, train_norms: true, train_embeddings: true, stage: 2}
+- {family: gpt_neox, stage: 1}
+- {base_bits: 4, bf16: true, checkpointing: true, compute: weight}
+""")
 
 
 def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
