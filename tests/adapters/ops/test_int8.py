@@ -227,7 +227,7 @@ def test_norms_of_a_merge(bits: int, conv: bool) -> None:
 
 def test_bits_that_there_are_not() -> None:
     for bits in (5, 0, 32):
-        with pytest.raises(UserError, match=f"--base_bits must be 8 or 4, or 16 .* got {bits}"):
+        with pytest.raises(UserError, match=f"`base_bits` must be 8 or 4, or 16 .* got {bits}"):
             MoRAConfig(base_bits=bits)
     for config in (MoRAConfig(base_bits=8), LoRAConfig(base_bits=8), MoRAConfig()):
         assert config_from_dict(config.to_dict()) == config
