@@ -35,7 +35,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS = {
     "MoRA r=8": ["--mora_rank", "8"],
-    "default recipe": ["--mora_rank", "8", "--operator", "rotate", "--train_embeddings", "--train_head"],
+    "default recipe": [
+        "--mora_rank",
+        "8",
+        "--operator",
+        "rotate",
+        "--train_embeddings",
+        "--train_head",
+        "--optimizer",
+        "muon",
+    ],
     "MoRA r=256": ["--mora_rank", "256"],
     "MoRA r=8, 8-bit base": ["--mora_rank", "8", "--base_bits", "8"],
     "LoRA r=8, ZeRO-2": ["--adapter", "lora", "--mora_rank", "8", "--deepspeed", str(ROOT / "configs" / "zero2.json")],

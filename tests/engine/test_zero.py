@@ -1,10 +1,13 @@
-"""What ZeRO-3 puts on the wire: the MoRA matrices, and nothing of the base."""
+"""What ZeRO puts on the wire, the MoRA matrices and nothing of the base; what sets these matrices and resets them."""
 
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
+from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import CountedBelow, ds_config
@@ -57,3 +60,20 @@ def test_collectives_carry_the_squares_and_nothing_else(
         reductions = accumulation * 4 * result["padded"]
         assert everything <= gathers + reductions + 512 * accumulation  # + norms and flags
         assert result["base_bytes"] == 0
+
+
+def set_and_reset() -> list[float]:
+    """What the first matrix holds, which forward reads, once it is set to 1, and after a reset."""
+    model = adapted_model().to(torch.bfloat16)
+    config = ds_config(1, 2, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})
+    engine, *_ = initialize(model=model, config=config)
+    assert isinstance(engine.optimizer, BF16_Optimizer), "else this tests another one"
+    squares = [layer.square for layer in mora_layers(model).values()]
+    zero.set_fp32(engine, squares[0], torch.ones(squares[0].shape))
+    was_set = squares[0].float().unique().tolist()
+    zero.reset_group(engine, 0, squares)
+    return was_set + squares[0].float().unique().tolist()
+
+
+def test_a_matrix_in_bf16_with_gradients_in_fp32_is_set_and_reset_as_forward_reads_it() -> None:
+    assert run_ranks(2, set_and_reset) == [[1.0, 0.0]] * 2
