@@ -17,7 +17,7 @@ from mora_ds.data.mixture import LONGEST_PERIOD, Phase, SampleSchedule, integer_
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, assert_close_losses, curve, job, losses, printed, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
-from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.resume import assert_same_run, stop_and_resume
 from tests.helpers.tables import rows as rows_of
 
 
@@ -226,9 +226,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     wide = tmp_path / "wide"
     run(1, mixture_flags(user, whole, mix, *more, "--per_device_train_batch_size", 4))
     argv = mixture_flags(user, out, mix, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
-    for step in (3, 5):
-        run_ranks(1, interrupted_job, argv, step)
-    run(1, argv)
+    stop_and_resume(1, argv, 3, 5)
     assert_same_run(out, whole)
     run(
         2, mixture_flags(user, wide, mix, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)

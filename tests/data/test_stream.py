@@ -25,7 +25,7 @@ from mora_ds.data.stream import StreamPosition
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, assert_close_losses, job, refusal, run
 from tests.helpers.mixtures import source_rows
-from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.resume import assert_same_run, stop_and_resume
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "dataset")
@@ -168,9 +168,7 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
     wide = tmp_path / "wide"
     run(1, user.flags(whole, *more, "--per_device_train_batch_size", 4))
     argv = user.flags(out, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
-    for step in (3, 5):
-        run_ranks(1, interrupted_job, argv, step)
-    run(1, argv)
+    stop_and_resume(1, argv, 3, 5)
     assert_same_run(out, whole)
     argv_wide = user.flags(wide, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
     run_ranks(2, job_in_small_batches, argv_wide)

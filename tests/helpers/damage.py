@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from mora_ds.common.files import write_manifest
 
@@ -27,6 +29,22 @@ def flip(path: Path, where: float = 0.5) -> None:
 
 def gone(path: Path) -> None:
     path.unlink()
+
+
+def make_own(path: Path) -> None:
+    """Make it a file of its own, for cycles of the ledger have several names."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+def another_base(model: Path, folder: Path) -> Path:
+    """A copy of a model folder in which one number of a norm is another one."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}

@@ -1,5 +1,6 @@
 """Interrupted runs, and what must be the same after they have been resumed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,18 @@ def interrupted_job(argv: list[str], step: int) -> None:
     except KeyboardInterrupt:
         return
     raise AssertionError("the run was to be interrupted")
+
+
+def disturb(step: int, act: Callable[[Trainer], object]) -> None:
+    """From now on this forked rank calls `act` once optimizer step `step` is done, before whatever follows it."""
+    after_step = Trainer._after_step
+
+    def patched(trainer: Trainer) -> None:
+        if trainer.state.step == step:
+            act(trainer)
+        after_step(trainer)
+
+    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
 
 
 def stop_and_resume(ranks: int, argv: list[str], *steps: int) -> dict[str, Any]:

@@ -125,8 +125,7 @@ def killed(folder: Path, work: Callable[[], None]) -> None:
     work()
     forget(folder)
     reserve(folder)
-    output_folder._locks.pop(folder.resolve())
-    output_folder._open.pop(folder.resolve())
+    forget(folder)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
