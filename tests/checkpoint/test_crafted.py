@@ -38,6 +38,13 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None
     export_merged(checkpoint, tmp_path / "merged", verify=True)
 
 
+def assert_refused(tool: Callable[[Path, Path], object], checkpoint: Path, made: Path, words: str) -> None:
+    """Words: a regular expression. The folder `made` is not written."""
+    with pytest.raises(UserError, match=words):
+        tool(checkpoint, made)
+    assert not made.exists()
+
+
 # -- names that become paths -------------------------------------------------------------------------------------------
 
 
@@ -76,15 +83,14 @@ def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -
         content["seal"] = _seal(content["files"])
 
     change_json(checkpoint / "manifest.json", change)
-    with pytest.raises(UserError, match="cannot be the name of a file"):
-        export_adapter(checkpoint, checkpoint.parent / "made")
+    assert_refused(export_adapter, checkpoint, checkpoint.parent / "made", "cannot be the name of a file")
 
 
 # -- links -------------------------------------------------------------------------------------------------------------
 
 LINKS: dict[str, Callable[[Path, Path], object]] = {
-    "merge": lambda folder, out: export_merged(folder, out),
-    "adapter": lambda folder, out: export_adapter(folder, out),
+    "merge": export_merged,
+    "adapter": export_adapter,
     "resume": lambda folder, _: resume_checkpoint(str(folder), folder.parent),
 }
 
@@ -95,24 +101,19 @@ def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, lin
     (tmp_path / "secret").write_text("of the user")
     (checkpoint / link).symlink_to(tmp_path / "secret")
     reseal(checkpoint)
-    with pytest.raises(UserError, match="links are not followed"):
-        LINKS[tool](checkpoint, tmp_path / "made")
-    assert not (tmp_path / "made").exists()
+    assert_refused(LINKS[tool], checkpoint, tmp_path / "made", "links are not followed")
     assert any("links are not followed" in problem for problem in verify(checkpoint)[0].problems)
 
 
 def test_no_link_is_followed_out_of_a_base(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of the user")
     (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="which is not copied"):
-        export_merged(checkpoint, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    assert_refused(export_merged, checkpoint, tmp_path / "merged", "which is not copied")
 
 
 def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint: Path, tmp_path: Path) -> None:
     os.mkfifo(checkpoint / "tokenizer" / "pipe")
-    with pytest.raises(UserError, match="neither a file nor a folder"):
-        export_merged(checkpoint, tmp_path / "merged")
+    assert_refused(export_merged, checkpoint, tmp_path / "merged", "neither a file nor a folder")
 
 
 # -- types, numbers and sizes ------------------------------------------------------------------------------------------
@@ -160,8 +161,7 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
         operator = lambda content: next(iter(content["layers"].values()))["operator"].update(change)  # noqa: B023, E731
         change_json(checkpoint / "adapter.json", operator)
         reseal(checkpoint)
-        with pytest.raises(UserError, match="operator"):
-            export_adapter(checkpoint, checkpoint.parent / "made")
+        assert_refused(export_adapter, checkpoint, checkpoint.parent / "made", "operator")
         (checkpoint / "adapter.json").write_text(before)
 
 
@@ -171,8 +171,7 @@ def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path:
 
     change_header(checkpoint / "ledger" / "cycle-00001.safetensors", change)
     reseal(checkpoint)
-    with pytest.raises(UserError, match="another layer than in earlier cycles"):
-        export_merged(checkpoint, tmp_path / "merged")
+    assert_refused(export_merged, checkpoint, tmp_path / "merged", "another layer than in earlier cycles")
 
 
 def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_path: Path) -> None:
@@ -183,8 +182,7 @@ def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_pa
 
     change_json(checkpoint / "adapter.json", change)
     reseal(checkpoint)
-    with pytest.raises(UserError, match="another layer than in earlier cycles"):
-        export_adapter(checkpoint, tmp_path / "adapter")
+    assert_refused(export_adapter, checkpoint, tmp_path / "adapter", "another layer than in earlier cycles")
 
 
 def test_ranks_that_share_rows_are_counted_in_no_time(checkpoint: Path) -> None:

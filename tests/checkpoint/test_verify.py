@@ -17,7 +17,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink, write_manifest
 from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
-from tests.helpers.damage import change_json, flip, set_value
+from tests.helpers.damage import another_base, change_json, flip, set_value
 from tests.helpers.exports import fake_run
 from tests.helpers.jobs import Playground
 from tests.helpers.tables import rows
@@ -196,27 +196,24 @@ def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str
     (verdict,) = verify(ledger, fake.base)
     assert verdict.is_good
     assert "ledger: 3 cycle(s), hashes and chain" in verdict.facts
-    another_base = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
+    other = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
-        verify(ledger, another_base)
+        verify(ledger, other)
     change(ledger)
     assert told in wrong(ledger)
 
 
 def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
-    another_base = Path(shutil.copytree(user.model, tmp_path / "model"))
-    tensors = load_file(another_base / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1
-    save_file(tensors, another_base / "model.safetensors", {"format": "pt"})
+    other = another_base(user.model, tmp_path / "model")
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
-        verify(golden, another_base)
+        verify(golden, other)
     with pytest.raises(UserError, match="--base: no such folder"):
         verify(golden, tmp_path / "none")
     with pytest.raises(UserError, match=r"--base: .* is not a model folder"):
         verify(checkpoint, tmp_path)
     changed_tensor(checkpoint, 7.0)
-    assert "is not what the shards hold" in wrong(checkpoint, base=another_base)
+    assert "is not what the shards hold" in wrong(checkpoint, base=other)
 
 
 def test_latest_that_leads_nowhere(golden: Path, tmp_path: Path) -> None:

@@ -35,12 +35,10 @@ def test_a_module_is_held_out_of_both_or_of_neither(written: Path) -> None:
 
 
 def test_no_held_out_prose_is_trained_on(written: Path) -> None:
-    held_out = {
-        paragraph for row in rows(written / "general_eval.jsonl") for paragraph in demo_corpus._paragraphs(row["text"])
-    }
-    trained = {
-        paragraph for row in rows(written / "general_train.jsonl") for paragraph in demo_corpus._paragraphs(row["text"])
-    }
+    held_out, trained = (
+        {paragraph for row in rows(written / name) for paragraph in demo_corpus._paragraphs(row["text"])}
+        for name in ("general_eval.jsonl", "general_train.jsonl")
+    )
     assert held_out
     assert not held_out & trained
 

@@ -47,6 +47,13 @@ def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:
     assert len(changed) == len(run.adapter.layers)  # the live squares are in the export and not in the live weights
 
 
+def assert_refused(run: FakeRun, output: Path, words: str, error: type[Exception] = UserError) -> None:
+    """Words: a regular expression. Nothing is written."""
+    with pytest.raises(error, match=words):
+        export_merged(run.checkpoint, output)
+    assert not output.exists()
+
+
 # -- what it writes --------------------------------------------------------------------------------------------------
 
 HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
@@ -165,8 +172,7 @@ def test_base_that_moved(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "base"
     moved.parent.mkdir()
     run.base.rename(moved)
-    with pytest.raises(UserError, match=r"--base: no such folder: .*/base"):
-        export_merged(run.checkpoint, tmp_path / "merged")
+    assert_refused(run, tmp_path / "merged", r"--base: no such folder: .*/base")
     export_merged(run.checkpoint, tmp_path / "merged", base_folder=moved)
     check(run, tmp_path / "merged", torch.float32)
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
@@ -201,21 +207,17 @@ def shorten(path: Path) -> None:
 def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> None:
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
-    with pytest.raises(RunError, match=f"is damaged: .*{name}"):
-        export_merged(run.checkpoint, tmp_path / "merged")
+    assert_refused(run, tmp_path / "merged", f"is damaged: .*{name}", RunError)
     (run.checkpoint / "manifest.json").unlink()
     if damage is not flip_byte:  # without a manifest, hashes cover the ledger only; holes show everywhere
-        with pytest.raises(UserError, match=name if (run.checkpoint / name).exists() else "missing|neither"):
-            export_merged(run.checkpoint, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+        assert_refused(run, tmp_path / "merged", name if (run.checkpoint / name).exists() else "missing|neither")
 
 
 def test_ledger_of_another_length_is_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path, probe=False)
     shortened(run.checkpoint / "ledger", 1)
     (run.checkpoint / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"1 cycles, but .* in cycle 2"):
-        export_merged(run.checkpoint, tmp_path / "merged")
+    assert_refused(run, tmp_path / "merged", r"1 cycles, but .* in cycle 2")
 
 
 def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
@@ -225,21 +227,18 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
     squares = {**run.squares, "lm_head": torch.ones(4, 4)}
     write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
     files.write_manifest(run.checkpoint)
-    with pytest.raises(UserError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
-        export_merged(run.checkpoint, tmp_path / "merged")
+    assert_refused(run, tmp_path / "merged", r"lm_head\.weight is tied to model\.embed_tokens\.weight")
 
 
 def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
     write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
     files.write_manifest(run.checkpoint)
-    with pytest.raises(UserError, match=r"norm\.weight has shape \(31,\) in the checkpoint, \(32,\) in the base"):
-        export_merged(run.checkpoint, tmp_path / "merged")
+    assert_refused(run, tmp_path / "merged", r"norm\.weight has shape \(31,\) in the checkpoint, \(32,\) in the base")
     keys = {**BaseReference.read(run.checkpoint).keys, HEADS[1]: "gone"}
     replace(BaseReference.read(run.checkpoint), keys=keys).write(run.checkpoint)
     files.write_manifest(run.checkpoint)
-    with pytest.raises(UserError, match=r"base\.json names no tensor of .* for model\.norm\.weight"):
-        export_merged(run.checkpoint, tmp_path / "merged")
+    assert_refused(run, tmp_path / "merged", r"base\.json names no tensor of .* for model\.norm\.weight")
 
 
 def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def matrices(engine: zero.Engine) -> dict[str, Tensor]:
     return {**squares, **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()}}
 
 
+def assert_same_parameters(one: torch.nn.Module, another: torch.nn.Module) -> None:
+    """To the bit, in order."""
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), another.parameters(), strict=True))
+
+
 def own_loop(root: Path, rates: list[float]) -> tuple[dict[str, Tensor], list[float]]:
     """The same run by a loop around `mora_ds.initialize`: (matrices and weights at the end, losses)."""
     world = dist.get_world_size()

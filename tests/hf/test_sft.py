@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,5 +58,5 @@ def test_supervised_fine_tuning_with_two_merges(tmp_path: Path) -> None:
     assert report.comparison is not None
     assert report.cycles == 2
     saved, exported = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("saved", "exported"))
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), exported.parameters(), strict=True))
+    hf.assert_same_parameters(saved, exported)
     AutoTokenizer.from_pretrained(tmp_path / "saved")

@@ -53,13 +53,13 @@ def interrupted_and_not(root: str) -> dict[str, Any]:
     before = whole.evaluate()["eval_loss"]
     whole.train()
     expected = hf.matrices(whole.deepspeed)
-    history = [row for row in whole.state.log_history if row["step"] > 4 and "train_runtime" not in row]
+    history = _later_rows(whole)
     whole.save_model(f"{root}/saved")
     counter = CollectiveCounter(frozen_buffers(whole.model).values())
     resumed = hf.trainer_in(Path(root), "out", **steps)
     with counter.counting():
         resumed.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
-    resumed_history = [row for row in resumed.state.log_history if row["step"] > 4 and "train_runtime" not in row]
+    resumed_history = _later_rows(resumed)
     with pytest.raises(UserError, match="called before"):
         resumed.train()
     for step in (2, 4):  # before the first merge, and after it
@@ -77,12 +77,14 @@ def interrupted_and_not(root: str) -> dict[str, Any]:
         "seed": whole.run.identity["seed"],
         "expected": expected,
         "resumed": hf.matrices(resumed.deepspeed),
-        "history": (_without_times(history), _without_times(resumed_history)),
+        "history": (history, resumed_history),
         "base_bytes": counter.base_bytes,
     }
 
 
-def _without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def _later_rows(trainer: hf.Trainer) -> list[dict[str, float]]:
+    """What was logged after step 4, without times."""
+    history = [row for row in trainer.state.log_history if row["step"] > 4 and "train_runtime" not in row]
     measured = ("runtime", "per_second", "preparation_time")
     return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in history]
 
@@ -110,7 +112,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
     export_merged(tmp_path / "out" / "checkpoint-8", tmp_path / "exported", verify=True)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), exported.parameters(), strict=True))
+    hf.assert_same_parameters(saved, exported)
 
 
 def best_is_loaded(root: str) -> dict[str, Any]:

@@ -179,6 +179,13 @@ def assert_all_fail(world: int, argv: list[str], numbers: list[int], failing: in
         assert result == [("UserError", f"{where}injected before {number}") for number in numbers]
 
 
+def assert_all_fail_at_each(world: int, argv: list[str], healthy: Path, failing: int) -> None:
+    """At each check that the same start, in the folder `healthy`, comes to."""
+    names = run_ranks(world, checks_of, [*argv, "--output_dir", str(healthy)])[0]
+    assert len(names) >= 20
+    assert_all_fail(world, argv, list(range(len(names))), failing)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int) -> None:
     argv = user.flags(tmp_path / "out", *MERGES)
@@ -195,9 +202,8 @@ AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3,
 @AT_EACH
 def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
     block = {"targets": "auto", "trainable_budget": "3%"}
-    names = run_ranks(world, checks_of, research(user.flags(tmp_path / "healthy", *MERGES), tmp_path, **block))[0]
     argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, **block)
-    assert_all_fail(world, argv, list(range(len(names))), failing)
+    assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
     assert not (tmp_path / "out").exists()
 
 
@@ -207,15 +213,13 @@ def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Pa
     argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint", "auto")
     run(world, [*argv, "--max_steps", "3"])
     shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
-    names = run_ranks(world, checks_of, [*argv, "--output_dir", str(tmp_path / "healthy")])[0]
-    assert len(names) >= 20
-    assert_all_fail(world, argv, list(range(len(names))), failing)
+    assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
 
 
 @pytest.mark.heavy
 @AT_EACH
 def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
     mix = write_mixture(user, tmp_path / "mix.yaml", "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n")
-    names = run_ranks(world, checks_of, mixture_flags(user, tmp_path / "healthy", mix, *MERGES))[0]
-    assert_all_fail(world, mixture_flags(user, tmp_path / "out", mix, *MERGES), list(range(len(names))), failing)
+    argv = mixture_flags(user, tmp_path / "out", mix, *MERGES)
+    assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """An evaluation: which batches of a set count, when tasks are due, what is logged and kept of it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,20 @@ from mora_ds.train.tasks import TaskResult
 BATCHES = 7
 
 
+def batches_of(
+    eval_batches: Callable[..., Any],
+    before_batch: Callable[[], None],
+    limit: int | None,
+    index: int = 0,
+    count: int = 1,
+) -> Any:
+    """What replica `index` of `count` evaluates of a set with these batches."""
+    replica: Any = SimpleNamespace(index=index, count=count)
+    log: Any = None
+    data: Any = SimpleNamespace(eval_batches=eval_batches)
+    return Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)._batches(data, before_batch)
+
+
 def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
     """For each batch that replica `index` evaluates: whether its tokens count."""
 
@@ -28,10 +42,7 @@ def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
         for _ in range(-(-BATCHES // replicas)):
             yield {"labels": torch.ones(size, 4, dtype=torch.long)}
 
-    replica: Any = SimpleNamespace(index=index, count=replicas)
-    log: Any = None
-    evaluator = Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)
-    batches = evaluator._batches(SimpleNamespace(eval_batches=eval_batches), lambda: None)  # type: ignore[arg-type]
+    batches = batches_of(eval_batches, lambda: None, limit, index, replicas)
     return [bool((batch["labels"] != IGNORED).all()) for batch in batches]
 
 
@@ -55,13 +66,9 @@ def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit() -
             told.append(f"made {number}")
             yield {"labels": torch.ones(size, 2, dtype=torch.long)}
 
-    replica: Any = SimpleNamespace(index=0, count=1)
-    log: Any = None
-    data: Any = SimpleNamespace(eval_batches=batches)
     for limit, computed in ((None, 4), (2, 2)):
         told.clear()
-        evaluation = Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)
-        for _ in evaluation._batches(data, lambda: told.append("asked")):
+        for _ in batches_of(batches, lambda: told.append("asked"), limit):
             told.append("computed")
         expected = [word for number in range(computed) for word in (f"made {number}", "asked", "computed")]
         assert told == expected + (["made 2"] if limit else [])
