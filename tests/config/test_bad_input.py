@@ -3,7 +3,6 @@
 test_bad_launches.py has all others.
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from mora_ds.common.files import verify_manifest
 from mora_ds.data import train_sentencepiece
 from tests.helpers.exports import contents
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, launch, refusal, refused, refused_each, run
+from tests.helpers.jobs import REPOSITORY, Playground, finished_run, launch, refusal, refused, refused_each, run
 from tests.helpers.models import tiny_model
 
 
@@ -42,27 +41,6 @@ def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> N
         assert "late.txt, line 400001" in message
 
 
-def test_a_read_only_cache(user: Playground, tmp_path: Path) -> None:
-    """A run that finds all its tokens there succeeds; another one is told which flag to change."""
-    cache = tmp_path / "cache"
-    argv = user.flags(tmp_path / "out", "--cache_dir", cache)
-    run(1, argv)
-    bind = [["mount", "--bind", str(cache), str(cache)], ["mount", "-o", "remount,ro,bind", str(cache)]]
-    if shutil.which("mount") is None or subprocess.run(bind[0], capture_output=True, check=False).returncode:
-        pytest.skip("a read-only mount needs root")
-    try:
-        subprocess.run(bind[1], check=True)
-        run(1, user.flags(tmp_path / "again", "--cache_dir", cache))
-        new = shutil.copy(user.train, tmp_path / "new.jsonl")
-        kind, message = run_ranks(
-            1, refused, user.flags(tmp_path / "third", "--cache_dir", cache, "--train_files", new)
-        )[0]
-    finally:
-        subprocess.run(["umount", str(cache)], check=True)
-    assert kind == "UserError"
-    assert f"--cache_dir {cache} cannot be written to: Read-only file system" in message
-
-
 # -- models and tokenizers -----------------------------------------------------------------------------------------
 
 
@@ -77,8 +55,7 @@ def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path) -
 
 
 def test_a_tokenizer_beyond_the_models_vocabulary(user: Playground, tmp_path: Path) -> None:
-    texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
-    path = train_sentencepiece(texts, 450, tmp_path)
+    path = train_sentencepiece(user.texts(), 450, tmp_path)
     cases = [user.flags(tmp_path / "out", "--tokenizer_name", name) for name in (path, user.train)]
     assert_user_errors(cases, [["--tokenizer_name", "449", "0 to 399"], ["--tokenizer_name", str(user.train)]])
 
@@ -87,8 +64,7 @@ def test_a_tokenizer_that_would_come_back_as_another_one(user: Playground, tmp_p
     """A Qwen2 folder makes transformers read any tokenizer beside it as Qwen2's own."""
     shutil.copytree(user.model, tmp_path / "model")
     tiny_model("qwen2", vocab_size=400).save_pretrained(tmp_path / "model")
-    texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
-    path = train_sentencepiece(texts, 380, tmp_path)
+    path = train_sentencepiece(user.texts(), 380, tmp_path)
     argv = user.flags(tmp_path / "out", "--model_name_or_path", tmp_path / "model", "--tokenizer_name", path)
     message = refusal(argv)
     assert "--tokenizer_name" in message
@@ -100,9 +76,7 @@ def test_a_tokenizer_that_would_come_back_as_another_one(user: Playground, tmp_p
 
 @pytest.fixture(scope="module")
 def other_run(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("other") / "out"
-    run(1, user.flags(out))
-    return out
+    return finished_run(1, user, tmp_path_factory)
 
 
 def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path: Path) -> None:

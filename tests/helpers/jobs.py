@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 import yaml
 
@@ -43,6 +44,10 @@ class Playground:
     held: Path
     other: Path
     """Two texts for evaluation; `other` is shorter than one block."""
+
+    def texts(self) -> list[str]:
+        """The documents of `train`."""
+        return [json.loads(line)["text"] for line in self.train.read_text().splitlines()]
 
     def flags(self, out: str | Path, *more: str | int | float) -> list[str]:
         """A small run; later flags win."""
@@ -100,6 +105,13 @@ def job(argv: list[str]) -> dict[str, Any]:
 def run(ranks: int, argv: list[str]) -> dict[str, Any]:
     """A run on so many ranks of this machine; rank 0's summary."""
     return run_ranks(ranks, job, argv)[0]
+
+
+def finished_run(ranks: int, user: Playground, folders: pytest.TempPathFactory, *more: str | int | float) -> Path:
+    """The output folder, in a new one of `folders`, of a run with the flags `more` that nothing has disturbed."""
+    out = folders.mktemp("finished") / "out"
+    run(ranks, user.flags(out, *more))
+    return out
 
 
 def printed(argv: list[str]) -> str:

@@ -54,6 +54,21 @@ def stop_and_resume(ranks: int, argv: list[str], *steps: int) -> dict[str, Any]:
     return run(ranks, argv)
 
 
+def assert_one_run(flags: Callable[..., list[str]], folder: Path, wide_job: Callable[[list[str]], Any] = job) -> None:
+    """A run of one rank, in folder/whole, is the same to the bit where it is stopped twice and resumed, in folder/out,
+    and has the same losses on two ranks with micro-batches of one row, in folder/wide.
+
+    `flags`: makes a command line of an output folder and more flags.
+    """
+    whole = folder / "whole"
+    wide = folder / "wide"
+    run(1, flags(whole, "--per_device_train_batch_size", 4))
+    stop_and_resume(1, flags(folder / "out", "--per_device_train_batch_size", 4), 3, 5)
+    assert_same_run(folder / "out", whole)
+    run_ranks(2, wide_job, flags(wide, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2))
+    assert_close_losses(wide, whole)
+
+
 def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:
     """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint has them."""
     latest = out / "checkpoints" / "latest"
@@ -69,10 +84,10 @@ def merged(out: Path, target: Path) -> dict[str, torch.Tensor]:
     return load_file(target / "model.safetensors")
 
 
-def assert_same_tensors(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == another.keys()
+def assert_same_tensors(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor], where: object = "") -> None:
+    assert one.keys() == another.keys(), where
     for name in one:
-        assert torch.equal(one[name], another[name]), name
+        assert torch.equal(one[name], another[name]), (name, where)
 
 
 def assert_same_result(out: Path, whole: Path) -> None:

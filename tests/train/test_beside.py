@@ -1,6 +1,9 @@
 """What fails beside training: the run goes on to its end and its last checkpoint, and says so by an exit code."""
 
+import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,30 +23,42 @@ from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.tasks import TaskSuite
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, rows, run
+from tests.helpers.jobs import Playground, finished_run, losses, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.tasks import task_files
 
 FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", "none")
 
 
-def failing(argv: list[str], owner: str, method: str, error: Exception, calls: tuple[int, ...]) -> tuple[str, str]:
-    """(kind of error, its message) of a run in which these calls of a method, counted from 0, fail on every rank."""
-    target = {"evaluator": Evaluator, "tasks": TaskSuite, "program": program}[owner]
+@contextmanager
+def failing_calls(target: type, method: str, error: BaseException, calls: tuple[int, ...]) -> Iterator[None]:
+    """These calls of a method, counted from 0, fail; those of the log when they have done their work."""
     real = getattr(target, method)
-    call_numbers: list[int] = []
+    call_numbers = itertools.count()
 
     def call(*arguments: Any, **options: Any) -> Any:
-        call_numbers.append(len(call_numbers))
-        if call_numbers[-1] in calls:
+        is_failing = next(call_numbers) in calls
+        result = None if is_failing and target is not MetricsLog else real(*arguments, **options)
+        if is_failing:
             raise error
-        return real(*arguments, **options)
+        return result
 
     with mock.patch.object(target, method, call):
-        try:
-            program.pretrain(parse(argv))
-        except (FailedBeside, RunError, RuntimeError) as raised:
-            return type(raised).__name__, str(raised)
+        yield
+
+
+def failing(argv: list[str], target: type, method: str, error: Exception, calls: tuple[int, ...]) -> tuple[str, str]:
+    """(kind of error, its message) of a run in which these calls of a method fail on every rank."""
+    with failing_calls(target, method, error, calls):
+        return ended(argv)
+
+
+def ended(argv: list[str]) -> tuple[str, str]:
+    """(kind of error, its message) of a run, empty where it has none. For `run_ranks`."""
+    try:
+        program.pretrain(parse(argv))
+    except (FailedBeside, RunError, RuntimeError) as raised:
+        return type(raised).__name__, str(raised)
     return "", ""
 
 
@@ -56,28 +71,26 @@ def ranks_and_whole(
     request: pytest.FixtureRequest, user: Playground, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
     """A number of ranks, and the output folder of their undisturbed run."""
-    whole = tmp_path_factory.mktemp("whole") / "out"
-    run(request.param, user.flags(whole, *FLAGS))
-    return request.param, whole
+    return request.param, finished_run(request.param, user, tmp_path_factory, *FLAGS)
 
 
 @pytest.mark.parametrize(
-    "owner, calls",
+    "target, calls",
     [
-        pytest.param("evaluator", (2,), id="before a save"),
-        pytest.param("evaluator", (1, 3), id="twice"),
-        pytest.param("evaluator", (4,), id="at the end"),
-        pytest.param("tasks", (1, 2), id="tasks within the run and at its end", marks=pytest.mark.heavy),
+        pytest.param(Evaluator, (2,), id="before a save"),
+        pytest.param(Evaluator, (1, 3), id="twice"),
+        pytest.param(Evaluator, (4,), id="at the end"),
+        pytest.param(TaskSuite, (1, 2), id="tasks within the run and at its end", marks=pytest.mark.heavy),
     ],
 )
 def test_a_failed_evaluation_does_not_end_the_run(
-    user: Playground, tmp_path: Path, ranks_and_whole: tuple[int, Path], out: Path, owner: str, calls: tuple[int, ...]
+    user: Playground, tmp_path: Path, ranks_and_whole: tuple[int, Path], out: Path, target: type, calls: tuple[int, ...]
 ) -> None:
     ranks, whole = ranks_and_whole
     error = RuntimeError("no evaluation today")
-    of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if owner == "tasks" else ()
-    told = run_ranks(ranks, failing, user.flags(out, *FLAGS, *of_tasks), owner, "evaluate", error, calls)
-    steps = [2 * call if owner == "tasks" else call for call in calls]
+    of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if target is TaskSuite else ()
+    told = run_ranks(ranks, failing, user.flags(out, *FLAGS, *of_tasks), target, "evaluate", error, calls)
+    steps = [2 * call if target is TaskSuite else call for call in calls]
     for kind, message in told:
         assert kind == "FailedBeside"
         assert "step-000004 is its end" in message
@@ -99,7 +112,7 @@ def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: 
     argv = user.flags(out, *FLAGS, "--resume_from_checkpoint", "auto")
     error = RuntimeError("no evaluation today")
     run_ranks(1, interrupted, argv, error)
-    ((kind, message),) = run_ranks(1, failing, argv, "evaluator", "evaluate", error, ())
+    ((kind, message),) = run_ranks(1, failing, argv, Evaluator, "evaluate", error, ())
     assert kind == "FailedBeside"
     assert re.findall(r"after step (\d)", message) == ["1"]
     assert [row["step"] for row in rows(out) if "eval" in row] == [2, 3, 4]
@@ -107,7 +120,7 @@ def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: 
 
 def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path) -> None:
     error = RuntimeError("no evaluation today")
-    ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), "evaluator", "evaluate", error, (0,))
+    ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
     assert (kind, message) == ("RuntimeError", "no evaluation today")
 
 
@@ -116,36 +129,30 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_pat
     error = NotFinite("the loss is nan")
     argv = user.flags(tmp_path, *FLAGS, "--save_total_limit", 1, "--resume_from_checkpoint", "auto")
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
-        ((kind, message),) = run_ranks(1, failing, argv, "evaluator", "evaluate", error, (call,))
+        ((kind, message),) = run_ranks(1, failing, argv, Evaluator, "evaluate", error, (call,))
         assert kind == "RunError"
         assert "the loss is nan" in message
         assert re.search(r"step-000004 holds this model\. Last good checkpoint: \S*step-000002\. ", message)
 
 
+def failing_upload(argv: list[str]) -> tuple[str, str]:
+    """`ended` of a run whose upload fails. For `run_ranks`."""
+    upload = mock.patch.object(program, "push_adapter", side_effect=OSError("the network is gone"))
+    with mock.patch.object(program, "check_repository"), upload:
+        return ended(argv)
+
+
 def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path) -> None:
     argv = user.flags(tmp_path, "--max_steps", 2, "--push_to_hub", "me/adapter", "--report_to", "none")
-    error = OSError("the network is gone")
-    with mock.patch.object(program, "check_repository"):
-        ((kind, message),) = run_ranks(1, failing, argv, "program", "push_adapter", error, (0,))
+    ((kind, message),) = run_ranks(1, failing_upload, argv)
     assert kind == "FailedBeside"
     assert "--push_to_hub me/adapter: the network is gone" in message
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 
-def ended_within(argv: list[str], owner: str, method: str, call: int) -> None:
+def ended_within(argv: list[str], target: type, method: str, call: int) -> None:
     """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
-    target = {"evaluator": Evaluator, "remora": ReMoRA, "log": MetricsLog, "trainer": Trainer}[owner]
-    real = getattr(target, method)
-    steps_made: list[int] = []
-
-    def end(*arguments: Any, **options: Any) -> Any:
-        steps_made.append(len(steps_made))
-        result = real(*arguments, **options) if owner == "log" else None
-        if steps_made[-1] == call:
-            raise KeyboardInterrupt
-        return result if owner == "log" else real(*arguments, **options)
-
-    with mock.patch.object(target, method, end), pytest.raises(KeyboardInterrupt):
+    with failing_calls(target, method, KeyboardInterrupt(), (call,)), pytest.raises(KeyboardInterrupt):
         program.pretrain(parse(argv))
 
 
@@ -155,29 +162,27 @@ DUE = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warm
 @pytest.fixture(scope="module")
 def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in whose fourth step a checkpoint, an evaluation and a merge are due."""
-    out = tmp_path_factory.mktemp("due") / "out"
-    run(1, user.flags(out, *DUE))
-    return out
+    return finished_run(1, user, tmp_path_factory, *DUE)
 
 
 @pytest.mark.parametrize(
-    "owner, method, call, step",
+    "target, method, call, step",
     [
-        pytest.param("evaluator", "evaluate", 1, 4, id="evaluation", marks=pytest.mark.heavy),
-        pytest.param("log", "evaluation", 1, 4, id="after an evaluation"),
-        pytest.param("remora", "merge", 0, 4, id="merge", marks=pytest.mark.heavy),
-        pytest.param("remora", "_start_cycle", 0, 4, id="half a merge"),
-        pytest.param("trainer", "_probe_loss", 1, 4, id="probe before a merge"),
-        pytest.param("trainer", "_probe_loss", 2, 4, id="probe after a merge"),
-        pytest.param("evaluator", "evaluate", 2, 6, id="last evaluation"),
-        pytest.param("log", "evaluation", 2, 6, id="after the last evaluation", marks=pytest.mark.heavy),
+        pytest.param(Evaluator, "evaluate", 1, 4, id="evaluation", marks=pytest.mark.heavy),
+        pytest.param(MetricsLog, "evaluation", 1, 4, id="after an evaluation"),
+        pytest.param(ReMoRA, "merge", 0, 4, id="merge", marks=pytest.mark.heavy),
+        pytest.param(ReMoRA, "_start_cycle", 0, 4, id="half a merge"),
+        pytest.param(Trainer, "_probe_loss", 1, 4, id="probe before a merge"),
+        pytest.param(Trainer, "_probe_loss", 2, 4, id="probe after a merge"),
+        pytest.param(Evaluator, "evaluate", 2, 6, id="last evaluation"),
+        pytest.param(MetricsLog, "evaluation", 2, 6, id="after the last evaluation", marks=pytest.mark.heavy),
     ],
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
-    user: Playground, whole: Path, out: Path, owner: str, method: str, call: int, step: int
+    user: Playground, whole: Path, out: Path, target: type, method: str, call: int, step: int
 ) -> None:
     """And the run that resumes there does what was pending, once."""
-    run_ranks(1, ended_within, user.flags(out, *DUE), owner, method, call)
+    run_ranks(1, ended_within, user.flags(out, *DUE), target, method, call)
     assert TrainerState.read(out / "checkpoints" / "latest").step == step
     run(1, user.flags(out, *DUE, "--resume_from_checkpoint", "auto"))
     assert_same_run(out, whole)
@@ -197,18 +202,14 @@ class Broken:
     summary = close = log
 
 
-def tracked(argv: list[str]) -> tuple[str, str]:
-    """For `run_ranks`."""
+def failing_tracker(argv: list[str]) -> tuple[str, str]:
+    """`ended` of a run whose tracker fails. For `run_ranks`."""
     with mock.patch.dict(trackers._CLIENTS, {"wandb": Broken}), mock.patch.object(program, "check_installed"):
-        try:
-            program.pretrain(parse(argv))
-        except FailedBeside as raised:
-            return type(raised).__name__, str(raised)
-    return "", ""
+        return ended(argv)
 
 
 def test_a_failed_tracker_is_told_on_every_rank(user: Playground, tmp_path: Path) -> None:
     argv = user.flags(tmp_path, "--max_steps", 2, "--report_to", "wandb")
-    for kind, message in run_ranks(2, tracked, argv):
+    for kind, message in run_ranks(2, failing_tracker, argv):
         assert kind == "FailedBeside"
         assert "--report_to wandb" in message

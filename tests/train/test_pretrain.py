@@ -27,7 +27,18 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, assert_close_losses, environment, job, launch, losses, rows, run
+from tests.helpers.jobs import (
+    REPOSITORY,
+    Playground,
+    assert_close_losses,
+    environment,
+    finished_run,
+    job,
+    launch,
+    losses,
+    rows,
+    run,
+)
 from tests.helpers.models import tiny_model
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
@@ -106,14 +117,8 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
 # -- where text and model come from --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def texts(user: Playground) -> list[str]:
-    return [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
-
-
-def test_the_same_documents_in_every_format_give_the_same_run(
-    user: Playground, texts: list[str], tmp_path: Path
-) -> None:
+def test_the_same_documents_in_every_format_give_the_same_run(user: Playground, tmp_path: Path) -> None:
+    texts = user.texts()
     folder = tmp_path / "a folder"
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), folder / "a.parquet")
@@ -181,9 +186,7 @@ def test_parts_of_an_epoch(epochs: float, blocks: int, ranks: int, steps: int) -
 @pytest.fixture(scope="module")
 def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that settings which only change how it is computed must repeat."""
-    out = tmp_path_factory.mktemp("plain") / "out"
-    run(1, user.flags(out, *MERGING, "--per_device_train_batch_size", 4))
-    return out
+    return finished_run(1, user, tmp_path_factory, *MERGING, "--per_device_train_batch_size", 4)
 
 
 @pytest.mark.parametrize(
@@ -214,17 +217,16 @@ def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: s
 
 
 def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path, out: Path) -> None:
-    model = tiny_model("qwen2", vocab_size=400)
-    assert model.config.tie_word_embeddings
+    model = tiny_model(vocab_size=400, tie_word_embeddings=True)
     shutil.copytree(user.model, tmp_path / "model")
-    tiny_model(vocab_size=400, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
     trained = ("--train_embeddings", "true", "--train_norms", "true", "--save_steps", 5)
     argv = user.flags(out, *MERGING, *trained, "--model_name_or_path", tmp_path / "model")
     summary = run(2, [*argv, "--export_merged", "true"])
     assert summary["trainable_params"] > 400 * 32
     exported = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
-    assert not torch.equal(exported.lm_head.weight, tiny_model(vocab_size=400, tie_word_embeddings=True).lm_head.weight)
+    assert not torch.equal(exported.lm_head.weight, model.lm_head.weight)
     tool = [sys.executable, str(REPOSITORY / "tools" / "export_hf.py"), "--checkpoint", str(out / "checkpoints/latest")]
     done = subprocess.run(
         [*tool, "--output", str(tmp_path / "merged"), "--verify"],

@@ -1,6 +1,7 @@
 """Every recipe of configs/recipes/ is dry-run with a model of its size, and keeps what its comments say."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,7 @@ def test_batches_are_what_the_comments_say(path: Path) -> None:
     matched = BATCH.search(path.read_text(encoding="utf-8"))
     assert matched is not None
     factors = [int(number) for number in (matched[1] + (f" x {matched[2]}" if matched[2] else "")).split(" x ")]
-    batch = 1
-    for factor in factors:
-        batch *= factor
-    assert batch == int(matched[3])
+    assert math.prod(factors) == int(matched[3])
     rank_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert int(matched[3]) % rank_batch == 0
     assert factors[0] == training.per_device_train_batch_size

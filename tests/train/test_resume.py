@@ -8,20 +8,20 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mora_ds.common.errors import Stopped
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.runtime import signals
 from mora_ds.train import pretrain as program
+from tests.helpers.damage import another_base
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
     Playground,
     curve,
+    finished_run,
     losses,
-    playground,
     printed,
     refusal,
     rows,
@@ -57,27 +57,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 @pytest.fixture(scope="module")
 def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run with all its checkpoints."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(1, user.flags(out, *MERGING))
-    return out
+    return finished_run(1, user, tmp_path_factory, *MERGING)
 
 
+@pytest.fixture
 def copied(whole: Path, tmp_path: Path) -> Path:
+    """A copy of that run, which goes on in it."""
     return Path(shutil.copytree(whole, tmp_path / "out", symlinks=True))
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, whole: Path, tmp_path: Path, step: int) -> None:
+def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, copied: Path, whole: Path, step: int) -> None:
     """From before the first merge, with both merges done since, and from right after the second."""
-    out = copied(whole, tmp_path)
-    checkpoint = out / "checkpoints" / f"step-{step:06d}"
-    run_ranks(1, interrupted_job, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
-    ledger = read_json(out / "ledger" / "ledger.json")
+    checkpoint = copied / "checkpoints" / f"step-{step:06d}"
+    run_ranks(1, interrupted_job, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
+    ledger = read_json(copied / "ledger" / "ledger.json")
     assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
-    assert len(list((out / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
-    assert max(row["step"] for row in rows(out)) == step + 1
-    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", checkpoint))
-    assert_same_run(out, whole)
+    assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
+    assert max(row["step"] for row in rows(copied)) == step + 1
+    run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint))
+    assert_same_run(copied, whole)
 
 
 def stopped_at_once(argv: list[str]) -> None:
@@ -86,23 +85,26 @@ def stopped_at_once(argv: list[str]) -> None:
         program.pretrain(parse(argv))
 
 
-def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(
-    user: Playground, whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user: Playground, copied: Path) -> None:
     """Its checkpoint is the one that `auto` goes on from, not the newest one of the branch."""
-    out = copied(whole, tmp_path)
-    checkpoint = out / "checkpoints" / "step-000004"
-    run_ranks(1, stopped_at_once, user.flags(out, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
-    assert (out / "checkpoints" / "latest").resolve() == checkpoint.resolve()
+    checkpoint = copied / "checkpoints" / "step-000004"
+    run_ranks(1, stopped_at_once, user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
+    assert (copied / "checkpoints" / "latest").resolve() == checkpoint.resolve()
 
 
-def test_a_resume_tells_which_settings_have_changed(user: Playground, whole: Path, tmp_path: Path) -> None:
-    out = copied(whole, tmp_path)
-    longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
+def changes_told(argv: list[str]) -> str:
+    """What a resumed run says that has changed since it was last started."""
+    start = "changed since the run was last started: "
+    (told,) = run_ranks(1, printed, argv)
+    (line,) = [line for line in told.splitlines() if line.startswith(start)]
+    return line.removeprefix(start)
+
+
+def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Path, tmp_path: Path) -> None:
+    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
     changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2,
                "--eval_files", f"short={user.other}", "--deepspeed", REPOSITORY / "configs" / "zero2.json")  # fmt: skip
-    (told,) = run_ranks(1, printed, [*longer, *map(str, changed), "--cache_dir", str(tmp_path / "cache")])
-    (line,) = [line for line in told.splitlines() if line.startswith("changed since the run was last started: ")]
+    line = changes_told([*longer, *map(str, changed), "--cache_dir", str(tmp_path / "cache")])
     phrases = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
     of_files = ("--eval_files [", "zero3.json -> ")
     for phrase in (*phrases, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0", *of_files):
@@ -119,9 +121,7 @@ def test_a_resume_tells_what_was_edited_in_the_deepspeed_config(user: Playground
     flags = user.flags(tmp_path / "out", "--deepspeed", config, "--save_steps", 1, "--resume_from_checkpoint", "auto")
     run(1, [*flags, "--max_steps", "2"])
     config.write_text(json.dumps({**read_json(config), "zero_allow_untested_optimizer": True}))
-    (told,) = run_ranks(1, printed, [*flags, "--max_steps", "3", "--learning_rate", "0.5"])
-    (line,) = [line for line in told.splitlines() if line.startswith("changed since the run was last started: ")]
-    changes = line.partition(": ")[2].split(", ")
+    changes = changes_told([*flags, "--max_steps", "3", "--learning_rate", "0.5"]).split(", ")
     assert [change for change in changes if "deepspeed" in change] == [
         "zero_allow_untested_optimizer in --deepspeed None -> True"
     ]
@@ -134,28 +134,24 @@ def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path)
     assert torch.equal(losses(out), losses(whole)[6:])
 
 
-def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(
-    user: Playground, whole: Path, tmp_path: Path
-) -> None:
-    out = copied(whole, tmp_path)
-    before = curve(out)
-    manifest = (out / "checkpoints" / "latest" / "manifest.json").read_bytes()
-    summary = run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
-    assert curve(out) == before
-    assert (out / "checkpoints" / "latest" / "manifest.json").read_bytes() == manifest
+def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user: Playground, copied: Path) -> None:
+    before = curve(copied)
+    manifest = (copied / "checkpoints" / "latest" / "manifest.json").read_bytes()
+    summary = run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
+    assert curve(copied) == before
+    assert (copied / "checkpoints" / "latest" / "manifest.json").read_bytes() == manifest
     assert (summary["steps"], summary["merges"]) == (9, 2)
-    assert (out / "merged" / "model.safetensors").is_file()
+    assert (copied / "merged" / "model.safetensors").is_file()
 
 
 def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
-    user: Playground, whole: Path, tmp_path: Path
+    user: Playground, copied: Path, whole: Path
 ) -> None:
-    out = copied(whole, tmp_path)
-    longer = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
+    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
     assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, printed, longer)[0]
-    assert torch.equal(losses(out)[:9], losses(whole))
-    assert len(losses(out)) == 12
-    shorter = user.flags(out, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
+    assert torch.equal(losses(copied)[:9], losses(whole))
+    assert len(losses(copied)) == 12
+    shorter = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
     message = refusal(shorter)
     assert "--max_steps" in message
     assert "step-000012" in message
@@ -176,23 +172,19 @@ def differing(user: Playground, whole: Path, *more: Any) -> str:
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
-    user: Playground, whole: Path, tmp_path: Path
+    user: Playground, copied: Path, tmp_path: Path
 ) -> None:
-    out = copied(whole, tmp_path)
-    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    message = differing(user, out, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
+    files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    message = differing(user, copied, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
     phrases = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
     assert all(phrase in message for phrase in (*phrases, "--bf16"))
-    assert "--adapter: " in differing(user, out, "--adapter", "full", "--merge_every", 0, "--restart_warmup_steps", 10)
-    another_base = playground(tmp_path / "other").model
-    model = load_file(another_base / "model.safetensors")
-    model["model.norm.weight"][0] = 2.0
-    from safetensors.torch import save_file
-
-    save_file(model, another_base / "model.safetensors", {"format": "pt"})
-    assert "weights of --model_name_or_path" in differing(user, out, "--model_name_or_path", another_base)
-    assert "--train_files" in differing(user, out, "--train_files", user.held)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files, "nothing was touched"
+    assert "--adapter: " in differing(
+        user, copied, "--adapter", "full", "--merge_every", 0, "--restart_warmup_steps", 10
+    )
+    other = another_base(user.model, tmp_path / "other")
+    assert "weights of --model_name_or_path" in differing(user, copied, "--model_name_or_path", other)
+    assert "--train_files" in differing(user, copied, "--train_files", user.held)
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == files, "nothing was touched"
 
 
 def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path) -> None:
