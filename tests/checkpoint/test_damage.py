@@ -22,10 +22,11 @@ from mora_ds.data import build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.trainer import Trainer
-from tests.helpers.damage import HARMS, change_json, cut, flip, gone, mount
+from tests.helpers.damage import HARMS, change_json, cut, flip, gone, make_own, mount
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, golden_flags, refused, refused_each, rows, run
+from tests.helpers.jobs import Playground, golden_flags, output_of, refused, refused_each, rows, run
 from tests.helpers.outcome import assert_same_outcome, tree
+from tests.helpers.resume import disturb
 
 
 @pytest.fixture
@@ -59,9 +60,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
 ) -> None:
     root = out / "checkpoints"
     damaged = root / "step-000006" / kind
-    content = damaged.read_bytes()
-    damaged.unlink()  # a file of its own, for cycles of the ledger have several names
-    damaged.write_bytes(content)
+    make_own(damaged)
     HARMS[harm](damaged)
     assert resume_checkpoint("auto", root) == root / "step-000004"
     (line,) = caplog.messages
@@ -115,9 +114,7 @@ def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest
 
     root = out / "checkpoints"
     cycle = root / "step-000006" / "ledger" / "cycle-00001.safetensors"
-    content = cycle.read_bytes()
-    cycle.unlink()
-    cycle.write_bytes(content)
+    make_own(cycle)
     flip(cycle, 0.99)
     write_manifest(root / "step-000006")
     assert verify_manifest(root / "step-000006") == []
@@ -172,9 +169,7 @@ def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -
 def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str) -> None:
     damaged = out / "ledger" / kind
     latest = (out / "checkpoints" / "latest").resolve()
-    content = damaged.read_bytes()
-    damaged.unlink()
-    damaged.write_bytes(content)
+    make_own(damaged)
     HARMS[harm](damaged)
     fingerprint = BaseReference.read(latest).fingerprint
     with pytest.raises(UserError, match=str(out / "ledger")):
@@ -186,14 +181,8 @@ def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str) 
 
 def harmed_job(argv: list[str]) -> tuple[str, str]:
     """A run whose first cycle is damaged after step 3. For `run_ranks`."""
-    after_step = Trainer._after_step
-
-    def patched(trainer: Trainer) -> None:
-        if trainer.state.step == 3:
-            flip(Path(argv[argv.index("--output_dir") + 1]) / "ledger" / "cycle-00000.safetensors")
-        after_step(trainer)
-
-    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
+    cycle = output_of(argv) / "ledger" / "cycle-00000.safetensors"
+    disturb(3, lambda trainer: flip(cycle))
     return refused(argv, may_change=True)
 
 
@@ -321,15 +310,12 @@ def test_an_output_folder_that_cannot_be_written_to(
 
 def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
     """A run during which the file system of a folder becomes read-only, after step 3. For `run_ranks`."""
-    after_step = Trainer._after_step
 
-    def patched(trainer: Trainer) -> None:
-        if trainer.state.step == 3:
-            subprocess.run(["mount", "--bind", folder, folder], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-        after_step(trainer)
+    def freeze(trainer: Trainer) -> None:
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
-    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
+    disturb(3, freeze)
     return refused(argv)
 
 
@@ -359,4 +345,4 @@ def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_
     more = ("--cache_dir", tmp_path / "cache", "--train_files", user.held)
     kind, message = run_ranks(1, refused, golden_flags(user, tmp_path / "third", *more))[0]
     assert kind == "UserError"
-    assert f"--cache_dir {tmp_path / 'cache'} cannot be written to" in message
+    assert f"--cache_dir {tmp_path / 'cache'} cannot be written to: Read-only file system" in message

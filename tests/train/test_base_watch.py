@@ -16,7 +16,7 @@ from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.resume import disturb
 
 
-def disturbed_job(argv: list[str], model: Path, change: Callable[[Path], None]) -> tuple[str, str]:
+def disturbed_job(argv: list[str], model: Path, change: Callable[[Path], object]) -> tuple[str, str]:
     """A run whose base, the folder `model`, gets a `change` of its weights after step 3. For `run_ranks`."""
     disturb(3, lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors"))
     return refused(argv)
@@ -29,7 +29,7 @@ def overwrite(weights: Path, word: int) -> None:
         file.write(np.full(4096, word, np.uint32).tobytes())
 
 
-def messages_of(user: Playground, argv: list[str], change: Callable[[Path], None]) -> list[str]:
+def messages_of(user: Playground, argv: list[str], change: Callable[[Path], object]) -> list[str]:
     """What two ranks end with, each of which names the changed file."""
     messages = []
     for kind, message in run_ranks(2, disturbed_job, argv, user.model, change):
