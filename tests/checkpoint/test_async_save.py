@@ -3,6 +3,7 @@
 import errno
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mora_ds.engine import shards as shard_module
 from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, refused, run
+from tests.helpers.jobs import Playground, curve, finished_run, job, refused
 from tests.helpers.resume import assert_same_tensors
 
 LAST_STEP = 7
@@ -33,9 +34,7 @@ MORE = (
 @pytest.fixture(scope="module")
 def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that writes its checkpoints at once."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(2, user.flags(out, *MORE))
-    return out
+    return finished_run(2, user, tmp_path_factory, *MORE)
 
 
 def contents_of(engine: Path) -> dict[str, torch.Tensor]:
@@ -101,25 +100,33 @@ def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Pa
         assert_same_tensors(contents_of(verdict.folder / "engine"), contents_of(reference / "engine"))
 
 
-def failing_job(argv: list[str]) -> tuple[str, str]:
-    """The disk of rank 1 is full from the second checkpoint on."""
+def faulty_job(argv: list[str], fault: Callable[[], None]) -> tuple[str, str]:
+    """The disk of rank 1 has a fault from the second checkpoint on."""
     write = shard_module.write_shard
     written = []
 
-    def fail(path: Path, content: Any) -> None:
+    def write_or_fail(path: Path, content: Any) -> None:
         written.append(path)
         if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            fault()
         write(path, content)
 
-    shard_module.write_shard = fail
+    shard_module.write_shard = write_or_fail
     kind, message = refused(argv)
     assert not any("step-000006" in str(path) for path in written), "the next save is the boundary"
     return kind, message
 
 
+def be_full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def give_no_answer() -> None:
+    threading.Event().wait()
+
+
 def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user: Playground, out: Path) -> None:
-    told = run_ranks(2, failing_job, user.flags(out, *MORE, "--async_save", "true"))
+    told = run_ranks(2, faulty_job, user.flags(out, *MORE, "--async_save", "true"), be_full)
     assert [kind for kind, _ in told] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in told[1][1]
     assert told[0][1].startswith("rank 1: ")
@@ -130,22 +137,9 @@ def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(us
     assert verify(out)[0].is_good
 
 
-def hanging_job(argv: list[str]) -> tuple[str, str]:
-    """The disk of rank 1 does not answer from the second checkpoint on."""
-    write = shard_module.write_shard
-
-    def hang(path: Path, content: Any) -> None:
-        if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
-            threading.Event().wait()
-        write(path, content)
-
-    shard_module.write_shard = hang
-    return refused(argv)
-
-
 def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, out: Path) -> None:
     argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
-    for kind, message in run_ranks(2, hanging_job, argv, timeout_s=100):
+    for kind, message in run_ranks(2, faulty_job, argv, give_no_answer, timeout_s=100):
         assert kind == "RunError", message
         assert f"checkpoint {out / 'checkpoints' / 'step-000004'}" in message, message
         assert "8 s" in message

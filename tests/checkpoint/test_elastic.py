@@ -20,6 +20,7 @@ from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.engine.zero import view_of
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
+from tests.helpers.resume import assert_same_tensors
 from tests.helpers.shards import save_engine
 
 Combination = tuple[int, str]
@@ -63,12 +64,6 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
         (step,) = shards.scalars(name).values()
         tensors[f"{name}.step"] = torch.as_tensor(step).double()
     return tensors
-
-
-def assert_equal(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor], where: object) -> None:
-    assert one.keys() == another.keys(), where
-    for name in one:
-        assert torch.equal(one[name], another[name]), (name, where)
 
 
 def place(root: str, combination: Combination) -> Path:
@@ -136,13 +131,15 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
         for (before, after), result in zip(pairs, rank, strict=True):
             wanted = expected[before]
             tensors = [name for name in wanted if name not in ("scale", "next")]
-            assert_equal({n: result[n] for n in tensors}, {n: wanted[n] for n in tensors}, (before, after))
+            assert_same_tensors({n: result[n] for n in tensors}, {n: wanted[n] for n in tensors}, (before, after))
             assert result["next"] == pytest.approx(wanted["next"], rel=1e-5 if before[1] == "float32" else 2e-2)
             if before[0] == after[0]:
                 assert result["scale"] == wanted["scale"]
                 assert world != 2 or result["next"] == wanted["next"], "the same number of ranks: bit for bit"
     for before, after in pairs:
-        assert_equal(whole(place(str(tmp_path), before) / str(after)), whole(place(root, before)), (before, after))
+        assert_same_tensors(
+            whole(place(str(tmp_path), before) / str(after)), whole(place(root, before)), (before, after)
+        )
 
 
 def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]]) -> None:

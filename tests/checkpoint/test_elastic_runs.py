@@ -16,6 +16,7 @@ from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, assert_close_losses, job, rows, run
+from tests.helpers.resume import interrupted_job
 
 ROWS = 12
 """Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
@@ -26,11 +27,19 @@ def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:
     return user.flags(out, *RUN, "--per_device_train_batch_size", ROWS // world, *more)
 
 
-def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
-    """Runs up to optimizer step `last`; (step, first global row, token ids) of every training batch of this rank."""
+def changed_to(out: Path, stage: int) -> tuple[Any, ...]:
+    """Flags of a run that goes on from step 4 under another ZeRO stage."""
+    checkpoint = out / "checkpoints" / "step-000004"
+    return "--resume_from_checkpoint", checkpoint, "--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json"
+
+
+def watched(argv: list[str], last: int | None = None) -> list[tuple[int, int, torch.Tensor]]:
+    """Runs up to optimizer step `last`, or to the end.
+
+    (step, first global row, token ids) of every training batch of this rank.
+    """
     seen: list[tuple[int, int, torch.Tensor]] = []
     forward = Trainer._nll
-    after_step = Trainer._after_step
 
     def watch(trainer: Trainer, batch: MicroBatch) -> torch.Tensor:
         step = trainer.state.step
@@ -40,20 +49,11 @@ def watched(argv: list[str], last: int) -> list[tuple[int, int, torch.Tensor]]:
         seen.append((step, first, batch.rows["input_ids"].clone()))
         return forward(trainer, batch)
 
-    def stop(trainer: Trainer) -> None:
-        after_step(trainer)
-        if trainer.state.step == last:
-            raise KeyboardInterrupt
-
-    Trainer._nll = watch
-    Trainer._after_step = stop  # type: ignore[method-assign]
-    try:
+    Trainer._nll = watch  # in this forked rank alone
+    if last is None:
         job(argv)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        Trainer._nll = forward
-        Trainer._after_step = after_step  # type: ignore[method-assign]
+    else:
+        interrupted_job(argv, last)
     return seen
 
 
@@ -70,7 +70,7 @@ def in_order(ranks: list[list[tuple[int, int, torch.Tensor]]]) -> dict[int, torc
 def two(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, torch.Tensor]]:
     """The undisturbed run of two ranks, and its batches."""
     out = tmp_path_factory.mktemp("two") / "out"
-    return out, in_order(run_ranks(2, watched, flags(user, out, 2), -1))
+    return out, in_order(run_ranks(2, watched, flags(user, out, 2)))
 
 
 @pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), pytest.param(3, 3, marks=pytest.mark.heavy)])
@@ -80,10 +80,8 @@ def test_a_run_goes_on_at_another_size_and_back(
     """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6), 7 and 8 at two again."""
     reference, batches = two
     out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
-    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
-    stage_flags = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
-    middle = in_order(run_ranks(world, watched, flags(user, out, world, *resume, *stage_flags), 6))
-    last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto"), -1))
+    middle = in_order(run_ranks(world, watched, flags(user, out, world, *changed_to(out, stage)), 6))
+    last = in_order(run_ranks(2, watched, flags(user, out, 2, "--resume_from_checkpoint", "auto")))
     assert set(middle) >= {4, 5}
     assert set(last) >= {6, 7}  # and the batch that a save looks ahead at
     for step, ids in {**middle, **last}.items():
@@ -115,9 +113,7 @@ def test_muons_momentum_goes_on_at_another_size_and_stage(
     user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
 ) -> None:
     out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
-    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004")
-    stage_flags = ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json")
-    run(world, flags(user, out, world, *MUON, *resume, *stage_flags))
+    run(world, flags(user, out, world, *MUON, *changed_to(out, stage)))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)
     (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
     assert verdict.is_good, verdict.problems
