@@ -15,9 +15,9 @@ from mora_ds.config.mixture import mixture_plan
 from mora_ds.data import Mixture, PackedDataset, TokenCache
 from mora_ds.data.mixture import LONGEST_PERIOD, Phase, SampleSchedule, integer_weights
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, assert_close_losses, curve, job, losses, printed, refusal, rows, run
+from tests.helpers.jobs import Playground, curve, job, losses, printed, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
-from tests.helpers.resume import assert_same_run, stop_and_resume
+from tests.helpers.resume import assert_one_run
 from tests.helpers.tables import rows as rows_of
 
 
@@ -222,16 +222,13 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     """Per-source losses included: exact over ranks and micro-batches."""
     mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
     more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+
+    def flags(folder: Path, *batch: Any) -> list[str]:
+        return mixture_flags(user, folder, mix, *more, *batch)
+
+    assert_one_run(flags, tmp_path)
     whole = tmp_path / "whole"
     wide = tmp_path / "wide"
-    run(1, mixture_flags(user, whole, mix, *more, "--per_device_train_batch_size", 4))
-    argv = mixture_flags(user, out, mix, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
-    stop_and_resume(1, argv, 3, 5)
-    assert_same_run(out, whole)
-    run(
-        2, mixture_flags(user, wide, mix, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
-    )
-    assert_close_losses(wide, whole)
     for one, another in zip(source_rows(wide), source_rows(whole), strict=True):
         for name in ("new", "old"):
             assert one[name]["tokens"] == another[name]["tokens"]
@@ -244,7 +241,8 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
         losses_of = [facts[name]["loss"] for name in ("new", "old")]
         assert min(losses_of) <= row["loss"] <= max(losses_of)
     write_mixture(user, mix)  # without the phase
-    assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(argv)
+    resumed = flags(out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
+    assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(resumed)
 
 
 def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
@@ -282,7 +280,7 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     """By hash, in every source: also where a document lies in two of them."""
     from mora_ds.data import Corpus, DocumentFilter, document_hash, hashes_of, load_corpus
 
-    texts = [json.loads(line)["text"] for line in user.train.read_text().splitlines()]
+    texts = user.texts()
     again = tmp_path / "again.jsonl"
     again.write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2]))
     share = 0.3

@@ -22,10 +22,9 @@ from mora_ds.data import (
     stream_dataset,
 )
 from mora_ds.data.stream import StreamPosition
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, assert_close_losses, job, refusal, run
+from tests.helpers.jobs import Playground, job, refusal
 from tests.helpers.mixtures import source_rows
-from tests.helpers.resume import assert_same_run, stop_and_resume
+from tests.helpers.resume import assert_one_run
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "dataset")
@@ -164,18 +163,14 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
     user: Playground, tmp_path: Path, out: Path
 ) -> None:
     more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
-    whole = tmp_path / "whole"
-    wide = tmp_path / "wide"
-    run(1, user.flags(whole, *more, "--per_device_train_batch_size", 4))
-    argv = user.flags(out, *more, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
-    stop_and_resume(1, argv, 3, 5)
-    assert_same_run(out, whole)
-    argv_wide = user.flags(wide, *more, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
-    run_ranks(2, job_in_small_batches, argv_wide)
-    assert_close_losses(wide, whole)
-    assert source_rows(wide)[-1]["old"]["tokens"] == 6 * 32
-    changed = [*argv, "--shuffle_buffer", "8"]
-    message = refusal(changed)
+
+    def flags(folder: Path, *batch: Any) -> list[str]:
+        return user.flags(folder, *more, *batch)
+
+    assert_one_run(flags, tmp_path, job_in_small_batches)
+    assert source_rows(tmp_path / "wide")[-1]["old"]["tokens"] == 6 * 32
+    resumed = flags(out, "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "auto")
+    message = refusal([*resumed, "--shuffle_buffer", "8"])
     assert "--shuffle_buffer" in message
     assert "train.shuffle_buffer: 7 there, 8 here" in message
 

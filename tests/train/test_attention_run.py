@@ -1,4 +1,4 @@
-"""The attention of whole runs: what is chosen, that a resume goes on with it, and what dense attention stays."""
+"""The attention of whole runs: what is chosen, and what dense attention stays. Resumed runs: test_resume."""
 
 import re
 from itertools import pairwise
@@ -22,9 +22,8 @@ from mora_ds.train.attention import implementation_of
 from mora_ds.train.hooks import Hooks
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
-from tests.helpers.jobs import Playground, assert_close_losses, refusal, run
+from tests.helpers.jobs import Playground, assert_close_losses, finished_run, refusal
 from tests.helpers.models import MASKLESS, tiny_model
-from tests.helpers.resume import assert_same_run, stop_and_resume
 from tests.helpers.tables import rows
 
 MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
@@ -32,16 +31,12 @@ MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 
 
 @pytest.fixture(scope="module")
 def by_documents(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attention") / "documents"
-    run(1, user.flags(out, *MORE))
-    return out
+    return finished_run(1, user, tmp_path_factory, *MORE)
 
 
 @pytest.fixture(scope="module")
 def dense(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attention") / "dense"
-    run(1, user.flags(out, *MORE, "--attn_implementation", "sdpa"))
-    return out
+    return finished_run(1, user, tmp_path_factory, *MORE, "--attn_implementation", "sdpa")
 
 
 def attention_in(out: Path) -> str:
@@ -55,14 +50,6 @@ def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
     assert attention_in(by_documents) == "documents"
     assert attention_in(dense) == "dense"
     assert_close_losses(by_documents, dense)
-
-
-def test_a_run_that_resumes_keeps_its_attention_to_the_bit(
-    user: Playground, by_documents: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "resumed"
-    stop_and_resume(1, user.flags(out, *MORE), 4)
-    assert_same_run(out, by_documents)
 
 
 def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path, tmp_path: Path) -> None:

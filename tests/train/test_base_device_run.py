@@ -15,6 +15,7 @@ from mora_ds.train import base
 from mora_ds.train.base import settle_base_device
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
+from mora_ds.train.setup import engine_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, research, run
 from tests.helpers.models import FAMILIES
@@ -123,14 +124,8 @@ def settled(argv: list[str], memory: float) -> str:
         patch.object(base, "is_cpu", lambda: False),
         patch.object(device, "memory_bytes", lambda: memory),
     ):
-        ds_config = base_device_config(arguments)
+        ds_config = engine_config(arguments.training, arguments.adapter.adapter, 1)
         return settle_base_device(arguments, config, ds_config, Ranks.current()).training.base_device
-
-
-def base_device_config(arguments: Any) -> dict[str, Any]:
-    from mora_ds.train.setup import engine_config
-
-    return engine_config(arguments.training, arguments.adapter.adapter, 1)
 
 
 def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground) -> None:

@@ -137,15 +137,12 @@ def at(evaluator: Any, step: int, nll: float, score: float = 0.5) -> None:
 
 
 def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None:
-    evaluation = evaluator({})
-    for step in range(7):
-        at(evaluation, step, 1.0)
-    assert [row[0] for row in evaluation.log.rows if "quiz" in row[1]] == [0, 4, 6]
-    alone = evaluator({}, tasks_steps=0)
-    for step in range(7):
-        at(alone, step, 1.0)
-    assert [row[0] for row in alone.log.rows if "quiz" in row[1]] == [0, 6]
-    assert alone.log.rows[-1] == (6, {"quiz": {"acc": 0.5}})
+    for tasks_steps, steps in ((4, [0, 4, 6]), (0, [0, 6])):
+        evaluation = evaluator({}, tasks_steps=tasks_steps)
+        for step in range(7):
+            at(evaluation, step, 1.0)
+        assert [row[0] for row in evaluation.log.rows if "quiz" in row[1]] == steps
+        assert evaluation.log.rows[-1] == (6, {"quiz": {"acc": 0.5}})
 
 
 def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
