@@ -137,6 +137,8 @@ def plan_form_blocks(
     rows, columns = weight.shape
     chunk = min(triton.next_power_of_2(columns), _FORM_PART)
     lines = 8
+    # Without a rotation ptxas gives each of 8 warps' threads 64 registers, and spills with an int8 base on sm_90.
+    warps = 4 if cos is None else 8
     return Launch(
         _form_blocks,
         (triton.cdiv(rows, lines), triton.cdiv(columns, chunk)),
@@ -144,7 +146,7 @@ def plan_form_blocks(
          "sin": sin, "rows": rows, "columns": columns, "row_stride": weight.stride(0),
          "column_stride": weight.stride(1), "r_hat": len(square), "blocks": blocks},
         {"TERMS": len(unfold), "SLOTS": len(slots), "ROWS": lines, "PART": chunk, "SUM": _accumulator(square.dtype)},
-        {"num_warps": 8, "enable_fp_fusion": False},
+        {"num_warps": warps, "enable_fp_fusion": False},
     )  # fmt: skip
 
 
