@@ -135,7 +135,8 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out
 
 @pytest.mark.heavy
 def test_the_launcher_runs_it(ground: Playground, tmp_path: Path) -> None:
-    done = launch(2, ground.flags(tmp_path / "out", "--deepspeed", ZERO3_TP2, "--max_steps", 2), tmp_path)
+    flags = ground.flags(tmp_path / "out", "--deepspeed", ZERO3_TP2, "--max_steps", 2, "--log_level", "debug")
+    done = launch(2, flags, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tensor parallel, 2 ranks a group" in done.stdout
     assert "step 2/2" in done.stdout
