@@ -26,7 +26,7 @@ NVIDIA's data sheets, whose figures with sparsity are halved."""
 
 
 def peak_flops(card: str) -> float | None:
-    """Of a card, in bf16 or fp16; None for one that the table does not have."""
+    """The dense operations a second of a card, in bf16 or fp16; None for one that the table does not have."""
     words = f" {card.replace('-', ' ')} "
     return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if f" {name} " in words), None)
 

@@ -69,9 +69,9 @@ class Leading:
 def leading_of_base(config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ranks) -> dict[str, Leading]:
     """{module: its `rank` leading directions} of every layer that will be adapted, before injection. Collective.
 
-    Rank 0 decomposes the original weights, one at a time; the others receive its bits. A resumed run does it again: the
-    same machine finds the same bits. Raises `UserError` as
-    `aligned_layers`, and naming a weight that is not finite.
+    Rank 0 decomposes the original weights, one at a time; the others receive its bits. Nothing is stored: a resumed run
+    decomposes them again, and finds the same bits on the same machine with as many threads. Raises `UserError` as
+    `aligned_layers` does, and naming a weight that is not finite.
     """
     targets = aligned_layers(loaded.model, config, rank)
     device = current_device()

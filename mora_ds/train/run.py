@@ -383,7 +383,7 @@ class FullRun(Run):
             load_checkpoint(resume, engine, state)
 
     def check_base(self) -> None:
-        """Do nothing."""
+        """Check nothing: the weights are trained, and no file is read again."""
 
     def changed_base_files(self) -> list[Path]:
         """No file is read again."""
