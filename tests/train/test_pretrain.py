@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.training import TrainingArguments
-from mora_ds.data import PackedDataset, build_cache, load_corpus
+from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
@@ -151,6 +151,13 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, 
     run(1, [*argv, "--train_embeddings", "true", "--resume_from_checkpoint", "auto"])
     assert torch.equal(losses(out), whole)
     assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
+
+
+def test_a_sentencepiece_file_as_tokenizer(user: Playground, out: Path, tmp_path: Path) -> None:
+    path = train_sentencepiece(user.texts(), 380, tmp_path)
+    run(1, user.flags(out, "--tokenizer_name", path, "--export_merged", "true"))
+    exported = AutoTokenizer.from_pretrained(out / "merged")
+    assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
 
 
 def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_path: Path) -> None:
