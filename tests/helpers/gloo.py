@@ -7,7 +7,6 @@ every rank is a fork of it, so that starting one takes no time. A rank that rais
 and the others are ended at once.
 """
 
-import contextlib
 import io
 import multiprocessing
 import os
@@ -15,6 +14,7 @@ import secrets
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,6 +23,8 @@ import torch
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.preload"])
+_reservations: deque[socket.socket] = deque(maxlen=64)
+"""The ports drawn last: by the time that a socket leaves the queue and is closed, its job has ended or listens."""
 
 
 class RankFailed(AssertionError):
@@ -103,10 +105,18 @@ def _rank_main(rank: int, world: int, port: int, sender: Connection, function: C
 def free_port() -> int:
     """A port that no process listens on, below those that Linux gives to outgoing connections (32768 and up).
 
-    Random: other test processes on the machine draw theirs at the same time.
+    It stays reserved for a while, by a socket that is bound and does not listen. Another test process that draws the
+    same port cannot bind it, and draws again; torch's store still can, since both it and the reservation then have
+    SO_REUSEADDR.
     """
     while True:
         port = 10_000 + secrets.randbelow(20_000)
-        with socket.socket() as server, contextlib.suppress(OSError):
-            server.bind(("127.0.0.1", port))
-            return port
+        reservation = socket.socket()
+        try:
+            reservation.bind(("", port))
+        except OSError:
+            reservation.close()
+            continue
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _reservations.append(reservation)
+        return port
