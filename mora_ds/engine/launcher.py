@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -68,11 +67,11 @@ def is_one_of_several() -> bool:
 
 
 def become_the_only_rank() -> None:
-    """Set in this process's environment what a launcher would, for a run of one process, with a port that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """Set in this process's environment what a launcher would, for a run of one process.
+
+    Port 0: torch's store takes one that is free when it starts to listen, and no other process needs to know it.
+    """
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def accelerators() -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,17 @@ def zero3_config(rows: int, **changes: Any) -> dict[str, Any]:
 
 
 def only_rank() -> dict[str, str]:
-    """The environment variables that a launcher sets for a job of one process."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = str(server.getsockname()[1])
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    """The environment variables that a launcher sets for a job of one process; port 0 is any that is free."""
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def _free_port() -> str:
+    """One below those that Linux gives to outgoing connections, one of which could take it before the store listens."""
+    while True:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            port = 10_000 + secrets.randbelow(20_000)
+            server.bind(("", port))
+            return str(port)
 
 
 def on_processes(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -59,7 +66,7 @@ def on_processes(world: int, function: Callable[..., Any], *arguments: Any) -> l
 
     Each has a core of its own where there are enough. Raises `ProcessRaisedException` where one of them fails.
     """
-    port = only_rank()["MASTER_PORT"]
+    port = _free_port()
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_process, (world, port, function, arguments, results), nprocs=world)
     return [result for _, result in sorted((results.get() for _ in range(world)), key=lambda pair: pair[0])]
@@ -113,7 +120,7 @@ def memory_of(key: str, process: int | str = "self") -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def saved_activations(*left_out: Tensor) -> Iterator[dict[int, Tensor]]:
     """Within it autograd's saved tensors are collected, one of each storage, without those of `left_out`."""
     addresses = {tensor.untyped_storage().data_ptr() for tensor in left_out}
