@@ -249,10 +249,9 @@ checkpoint/layout.py | checkpoint/test_folder.py
 
 # a hash is of the first 4 MiB alone
 common/files.py | common/test_files.py
--        while block := file.read(1 << 22):
--            digest.update(block)
+-        return hashlib.file_digest(file, "sha256").hexdigest()
 -
-+        digest.update(file.read(1 << 22))
++        return hashlib.sha256(file.read(1 << 22)).hexdigest()
 +
 
 # an average takes checkpoints after the one that is named
@@ -267,12 +266,12 @@ deploy/logits_check.py | deploy/test_logits_check.py
 
 # links inside a checkpoint are followed
 common/untrusted.py | checkpoint/test_crafted.py
--elif stat.S_ISLNK(mode):
-+elif stat.S_ISLNK(mode) and not child.path:
+-if stat.S_ISLNK(mode):
++if stat.S_ISLNK(mode) and not parent:
 
 # a pipe in a checkpoint is read
 common/untrusted.py | checkpoint/test_crafted.py
--elif not stat.S_ISREG(mode):
+-elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
 +elif stat.S_ISBLK(mode):
 
 # what a line unpacks to has no limit

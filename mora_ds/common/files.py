@@ -117,11 +117,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:
@@ -216,7 +213,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     An existing `folder` is moved away first, and deleted when the new one is in place.
     """
-    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
     with disk_errors(folder.parent):
         if old.exists() and not folder.exists():  # killed between the two renames
             os.rename(old, folder)
@@ -347,12 +345,6 @@ def require_format(path: Path, content: dict[str, Any]) -> None:
     """Raises `UserError` for a file that another version of mora_ds has written in another format."""
     if (file_format := content.get("format")) != FORMAT:
         raise UserError(f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}")
-
-
-def remove_quietly(path: Path) -> None:
-    """Deletes a file that nothing refers to any more; failing to do so is harmless."""
-    with suppress(OSError):
-        path.unlink()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -291,23 +291,17 @@ def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
 def links(folder: Path) -> list[str]:
     """A message for every link, pipe, socket and device under `folder`, by its own path; links are not followed."""
     problems = []
-    waiting = [folder]
-    while waiting:
-        inner = waiting.pop()
-        try:
-            with os.scandir(inner) as entries:
-                listed = sorted(entries, key=lambda item: item.name)
-        except OSError as error:
-            problems.append(f"{inner} cannot be read: {error.strerror}")
-            continue
-        for child in listed:
-            mode = child.stat(follow_symlinks=False).st_mode
-            if stat.S_ISDIR(mode):
-                waiting.append(Path(child.path))
-            elif stat.S_ISLNK(mode):
-                problems.append(f"{child.path} is a link to {os.readlink(child.path)}, and links are not followed")
-            elif not stat.S_ISREG(mode):
-                problems.append(f"{child.path} is neither a file nor a folder")
+
+    def note(error: OSError) -> None:
+        problems.append(f"{error.filename} cannot be read: {error.strerror}")
+
+    for parent, folders, names in os.walk(folder, onerror=note):
+        for path in sorted(Path(parent, name) for name in (*folders, *names)):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                problems.append(f"{path} is a link to {path.readlink()}, and links are not followed")
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                problems.append(f"{path} is neither a file nor a folder")
     return problems
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from mora_ds.common.files import (
     link_or_copy,
     malformed,
     read_json,
-    remove_quietly,
     require_format,
     sha256_file,
     write_json_atomic,
@@ -233,7 +233,8 @@ class Ledger:
             link_or_copy(self.folder / record.file, folder / record.file)
         copy._write(self._records)
         for stray in set(folder.glob("cycle-*.safetensors")) - {folder / record.file for record in self._records}:
-            remove_quietly(stray)
+            with suppress(OSError):  # nothing refers to it any more
+                stray.unlink()
         return copy
 
     def verify(self, hashes: bool = True) -> None:

@@ -13,9 +13,7 @@ import pickle
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 _LAZY = "TORCH_GLOO_LAZY_INIT"
 
@@ -46,10 +44,12 @@ def gather_to_first(value: Any, group: Any) -> list[Any] | None:
     step = 1
     while step < world:
         if rank & step:
-            _send(pickled_values, rank - step, group)
+            dist.send_object_list([pickled_values], dst=rank - step, group=group)
             return None
         if rank + step < world:
-            pickled_values += _receive(rank + step, group)
+            message: list[Any] = [None]
+            dist.recv_object_list(message, src=rank + step, group=group)
+            pickled_values += message[0]
         step *= 2
     return [pickle.loads(pickled) for pickled in pickled_values]
 
@@ -60,24 +60,3 @@ def gather_to_all(value: Any, group: Any) -> list[Any]:
     dist.broadcast_object_list(everyone, src=0, group=group)
     assert everyone[0] is not None
     return everyone[0]
-
-
-def _send(pickles: list[bytes], to: int, group: Any) -> None:
-    """A message is the lengths of its pickles, then the pickles as one tensor of bytes."""
-    lengths = torch.tensor([len(pickled) for pickled in pickles])
-    dist.send(torch.tensor([len(lengths)]), dst=to, group=group)
-    dist.send(lengths, dst=to, group=group)
-    dist.send(torch.frombuffer(bytearray(b"".join(pickles)), dtype=torch.uint8), dst=to, group=group)
-
-
-def _receive(sender: int, group: Any) -> list[bytes]:
-    (count,) = _received(1, torch.int64, sender, group).tolist()
-    lengths = _received(count, torch.int64, sender, group).tolist()
-    content = _received(sum(lengths), torch.uint8, sender, group)
-    return [raw.numpy().tobytes() for raw in content.split(lengths)]
-
-
-def _received(numel: int, dtype: torch.dtype, sender: int, group: Any) -> Tensor:
-    tensor = torch.empty(numel, dtype=dtype)
-    dist.recv(tensor, src=sender, group=group)
-    return tensor

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from mora_ds.common.errors import RunError, UserError
@@ -110,16 +111,8 @@ class Offer:
 
 def free_bytes() -> tuple[int, str]:
     """(bytes that shared memory can take on this node; what limits them)."""
-    return min([(_memory_available(), "available in memory"), *_cgroup_limits()])
-
-
-def _memory_available() -> int:
-    """MemAvailable of /proc/meminfo: what can be used without swapping, page cache included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    # Available is what can be used without swapping, page cache included.
+    return min([(psutil.virtual_memory().available, "available in memory"), *_cgroup_limits()])
 
 
 def _cgroup_limits() -> list[tuple[int, str]]:

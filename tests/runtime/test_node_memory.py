@@ -29,13 +29,11 @@ def test_limits_are_those_of_a_group_and_of_all_around_it(
     assert node_memory._cgroup_folders() == [tmp_path / folder for folder in expected]
 
 
-def test_without_a_limit_it_is_the_memory_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = mock.Mock(total=900, free=20, available=50)
     monkeypatch.setattr(node_memory, "_cgroup_folders", list)
-    monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
-    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 20 kB\nMemAvailable:   50 kB\n")
-    assert free_bytes() == (50 * 1024, "available in memory")
-    (tmp_path / "meminfo").unlink()
-    assert free_bytes()[0] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(node_memory.psutil, "virtual_memory", lambda: memory)
+    assert free_bytes() == (50, "available in memory")
 
 
 def test_processes_of_a_node_are_those_that_see_each_other() -> None:
