@@ -222,11 +222,11 @@ def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
     problems = []
     keys: set[str] = set()
     for name in shards.shapes:
-        for key in (MASTER, *shards.keys(name)):
+        moments, _ = shards.state(name)  # raises where the ranks do not agree
+        for key in (MASTER, *moments):
             keys.add(key)
             if not torch.isfinite(shards.read(name, key)).all():
                 problems.append(f"{shards.folder}: {key} of {name} is not finite")
-        shards.scalars(name)  # raises when the ranks do not agree
     refuse(problems)
     what = f"{len(shards.shapes)} tensors ({', '.join(sorted(keys))})"
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"

@@ -30,6 +30,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -113,8 +114,8 @@ class RankShard(NamedTuple):
     file: str
     extents: np.ndarray
     """(P, 6) int64"""
-    moments: np.ndarray | None
-    """(Q, 6) int64 of the optimizer's state; None: as `extents`."""
+    moments: np.ndarray
+    """(Q, 6) int64 of the optimizer's state."""
     layout: str
     """A digest of the rank's `Layout`, which must be that of all."""
 
@@ -135,7 +136,7 @@ class RankShard(NamedTuple):
             return np.array(numbers, np.int64).reshape(-1, 6)
 
         digest = hashlib.sha256(json.dumps(asdict(layout), sort_keys=True).encode()).hexdigest()
-        return cls(rank, file, rows(flats), None if moments == flats else rows(moments), digest)
+        return cls(rank, file, rows(flats), rows(moments), digest)
 
 
 # -- the shards of all ranks -------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class EngineShards:
     extents: np.ndarray
     """(P, 6) int64 rows of the masters, by name and then by start."""
     moments: np.ndarray
-    """(Q, 6) int64 rows of the optimizer's state; `extents` itself where they are the same."""
+    """(Q, 6) int64 rows of the optimizer's state. The file has them only where they are others than `extents`."""
     rank: int = 0
     """The writer whose file is read first, where several hold the same elements."""
     _shards: dict[int, _Shard] = field(init=False, default_factory=dict)
@@ -165,10 +166,7 @@ class EngineShards:
     def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
         """From the shards of all ranks, in their order."""
         extents = _sorted(np.concatenate([shard.extents for shard in shards]))
-        moments = extents
-        if any(shard.moments is not None for shard in shards):
-            state_rows = [shard.extents if shard.moments is None else shard.moments for shard in shards]
-            moments = _sorted(np.concatenate(state_rows))
+        moments = _sorted(np.concatenate([shard.moments for shard in shards]))
         return cls(folder, layout, [shard.file for shard in shards], extents, moments)
 
     @classmethod
@@ -183,9 +181,9 @@ class EngineShards:
             content.pop("format")
             files = typed(list[FileName], content.pop("files"), f"{path}: files")
             layout: Layout = typed(Layout, content, path)
-            tables = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (no mapping)
-            extents = _table(tables["extents"])
-            moments = _table(tables["moments"]) if "moments" in tables else extents
+            tables = {name: _table(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118  (no mapping)
+            extents = tables["extents"]
+            moments = tables.get("moments", extents)
         if len(files) != layout.world_size:
             raise UserError(f"{path}: it lists {len(files)} files of {layout.world_size} ranks")
         shards = cls(folder, layout, files, extents, moments)
@@ -196,7 +194,7 @@ class EngineShards:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
         content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
         tables = {"extents": torch.from_numpy(self.extents)}
-        if self.moments is not self.extents:
+        if not np.array_equal(self.moments, self.extents):
             tables["moments"] = torch.from_numpy(self.moments)
         write_safetensors_atomic(self.folder / INDEX_FILE, tables, {"layout": json.dumps(content)})
 
@@ -205,15 +203,11 @@ class EngineShards:
         """Parameter name -> complete shape."""
         return self.layout.shapes
 
-    def keys(self, name: str, start: int = 0, numel: int | None = None) -> list[str]:
-        """Keys of the optimizer state that has a value for every element of a parameter, such as exp_avg; as the shards
-        of these elements have them."""
+    def state(self, name: str, start: int = 0, numel: int | None = None) -> tuple[list[str], dict[str, Any]]:
+        """What the optimizer keeps of elements of a parameter: the keys of values for every element, such as exp_avg,
+        and the other values by their keys, such as step. Raises `UserError` where shards differ in the latter."""
         row = self._rows(name, False, start, numel)[0]
-        return self._shard(int(row[RANK])).moments(int(row[FLAT]))
-
-    def scalars(self, name: str, start: int = 0, numel: int | None = None) -> dict[str, Any]:
-        """The rest of the state of a parameter, such as step: one value each. Raises `UserError` if the shards of these
-        elements differ."""
+        keys = self._shard(int(row[RANK])).moments(int(row[FLAT]))
         first: dict[str, Any] | None = None
         for row in self._rows(name, True, start, numel):
             shard = self._shard(int(row[RANK]))
@@ -221,7 +215,7 @@ class EngineShards:
             if first is not None and counts != first:
                 raise UserError(f"{shard.path}: {name} has {shown(counts)}, another rank's shard {shown(first)}")
             first = counts
-        return first or {}
+        return keys, first or {}
 
     def group_step(self, group: int) -> int | None:
         """The step count in a parameter group, with which FusedAdam starts the state of a new master; others have none.
@@ -235,21 +229,14 @@ class EngineShards:
         `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
         if name not in self.shapes:
             raise UserError(f"{self.folder}: the shards do not hold {name}")
-        if (name in self.layout.transposed) is transposed:
-            return self._read(name, key, start, numel)
-        whole = self._read(name, key, 0, None).view(self.shapes[name]).T.flatten()
-        return whole[start : None if numel is None else start + numel].clone()
-
-    def whole(self, name: str, key: str) -> Tensor:
-        """A complete master or moment in the parameter's shape."""
-        return self.read(name, key).view(self.shapes[name])
-
-    def _read(self, name: str, key: str, start: int, numel: int | None) -> Tensor:
-        """As `read`, transposed or not as in the shards. No file is opened that is not needed."""
         end = math.prod(self.shapes[name]) if numel is None else start + numel
+        if (name in self.layout.transposed) is not transposed:
+            turned = self.read(name, key, transposed=not transposed).view(self.shapes[name])
+            return turned.T.flatten()[start:end].clone()
         rows = self._rows(name, key == MASTER, start, numel)
         complete = rows[(rows[:, START] <= start) & (rows[:, START] + rows[:, NUMEL] >= end)]
         whole: Tensor | None = None
+        # No file is opened that is not needed: the preferred rank's alone, where that holds everything.
         for _, begin, size, rank, flat, offset in (complete[:1] if len(complete) else rows).tolist():
             shard = self._shard(rank)
             first = max(start, begin)
@@ -265,6 +252,10 @@ class EngineShards:
         assert whole is not None, "every parameter has an extent"
         return whole
 
+    def whole(self, name: str, key: str) -> Tensor:
+        """A complete master or moment in the parameter's shape."""
+        return self.read(name, key).view(self.shapes[name])
+
     def _shard(self, rank: int) -> _Shard:
         if rank not in self._shards:
             self._shards[rank] = _Shard(self.folder / self.files[rank])
@@ -273,23 +264,22 @@ class EngineShards:
     def _rows(self, name: str, is_master: bool, start: int, numel: int | None) -> np.ndarray:
         """The rows of the table that hold any of `numel` elements from `start` on (of none: that hold the first one),
         those of the preferred rank first."""
-        table, begins = self._tables[is_master]
-        number = self._numbers[name]
-        rows = table[begins[number] : begins[number + 1]]
+        table = self.extents if is_master else self.moments
+        begins, ends = self._bounds[is_master][name]
+        rows = table[begins:ends]
         end = math.prod(self.shapes[name]) if numel is None else start + max(numel, 1)
         rows = rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
         return rows[np.argsort(rows[:, RANK] != self.rank, kind="stable")]
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.shapes)}
-
-    @cached_property
-    def _tables(self) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
-        """Whether it is that of the masters -> (a table, where the rows of each parameter begin in it)."""
+    def _bounds(self) -> dict[bool, dict[str, tuple[int, int]]]:
+        """Whether it is the masters' table -> parameter -> [first, end) of its rows in that table."""
         numbers = np.arange(len(self.shapes) + 1)
-        tables = {True: self.extents, False: self.moments}
-        return {is_master: (rows, np.searchsorted(rows[:, NAME], numbers)) for is_master, rows in tables.items()}
+        bounds = {}
+        for is_master, table in ((True, self.extents), (False, self.moments)):
+            firsts = np.searchsorted(table[:, NAME], numbers).tolist()
+            bounds[is_master] = dict(zip(self.shapes, pairwise(firsts), strict=True))
+        return bounds
 
     def _check_whole(self) -> None:
         """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""
@@ -299,10 +289,7 @@ class EngineShards:
         if sum(sizes) > sum(entry.stat().st_size for entry in entries):
             path = self.folder / INDEX_FILE
             raise UserError(f"{path} lists parameters of more elements than the shards have bytes")
-        tables = [("", self.extents)]
-        if self.moments is not self.extents:
-            tables.append(("the optimizer's state of ", self.moments))
-        for what, rows in tables:
+        for what, rows in (("", self.extents), ("the optimizer's state of ", self.moments)):
             names = rows[:, NAME]
             if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
                 raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
@@ -398,60 +385,57 @@ def _tensor_name(flat: int, key: str) -> str:
 # -- the parameters of an engine ---------------------------------------------------------------------------------------
 
 
-Names = dict[int, str]
-"""id of a parameter -> its name in the model."""
+class _Parameter(NamedTuple):
+    """A parameter of the model, complete, whatever ZeRO-3 and tensor parallelism leave of it on this process."""
+
+    name: str
+    shape: tuple[int, ...]
+    first: int = 0
+    """The element with which this process's tensor-parallel share begins."""
+    is_transposed: bool = False
+    """Whether the shards hold the transpose: of MoRA matrices whose tensor-parallel shares are rows of it."""
+    is_saved: bool = True
+    """Whether this process saves what it holds; False where another one of its tensor-parallel group does."""
 
 
-def _names(engine: zero.Engine) -> Names:
-    return {id(parameter): name for name, parameter in engine.module.named_parameters()}
-
-
-def _extents(spans: list[Span], names: Names) -> list[Extent]:
-    """The spans by the names of their parameters, counted in the complete parameter."""
-    extents = []
-    for span in spans:
-        if span.numel:
-            share = share_of(span.parameter)
-            begin = 0 if share is None else share.start * share.r_hat  # of this process's tensor-parallel share
-            extents.append(Extent(names[id(span.parameter)], begin + span.start, span.numel, span.offset))
-    return extents
-
-
-def _shapes(engine: zero.Engine) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every complete parameter, also where ZeRO-3 or tensor parallelism splits it."""
-    shapes = {}
+def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
+    """id of every parameter of an engine's model -> what is known of it."""
+    is_first = engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0
+    parameters = {}
     for name, parameter in engine.module.named_parameters():
         share = share_of(parameter)
-        shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape)) if share is None else (share.r_hat,) * 2
-    return shapes
+        if share is None:
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_first)
+        else:
+            shape = (share.r_hat, share.r_hat)
+            parameters[id(parameter)] = _Parameter(name, shape, share.start * share.r_hat, share.transposed)
+    return parameters
 
 
-def _transposed(engine: zero.Engine) -> set[str]:
-    """The MoRA matrices whose tensor-parallel shares are rows of the transpose."""
-    shares = {name: share_of(parameter) for name, parameter in engine.module.named_parameters()}
-    return {name for name, share in shares.items() if share is not None and share.transposed}
-
-
-def duplicates(engine: zero.Engine) -> set[str]:
-    """The parameters that another process of this one's tensor-parallel group holds as well, and saves."""
-    if engine.mpu is None or engine.mpu.get_tensor_model_parallel_rank() == 0:
-        return set()
-    return {name for name, parameter in engine.module.named_parameters() if share_of(parameter) is None}
+def _extents(spans: list[Span], parameters: dict[int, _Parameter]) -> list[Extent]:
+    """The spans of these `parameters`, by their names and counted in the complete parameter."""
+    extents = []
+    for span in spans:
+        parameter = parameters.get(id(span.parameter))
+        if parameter is not None and span.numel:
+            extents.append(Extent(parameter.name, parameter.first + span.start, span.numel, span.offset))
+    return extents
 
 
 def _layout(engine: zero.Engine) -> Layout:
     view = view_of(engine)
-    names = _names(engine)
-    shapes = _shapes(engine)
+    parameters = _parameters(engine)
+    groups = [[parameters[id(parameter)] for parameter in group] for group in view.groups()]
     return Layout(
         world_size=dist.get_world_size(),
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
-        groups=[{names[id(p)]: list(shapes[names[id(p)]]) for p in group} for group in view.groups()],
+        groups=[{parameter.name: list(parameter.shape) for parameter in group} for group in groups],
         settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
-        transposed=sorted(_transposed(engine)),
+        transposed=sorted(parameter.name for parameter in parameters.values() if parameter.is_transposed),
     )
 
 
@@ -476,14 +460,9 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
         tensors[_tensor_name(number, MASTER)] = flat.master.detach().view(-1)
         for key in sorted(flat.state):  # whatever order they were set in: the same state is the same file
             tensors[_tensor_name(number, key)] = _as_tensor(flat.state[key])
-    names = _names(engine)
-    skipped = duplicates(engine)
-
-    def written(spans: list[Span]) -> list[Extent]:
-        return [extent for extent in _extents(spans, names) if extent.name not in skipped]
-
-    masters = [written(flat.spans) for flat in flats]
-    moments = [written(flat.state_spans) for flat in flats]
+    saved = {key: parameter for key, parameter in _parameters(engine).items() if parameter.is_saved}
+    masters = [_extents(flat.spans, saved) for flat in flats]
+    moments = [_extents(flat.state_spans, saved) for flat in flats]
     file = f"rank-{dist.get_rank():05d}.safetensors"
     return layout, RankShard.of(layout, dist.get_rank(), file, masters, moments), tensors
 
@@ -512,14 +491,13 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
 
     Raises `UserError` when the shards hold other parameters than the model, or another optimizer's state.
     """
-    _check(engine, shards)
+    parameters = _parameters(engine)
+    _check(engine, parameters, shards)
     view = view_of(engine)
-    names = _names(engine)
-    transposed = _transposed(engine)
     groups = engine.basic_optimizer.param_groups
     for flat in view.flats():
         is_fused = groups[flat.group].get("fused")
-        _restore_flat(flat, names, shards, transposed, flat.master.device if is_fused else "cpu")
+        _restore_flat(flat, parameters, shards, flat.master.device if is_fused else "cpu")
     view.write_copies()
     for group in range(len(groups)):
         step = shards.group_step(group)
@@ -533,8 +511,8 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
             setattr(view.loss_scaler, name, number)
 
 
-def _check(engine: zero.Engine, shards: EngineShards) -> None:
-    here = _shapes(engine)
+def _check(engine: zero.Engine, parameters: dict[int, _Parameter], shards: EngineShards) -> None:
+    here = {parameter.name: parameter.shape for parameter in parameters.values()}
     different = sorted(name for name in {*here, *shards.shapes} if here.get(name) != shards.shapes.get(name))
     if different:
         name = different[0]
@@ -549,13 +527,22 @@ def _check(engine: zero.Engine, shards: EngineShards) -> None:
 
 
 def _restore_flat(
-    flat: Flat, names: Names, shards: EngineShards, transposed: set[str], device: torch.device | str
+    flat: Flat, parameters: dict[int, _Parameter], shards: EngineShards, device: torch.device | str
 ) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
     where the optimizer wants counts that are tensors, as torch's fused Adam does."""
-    extents = _extents(flat.spans, names)
-    state_extents = _extents(flat.state_spans, names)
-    _fill(flat.master, MASTER, extents, shards, transposed)
+    transposed = {parameter.name for parameter in parameters.values() if parameter.is_transposed}
+    extents = _extents(flat.spans, parameters)
+    state_extents = _extents(flat.state_spans, parameters)
+
+    def fill(target: Tensor, key: str, sources: list[Extent]) -> None:
+        values = target.detach().view(-1)
+        values.zero_()
+        for extent in sources:
+            stored = shards.read(extent.name, key, extent.start, extent.numel, extent.name in transposed)
+            values.narrow(0, extent.offset, extent.numel).copy_(stored)
+
+    fill(flat.master, MASTER, extents)
     # A tensor of padding alone steps as often as the others of its group: it gets the counts of the group's first one.
     sources = extents
     if not sources:
@@ -563,11 +550,10 @@ def _restore_flat(
             of_group = list(shards.layout.groups[flat.group])
             sources = [Extent(of_group[0], 0, 0, 0)]
     first = sources[0]
-    keys = shards.keys(first.name, first.start, first.numel)
-    counts = shards.scalars(first.name, first.start, first.numel)
-    for extent in sources[1:]:
-        same_keys = shards.keys(extent.name, extent.start, extent.numel) == keys
-        if not same_keys or shards.scalars(extent.name, extent.start, extent.numel) != counts:
+    states = [shards.state(extent.name, extent.start, extent.numel) for extent in sources]
+    keys, counts = states[0]
+    for extent, state in zip(sources, states, strict=True):
+        if state != states[0]:
             raise UserError(
                 f"{shards.folder}: {first.name} and {extent.name} are one tensor here, with different state there"
             )
@@ -583,13 +569,5 @@ def _restore_flat(
             dtype = shards.read(first.name, key, first.start, 0).dtype
             flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_extents != extents:
-                flat.state[key] = flat.state[key].new_zeros(sum(state_extent.numel for state_extent in state_extents))
-        _fill(flat.state[key], key, state_extents, shards, transposed)
-
-
-def _fill(target: Tensor, key: str, extents: list[Extent], shards: EngineShards, transposed: set[str]) -> None:
-    flat = target.detach().view(-1)
-    flat.zero_()
-    for extent in extents:
-        values = shards.read(extent.name, key, extent.start, extent.numel, extent.name in transposed)
-        flat.narrow(0, extent.offset, extent.numel).copy_(values)
+                flat.state[key] = flat.state[key].new_zeros(sum(extent.numel for extent in state_extents))
+        fill(flat.state[key], key, state_extents)

@@ -42,8 +42,9 @@ def contents_of(engine: Path) -> dict[str, torch.Tensor]:
     shards = EngineShards.open(engine)
     contents = {}
     for name in shards.shapes:
-        contents |= {f"{name} {key}": shards.whole(name, key) for key in (MASTER, *shards.keys(name))}
-        contents |= {f"{name} {key}": torch.as_tensor(value) for key, value in shards.scalars(name).items()}
+        keys, counts = shards.state(name)
+        contents |= {f"{name} {key}": shards.whole(name, key) for key in (MASTER, *keys)}
+        contents |= {f"{name} {key}": torch.as_tensor(value) for key, value in counts.items()}
     return contents
 
 

@@ -58,10 +58,11 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     assert set(shards.shapes) == {"first", "second"}
     tensors = {}
     for name in shards.shapes:
-        assert shards.keys(name) == MOMENTS
+        keys, counts = shards.state(name)
+        assert keys == MOMENTS
         for key in (MASTER, *MOMENTS):
             tensors[f"{name}.{key}"] = shards.whole(name, key).clone()
-        (step,) = shards.scalars(name).values()
+        (step,) = counts.values()
         tensors[f"{name}.step"] = torch.as_tensor(step).double()
     return tensors
 

@@ -89,8 +89,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
                     assert piece.tolist() == (values[start : start + numel] + plus).tolist()
                 assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
-        assert shards.keys(name) == ["exp_avg", "exp_avg_sq"]
-        assert shards.scalars(name) == {"step": 3}
+        assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
     assert [shards.group_step(group) for group in range(3)] == [None, 7, None]
 
 
@@ -138,18 +137,17 @@ def one_flat_each(folder: Path) -> EngineShards:
 
 def test_a_count_that_was_read_is_a_copy(tmp_path: Path) -> None:
     shards = one_flat_each(tmp_path)
-    first, again = (shards.scalars("b")["step"] for _ in range(2))
+    first, again = (shards.state("b")[1]["step"] for _ in range(2))
     first += 1
     assert again == 4
-    assert shards.scalars("b")["step"] == 4
+    assert shards.state("b")[1]["step"] == 4
 
 
 def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
     fresh = [{name: tensor for name, tensor in contents(rank).items() if "master" in name} for rank in range(2)]
     write(tmp_path, *fresh)
     shards = EngineShards.open(tmp_path)
-    assert shards.keys("a") == []
-    assert shards.scalars("a") == {}
+    assert shards.state("a") == ([], {})
     assert torch.equal(shards.read("a", MASTER), VALUES["a"])
 
 
@@ -167,8 +165,8 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1.st has no exp_avg of a"):
         shards.read("a", "exp_avg")
     assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
-    assert shards.keys("a") == ["exp_avg", "exp_avg_sq"]
-    assert shards.keys("a", 7, 1) == ["exp_avg_sq"]
+    assert shards.state("a")[0] == ["exp_avg", "exp_avg_sq"]
+    assert shards.state("a", 7, 1)[0] == ["exp_avg_sq"]
     with pytest.raises(UserError, match=r"1.st has no master of b"):
         broken("master").read("b", MASTER)
     shards = broken(master=torch.zeros(12))
@@ -180,11 +178,11 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
         broken(exp_avg=torch.ones(16, dtype=torch.int8)).read("b", "exp_avg")
     shards = broken(step=torch.tensor(4))
     with pytest.raises(UserError, match=r"1.st: a has {'step': 4}, another rank's shard {'step': 3}"):
-        shards.scalars("a")
-    assert shards.scalars("a", 0, 7) == {"step": 3}
-    assert shards.scalars("a", 7, 2) == {"step": 4}
+        shards.state("a")
+    assert shards.state("a", 0, 7)[1] == {"step": 3}
+    assert shards.state("a", 7, 2)[1] == {"step": 4}
     with pytest.raises(UserError, match=r"1.st: a has {}, another rank's shard {'step': 3}"):
-        broken("step").scalars("a")
+        broken("step").state("a")
     write(tmp_path, settings=[{"step": "many"}])
     with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*many"):
         EngineShards.open(tmp_path).group_step(0)
@@ -203,8 +201,8 @@ def restored(
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
     flat = Flat(1, torch.ones(9), state, listed, listed)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    shard_module._restore_flat(flat, names, shards, set(), device)
+    known = {id(value): shard_module._Parameter(name, tuple(SHAPES[name])) for name, value in parameters.items()}
+    shard_module._restore_flat(flat, known, shards, device)
     return flat
 
 
