@@ -160,12 +160,12 @@ class MetricsLog:
         total_steps: int,
         enabled: bool,
         start_step: int = 0,
-        report_to: Callable[[], Sequence[Tracker]] | None = None,
+        report_to: Callable[[int], Sequence[Tracker]] | None = None,
         pending: Collection[str] = (),
     ) -> None:
         """Drop the rows after `start_step`, of a run that was interrupted after its last checkpoint, so that a resumed
         curve reads as an uninterrupted one; 0 drops all rows. `pending`: kinds of rows of `start_step` that come again.
-        `report_to` starts the trackers, by default TensorBoard.
+        `report_to` starts the trackers, by default TensorBoard, for the first step of which they get numbers.
         """
         self.total_steps = total_steps
         self.enabled = enabled
@@ -177,13 +177,13 @@ class MetricsLog:
         self._path = folder / METRICS_FILE
         newest = _keep_rows(self._path, start_step, pending)
         self._file = self._path.open("a", encoding="utf-8")
-        self._trackers = [TensorBoard(folder, start_step)] if report_to is None else report_to()
+        first_step = start_step if pending or not start_step else start_step + 1
+        self._trackers = [TensorBoard(folder, first_step)] if report_to is None else report_to(first_step)
         # TensorBoard drops whole steps: of one whose merge or evaluation comes again, what stays is given again.
-        for board in self._trackers if pending else ():
-            if isinstance(board, TensorBoard):
-                board.begin_at(start_step)
+        for tracker in self._trackers if pending else ():
+            if isinstance(tracker, TensorBoard):
                 for row in newest:
-                    board.log(_curves(row), start_step)
+                    tracker.log(_curves(row), start_step)
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
 
@@ -193,9 +193,7 @@ class MetricsLog:
         return [tracker.name for tracker in self._trackers if isinstance(tracker, Service) and tracker.has_failed]
 
     def step(self, metrics: StepMetrics) -> None:
-        row = metrics.row()
-        self._write(row)
-        self._log(_curves(row), metrics.step)
+        self._record(metrics.row())
         # The mean of all steps of this process, with what lies between them: a single step says little.
         seconds_a_step = (time.monotonic() - self._started) / max(metrics.step - self._start_step, 1)
         logger.info(metrics.line(self.total_steps, seconds_a_step))
@@ -220,18 +218,10 @@ class MetricsLog:
                 f"step {step}  {name}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
             )
 
-    def loss_term(self, step: int, name: str, value: float) -> None:
-        """The value of a hook's term of the loss, at the beginning of `step`."""
-        row = {"step": step, name: value}
-        self._write(row)
-        self._log(_curves(row), step)
-
-    def record(self, kind: str, step: int, facts: Mapping[str, Any]) -> None:
+    def record(self, kind: str, step: int, facts: Mapping[str, Any] | float) -> None:
         """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or
-        source."""
-        row = {"step": step, kind: facts}
-        self._write(row)
-        self._log(_curves(row), step)
+        source; or the name of a hook's term of the loss, and its value at the beginning of the step."""
+        self._record({"step": step, kind: facts})
 
     def summary(self, facts: Mapping[str, Any]) -> None:
         """The results of the run, for the trackers."""
@@ -250,11 +240,13 @@ class MetricsLog:
             for tracker in self._trackers:
                 tracker.close()
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _record(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl, and its curves."""
         if self.enabled:
             with disk_errors(self._path.parent):
                 self._file.write(json.dumps(plain_json(row), allow_nan=False) + "\n")
                 self._file.flush()
+        self._log(_curves(row), row["step"])
 
     def _log(self, numbers: Mapping[str, float], step: int) -> None:
         if numbers:

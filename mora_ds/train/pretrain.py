@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import Start, engine_config, start_processes, start_up
 from mora_ds.train.tasks import check_tasks, task_names
-from mora_ds.train.trackers import Tracker, check_installed, shown_config, start_trackers
+from mora_ds.train.trackers import check_installed, shown_config, start_trackers
 from mora_ds.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -241,17 +242,16 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
     ranks = job.start.ranks
     state = job.state
     steps = _steps(job, schedule)
-    facts = _facts(job)
     kinds = {"merge": state.merge_pending, "eval": state.evaluation_pending, "tasks": state.evaluation_pending}
     pending = [kind for kind, is_pending in kinds.items() if is_pending]
-    log = MetricsLog(
+    trackers = partial(
+        start_trackers,
+        arguments.training.report_to,
+        folder.resolve().name,
+        shown_config(dump(arguments), _facts(job)),
         folder,
-        steps,
-        ranks.is_first,
-        state.step,
-        lambda: _trackers(arguments, folder, facts, state.step),
-        pending,
     )
+    log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:
         logger.info(_resumed(job.start.checkpoint, state, steps))
     state.total_steps = steps
@@ -297,11 +297,6 @@ def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: P
     except Exception as error:
         return [f"--push_to_hub {repository}: {reason(error)}"]
     return []
-
-
-def _trackers(arguments: Arguments, folder: Path, facts: Mapping[str, Any], start_step: int) -> list[Tracker]:
-    config = shown_config(dump(arguments), facts)
-    return start_trackers(arguments.training.report_to, folder.resolve().name, config, folder, start_step)
 
 
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:

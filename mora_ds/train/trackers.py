@@ -50,17 +50,17 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 def start_trackers(
-    names: Sequence[str], run_name: str, config: Mapping[str, Any], folder: Path, start_step: int
+    names: Sequence[str], run_name: str, config: Mapping[str, Any], folder: Path, first_step: int
 ) -> list[Tracker]:
-    """Those of --report_to for a run in `folder` that goes on after `start_step`; 0: one that begins.
+    """Those of --report_to for a run in `folder` that goes on with the numbers of `first_step`; 0: one that begins.
 
     `run_name`, `config`: how services show the run; the config without secrets (`shown_config`).
     """
     trackers: list[Tracker] = []
-    known_runs = _known_runs(folder) if start_step else {}
+    known_runs = _known_runs(folder) if first_step else {}
     for name in names:
         if name == "tensorboard":
-            trackers.append(TensorBoard(folder, start_step))
+            trackers.append(TensorBoard(folder, first_step))
         elif name != NONE:
             service = Service(name, run_name, config, folder / TRACKERS, known_runs.get(name))
             trackers.append(service)
@@ -95,16 +95,11 @@ class TensorBoard:
     TensorBoard writes in a thread, whose error comes with a later call.
     """
 
-    def __init__(self, folder: Path, start_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Drop the points of an earlier run from `first_step` on."""
         self._folder = folder
         with disk_errors(folder):
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0)
-
-    def begin_at(self, step: int) -> None:
-        """Drop the points from this step on."""
-        with disk_errors(self._folder):
-            self._board.close()
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         with disk_errors(self._folder):

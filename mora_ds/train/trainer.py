@@ -273,7 +273,7 @@ class Trainer:
             source_tokens = self._mixture.tokens(step)
             self.log.record("sources", step, self._source_losses.facts(source_sums, source_tokens))
         if self.hooks.term is not None:
-            self.log.loss_term(step, self.hooks.term.name, self.hooks.term.value.item())
+            self.log.record(self.hooks.term.name, step, self.hooks.term.value.item())
 
     # -- what follows a step -----------------------------------------------------------------------------------------
 

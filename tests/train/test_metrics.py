@@ -39,7 +39,7 @@ def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 3, enabled=True)
     log.step(metrics(1))
     log.tasks(1, {"quiz": {"acc": 0.5}})
-    log.loss_term(1, "alignment", 0.25)
+    log.record("alignment", 1, 0.25)
     assert [row.get("loss") for row in rows(tmp_path)] == [2.0, None, None]
     assert rows(tmp_path)[1:] == [{"step": 1, "tasks": {"quiz": {"acc": 0.5}}}, {"step": 1, "alignment": 0.25}]
     log.close()
@@ -183,7 +183,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
     monkeypatch.setattr(metrics_module, "tqdm", lambda **options: bars.append(Recorder(**options)) or bars[-1])
     one = Recorder()
     another = Recorder()
-    log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda: [one, another])
+    log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, report_to=lambda first_step: [one, another])
     with caplog.at_level("INFO"):
         log.step(metrics(3))
         log.evaluation(3, {"held": 4.5, "new": 2.0}, before={"held": 3.0})
@@ -216,7 +216,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 3, enabled=False, report_to=lambda: pytest.fail("no tracker is started"))
+    log = MetricsLog(tmp_path, 3, enabled=False, report_to=lambda _: pytest.fail("no tracker is started"))
     log.step(metrics(1))
     log.evaluation(1, {})
     log.record("merge", 1, {"cycle": 0, "square_norm": 0.0})

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -59,7 +60,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
 
 def logged(folder: Path, start_step: int = 0) -> None:
     """What a run reports after one step and a merge."""
-    log = MetricsLog(folder, 9, True, start_step, lambda: start_trackers(["wandb"], "run", CONFIG, folder, start_step))
+    trackers = partial(start_trackers, ["wandb"], "run", CONFIG, folder)
+    log = MetricsLog(folder, 9, True, start_step, trackers)
     log.record("merge", start_step + 1, {"cycle": 0, "loss_before": None})
     log.evaluation(start_step + 1, {"old": 2.2}, {"old": 2.0})
     log.summary({"steps": 1})
