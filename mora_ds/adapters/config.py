@@ -34,6 +34,15 @@ from mora_ds.common.untrusted import entry, typed_fully
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
 
+OTHER_FLAGS = {
+    "rank": "--mora_rank",
+    "dropout": "--mora_dropout",
+    "segments": "--tp_grouping aligned",
+    "new_rows_from": "--train_new_embeddings",
+    "embedding_rank": "--train_embedding_rank",
+}
+"""Flags of fields that are not called as the field is."""
+
 ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer except the output head."""
 
@@ -108,6 +117,9 @@ class AdapterConfig:
             yield "`target_modules` names no module"
         if self.base_bits not in (4, 8, AS_LOADED):
             yield f"`base_bits` must be 8 or 4, or {AS_LOADED} for the base as it is loaded, got {self.base_bits}"
+        for name in ("new_rows_from", "embedding_rank"):
+            if getattr(self, name) < 0:
+                yield f"`{name}` must be at least 0, got {getattr(self, name)}"
 
     @property
     def title(self) -> str:
@@ -123,7 +135,7 @@ class AdapterConfig:
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """The config that gives each expert of `layer` its operator. Raises `UserError` where there is none."""
         raise UserError(
-            f"--target_modules includes {layer}, experts, which take --adapter mora, not {self.adapter}: leave them out"
+            f"`target_modules` includes {layer}, experts, which take MoRA matrices, not {self.adapter}: leave them out"
         )
 
     def requested_size(self, d_in: int, d_out: int) -> int:
@@ -305,7 +317,7 @@ class MoRAConfig(AdapterConfig):
         linear layer."""
         if not experts_per_token:
             raise UserError(
-                f"--target_modules includes {layer}, and the model's config does not tell how many experts a token "
+                f"`target_modules` includes {layer}, and the model's config does not tell how many experts a token "
                 "has: leave experts out"
             )
         return replace(self, rank=max(1, self.rank // experts_per_token), operator=self.operator_name)
@@ -315,7 +327,7 @@ class MoRAConfig(AdapterConfig):
         largest = round_side(self.largest_size(d_in, d_out), self.r_hat_multiple, self.step)
         r_hat = min(self.requested_size(d_in, d_out), largest)
         if r_hat < 1:
-            raise UserError(f"--mora_rank {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
+            raise UserError(f"`rank` {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
         return r_hat
 
     def largest_size(self, d_in: int, d_out: int) -> int:

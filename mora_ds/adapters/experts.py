@@ -194,6 +194,6 @@ def require_known(stacks: dict[str, ExpertStack | str], pattern: str) -> None:
     for name, stack_or_reason in stacks.items():
         if isinstance(stack_or_reason, str):
             raise UserError(
-                f"--target_modules {pattern!r} includes {name}, experts of a layout that mora_ds does not know: "
+                f"`target_modules` {pattern!r} includes {name}, experts of a layout that mora_ds does not know: "
                 f"{stack_or_reason}. Leave them out, and they stay frozen"
             )

@@ -113,7 +113,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     _refuse_shared(model, targets)
     trained = _trained_parameters(model, config)
     if both := [name for name, module in targets.items() if id(module.weight) in trained]:
-        raise UserError(f"--target_modules includes {both[0]!r}, which --train_head trains itself: choose one")
+        raise UserError(f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one")
     total = count_parameters(model)
     styles = style_in_plan(model)
     aligned = {name: _SIDES.get(styles.get(name, Style.WHOLE)) for name in targets}
@@ -130,7 +130,7 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
                 weight = layer.spec.weight_name(name)
                 layer.quantize(layer.weight if original is None else original(weight), config.base_bits)
             except RunError as error:
-                raise UserError(f"--base_bits {config.base_bits}: {weight}: {error}") from error
+                raise UserError(f"`base_bits` {config.base_bits}: {weight}: {error}") from error
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
         if isinstance(base, ExpertStack):
@@ -267,8 +267,8 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
     for name, module in targets.items():
         if owners[id(module.weight)] > 1 or occurrences[id(module)] > 1:
             raise UserError(
-                f"--target_modules includes {name!r}, whose weight is tied to another module (the embeddings?): "
-                "a merge would change both. Leave it out, or use --train_head"
+                f"`target_modules` includes {name!r}, whose weight is tied to another module (the embeddings?): "
+                "a merge would change both. Leave it out, or use `train_head`"
             )
 
 
@@ -277,11 +277,11 @@ def _check_rounding(targets: dict[str, Any], bits: int) -> None:
     for name, module in targets.items():
         if not module.weight.is_floating_point():
             raise UserError(
-                f"--base_bits {bits}: {name}.weight is {module.weight.dtype}: only floating-point weights are rounded"
+                f"`base_bits` {bits}: {name}.weight is {module.weight.dtype}: only floating-point weights are rounded"
             )
         if bits == 4 and isinstance(module, ExpertStack):
             raise UserError(
-                f"--base_bits 4: {name} is a stack of experts, which 8 bits can hold: use them, or leave it out"
+                f"`base_bits` 4: {name} is a stack of experts, which 8 bits can hold: use them, or leave it out"
             )
 
 
@@ -295,7 +295,7 @@ def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
     if config.train_head:
         head = output_head(model)
         if head is None:
-            raise UserError("--train_head: this model has no output head")
+            raise UserError("`train_head`: this model has no output head")
         modules.append(head)
     return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
 

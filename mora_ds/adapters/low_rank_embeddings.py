@@ -28,7 +28,7 @@ from mora_ds.adapters.new_embeddings import (
 from mora_ds.adapters.ops.spec import permutation_seed
 from mora_ds.common.errors import UserError
 
-FLAG = "--train_embedding_rank"
+SETTING = "`embedding_rank`"
 
 
 class LowRankEmbedding(FrozenEmbedding):
@@ -58,13 +58,11 @@ class LowRankHead(FrozenHead):
 def train_low_rank(model: Any, rank: int, seed: int) -> None:
     """Replaces the model's embeddings and its head, whose frozen weights are buffers already. `seed`: for B.
 
-    Raises `UserError` where either is not a plain look-up or linear layer or is trained itself, and for a rank below 1.
+    Raises `UserError` where either is not a plain look-up or linear layer or is trained itself.
     """
-    embedding, head = plain_tables(model, FLAG)
-    if rank < 1:
-        raise UserError(f"{FLAG} must be at least 1, got {rank}")
+    embedding, head = plain_tables(model, SETTING)
     if isinstance(embedding.weight, nn.Parameter) or isinstance(head.weight, nn.Parameter):
-        raise UserError(f"{FLAG} keeps embeddings and head frozen, and one of them is to be trained: leave one out")
+        raise UserError(f"{SETTING} keeps embeddings and head frozen, and one of them is to be trained: leave one out")
     values = _first_values(embedding.weight, rank, permutation_seed(seed, "embeddings", 0))
     tied = is_tied(embedding, head)
     head_values = values if tied else _first_values(head.weight, rank, permutation_seed(seed, "head", 0))

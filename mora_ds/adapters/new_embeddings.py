@@ -21,7 +21,7 @@ from mora_ds.common.errors import UserError
 NEW_ROWS = "new_rows"
 LOW_RANK = "low_rank"
 """The trained tensors of these modules and of those of `low_rank_embeddings`."""
-FLAG = "--train_new_embeddings"
+SETTING = "`new_rows_from`"
 
 
 class FrozenEmbedding(nn.Embedding):
@@ -84,22 +84,24 @@ def train_new_rows(model: Any, first: int) -> None:
 
     Raises `UserError` where either is not a plain look-up or linear layer, and where there are no such rows.
     """
-    embedding, head = plain_tables(model, FLAG)
+    embedding, head = plain_tables(model, SETTING)
     if not 0 < first < len(embedding.weight):
-        raise UserError(f"{FLAG}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new")
+        raise UserError(f"{SETTING}: the model has rows 0 to {len(embedding.weight) - 1}, none from {first} on is new")
     values = nn.Parameter(embedding.weight.data[first:].clone())
     head_values = values if is_tied(embedding, head) else nn.Parameter(head.weight.data[first:].clone())
     replace_modules(model, {embedding: NewRowEmbedding(embedding, values), head: NewRowHead(head, head_values)})
 
 
-def plain_tables(model: Any, flag: str) -> tuple[nn.Embedding, nn.Linear]:
+def plain_tables(model: Any, setting: str) -> tuple[nn.Embedding, nn.Linear]:
     """The model's embeddings and its head. Raises `UserError` where either is not a plain look-up or linear layer."""
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     if type(embedding).forward is not nn.Embedding.forward:
-        raise UserError(f"{flag}: the embeddings are a {type(embedding).__name__}, which computes more than a look-up")
+        raise UserError(
+            f"{setting}: the embeddings are a {type(embedding).__name__}, which computes more than a look-up"
+        )
     if getattr(type(head), "forward", None) is not nn.Linear.forward:  # None for a model without a head
-        raise UserError(f"{flag}: the output head is a {type(head).__name__}, no linear layer")
+        raise UserError(f"{setting}: the output head is a {type(head).__name__}, no linear layer")
     return embedding, head
 
 

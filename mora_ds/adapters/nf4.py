@@ -46,7 +46,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_installed() -> None:
     """Raises `UserError` that names the extra where bitsandbytes is missing."""
     if find_spec("bitsandbytes") is None:
-        raise UserError("--base_bits 4 needs the package bitsandbytes: pip install 'mora_ds[bits4]'")
+        raise UserError("`base_bits` 4 needs the package bitsandbytes: pip install 'mora_ds[bits4]'")
 
 
 @dataclass(frozen=True)

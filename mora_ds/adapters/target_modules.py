@@ -65,7 +65,7 @@ def _refuse_nothing(pattern: str, linear: Iterable[str], stacks: Iterable[str]) 
     endings = sorted({ending_of(name) for name in linear})
     endings += sorted({".".join(name.split(".")[-2:]) for name in stacks})
     raise UserError(
-        f"--target_modules {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
+        f"`target_modules` {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
         + nearest(pattern, endings)
     )
 

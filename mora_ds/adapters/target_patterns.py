@@ -22,7 +22,7 @@ def matches(pattern: str, name: str) -> bool:
         try:
             regex = re.compile(pattern[3:])
         except re.error as error:
-            raise UserError(f"--target_modules {pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"`target_modules` {pattern!r} is no regular expression: {error}") from error
         return regex.fullmatch(name) is not None
     if any(sign in pattern for sign in "*?["):
         return fnmatch.fnmatchcase(name, pattern)

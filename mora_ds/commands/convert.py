@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.runtime.cli import add_action, command_parser
@@ -21,6 +22,7 @@ _ACTIONS = {
 }
 
 
+@named_as_flags(base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     if options.action == "adapter":

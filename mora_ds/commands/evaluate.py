@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.commands.export import average_flag
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import Mix, mixed
@@ -68,6 +68,7 @@ def _mixes(options: argparse.Namespace) -> list[Mix]:
     return mixes
 
 
+@named_as_flags(base_folder="--base")
 def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """Evaluate one model at each --delta_scale. Returns the content of the JSON file."""
     by_scale = {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.hub import check_repository, push_folder
@@ -19,6 +20,7 @@ from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import command_parser
 
 
+@named_as_flags(base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     if options.push_to_hub is not None:

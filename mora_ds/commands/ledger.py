@@ -12,11 +12,13 @@ import argparse
 from pathlib import Path
 
 from mora_ds.checkpoint.layout import find_ledger
+from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.combine import combine_adapters
 from mora_ds.eval.ledger_summary import show_lines
 from mora_ds.runtime.cli import add_action, command_parser
 
 
+@named_as_flags(base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     if options.action == "show":

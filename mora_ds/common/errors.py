@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
+from numbers import Integral, Real
 
 
 class UserError(ValueError):
@@ -59,6 +62,29 @@ def require_type(value: object, kind: type, argument: str) -> None:
         raise UserError(f"{argument} must be of the type {kind.__name__}, got {reprlib.repr(value)}")
 
 
+def whole_number(value: object, least: int, argument: str, otherwise: str = "") -> int:
+    """An argument of a public function as an int from `least` on.
+
+    Raises `UserError` that begins with the words `argument` for another value, a bool among them; `otherwise`: what
+    else it may be.
+    """
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or not least <= number < _TOO_LARGE:
+        raise UserError(f"{argument} must be a whole number from {least} on{otherwise}, got {value!r}")
+    return number
+
+
+@contextmanager
+def named_as_flags(**others: str) -> Iterator[None]:
+    """Within, a `UserError` names the flags of a program. The functions of Python's users name their arguments, `rank`,
+    which here becomes --rank, or what `others` has for it."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"`(\w+)`", lambda name: others.get(name[1], f"--{name[1]}"), str(error)),)
+        raise
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing else is close."""
     close = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
@@ -101,7 +127,7 @@ class Bounds:
     below: float = math.inf
 
     def allow(self, value: float) -> bool:
-        return self.least <= value <= self.most and self.above < value < self.below
+        return isinstance(value, Real) and self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

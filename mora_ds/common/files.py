@@ -196,15 +196,16 @@ def copy_folder(source: Path, target: Path) -> None:
 def as_path(value: Any, argument: str) -> Path:
     """An argument of a public function as a path. Raises `UserError` that begins with the words `argument` for what is
     none, an empty string among them."""
-    if not isinstance(value, (str, Path)) or value == "":
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path:
         raise UserError(f"{argument} must be a path, got {value!r}")
-    return Path(value)
+    return Path(path)
 
 
 def require_new(output: Path) -> None:
     """Raises `UserError` unless `output` is new or an empty folder, which `atomic_folder` then fills."""
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UserError(f"--output {output} exists already; name a new folder")
+        raise UserError(f"`output` {output} exists already; name a new folder")
 
 
 @contextmanager

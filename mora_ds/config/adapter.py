@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, OTHER_FLAGS, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.target_patterns import names_experts
-from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, refusal, wrong_values
+from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, named_as_flags, refusal, wrong_values
 from mora_ds.config.flags import documented
 
 
@@ -33,9 +32,6 @@ class TPGrouping(str, Enum):
 
 SEGMENTS = 8
 """Of --tp_grouping aligned."""
-
-_FLAGS = {"rank": "--mora_rank", "dropout": "--mora_dropout", "segments": "--tp_grouping aligned"}
-"""Field of `MoRAConfig`, as its messages name it -> its flag, where that has another name."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +145,7 @@ class AdapterArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        for line in refusal(self.mora_config, 0):
-            yield re.sub(r"`(\w+)`", lambda field: _FLAGS.get(field[1], f"--{field[1]}"), line)
+        yield from refusal(named_as_flags(**OTHER_FLAGS)(self.mora_config), 0)
         yield from wrong_values(
             self,
             {
@@ -159,7 +154,6 @@ class AdapterArguments:
                 "tp_grouping": TPGrouping,
                 "merge_every": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
-                "train_embedding_rank": NOT_NEGATIVE,
             },
         )
         if self.adapts_experts:

@@ -10,6 +10,7 @@ a plain model instead. `load_adapter` takes a checkpoint as well as what `export
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -72,20 +73,20 @@ def load_adapter(
     the MoRA matrices of all, and computes as `domain`, by default with the shared matrices alone (`domains_of(model)`
     changes that at any time). Raises `UserError` when something is damaged or does not fit.
     """
-    if not isinstance(base, (str, Path)):
+    if not isinstance(base, (str, os.PathLike)):
         raise UserError(f"load_adapter: `base` must be the model's folder, got a {type(base).__name__}")
     folder = find_adapter(as_path(adapter, "load_adapter: `adapter`"))
     opened = Adapter.open(folder)
     facts = opened.file
     tensors = opened.tensors
     dtype = compute_dtype(facts.dtype)
-    chosen = None if domain is None else chosen_domain(facts.domains, domain, "domain")
+    chosen = None if domain is None else chosen_domain(facts.domains, domain, "`domain`")
     config = facts.config
     if any(pattern.startswith("re:") for pattern in config.target_modules):
         # The layers are known: a regular expression, which may run for years, is not tried.
         config = replace(config, target_modules=tuple(facts.layers))
-    files = opened.reference.open_base(folder, Path(base), "base")
-    model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "base")
+    files = opened.reference.open_base(folder, Path(base), "`base`")
+    model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "`base`")
     inject(model, config)
     move_base(model, "cpu", dtype)
     _check_fit(folder, facts, tensors, model)

@@ -40,7 +40,7 @@ from mora_ds.checkpoint.layout import (
     step_of,
     tokenizer_of,
 )
-from mora_ds.common.errors import COUNT, RunError, UserError, refuse, wrong_values
+from mora_ds.common.errors import Bounds, RunError, UserError, whole_number
 from mora_ds.common.files import (
     as_path,
     atomic_folder,
@@ -81,11 +81,10 @@ class Mix:
         return f"update x {self.scale}{mean}"
 
     def check(self) -> None:
-        """Raises `UserError` naming the flag whose value is impossible."""
-        problems = list(wrong_values(self, {"average_last": COUNT}))
-        if not math.isfinite(self.delta_scale):
-            problems.append(f"--delta_scale must be finite, got {self.delta_scale}")
-        refuse(problems)
+        """Raises `UserError` naming the field whose value is impossible."""
+        whole_number(self.average_last, 1, "`average_last`")
+        if not Bounds().allow(self.delta_scale):
+            raise UserError(f"`delta_scale` must be a finite number, got {self.delta_scale!r}")
 
     def sources(self, path: Path) -> list[tuple[Path, Fraction]]:
         """The adapters to be summed, oldest first, with their weights, all alike. `path`: as `find_adapter` takes it.
@@ -94,12 +93,12 @@ class Mix:
         folders = [newest]
         if self.average_last > 1:
             if not is_step_name(newest.name):
-                raise UserError(f"--average_last: {path} is no checkpoint of a run: it has no earlier ones beside it")
+                raise UserError(f"`average_last`: {path} is no checkpoint of a run: it has no earlier ones beside it")
             known = complete_checkpoints(newest.parent)
             folders = [folder for folder in known if step_of(folder) <= step_of(newest)][-self.average_last :]
             if len(folders) < self.average_last:
                 raise UserError(
-                    f"--average_last {self.average_last}: {newest.parent} has {len(folders)} checkpoint(s) up to"
+                    f"`average_last` {self.average_last}: {newest.parent} has {len(folders)} checkpoint(s) up to"
                     f" {newest.name}; --save_steps and --save_total_limit say how many a run keeps"
                 )
         return [(folder, Fraction(self.delta_scale) / len(folders)) for folder in folders]
@@ -114,7 +113,7 @@ def mixed(path: Path, mix: Mix, base_folder: Path | None = None) -> Iterator[Pat
         yield path
         return
     if adapter_folder(path) is None:
-        raise UserError(f"--delta_scale and --average_last belong to a checkpoint or an adapter, which {path} is not")
+        raise UserError(f"`delta_scale` and `average_last` belong to a checkpoint or an adapter, which {path} is not")
     with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
         output = Path(folder) / "adapter"
         sources, weights = zip(*mix.sources(path), strict=True)
@@ -142,9 +141,9 @@ def combine_adapters(
     if not isinstance(weights, Sequence) or not all(isinstance(weight, (int, float, Fraction)) for weight in weights):
         raise UserError(f"combine_adapters: `weights` must be numbers in a list, got {weights!r}")
     if len(weights) != len(sources) or not sources:
-        raise UserError(f"--weights: {len(weights)} for {len(sources)} adapter(s); give one for each")
+        raise UserError(f"`weights`: {len(weights)} for {len(sources)} adapter(s); give one for each")
     if odd := [str(weight) for weight in weights if not math.isfinite(weight)]:
-        raise UserError(f"--weights must be finite, got {odd[0]}")
+        raise UserError(f"`weights` must be finite, got {odd[0]}")
     require_new(output)
     opened = [
         _Source.of(as_path(path, "combine_adapters: one of `sources`"), Fraction(weight))
@@ -154,7 +153,7 @@ def combine_adapters(
     for source in opened[:-1]:
         _check_pair(source, last)
     terms = _terms(opened)
-    trained = _Trained(opened, None if base_folder is None else Path(base_folder))
+    trained = _Trained(opened, None if base_folder is None else as_path(base_folder, "combine_adapters: `base_folder`"))
     facts = [
         {"adapter": str(source.folder), "step": source.file.step, "weight": float(source.weight)} for source in opened
     ]
@@ -197,7 +196,7 @@ def _check_pair(source: _Source, last: _Source) -> None:
     if source.reference.fingerprint != last.reference.fingerprint:
         raise UserError(f"{pair} have different bases: only updates of the same weights can be summed")
     if different := sorted(set(source.file.layers) ^ set(last.file.layers)):
-        raise UserError(f"{pair} adapt different layers (--target_modules), e.g. {different[0]}")
+        raise UserError(f"{pair} adapt different layers (`target_modules`), e.g. {different[0]}")
     if different := sorted(set(source.file.trainables) ^ set(last.file.trainables)):
         raise UserError(f"{pair} train different tensors beside their matrices, e.g. {different[0]}")
     if source.file.domains != last.file.domains:
@@ -279,7 +278,7 @@ class _Trained:
         self._base: BaseCheckpoint | None = None
         names = sources[-1].file.trainables
         if (names and self._of_base) or any(map(is_low_rank, names)):
-            self._base = sources[-1].reference.open_base(sources[-1].folder, base_folder, flag="--base")
+            self._base = sources[-1].reference.open_base(sources[-1].folder, base_folder, flag="`base_folder`")
 
     def value(self, name: str) -> Tensor:
         """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products of low rank side by side."""

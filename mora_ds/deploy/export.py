@@ -27,7 +27,7 @@ from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
-from mora_ds.common.errors import POSITIVE, RunError, UserError
+from mora_ds.common.errors import POSITIVE, RunError, UserError, require_type
 from mora_ds.common.files import as_path, atomic_folder
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
@@ -122,23 +122,24 @@ def export_merged(
     """
     started = time.monotonic()
     output = as_path(output, "export_merged: `output`")
-    checkpoint = find_adapter(as_path(checkpoint, "export_merged: `checkpoint`"), "--checkpoint")
-    base_folder = None if base_folder is None else Path(base_folder)
+    checkpoint = find_adapter(as_path(checkpoint, "export_merged: `checkpoint`"), "`checkpoint`")
+    base_folder = None if base_folder is None else as_path(base_folder, "export_merged: `base_folder`")
     if dtype != "auto":
         compute_dtype(dtype)
     if not POSITIVE.allow(max_shard_gib):
-        raise UserError(f"--max_shard_gib must be {POSITIVE}, got {max_shard_gib}")
+        raise UserError(f"`max_shard_gib` must be {POSITIVE}, got {max_shard_gib}")
     mix = mix or Mix()
+    require_type(mix, Mix, "export_merged: `mix`")
     if verify and not mix.is_plain:
-        raise UserError("--verify compares with what the run recorded: it has no logits of a scaled or averaged update")
+        raise UserError("`verify` compares with what the run recorded: it has no logits of a scaled or averaged update")
     with mixed(checkpoint, mix, base_folder) as source:
         opened = Adapter.open(source, RunError)
         adapter = opened.file
         if verify and not (checkpoint / PROBE_FILE).is_file():
-            raise UserError(f"--verify needs {PROBE_FILE}, which {checkpoint} does not have")
+            raise UserError(f"`verify` needs {PROBE_FILE}, which {checkpoint} does not have")
         run = open_run(opened, base_folder, domain)
         if verify:
-            folder_config(run.base.folder, trust_remote_code, "--verify: base")
+            folder_config(run.base.folder, trust_remote_code, "`verify`: base")
             if run.file.config.base_bits == 4:
                 nf4.check_installed()
         _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
@@ -184,8 +185,8 @@ def _write(
 
 def open_run(adapter: Adapter, base_folder: Path | None, domain: str | None) -> OpenedRun:
     """Opens the base of an adapter. Raises `UserError` where anything does not fit."""
-    domain = chosen_domain(adapter.file.domains, domain, "--domain")
-    base = adapter.reference.open_base(adapter.folder, base_folder, flag="--base")
+    domain = chosen_domain(adapter.file.domains, domain, "`domain`")
+    base = adapter.reference.open_base(adapter.folder, base_folder, flag="`base_folder`")
     run = OpenedRun(**vars(adapter), base=base, domain=domain)
     _check_layers(run)
     return run
@@ -223,17 +224,17 @@ def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     """Refuses to overwrite anything but a model, and what the export reads, base and checkpoint; and to write into the
     checkpoint."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UserError(f"--output {output} exists and is not a folder")
+        raise UserError(f"`output` {output} exists and is not a folder")
     if set(output.resolve().parents) & set(read[1:]):
-        raise UserError(f"--output {output} lies in the checkpoint; give another folder")
+        raise UserError(f"`output` {output} lies in the checkpoint; give another folder")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"--output {output} exists already; give another folder, or --overwrite")
+        raise UserError(f"`output` {output} exists already; give another folder, or `overwrite`")
     if any(output.resolve() in (folder, *folder.parents) for folder in read):
-        raise UserError(f"--output {output} holds the base or the checkpoint; give another folder")
+        raise UserError(f"`output` {output} holds the base or the checkpoint; give another folder")
     if not (output / "config.json").is_file():
-        raise UserError(f"--output {output} holds something other than a model; it is not overwritten")
+        raise UserError(f"`output` {output} holds something other than a model; it is not overwritten")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -73,13 +73,13 @@ def export_peft(
     source = find_adapter(Path(checkpoint))
     output = Path(output)
     if rank is not None and rank < 1:
-        raise UserError(f"--rank must be at least 1, got {rank}")
+        raise UserError(f"`rank` must be at least 1, got {rank}")
     require_new(output)
     opened = Adapter.open(source, RunError, adapter_only=True)
     if experts := [name for name, entry in opened.file.layers.items() if entry.operator.is_stack]:
         raise UserError(
             f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "
-            "which merges them, or an adapter without experts in --target_modules"
+            "which merges them, or an adapter without experts in `target_modules`"
         )
     run = open_run(opened, None if base_folder is None else Path(base_folder), domain)
     plans = [_plan(run, entry, rank) for entry in run.file.layers.values()]
@@ -104,7 +104,7 @@ def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
         return _Plan(entry, int(total), True)
     if limit is None and total == math.inf:
         raise UserError(
-            f"--rank is missing: the update of {entry.module} ({entry.operator.describe()}) may have any rank up to "
+            f"`rank` is missing: the update of {entry.module} ({entry.operator.describe()}) may have any rank up to "
             f"{side}; name how many of its leading directions to keep"
         )
     return _Plan(entry, min(side, limit or side), False)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import config_of, frozen_buffers, is_compiled, mora_layers, move_base
 from mora_ds.adapters.quantized import base_bits_of
-from mora_ds.common.errors import RunError, UserError, unknown
+from mora_ds.common.errors import RunError, UserError, unknown, whole_number
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
@@ -96,7 +96,7 @@ def initialize(
     Raises `UserError` for a model without adapter or an unknown `node_base`, and `RunError` when the processes hold
     different bases.
     """
-    if not isinstance(config, (dict, str, Path)):
+    if not isinstance(config, (dict, str, os.PathLike)):
         raise UserError(
             f"initialize: `config` must be a DeepSpeed config, a dict or the path of its file, got {config!r}"
         )
@@ -105,8 +105,8 @@ def initialize(
     config_of(model)  # refuses a model without an adapter
     if is_compiled(model):
         raise UserError("initialize: `model` is compiled: merges change what was compiled; give the model itself")
-    if tensor_parallel_size is not None and not (isinstance(tensor_parallel_size, int) and tensor_parallel_size > 0):
-        raise UserError(f"initialize: `tensor_parallel_size` must be a whole number, got {tensor_parallel_size!r}")
+    if tensor_parallel_size is not None:
+        tensor_parallel_size = whole_number(tensor_parallel_size, 1, "initialize: `tensor_parallel_size`")
     if hasattr(model, STARTED):
         raise UserError(
             "initialize: `model` has an engine already, which holds its MoRA matrices: use that one, or load and "

@@ -80,7 +80,7 @@ def _check(model: nn.Module, degree: int) -> None:
             check_tensor_parallel(degree, **kinds[type(layer)])
         elif layer.spec.r_hat < degree:
             raise UserError(
-                f"{TENSOR} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise --mora_rank, or use "
+                f"{TENSOR} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise `rank`, or use "
                 "a smaller group"
             )
 

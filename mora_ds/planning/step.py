@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import AdapterConfig
+from mora_ds.adapters.config import OTHER_FLAGS, AdapterConfig
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
 from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
-from mora_ds.common.errors import UserError, reason
+from mora_ds.common.errors import UserError, named_as_flags, reason
 from mora_ds.data.documents import Documents
 from mora_ds.engine.device import BUFFERS
 from mora_ds.models.attention import use_documents
@@ -131,6 +131,7 @@ def step_memory(work: Work) -> StepMemory:
     return StepMemory(**{name: value + times * (getattr(second, name) - value) for name, value in vars(first).items()})
 
 
+@named_as_flags(**OTHER_FLAGS)
 def planned_model(work: Work) -> Any:
     """The model on the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
     with torch.device("meta"):

@@ -35,7 +35,7 @@ from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.spec import round_side
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.errors import UserError, named_as_flags, nearest
 from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.common.untrusted import MAX_SIDE, file_name, shown
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model
@@ -279,7 +279,8 @@ class OpenModel:
     @classmethod
     def of(cls, model: Any, base: BaseCheckpoint, keys: Mapping[str, str], patterns: Iterable[str]) -> OpenModel:
         """`model`: before injection; `keys`: parameter name -> key in `base`; `patterns`: --target_modules."""
-        layers: dict[str, Any] = dict(match_targets(model, tuple(patterns)))
+        with named_as_flags():
+            layers: dict[str, Any] = dict(match_targets(model, tuple(patterns)))
         if stacks := [name for name, module in layers.items() if isinstance(module, ExpertStack)]:
             raise UserError(
                 f"--target_modules includes {stacks[0]}, experts, whose ranks no plan chooses: leave them out"

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.config import AdapterConfig
+from mora_ds.adapters.config import OTHER_FLAGS, AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
+from mora_ds.common.errors import named_as_flags
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import BaseDevice, card_name, current_device
@@ -115,6 +116,7 @@ class Job:
             tokenizer=self.data.tokenizer,
         )
 
+    @named_as_flags(**OTHER_FLAGS)
     def _start_adapter(self) -> None:
         """--adapter mora, lora."""
         training = self.arguments.training

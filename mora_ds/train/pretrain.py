@@ -33,7 +33,7 @@ from mora_ds.checkpoint.layout import (
     step_folder,
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.common.errors import FailedBeside, RunError, UserError, reason
+from mora_ds.common.errors import FailedBeside, RunError, UserError, named_as_flags, reason
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
@@ -81,7 +81,8 @@ def pretrain(arguments: Arguments) -> dict[str, Any]:
         validate(arguments)
         check_installed(arguments.training.report_to)
         if arguments.adapter.base_bits == 4 and not arguments.training.dry_run:
-            check_bitsandbytes()
+            with named_as_flags():
+                check_bitsandbytes()
         if arguments.training.push_to_hub is not None:
             check_repository(arguments.training.push_to_hub)
         if arguments.training.dry_run:

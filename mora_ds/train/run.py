@@ -10,6 +10,7 @@ run.save(step)         out/checkpoints/step-N, from which export_merged makes a 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import UserError, whole_number
 from mora_ds.common.files import as_path, copy_folder
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
@@ -154,7 +155,7 @@ class Run:
         `probe`: as in `ReMoRA.merge`. Raises `UserError`, and changes nothing, for a `step` before those of earlier
         calls, and while the engine has gradients of which no optimizer step has been made.
         """
-        self._check_call("merge", step, self.state.merges[-1] + 1 if self.state.merges else 0)
+        step = self._check_call("merge", step, self.state.merges[-1] + 1 if self.state.merges else 0)
         if probe is not None and not callable(probe):
             raise UserError(f"merge: `probe` must be a function without arguments, got {probe!r}")
         self.check_base()
@@ -168,9 +169,9 @@ class Run:
         `folder`: another one than the run's, in it; the checkpoint is then complete when the call returns. Raises
         `UserError`, and changes nothing, as `merge` does.
         """
-        self._check_call("save", step, self.state.merges[-1] if self.state.merges else 0)
-        if keep is not None and (not isinstance(keep, int) or keep < 1):
-            raise UserError(f"save: `keep` must be a whole number from 1 on, or None for all, got {keep!r}")
+        step = self._check_call("save", step, self.state.merges[-1] if self.state.merges else 0)
+        if keep is not None:
+            keep = whole_number(keep, 1, "save: `keep`", ", or None for all")
         checkpoints = self.checkpoints
         if folder is not None:
             root = as_path(folder, "save: `folder`") / CHECKPOINTS
@@ -180,17 +181,16 @@ class Run:
         self.check_base()
         return checkpoints.save(self.state, keep)
 
-    def _check_call(self, method: str, step: Any, least: int) -> None:
-        """Raise `UserError` for a step that is no whole number from `least` on, or before the newest one, and in the
-        middle of an optimizer step, whose gradients would be of another adapter, or lost."""
-        least = max(least, self.state.step)
-        if not isinstance(step, int) or isinstance(step, bool) or not least <= step < 2**63:
-            raise UserError(f"{method}: `step` must be a whole number from {least} on, got {step!r}")
+    def _check_call(self, method: str, step: Any, least: int) -> int:
+        """The step as an int. Raise `UserError` for one that is no whole number from `least` on, or before the newest
+        one, and in the middle of an optimizer step, whose gradients would be of another adapter, or lost."""
+        number = whole_number(step, max(least, self.state.step), f"{method}: `step`")
         if not zero.at_accumulation_boundary(self.engine) or self._gradient_of == self.engine.micro_steps:
             raise UserError(
                 f"{method}: the engine has gradients of which no optimizer step is made yet: call it after the "
                 "engine.step() that ends gradient accumulation"
             )
+        return number
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self._gradient_of = self.engine.micro_steps
@@ -319,7 +319,7 @@ class Run:
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
             return resume
         find = "checkpoint to resume from"
-        return self.ranks.on_first(find, lambda: resume_checkpoint(str(resume), root, "Run: resume"), long=True)
+        return self.ranks.on_first(find, lambda: resume_checkpoint(os.fspath(resume), root, "Run: `resume`"), long=True)
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.

@@ -284,10 +284,9 @@ class Softmax(torch.nn.Linear):
 
 def test_models_that_they_do_not_fit_are_refused() -> None:
     for config, message in (
-        ({"embedding_rank": 2, "train_embeddings": True}, "--train_embedding_rank keeps embeddings and head frozen"),
-        ({"embedding_rank": 2, "train_head": True}, "--train_embedding_rank keeps embeddings and head frozen"),
-        ({"embedding_rank": 2, "new_rows_from": 9}, "--train_embedding_rank: the embeddings are a NewRowEmbedding"),
-        ({"embedding_rank": -1}, "--train_embedding_rank must be at least 1, got -1"),
+        ({"embedding_rank": 2, "train_embeddings": True}, "`embedding_rank` keeps embeddings and head frozen"),
+        ({"embedding_rank": 2, "train_head": True}, "`embedding_rank` keeps embeddings and head frozen"),
+        ({"embedding_rank": 2, "new_rows_from": 9}, "`embedding_rank`: the embeddings are a NewRowEmbedding"),
         ({"new_rows_from": 128}, "none from 128 on is new"),
     ):
         with pytest.raises(UserError, match=message):
@@ -301,7 +300,7 @@ def test_models_that_they_do_not_fit_are_refused() -> None:
         model = tiny_model("llama")
         for setter, module in change.items():
             getattr(model, setter)(module)
-        with pytest.raises(UserError, match=f"--train_new_embeddings: {message}"):
+        with pytest.raises(UserError, match=f"`new_rows_from`: {message}"):
             inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
     with pytest.raises(UserError, match=r"low_rank has 9 rows, and the base a table of \(6, 2\)"):
         with_product(torch.zeros(6, 2), torch.zeros(9, 1))

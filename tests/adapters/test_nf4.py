@@ -218,7 +218,7 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--base_bits 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
+    with pytest.raises(UserError, match=r"`base_bits` 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
         nf4.check_installed()
 
 
@@ -236,5 +236,5 @@ def test_what_needs_the_dense_weight_is_refused() -> None:
         assert config_from_dict(config.to_dict()) == config
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.full((4, 4), float("nan")))
-    with pytest.raises(UserError, match=r"--base_bits 4: 0.weight: .* not finite"):
+    with pytest.raises(UserError, match=r"`base_bits` 4: 0.weight: .* not finite"):
         inject(model, MoRAConfig(rank=1, base_bits=4))

@@ -94,7 +94,7 @@ def test_dropout_is_refused_and_named() -> None:
 
 def test_squares_need_a_row_a_rank() -> None:
     model = model_with_mora(rank=1, target_modules=("k_proj",))
-    with pytest.raises(UserError, match="has 6 rows: raise --mora_rank, or use a smaller group"):
+    with pytest.raises(UserError, match="has 6 rows: raise `rank`, or use a smaller group"):
         split(model, 8)
 
 

@@ -4,6 +4,7 @@ import math
 from enum import Enum
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mora_ds.common.errors import (
@@ -15,12 +16,14 @@ from mora_ds.common.errors import (
     Bounds,
     Stopped,
     UserError,
+    named_as_flags,
     nearest,
     out_of_bounds,
     reason,
     refusal,
     refuse,
     unknown,
+    whole_number,
     wrong_values,
 )
 
@@ -96,3 +99,18 @@ def test_a_value_out_of_bounds_is_told_with_its_flag() -> None:
         f"--d must be below {large}, got {large}",
         "--e must be at least 0 and at most 1,000,000,000, got 2000000000.0",
     ]
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, None, 0, 2**63, np.int64(0), np.bool_(True)])
+def test_what_is_no_whole_number(value: object) -> None:
+    with pytest.raises(UserError, match=r"^f: `x` must be a whole number from 1 on, or None, got "):
+        whole_number(value, 1, "f: `x`", ", or None")
+
+
+def test_whole_numbers_of_numpy_become_ints() -> None:
+    assert type(whole_number(np.int64(2), 2, "f: `x`")) is int
+
+
+def test_a_program_names_flags_where_a_function_names_arguments() -> None:
+    with pytest.raises(UserError, match=r"^--mora_rank 0 and --verify: a.b$"), named_as_flags(rank="--mora_rank"):
+        raise UserError("`rank` 0 and `verify`: a.b")

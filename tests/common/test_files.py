@@ -324,3 +324,20 @@ def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path: Path) -> None
     with files.at_work(tmp_path):
         assert not files.is_abandoned(tmp_path)
     assert files.is_abandoned(tmp_path)
+
+
+class InCloud:
+    """A path of another library."""
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+
+    def __fspath__(self) -> object:
+        return self.path
+
+
+def test_whatever_names_a_path_is_one() -> None:
+    assert [files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))] == [Path("a/b")] * 3
+    for value in ("", None, 3, b"a", InCloud(b"a"), InCloud("")):
+        with pytest.raises(UserError, match=r"^f: `x` must be a path, got "):
+            files.as_path(value, "f: `x`")

@@ -172,11 +172,11 @@ def test_base_that_moved(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "base"
     moved.parent.mkdir()
     run.base.rename(moved)
-    assert_refused(run, tmp_path / "merged", r"--base: no such folder: .*/base")
+    assert_refused(run, tmp_path / "merged", r"`base_folder`: no such folder: .*/base")
     export_merged(run.checkpoint, tmp_path / "merged", base_folder=moved)
     check(run, tmp_path / "merged", torch.float32)
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"--base: .*other is not the base of"):
+    with pytest.raises(UserError, match=r"`base_folder`: .*other is not the base of"):
         export_merged(run.checkpoint, tmp_path / "merged-2", base_folder=tmp_path / "other")
     assert not (tmp_path / "merged-2").exists()
 
@@ -247,7 +247,7 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
     output.mkdir()
     export_merged(run.checkpoint, output)  # an empty folder is no loss
     (output / "mine").write_text("")
-    with pytest.raises(UserError, match=r"--output .* exists already"):
+    with pytest.raises(UserError, match=r"`output` .* exists already"):
         export_merged(run.checkpoint, output)
     export_merged(run.checkpoint, output, overwrite=True)
     assert not (output / "mine").exists()

@@ -48,7 +48,7 @@ def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
 
 def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
     run = fake_run(tmp_path, probe=False)
-    with pytest.raises(UserError, match=r"--verify needs probe\.safetensors"):
+    with pytest.raises(UserError, match=r"`verify` needs probe\.safetensors"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
 

@@ -288,11 +288,11 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tm
 
 
 def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--domain: name a domain; there are the domains new, old, and shared"):
+    with pytest.raises(UserError, match=r"`domain`: name a domain; there are the domains new, old, and shared"):
         export_merged(out, tmp_path / "never")
-    with pytest.raises(UserError, match=r"--domain nwe: there are the domains new, old.* Did you mean 'new'"):
+    with pytest.raises(UserError, match=r"`domain` nwe: there are the domains new, old.* Did you mean 'new'"):
         export_merged(out, tmp_path / "never", domain="nwe")
-    with pytest.raises(UserError, match="domain third: there are the domains new, old"):
+    with pytest.raises(UserError, match="`domain` third: there are the domains new, old"):
         load_adapter(user.model, out, domain="third")
     with pytest.raises(UserError, match=r"--domain: name a domain"):
         load_target(out)

@@ -18,6 +18,7 @@ from mora_ds.common.files import read_json
 from mora_ds.models.base import write_own_base
 from mora_ds.train.run import _scheduler_state
 from tests.helpers.engines import LEARNING_RATE, ds_config
+from tests.helpers.exports import fake_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.snapshot import untouched
@@ -53,6 +54,8 @@ MoRAConfig | {grouping: strided} | `grouping` strided belongs to `operator` shar
 MoRAConfig | {rank: "8"} | rank must be of the type int, got '8'
 MoRAConfig | {rank: true} | rank must be of the type int, got True
 MoRAConfig | {rank: 4.5} | rank must be of the type int, got 4.5
+MoRAConfig | {embedding_rank: -1} | `embedding_rank` must be at least 0, got -1
+MoRAConfig | {new_rows_from: -5} | `new_rows_from` must be at least 0, got -5
 MoRAConfig | {dropout: null} | dropout must be of the type float, got None
 MoRAConfig | {train_norms: 1} | train_norms must be of the type bool, got 1
 MoRAConfig | {target_modules: q_proj} | target_modules must be names in a list or tuple, got 'q_proj'
@@ -61,6 +64,8 @@ inject | {model: null, config: CONFIG} | inject: `model` must be of the type Mod
 inject | {model: MODEL, config: null} | inject: `config` must be a MoRAConfig or a LoRAConfig, got None
 inject | {model: COMPILED, config: CONFIG} | inject: `model` is compiled
 inject | {model: ADAPTED, config: CONFIG} | this model already has an adapter
+inject | {model: MODEL, config: UNKNOWN} | `target_modules` 'q_prj' matches no linear layer
+inject | {model: MODEL, config: BOTH} | `target_modules` includes 'lm_head', which `train_head` trains itself
 mora_layers | {model: m} | mora_layers: `model` must be of the type Module, got 'm'
 domains_of | {model: 3} | domains_of: `model` must be of the type Module, got 3
 OperatorSpec | {kind: share, d_in: "8", d_out: 8, r_hat: 4} | OperatorSpec: `d_in` must be of the type int, got '8'
@@ -77,10 +82,23 @@ initialize | {model: MODEL, config: {}, node_base: shared} | unknown node_base '
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject
 initialize | {model: COMPILED_ADAPTED, config: {}} | initialize: `model` is compiled
 initialize | {model: ADAPTED, config: {}, tensor_parallel_size: "2"} | \
-initialize: `tensor_parallel_size` must be a whole number, got '2'
+initialize: `tensor_parallel_size` must be a whole number from 1 on, got '2'
+initialize | {model: ADAPTED, config: {}, tensor_parallel_size: true} | \
+initialize: `tensor_parallel_size` must be a whole number from 1 on, got True
 initialize | {model: ADAPTED, config: {}} | initialize: the DeepSpeed config has no batch size
 export_merged | {checkpoint: null, output: NEW} | export_merged: `checkpoint` must be a path, got None
 export_merged | {checkpoint: out, output: ""} | export_merged: `output` must be a path, got ''
+export_merged | {checkpoint: out, output: NEW, base_folder: 3} | `checkpoint`: out is neither
+export_merged | {checkpoint: RUN, output: NEW, base_folder: 3} | export_merged: `base_folder` must be a path, got 3
+export_merged | {checkpoint: RUN, output: NEW, base_folder: gone} | `base_folder`: no such folder
+export_merged | {checkpoint: RUN, output: NEW, max_shard_gib: "5"} | `max_shard_gib` must be above 0, got 5
+export_merged | {checkpoint: RUN, output: NEW, dtype: fp9} | unknown dtype 'fp9'
+export_merged | {checkpoint: RUN, output: NEW, domain: law} | `domain` law: this adapter has no domains
+export_merged | {checkpoint: RUN, output: NEW, mix: 0.5} | export_merged: `mix` must be of the type Mix, got 0.5
+export_merged | {checkpoint: RUN, output: NEW, mix: SCALED} | `delta_scale` must be a finite number, got '2'
+export_merged | {checkpoint: RUN, output: NEW, mix: AVERAGED} | `average_last` must be a whole number from 1 on
+export_merged | {checkpoint: RUN, output: NEW, mix: HALF, verify: true} | `verify` compares with
+export_merged | {checkpoint: RUN, output: FILE} | `output`
 export_adapter | {checkpoint: 3, output: NEW} | export_adapter: `checkpoint` must be a path, got 3
 export_adapter | {checkpoint: out, output: null} | export_adapter: `output` must be a path, got None
 load_adapter | {base: base, adapter: null} | load_adapter: `adapter` must be a path, got None
@@ -92,7 +110,8 @@ combine_adapters | {sources: [a], weights: [x], output: NEW} | \
 combine_adapters: `weights` must be numbers in a list, got ['x']
 combine_adapters | {sources: [3], weights: [1], output: NEW} | \
 combine_adapters: one of `sources` must be a path, got 3
-combine_adapters | {sources: [], weights: [], output: NEW} | --weights: 0 for 0 adapter(s)
+combine_adapters | {sources: [a], weights: [1], output: FOLDER} | `output`
+combine_adapters | {sources: [], weights: [], output: NEW} | `weights`: 0 for 0 adapter(s)
 Run | {engine: MODEL, base: base, folder: FOLDER} | \
 Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausalLM
 """
@@ -106,6 +125,7 @@ def assert_refused(calls: str, scope: Any, **objects: Any) -> None:
         with pytest.raises(UserError) as refused:
             attrgetter(function)(scope)(**arguments)
         assert str(refused.value).startswith(message), f"{message}: {refused.value}"
+        assert "--" not in str(refused.value), f"{function} speaks of a flag: {refused.value}"
 
 
 def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
@@ -220,6 +240,14 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> Non
         "SQUARE": torch.zeros(4, 4),
         "FOLDER": tmp_path,
         "NEW": tmp_path / "new",
+        "RUN": fake_run(tmp_path, probe=False).output,
+        "FILE": Path(__file__),
+        "UNKNOWN": MoRAConfig(target_modules=("q_prj",)),
+        "BOTH": MoRAConfig(target_modules=("lm_head",), train_head=True),
+        "SCALED": mora_ds.Mix("2"),  # type: ignore[arg-type]
+        "AVERAGED": mora_ds.Mix(average_last=True),
+        "HALF": mora_ds.Mix(0.5),
     }
     assert_refused(CALLS, mora_ds, **objects)
+    assert not (tmp_path / "new").exists()
     assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == ("q_proj",)  # type: ignore[arg-type]

@@ -322,7 +322,7 @@ def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind, multiple: 
     Rounded down by `round_side`; for rotate it may be 0. Raises `UserError` for a rank below 1.
     """
     if rank < 1:
-        raise UserError(f"--mora_rank must be at least 1, got {rank}")
+        raise UserError(f"`rank` must be at least 1, got {rank}")
     return round_side(math.isqrt((d_in + d_out) * rank), multiple, OPERATORS[kind].smallest_side)
 
 

@@ -331,7 +331,7 @@ def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank: int) -> None:
-    with pytest.raises(UserError, match="--mora_rank"):
+    with pytest.raises(UserError, match="`rank` must be at least 1"):
         square_size(8, 8, rank, OperatorKind.SHARE)
 
 
