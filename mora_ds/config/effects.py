@@ -62,7 +62,7 @@ EFFECTS = (
     Effect(
         "a run that trains something (not --adapter none)",
         lambda run: run.adapter.adapter != AdapterKind.NONE.value,
-        "export_merged push_to_hub resume_from_checkpoint",
+        "export_merged profile push_to_hub resume_from_checkpoint",
     ),
     Effect("merges (--merge_every)", lambda run: run.adapter.merge_every > 0, "restart_warmup_steps"),
     Effect(

@@ -76,6 +76,7 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "log_level": LogLevel,
     "base_device": BaseDevice,
     "logging_steps": COUNT,
+    "profile": COUNT,
     "eval_steps": NOT_NEGATIVE,
     "max_eval_batches": COUNT,
     "eval_tasks_steps": NOT_NEGATIVE,
@@ -174,6 +175,9 @@ class TrainingArguments:
     """Where the curves go besides metrics.jsonl: tensorboard, wandb, mlflow, or none."""
     logging_steps: int = 1
     """Optimizer steps between log lines."""
+    profile: int | None = None
+    """Record so many steps of rank 0, from the third one on, with torch's profiler: the trace in OUTPUT_DIR/profile
+    opens in ui.perfetto.dev and TensorBoard. A few are enough; they are slower, and a trace is large."""
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0: at start and end only."""
     eval_on_start: bool = True

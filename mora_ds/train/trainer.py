@@ -33,6 +33,7 @@ from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import Job
 from mora_ds.train.loader import BatchLoader, MicroBatch, NotFinite, Replica, labels_in, require_finite
 from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
+from mora_ds.train.profile import step_profiler
 from mora_ds.train.tasks import TaskSuite
 
 logger = logging.getLogger(__name__)
@@ -159,12 +160,17 @@ class Trainer:
         state.finished = False
         for line in self.schedule.lines(state.step, state.merge_pending):
             logger.info(line)
-        with signals.deferred(), self.counter.counting():
+        profiler = None
+        if self.training.profile is not None and self.ranks.is_first:
+            profiler = step_profiler(self.training.profile, state.step, self.job.start.folder, state.failures)
+        with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:
                 state.perplexity_before = self._evaluate()
             if state.step < self.total_steps and (state.merge_pending or state.evaluation_pending):
                 self._do_what_is_pending()
             while state.step < self.total_steps and not evaluator.forgotten:
+                if profiler is not None:
+                    profiler.step()
                 self.train_step()
             self._finish()
 

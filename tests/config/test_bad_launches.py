@@ -63,6 +63,7 @@ LAUNCHES = r"""
 --save_steps -1 | --save_steps must be at least 0
 --save_total_limit 0 | --save_total_limit must be at least 1
 --logging_steps 0 | --logging_steps must be at least 1
+--profile 0 | --profile must be at least 1
 --eval_steps -1 | --eval_steps must be at least 0
 --max_eval_batches 0 | --max_eval_batches must be at least 1
 --tensor_parallel_size 0 | --tensor_parallel_size must be at least 1

@@ -99,6 +99,7 @@ chunked_loss                | true
 log_level                   | debug | error
 report_to                   | tensorboard
 logging_steps               | 2 | 100
+profile                     | 1 | 100 | 0
 eval_steps                  | 1 | 2 | 3
 eval_on_start               | false
 eval_tasks                  | no_such_task

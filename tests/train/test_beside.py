@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from torch.profiler import profile
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import FailedBeside, RunError
@@ -99,6 +100,24 @@ def test_a_failed_evaluation_does_not_end_the_run(
     assert last_state(out).finished
     assert (out / "summary.json").is_file()
     assert not last_state(out).evaluation_pending
+
+
+def without_room_for_traces(argv: list[str]) -> tuple[str, str]:
+    """A run on a disk that is full once a trace is written. For `run_ranks`."""
+    with mock.patch.object(profile, "export_chrome_trace", side_effect=OSError(28, "No space left on device")):
+        return ended(argv)
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    user: Playground, ranks_and_whole: tuple[int, Path], out: Path
+) -> None:
+    ranks, whole = ranks_and_whole
+    for kind, message in run_ranks(ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile", 1)):
+        assert kind == "FailedBeside"
+        assert f"--profile: {out / 'profile'} got no complete trace: " in message
+        assert "No space left on device" in message
+    assert losses(out).equal(losses(whole))
+    assert last_state(out).finished
 
 
 def interrupted(argv: list[str], error: Exception) -> None:
