@@ -81,19 +81,11 @@ class DomainSquares:
     def index(self, domain: str, flag: str) -> int:
         """The place of a domain among `names`. Raises `UserError` that names `flag` and lists the domains."""
         if domain not in self.names:
-            raise UserError(f"{flag} {domain}: {self._choices()}.{nearest(domain, self.names)}")
+            raise UserError(f"{flag} {domain}: {self.choices}.{nearest(domain, self.names)}")
         return self.names.index(domain)
 
-    def choose(self, wanted: str | None, flag: str) -> str | None:
-        """The domain that a user names, None for `shared`. Raises `UserError` where none is named or it is unknown."""
-        if wanted is None:
-            raise UserError(f"{flag}: name a domain; {self._choices()}")
-        if wanted == SHARED:
-            return None
-        self.index(wanted, flag)
-        return wanted
-
-    def _choices(self) -> str:
+    @property
+    def choices(self) -> str:
         return f"there are the domains {', '.join(self.names)}, and {SHARED} for the shared MoRA matrices alone"
 
 
@@ -107,12 +99,18 @@ class _Domains:
 
 
 def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) -> str | None:
-    """As `DomainSquares.choose`, for an adapter that may have no domains. Raises `UserError`."""
-    if domains is not None:
-        return domains.choose(wanted, flag)
-    if wanted is not None:
-        raise UserError(f"{flag} {wanted}: this adapter has no domains")
-    return None
+    """The domain that a user names; None for `shared`, and for an adapter without domains. Raises `UserError` where
+    none is named or it is unknown."""
+    if domains is None:
+        if wanted is not None:
+            raise UserError(f"{flag} {wanted}: this adapter has no domains")
+        return None
+    if wanted is None:
+        raise UserError(f"{flag}: name a domain; {domains.choices}")
+    if wanted == SHARED:
+        return None
+    domains.index(wanted, flag)
+    return wanted
 
 
 def logits_name(domain: str | None) -> str:

@@ -218,10 +218,11 @@ def settle(root: Path) -> None:
             (root / f".{link}.partial").unlink(missing_ok=True)
 
 
-def problems(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty when it is intact."""
+def problems(folder: Path, hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one line a file; empty when it is intact. Without `hashes` its files need only
+    exist, in their sizes: cheap, as none is read."""
     try:
-        return verify_manifest(folder) or ledger_problems(folder)
+        return verify_manifest(folder, hashes) or ledger_problems(folder)
     except UserError as error:  # no manifest, or a damaged one
         return [str(error)]
 
@@ -342,11 +343,3 @@ def _newest_intact(root: Path, flag: str) -> Path | None:
             "--output_dir, or --overwrite_output_dir in place of this flag:\n  " + "\n  ".join(skipped)
         )
     return None
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest exists, in its size: cheap, as no file is read."""
-    try:
-        return not verify_manifest(folder, hashes=False)
-    except UserError:
-        return False

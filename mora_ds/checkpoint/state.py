@@ -81,18 +81,13 @@ def run_identity(
     }
 
 
-_MOST_ROWS = 1 << 24
-"""Sequences a step; far above any that was ever trained with."""
-
-
 def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
     """Raises `UserError` when `world` ranks cannot resume the checkpoint: its global batch must divide by them."""
     rows = state.identity.get("global_batch_size")
-    if isinstance(rows, int) and 0 < rows <= _MOST_ROWS and rows % world:
-        divisors = [str(number) for number in range(1, rows + 1) if rows % number == 0]
+    if isinstance(rows, int) and rows % world:
         raise UserError(
             f"{folder} belongs to a run of {rows} sequences a step, which {world} ranks cannot share evenly: "
-            f"start {', '.join(divisors[:-1]) + ' or ' if divisors[:-1] else ''}{divisors[-1]} of them"
+            f"start a number of them that divides {rows}"
         )
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -105,7 +106,6 @@ class _Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.is_full_training = is_full_training(folder)
         self.has_run = not _is_adapter_alone(folder)
 
     @cached_property
@@ -132,16 +132,19 @@ class _Checkpoint:
 def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     verdict = Verdict(folder)
     checkpoint = _Checkpoint(folder)
-    checks: list[Callable[[_Checkpoint], Iterator[str]]] = [_files]
-    if checkpoint.has_run:
-        checks += [_state, _shards]
-    if not checkpoint.is_full_training:
-        checks += [_adapter, _ledger]
-    if checkpoint.has_run and not checkpoint.is_full_training:
-        checks += [_agreement]
-    for check in checks:
-        _run(verdict, partial(check, checkpoint))
-    if base is not None and not checkpoint.is_full_training and verdict.is_good:
+    has_adapter = not is_full_training(folder)
+    checks = {
+        _files: True,
+        _state: checkpoint.has_run,
+        _shards: checkpoint.has_run,
+        _adapter: has_adapter,
+        _ledger: has_adapter,
+        _agreement: checkpoint.has_run and has_adapter,
+    }
+    for check, applies in checks.items():
+        if applies:
+            _run(verdict, check, checkpoint)
+    if base is not None and has_adapter and verdict.is_good:
         checkpoint.reference.require_base(base, folder, "--base")
         verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
@@ -151,7 +154,7 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
 def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     """Of a ledger alone, such as that of a run."""
     verdict = Verdict(folder)
-    _run(verdict, lambda: _cycles(Ledger.open(folder)))
+    _run(verdict, lambda path: _cycles(Ledger.open(path)), folder)
     if base is not None and verdict.is_good:
         recorded = Ledger.open(folder, hashes=False).base_fingerprint
         if base.fingerprint() != recorded:
@@ -160,9 +163,9 @@ def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     return verdict
 
 
-def _run(verdict: Verdict, check: Callable[[], Iterator[str]]) -> None:
+def _run(verdict: Verdict, check: Callable[[Any], Iterator[str]], subject: _Checkpoint | Path) -> None:
     try:
-        verdict.facts.extend(check())
+        verdict.facts.extend(check(subject))
     except UserError as error:
         verdict.problems.extend(str(error).split("\n"))  # of `refuse`: one a line
     except (RunError, SafetensorError, OSError) as error:
@@ -199,18 +202,13 @@ def _state(checkpoint: _Checkpoint) -> Iterator[str]:
     number = step_of(folder) if is_step_name(folder.name) else state.step
     if number != state.step:
         raise UserError(f"{folder / STATE_FILE} is of step {state.step}, its folder of step {number}")
-    _random_states(folder, state.world_size)
-    yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
-
-
-def _random_states(folder: Path, world: int) -> None:
-    """Raises `UserError` unless there is one of each rank."""
     path = folder / RNG_FILE
     handle = open_safetensors(path)
     if "cpu" not in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
         raise UserError(f"{path} holds no random state")
-    if (saved := handle.get_slice("cpu").get_shape()[0]) != world:
-        raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {world}")
+    if (saved := handle.get_slice("cpu").get_shape()[0]) != state.world_size:
+        raise UserError(f"{path} holds the random states of {saved} ranks, {STATE_FILE} says {state.world_size}")
+    yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
 
 
 def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
@@ -234,14 +232,13 @@ def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
 
 def _adapter(checkpoint: _Checkpoint) -> Iterator[str]:
     adapter = checkpoint.adapter
-    problems = [
+    if checkpoint.has_run:
+        open_safetensors(checkpoint.folder / PROBE_FILE)
+    refuse(
         f"{checkpoint.folder / ADAPTER_TENSORS}: {name} is not finite"
         for name, tensor in checkpoint.tensors.items()
         if not torch.isfinite(tensor).all()
-    ]
-    if checkpoint.has_run:
-        open_safetensors(checkpoint.folder / PROBE_FILE)
-    refuse(problems)
+    )
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
 
 
@@ -258,13 +255,12 @@ def _ledger(checkpoint: _Checkpoint) -> Iterator[str]:
 
 
 def _cycles(ledger: Ledger) -> Iterator[str]:
-    problems = [
+    refuse(
         f"{ledger.folder / record.file}: the MoRA matrix of {module} is not finite"
         for record in ledger.records
         for module in ledger.layers(record.cycle)
         if not torch.isfinite(ledger.square(record.cycle, module)).all()
-    ]
-    refuse(problems)
+    )
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
 
@@ -277,10 +273,9 @@ def _agreement(checkpoint: _Checkpoint) -> Iterator[str]:
         del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):
         raise UserError(f"{path} and the shards do not hold the same tensors, e.g. {different[0]}")
-    problems = [
+    refuse(
         f"{path}: {name} is not what the shards hold"
         for name, tensor in tensors.items()
         if not torch.equal(tensor, shards.whole(name, MASTER).float())
-    ]
-    refuse(problems)
+    )
     yield f"agreement: {len(tensors)} live tensor(s) equal their masters in the shards"

@@ -35,9 +35,9 @@ from mora_ds.checkpoint.layout import (
     WRITING,
     complete_checkpoints,
     delete,
-    is_complete,
     ledger_problems,
     name_best,
+    problems,
     retire,
     settle,
     step_folder,
@@ -174,8 +174,8 @@ class CheckpointWriter:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
         sync_folders(beside)
-        if problems := ledger_problems(beside):  # its cycles are older than the other files, and merges read them
-            raise RunError(f"the ledger was damaged during the run: {problems[0]}. Resume from an older checkpoint")
+        if damage := ledger_problems(beside):  # its cycles are older than the other files, and merges read them
+            raise RunError(f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint")
         _replace_folder(beside, final)
         files.fsync(self.root)
         if state["best_step"]:
@@ -221,7 +221,8 @@ def _retain(root: Path, step: int, keep: int | None) -> None:
     elsewhere is counted and stays."""
     if keep is None:
         return
-    complete = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step and is_complete(folder)]
+    known = [folder for folder in complete_checkpoints(root) if step_of(folder) <= step]
+    complete = [folder for folder in known if not problems(folder, hashes=False)]
     for folder in complete[:-keep]:
         if not folder.is_symlink() and folder.resolve() != (root / BEST).resolve():
             retire(folder)
@@ -276,26 +277,20 @@ def _rng_states() -> dict[str, Tensor]:
 
 
 def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
-    states = _saved_rng(folder, rank)
-    if states is None:  # fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume
-        seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
-        digest = hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return
-    with files.malformed(folder / RNG_FILE):
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-
-
-def _saved_rng(folder: Path, rank: int) -> dict[str, Tensor] | None:
-    """The random states of a rank; None where that rank saved none."""
-    handle = open_safetensors(folder / RNG_FILE)
-    with files.malformed(folder / RNG_FILE):
+    path = folder / RNG_FILE
+    handle = open_safetensors(path)
+    with files.malformed(path):
         slices = {kind: handle.get_slice(kind) for kind in handle.keys()}  # noqa: SIM118  (no mapping)
-        if rank >= slices["cpu"].get_shape()[0]:
-            return None
-        return {kind: states[rank : rank + 1].flatten().clone() for kind, states in slices.items()}
+        if rank < slices["cpu"].get_shape()[0]:
+            states = {kind: saved[rank : rank + 1].flatten().clone() for kind, saved in slices.items()}
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
+            return
+    # Fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume.
+    seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
+    digest = hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 # -- in the background -------------------------------------------------------------------------------------------------

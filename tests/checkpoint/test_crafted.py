@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mora_ds.checkpoint.layout import resume_checkpoint
-from mora_ds.checkpoint.state import TrainerState, check_world_size
+from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.checkpoint.writer import _load_rng
 from mora_ds.common.errors import UserError
@@ -183,10 +183,3 @@ def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_pa
     change_json(checkpoint / "adapter.json", change)
     reseal(checkpoint)
     assert_refused(export_adapter, checkpoint, tmp_path / "adapter", "another layer than in earlier cycles")
-
-
-def test_ranks_that_share_rows_are_counted_in_no_time(checkpoint: Path) -> None:
-    change_json(checkpoint / "trainer_state.json", lambda content: content["identity"].update(global_batch_size=10**15))
-    state = TrainerState.read(checkpoint)
-    check_world_size(checkpoint, state, 7)
-    assert state.step == 7

@@ -77,14 +77,14 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
         assert [flag for flag in flags if flag not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("rows, divisors", [(12, "1, 2, 3, 4, 6 or 12"), (2, "1 or 2"), (1, "1")])
-def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int, divisors: str) -> None:
+@pytest.mark.parametrize("rows", [12, 2, 1])
+def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int) -> None:
     state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):
         if rows % world == 0:
             check_world_size(tmp_path, state, world)
             continue
-        words = f"{rows} sequences a step, which {world} ranks cannot share evenly: start {divisors} of them"
+        words = f"{rows} sequences a step, which {world} ranks cannot share evenly: start a number .* divides {rows}"
         with pytest.raises(UserError, match=words):
             check_world_size(tmp_path, state, world)
 
