@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mora_ds.research.init_adapter import FLAG, check_same_files, open_initial, 
 from mora_ds.research.settings import NAME, ResearchSettings, domain_names, eval_entries
 from mora_ds.research.targets import AUTO, OpenModel, TargetPlan, plan_of_run, read_plan, with_sizes
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.beside import beside_training
 from mora_ds.train.hooks import Hooks
 
 logger = logging.getLogger(__name__)
@@ -171,21 +172,17 @@ class ResearchHooks(Hooks):
         if self._initial is not None:
             logger.info(put_initial(self._initial, engine))
 
-    @torch.no_grad()
     def check(self, engine: Any, ids: Tensor) -> None:
         """Whether every adapted layer reads complete rows, as `token_nll` runs it."""
         if not self.domains.names:
             return
         positions = torch.arange(ids.shape[1]).expand_as(ids).to(ids)
         first, second = self.domains.names[:2]
-        engine.eval()
         try:
-            with self.rows([first, second, first]):
+            with beside_training(engine), self.rows([first, second, first]):
                 token_nll(engine, {"input_ids": ids, "position_ids": positions, "labels": ids})
         except RunError as error:
             raise UserError(f"{NAME}domain_adapters: {error}") from error
-        finally:
-            engine.train()
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -203,9 +200,10 @@ class ResearchHooks(Hooks):
         finally:
             self.domains.set_all(None)
 
-    def probing(self) -> AbstractContextManager[None]:
-        """With any domain: a NaN in the matrix of another one makes the loss NaN too."""
-        return self.domains.using(self.domains.names[0] if self.domains.names else None)
+    @property
+    def probe_domain(self) -> str | None:
+        """Any domain: a NaN in the matrix of another one makes the loss NaN too."""
+        return self.domains.names[0] if self.domains.names else None
 
-    def reading(self, name: str) -> AbstractContextManager[None]:
-        return self.domains.using(self.read_as.get(name))
+    def domain_of(self, name: str) -> str | None:
+        return self.read_as.get(name)

@@ -46,8 +46,7 @@ class Evaluator:
         step = self.state.step
         perplexities = {}
         for name, data in self.sets.items():
-            with self.hooks.reading(name):
-                nll = self.replica.mean_nll(self._batches(data, before_batch))
+            nll = self.replica.mean_nll(self._batches(data, before_batch), self.hooks.domain_of(name))
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)
         tasks = self.tasks if self._tasks_are_due() else None

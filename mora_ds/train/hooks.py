@@ -2,7 +2,7 @@
 
 plan              which layers get a MoRA matrix, and of what side
 term              a term that is added to the loss
-rows, reading     what layers compute besides their MoRA matrix: it may depend on the source of a row
+rows, domain_of   what layers compute besides their MoRA matrix: it may depend on the source of a row
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Hooks:
 
     def rows(self, sources: Sequence[str]) -> AbstractContextManager[None]:
         """Surrounds forward and backward of a micro-batch whose rows come from these sources of the mixture; without a
-        mixture there are none. Every other forward pass reads its rows as `reading` says, or as of no source."""
+        mixture there are none. Every other forward pass is one `beside_training`."""
         return nullcontext()
 
     def check_sets(self, sets: Sequence[str]) -> None:
@@ -96,14 +96,15 @@ class Hooks:
         """Names of the merged models that the run stands for; empty for one model without a name."""
         return ()
 
-    def probing(self) -> AbstractContextManager[None]:
-        """Surrounds a forward pass over the first training rows, whose loss tells whether all trained numbers are
-        finite."""
-        return nullcontext()
+    @property
+    def probe_domain(self) -> str | None:
+        """The domain as which the first training rows are read where their loss is to tell whether all trained numbers
+        are finite; None without domains."""
+        return None
 
-    def reading(self, name: str) -> AbstractContextManager[None]:
-        """Surrounds forward passes over the evaluation set of this name."""
-        return nullcontext()
+    def domain_of(self, name: str) -> str | None:
+        """The domain as which the evaluation set of this name is read; None for the shared matrices alone."""
+        return None
 
 
 def hooks_of(arguments: Arguments) -> Hooks:

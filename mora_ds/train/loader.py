@@ -31,6 +31,7 @@ from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
+from mora_ds.train.beside import beside_training
 
 
 @dataclass(frozen=True)
@@ -184,29 +185,28 @@ class Replica:
         dist.all_reduce(total)
         return total.item()
 
-    @torch.no_grad()
-    def nll(self, batch: Mapping[str, Any]) -> tuple[float, int]:
-        """(summed loss, number of predicted tokens) of this process's part of a batch. Collective under ZeRO-3."""
+    def nll(self, batch: Mapping[str, Any], domain: str | None) -> tuple[float, int]:
+        """(summed loss, number of predicted tokens) of this process's part of a batch, as of `domain`. Collective under
+        ZeRO-3."""
         local_batch = self._part_of(dict(batch))
         predicted = int((local_batch["labels"] != IGNORED).sum())
-        self.engine.eval()
-        nll = token_nll(self.engine, self.on_device(local_batch)).item()
-        self.engine.train()
+        with beside_training(self.engine, domain):
+            nll = token_nll(self.engine, self.on_device(local_batch)).item()
         return nll, predicted
 
-    def mean_nll(self, batches: Iterable[Mapping[str, Any]]) -> float:
+    def mean_nll(self, batches: Iterable[Mapping[str, Any]], domain: str | None) -> float:
         """Mean loss over all predicted tokens of all processes, which bring equally many batches. Collective."""
         total = 0.0
         predicted = 0
         for batch in batches:
-            nll, tokens = self.nll(batch)
+            nll, tokens = self.nll(batch, domain)
             total = total + nll
             predicted = predicted + tokens
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
-    def replica_nll(self, batch: Mapping[str, Any]) -> float:
+    def replica_nll(self, batch: Mapping[str, Any], domain: str | None) -> float:
         """Mean loss of a batch that is the same in every replica. Collective."""
-        nll, predicted = self.nll(batch)
+        nll, predicted = self.nll(batch, domain)
         if self.processes_per_replica > 1:
             nll = self.sum(nll)
             predicted = int(self.sum(predicted))

@@ -24,7 +24,8 @@ from mora_ds.data.documents import Documents
 from mora_ds.models import loss
 from mora_ds.models.attention import NAME, attention_of, model_inputs, why_dense
 from mora_ds.parallel.limits import SEQUENCE
-from mora_ds.parallel.ulysses import SequenceParallel, whole_rows
+from mora_ds.parallel.ulysses import SequenceParallel
+from mora_ds.train.beside import beside_training
 from mora_ds.train.job import Job
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def preflight(job: Job, arguments: Arguments) -> None:
     implementation = arguments.model.implementation
     is_dense_by_choice = implementation is not None and why_dense(model.config, None) is None
     advice = f"leave out --attn_implementation {implementation}, or " if is_dense_by_choice else ""
-    with whole_rows(model):
+    with beside_training(job.engine, whole=True):
         if job.state.chunked_loss and not logits_are_known(job.engine, vocab_size):
             problem = "this model does more to its logits than its head and a known scale or cap"
             if training.chunked_loss:
@@ -82,7 +83,6 @@ def check_attention(
         check_window(engine, vocab_size)
 
 
-@torch.no_grad()
 def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2), advice: str = "") -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
@@ -92,17 +92,14 @@ def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] 
     every number of rows that the run computes. `advice`: what else helps, where the user has named an attention that
     reads masks. Collective: a forward pass of short rows for each number, two for one.
     """
-    engine.eval()
     straight = torch.arange(2 * _DOCUMENT)
     unmasked = _effect(engine, vocab_size, 2, straight)
     for rows in sorted(set(row_counts)):
         if _effect(engine, vocab_size, rows, straight % _DOCUMENT) > _LEAK * unmasked:
-            engine.train()
             raise UserError(
                 "this model's attention does not stop at restarting positions, so documents packed into one row would "
                 f"see each other (in batches of {rows} rows): {advice}give --no_document_mask if they may"
             )
-    engine.train()
 
 
 def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float:
@@ -111,7 +108,8 @@ def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float
     ids[1:, _DOCUMENT:] = ids[0, _DOCUMENT:]
     row_groups = ids.split(1 if rows == 1 else len(ids))
     batches = ({"input_ids": group, **_places(engine, positions, len(group))} for group in row_groups)
-    logits = torch.cat([engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double() for batch in batches])
+    with beside_training(engine):
+        logits = torch.cat([engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double() for batch in batches])
     return max((row - logits[0]).norm().item() for row in logits[1:])
 
 
@@ -121,15 +119,13 @@ def _places(engine: Any, positions: Tensor, rows: int) -> dict[str, Any]:
     return {"position_ids": every.to(engine.device), "documents": Documents.of(every).to(engine.device)}
 
 
-@torch.no_grad()
 def check_window(engine: Any, vocab_size: int) -> None:
     """Raise `UserError` where the config has a sliding window that attention by documents does not receive. Collective:
     a forward pass of one short row."""
     position_inputs = _places(engine, torch.arange(2 * _DOCUMENT), 1)
     batch = {"input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT), **position_inputs}
-    engine.eval()
-    engine(**model_inputs(engine, batch))
-    engine.train()
+    with beside_training(engine):
+        engine(**model_inputs(engine, batch))
     if position_inputs["documents"].windows == {None}:
         raise UserError(
             "this model's config has a sliding window that its attention does not receive: "
@@ -142,20 +138,16 @@ def _has_window(config: Any) -> bool:
     return bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
 
 
-@torch.no_grad()
 def logits_are_known(engine: Any, vocab_size: int) -> bool:
     """Whether the model's logits are what `chunk_loss` takes them for: its head's output, scaled or capped. Collective:
     a forward pass of one short row."""
     chunked = loss.bound(engine)
     assert chunked is not None, "chunk_loss comes first"
-    engine.eval()
-    with chunked.recording() as raw:
+    with beside_training(engine), chunked.recording() as raw:
         logits = engine(input_ids=_random_ids(engine, vocab_size, 1, 16), use_cache=False).logits
-    engine.train()
-    return bool(raw) and torch.allclose(logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0)
+        return bool(raw) and torch.allclose(logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0)
 
 
-@torch.no_grad()
 def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_mask: bool) -> None:
     """Raise `UserError` when the model does not compute the same over split rows as over complete ones.
 
@@ -171,13 +163,12 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
     batch = {"input_ids": rows, **_places(engine, positions, 2)}
     local_batch = sequence.split(batch)
-    engine.eval()
-    split = engine(**model_inputs(engine, local_batch)).logits
+    with beside_training(engine):
+        split = engine(**model_inputs(engine, local_batch)).logits
     local_batch["documents"] = Documents.of(local_batch["position_ids"].cpu()).to(engine.device)
-    with whole_rows(model):
+    with beside_training(engine, whole=True):
         complete = sequence.split({"logits": engine(**model_inputs(engine, batch)).logits})["logits"]
         alone = engine(**model_inputs(engine, local_batch)).logits
-    engine.train()
     error = _norm(split.double() - complete)
     effect = _norm(alone.double() - complete)
     size = _norm(complete)

@@ -55,11 +55,11 @@ from mora_ds.engine.base_ring import ring_of
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.tensor_files import dtype_name, write_safetensors_atomic
-from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.beside import beside_training
 
 PROBE_TOKENS = 8
 """Length of the one row of the recorded probe; its logits take 4 * PROBE_TOKENS * vocabulary bytes."""
@@ -276,21 +276,16 @@ class Run:
         """Copies of the tensors in host memory, on rank 0; the other ranks only take part in making each."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if self.ranks.is_first}
 
-    @torch.no_grad()
     def _probe(self) -> dict[str, Tensor]:
         """The recorded tokens, and their logits (1, T, vocabulary) in fp32, without dropout, with the shared matrices
         alone and for every domain, for `export --verify`."""
         engine = self.engine
-        domains = domains_of(engine.module)
         ids = self._probe_ids.to(engine.device)
         probe = {"input_ids": self._probe_ids.cpu().long()}
-        was_training = engine.training
-        engine.eval()
-        for domain in (None, *domains.names):
-            with domains.using(domain), whole_rows(engine.module):
+        for domain in (None, *domains_of(engine.module).names):
+            with beside_training(engine, domain, whole=True):
                 logits = engine(input_ids=ids, use_cache=False).logits
             probe[logits_name(domain)] = logits.float().cpu()
-        engine.train(was_training)
         return probe
 
     def _restore(self, checkpoint: Path) -> None:

@@ -25,8 +25,8 @@ from torch import nn
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.files import load_yaml
 from mora_ds.common.untrusted import expanded
-from mora_ds.parallel.ulysses import whole_rows
 from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.beside import beside_training
 from mora_ds.train.loader import Replica
 
 logger = logging.getLogger(__name__)
@@ -109,14 +109,13 @@ class TaskSuite:
 
         engine = self._replica.engine
         module = getattr(engine, "module", engine)
-        was_training = module.training
-        with _random_states_kept(), whole_rows(module), torch.no_grad(), _InStep(module, self._replica) as in_step:
+        is_beside = beside_training(engine, whole=True)
+        with _random_states_kept(), is_beside, _InStep(module, self._replica) as in_step:
             model = _model(module, self._tokenizer, self._batch_size, self._replica, in_step)
             results = lm_eval.simple_evaluate(
                 model=model, tasks=list(self.names), task_manager=self._manager, limit=self._limit, log_samples=False,
                 bootstrap_iters=0,
             )  # fmt: skip
-        module.train(was_training)
         return Ranks.current().on_first("results of tasks", lambda: _results(results, self.names))
 
 

@@ -411,5 +411,4 @@ class Trainer:
 
         A NaN in any MoRA matrix makes it NaN.
         """
-        with self.hooks.probing():
-            return self.replica.replica_nll(self.train_data.first_rows(PROBE_ROWS))
+        return self.replica.replica_nll(self.train_data.first_rows(PROBE_ROWS), self.hooks.probe_domain)

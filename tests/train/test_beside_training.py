@@ -1,0 +1,97 @@
+"""Every forward pass of a run is training's, or one of `beside_training`: nothing of a training batch acts on it."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.domains import domains_of
+from mora_ds.adapters.inject import inject
+from mora_ds.config.arguments import parse
+from mora_ds.research.run import ResearchHooks
+from mora_ds.train import pretrain as program
+from mora_ds.train.beside import beside_training
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, research
+from tests.helpers.mixtures import mixture_flags, write_mixture
+from tests.helpers.models import tiny_model, tokens
+from tests.helpers.tasks import task_files
+
+
+def test_what_layers_read_is_set_and_put_back_even_after_an_error() -> None:
+    model = tiny_model("llama")
+    inject(model, MoRAConfig(rank=4, dropout=0.5, domains=("new", "old")))
+    model.train()
+    domains = domains_of(model)
+    domains.set(["old", "new", "new"])
+    with pytest.raises(KeyError), beside_training(model, "old"):
+        with beside_training(model):
+            assert domains.choice(torch.ones(1, 2, 3)) is None
+        assert torch.equal(domains.choice(torch.ones(1, 2, 3)), torch.tensor([[0.0, 1.0]]))
+        first, second = (model(input_ids=tokens(2)).logits for _ in range(2))
+        assert torch.equal(first, second), "no dropout"
+        assert not first.requires_grad
+        raise KeyError
+    assert model.training and torch.is_grad_enabled()
+    assert torch.equal(domains.choice(torch.ones(3, 2, 3)), torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]))
+
+
+@contextmanager
+def rows_that_stay(hooks: ResearchHooks, sources: Sequence[str]) -> Iterator[None]:
+    """`ResearchHooks.rows` that leaves the domains of a training batch as they were in it."""
+    hooks.domains.set(sources)
+    yield
+
+
+def kinds_of_passes(argv: list[str]) -> dict[str, int]:
+    """How many passes of a run's model are of each kind, where each finds what a batch of other rows has set before it.
+    For `run_ranks`."""
+    kinds: Counter[str] = Counter()
+    real = ResearchHooks.injected
+
+    def injected(hooks: ResearchHooks, model: nn.Module, config: Any) -> None:
+        real(hooks, model, config)
+        hooks.domains.set(["new"] * 7)
+
+    def note(module: nn.Module, inputs: object) -> None:
+        if not isinstance(module, PreTrainedModel) or not hasattr(module, "lm_head"):
+            return
+        domains = domains_of(module)
+        is_reset = domains._choice is None or domains._same_for_all
+        if module.training and torch.is_grad_enabled() and not is_reset:
+            kinds["training"] += 1
+        elif not module.training and not torch.is_grad_enabled() and is_reset:
+            kinds["beside"] += 1
+        else:
+            kinds[f"training {module.training}, gradients {torch.is_grad_enabled()}, reset {is_reset}"] += 1
+
+    rows = mock.patch.object(ResearchHooks, "rows", rows_that_stay)
+    hook = register_module_forward_pre_hook(note)
+    try:
+        with rows, mock.patch.object(ResearchHooks, "injected", injected):
+            program.pretrain(parse(argv))
+    finally:
+        hook.remove()
+    return dict(kinds)
+
+
+def test_each_pass_of_a_run_sets_what_layers_read(user: Playground, tmp_path: Path, out: Path) -> None:
+    """Checks before the first step, evaluations, tasks, probes of saves and merges, and the recorded probe."""
+    flags = (
+        "--max_steps", 3, "--save_steps", 2, "--eval_steps", 1, "--merge_every", 2, "--restart_warmup_steps", 1,
+        "--mora_dropout", 0.1, "--eval_tasks", task_files(tmp_path)["choices"], "--report_to", "none",
+    )  # fmt: skip
+    argv = mixture_flags(user, out, write_mixture(user, tmp_path / "mix.yaml"), *flags)
+    (kinds,) = run_ranks(1, kinds_of_passes, research(argv, tmp_path, domain_adapters=True))
+    assert kinds.pop("training False, gradients False, reset False") == 1, "a check of rows before the first step"
+    assert set(kinds) == {"training", "beside"}, kinds
+    assert kinds["beside"] > kinds["training"] >= 3
