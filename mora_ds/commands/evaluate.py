@@ -75,9 +75,16 @@ def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str,
     for mix in _mixes(options):
         with mixed(options.model, mix, options.base) as path:
             target = load_target(
-                path, options.base, options.dtype, options.device, options.trust_remote_code, options.domain
+                path,
+                options.base,
+                options.dtype,
+                options.device,
+                options.trust_remote_code,
+                options.domain,
+                options.onto,
             )
-        source = target.source if mix.is_plain else f"{options.model}, {mix}"
+        onto = "" if options.onto is None else f" onto {options.onto}"
+        source = target.source if mix.is_plain else f"{options.model}{onto}, {mix}"
         by_scale[mix.scale] = _scores(target, source, options, sets)
     return by_scale.popitem()[1] if len(by_scale) == 1 else {"delta_scales": by_scale}
 
@@ -131,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
     scoring_flags(parser)
     parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
+    parser.add_argument("--onto", type=Path, metavar="DIR", help="evaluate what mora-ds export --onto would write")
     parser.add_argument(
         "--domain", metavar="NAME", help="for a run with domain adapters: the domain to use, or 'shared' for none"
     )

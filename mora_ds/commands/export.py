@@ -2,6 +2,7 @@
 
     mora-ds export --checkpoint out/checkpoints/latest --output merged --verify
     mora-ds export --checkpoint out --output milder --delta_scale 0.7 --average_last 3
+    mora-ds export --checkpoint out --onto INSTRUCT --output chat
 
 Exit code 2: an error that you can correct in the command or the files; 1: a damaged checkpoint, logits that differ, a
 full disk.
@@ -36,6 +37,7 @@ def main() -> None:
         domain=options.domain,
         mix=Mix(options.delta_scale, options.average_last),
         trust_remote_code=options.trust_remote_code,
+        onto=options.onto,
     )
     print("\n".join(report.lines()))
     if options.push_to_hub is not None:
@@ -48,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
     parser.add_argument(
+        "--onto", type=Path, metavar="DIR",
+        help="add the update to this model of the base's shapes, such as an instruct model, instead of to the base",
+    )  # fmt: skip
+    parser.add_argument(
         "--domain", metavar="NAME", help="for a run with domain adapters: the domain to merge, or 'shared' for none"
     )
     parser.add_argument(
@@ -55,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
     )  # fmt: skip
     average_flag(parser)
-    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training")
+    parser.add_argument(
+        "--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training; of --onto, as there"
+    )
     parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
     parser.add_argument(
         "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"

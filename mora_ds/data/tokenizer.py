@@ -71,6 +71,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 """A folder with none of these has no tokenizer (transformers would make an empty one for some model types)."""
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer in a folder, be it readable or not."""
+    return any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(
     name_or_path: str | Path, *, trust_remote_code: bool = False, flag: str = "--tokenizer_name"
 ) -> PreTrainedTokenizerBase:
@@ -81,7 +86,7 @@ def load_tokenizer(
     path = expanded(name_or_path, flag)
     if path.suffix == ".model" or path.is_file():
         return wrap_sentencepiece(path)
-    if path.is_dir() and not any(next(path.glob(name), None) for name in _TOKENIZER_FILES):
+    if path.is_dir() and not holds_tokenizer(path):
         raise UserError(
             f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
             "give one with --tokenizer_name, or train one with --train_tokenizer_vocab"

@@ -4,13 +4,17 @@
     every tensor of the base:  replaced | base + all deltas, by `live_weight` | unchanged  -> cast -> shard
     also config, generation config, tokenizer, model card -> (verify the logits) -> renamed into place
 
+With `onto` the model is another one of the base's shapes, such as an instruct model of it (`onto`):
+
+    every tensor of it:        + (trained - base) | + all deltas | unchanged
+
 One tensor is in memory at a time, whatever the size of the model; neither a GPU nor DeepSpeed is needed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +36,11 @@ from mora_ds.common.files import as_path, atomic_folder
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
+from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.load import folder_config
+from mora_ds.models.load import folder_config, load_model
 from mora_ds.models.save import Shard, plan_shards, write_companions, write_shards
+from mora_ds.models.stored_names import is_stack
 from mora_ds.models.tensor_files import compute_dtype, dtype_name
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
@@ -78,6 +84,13 @@ class OpenedRun(Adapter):
     base: BaseCheckpoint
     domain: str | None
     """The domain whose MoRA matrices come on top of the shared ones; None: the shared ones alone."""
+    target: BaseCheckpoint
+    """The model that gets the update: the base, or another one of its shapes."""
+
+    @property
+    def is_onto(self) -> bool:
+        """Whether the update goes to another model than its base."""
+        return self.target is not self.base
 
     def updates(self, entry: LayerEntry) -> list[tuple[UpdateSpec, Tensor]]:
         """(operator, value) of everything that is added to a layer's original weight, merged cycles first."""
@@ -110,47 +123,56 @@ def export_merged(
     domain: str | None = None,
     mix: Mix | None = None,
     trust_remote_code: bool = False,
+    onto: Path | str | None = None,
 ) -> ExportReport:
     """Writes the merged model of `checkpoint` to `output`, completely or not at all.
 
     `checkpoint`: a step folder, a link to one, or a run's output folder (its latest one is taken). `base_folder`: the
-    base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype. `verify`: load the
-    result and compare its logits with those recorded at save time (`logits_check` has the tolerances). `domain`: of a
-    run with domains, the one to merge with the shared MoRA matrices; "shared": those alone. `mix`: scale the update, or
-    average it over checkpoints. `trust_remote_code`: `verify` may run code that comes with the base. Raises `UserError`
-    naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full disk.
+    base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype, and with `onto` that of
+    each tensor there. `verify`: load the result and compare its logits with those recorded at save time (`logits_check`
+    has the tolerances). `domain`: of a run with domains, the one to merge with the shared MoRA matrices; "shared":
+    those alone. `mix`: scale the update, or average it over checkpoints. `trust_remote_code`: `verify` may run code
+    that comes with the base, and `onto` that of tokenizers. `onto`: a model of the base's shapes to which the update is
+    added instead. Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that
+    differ, or a full disk.
     """
     started = time.monotonic()
     output = as_path(output, "export_merged: `output`")
     checkpoint = find_adapter(as_path(checkpoint, "export_merged: `checkpoint`"), "`checkpoint`")
     base_folder = None if base_folder is None else as_path(base_folder, "export_merged: `base_folder`")
+    onto = None if onto is None else as_path(onto, "export_merged: `onto`")
     if dtype != "auto":
         compute_dtype(dtype)
     if not POSITIVE.allow(max_shard_gib):
         raise UserError(f"`max_shard_gib` must be {POSITIVE}, got {max_shard_gib}")
     mix = mix or Mix()
     require_type(mix, Mix, "export_merged: `mix`")
-    if verify and not mix.is_plain:
-        raise UserError("`verify` compares with what the run recorded: it has no logits of a scaled or averaged update")
+    if verify and (onto is not None or not mix.is_plain):
+        raise UserError(
+            "`verify` compares with what the run recorded: it has no logits of a scaled or averaged update, nor of "
+            "another model than its base"
+        )
     with mixed(checkpoint, mix, base_folder) as source:
         opened = Adapter.open(source, RunError)
         adapter = opened.file
         if verify and not (checkpoint / PROBE_FILE).is_file():
             raise UserError(f"`verify` needs {PROBE_FILE}, which {checkpoint} does not have")
-        run = open_run(opened, base_folder, domain)
+        run = open_run(opened, base_folder, domain, onto, trust_remote_code)
         if verify:
             folder_config(run.base.folder, trust_remote_code, "`verify`: base")
             if run.file.config.base_bits == 4:
                 nf4.check_installed()
-        _check_output(output, overwrite, (run.base.folder.resolve(), checkpoint))
-        target = compute_dtype(adapter.dtype if dtype == "auto" else dtype)
-        shards = plan_shards(run.base, _exported_keys(run), target, int(max_shard_gib * 2**30))
-        names, comparison = _write(run, output, shards, target, verify, trust_remote_code)
+        _check_output(output, overwrite, (checkpoint, run.base.folder.resolve(), run.target.folder.resolve()))
+        as_stored = run.is_onto and dtype == "auto"
+        written = None if as_stored else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
+        keys = run.target.keys() if run.is_onto else exported_keys(run.base, run.reference)
+        shards = plan_shards(run.target, keys, written, int(max_shard_gib * 2**30))
+        names, comparison = _write(run, output, shards, written, verify, trust_remote_code, mix.scale)
     return ExportReport(
         output=output,
         files=names,
         nbytes=sum(shard.nbytes for shard in shards),
-        dtype=dtype_name(target),
+        dtype=_dtype_text(written),
         tensors=sum(len(shard.layout) for shard in shards),
         merged=len(adapter.layers),
         replaced=len(adapter.trainables),
@@ -161,33 +183,54 @@ def export_merged(
 
 
 def _write(
-    run: OpenedRun, output: Path, shards: Sequence[Shard], dtype: torch.dtype, verify: bool, trust_remote_code: bool
+    run: OpenedRun,
+    output: Path,
+    shards: Sequence[Shard],
+    dtype: torch.dtype | None,
+    verify: bool,
+    trust_remote_code: bool,
+    scale: str,
 ) -> tuple[tuple[str, ...], Comparison | None]:
     """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
     the names of the weight files too."""
-    trained = {run.reference.keys[stands_for(name)]: name for name in run.file.trainables}
     comparison = None
     adapter = run.file
     with atomic_folder(output.absolute()) as folder:
-        names = write_shards(folder, shards, _tensor_of(run, trained))
-        write_companions(run.base, folder, dtype, tokenizer_of(run.folder))
-        if verify:
+        names = write_shards(folder, shards, updated_tensors(run))
+        write_companions(run.target, folder, dtype, None if run.is_onto else tokenizer_of(run.folder))
+        if verify and dtype is not None:
             round_weights = _rounding(run) if run.file.config.base_bits in (8, 4) else None
             comparison = compare_logits(
                 folder, run.folder / PROBE_FILE, dtype, logits_name(run.domain), round_weights, trust_remote_code
             )
         if adapter.domains is not None:
             adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
-        card = model_card(run.folder, adapter, run.ledger, run.reference, dtype_name(dtype), comparison)
+        if run.is_onto:
+            onto = {"put onto": str(run.target.folder), "its fingerprint": run.target.fingerprint(), "scale": scale}
+            adapter = replace(adapter, facts={**onto, **adapter.facts})
+        measured = None if run.is_onto else run.folder
+        card = model_card(measured, adapter, run.ledger, run.reference, _dtype_text(dtype), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return names, comparison
 
 
-def open_run(adapter: Adapter, base_folder: Path | None, domain: str | None) -> OpenedRun:
-    """Opens the base of an adapter. Raises `UserError` where anything does not fit."""
+def _dtype_text(dtype: torch.dtype | None) -> str:
+    return "its own dtypes" if dtype is None else dtype_name(dtype)
+
+
+def open_run(
+    adapter: Adapter,
+    base_folder: Path | None,
+    domain: str | None,
+    onto: Path | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedRun:
+    """Opens the base of an adapter, and the model in the folder `onto`, which gets the update. Raises `UserError` where
+    anything does not fit."""
     domain = chosen_domain(adapter.file.domains, domain, "`domain`")
     base = adapter.reference.open_base(adapter.folder, base_folder, flag="`base_folder`")
-    run = OpenedRun(**vars(adapter), base=base, domain=domain)
+    target = base if onto is None else open_target(onto, adapter, base, trust_remote_code)
+    run = OpenedRun(**vars(adapter), base=base, domain=domain, target=target)
     _check_layers(run)
     return run
 
@@ -221,49 +264,76 @@ def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> No
 
 
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
-    """Refuses to overwrite anything but a model, and what the export reads, base and checkpoint; and to write into the
-    checkpoint."""
+    """Refuses to overwrite anything but a model, and the folders that the export reads, of which the first is the
+    checkpoint; and to write into the checkpoint."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"`output` {output} exists and is not a folder")
-    if set(output.resolve().parents) & set(read[1:]):
+    if read[0] in output.resolve().parents:
         raise UserError(f"`output` {output} lies in the checkpoint; give another folder")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
         raise UserError(f"`output` {output} exists already; give another folder, or `overwrite`")
     if any(output.resolve() in (folder, *folder.parents) for folder in read):
-        raise UserError(f"`output` {output} holds the base or the checkpoint; give another folder")
+        raise UserError(f"`output` {output} holds the base or the checkpoint, or is {ONTO}; give another folder")
     if not (output / "config.json").is_file():
         raise UserError(f"`output` {output} holds something other than a model; it is not overwritten")
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
-def _exported_keys(run: OpenedRun) -> Iterator[str]:
-    """The base's keys without copies of a tied weight under its other name.
+def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
+    """What each tensor of the target becomes, by its key, in a given dtype: replaced, merged, or unchanged.
 
-    Some files hold lm_head.weight although it is tied. Once the embedding is trained that copy is stale, and
-    transformers unties weights that differ.
+    On another model than the base, a trained tensor is not replaced: the difference from the base's is added in fp32.
+    Rows of tokens that only the target has stay as they are.
     """
-    used = set(run.reference.keys.values())
-    for key in run.base.keys():  # noqa: SIM118  (not a mapping)
-        if key in used or key not in run.reference.keys:
-            yield key
-
-
-def _tensor_of(run: OpenedRun, trained: dict[str, str]) -> Callable[[str, torch.dtype], Tensor]:
-    """What each of the base's tensors becomes: replaced, merged, or unchanged. `trained`: key -> parameter name."""
+    trained = {run.reference.keys[stands_for(name)]: name for name in run.file.trainables}
     stored: dict[str, StoredWeight] = {}
     for entry in run.file.layers.values():
         stored.update(stored_weights(entry, run.reference.keys[entry.weight], run.base))
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
-        if key in trained:
-            return run.trained(trained[key], dtype)
-        if key in stored:  # with the current cycle merged too, as the next merge would form it
-            return stored[key].live(run.base, run.updates(stored[key].entry), dtype)
-        return run.base.read(key).to(dtype)
+        key_in_base = run.reference.keys.get(key, key)  # a target may store twice what is tied in the base
+        tensor = run.target.read(key)
+        if key_in_base not in trained and key_in_base not in stored:
+            return tensor.to(dtype)
+        rows = run.base.shape_dtype(key_in_base)[0][0]
+        if key_in_base in stored:  # with the current cycle merged too, as the next merge would form it
+            weight = stored[key_in_base]
+            updated = weight.live(lambda name: run.target.read(name)[:rows], run.updates(weight.entry), dtype)
+        elif run.is_onto:
+            change = run.trained(trained[key_in_base], torch.float32) - run.base.read(key_in_base).float()
+            updated = (tensor[:rows].float() + change).to(dtype)
+        else:
+            updated = run.trained(trained[key_in_base], dtype)
+        return torch.cat([updated, tensor[rows:].to(dtype)]) if len(tensor) > rows else updated
 
     return tensor_of
+
+
+@torch.no_grad()
+def load_onto(
+    checkpoint: Path,
+    onto: Path,
+    base_folder: Path | None = None,
+    dtype: str = "auto",
+    domain: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model that `export_merged` with `onto` writes of the adapter in the folder `checkpoint`, in memory: on the
+    CPU, in evaluation mode. `dtype` "auto": that of the folder `onto`. Raises `UserError` as `export_merged` does."""
+    run = open_run(Adapter.open(checkpoint), base_folder, domain, onto, trust_remote_code)
+    wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
+    model: Any = load_model(run.target.folder, wanted, trust_remote_code=trust_remote_code, flag=ONTO)
+    tensor_of = updated_tensors(run)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key = name if name in run.target else run.reference.keys.get(name)
+        if key is not None and is_stack(key):
+            experts = [torch.cat([tensor_of(row, parameter.dtype) for row in rows]) for rows in run.target.members(key)]
+            parameter.copy_(torch.stack(experts))
+        elif key is not None:  # what the base does not have stays as it was loaded
+            parameter.copy_(tensor_of(key, parameter.dtype))
+    return model.eval()
 
 
 def _rounding(run: OpenedRun) -> Callable[[Any], None]:

@@ -17,21 +17,23 @@ from mora_ds.remora.ledger import Ledger
 
 
 def model_card(
-    checkpoint: Path,
+    checkpoint: Path | None,
     adapter: AdapterFile,
     ledger: Ledger,
     reference: BaseReference,
     dtype: str,
     comparison: Comparison | None,
 ) -> str:
-    """Markdown with the run's facts; perplexities if the checkpoint (or else its run's summary.json) has them."""
+    """Markdown with the run's facts; perplexities if the checkpoint (or else its run's summary.json) has them.
+    `checkpoint` None: they are of another model."""
     rows = _facts(adapter, ledger, reference, dtype)
     if comparison is not None:
         rows["verified"] = comparison.line()
     rows.update({name: _cell(value) for name, value in adapter.facts.items()})
     text = ["Continual pretraining with MoRA; the update is merged into the weights, so that this is a plain model."]
     text += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    text += _perplexity_table(checkpoint)
+    if checkpoint is not None:
+        text += _perplexity_table(checkpoint)
     cycles = [f"cycle {record.cycle:>3}  step {record.step:>7}" for record in ledger.records]
     cycles = cycles or ["none: nothing was merged during the run"]
     text += ["", "## Merged cycles", "", "```", *cycles, "```"]

@@ -2,6 +2,7 @@
 
     HF folder                            -> the model
     checkpoint, run's folder, adapter    -> base + merge ledger + live MoRA matrices, in memory (`load_adapter`)
+    the same, onto another model         -> that model + the same update, in memory (`load_onto`)
 
     document -> [start] t0 t1 ... tn     start: --document_start; else BOS where the tokenizer adds one, else EOS
              -> windows of `window` tokens, each `stride` further; a token is scored once, in the first window it is in
@@ -30,6 +31,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.data import AUTO, IGNORED, NOTHING, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.export import load_onto
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
@@ -127,20 +129,28 @@ def load_target(
     device: str = "cpu",
     trust_remote_code: bool = False,
     domain: str | None = None,
+    onto: Path | None = None,
 ) -> Target:
     """The model at `path`: a Hugging Face folder, or a checkpoint (a run's folder, an adapter) applied to its base.
 
     `base`: the base's folder, if it was moved. `domain`: for a run with domains, whose matrices are used; "shared" for
-    those of no domain. `dtype` "auto": the folder's dtype, or the run's compute dtype. Raises `UserError` for a path
-    that is neither.
+    those of no domain. `dtype` "auto": the folder's dtype, or the run's compute dtype. `onto`: the model that gets the
+    update in place of the base, with its own tokenizer and dtype. Raises `UserError` for a path that is neither.
     """
-    if (folder := adapter_folder(path)) is not None:
+    folder = adapter_folder(path)
+    if folder is not None and onto is not None:
+        model = load_onto(folder, onto, base, dtype, domain, trust_remote_code)
+        tokenizer = load_tokenizer(onto, trust_remote_code=trust_remote_code, flag="--onto")
+        return Target(prefer_documents(model.to(device)), tokenizer, f"{path} onto {onto}")
+    if folder is not None:
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
         refuse_full_training(path)
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
     if domain is not None:
         raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a complete model")
+    if onto is not None:
+        raise UserError(f"--onto belongs to a checkpoint, {path} is a complete model")
     if base is not None:
         raise UserError(f"--base belongs to a checkpoint, {path} is a complete model")
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)

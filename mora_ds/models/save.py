@@ -44,10 +44,14 @@ class Shard:
     nbytes: int = 0
 
 
-def plan_shards(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype, limit: int) -> list[Shard]:
-    """`fill_shards` for the tensors `keys` of a base: floating-point ones in `dtype`, others as they are."""
+def plan_shards(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype | None, limit: int) -> list[Shard]:
+    """`fill_shards` for the tensors `keys` of a base: floating-point ones in `dtype`, others as they are; None: all as
+    they are."""
     stored = ((key, *base.shape_dtype(key)) for key in keys)
-    return fill_shards(((key, shape, dtype if was.is_floating_point else was) for key, shape, was in stored), limit)
+    planned = (
+        (key, shape, dtype if dtype is not None and was.is_floating_point else was) for key, shape, was in stored
+    )
+    return fill_shards(planned, limit)
 
 
 def fill_shards(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], limit: int) -> list[Shard]:
@@ -82,10 +86,15 @@ def write_shards(
     return names
 
 
-def write_companions(base: BaseCheckpoint, folder: Path, dtype: torch.dtype, tokenizer: Path | None = None) -> None:
-    """Writes config.json with the new dtype, the base's other files, and a tokenizer (by default the base's)."""
-    config = _with_dtype(read_json(base.folder / "config.json"), dtype_name(dtype))
-    config.setdefault("dtype", dtype_name(dtype))
+def write_companions(
+    base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, tokenizer: Path | None = None
+) -> None:
+    """Writes config.json with the new dtype (None: its own), the base's other files, and a tokenizer (by default the
+    base's)."""
+    config = read_json(base.folder / "config.json")
+    if dtype is not None:
+        config = _with_dtype(config, dtype_name(dtype))
+        config.setdefault("dtype", dtype_name(dtype))
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _copy(base.folder, folder, COPIED_FROM_BASE)
     _copy(tokenizer or base.folder, folder, ("*",) if tokenizer else TOKENIZER_FILES)

@@ -28,6 +28,7 @@ from mora_ds.data import (
     check_extension,
     check_vocabulary,
     extend_tokenizer,
+    holds_tokenizer,
     load_tokenizer,
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
@@ -110,6 +111,19 @@ def first_new_row(folder: Path) -> int:
     require_format(path, content)
     with malformed(path):
         return int(content["first_row"])
+
+
+def check_same_tokens(known: Path, folder: Path, flag: str, trust_remote_code: bool = False) -> None:
+    """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder` has every token of the one in
+    `known`, each with the same id. Where `known` holds no tokenizer there is nothing to compare."""
+    if not holds_tokenizer(known):
+        return
+    ids = load_tokenizer(known, trust_remote_code=trust_remote_code, flag=flag).get_vocab()
+    ids_here = load_tokenizer(folder, trust_remote_code=trust_remote_code, flag=flag).get_vocab()
+    different = sorted((index, token) for token, index in ids.items() if ids_here.get(token) != index)
+    if different:
+        tokens = ", ".join(f"{token!r} ({index}, here {ids_here.get(token)})" for index, token in different[:3])
+        raise UserError(f"{flag} {folder}: {len(different)} token(s) of {known} do not have their ids here: {tokens}")
 
 
 # -- which tensors -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ other: then the update of an expert belongs to its parts together, and each take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,11 @@ class StoredWeight:
     expert: int | None = None
     """The number of the expert that they belong to; None where the tensor is the layer's weight itself."""
 
-    def live(self, base: BaseCheckpoint, updates: Iterable[tuple[UpdateSpec, Tensor]], dtype: torch.dtype) -> Tensor:
-        """The tensor with the updates of its layer, summed as `live_weight` sums them."""
-        original = torch.cat([base.read(key) for key in self.keys]) if len(self.keys) > 1 else base.read(*self.keys)
+    def live(
+        self, read: Callable[[str], Tensor], updates: Iterable[tuple[UpdateSpec, Tensor]], dtype: torch.dtype
+    ) -> Tensor:
+        """The tensor with the updates of its layer, summed as `live_weight` sums them. `read`: an original by key."""
+        original = torch.cat([read(key) for key in self.keys]) if len(self.keys) > 1 else read(*self.keys)
         if self.expert is not None:
             updates = (spec.single(value, self.expert) for spec, value in updates)
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]

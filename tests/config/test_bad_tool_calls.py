@@ -54,6 +54,9 @@ export_hf --checkpoint {run} --output {new} --average_last 0 | --average_last
 export_hf --checkpoint {run} --output {new} --average_last 2 | --average_last 2 | 1 checkpoint(s)
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
+export_hf --checkpoint {run} --output {new} --delta_scale half | --delta_scale
+export_hf --checkpoint {run} --output {new} --onto {bad}/gone | --onto | gone
+export_hf --checkpoint {run} --output {new} --onto {user} | --onto | no config.json
 export_hf --checkpoint {run} --output {new} --push_to_hub a/b/c | --push_to_hub a/b/c
 verify_checkpoint {bad}/gone | gone
 verify_checkpoint ~nobody5/x | ~nobody5/x: no home

@@ -15,8 +15,7 @@ from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, DomainSquares, write_adapter
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common import files
-from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.stored_names import renamed_keys
+from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
@@ -33,9 +32,7 @@ class Maker:
             model.save_pretrained(folder)
         self.model, self.folder, self.weights = model, folder, originals(model)
         base = BaseCheckpoint.open(folder)
-        names = dict(model.named_parameters(remove_duplicate=False))
-        renamed = renamed_keys(model, base.keys())
-        self.keys = base.map_parameters(names, model.base_model_prefix, model.all_tied_weights_keys, renamed)
+        self.keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
         self.reference = BaseReference(str(folder.resolve()), base.fingerprint(), self.keys, dtype)
 
     def layers(self, config: MoRAConfig, cycle: int) -> dict[str, LayerEntry]:

@@ -1,0 +1,75 @@
+"""Which models the update of a run may be put onto: ones of the base's shapes, such as an instruct model of the base.
+
+base's tensors       each is in the target, in the same shape; tables of the vocabulary may have more rows there
+base's tokens        each is in the target's tokenizer, with the same id
+target's own         further tensors, rows and tokens, chat template, generation config: they stay
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mora_ds.checkpoint.adapter_files import Adapter, BaseReference
+from mora_ds.checkpoint.layout import tokenizer_of
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.vocabulary import check_same_tokens
+
+ONTO = "`onto`"
+
+
+def exported_keys(base: BaseCheckpoint, reference: BaseReference) -> Iterator[str]:
+    """The base's keys without copies of a tied weight under its other name.
+
+    Some files hold lm_head.weight although it is tied. Once the embedding is trained that copy is stale, and
+    transformers unties weights that differ.
+    """
+    used = set(reference.keys.values())
+    for key in base.keys():  # noqa: SIM118  (not a mapping)
+        if key in used or key not in reference.keys:
+            yield key
+
+
+def open_target(
+    folder: Path, adapter: Adapter, base: BaseCheckpoint, trust_remote_code: bool = False
+) -> BaseCheckpoint:
+    """The model in `folder`, which is to get the update of `adapter`, of the base `base`. Raises `UserError` naming
+    what does not fit, and where it is the base itself."""
+    target = BaseCheckpoint.open(folder, ONTO)
+    if missing := [key for key in exported_keys(base, adapter.reference) if key not in target]:
+        raise UserError(f"{ONTO} {folder} lacks {len(missing)} tensor(s) of {base.folder}: {', '.join(missing[:3])}")
+    if different := list(_different_shapes(target, base, adapter.reference)):
+        raise UserError(
+            f"{ONTO} {folder} has {len(different)} tensor(s) of another shape than {base.folder}: "
+            + "; ".join(different[:3])
+        )
+    check_same_tokens(tokenizer_of(adapter.folder) or base.folder, folder, ONTO, trust_remote_code)
+    if target.fingerprint() == adapter.reference.fingerprint:
+        raise UserError(f"{ONTO} {folder} holds the weights of the base itself: leave {ONTO} out")
+    return target
+
+
+def _different_shapes(target: BaseCheckpoint, base: BaseCheckpoint, reference: BaseReference) -> Iterator[str]:
+    """A line for each tensor of the target whose shape is not that of the base's. A table with a row for each token of
+    the base may have one for each token of the target."""
+    base_tokens = _vocab_size(base.folder)
+    target_tokens = _vocab_size(target.folder)
+    for key in target.keys():  # noqa: SIM118  (not a mapping)
+        key_in_base = reference.keys.get(key, key)
+        if key_in_base not in base:
+            continue
+        shape = target.shape_dtype(key)[0]
+        expected = base.shape_dtype(key_in_base)[0]
+        if shape == (target_tokens, *expected[1:]) and expected[0] == base_tokens <= target_tokens:
+            continue
+        if shape != expected:
+            yield f"{key} {shape}, not {expected}"
+
+
+def _vocab_size(folder: Path) -> int:
+    """Tokens of a model by its config.json; 0 where that says nothing."""
+    config = read_json(folder / "config.json")
+    size = config.get("text_config", config).get("vocab_size", 0)
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,282 @@
+"""`--onto`: a run's update on another model of its base's shapes, against the same sum formed by hand in fp64."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.inject import inject, set_cycle
+from mora_ds.common import files
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import read_json
+from mora_ds.data import load_corpus
+from mora_ds.deploy.combine import Mix
+from mora_ds.deploy.export import export_merged
+from mora_ds.eval.perplexity import Windows, evaluate, load_target
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.tensor_files import SafetensorsWriter
+from mora_ds.remora.merge import layer_entries
+from tests.helpers.adapters import Maker
+from tests.helpers.exports import contents
+from tests.helpers.jobs import Playground
+from tests.helpers.models import tiny_model
+from tests.helpers.tools import call
+
+NORMS = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+ALL = ("all-linear", "experts")
+MORE_TOKENS = 8
+
+
+class Update:
+    """A run's update of a tiny model: two merged cycles, live matrices, and trained tensors."""
+
+    def __init__(self, folder: Path, family: str, product: bool, **changes: Any) -> None:
+        """`product`: embeddings and head have a trained product of low rank, instead of trained embeddings."""
+        self.folder = folder
+        self.base = folder / "base"
+        self.checkpoint = folder / "adapter"
+        model = tiny_model(family, **changes)
+        self.weights = {name: tensor.detach().double() for name, tensor in model.named_parameters()}
+        targets = ALL if "moe" in family else ALL[:1]
+        config = MoRAConfig(rank=3, target_modules=targets)
+        injected = copy.deepcopy(model)
+        inject(injected, config)
+
+        def layers_of(cycle: int) -> Any:
+            set_cycle(injected, config, cycle)
+            return layer_entries(injected)
+
+        generator = torch.Generator().manual_seed(4)
+        tables = [name for name in ("model.embed_tokens", "lm_head") if f"{name}.weight" in self.weights]
+        self.trained = {name: (self.weights[name] + 0.125).float() for name in NORMS}
+        for table in tables if product else tables[:1]:
+            shape = self.weights[f"{table}.weight"].shape
+            name, rows = (f"{table}.low_rank", (sum(shape), 3)) if product else (f"{table}.weight", tuple(shape))
+            self.trained[name] = 0.1 * torch.randn(rows, generator=generator)
+        maker = Maker(model, self.base)
+        self.keys = maker.keys
+        self.updates = maker.write(self.checkpoint, config, 2, trained=self.trained, layers_of=layers_of)
+
+    def change(self, name: str) -> Tensor | int:
+        """merged - base of a parameter of the base, in fp64."""
+        module = name.removesuffix(".weight")
+        if module in self.updates:
+            delta = sum(spec.delta_weight(value.double()) for spec, value in self.updates[module])
+            return delta if isinstance(delta, Tensor) else 0
+        if (low_rank := self.trained.get(f"{module}.low_rank")) is not None:
+            tall, wide = low_rank.double().split(self.weights[name].shape)
+            return tall @ wide.T
+        return self.trained[name].double() - self.weights[name] if name in self.trained else 0
+
+
+def expected(update: Update, target: Any, scale: float = 1.0) -> dict[str, Tensor]:
+    """Every parameter of the target with the update, by hand in fp64: rows of new tokens stay."""
+    total = {}
+    for name, tensor in target.named_parameters(remove_duplicate=False):
+        total[name] = tensor.detach().double().clone()
+        key = update.keys.get(name)
+        change = 0 if key is None else update.change(next(n for n in update.weights if update.keys[n] == key))
+        if isinstance(change, Tensor):
+            total[name][: len(change)] += scale * change
+    return total
+
+
+def check(model: Any, exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Each number is that of fp64, up to errors of sums in fp32, rounded to `dtype` once: at most half a step off."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert set(parameters) == set(exact)
+    for name, tensor in parameters.items():
+        assert tensor.dtype == dtype, name
+        half_step = torch.exp2(exact[name].abs().log2().floor()) * torch.finfo(dtype).eps / 2
+        assert ((tensor.double() - exact[name]).abs() <= half_step * 1.001 + 3e-7).all(), name
+
+
+def loaded(folder: Path) -> Any:
+    answer: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = answer
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], torch.dtype]] = {
+    "llama": ("llama", True, {}, {"attention_bias": True}, torch.bfloat16),
+    "qwen3-tied": ("qwen3", False, {"tie_word_embeddings": True}, {"tie_word_embeddings": True}, torch.float32),
+    "qwen3-untied-there": ("qwen3", False, {"tie_word_embeddings": True}, {}, torch.bfloat16),
+    "gemma3": ("gemma3_text", True, {}, {}, torch.float32),
+    "experts": ("qwen3_moe", True, {}, {}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("family, product, of_base, of_target, dtype", CASES.values(), ids=CASES)
+def test_it_is_the_target_and_the_difference_by_hand(
+    tmp_path: Path, family: str, product: bool, of_base: Any, of_target: Any, dtype: torch.dtype
+) -> None:
+    """On a target with new tokens, in its own dtype, in files and in memory."""
+    update = Update(tmp_path, family, product, **of_base)
+    target = tiny_model(family, seed=7, dtype=dtype, vocab_size=128 + MORE_TOKENS, **of_target)
+    target.save_pretrained(tmp_path / "target")
+    export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target", max_shard_gib=20_000 / 2**30)
+    merged = loaded(tmp_path / "merged")
+    check(merged, expected(update, target), dtype)
+    assert len(BaseCheckpoint.open(tmp_path / "merged").files()) > 1
+    (tmp_path / "target" / "tokenizer.json").symlink_to(tokenizer(tmp_path / "words", "ab") / "tokenizer.json")
+    in_memory = load_target(update.checkpoint, onto=tmp_path / "target").model
+    for name, tensor in merged.named_parameters():
+        assert torch.equal(in_memory.get_parameter(name), tensor), name
+    changed = [name for name in update.weights if isinstance(update.change(name), Tensor)]
+    assert len(changed) == len(update.updates) + len(update.trained)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, -1.0])
+def test_the_update_is_scaled(tmp_path: Path, scale: float) -> None:
+    update = Update(tmp_path, "llama", True)
+    target = tiny_model("llama", seed=7)
+    target.save_pretrained(tmp_path / "target")
+    export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target", mix=Mix(scale))
+    check(loaded(tmp_path / "merged"), expected(update, target, scale), torch.float32)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    fingerprints = [BaseCheckpoint.open(folder).fingerprint() for folder in (update.base, tmp_path / "target")]
+    for words in (
+        *fingerprints,
+        str(update.base.resolve()),
+        str(tmp_path / "target"),
+        f"| scale | {Mix(scale).scale} |",
+    ):
+        assert words in card
+
+
+# -- what stays the target's -------------------------------------------------------------------------------------------
+
+
+def tokenizer(folder: Path, letters: str, **settings: Any) -> Path:
+    """A tokenizer of words with a token for each letter, in their order; returns the folder."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, **{letter: index for index, letter in enumerate(letters, start=1)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Update:
+    """A base with a tokenizer, its update, and in the folder "target" an instruct model with more tokens."""
+    update = Update(tmp_path, "llama", False)
+    tokenizer(update.checkpoint / "tokenizer", "abc")
+    files.write_manifest(update.checkpoint)
+    tokenizer(update.base, "cba")  # not what the run had
+    instruct = tiny_model("llama", seed=7, vocab_size=128 + MORE_TOKENS)
+    instruct.generation_config.temperature = 0.25
+    instruct.generation_config.do_sample = True
+    instruct.save_pretrained(tmp_path / "target")
+    tokenizer(tmp_path / "target", "abcd", chat_template="{{ messages[0].content }}")
+    return update
+
+
+def test_tokens_template_and_settings_stay_the_target_s(pair: Update) -> None:
+    export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
+    known = AutoTokenizer.from_pretrained(pair.folder / "merged")
+    assert known.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+    assert known.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert read_json(pair.folder / "merged" / "generation_config.json")["temperature"] == 0.25
+    assert read_json(pair.folder / "merged" / "config.json") == read_json(pair.folder / "target" / "config.json")
+    card = (pair.folder / "merged" / "README.md").read_text()
+    assert "perplexity" not in card.lower(), "the run's figures are another model's"
+
+
+def test_the_command_measures_what_it_would_write(pair: Update, user: Playground, tmp_path: Path) -> None:
+    target = pair.folder / "target"
+    call(
+        "export", "--checkpoint", pair.checkpoint, "--onto", target, "--output", tmp_path / "out", "--delta_scale", 0.5
+    )
+    before = contents(target)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a"}\n')
+    flags = ("--sets", f"a={text}", "--document_start", "b", "--window", 8, "--json", tmp_path / "scores.json")
+    call("evaluate", pair.checkpoint, "--onto", target, "--delta_scale", 0.5, *flags)
+    merged = load_target(tmp_path / "out")
+    score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
+    assert read_json(tmp_path / "scores.json")["sets"]["a"]["nats"] == score.nats
+    assert contents(target) == before
+    with pytest.raises(UserError, match="--onto belongs to a checkpoint"):
+        call("evaluate", target, "--onto", target, *flags)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def assert_refused(update: Update, words: str, target: Path | None = None, **settings: Any) -> None:
+    before = set(update.folder.iterdir())
+    with pytest.raises(UserError, match=words):
+        export_merged(update.checkpoint, update.folder / "merged", onto=target or update.folder / "target", **settings)
+    assert set(update.folder.iterdir()) == before
+
+
+def test_tokens_with_other_ids_are_named(pair: Update) -> None:
+    for letters, words in (
+        ("acbd", r"2 token\(s\) .* 'b' \(2, here 3\), 'c' \(3, here 2\)"),
+        ("ab", r"1 .*'c' \(3, here None"),
+    ):
+        tokenizer(pair.folder / "target", letters)
+        assert_refused(pair, words)
+    (pair.folder / "target" / "tokenizer.json").unlink()
+    (pair.folder / "target" / "tokenizer_config.json").unlink()
+    assert_refused(pair, "`onto`: the folder .* holds no tokenizer")
+
+
+def test_what_does_not_fit_is_named(pair: Update, tmp_path: Path) -> None:
+    def model(name: str, family: str = "llama", **changes: Any) -> Path:
+        tiny_model(family, seed=7, **changes).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    layer = r"model\.layers\.1\."
+    fewer = model("fewer", num_hidden_layers=1)
+    assert_refused(pair, rf"lacks 9 tensor\(s\) of .*/base: {layer}\S+, {layer}\S+, {layer}[^,]+$", fewer)
+    wider = model("wider", intermediate_size=64)
+    assert_refused(
+        pair, r"6 tensor\(s\) of another shape than .*mlp.down_proj.weight \(32, 64\), not \(32, 56\); ", wider
+    )
+    assert_refused(pair, r"lacks 1 tensor\(s\) of .*: lm_head.weight$", model("tied", tie_word_embeddings=True))
+    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(120, 32\), not \(128, 32\)", model("short", vocab_size=120))
+    relabelled = model("relabelled", vocab_size=136)
+    config = read_json(relabelled / "config.json")
+    files.write_json_atomic(relabelled / "config.json", {**config, "vocab_size": 128})
+    assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabelled)
+    files.write_json_atomic(pair.folder / "target" / "config.json", {**config, "quantization_config": {}})
+    assert_refused(pair, "`onto`: .*holds quantized weights")
+    assert_refused(pair, "`onto`: .*has no config.json", pair.checkpoint)
+    assert_refused(pair, "`onto`: no such folder", tmp_path / "gone")
+
+
+def test_the_base_itself_other_scales_and_logits_are_refused(pair: Update, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(pair.base, tmp_path / "copy"))
+    tokenizer(copied, "abc")
+    assert_refused(pair, r"`onto` .*copy holds the weights of the base itself", copied)
+    for scale in (float("nan"), float("inf"), "half", None):
+        assert_refused(pair, "`delta_scale` must be a finite number, got", mix=Mix(scale))  # type: ignore[arg-type]
+    assert_refused(pair, "nor of another model", verify=True)
+    with pytest.raises(UserError, match="or is `onto`"):
+        export_merged(pair.checkpoint, pair.folder / "target", onto=pair.folder / "target", overwrite=True)
+
+
+def test_an_export_that_ends_halfway_leaves_nothing(pair: Update, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = SafetensorsWriter.write
+
+    def full(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+        if "layers.1" in name:
+            raise OSError(28, os.strerror(28))
+        write(self, name, tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", full)
+    before = contents(pair.folder)
+    with pytest.raises(RunError, match="No space left"):
+        export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
+    assert contents(pair.folder) == before
