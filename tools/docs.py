@@ -142,22 +142,8 @@ def _program(path: str, main: Callable[[], object], doc: str | None, script: str
 
 
 def _flags(actions: Sequence[argparse.Action]) -> list[str]:
-    """A line for each flag. Those without a help text that training has alike are named alone."""
-    from mora_ds.config import arguments
-
-    settings = {field.name for group in arguments._GROUPS.values() for field in dataclasses.fields(group)}
-    lines = []
-    trained = []
-    for action in actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        if not _help(action) and action.dest.removeprefix("no_") in settings:
-            trained.append(_label(action))
-        else:
-            lines.append(_flag(action))
-    if trained:
-        lines.append(f"- As in training: {', '.join(trained)}.")
-    return lines or ["It takes no flags."]
+    """A line for each flag."""
+    return [_flag(action) for action in actions if not isinstance(action, argparse._HelpAction)]
 
 
 def _label(action: argparse.Action) -> str:

@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tools.tables import cell, ruler, table_row
 
-ROOT = Path(__file__).resolve().parents[1]
-
-_PLAIN = ["--train_files", "a.txt"]
-OPTIONS: dict[str, list[str]] = {
-    "ReMoRA (`--merge_every`)": ["--merge_every", "100"],
-    "`--adapter lora`": ["--adapter", "lora"],
-    "`--adapter full`": ["--adapter", "full"],
-    "`--operator truncate`": ["--operator", "truncate"],
-    "`--operator share`": ["--operator", "share"],
-    "`--operator decouple`": ["--operator", "decouple"],
-    "`--operator rotate`": ["--operator", "rotate"],
-    "`--target_modules experts`": ["--target_modules", "all-linear", "experts"],
-    "`--train_embeddings`, `--train_head`": ["--train_embeddings", "--train_head"],
-    "`--train_new_embeddings`": ["--train_new_embeddings"],
-    "`--train_embedding_rank`": ["--train_embedding_rank", "16"],
-    "`--optimizer muon`": ["--optimizer", "muon"],
-    "`--mora_dropout`": ["--mora_dropout", "0.1"],
-    "`--compute weight`": ["--compute", "weight"],
-    "`--chunked_loss`": ["--chunked_loss"],
-    "`--gradient_checkpointing`": ["--gradient_checkpointing"],
-    "`--base_bits 8`": ["--base_bits", "8"],
-    "`--base_bits 4`": ["--base_bits", "4"],
-    "`--base_device host`": ["--base_device", "host"],
-    "`--tensor_parallel_size`": ["--tensor_parallel_size", "2"],
-    "`--sequence_parallel_size`": ["--sequence_parallel_size", "2"],
-    "`--streaming`": ["--streaming"],
-    "`--async_save`": ["--async_save"],
+OPTIONS = {
+    "ReMoRA (`--merge_every`)": "--merge_every 100",
+    "`--adapter lora`": "--adapter lora",
+    "`--adapter full`": "--adapter full",
+    "`--operator truncate`": "--operator truncate",
+    "`--operator share`": "--operator share",
+    "`--operator decouple`": "--operator decouple",
+    "`--operator rotate`": "--operator rotate",
+    "`--target_modules experts`": "--target_modules all-linear experts",
+    "`--train_embeddings`, `--train_head`": "--train_embeddings --train_head",
+    "`--train_new_embeddings`": "--train_new_embeddings",
+    "`--train_embedding_rank`": "--train_embedding_rank 16",
+    "`--optimizer muon`": "--optimizer muon",
+    "`--mora_dropout`": "--mora_dropout 0.1",
+    "`--compute weight`": "--compute weight",
+    "`--chunked_loss`": "--chunked_loss",
+    "`--gradient_checkpointing`": "--gradient_checkpointing",
+    "`--base_bits 8`": "--base_bits 8",
+    "`--base_bits 4`": "--base_bits 4",
+    "`--base_device host`": "--base_device host",
+    "`--tensor_parallel_size`": "--tensor_parallel_size 2",
+    "`--sequence_parallel_size`": "--sequence_parallel_size 2",
+    "`--streaming`": "--streaming",
+    "`--async_save`": "--async_save",
 }
 STAGES = {
     "ZeRO 1": "zero1.json", "ZeRO 2": "zero2.json", "ZeRO-3": "zero3.json", "offload": "zero3_offload_optimizer.json",
 }  # fmt: skip
-COLUMNS: dict[str, list[str]] = {
+COLUMNS = {
     "ReMoRA merges": OPTIONS["ReMoRA (`--merge_every`)"],
-    **{name: ["--deepspeed", str(ROOT / "configs" / file)] for name, file in STAGES.items()},
+    **{name: f"--deepspeed configs/{file}" for name, file in STAGES.items()},
     "Muon": OPTIONS["`--optimizer muon`"],
     "LoRA": OPTIONS["`--adapter lora`"],
     "tensor parallel": OPTIONS["`--tensor_parallel_size`"],
@@ -52,7 +48,7 @@ COLUMNS: dict[str, list[str]] = {
 }
 
 
-def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
+def refusal(row: str, column: str) -> str | None:
     """What the program says to both options together, or None if it takes them.
 
     The checks are those that a run makes before it loads a model: `validate`, the DeepSpeed config, and what tensor
@@ -64,9 +60,9 @@ def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
     from mora_ds.engine.ds_config import resolve_ds_config
     from mora_ds.engine.initialize import check_splittable
 
-    flags = [*row, *column]
+    run = "--model_name_or_path model --max_steps 1000 --train_files a.txt"
     try:
-        arguments = parse([*flags, "--model_name_or_path", "model", "--max_steps", "1000", *_PLAIN])
+        arguments = parse(f"{row} {column} {run}".split())
         validate(arguments)
         config = resolve_ds_config(arguments.training.deepspeed, arguments.training.engine_settings(), 2)
         check_splittable(config, arguments.training.tensor_parallel_size)
@@ -75,8 +71,8 @@ def refusal(row: Sequence[str], column: Sequence[str]) -> str | None:
     return None
 
 
-def _flags(option: Sequence[str]) -> set[str]:
-    return {word for word in option if word.startswith("--")}
+def _flags(option: str) -> set[str]:
+    return {word for word in option.split() if word.startswith("--")}
 
 
 def _cells(row: str, columns: Sequence[str], reasons: dict[str, int]) -> list[str]:

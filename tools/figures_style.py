@@ -40,11 +40,8 @@ def save(figure: Any, path: Path, title: str) -> None:
     """Write a figure as SVG whose text can be selected."""
     text = StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title, "Creator": "mora_ds"})
-    write(path, text.getvalue())
-
-
-def write(path: Path, svg: str) -> None:
-    """Write a drawing, its placeholders as CSS variables that follow the reader's scheme."""
+    svg = text.getvalue()
+    # The placeholders become CSS variables, which follow the reader's scheme.
     for placeholder, (variable, light, _) in COLOURS.items():
         svg = svg.replace(placeholder, f"var(--{variable}, {light})")
     light_scheme = " ".join(f"--{name}: {light};" for name, light, _ in COLOURS.values())

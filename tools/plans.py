@@ -34,21 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 METHODS = {
-    "MoRA r=8": ["--mora_rank", "8"],
-    "default recipe": [
-        "--mora_rank",
-        "8",
-        "--operator",
-        "rotate",
-        "--train_embeddings",
-        "--train_head",
-        "--optimizer",
-        "muon",
-    ],
-    "MoRA r=256": ["--mora_rank", "256"],
-    "MoRA r=8, 8-bit base": ["--mora_rank", "8", "--base_bits", "8"],
-    "LoRA r=8, ZeRO-2": ["--adapter", "lora", "--mora_rank", "8", "--deepspeed", str(ROOT / "configs" / "zero2.json")],
-    "full training, ZeRO-3": ["--adapter", "full"],
+    "MoRA r=8": "--mora_rank 8",
+    "default recipe": "--mora_rank 8 --operator rotate --train_embeddings --train_head --optimizer muon",
+    "MoRA r=256": "--mora_rank 256",
+    "MoRA r=8, 8-bit base": "--mora_rank 8 --base_bits 8",
+    "LoRA r=8, ZeRO-2": "--adapter lora --mora_rank 8 --deepspeed configs/zero2.json",
+    "full training, ZeRO-3": "--adapter full",
 }
 GPUS = (2, 8, 64, 512)
 MEMORY = {"7B": (8, 80), "70B": (64, 192)}
@@ -57,10 +48,7 @@ MEMORY = {"7B": (8, 80), "70B": (64, 192)}
 
 def main() -> None:
     """Write data/plans.json: what `mora-ds plan --json` says of every method, and the command."""
-    plans = []
-    for model, (gpus, memory) in MEMORY.items():
-        for method in METHODS:
-            plans.append(_plan(model, method, gpus, memory))
+    plans = [_plan(model, method, *cluster) for model, cluster in MEMORY.items() for method in METHODS]
     for method in METHODS:
         plans += [_plan("7B", method, gpus, 80) for gpus in GPUS if gpus != MEMORY["7B"][0]]
     DATA.mkdir(parents=True, exist_ok=True)
@@ -71,19 +59,19 @@ def main() -> None:
 def _plan(model: str, method: str, gpus: int, memory: int) -> dict[str, Any]:
     from mora_ds.commands import plan  # not above: it imports torch, which the tables do not need
 
-    flags = ["--gpus", str(gpus), "--gpu_memory", str(memory), "--seq_len", "4096", "--micro_batch", "1"]
-    flags += ["--gradient_checkpointing", *METHODS[method]]
+    flags = (
+        f"--gpus {gpus} --gpu_memory {memory} --seq_len 4096 --micro_batch 1 --gradient_checkpointing {METHODS[method]}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
         config.write_text(json.dumps(MODELS[model]), encoding="utf-8")
-        argv = ["plan.py", "--model", str(config), *flags, "--json"]
+        argv = ["plan.py", "--model", str(config), *flags.split(), "--json"]
         with mock.patch.object(sys, "argv", argv), redirect_stdout(StringIO()) as printed:
             plan.main()
     answer = json.loads(printed.getvalue())
     print(f"{model} {method} {gpus}")
     facts = {key: answer[key] for key in ("bytes", "bytes_gathered", "bytes_reduced", "bytes_sent", "trained_elements")}
-    command = " ".join(flags).replace(f"{ROOT}/", "")
-    return {"model": model, "method": method, "gpus": gpus, "flags": command, **facts}
+    return {"model": model, "method": method, "gpus": gpus, "flags": flags, **facts}
 
 
 def plans() -> dict[tuple[str, str, int], dict[str, Any]]:
