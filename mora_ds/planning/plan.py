@@ -26,7 +26,7 @@ from mora_ds.engine.initialize import trainable_numels
 from mora_ds.models.decoder_layers import find_decoder_layers
 from mora_ds.models.loss import bound
 from mora_ds.parallel.limits import check_tensor_parallel, check_world, sequence_parallel_problems
-from mora_ds.planning.costs import costs
+from mora_ds.planning.costs import group_traffic
 from mora_ds.planning.memory import (
     RankMemory,
     Trained,
@@ -96,17 +96,14 @@ class Plan:
         return self.memory.peak <= USABLE * self.cluster.memory
 
     @property
-    def ranks_of_node(self) -> int:
-        return min(self.cluster.ranks, self.cluster.per_node)
-
-    @property
     def host_memory(self) -> int:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
         and what rank 0 collects to save. On CPUs also everything else of a rank, and its own quantized weights. Merged
         weights are in memory that the ranks share, in place of the files (--node_base)."""
         memory = self.memory
         on_cpu = memory.peak - memory.base + memory.base_buffers + self.quantized if self.trained.on_cpu else 0
-        return self.files + self.ranks_of_node * (memory.host_optimizer + on_cpu) + memory.host_save
+        ranks_of_node = min(self.cluster.ranks, self.cluster.per_node)
+        return self.files + ranks_of_node * (memory.host_optimizer + on_cpu) + memory.host_save
 
     @property
     def files(self) -> int:
@@ -138,7 +135,14 @@ class Planner:
     def plan(self, **changes: Any) -> Plan:
         """The plan, with `changes` of the work's fields."""
         work = replace(self.work, **changes)
-        _check(work, self.cluster)
+        check_tensor_parallel(
+            work.tensor_parallel,
+            base_bits=work.base_bits,
+            sequence=work.sequence_parallel,
+            streams_base=work.base_on_host,
+        )
+        check_world(self.cluster.ranks, work.tensor_parallel, work.sequence_parallel)
+        refuse(sequence_parallel_problems(work.sequence_parallel, work.seq_len))
         model = self._model(work)
         trained = self._trained(model, work)
         gathered = gathers(trained)
@@ -153,7 +157,7 @@ class Planner:
         sent_as_often = 1 if trained.zero.get("reduce_scatter", True) else 2
         zero_sends = volume + sent_as_often * reduced
         copied = 0 if streamed is None else streamed.forward + streamed.backward
-        activations = model.activation_bytes(work, trained.ranks) + ulysses_bytes(work)
+        groups_send = model.group_bytes(work) + ulysses_bytes(work)
         return Plan(
             work=work,
             cluster=self.cluster,
@@ -162,7 +166,7 @@ class Planner:
             memory=memory,
             gathered=volume,
             reduced=reduced,
-            sent=zero_sends * (trained.ranks - 1) / trained.ranks + activations * self.accumulation,
+            sent=zero_sends * (trained.ranks - 1) / trained.ranks + groups_send * self.accumulation,
             base_elements=model.base_elements,
             quantized=model.quantized,
             copied=copied * self.accumulation,
@@ -227,12 +231,12 @@ class _MeasuredModel:
     def streamed(self) -> Streamed:
         return Streamed.of(self._unsplit)
 
-    def activation_bytes(self, work: Work, replicas: int) -> float:
-        """Bytes of activations that a tensor-parallel rank sends in a micro-batch."""
+    def group_bytes(self, work: Work) -> float:
+        """Bytes that a rank sends within its tensor-parallel group in a micro-batch."""
         if work.tensor_parallel == 1:
             return 0.0
-        spent = costs(self._unsplit, work.tensor_parallel, replicas, work.tokens)
-        return spent.wire("activation") * work.dtype.itemsize
+        traffic = group_traffic(self._unsplit, work.tensor_parallel, work.tokens)
+        return sum(collective.wire for collective in traffic) * work.dtype.itemsize
 
 
 def ulysses_bytes(work: Work) -> float:
@@ -242,17 +246,6 @@ def ulysses_bytes(work: Work) -> float:
     width = 2 * work.head_dim * (work.heads + max(work.key_value_heads, ranks))
     exchanges = 3 if work.checkpointing else 2
     return exchanges * work.layers * work.tokens * width * work.dtype.itemsize * (ranks - 1) / ranks
-
-
-def _check(work: Work, cluster: Cluster) -> None:
-    check_tensor_parallel(
-        work.tensor_parallel,
-        base_bits=work.base_bits,
-        sequence=work.sequence_parallel,
-        streams_base=work.base_on_host,
-    )
-    check_world(cluster.ranks, work.tensor_parallel, work.sequence_parallel)
-    refuse(sequence_parallel_problems(work.sequence_parallel, work.seq_len))
 
 
 def place_base(planner: Planner, device: BaseDevice) -> Planner:

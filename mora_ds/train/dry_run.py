@@ -27,7 +27,6 @@ from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses_checks import check_config, describe
-from mora_ds.planning.costs import costs
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
@@ -60,7 +59,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     base_device = BaseDevice(training.base_device)
     if base_device is not BaseDevice.AUTO or not device.is_cpu():
         planner = place_base(planner, base_device)
-    layers = _layer_lines(planner.work, world)
+    layers = _layer_lines(planner.work)
     model = planned_model(replace(planner.work, adapter=None, tensor_parallel=1))
     layers += hooks_of(arguments).dry_lines(model, planner.work.adapter)
     return planner.plan(), layers
@@ -116,7 +115,7 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
 
 
 @named_as_flags(**OTHER_FLAGS)
-def _layer_lines(work: Work, world: int) -> list[str]:
+def _layer_lines(work: Work) -> list[str]:
     """MoRA matrices, splits and products, as at the start of a run."""
     if work.adapter is None:
         return ["full training: every parameter is trained, sharded by ZeRO"]
@@ -126,5 +125,4 @@ def _layer_lines(work: Work, world: int) -> list[str]:
         lines.append(describe(work.config, work.sequence_parallel, work.seq_len))
     if work.tensor_parallel > 1:
         lines.append(str(plan_of(model, work.tensor_parallel)))
-    spent = costs(model, work.tensor_parallel, world // work.tensor_parallel, work.tokens)
-    return [*lines, str(spent)]
+    return lines

@@ -32,7 +32,6 @@ from mora_ds.models.node_base import node_base_of
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
-from mora_ds.planning.costs import costs
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
@@ -245,9 +244,6 @@ class Job:
         degree = training.tensor_parallel_size
         if degree > 1:
             logger.debug(plan_of(model, degree))
-        if self.ds_config["zero_optimization"]["stage"] == 3:
-            replicas = self.start.ranks.world // degree
-            logger.debug(costs(model, degree, replicas, self.micro_batch_tokens))
 
     def _log_paths(self, tokens: int, before: int) -> None:
         """Log how many layers are computed in which way, with `tokens` in a micro-batch, and `before` where the run

@@ -1,10 +1,10 @@
-"""What tensor parallelism puts on the wire, counted, against what `costs` says."""
+"""What tensor parallelism puts on the wire, counted, against what `group_traffic` says."""
 
 from typing import Any
 
-from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.engine.traffic import CollectiveCounter
-from mora_ds.planning.costs import Collective, costs
+from mora_ds.planning.costs import Collective, group_traffic
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tokens
 from tests.helpers.tensor_parallel import Case, model_of, start
@@ -55,17 +55,22 @@ KINDS = {
 def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():
-        cost = costs(model_of(case), DEGREE, REPLICAS, ROWS * LENGTH)
-        expected = {KINDS[kind]: 4 * cost.payload(kind) for kind in Collective if cost.payload(kind)}
+        model = model_of(case)
+        elements = dict.fromkeys(Collective, 0)
+        for collective in group_traffic(model, DEGREE, ROWS * LENGTH):
+            elements[collective.collective] += collective.payload
+        shares = sum(layer.value.numel() // DEGREE for layer in mora_layers(model).values())
+        elements[Collective.GATHER] += 2 * shares  # by ZeRO, in forward and in backward
+        elements[Collective.SCATTER] += shares
+        expected = {KINDS[kind]: 4 * count for kind, count in elements.items()}
         for traffic in (rank[name] for rank in ranks):
             assert traffic["base"] == 0
             assert traffic["bytes"] == expected, name
 
 
 def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
-    """Only ZeRO's own gathers of the shares are left, half of what one replica's would be at t = 1."""
-    aligned, gather = (costs(model_of(CASES[name]), 2, 2, 32) for name in ("aligned", "gather"))
-    assert {item.ranks for item in aligned.traffic if item.what == "square"} == {2}
-    alone = costs(model_of(CASES["gather"]), 1, 2, 32)
-    assert aligned.wire("square") == alone.wire("square") / 2 < gather.wire("square")
-    assert aligned.wire("activation") == gather.wire("activation")
+    """What is left are the sums of activations."""
+    aligned, gather = (list(group_traffic(model_of(CASES[name]), 2, 32)) for name in ("aligned", "gather"))
+    assert {collective.collective for collective in aligned} == {Collective.SUM}
+    assert [collective for collective in gather if collective.collective is Collective.SUM] == aligned
+    assert len(gather) > len(aligned)

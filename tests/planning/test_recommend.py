@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.engine.ds_config import complete_ds_config
-from mora_ds.planning.costs import costs
+from mora_ds.planning.costs import group_traffic
 from mora_ds.planning.plan import Cluster, Planner, _group_sizes
 from mora_ds.planning.report import report, verdict
 from mora_ds.planning.step import Work, planned_model
@@ -50,9 +50,9 @@ def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
 
 def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches() -> None:
     plan = planner(Cluster(4), accumulation=3, tensor_parallel=2).plan()
-    spent = costs(planned_model(work()), 2, 2, plan.work.tokens)
-    assert spent.wire("activation") > 0
-    assert plan.sent == (plan.gathered + plan.reduced) / 2 + spent.wire("activation") * 2 * 3
+    in_group = sum(collective.wire for collective in group_traffic(planned_model(work()), 2, plan.work.tokens))
+    assert in_group > 0
+    assert plan.sent == (plan.gathered + plan.reduced) / 2 + in_group * 2 * 3
     assert f"{2 * 3 * 2 * 32:,} tokens a step" in report(plan)
     assert plan.passes == plan.gathered / (2 * plan.trained.total)
 
