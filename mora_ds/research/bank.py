@@ -283,17 +283,9 @@ class AdapterBank:
     def generate(self, input_ids: Tensor, adapters: Adapters, **settings: Any) -> Any:
         """transformers' `generate` with an adapter for each row of `input_ids` (rows, tokens), and its return value.
 
-        Rows that differ in length are padded on the left, with `attention_mask` among the settings. Beams and
-        `num_return_sequences` use the adapter of their row.
+        Rows that differ in length are padded on the left, with `attention_mask` among the settings. Raises `UserError`
+        for another number of adapters than rows, and for settings that compute several sequences of a row.
         """
-        if not isinstance(adapters, str):
-            if len(adapters) != len(input_ids):
-                raise UserError(f"adapters are named for {len(adapters)} row(s), but the batch has {len(input_ids)}")
-            # transformers makes this many consecutive rows of each one before the first forward pass
-            defaults = settings.get("generation_config") or self.model.generation_config
-            wanted = [settings.get(name, getattr(defaults, name)) for name in ("num_beams", "num_return_sequences")]
-            copies = max(number or 1 for number in wanted)
-            adapters = [name for name in adapters for _ in range(copies)]
         with self.use(adapters):
             return self.model.generate(input_ids, **settings)
 
@@ -348,15 +340,16 @@ def main() -> None:
     print(f"{len(chosen)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
     tokenizer = load_tokenizer(bank.base, trust_remote_code=options.trust_remote_code, flag="MODEL")
     model = prefer_documents(bank.model)
-    scores: dict[str, dict[str, Score]] = {}
-    scores[BASE] = evaluate_sets(
-        Target(model, tokenizer, BASE), sets, windows, options.batch_size, options.max_documents
-    )
+
+    def scored(name: str, its_tokenizer: Any) -> dict[str, Score]:
+        target = Target(model, its_tokenizer, name)
+        return evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
+
+    scores = {BASE: scored(BASE, tokenizer)}
     for name in chosen:
         folder = tokenizer_of(bank.folders[name])
-        target = Target(model, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder)), name)
         with bank.use(name):
-            scores[name] = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
+            scores[name] = scored(name, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder)))
     rows = [[adapter, *score_cells(*named)] for adapter, by_set in scores.items() for named in by_set.items()]
     print("\n".join(table([["adapter", *TITLES], *rows])))
     if options.json is not None:

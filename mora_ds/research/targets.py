@@ -22,10 +22,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -35,9 +35,9 @@ from mora_ds.adapters.layer import ExpertStack, linear_shape
 from mora_ds.adapters.ops.spec import round_side
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import UserError, named_as_flags, nearest
+from mora_ds.common.errors import Bounds, UserError, named_as_flags
 from mora_ds.common.files import atomic_path, load_yaml
-from mora_ds.common.untrusted import MAX_SIDE, file_name, shown
+from mora_ds.common.untrusted import MAX_SIDE, FileName, shown, typed
 from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model
 from mora_ds.models.load import LoadedBase, folder_config
 from mora_ds.planning.step import Work, planned_model
@@ -70,8 +70,7 @@ class TargetPlan:
     sides: Mapping[str, int]
     """Layer -> r_hat, in the model's order; 0: no matrix."""
     origin: str = ""
-    """How the plan was made, for people; like `scores` a comment in the file, and not read back."""
-    scores: Mapping[str, float] = field(default_factory=dict)
+    """How the plan was made, for people: a comment in the file, which is not read back."""
 
     @property
     def parameters(self) -> int:
@@ -86,17 +85,14 @@ class TargetPlan:
 
     def text(self) -> str:
         """The contents of the file."""
-        facts = {"format": 1, "model": self.model, "fingerprint": self.fingerprint}
         head = _HEAD + (f"# {self.origin}\n" if self.origin else "")
-        lines = [head + yaml.safe_dump(facts, sort_keys=False).rstrip(), "layers:"]
-        for name, side in self.sides.items():
-            notes = [f"{side**2:,} parameters"] if side else []
-            if name in self.scores:
-                notes.append(f"score {self.scores[name]:.3e}")
-            comment = f"    # {', '.join(notes)}" if notes else ""
-            quoted = yaml.safe_dump(name, width=10_000).removesuffix("\n").removesuffix("\n...")
-            lines.append(f"  {quoted}: {side}{comment}")
-        return "\n".join([*lines, ""])
+        content = {
+            "format": 1,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "layers": dict(self.sides),
+        }
+        return head + yaml.safe_dump(content, sort_keys=False, width=10_000)
 
     def write(self, path: Path) -> None:
         """Write the file atomically. Raises `RunError` on a full disk."""
@@ -104,29 +100,25 @@ class TargetPlan:
             beside.write_text(self.text(), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class _PlanFile:
+    """The file as YAML reads it."""
+
+    format: int
+    fingerprint: str
+    layers: dict[FileName, Annotated[int, Bounds(least=0, most=MAX_SIDE)]]
+    model: str = "a model"
+
+
 def read_plan(path: Path) -> TargetPlan:
     """The plan in a file. Raises `UserError` naming the file where it is no YAML, or a key or a side is wrong."""
     where = f"{_TARGETS} {path}"
-    content = load_yaml(str(path), _TARGETS)
-    known = ("format", "model", "fingerprint", "layers")
-    for key in content:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}.{nearest(str(key), known)}")
-    if content.get("format") != 1:
-        raise UserError(f"{where}: format is {content.get('format')!r}, and only 1 is known")
-    for key in ("fingerprint", "layers"):
-        if not content.get(key):
-            raise UserError(f"{where}: there is no {key!r} in it")
-    if not isinstance(content["layers"], dict):
-        raise UserError(f"{where}: layers must be lines of `name: side`")
-    sides = {}
-    for name, side in content["layers"].items():
-        if isinstance(side, bool) or not isinstance(side, int) or not 0 <= side <= MAX_SIDE:
-            raise UserError(f"{where}: the side of {name} must be a whole number, 0 for none, got {shown(side)}")
-        sides[file_name(str(name), where)] = side
-    if not any(sides.values()):
+    content: _PlanFile = typed(_PlanFile, load_yaml(str(path), _TARGETS), where)
+    if content.format != 1:
+        raise UserError(f"{where}: format is {content.format}, and only 1 is known")
+    if not any(content.layers.values()):
         raise UserError(f"{where}: no layer has a side above 0")
-    return TargetPlan(str(content.get("model") or "a model"), str(content["fingerprint"]), sides)
+    return TargetPlan(content.model, content.fingerprint, content.layers)
 
 
 def with_sizes(config: MoRAConfig, plan: TargetPlan) -> MoRAConfig:
@@ -321,7 +313,7 @@ class OpenModel:
         """The plan by the scores of weights or of a probe."""
         origin = f"by {scored_by}, for {config.operator_name}, within a budget of {budget}"
         sides = self.sides(scores, config, budget)
-        return TargetPlan(self.base.folder.name, self.base.fingerprint(), sides, origin, scores)
+        return TargetPlan(self.base.folder.name, self.base.fingerprint(), sides, origin)
 
     def plan_of_weights(self, config: MoRAConfig, budget: str) -> TargetPlan:
         """The plan by the scores that `analyse` gives the weights, which takes long."""
@@ -382,13 +374,11 @@ def _sides_in(checkpoint: Path) -> dict[str, int]:
 
 def _check_same_sides(plan: TargetPlan, checkpoint: Path) -> None:
     saved = _sides_in(checkpoint)
-    names = sorted({*saved, *plan.sides})
-    different = [
-        f"{name}: side {saved.get(name, 0)} there, {plan.sides.get(name, 0)} in the plan"
-        for name in names
-        if saved.get(name, 0) != plan.sides.get(name, 0)
-    ]
-    if different:
-        more = [f"and {len(different) - 3} more"] if len(different) > 3 else []
-        head = f"{_TARGETS}: {checkpoint} was trained by another plan:"
-        raise UserError("\n  ".join([head, *different[:3], *more]))
+    for name in sorted({*saved, *plan.sides}):
+        before = saved.get(name, 0)
+        now = plan.sides.get(name, 0)
+        if now != before:
+            raise UserError(
+                f"{_TARGETS}: {checkpoint} was trained by another plan:\n"
+                f"  {name}: side {before} there, {now} in the plan"
+            )

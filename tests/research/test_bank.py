@@ -139,23 +139,21 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
 
 
 def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) -> None:
-    """Greedy, and with beams and several sequences a row; left-padded."""
+    """Greedy, left-padded; several sequences a row are refused."""
     bank = rotating.open()
     names = ["three", None, "one", "three"]
     lengths = (7, 4, 6, 2)
     mask = torch.stack([torch.arange(7) >= 7 - length for length in lengths]).long()
     ids = tokens(4, length=7) * mask
-    for beams in ({}, {"num_beams": 3, "num_return_sequences": 2}):
-        settings: dict[str, Any] = {
-            "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **beams,
-        }  # fmt: skip
-        generated = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
-        copies = len(generated) // len(ids)
-        for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
-            alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
-            assert torch.equal(generated[row * copies : (row + 1) * copies, -8:], alone[:, -8:]), (row, settings)
-    with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
+    for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
+        alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
+        assert torch.equal(generated[row, -8:], alone[0, -8:]), row
+    with pytest.raises(UserError, match=r"named for 2 row\(s\), but .* reads \(4, 7, 32\)"):
         bank.generate(ids, adapters=["one", "three"])
+    with pytest.raises(UserError, match=r"named for 4 row\(s\), but .* reads \(12, 7, 32\)"):
+        bank.generate(ids, adapters=names, attention_mask=mask, num_beams=3, **settings)
 
 
 def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
