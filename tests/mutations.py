@@ -333,7 +333,7 @@ runtime/ranks.py | runtime/test_ranks.py train/test_agreement.py
 
 # settings are not compared
 runtime/ranks.py | train/test_agreement.py
--if self.world == 1 or self._is_equal(_number(json.dumps(mine, sort_keys=True))):
+-if most == -least:
 +if mine is not None:
 
 # a file that shared storage shows late is not waited for
@@ -383,9 +383,9 @@ engine/zero.py | engine/test_second_copies.py
 
 # a JSON line takes many times its size
 data/readers.py | data/test_corpus.py
--        return json.loads(line.decode())
+-        return parse_json(line.decode())
 -
-+        return json.loads("".join(list(line.decode())))
++        return parse_json("".join(list(line.decode())))
 +
 
 # the seed of an operator has no bounds

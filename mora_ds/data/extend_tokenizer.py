@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
 from mora_ds.data.sentencepiece import train_sentencepiece, vocabulary_by_score
-from mora_ds.data.tokenizer import largest_id, load_tokenizer
+from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
 _CANDIDATES_A_TOKEN = 4
@@ -104,12 +104,7 @@ def check_extension(extension: Extension, model_type: str) -> PreTrainedTokenize
 
     Raises `UserError` where that is not the extended one.
     """
-    config = extension.folder / "config.json"
-    config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-    try:
-        tokenizer = load_tokenizer(extension.folder, flag="MODEL")
-    finally:
-        config.unlink()
+    tokenizer = load_as_of_model(extension.folder, model_type, "MODEL")
     model = tokenizer.backend_tokenizer.model
     for number, token in enumerate(extension.tokens, start=extension.first_id):
         if [match.id for match in model.tokenize(token)] != [number]:

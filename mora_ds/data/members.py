@@ -120,8 +120,8 @@ class StreamedDatasetMember(Member):
         number = mark.record
         for row in rows:
             number += 1
-            source = f"{self.label}, row {number}"
-            yield Document(text_field(row, self.text_column, source), source), Mark(number, 0, rows.state_dict())
+            text = text_field(row, self.text_column, f"{self.label}, row {number}")
+            yield Document(text), Mark(number, 0, rows.state_dict())
         if number == 0:
             raise UserError(f"{self.label} is empty: it holds no row")
 

@@ -235,7 +235,7 @@ class Mixture:
 
     def batch(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> dict[str, Tensor]:
         """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T)."""
-        return stack([self._sample(sample) for sample in self._samples(step, global_batch_size)[rows]])
+        return stack([self.sample(number) for number in self._samples(step, global_batch_size)[rows]])
 
     def sources_of(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> list[int]:
         """The index of the source that each of those rows comes from."""
@@ -250,9 +250,10 @@ class Mixture:
         assert global_batch_size == self.rows_per_step, "phases begin at steps of this batch size"
         return range(step * global_batch_size, (step + 1) * global_batch_size)
 
-    def _sample(self, sample: int) -> Block:
-        source, number = self.schedule.locate(sample)
-        return self.sources[source].sample(number)
+    def sample(self, number: int) -> Block:
+        """Sample `number` of the schedule."""
+        source, number_in_source = self.schedule.locate(number)
+        return self.sources[source].sample(number_in_source)
 
 
 TrainData = PackedDataset | Mixture

@@ -29,8 +29,6 @@ from mora_ds.data.documents import Documents
 IGNORED = -100
 """Label of positions that predict nothing."""
 
-_KEYS = ("input_ids", "labels", "position_ids")
-
 Block = dict[str, np.ndarray]
 """input_ids, labels and position_ids of one sequence, each int64 (T,)."""
 
@@ -55,7 +53,7 @@ def pack(tokens: np.ndarray, document_starts: np.ndarray, seq_len: int, eos_id: 
         begins[within] = within
         begins[real:] = real
         positions -= np.maximum.accumulate(begins)
-    return dict(zip(_KEYS, (inputs, labels, positions), strict=True))
+    return {"input_ids": inputs, "labels": labels, "position_ids": positions}
 
 
 class PackedDataset:
@@ -137,9 +135,8 @@ class PackedDataset:
 
         Every rank yields the same number of batches of `batch_size` rows; a rank without blocks left yields padding.
         """
-        positions = np.arange(self.seq_len, dtype=np.int64)
-        inputs = np.full(self.seq_len, self.cache.eos_id, dtype=np.int64)
-        padding = dict(zip(_KEYS, (inputs, np.full_like(inputs, IGNORED), positions), strict=True))
+        eos_id = self.cache.eos_id
+        padding = pack(np.array([eos_id]), np.array([], dtype=np.int64), self.seq_len, eos_id, document_mask=False)
         rows = world * batch_size
         for round_start in range(0, self.n_blocks, rows):
             first = round_start + rank * batch_size
@@ -149,7 +146,7 @@ class PackedDataset:
 
 def stack(rows: Sequence[Block]) -> dict[str, Any]:
     """Makes a batch (rows, T) of blocks (T,), with its `Documents` as `documents`."""
-    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in _KEYS}
+    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
     return {**batch, "documents": Documents.of(batch["position_ids"])}
 
 

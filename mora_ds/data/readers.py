@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.untrusted import parse_json
 
 CHUNK_CHARACTERS = 1 << 20
 """A longer text file is handed on in chunks of this size, or from half of it on where a line ends there."""
@@ -46,8 +47,6 @@ class Document:
     """A document, or one chunk of a document that is too long to hold in memory."""
 
     text: str
-    source: str
-    """File and line or row, for error messages."""
     begins: bool = True
     """Whether this is the document's first chunk."""
     ends: bool = True
@@ -217,12 +216,12 @@ def _read_text(path: Path) -> Iterator[Document]:
         while len(pending) > CHUNK_CHARACTERS:
             # not near its start: by the first chunk it is decided whether the document is held out
             cut = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
-            yield Document(pending[:cut], str(path), begins, ends=False)
+            yield Document(pending[:cut], begins, ends=False)
             pending = pending[cut:]
             begins = False
     if begins and not pending:
         raise UserError(f"{path} is empty")
-    yield Document(pending, str(path), begins)
+    yield Document(pending, begins)
 
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -276,9 +275,8 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docum
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 empty = False
-                source = f"{path}, line {number}"
                 row = _parse(path, line.rstrip(b"\r\n"), number, start)
-                yield Document(text_field(row, text_column, source), source), Mark(number, offset)
+                yield Document(text_field(row, text_column, f"{path}, line {number}")), Mark(number, offset)
     if empty:
         raise UserError(f"{path} is empty: it holds no JSON record")
 
@@ -301,7 +299,7 @@ def _parse(path: Path, line: bytes, number: int, offset: int) -> Any:
     """The value in line `number`, which begins at byte `offset` of the file."""
     where = f"{path}, line {number}"
     try:
-        return json.loads(line.decode())
+        return parse_json(line.decode())
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number, offset, error) from None
     except json.JSONDecodeError as error:
@@ -309,10 +307,8 @@ def _parse(path: Path, line: bytes, number: int, offset: int) -> Any:
         raise UserError(
             f"{where}, column {error.colno}: broken JSON: {error.msg}; one object a line is read{hint}"
         ) from None
-    except RecursionError:
-        raise UserError(f"{where}: brackets nested too deep for a JSON record; flatten it, or leave it out") from None
-    except ValueError as error:  # Python refuses to convert an integer of more than about 4,300 digits
-        raise UserError(f"{where}: a number of too many digits is not read; make it a string") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; write it otherwise, or leave the line out") from None
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -344,7 +340,7 @@ def read_rows(label: str, columns: Iterable[list[str | None]], row: int) -> Iter
                 row += 1
                 if text is None:
                     raise UserError(f"{label}, row {row}: the text is null")
-                yield Document(text, f"{label}, row {row}"), Mark(row)
+                yield Document(text), Mark(row)
     except UnicodeDecodeError as error:  # Arrow does not look at strings before they are Python's
         raise UserError(f"{label}: not UTF-8 in row {row + 1}, or one of the next {_ROWS_PER_BATCH}: {error}") from None
     if row == 0:

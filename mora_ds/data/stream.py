@@ -89,23 +89,20 @@ class DocumentStream:
                     return
 
         for document, after in documents:
-            if window and not document.ends:
+            if document.ends:
+                window.append(document)
+                characters += len(document.text)
+                end = after
+            is_full = len(window) >= (self.buffer or IN_ORDER_WINDOW) or characters >= WINDOW_CHARACTERS
+            if window and (is_full or not document.ends):
                 yield opening, self._shuffled(window, opening)
                 opening = replace(end, window=opening.window + 1)
                 window = []
                 characters = 0
-            end = after
             if not document.ends:
+                end = after
                 yield opening, chunks(document)
                 opening = replace(end, window=opening.window + 1)
-                continue
-            window.append(document)
-            characters += len(document.text)
-            if len(window) >= (self.buffer or IN_ORDER_WINDOW) or characters >= WINDOW_CHARACTERS:
-                yield opening, self._shuffled(window, opening)
-                opening = replace(end, window=opening.window + 1)
-                window = []
-                characters = 0
         if window:
             yield opening, self._shuffled(window, opening)
 

@@ -167,20 +167,18 @@ class StreamSource:
                 ends.append(size)
             if size == wanted:
                 break
-        self._drop(wanted - 1)
+        self._available -= wanted - 1
+        unused = wanted - 1
+        while unused:
+            first = self._queue[0]
+            used = min(unused, len(first.tokens) - first.used)
+            first.used += used
+            unused -= used
+            if first.used == len(first.tokens):
+                self._queue.popleft()
         self._at_epoch_start = False
         tokens = np.concatenate(slices).astype(np.int64)
         return pack(tokens, np.array(ends, np.int64), self.seq_len, self.encoder.eos_id, self.document_mask)
-
-    def _drop(self, count: int) -> None:
-        self._available -= count
-        while count:
-            first = self._queue[0]
-            used = min(count, len(first.tokens) - first.used)
-            first.used += used
-            count -= used
-            if first.used == len(first.tokens):
-                self._queue.popleft()
 
 
 class StreamMixture(Mixture):
@@ -190,9 +188,10 @@ class StreamMixture(Mixture):
         """`states`: what `states_at` returned for the step at which the run goes on."""
         super().__init__(sources, *rest)
         self._streams = {name: source for name, source in sources.items() if isinstance(source, StreamSource)}
-        self._next_step = (states or {}).get("step", 0)
+        states = states or {"step": 0, "sources": {}}
+        self._next_step = states["step"]
         for name, stream in self._streams.items():
-            if states is not None and name in states["sources"]:
+            if name in states["sources"]:
                 stream.restore(states["sources"][name])
         self._drawn: dict[int, Block] = {}
         self._before = self._now()
@@ -203,7 +202,7 @@ class StreamMixture(Mixture):
             self._draw(self._samples(self._next_step, global_batch_size))
         assert step == self._next_step - 1, "a stream does not go back"
         samples = self._samples(step, global_batch_size)[rows]
-        return stack([self._drawn.get(sample) or self._sample(sample) for sample in samples])
+        return stack([self._drawn.get(sample) or self.sample(sample) for sample in samples])
 
     def states_at(self, step: int) -> dict[str, Any]:
         """What a run needs that goes on with batch `step`, which is the last one drawn or the one after it. Where
@@ -220,7 +219,7 @@ class StreamMixture(Mixture):
         self._before = self._now()
         self._drawn = {}
         for sample in samples:
-            source, number = self.schedule.locate(sample)
+            source, _ = self.schedule.locate(sample)
             if isinstance(self.sources[source], StreamSource):
-                self._drawn[sample] = self.sources[source].sample(number)
+                self._drawn[sample] = self.sample(sample)
         self._next_step += 1

@@ -103,6 +103,16 @@ def load_tokenizer(
         raise UserError(f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}{hint}: {error}") from error
 
 
+def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder` as transformers loads it beside a model of that type; `flag` as in `load_tokenizer`."""
+    config = folder / "config.json"
+    config.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    try:
+        return load_tokenizer(folder, flag=flag)
+    finally:
+        config.unlink()
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name") -> None:
     """Raises `UserError` when the tokenizer has ids beyond the model's `vocab_size` embeddings."""
     token, largest = largest_id(tokenizer)
@@ -121,8 +131,7 @@ def check_reload(tokenizer: PreTrainedTokenizerBase, model_type: str, flag: str 
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}))
-        again = load_tokenizer(folder, flag=flag)
+        again = load_as_of_model(Path(folder), model_type, flag)
     if tokenizer_fingerprint(again) != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{flag}: transformers loads any tokenizer in the folder of a {model_type!r} model as "

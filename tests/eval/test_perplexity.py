@@ -76,8 +76,8 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
 def test_a_chunk_has_the_end_of_the_one_before_as_context() -> None:
     """Every token is scored once; a document begins with the end-of-text token where there is no BOS."""
     tokenizer: Any = Letters()
-    chunks = [Document("abcde", "1", ends=False), Document("fgh", "1", begins=False), Document("i", "2")]
-    corpus: Any = [*chunks, Document("ü", "3")]
+    chunks = [Document("abcde", ends=False), Document("fgh", begins=False), Document("i")]
+    corpus: Any = [*chunks, Document("ü")]
     count = perplexity._Counter(tokenizer, Windows(4, 1), max_documents=2)
     assert list(count.windows(corpus)) == [
         ([0, 1, 2, 3], 3), ([1, 2, 3, 4], 1), ([2, 3, 4, 5], 1),
