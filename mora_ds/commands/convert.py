@@ -14,7 +14,7 @@ from pathlib import Path
 from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.peft_export import export_peft
-from mora_ds.runtime.cli import add_action, command_parser
+from mora_ds.runtime.cli import add_action, command_parser, shared_flags
 
 _ACTIONS = {
     "adapter": "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter",
@@ -38,11 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _ACTIONS.items():
         action = add_action(actions, name, text)
         action.add_argument("path", type=Path, help="the checkpoint to convert")
-        action.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
+        shared_flags(action, "--output")
     peft = actions.choices["peft"]
     peft.add_argument("--rank", type=int, help="largest rank of a layer. Default: as large as an exact adapter takes")
-    peft.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
-    peft.add_argument(
-        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to write, or 'shared' for none"
-    )
+    shared_flags(peft, "--base", "--domain")
     return parser

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.commands.export import average_flag
-from mora_ds.common.errors import UserError, named_as_flags
+from mora_ds.common.errors import COUNT, UserError, named_as_flags, refuse, wrong_values
 from mora_ds.common.files import write_json_atomic
 from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import Mix, mixed
@@ -31,7 +31,7 @@ from mora_ds.eval.perplexity import (
     named_sets,
 )
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
-from mora_ds.runtime.cli import check_device, check_writable, command_parser, table
+from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
 
 
 def main() -> None:
@@ -48,8 +48,7 @@ def check_scoring(options: argparse.Namespace) -> None:
     """Raise `UserError` for wrong values of `scoring_flags`."""
     check_writable("--json", options.json)
     check_device(options.device)
-    if options.batch_size < 1 or (options.max_documents is not None and options.max_documents < 1):
-        raise UserError("--batch_size and --max_documents must be at least 1")
+    refuse(wrong_values(options, {"batch_size": COUNT, "max_documents": COUNT}))
 
 
 def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
@@ -60,19 +59,14 @@ def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
     }
 
 
-def _mixes(options: argparse.Namespace) -> list[Mix]:
-    """What to make of the update, for each --delta_scale. Raises `UserError`."""
-    mixes = [Mix(scale, options.average_last) for scale in dict.fromkeys(options.delta_scale)]
-    for mix in mixes:
-        mix.check()
-    return mixes
-
-
 @named_as_flags(base_folder="--base")
 def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """Evaluate one model at each --delta_scale. Returns the content of the JSON file."""
     by_scale = {}
-    for mix in _mixes(options):
+    mixes = [Mix(scale, options.average_last) for scale in dict.fromkeys(options.delta_scale)]
+    for mix in mixes:  # all of them before the first is evaluated
+        mix.check()
+    for mix in mixes:
         with mixed(options.model, mix, options.base) as path:
             target = load_target(
                 path,
@@ -118,7 +112,6 @@ def score_cells(name: str, score: Score) -> list[str]:
 def scoring_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what a model is scored on, and how."""
     parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="files or patterns, each a set")
-    parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
     parser.add_argument("--window", type=int, help="tokens of a window. Default: the model's positions, at most 1024")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next. Default: half of --window")
     parser.add_argument(
@@ -128,20 +121,15 @@ def scoring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
     parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
-    parser.add_argument("--device", default="cpu", help="such as cuda:0")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    shared_flags(parser, "--text_column", "--device", "--json", "--trust_remote_code")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
     scoring_flags(parser)
-    parser.add_argument("--base", type=Path, help="where a checkpoint's base lies now, if it was moved")
+    shared_flags(parser, "--base", "--domain")
     parser.add_argument("--onto", type=Path, metavar="DIR", help="evaluate what mora-ds export --onto would write")
-    parser.add_argument(
-        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to use, or 'shared' for none"
-    )
     parser.add_argument(
         "--delta_scale", type=float, nargs="+", default=[1.0], metavar="S",
         help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",

@@ -14,7 +14,7 @@ from pathlib import Path
 from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus
 from mora_ds.models.vocabulary import extend_vocabulary
-from mora_ds.runtime.cli import command_parser
+from mora_ds.runtime.cli import command_parser, shared_flags
 
 
 def main() -> None:
@@ -36,7 +36,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
     parser.add_argument("--corpus", nargs="+", required=True, help="files, patterns or folders of the domain's text")
     parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new")
-    parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    shared_flags(parser, "--output", "--text_column", "--trust_remote_code")
     return parser

@@ -15,7 +15,7 @@ from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.combine import combine_adapters
 from mora_ds.eval.ledger_summary import show_lines
-from mora_ds.runtime.cli import add_action, command_parser
+from mora_ds.runtime.cli import add_action, command_parser, shared_flags
 
 
 @named_as_flags(base_folder="--base")
@@ -36,6 +36,5 @@ def _parser() -> argparse.ArgumentParser:
     combine = add_action(actions, "combine", "write an adapter that is a weighted sum of others of the same base")
     combine.add_argument("path", type=Path, nargs="+", help="checkpoints, exported adapters or output folders of runs")
     combine.add_argument("--weights", type=float, nargs="+", required=True, help="one for each, in the same order")
-    combine.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
-    combine.add_argument("--base", type=Path, help="where the base lies now, if it was moved")
+    shared_flags(combine, "--output", "--base")
     return parser

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mora_ds.common.errors import POSITIVE, UserError
+from mora_ds.common.errors import POSITIVE, UserError, refuse, wrong_values
 from mora_ds.common.files import shipped
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, parse
@@ -33,7 +33,8 @@ _OF_PLANS = {"__per_device_train_batch_size": "--micro_batch", "__model_config":
 
 def main() -> None:
     options, settings = _parser().parse_known_args()
-    _check(options)
+    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch", "accumulation", "rows")
+    refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
     planner = _planner(options, arguments)
     device = BaseDevice(arguments.training.base_device)
@@ -70,14 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, help="upper limit of sequences per micro-batch over all processes")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables, in bytes")
     return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raises `UserError` for numbers of which no plan can be made."""
-    for name in ("gpus", "gpus_per_node", "gpu_memory", "micro_batch", "accumulation", "rows"):
-        value = getattr(options, name)
-        if value is not None and not POSITIVE.allow(value):
-            raise UserError(f"--{name} must be {POSITIVE}, got {value}")
 
 
 def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Arguments:

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.common.errors import RunError, UserError, refuse
+from mora_ds.common.errors import COUNT, Bounds, RunError, UserError, refuse, wrong_values
 from mora_ds.common.files import write_json_atomic
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.data import Document, load_corpus
 from mora_ds.eval.perplexity import load_target
 from mora_ds.research.targets import OpenModel, parse_budget
 from mora_ds.research.weights import LEADING, WeightMeasures, analyse
-from mora_ds.runtime.cli import check_device, check_writable, command_parser, table
+from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
 
 FLAG = "--probe"
 
@@ -74,9 +74,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
     if options.trainable_budget is not None:
         parse_budget(options.trainable_budget)
-    for name, least in {"probe_batches": 1, "batch_size": 1, "seq_len": 2}.items():
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    refuse(wrong_values(options, {"probe_batches": COUNT, "batch_size": COUNT, "seq_len": Bounds(least=2)}))
     check_device(options.device)
 
 
@@ -95,13 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors")
     parser.add_argument("--target_modules", nargs="+", default=[ALL_LINEAR], help="which layers, as in training")
-    parser.add_argument("--json", type=Path, help="file for all measures of all layers")
-    parser.add_argument("--device", default="cpu", help="where to compute, such as cuda")
     parser.add_argument("--probe", nargs="+", metavar="FILES", help="text whose gradients are measured")
     parser.add_argument("--probe_batches", type=int, default=8, help="how many batches of it")
     parser.add_argument("--batch_size", type=int, default=1, help="sequences of a batch")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--text_column", default="text", help="column or JSON key that holds the text")
     parser.add_argument(
         "--mora_rank", type=int, default=8, help="rank of the adapter that is probed; it decides the operator"
     )
@@ -110,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trainable_budget", help="trainable parameters: a share of the model's, such as 0.5%%, or a number"
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="the plan for research.targets of a recipe")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    shared_flags(parser, "--json", "--device", "--text_column", "--trust_remote_code")
     return parser
 
 

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
-from mora_ds.common.errors import POSITIVE, UserError, nearest
+from mora_ds.common.errors import POSITIVE, UserError, nearest, refuse, wrong_values
 from mora_ds.common.files import write_json_atomic
 from mora_ds.eval.ledger_summary import Update, histories, mean, modules_of, require_delta
-from mora_ds.runtime.cli import check_device, check_writable, command_parser, table
+from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
 
 THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
@@ -35,8 +35,7 @@ _FP32_EPS = torch.finfo(torch.float32).eps
 
 def main() -> None:
     options = _parser().parse_args()
-    if not POSITIVE.allow(options.threshold):
-        raise UserError(f"--threshold must be {POSITIVE}, got {options.threshold:g}")
+    refuse(wrong_values(options, {"threshold": POSITIVE}))
     check_writable("--json", options.json)
     check_device(options.device)
     rows = list(spectra(find_ledger(options.path), options.layers, options.threshold, options.device))
@@ -51,8 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", type=Path, help="ledger folder, checkpoint, or a run's output folder")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="count singular values above it")
     parser.add_argument("--layers", default="*", help="pattern over module names, such as '*.q_proj'")
-    parser.add_argument("--json", type=Path, help="file for all measures of all layers and cycles")
-    parser.add_argument("--device", default="cpu", help="where to decompose, such as cuda")
+    shared_flags(parser, "--json", "--device")
     return parser
 
 

@@ -118,6 +118,24 @@ def command_parser(documentation: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=(documentation or "").splitlines()[0], allow_abbrev=False)
 
 
+SHARED_FLAGS: dict[str, dict[str, Any]] = {
+    "--base": {"type": Path, "help": "where the base lies now, if it was moved"},
+    "--device": {"default": "cpu", "help": "where to compute, such as cuda"},
+    "--domain": {"metavar": "NAME", "help": "of a run with domain adapters: the domain, or 'shared' for none"},
+    "--json": {"type": Path, "metavar": "FILE", "help": "write all figures there too"},
+    "--output": {"type": Path, "required": True, "help": "folder to write; must be new"},
+    "--text_column": {"default": "text", "help": "column or JSON key that holds the text"},
+    "--trust_remote_code": {"action": "store_true", "help": "run code that comes with the model"},
+}
+"""Flags that mean the same in several commands."""
+
+
+def shared_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add some of `SHARED_FLAGS`."""
+    for name in names:
+        parser.add_argument(name, **SHARED_FLAGS[name])
+
+
 def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     """The parser of one action of a command, among its `add_subparsers`."""
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
