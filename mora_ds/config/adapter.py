@@ -156,8 +156,8 @@ class AdapterArguments:
                 "restart_warmup_steps": NOT_NEGATIVE,
             },
         )
-        if self.adapts_experts:
-            yield from self._expert_problems()
+        if self.adapts_experts and self.adapter == AdapterKind.LORA.value:
+            yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"
         for flag in self.rows_flags:
             if self.train_embeddings or self.train_head:
                 yield (
@@ -166,8 +166,3 @@ class AdapterArguments:
                 )
         if len(self.rows_flags) > 1:
             yield f"{' and '.join(self.rows_flags)} train different parts of embeddings and head: give one of them"
-
-    def _expert_problems(self) -> Iterator[str]:
-        """Settings that experts of a mixture do not go with."""
-        if self.adapter == AdapterKind.LORA.value:
-            yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"

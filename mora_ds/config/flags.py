@@ -158,13 +158,11 @@ def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
     flags = [word.split("=")[0] for word in unknown if word.startswith("-") and not word[1:2].isdigit()]
     if not flags:
         return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
-    return "\n".join(_unknown_flag(flag, known) for flag in flags)
-
-
-def _unknown_flag(flag: str, known: list[str]) -> str:
-    """One line on a flag that does not exist: what took its place, or the nearest one that does."""
-    name = flag.removeprefix("--").removeprefix("no_")
-    return f"{flag} {REMOVED[name]}" if name in REMOVED else f"unknown flag {flag}.{nearest(flag, known)}"
+    lines = []
+    for flag in flags:
+        name = flag.removeprefix("--").removeprefix("no_")
+        lines.append(f"{flag} {REMOVED[name]}" if name in REMOVED else f"unknown flag {flag}.{nearest(flag, known)}")
+    return "\n".join(lines)
 
 
 def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:

@@ -41,9 +41,7 @@ class Watch:
         """Raises `UserError` for a set that is not evaluated."""
         for flag, names in (("--stop_when_forgotten", self.bounds), ("--best_by", self.weights)):
             for name in names:
-                if name not in known:
-                    there = f"there are: {', '.join(known)}." if known else "there are none: give --eval_files."
-                    raise UserError(f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}")
+                require_set(flag, name, known)
 
     def forgotten(
         self, before: Mapping[str, float], now: Mapping[str, float], tasks: Collection[str] = ()
@@ -63,6 +61,13 @@ class Watch:
         if not self.weights or not self.weights.keys() <= now.keys():
             return None
         return sum(weight * math.log(now[name]) for name, weight in self.weights.items())
+
+
+def require_set(flag: str, name: str, known: Sequence[str]) -> None:
+    """Raise `UserError` for an evaluation set that `flag` names and that is none of the `known` ones."""
+    if name not in known:
+        there = f"there are: {', '.join(known)}." if known else "there are none: give --eval_files."
+        raise UserError(f"{flag}: no evaluation set is called {name!r}; {there}{nearest(name, known)}")
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

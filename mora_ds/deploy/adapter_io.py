@@ -21,7 +21,7 @@ from torch import nn
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.merge_layer import write_live
-from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors, chosen_domain
+from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors, BaseReference, chosen_domain
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
@@ -49,14 +49,20 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
     with atomic_folder(output.absolute()) as folder:
         for name in (ADAPTER_JSON, ADAPTER_TENSORS):
             shutil.copyfile(source / name, folder / name)
-        adapter.reference.absolute(source).write(folder)
         adapter.ledger.copy_to(folder / LEDGER_FOLDER)
-        if tokenizer := tokenizer_of(source):
-            copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
-        write_manifest(folder)
+        complete(folder, source, adapter.reference.absolute(source))
     nbytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     layers = f"{len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
     return [f"wrote {output}: {layers}, {nbytes / 2**20:,.2f} MiB", f'mora_ds.load_adapter(base, "{output}") loads it']
+
+
+def complete(folder: Path, source: Path, reference: BaseReference) -> None:
+    """Add to an adapter's tensors and ledger in `folder` what else it has: the base's name, the tokenizer of the
+    adapter `source`, and the manifest."""
+    reference.write(folder)
+    if tokenizer := tokenizer_of(source):
+        copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
+    write_manifest(folder)
 
 
 @torch.no_grad()

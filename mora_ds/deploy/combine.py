@@ -32,24 +32,21 @@ from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
     LEDGER_FOLDER,
-    TOKENIZER_FOLDER,
     adapter_folder,
     complete_checkpoints,
     find_adapter,
     is_step_name,
     step_of,
-    tokenizer_of,
 )
 from mora_ds.common.errors import Bounds, RunError, UserError, whole_number
 from mora_ds.common.files import (
     as_path,
     atomic_folder,
     atomic_path,
-    copy_folder,
     require_new,
     write_json_atomic,
-    write_manifest,
 )
+from mora_ds.deploy.adapter_io import complete
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -169,10 +166,7 @@ def combine_adapters(
         reference = last.reference.absolute(last.folder)
         if base_folder is not None:
             reference = replace(reference, folder=str(Path(base_folder).resolve()))
-        reference.write(folder)
-        if tokenizer := tokenizer_of(last.folder):
-            copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
-        write_manifest(folder)
+        complete(folder, last.folder, reference)
     formula = ", ".join(f"{float(source.weight):g} x {source.folder}" for source in opened)
     return [f"wrote {output}: {formula}", f"{len(terms)} term(s) in {len(adapter.layers)} layers; {len(terms) - 1} of"
             " them in its ledger"]  # fmt: skip
@@ -206,6 +200,10 @@ def _check_pair(source: _Source, last: _Source) -> None:
 # -- terms -------------------------------------------------------------------------------------------------------------
 
 
+_Cycle = tuple[str, int, dict[str, LayerEntry], Callable[[str], Tensor]]
+"""A name for its content, its step, its layers, and the value of each of them."""
+
+
 @dataclass
 class _Term:
     """Values of all layers with the same operators, and what each counts."""
@@ -237,24 +235,22 @@ class _Term:
 def _terms(sources: Sequence[_Source]) -> list[_Term]:
     """The live term of the last source comes last."""
     terms: list[_Term] = []
-
-    def add(
-        content: str, step: int, layers: dict[str, LayerEntry], source: _Source, value: Callable[[str], Tensor]
-    ) -> _Term:
-        term = next((term for term in terms if term.takes(content, layers)), None)
-        if term is None:
-            terms.append(term := _Term(step, layers))
-        term.step = max(term.step, step)
-        term.add(content, source.weight, value)
-        return term
-
     for number, source in enumerate(sources):
-        for record in source.ledger.records:
-            value = partial(source.ledger.square, record.cycle)
-            add(record.sha256, record.step, source.ledger.layers(record.cycle), source, value)
-        live = add(f"live {number}", source.file.step, source.file.layers, source, source.tensors.square)
-    terms.remove(live)
-    return [*terms, live]
+        ledger = source.ledger
+        cycles: list[_Cycle] = [
+            (record.sha256, record.step, ledger.layers(record.cycle), partial(ledger.square, record.cycle))
+            for record in ledger.records
+        ]
+        live = (f"live {number}", source.file.step, source.file.layers, source.tensors.square)
+        for content, step, layers, value in [*cycles, live]:
+            matching = [term for term in terms if term.takes(content, layers)]
+            term = matching[0] if matching else _Term(step, layers)
+            if not matching:
+                terms.append(term)
+            term.step = max(term.step, step)
+            term.add(content, source.weight, value)
+    terms.remove(term)
+    return [*terms, term]
 
 
 def _rounded_sum(summands: Iterable[Tensor], name: str) -> Tensor:

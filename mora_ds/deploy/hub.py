@@ -53,18 +53,14 @@ def push_adapter(checkpoint: Path, repository: str) -> str:
     """Uploads the adapter of a checkpoint alone, with a model card. Returns and raises as `push_folder`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
-        lines = export_adapter(checkpoint, folder)
-        (folder / "README.md").write_text(_card(repository, lines[0].partition(": ")[2]), encoding="utf-8")
+        facts = export_adapter(checkpoint, folder)[0].partition(": ")[2]
+        text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
+        name = repository.rpartition("/")[2]
+        code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
+        (folder / "README.md").write_text(card("mora_ds", "mora", name, [text, "", *code]), encoding="utf-8")
         try:
             push_folder(folder, repository)
         except RunError as error:
             again = f"mora-ds convert adapter {checkpoint} --output FOLDER, and hf upload {repository} FOLDER"
             raise RunError(f"{str(error).partition('; it stays')[0]}: {again}") from None
     return f"uploaded the adapter of {checkpoint} to {repository}"
-
-
-def _card(repository: str, facts: str) -> str:
-    name = repository.rpartition("/")[2]
-    text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
-    code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
-    return card("mora_ds", "mora", name, [text, "", *code])

@@ -61,8 +61,16 @@ def compare_logits(
     run code that comes with it. Raises `RunError` when the difference exceeds the tolerance or the export lacks
     weights; `UserError` for a damaged probe.
     """
+    from transformers import AutoModelForCausalLM
+
     tokens, live, recorded = read_probe(probe, name)
-    model = _load(folder, dtype, trust_remote_code)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    model, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise RunError(f"the export lacks weights: {info['missing_keys']} {info['mismatched_keys']}")
+    model.eval()
     if change is not None:
         change(model)
     with torch.inference_mode():
@@ -98,15 +106,3 @@ def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int) -> C
         return Comparison(largest, largest, FP32_TOLERANCE * max(1.0, live.abs().max().item()))
     relative = (difference.norm() / live.norm()).item()
     return Comparison(largest, relative, 2 * torch.finfo(dtype).eps * math.sqrt(1 + layers))
-
-
-def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    model, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise RunError(f"the export lacks weights: {info['missing_keys']} {info['mismatched_keys']}")
-    return model.eval()

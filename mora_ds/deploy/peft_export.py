@@ -100,14 +100,15 @@ def _plan(run: OpenedRun, entry: LayerEntry, limit: int | None) -> _Plan:
     side = min(entry.operator.d_in, entry.operator.d_out)
     ranks = [_bound(spec) for spec, _ in run.updates(entry)]
     total = sum(ranks)
-    if total <= min(side, limit or side):
+    most = min(side, limit or side)
+    if total <= most:
         return _Plan(entry, int(total), True)
     if limit is None and total == math.inf:
         raise UserError(
             f"`rank` is missing: the update of {entry.module} ({entry.operator.describe()}) may have any rank up to "
             f"{side}; name how many of its leading directions to keep"
         )
-    return _Plan(entry, min(side, limit or side), False)
+    return _Plan(entry, most, False)
 
 
 def _bound(spec: UpdateSpec) -> float:

@@ -44,7 +44,12 @@ class MemoryMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return self._value_of(args[0])
+            if args[0].dtype is torch.bool:
+                return self.answer
+            raise UserError(
+                "what this model computes depends on its data in a way that no plan can know (a mixture of experts?): "
+                "plan a model of the same shape without it"
+            )
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._know(tensor.untyped_storage())
@@ -57,14 +62,6 @@ class MemoryMeter(TorchDispatchMode):
     def restart_peak(self) -> None:
         """Measure the peak from here on."""
         self.peak = self.live
-
-    def _value_of(self, tensor: Tensor) -> bool:
-        if tensor.dtype is torch.bool:
-            return self.answer
-        raise UserError(
-            "what this model computes depends on its data in a way that no plan can know (a mixture of experts?): "
-            "plan a model of the same shape without it"
-        )
 
     def _know(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

@@ -37,7 +37,8 @@ def token_flops(model: Any, length: int) -> float:
     frozen = 0
     trained = 0
     stacks = [stack for stack in find_stacks(model).values() if isinstance(stack, ExpertStack)]
-    for layer in (*stacks, *mora_layers(model).values()):
+    plain = [module for module in model.modules() if is_linear(module) and not isinstance(module, AdaptedLinear)]
+    for layer in (*stacks, *mora_layers(model).values(), *plain):
         experts = getattr(layer, "experts_per_token", 1) or 1
         weight = math.prod(linear_shape(layer)) * experts
         if isinstance(layer, AdaptedLinear):
@@ -48,13 +49,6 @@ def token_flops(model: Any, length: int) -> float:
             trained += weight
         else:
             frozen += weight
-    for module in model.modules():
-        if not isinstance(module, AdaptedLinear) and is_linear(module):
-            weight = math.prod(linear_shape(module))
-            if isinstance(module.weight, nn.Parameter):
-                trained += weight
-            else:
-                frozen += weight
     return 4.0 * frozen + 6.0 * (trained + _attention(model.config.get_text_config(), length))
 
 

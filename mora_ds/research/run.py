@@ -17,9 +17,10 @@ from mora_ds.adapters.domain_names import SHARED
 from mora_ds.adapters.domains import Domains, domains_of
 from mora_ds.adapters.inject import inject
 from mora_ds.checkpoint.adapter_files import Adapter
-from mora_ds.common.errors import RunError, UserError, nearest
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments
+from mora_ds.config.forgetting import require_set
 from mora_ds.config.mixture import HELD_OUT
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import LoadedBase
@@ -149,11 +150,7 @@ class ResearchHooks(Hooks):
             names = (name, name.removeprefix(f"{HELD_OUT}_"))
             self.read_as[name] = next((domain for domain in names if domain in domains), None)
         for name, domain in eval_entries(self.settings.eval_domains):
-            if name not in sets:
-                there = f"there are: {', '.join(sets)}." if sets else "there are none: give --eval_files."
-                raise UserError(
-                    f"{NAME}eval_domains: no evaluation set is called {name!r}; {there}{nearest(name, sets)}"
-                )
+            require_set(f"{NAME}eval_domains", name, sets)
             self.read_as[name] = None if domain == SHARED else domain
         if domains and self.read_as:
             read_as = ", ".join(f"{name}: {domain or SHARED}" for name, domain in self.read_as.items())

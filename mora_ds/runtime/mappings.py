@@ -16,6 +16,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -27,24 +28,21 @@ _MAPPING = re.compile(
 _MADV_DONTNEED = 4
 
 
-@dataclass
-class _Mapping:
+class _Mapping(NamedTuple):
+    """A mapped file whose bytes this process sees as other processes do."""
+
     start: int
     end: int
-    is_shared: bool
     offset: int
     file: str
     """Device and inode."""
-    written: int
-    """KiB of it that are private, because this process has written to them."""
 
 
+@dataclass(frozen=True)
 class Mappings:
-    """The mapped files of this process; none where there is no /proc."""
+    """The mapped files of this process by their addresses; none where there is no /proc."""
 
-    def __init__(self, mappings: list[_Mapping]) -> None:
-        self._mappings = sorted(mappings, key=lambda mapping: mapping.start)
-        self._starts = [mapping.start for mapping in self._mappings]
+    mappings: list[_Mapping]
 
     @classmethod
     def read(cls) -> Mappings:
@@ -52,11 +50,11 @@ class Mappings:
         mappings = []
         for mapping in _MAPPING.finditer(_SMAPS.read_text() if _SMAPS.exists() else ""):
             start, end, permissions, offset, device, inode, written = mapping.groups()
-            if inode != "0":
-                file = f"{device} {inode}"
-                is_shared = permissions[3] == "s"
-                mappings.append(_Mapping(int(start, 16), int(end, 16), is_shared, int(offset, 16), file, int(written)))
-        return cls(mappings)
+            # Of a private mapping this process has pages of its own from the first write on.
+            is_own = permissions[3] != "s" and written != "0"
+            if inode != "0" and not is_own:
+                mappings.append(_Mapping(int(start, 16), int(end, 16), int(offset, 16), f"{device} {inode}"))
+        return cls(sorted(mappings))
 
     def place_of(self, tensor: Tensor) -> str | None:
         """Where the tensor's bytes come from; None for one on another device, in memory of its own, or in a mapped
@@ -64,10 +62,8 @@ class Mappings:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
         address = tensor.data_ptr()
-        index = bisect.bisect_right(self._starts, address) - 1
-        if index < 0 or address + tensor.nbytes > (mapping := self._mappings[index]).end:
-            return None
-        if mapping.written and not mapping.is_shared:
+        index = bisect.bisect_right(self.mappings, address, key=lambda mapping: mapping.start) - 1
+        if index < 0 or address + tensor.nbytes > (mapping := self.mappings[index]).end:
             return None
         return f"{mapping.file} @{mapping.offset + address - mapping.start}"
 

@@ -124,7 +124,13 @@ class Ranks:
         """
         mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
         self.barrier(check)
-        if self.world == 1 or self._is_equal(_number(json.dumps(mine, sort_keys=True))):
+        if self.world == 1:
+            return
+        number = _number(json.dumps(mine, sort_keys=True))
+        highest = torch.tensor([number, -number])
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
+        most, least = highest.tolist()
+        if most == -least:
             return
         everyone: list[dict[str, str]] = self.gather(f"{check}: values", mine)
         lines = []
@@ -216,12 +222,6 @@ class Ranks:
             ) from raised
         failed, most, least = highest.tolist()
         return not failed and most == -least
-
-    def _is_equal(self, number: int) -> bool:
-        """Whether all ranks have the same number."""
-        highest = torch.tensor([number, -number])
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
-        return highest[0].item() == -highest[1].item()
 
 
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
