@@ -162,11 +162,13 @@ def _training(options: argparse.Namespace) -> Callable[[], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = bench_parser(__doc__)
-    parser.add_argument("--megabytes", type=float, default=20, help="text of all sources")
-    parser.add_argument("--seq_len", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=16, help="sequences a step")
-    parser.add_argument("--steps", type=int, default=30)
+    numbers = {
+        "megabytes": (20.0, "text of all sources"),
+        "seq_len": (512, "tokens of a sequence"),
+        "rows": (16, "sequences a step"),
+        "steps": (30, "turns"),
+    }
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument("--folder", help="for texts and caches; default: one that goes again")
     return parser
 

@@ -156,14 +156,16 @@ def row(layer: Layer, now: Callable[[], float], seconds: float) -> list[str]:
 
 
 def main() -> None:
-    parser = bench_parser(__doc__)
+    numbers = {
+        "threads": (1, "of a CPU"),
+        "seconds": (0.5, "at least so long, and three pairs, for each figure"),
+    }
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="D_INxD_OUT")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--operators", nargs="+", default=[f"{kind.value}:{rank}" for kind, rank in CASES])
-    parser.add_argument("--seconds", type=float, default=0.5, help="at least so long, and three pairs, for each figure")
     options = parser.parse_args()
     report = Report(options)
     torch.set_num_threads(options.threads)

@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.errors import COUNT, UserError, out_of_bounds, refuse, unknown, wrong_values
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.runtime import cli
 from mora_ds.train.demo import MODEL_CONFIG, WARM_START
@@ -151,18 +151,21 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = bench_parser(__doc__)
+    numbers = {
+        "base_steps": (WARM_START["max_steps"], "steps of its warm start; 0 leaves the model untrained"),
+        "base_rate": (WARM_START["learning_rate"], "and their learning rate"),
+        "steps": (200, "optimizer steps of each run"),
+        "seeds": (3, "runs of each method at its best learning rate"),
+        "sweep_seeds": (2, "of them at every learning rate of the sweep"),
+        "jobs": (os.cpu_count() or 1, "runs side by side, one thread each"),
+    }
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
     parser.add_argument(
         "--base_config", type=Path, default=MODEL_CONFIG, metavar="FILE",
         help="config of the model that is warm-started where there is no --base",
     )  # fmt: skip
-    parser.add_argument(
-        "--base_steps", type=int, default=WARM_START["max_steps"],
-        help="steps of its warm start; 0 leaves the model untrained",
-    )  # fmt: skip
-    parser.add_argument("--base_rate", type=float, default=WARM_START["learning_rate"], help="and their learning rate")
     parser.add_argument("--bf16", action="store_true", help="the warm start and all runs in bf16")
     parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
     parser.add_argument("--old", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="what the base knows, with --base")
@@ -170,7 +173,6 @@ def _options() -> argparse.Namespace:
         "--rank", type=int, nargs="+", default=[8],
         help="LoRA's rank, or several; MoRA matrices have about as many parameters. Methods without one run once",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--batch", type=int, help="sequences of a step. Default: those of --methods_file")
     parser.add_argument(
         "--compute", choices=("activation", "weight"),
@@ -178,9 +180,6 @@ def _options() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, at the end of every run (--eval_tasks)")
     parser.add_argument("--replay", type=float, help="share of the old text in every batch. Default: each method's own")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at its best learning rate")
-    parser.add_argument("--sweep_seeds", type=int, default=2, help="of them at every learning rate of the sweep")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     parser.add_argument("--methods_file", type=Path, default=METHODS_FILE, help="YAML file that defines the methods")
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD[@RATE]",
@@ -194,9 +193,8 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    counts = (*options.rank, options.steps, options.seeds, options.sweep_seeds, options.jobs, options.batch)
-    if min(count for count in counts if count is not None) < 1:
-        raise UserError("--rank, --steps, --batch, --seeds, --sweep_seeds and --jobs must be at least 1")
+    refuse(wrong_values(options, dict.fromkeys(("steps", "batch", "seeds", "sweep_seeds", "jobs"), COUNT)))
+    refuse(out_of_bounds(("rank", rank, COUNT) for rank in options.rank))
     for path in options.runs:
         if not path.is_file():
             raise UserError(f"--with: there is no {path}")

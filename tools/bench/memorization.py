@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import Run, initialize, inject
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.common.errors import UserError, unknown
+from mora_ds.common.errors import COUNT, UserError, refuse, unknown, wrong_values
 from mora_ds.common.files import write_json_atomic
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize_full, start_distributed
@@ -112,20 +112,22 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = bench_parser(__doc__)
+    numbers = {
+        "digit_steps": (0, "teach the base first what digits look like"),
+        "rank": (8, "LoRA's rank; MoRA matrices have about as many"),
+        "pairs": (64, "pairs to memorise"),
+        "batch": (32, "pairs an optimizer step"),
+        "micro_batch": (32, "pairs at a time"),
+        "steps": (400, "optimizer steps"),
+        "every": (50, "steps from one measurement to the next"),
+        "probe": (32, "pairs that are generated at each measurement"),
+        "cycles": (4, "of ReMoRA: merges, and one more"),
+        "seeds": (3, "runs of each method at every learning rate"),
+        "jobs": (2, "runs side by side, one thread each"),
+    }
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
     parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
-    parser.add_argument("--digit_steps", type=int, default=0, help="teach the base first what digits look like")
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank; MoRA matrices have about as many")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs to memorise")
-    parser.add_argument("--batch", type=int, default=32, help="pairs an optimizer step")
-    parser.add_argument("--micro_batch", type=int, default=32, help="pairs at a time")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
-    parser.add_argument("--probe", type=int, default=32, help="pairs that are generated at each measurement")
-    parser.add_argument("--cycles", type=int, default=4, help="of ReMoRA: merges, and one more")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method at every learning rate")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3), help="of ZeRO; 1 costs a small model least")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
@@ -134,13 +136,9 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    wrong = [name for name in options.methods if name not in METHODS]
-    if wrong:
-        raise UserError(unknown("--methods", wrong[0], METHODS))
-    counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
-    for name in (*counts, "seeds", "jobs"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    refuse(unknown("--methods", name, METHODS) for name in options.methods if name not in METHODS)
+    counts = ("rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "seeds", "jobs")
+    refuse(wrong_values(options, dict.fromkeys(counts, COUNT)))
     if options.batch % options.micro_batch:
         raise UserError(f"--batch {options.batch} is no multiple of --micro_batch {options.micro_batch}")
     if "remora" in options.methods and options.steps // options.cycles <= RAMP:

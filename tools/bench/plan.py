@@ -63,13 +63,15 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = bench_parser(__doc__)
+    numbers = {
+        "layers": (8, "of the model"),
+        "hidden": (512, "its width"),
+        "rows": (2, "sequences a rank"),
+        "seq_len": (256, "tokens of each"),
+        "rank": (32, "as --mora_rank"),
+    }
+    parser = bench_parser(__doc__, numbers)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=32, help="as --mora_rank")
     return parser.parse_args()
 
 

@@ -9,7 +9,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,16 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Of a CPU, as /proc/cpuinfo names them: those that decide how fast its matrix products are."""
 
 
-def bench_parser(documentation: str | None) -> argparse.ArgumentParser:
-    """A parser with `--json FILE`, described by the first line of a benchmark's documentation."""
+Numbers = Mapping[str, tuple[float, str]]
+"""Flag without its dashes -> its default, whose type it takes, and its help."""
+
+
+def bench_parser(documentation: str | None, numbers: Numbers | None = None) -> argparse.ArgumentParser:
+    """A parser with `--json FILE` and a flag for each of `numbers`, described by a benchmark's documentation."""
     parser = command_parser(documentation)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed as JSON too")
+    for name, (default, text) in (numbers or {}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     return parser
 
 

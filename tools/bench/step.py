@@ -243,15 +243,16 @@ def _speedup(seconds: list[float], others: list[float]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = bench_parser(__doc__)
-    parser.add_argument("--width", type=int, default=512, help="of the model")
-    parser.add_argument("--layers", type=int, default=8, help="how many")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA; MoRA matrices have about as many parameters")
-    parser.add_argument("--rows", type=int, default=2, help="sequences a rank and step")
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens of each")
-    parser.add_argument("--repeat", type=int, default=7, help="turns")
-    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
-    return parser.parse_args()
+    numbers = {
+        "width": (512, "of the model"),
+        "layers": (8, "how many"),
+        "rank": (8, "of LoRA; MoRA matrices have about as many parameters"),
+        "rows": (2, "sequences a rank and step"),
+        "seq_len": (512, "tokens of each"),
+        "repeat": (7, "turns"),
+        "local_rank": (0, "set by the launcher"),
+    }
+    return bench_parser(__doc__, numbers).parse_args()
 
 
 if __name__ == "__main__":
