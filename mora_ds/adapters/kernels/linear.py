@@ -15,8 +15,6 @@ each of these reads them in turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, product
 from mora_ds.adapters.ops.int8 import Int8Weight
-from mora_ds.adapters.ops.linear import Compute, linear_by
+from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
 
 
 def kernel_linear(
@@ -48,21 +46,22 @@ def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
     return formed
 
 
-@dataclass(frozen=True)
-class KernelProducts:
-    """`LayerProducts` of the operations of `ops`."""
+class KernelProducts(LayerProducts):
+    """These steps by the operations of `ops`."""
 
-    tables: KernelTables
+    def __init__(self, tables: KernelTables) -> None:
+        super().__init__(tables.spec)
+        self.tables = tables
 
     def saved_input(self, x: Tensor) -> Tensor:
-        return x if self.tables.spec.blocks > 1 else self._fold(x)
+        return x if self.spec.blocks > 1 else self._fold(x)
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:
         return form_weight(weight, square, self.tables)
 
     def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
         z = self._folded(saved)
-        u = (z.view(-1, self.tables.spec.r_hat) @ square.T).view(z.shape)
+        u = (z.view(-1, self.spec.r_hat) @ square.T).view(z.shape)
         terms = u, self.tables.spread, None, None, False
         # Under autocast u has another dtype than what it is made of, and an addition in place casts nothing.
         if isinstance(weight, Tensor) and bias is None and u.dtype == x.dtype == weight.dtype:
@@ -74,13 +73,13 @@ class KernelProducts:
     def collect_once(self, g: Tensor) -> Tensor:
         """(..., O) -> (T * P, R)."""
         collected: Tensor = ops.gather_sum(_flat(g), self.tables.collect, None, None, False)
-        return collected.view(-1, self.tables.spec.r_hat)
+        return collected.view(-1, self.spec.r_hat)
 
     def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
         g_z = (c @ square).view(-1, self.tables.collect.shape[1])
         if self.tables.blocks_read is not None:
-            by_block = g_z.unflatten(1, (-1, self.tables.spec.r_hat))
+            by_block = g_z.unflatten(1, (-1, self.spec.r_hat))
             g_z = by_block.index_select(1, self.tables.blocks_read).flatten(1)
         unfold = g_z, self.tables.unfold, *self.tables.rotation, True
         if isinstance(weight, Tensor):
@@ -91,8 +90,8 @@ class KernelProducts:
 
     def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
-        z = self._folded(saved).unflatten(1, (-1, self.tables.spec.r_hat))
-        parts: Tensor = ops.product(c.view(len(z), self.tables.blocks_out, self.tables.spec.r_hat), z)
+        z = self._folded(saved).unflatten(1, (-1, self.spec.r_hat))
+        parts: Tensor = ops.product(c.view(len(z), self.tables.blocks_out, self.spec.r_hat), z)
         gradient: Tensor = parts[0] if len(parts) == 1 else ops.sum_parts(parts, g.dtype)
         return gradient
 
@@ -102,7 +101,7 @@ class KernelProducts:
         return folded
 
     def _folded(self, saved: Tensor) -> Tensor:
-        return self._fold(saved) if self.tables.spec.blocks > 1 else saved
+        return self._fold(saved) if self.spec.blocks > 1 else saved
 
 
 def _plus_product(total: Tensor, x: Tensor, matrix: Tensor) -> Tensor:

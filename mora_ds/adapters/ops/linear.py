@@ -13,9 +13,8 @@ A quantized weight is made dense for each product of either path, and freed afte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,33 +57,11 @@ def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
     return Compute.WEIGHT if formed <= moved else Compute.ACTIVATION
 
 
-class LayerProducts(Protocol):
-    """The steps that both paths are made of, for one operator: in plain torch here, by kernels in `kernels.linear`."""
-
-    def saved_input(self, x: Tensor) -> Tensor:
-        """What is kept of x (..., D) for M's gradient."""
-
-    def form(self, weight: Weight, square: Tensor) -> Tensor:
-        """weight + delta (O, D), in the dtype of M, which holds until the next call."""
-
-    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
-        """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of x."""
-
-    def collect_once(self, g: Tensor) -> Tensor | None:
-        """What both gradients of the activation path read of g (..., O), where they read the same."""
-
-    def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
-        """g W0 + the transpose of the update's linear map, applied to g (..., O): (..., D)."""
-
-    def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
-        """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g before."""
-
-
 def mora_linear(
     x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute
 ) -> Tensor:
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do. `path`: not AUTO."""
-    return linear_by(TorchProducts(spec), x, weight, bias, square, path)
+    return linear_by(LayerProducts(spec), x, weight, bias, square, path)
 
 
 def linear_by(
@@ -93,49 +70,32 @@ def linear_by(
     """The layer's product on one of the paths, of these steps."""
     if x.dim() == 1:
         return linear_by(products, x.unsqueeze(0), weight, bias, square, path).squeeze(0)
-    function = _WeightPath if path is Compute.WEIGHT else _ActivationPath
-    y: Tensor = function.apply(x, weight, bias, square, products)
+    y: Tensor = _MoRALinear.apply(x, weight, bias, square, products, path is Compute.WEIGHT)
     return y
 
 
-class _WeightPath(torch.autograd.Function):
+class _MoRALinear(torch.autograd.Function):
     """Saves the folded input where M is applied once (tokens * r_hat). That of several blocks is as large as the input,
-    which is saved in its place, as layers that read the same tensor share it."""
+    which is saved in its place, as layers that read the same tensor share it. The activation path adds all sums to the
+    product with W0, without another tensor of its size."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, products: LayerProducts
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        square: Tensor,
+        products: LayerProducts,
+        by_weight: bool,
     ) -> Tensor:
         ctx.products = products
-        ctx.make = maker_of(weight)
-        ctx.save_for_backward(products.saved_input(x), square, *parts_of(weight))
-        return linear(x, products.form(weight, square), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
-        products: LayerProducts = ctx.products
-        saved, square, *weight_tensors = ctx.saved_tensors
-        g_x = g_square = None
-        if ctx.needs_input_grad[0]:
-            g_x = g @ products.form(weight_of(ctx.make, *weight_tensors), square)
-        if ctx.needs_input_grad[3]:
-            g_square = products.square_gradient(saved, g, None, by_weight=True)
-        return g_x, None, None, g_square, None
-
-
-class _ActivationPath(torch.autograd.Function):
-    """Saves what the weight path saves. All sums go into the product with W0, without another tensor of its size."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, products: LayerProducts
-    ) -> Tensor:
-        ctx.products = products
+        ctx.by_weight = by_weight
         ctx.make = maker_of(weight)
         saved = products.saved_input(x)
         ctx.save_for_backward(saved, square, *parts_of(weight))
+        if by_weight:
+            return linear(x, products.form(weight, square), bias)
         return products.output(x, weight, bias, square, saved)
 
     @staticmethod
@@ -144,37 +104,47 @@ class _ActivationPath(torch.autograd.Function):
         (g,) = gradients
         products: LayerProducts = ctx.products
         saved, square, *weight_tensors = ctx.saved_tensors
+        weight = weight_of(ctx.make, *weight_tensors)
+        collected = None if ctx.by_weight else products.collect_once(g)
         g_x = g_square = None
-        collected = products.collect_once(g)
         if ctx.needs_input_grad[0]:
-            g_x = products.input_gradient(g, weight_of(ctx.make, *weight_tensors), square, collected)
+            if ctx.by_weight:
+                g_x = g @ products.form(weight, square)
+            else:
+                g_x = products.input_gradient(g, weight, square, collected)
         if ctx.needs_input_grad[3]:
-            g_square = products.square_gradient(saved, g, collected, by_weight=False)
-        return g_x, None, None, g_square, None
+            g_square = products.square_gradient(saved, g, collected, ctx.by_weight)
+        return g_x, None, None, g_square, None, None
 
 
-@dataclass(frozen=True)
-class TorchProducts:
-    """`LayerProducts` in plain torch."""
+class LayerProducts:
+    """The steps that both paths are made of, for one operator, in plain torch. `kernels.linear` has them by kernels."""
 
-    spec: OperatorSpec
+    def __init__(self, spec: OperatorSpec) -> None:
+        self.spec = spec
 
     def saved_input(self, x: Tensor) -> Tensor:
+        """What is kept of x (..., D) for M's gradient."""
         return saved_input(self.spec, x)
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:
+        """weight + delta (O, D), in the dtype of M, which holds until the next call."""
         return effective_weight(self.spec, square, dense(weight, square.dtype))
 
     def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
+        """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of x."""
         return add_update_(product(x, weight, bias), self.spec, square, saved)
 
     def collect_once(self, g: Tensor) -> Tensor | None:
+        """What both gradients of the activation path read of g (..., O), where they read the same."""
         return None if self.spec.blocks > 1 or sums_by_product(g) else decompress_transpose(self.spec, g)
 
     def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
+        """g W0 + the transpose of the update's linear map, applied to g (..., O): (..., D)."""
         return add_input_gradient_(input_gradient(g, weight), self.spec, square, g, collected)
 
     def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
+        """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g before."""
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)
         return square_gradient(self.spec, saved, g, form_dense=by_weight and sums_by_product(g))
