@@ -2,7 +2,7 @@
 
 config             `MoRAConfig`, `LoRAConfig`: what is adapted, with which operator and size
 inject             replaces a model's linear layers, freezes the rest, and reports
-layer              the adapted layers
+layer              the adapted layers, and their frozen weight formed anew at a merge
 domains            layers with one MoRA matrix for each domain, added to the shared one
 target_modules     which layers are adapted, by patterns (`target_patterns`)
 experts            experts of a mixture: which tensors they are, and how they are computed with a MoRA matrix each
@@ -11,7 +11,6 @@ new_embeddings     training of added vocabulary rows only
 low_rank_embeddings    a trained product that is added to embeddings and head
 nf4                frozen weights in 4 bits, with the terms of merged cycles
 quantized          which layers hold their weight in 8 or 4 bits, and its bytes
-merge_layer        the frozen weight of a layer, formed anew at a merge
 kernels            a layer's product on a GPU, in few Triton kernels
 ops                the tensor functions below all of these
 """

@@ -8,7 +8,7 @@ them unsharded and no collective ever carries them. With 8 bits the weight is in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from mora_ds.adapters.kernels.ops import runs_kernels
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops import int8
+from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import Weight, check_floating, dense, frozen_linear
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.int8 import Int8Weight
@@ -46,6 +47,21 @@ class Split(Protocol):
 
     def unshard(self, square_shard: Tensor) -> Tensor:
         """M, from the shards of all ranks. Collective."""
+
+
+class MergeNorms(NamedTuple):
+    """Frobenius norms of a merge, each a scalar on the layer's device."""
+
+    square: Tensor
+    delta: Tensor
+    """Of the value's delta; `weight` is that of the frozen weight before the merge."""
+    weight: Tensor
+    lost: Tensor
+    """Of the part of the delta that rounding keeps out of the frozen weight."""
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32)
 
 
 class ExpertStack(nn.Module):
@@ -179,22 +195,43 @@ class AdaptedLinear(nn.Module):
         self.weight = values.mT.contiguous() if self.transposed else values
 
     @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Replaces the frozen weight by another in its layout, fp32, rounded once. In place, so that storages and ties
-        stay. Not of a packed one."""
+    def form(self, original: Tensor, updates: Iterable[Term]) -> None:
+        """Forms the frozen weight anew: `original` plus the deltas of `updates`, summed in fp32 in their order.
+
+        The sum is rounded once, to the weight's dtype or to 8 bits. As it starts at the original weight, rounding
+        errors do not accumulate over merges. In 4 bits the original alone is rounded, and the updates stay matrices
+        beside it (`nf4`). In place, so that storages and ties stay. `original`, in the layout of `weight`, is not
+        written to.
+        """
         if self.weight_scales is None:
-            self.weight.copy_(weight)
-            return
-        values, scales = int8.quantize(weight.mT if self.transposed else weight)
-        self.stored_weight.copy_(values)
-        self.weight_scales.copy_(scales)
+            self.weight.copy_(live_weight(original, updates, self.transposed, self.weight.dtype, self.device))
+        elif self.is_packed:
+            packed, scales = nf4.quantize((original.T if self.transposed else original).to(self.device))
+            self.weight.copy_(packed)
+            self.weight_scales.copy_(scales)
+            self.keep_merged(updates)
+        else:
+            weight = live_weight(original, updates, self.transposed, torch.float32, self.device)
+            values, scales = int8.quantize(weight.mT if self.transposed else weight)
+            self.stored_weight.copy_(values)
+            self.weight_scales.copy_(scales)
 
     @torch.no_grad()
-    def round_again(self, original: Tensor) -> None:
-        """Forms a packed weight anew from the original, in place."""
-        packed, scales = nf4.quantize((original.T if self.transposed else original).to(self.device))
-        self.weight.copy_(packed)
-        self.get_buffer("weight_scales").copy_(scales)
+    def merge(self, original: Tensor, updates: Iterable[Term], square: Tensor) -> MergeNorms:
+        """`form` with the unsharded fp32 value `square` as the last of `updates`; returns its norms."""
+        old = self.frozen_on(self.device, copy=True)
+        if self.is_packed:
+            self.keep_merged(updates)  # the original's 4 bits stay as they are
+        else:
+            self.form(original, updates)
+        before = _norm(dense(old, torch.float32))
+        moved = None
+        if self.weight.dtype is not torch.float32:
+            moved = dense(self.frozen_on(self.device), torch.float32).float().sub_(dense(old, torch.float32))
+        del old  # before the delta takes as much memory
+        delta = self.spec.delta_weight(square)
+        lost = before.new_zeros(()) if moved is None else _norm(moved.sub_(delta))
+        return MergeNorms(_norm(square), _norm(delta), before, lost)
 
     def keep_merged(self, updates: Iterable[Term]) -> None:
         """Adds all these to a packed weight from now on, and no others."""

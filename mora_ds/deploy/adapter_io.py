@@ -20,7 +20,6 @@ from torch import nn
 
 from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
 from mora_ds.adapters.inject import inject, mora_layers, move_base
-from mora_ds.adapters.merge_layer import write_live
 from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors, BaseReference, chosen_domain
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
@@ -99,7 +98,7 @@ def load_adapter(
     for name, layer in mora_layers(model).items():
         layer.spec = facts.layers[name].operator
         original = files.read(opened.original_key(files, facts.layers[name].weight))
-        write_live(layer, original, opened.ledger.squares_of(name))
+        layer.form(original, opened.ledger.squares_of(name))
         set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
         if facts.domains is not None:
             assert isinstance(layer, DomainLinear)

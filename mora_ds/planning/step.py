@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import OTHER_FLAGS, AdapterConfig
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
-from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
 from mora_ds.common.errors import UserError, named_as_flags, reason
@@ -206,7 +205,7 @@ def measure_merge(model: nn.Module) -> int:
     original = torch.empty(layer.shape, dtype=layer.dtype, device="meta")  # memory-mapped from a file
     with MemoryMeter((original, *model.parameters(), *model.buffers())) as meter:
         value = torch.empty(layer.spec.value_shape, dtype=torch.float32, device="meta")
-        merge_layer(layer, original, [(layer.spec, value)], value)
+        layer.merge(original, [(layer.spec, value)], value)
     _clear_tables()
     return meter.peak
 

@@ -12,9 +12,8 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.adapters.inject import mora_layers, set_cycle
-from mora_ds.adapters.layer import AdaptedLinear
-from mora_ds.adapters.merge_layer import MergeNorms, merge_layer, write_live
+from mora_ds.adapters.layer import MergeNorms
+from mora_ds.adapters.ops.terms import Term
 from mora_ds.common.errors import RunError
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
@@ -116,7 +115,8 @@ class ReMoRA:
         entries = layer_entries(model)
         recorded: dict[str, Tensor] = {}
         before = probe() if probe else None
-        norms = self._merge_layers(recorded)
+        rows = self._form(self._matrices(recorded))
+        norms = node_base_of(model).of_all(rows, list(entries), len(MergeNorms._fields))
         self._record(step, entries, recorded)
         self._start_cycle(self.cycle)
         after = probe() if probe else None
@@ -134,34 +134,49 @@ class ReMoRA:
             loss_after=after,
         )
 
-    def _merge_layers(self, recorded: dict[str, Tensor]) -> Tensor:
-        """Form every live weight anew, each once on a node whose processes share it, and put the layers' MoRA matrices
-        in `recorded`, on rank 0. Returns the `MergeNorms` (layers, 4)."""
-        self._forget_copies()
+    def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Module name and unsharded fp32 M of each layer, which rank 0 also puts in `recorded`. Collective."""
+        for name, layer in mora_layers(self.engine.module).items():
+            square = layer.unshard(zero.full_fp32(self.engine, layer.value))
+            if dist.get_rank() == 0:
+                recorded[name] = square.cpu()
+            yield name, square
+
+    def _form(self, squares: Iterable[tuple[str, Tensor | None]]) -> dict[str, MergeNorms]:
+        """Form every live weight anew, each once on a node whose processes share it, from its original, the ledger and
+        the M that `squares` has for it, if any. Returns {module name: norms} of the M that this process has added."""
+        if ring := ring_of(self.engine.module):
+            ring.forget()  # the device's copies of streamed weights that are about to change
         model = self.engine.module
         layers = mora_layers(model)
         node = node_base_of(model)
-        owned = set(node.layers(model))
+        written_here = set(node.layers(model))
 
-        def matrices() -> Iterator[tuple[str, Tensor]]:
-            for name, layer in layers.items():
-                square = layer.unshard(zero.full_fp32(self.engine, layer.value))
-                if dist.get_rank() == 0:
-                    recorded[name] = square.cpu()
-                if name in owned:
-                    yield name, square if node.ranks is None else square.cpu()  # all of them wait for the others
-                elif layer.is_packed:  # every process keeps the matrices
-                    layer.keep_merged(chain(self.ledger.squares_of(name), [(layer.spec, square)]))
+        def updates(name: str, square: Tensor | None) -> Iterator[Term]:
+            yield from self.ledger.squares_of(name)
+            if square is not None:
+                yield layers[name].spec, square
 
-        def merge(name: str, square: Tensor) -> MergeNorms:
+        def items() -> Iterator[tuple[str, Tensor | None]]:
+            for name, square in squares:
+                if name in written_here:
+                    # Where the base is shared, all matrices wait for the other processes: not on the device.
+                    yield name, square if square is None or node.ranks is None else square.cpu()
+                elif layers[name].is_packed:  # every process keeps the matrices
+                    layers[name].keep_merged(updates(name, square))
+
+        def form(name: str, square: Tensor | None) -> MergeNorms | None:
             layer = layers[name]
+            original = self.base.read(self.keys[layer.spec.weight_name(name)])
+            if square is None:
+                layer.form(original, updates(name, None))
+                return None
             square = square.to(layer.device)
-            updates = chain(self.ledger.squares_of(name), [(layer.spec, square)])
-            return merge_layer(layer, self._original(layer.spec.weight_name(name)), updates, square)
+            return layer.merge(original, updates(name, square), square)
 
-        norms = node.of_all(node.form(model, matrices(), merge), list(layers), len(MergeNorms._fields))
+        formed = node.form(model, items(), form)
         self.base.release()
-        return norms
+        return {name: norms for name, norms in formed.items() if norms is not None}
 
     def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
         if before is None or after is None:
@@ -184,27 +199,7 @@ class ReMoRA:
 
     def form_base(self) -> None:
         """Form every live weight from its original and the ledger. Collective, as a merge."""
-        self._forget_copies()
-        model = self.engine.module
-        layers = mora_layers(model)
-        node = node_base_of(model)
-
-        def form(name: str, layer: AdaptedLinear) -> None:
-            write_live(layer, self._original(layer.spec.weight_name(name)), self.ledger.squares_of(name))
-
-        node.form(model, ((name, layers[name]) for name in node.layers(model)), form)
-        for name in layers.keys() - set(node.layers(model)):
-            if layers[name].is_packed:
-                layers[name].keep_merged(self.ledger.squares_of(name))
-        self.base.release()
-
-    def _forget_copies(self) -> None:
-        """Where the base is streamed, the device's copies of weights that are about to change are not used again."""
-        if ring := ring_of(self.engine.module):
-            ring.forget()
-
-    def _original(self, weight: str) -> Tensor:
-        return self.base.read(self.keys[weight])
+        self._form((name, None) for name in mora_layers(self.engine.module))
 
     def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""

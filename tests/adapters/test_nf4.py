@@ -15,7 +15,6 @@ from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
 from mora_ds.adapters.layer import adapt
-from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.delta import live_weight
@@ -161,8 +160,8 @@ def test_merges_and_a_replay_never_round_a_conv1d_again() -> None:
     )
     right = live_weight(merged.read(), updates, True, torch.float32)
     for cycle, (_, value) in enumerate(updates, start=1):
-        merge_layer(merged, original, updates[:cycle], value)
-    write_live(replayed, original, updates)
+        merged.merge(original, updates[:cycle], value)
+    replayed.form(original, updates)
     assert torch.equal(merged.read(), right)
     assert torch.equal(replayed.read(), right)
 
@@ -178,7 +177,7 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any) -> None
     before = model(input_ids=ids).logits.float()
     for layer in mora_layers(model).values():
         value = layer.value.data.float()
-        merge_layer(layer, torch.empty(0), [(layer.spec, value)], value)
+        layer.merge(torch.empty(0), [(layer.spec, value)], value)
         layer.value.data.zero_()
     after = model(input_ids=ids).logits.float()
     assert (after - before).norm() < 0.01 * before.norm()

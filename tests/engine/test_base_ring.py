@@ -129,7 +129,7 @@ def change(model: Any) -> None:
 
     def grow(_: str, layer: Any) -> None:
         if base_bits_of(model) != 4:  # which no merge writes
-            layer.write(layer.read().float() * 1.5)
+            layer.form(layer.read().float() * 1.5, [])
 
     node.form(model, [(name, layers[name]) for name in node.layers(model)], grow)
 

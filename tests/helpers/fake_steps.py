@@ -26,7 +26,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mora_ds.adapters import layer as layer_module
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import inject, mora_layers, move_base, set_cycle
-from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops.index_tables import IndexTables, clear_tables
 from mora_ds.adapters.ops.linear import mora_linear
 from mora_ds.config.arguments import Arguments, from_flat
@@ -157,7 +156,7 @@ def step(model: Any, settings: dict[str, Any], first: int) -> None:
 
 def merge(layer: Any) -> None:
     square = layer.unshard(layer.value.detach()).float()
-    norms = merge_layer(layer, torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square)
+    norms = layer.merge(torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square)
     assert {norm.device for norm in norms} == {CUDA}
 
 

@@ -134,16 +134,17 @@ def half_a_tokenizer() -> None:
 def half_a_layer(nth: int) -> None:
     """Die when half of the n-th frozen weight that is written has its new numbers."""
     calls = itertools.count(1)
-    write = AdaptedLinear.write
+    form = AdaptedLinear.form
 
-    def patched(layer: AdaptedLinear, weight: Any) -> None:
+    def patched(layer: AdaptedLinear, original: Any, updates: Any) -> None:
+        before = layer.weight.clone()
+        form(layer, original, updates)
         if next(calls) == nth:
-            half = len(weight) // 2
-            layer.weight[:half].copy_(weight[:half])
+            half = len(before) // 2
+            layer.weight[half:].copy_(before[half:])
             die()
-        write(layer, weight)
 
-    AdaptedLinear.write = patched  # type: ignore[method-assign]
+    AdaptedLinear.form = patched  # type: ignore[method-assign]
 
 
 def cycle_without_its_line() -> None:
@@ -233,7 +234,7 @@ retention_half_done | first | nothing | - | half of step 3 deleted
 before_a_merge | all | nothing | - | before .remora.merge.ReMoRA.merge 2
 base_half_copied_to_the_memory_of_the_node | all | nothing | - | after .models.node_base.NodeBase.copy 2
 a_layer_half_written | all | nothing | .remora.merge.ReMoRA.merge 2 | half a layer
-some_layers_merged | all | nothing | .remora.merge.ReMoRA.merge 2 | after .remora.merge.merge_layer 3
+some_layers_merged | all | nothing | .remora.merge.ReMoRA.merge 2 | after .adapters.layer.AdaptedLinear.merge 3
 cycle_half_written | first | nothing | .remora.ledger._write_cycle 2 | \
 after .models.tensor_files.SafetensorsWriter.write 5
 cycle_not_in_the_ledger | first | nothing | - | cycle without its line
@@ -257,7 +258,7 @@ old_run_half_deleted | first | another | - | half of a run deleted
 # a resume
 ledger_half_restored | first | unnamed | .train.run.Run._open_ledger 1 | before .remora.ledger.link_or_copy 2
 before_the_replay | all | unnamed | - | before .remora.merge.ReMoRA.replay 1
-some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .remora.merge.write_live 3
+some_layers_replayed | all | unnamed | .remora.merge.ReMoRA.replay 1 | after .adapters.layer.AdaptedLinear.form 3
 metrics_half_trimmed | first | unnamed | .train.metrics._keep_rows 1 | before os.replace 1
 """
 """Moment | processes that reach it | content of the output folder at the start | call in which they die | death.

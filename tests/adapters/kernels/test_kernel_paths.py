@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.merge_layer import merge_layer
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute
@@ -147,7 +146,7 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
     assert not layer.state_dict().keys() & {"tables.fold", "weight"}
     assert layer.to(torch.bfloat16).tables.fold.dtype is torch.int32
     with Kernels() as kernels:
-        merge_layer(layer.float(), original, [(layer.spec, square)], square)
+        layer.float().merge(original, [(layer.spec, square)], square)
     assert not [name for name in kernels.started if name.startswith("mora_ds")]
     assert torch.equal(layer.weight, live_weight(original, [(layer.spec, square)], False, torch.float32))
 

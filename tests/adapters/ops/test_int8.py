@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
 from mora_ds.adapters.layer import adapt
-from mora_ds.adapters.merge_layer import merge_layer, write_live
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import dense
@@ -195,7 +194,7 @@ def test_many_merges_of_a_conv1d_are_one() -> None:
     layer = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0))
     updates = [(replace(spec, seed=cycle), 0.003 * random(10, 10, seed=cycle).float()) for cycle in range(3)]
     for cycles in (1, 2, 3):
-        write_live(layer, original, updates[:cycles])
+        layer.form(original, updates[:cycles])
     values, scales = quantize(live_weight(original, updates, True, torch.float32).T)
     assert torch.equal(layer.stored_weight, values)
     assert torch.equal(layer.get_buffer("weight_scales"), scales)
@@ -213,7 +212,7 @@ def test_norms_of_a_merge(bits: int, conv: bool) -> None:
     if bits == 8:
         in_8_bits(layer)
     before = layer.read().double().clone()
-    norms = merge_layer(layer, original, [(spec, value)], value)
+    norms = layer.merge(original, [(spec, value)], value)
     delta = delta_weight(spec, value).double()
     lost = layer.read().double() - before - (delta.T if conv else delta)
     for norm, tensor in zip(norms, (value, delta, before, lost), strict=True):
