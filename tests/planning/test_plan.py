@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject
-from mora_ds.adapters.ops import gather, mora
+from mora_ds.adapters.ops import mora
 from mora_ds.engine.base_ring import names_on_host, ring_of
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
@@ -70,23 +70,21 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
     monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool, by_documents: bool
 ) -> None:
     """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention by documents."""
-    as_on_a_cpu_without_scratch(monkeypatch)
+    as_on_a_cpu(monkeypatch)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
     compare(work_of(family, checkpointing=checkpointing, dtype=dtype, by_documents=by_documents), family)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapted_experts_take_what_is_planned(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
-    as_on_a_cpu_without_scratch(monkeypatch)
+    as_on_a_cpu(monkeypatch)
     adapter = replace(ADAPTER, target_modules=("all-linear", "experts"))
     compare(work_of("mixtral", checkpointing=checkpointing, adapter=adapter), "mixtral")
 
 
-def as_on_a_cpu_without_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a device sums go the way of a GPU: here planned and real ones take that of a CPU. A real micro-batch
-    writes its formed weights to memory that an earlier one has left: here it takes new memory each time."""
+def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device sums go the way of a GPU: here planned and real ones take that of a CPU."""
     monkeypatch.setattr(mora, "on_cpu", lambda x: True)
-    monkeypatch.setattr(gather, "reuses_memory", lambda x: False)
 
 
 def compare(work: Work, family: str) -> None:

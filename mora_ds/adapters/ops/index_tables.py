@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import LOW_PRECISION, gather, select_rows, signed
+from mora_ds.adapters.ops.gather import LOW_PRECISION, gather, signed
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE, Grouping, OperatorKind, round_side
 from mora_ds.common.errors import UserError
 
@@ -84,11 +84,11 @@ class IndexMap:
         in_order = torch.equal(table, torch.arange(len(first), dtype=table.dtype).unsqueeze(0))
         return cls(table, index, missing, tuple(additions), in_order)
 
-    def __call__(self, x: Tensor, use: str | None = None) -> Tensor:
-        """(..., size) -> (..., Q). With `use` it may lie in `scratch`, as a view of more numbers."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., Q)."""
         if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
             return self._rounded_once(x)
-        gathered = gather(x, self.index, use)
+        gathered = gather(x, self.index)
         if not self.additions and self.missing is None:
             return gathered
         total = gathered[..., : self.table.shape[1]]
@@ -102,7 +102,7 @@ class IndexMap:
             else:
                 total.index_add_(-1, results, gathered[..., terms].clone())  # autograd keeps it, and `total` changes
         # A layer may save the result: not with it the other terms, of which it is a view.
-        return total if use else total.contiguous()
+        return total.contiguous()
 
     def _rounded_once(self, x: Tensor) -> Tensor:
         """As by the kernels: torch sums a dimension in fp32, without a copy of x in it."""
@@ -186,10 +186,10 @@ class DeltaRows:
     def add_to_(self, total: Tensor, rows: Tensor) -> Tensor:
         """total (O, D) + the delta, in place. `rows`: (N R, R)."""
         for chosen, blocks, without in self.terms:
-            values = select_rows(rows, chosen, "rows")
+            values = rows.index_select(0, chosen)
             if without is not None:
                 values.index_fill_(0, without, 0)
-            total.scatter_add_(1, select_rows(self.columns, blocks, "columns"), values)
+            total.scatter_add_(1, self.columns.index_select(0, blocks), values)
         return total
 
 

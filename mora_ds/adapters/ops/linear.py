@@ -128,7 +128,7 @@ class LayerProducts:
         return saved_input(self.spec, x)
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:
-        """weight + delta (O, D), in the dtype of M, which holds until the next call."""
+        """weight + delta (O, D), in the dtype of M."""
         return effective_weight(self.spec, square, dense(weight, square.dtype))
 
     def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:

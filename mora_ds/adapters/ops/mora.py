@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, on_cpu, rotate, scratch, select_rows
+from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, on_cpu, rotate
 from mora_ds.adapters.ops.index_tables import (
     OPERATORS,
     DeltaRows,
@@ -214,20 +214,18 @@ def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
     return torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :] if repeats > 1 else collected
 
 
-def collect(spec: OperatorSpec, g: Tensor, use: str | None = None) -> Tensor:
-    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these. With `use`
-    the result may lie in `scratch`."""
+def collect(spec: OperatorSpec, g: Tensor) -> Tensor:
+    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these."""
     tables = tables_of(spec, g.device)
-    return _sums(spec, g, tables.collect, tables.spread, use).unflatten(-1, (-1, spec.r_hat))
+    return _sums(spec, g, tables.collect, tables.spread).unflatten(-1, (-1, spec.r_hat))
 
 
-def fold_input(spec: OperatorSpec, x: Tensor, use: str | None = None) -> Tensor:
-    """(..., D) -> (..., N, R): `compress` without the rotation of rotate. With `use` the result may lie in
-    `scratch`."""
+def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
+    """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
     tables = tables_of(spec, x.device)
     if spec.blocks > 1 and tables.fold.in_order and spec.d_in == spec.blocks * spec.r_hat:
         return x.unflatten(-1, (spec.blocks, spec.r_hat))  # a view
-    return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(-1, (spec.blocks, spec.r_hat))
+    return _sums(spec, x, tables.fold, tables.unfold).unflatten(-1, (spec.blocks, spec.r_hat))
 
 
 def saved_input(spec: OperatorSpec, x: Tensor) -> Tensor:
@@ -242,12 +240,12 @@ def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
     return input_columns(spec, z.flatten(-2))
 
 
-def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap, use: str | None) -> Tensor:
+def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
     """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU scatters them, in low precision
     by a product with ones and zeros, which it multiplies faster than it moves numbers one by one, and sums in fp32. (On
     a GPU scattered sums are atomic, so that their order would vary.)"""
     if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
-        return sums(x, use)
+        return sums(x)
     if sums_by_product(x):
         return x @ _matrix(transpose, spec.r_hat, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
@@ -282,12 +280,12 @@ def square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, form_dense: bo
         return adjoint(spec, g.T @ saved)
     tokens = tokens_in_cache(g, max(spec.d_in, spec.d_out))
     count = tables_of(spec, g.device).collect.table.shape[1] // spec.r_hat
-    products = scratch("products", g, count, spec.r_hat, spec.r_hat).zero_()
+    products = g.new_zeros(count, spec.r_hat, spec.r_hat)
     for saved_part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
-        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part, "folded")
+        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part)
         if count < spec.blocks:
             z = sum_alike(spec, z, count)
-        c = collect(spec, g_part, "collected")
+        c = collect(spec, g_part)
         products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1))
     return products.sum(dim=0) if count < spec.blocks else sum_of_blocks(spec, products)
 
@@ -298,7 +296,7 @@ def sum_alike(spec: OperatorSpec, z: Tensor, count: int) -> Tensor:
     The same block of the output's gradient belongs to all of them: they are multiplied with it at once, which is
     N / P times less work.
     """
-    total = scratch("alike", z, len(z), count, spec.r_hat).zero_()
+    total = z.new_zeros(len(z), count, spec.r_hat)
     for start in range(0, spec.blocks, count):
         chosen = slice(start, start + count)
         blocks = z[:, chosen]
@@ -431,12 +429,11 @@ def _delta_rows(spec: OperatorSpec, like: Tensor) -> DeltaRows:
 
 
 def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
-    """weight (O, D) + delta_weight, contiguous. It may lie in `scratch`: it holds until the next call."""
+    """weight (O, D) + delta_weight, contiguous."""
     if spec.blocks > 1:
-        formed = scratch("formed", square, spec.d_out, spec.d_in).copy_(weight)
-        return add_blocks_(formed, spec, square)
+        return add_blocks_(square.new_empty(weight.shape).copy_(weight), spec, square)
     rows, slots = rows_and_slots(spec, input_columns(spec, square))
-    return select_rows(rows, slots, "formed").add_(weight)
+    return rows.index_select(0, slots).add_(weight)
 
 
 def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:

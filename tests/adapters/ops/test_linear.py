@@ -1,7 +1,5 @@
 """All ways to compute a layer are base + delta, forward and backward, on every operator, shape and kind of device."""
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mora_ds.adapters.layer import MoRALinear
-from mora_ds.adapters.ops import gather, mora
+from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
@@ -97,57 +95,6 @@ def test_rotate_keeps_the_input_that_others_read_too(path: Compute) -> None:
     square = torch.randn(8, 8, requires_grad=True)
     weight = torch.randn(32, 32)
     assert saved_bytes(lambda: mora_linear(x, weight, None, square, spec, path), weight, square, x) == 0
-
-
-# -- memory that is written again --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
-def test_layers_that_write_to_the_same_memory_keep_their_bits(
-    kind: OperatorKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three layers of other shapes one after the other, forward and backward, in inference mode before."""
-    monkeypatch.setattr(gather, "_scratch", gather._Scratch())
-    specs = [OperatorSpec(kind, d_in, d_out, 6, Grouping.PERMUTED, 1) for d_in, d_out in ((16, 12), (12, 20), (20, 16))]
-    weights = [random(spec.d_out, spec.d_in, seed=spec.d_in) for spec in specs]
-    x = random(7, 16).requires_grad_()
-    squares = [random(6, 6, seed=seed).requires_grad_() for seed in range(3)]
-
-    def outputs() -> torch.Tensor:
-        y = x
-        for spec, weight, square in zip(specs, weights, squares, strict=True):
-            y = mora_linear(y, weight, None, square, spec, Compute.WEIGHT)
-        return y
-
-    def all_of_it() -> list[torch.Tensor]:
-        with torch.inference_mode():
-            told = outputs()
-        y = outputs()
-        return [told, y, *torch.autograd.grad(y.square().sum(), (x, *squares))]
-
-    results = all_of_it()
-    monkeypatch.setattr(gather, "reuses_memory", lambda x: False)
-    assert all(map(torch.equal, results, all_of_it()))
-
-
-def test_scratch_is_memory_of_one_thread_and_of_no_graph() -> None:
-    like = torch.zeros(3)
-    addresses = []
-
-    def place() -> None:
-        with torch.no_grad():
-            addresses.append(gather.scratch("test", like, 5, 2).data_ptr())
-
-    place()
-    place()
-    thread = threading.Thread(target=place)
-    thread.start()
-    thread.join()
-    assert addresses[0] == addresses[1] != addresses[2]
-    assert gather.scratch("test", like, 5, 2).data_ptr() not in addresses, "autograd records"
-    with torch.no_grad():
-        gather.scratch("large", like, 2**24 + 1)
-    assert ("large", torch.float32) not in gather._scratch.memory, "more than 64 MiB are not kept"
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
