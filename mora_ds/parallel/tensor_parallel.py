@@ -28,12 +28,21 @@ from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops.frozen import linear
+from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
-from mora_ds.parallel.topology import AllGather, Slice, Sum, SumGradient, Topology, mark_split, share_of
+from mora_ds.parallel.topology import (
+    Sum,
+    Topology,
+    all_gather,
+    mark_split,
+    share_of,
+    sum_gradient,
+    take_slice,
+)
 from mora_ds.parallel.windows import Window
 
 
@@ -156,13 +165,24 @@ class LayerSplit:
         return Window.of(spec, inputs=self.topology.share(spec.d_in), columns=lanes)
 
     def _unsplit_update(self, spec: OperatorSpec, square_shard: Tensor, x: Tensor) -> Tensor:
+        """The layer's update from all inputs to all outputs, made of gathers alone, in backward too, so that it is the
+        same to the bit on all processes."""
         window = Window.of(spec)
-        z = _Compress.apply(x, window)
+        topology = self.topology
+        z = linear_map(
+            x,
+            lambda x: window.rotate(window.fold(x)),
+            lambda g: window.unfold(window.rotate(g, back=True)),
+        )
         if self.transposed:
-            u = Sum.apply(Slice.apply(z, self.topology) @ square_shard, self.topology)
+            u = Sum.apply(take_slice(z, topology) @ square_shard, topology)
         else:
-            u = AllGather.apply(F.linear(SumGradient.apply(z, self.topology), square_shard), self.topology, spec.r_hat)
-        return _Decompress.apply(u, window)
+            u = all_gather(F.linear(sum_gradient(z, topology), square_shard), topology, spec.r_hat)
+        return linear_map(
+            u,
+            lambda u: window.spread(window.used_rows(u, dim=-1)),
+            lambda g: window.all_rows(window.collect(g), dim=-1),
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +203,7 @@ class _PlainSplit:
 def _sum_gradient(topology: Topology, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """A forward pre-hook of a split block, whose input's gradient on each process is a part of a sum."""
     del module
-    x = SumGradient.apply(args[0] if args else kwargs["hidden_states"], topology)
+    x = sum_gradient(args[0] if args else kwargs["hidden_states"], topology)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
@@ -249,29 +269,3 @@ class _SplitLinear(torch.autograd.Function):
                 g_matrix = window.all_rows(collected.flatten(0, -2).T @ z.flatten(0, -2))
             g_shard = split.gradient(g_matrix, window)
         return g_x, None, None, g_shard, None, None, None
-
-
-class _Compress(torch.autograd.Function):
-    """`mora.compress` made of gathers alone, in backward too, so that it is the same to the bit on all processes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
-        ctx.window = window
-        return window.rotate(window.fold(x))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.window.unfold(ctx.window.rotate(gradients[0], back=True)), None
-
-
-class _Decompress(torch.autograd.Function):
-    """`mora.decompress`, likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, window: Window) -> Tensor:
-        ctx.window = window
-        return window.spread(window.used_rows(u, dim=-1))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.window.all_rows(ctx.window.collect(gradients[0]), dim=-1), None

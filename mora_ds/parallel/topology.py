@@ -10,6 +10,7 @@ DeepSpeed 0.19.8; tests/parallel/test_topology_contract.py names each symbol tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed.comm as comm
@@ -17,6 +18,7 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_world
 
@@ -124,17 +126,32 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
 # -- collectives with a gradient --------------------------------------------------------------------------------------
 
 
-class SumGradient(torch.autograd.Function):
-    """x -> x; the gradient is summed over the group."""
+def sum_gradient(x: Tensor, topology: Topology) -> Tensor:
+    """x itself, whose gradient is summed over the group."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        return x.view_as(x)
+    def summed(gradient: Tensor) -> Tensor:
+        return topology.sum_(gradient.clone(memory_format=torch.contiguous_format))
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.topology.sum_(gradients[0].clone(memory_format=torch.contiguous_format)), None
+    return linear_map(x, lambda x: x.view_as(x), summed)
+
+
+def all_gather(shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
+    """(..., share of R) -> (..., R); the gradient is this process's slice."""
+    return linear_map(shard, partial(_whole, topology, r_hat), partial(_slice, topology))
+
+
+def take_slice(z: Tensor, topology: Topology) -> Tensor:
+    """(..., R) -> (..., share of R); the gradient is gathered from all shares."""
+    return linear_map(z, partial(_slice, topology), partial(_whole, topology, z.shape[-1]))
+
+
+def _whole(topology: Topology, r_hat: int, shard: Tensor) -> Tensor:
+    return topology.gather(shard.movedim(-1, 0), r_hat).movedim(0, -1)
+
+
+def _slice(topology: Topology, z: Tensor) -> Tensor:
+    start, stop = topology.share(z.shape[-1])
+    return z[..., start:stop]
 
 
 class Sum(torch.autograd.Function):
@@ -148,32 +165,3 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
-
-
-class AllGather(torch.autograd.Function):
-    """(..., share of R) -> (..., R); the gradient is this process's slice."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
-        ctx.topology = topology
-        return topology.gather(shard.movedim(-1, 0), r_hat).movedim(0, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.topology.share(gradients[0].shape[-1])
-        return gradients[0][..., start:stop], None, None
-
-
-class Slice(torch.autograd.Function):
-    """(..., R) -> (..., share of R); the gradient is gathered from all shares."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, topology: Topology) -> Tensor:
-        ctx.topology = topology
-        ctx.r_hat = z.shape[-1]
-        start, stop = topology.share(z.shape[-1])
-        return z[..., start:stop]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.topology.gather(gradients[0].movedim(-1, 0), ctx.r_hat).movedim(0, -1), None

@@ -5,6 +5,9 @@ Shape legend:  D = inputs, R = r_hat, N = blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,23 @@ def add_rotated_(total: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """(..., R / 2) each -> what `rotate` multiplies both halves by."""
     return cos.unsqueeze(-2), torch.stack((-sin, sin), dim=-2)
+
+
+def linear_map(x: Tensor, apply: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]) -> Tensor:
+    """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass of sums with many terms would
+    copy the gradient of all that is gathered once a term."""
+    result: Tensor = _LinearMap.apply(x, apply, transpose)
+    return result
+
+
+class _LinearMap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, apply: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.transpose = transpose
+        return apply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(gradients[0]), None, None

@@ -27,16 +27,16 @@ update grow.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, on_cpu, rotate
+from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, linear_map, on_cpu, rotate
 from mora_ds.adapters.ops.index_tables import (
     OPERATORS,
     DeltaRows,
@@ -169,42 +169,19 @@ def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R)."""
     if spec.blocks > 1:
         return rotate_blocks(spec, fold_input(spec, x))
-    folded: Tensor = _Map.apply(x, spec, fold_input, unfold_input)
-    return folded
+    return linear_map(x, partial(fold_input, spec), partial(unfold_input, spec))
 
 
 def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
     if spec.blocks == 1:
         return spread_out(spec, z)
-    output: Tensor = _Map.apply(z, spec, spread_out, decompress_transpose)
-    return output
+    return linear_map(z, partial(spread_out, spec), partial(decompress_transpose, spec))
 
 
 def spread_out(spec: OperatorSpec, z: Tensor) -> Tensor:
     """`decompress`, term by term."""
     return tables_of(spec, z.device).spread(z.flatten(-2))
-
-
-class _Map(torch.autograd.Function):
-    """A map whose sums may have many terms: its gradient is its transpose. Recorded term by term, a backward pass would
-    copy the gradient of all that is gathered once a term."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        spec: OperatorSpec,
-        apply: Callable[[OperatorSpec, Tensor], Tensor],
-        transpose: Callable[[OperatorSpec, Tensor], Tensor],
-    ) -> Tensor:
-        ctx.spec = spec
-        ctx.transpose = transpose
-        return apply(spec, x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.transpose(ctx.spec, gradients[0]), None, None, None
 
 
 def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
