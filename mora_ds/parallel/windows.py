@@ -30,6 +30,7 @@ from mora_ds.adapters.ops.gather import gather
 from mora_ds.adapters.ops.index_tables import IndexMap, IndexTables, lists, tables_of, transposed
 from mora_ds.adapters.ops.mora import (
     OperatorSpec,
+    add_rows_of_blocks_,
     block_squares,
     rotate_blocks,
     sum_of_blocks,
@@ -109,9 +110,10 @@ class Window:
 
     def delta(self, matrix: Tensor) -> Tensor:
         """(w_out, w_in): the window of `delta_weight`, from the rows and columns of M that it may use."""
-        if self.spec.blocks > 1:
-            return _delta_of_blocks(self, matrix)
         tables = _tables(self, matrix.device)
+        if self.spec.blocks > 1:
+            delta = matrix.new_zeros(self.d_out, self.d_in + 1)  # the last column is for inputs of other windows
+            return add_rows_of_blocks_(delta, tables, block_squares(self.spec, matrix))[:, :-1].contiguous()
         columns = F.pad(tables.unfold(self.used_rows(matrix)), (0, 0, 0, 1))
         return columns.index_select(0, tables.spread.table[0] % len(columns))
 
@@ -138,19 +140,6 @@ class Window:
             padding = outputs.padding[out].unsqueeze(2) | inputs.padding[into].unsqueeze(1)
             total[into].scatter_add_(1, elements.flatten(1), product.masked_fill_(padding, 0).flatten(1))
         return sum_of_blocks(spec, total.unflatten(1, (spec.r_hat, spec.r_hat)))
-
-
-def _delta_of_blocks(window: Window, matrix: Tensor) -> Tensor:
-    spec = window.spec
-    tables = _block_tables(window, matrix.device)
-    inputs = tables.inputs
-    values = block_squares(spec, matrix).gather(2, inputs.slots.unsqueeze(1).expand(-1, spec.r_hat, -1))
-    values = values.masked_fill(inputs.padding.unsqueeze(1), 0).flatten(0, 1)  # (N * R, Li)
-    delta = values.new_zeros(window.d_out * window.d_in)
-    for meeting in tables.meetings:
-        elements = (meeting.outputs * window.d_in).unsqueeze(1) + inputs.numbers.index_select(0, meeting.blocks)
-        delta.scatter_add_(0, elements.flatten(), values.index_select(0, meeting.rows).flatten())
-    return delta.view(window.d_out, window.d_in)
 
 
 # -- tables of all slots ----------------------------------------------------------------------------------------------
@@ -232,17 +221,6 @@ class _Side(NamedTuple):
         return gather(x, self.numbers.flatten()).unflatten(-1, self.numbers.shape)
 
 
-class _Meeting(NamedTuple):
-    """The outputs with one term of `spread`, the update's rows that they read; (n,) each."""
-
-    outputs: Tensor
-    """Counted from the window's first."""
-    blocks: Tensor
-    """The input block that each reads."""
-    rows: Tensor
-    """Which of the N * R rows of all blocks of `block_squares`."""
-
-
 class _BlockTables(NamedTuple):
     inputs: _Side
     """Of the N input blocks."""
@@ -250,15 +228,14 @@ class _BlockTables(NamedTuple):
     """Of the P blocks of each term of `collect`, one term after the other."""
     runs: tuple[tuple[slice, slice], ...]
     """Input blocks, and the blocks of `outputs` that read them: in each pair as many, one by one."""
-    meetings: tuple[_Meeting, ...]
 
 
 @lru_cache(maxsize=1024)
 def _block_tables(window: Window, device: torch.device) -> _BlockTables:
     """The same window, where M is applied to several blocks, without the slots that other windows have, so that its
-    delta and its gradient of M cost its share of the complete ones."""
+    gradient of M costs its share of the complete one."""
     with torch.inference_mode(False), torch.no_grad():
-        spec, (start, stop) = window.spec, window.outputs
+        spec = window.spec
         tables = tables_of(spec, torch.device("cpu"))
         fold = tables.fold.table.long().view(spec.blocks, spec.r_hat)
         collect = tables.collect.table.long().unflatten(1, (-1, spec.r_hat))  # (K, P, R)
@@ -268,16 +245,10 @@ def _block_tables(window: Window, device: torch.device) -> _BlockTables:
             for first in range(0, spec.blocks, count):  # block b of u has the numbers of block b mod P
                 into = slice(first, min(first + count, spec.blocks))
                 runs.append((into, slice(term * count, term * count + into.stop - first)))
-        meetings = []
-        for rows in tables.spread.table[:, start:stop].long():
-            readers = (rows >= 0).nonzero().flatten()
-            rows = rows[readers]
-            meetings.append(_Meeting(readers.to(device), (rows // spec.r_hat).to(device), rows.to(device)))
         return _BlockTables(
             inputs=_side(fold, window.inputs, device),
             outputs=_side(collect.flatten(0, 1), window.outputs, device),
             runs=tuple(runs),
-            meetings=tuple(meetings),
         )
 
 

@@ -137,8 +137,8 @@ class IndexTables:
     spread: IndexMap
     collect: IndexMap
     """(K, P R)"""
-    delta_rows: DeltaRows | None = None
-    """For operators with several blocks."""
+    overlap: bool = False
+    """Of operators with several blocks: whether an output reads some input in two of them."""
 
     def to(self, device: torch.device) -> IndexTables:
         return IndexTables(
@@ -146,51 +146,8 @@ class IndexTables:
             unfold=self.unfold.to(device),
             spread=self.spread.to(device),
             collect=self.collect.to(device),
-            delta_rows=None if self.delta_rows is None else self.delta_rows.to(device),
+            overlap=self.overlap,
         )
-
-
-@dataclass(frozen=True)
-class DeltaRows:
-    """The delta (O, D) of an operator with several blocks as sums of scattered rows of M R_b, b = 0 .. N - 1 (N R, R).
-
-    Nothing here is computed in a step, where starting a small operation costs more than it computes.
-    """
-
-    columns: Tensor
-    """(N, R) int64: where the numbers of a row lie in the delta's row, by block."""
-    terms: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
-    """For each term of `spread`: the row that is added to each output's row and its block, (O,) int32 each, and the
-    outputs without such a term, for which any row stands; None for none."""
-
-    overlap: bool
-    """Whether an output reads some input in two blocks, so that two rows change one number."""
-
-    @classmethod
-    def of(cls, fold: Tensor, spread: Tensor, r_hat: int) -> DeltaRows:
-        terms = []
-        for rows in spread.int():
-            without = (rows < 0).nonzero().flatten()
-            rows = rows.clamp(min=0)
-            terms.append((rows, rows // r_hat, without if len(without) else None))
-        columns = fold.view(-1, r_hat)
-        blocks = torch.where(spread < 0, -1, spread // r_hat)
-        read_together = [columns[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
-        overlap = any(len(numbers.unique()) < len(numbers) for numbers in read_together)
-        return cls(columns, tuple(terms), overlap)
-
-    def to(self, device: torch.device) -> DeltaRows:
-        terms = [tuple(None if indices is None else indices.to(device) for indices in term) for term in self.terms]
-        return DeltaRows(self.columns.to(device), tuple(terms), self.overlap)  # type: ignore[arg-type]
-
-    def add_to_(self, total: Tensor, rows: Tensor) -> Tensor:
-        """total (O, D) + the delta, in place. `rows`: (N R, R)."""
-        for chosen, blocks, without in self.terms:
-            values = rows.index_select(0, chosen)
-            if without is not None:
-                values.index_fill_(0, without, 0)
-            total.scatter_add_(1, self.columns.index_select(0, blocks), values)
-        return total
 
 
 _tables_in_use: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
@@ -222,8 +179,15 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
             unfold=IndexMap.of(transposed(fold, spec.d_in)),
             spread=IndexMap.of(spread),
             collect=IndexMap.of(collect),
-            delta_rows=DeltaRows.of(fold, spread, spec.r_hat) if spec.blocks > 1 else None,
+            overlap=spec.blocks > 1 and _overlap(fold.view(-1, spec.r_hat), spread),
         ).to(device)
+
+
+def _overlap(inputs: Tensor, spread: Tensor) -> bool:
+    """Whether an output reads, by `spread` (K, O), some input of `inputs` (N, R) in two blocks."""
+    blocks = torch.where(spread < 0, -1, spread // inputs.shape[1])
+    read_together = [inputs[read[read >= 0]].flatten() for read in blocks.unique(dim=1).T]
+    return any(len(numbers.unique()) < len(numbers) for numbers in read_together)
 
 
 def of_all_blocks(collect: Tensor, spec: OperatorSpec) -> Tensor:

@@ -39,7 +39,6 @@ from torch import Tensor
 from mora_ds.adapters.ops.gather import LOW_PRECISION, add_rotated_, linear_map, on_cpu, rotate
 from mora_ds.adapters.ops.index_tables import (
     OPERATORS,
-    DeltaRows,
     IndexMap,
     IndexTables,
     of_all_blocks,
@@ -384,25 +383,28 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     require_type(square, Tensor, "delta_weight: `square`")
     if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))
-    return _add_rows_(square.new_zeros(spec.d_out, spec.d_in), spec, square)
+    zeros = square.new_zeros(spec.d_out, spec.d_in)
+    return add_rows_of_blocks_(zeros, tables_of(spec, square.device), block_squares(spec, square))
 
 
 def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of an operator with several blocks, in place: only where an output reads a block of
     inputs, as the delta is zero elsewhere. Every number is changed once, so that it is rounded once."""
-    if _delta_rows(spec, total).overlap:
+    if tables_of(spec, total.device).overlap:
         return total.add_(delta_weight(spec, square))
-    return _add_rows_(total, spec, square)
+    return add_rows_of_blocks_(total, tables_of(spec, total.device), block_squares(spec, square))
 
 
-def _add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
-    return _delta_rows(spec, total).add_to_(total, block_squares(spec, square).reshape(-1, spec.r_hat))
-
-
-def _delta_rows(spec: OperatorSpec, like: Tensor) -> DeltaRows:
-    delta_rows = tables_of(spec, like.device).delta_rows
-    assert delta_rows is not None, "of an operator with several blocks"
-    return delta_rows
+def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
+    """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place. A column that no input has
+    (index -1, of windows) is added to the last one of `total`."""
+    r_hat = squares.shape[1]
+    columns = (tables.fold.table.view(-1, r_hat) % total.shape[1]).long()  # as scattering wants them
+    rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))  # the zeros are for outputs with fewer terms
+    for reads in tables.spread.table:
+        blocks = reads.clamp(min=0) // r_hat
+        total.scatter_add_(1, columns.index_select(0, blocks), rows.index_select(0, reads % len(rows)))
+    return total
 
 
 def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
