@@ -22,7 +22,7 @@ from mora_ds.adapters.ops.spec import (
     REMOVED_OPERATORS,
     Grouping,
     OperatorKind,
-    Side,
+    Style,
     UpdateSpec,
     default_kind,
     permutation_seed,
@@ -126,10 +126,10 @@ class AdapterConfig:
         """The adapter's name in reports."""
         raise NotImplementedError
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> UpdateSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, style: Style = Style.WHOLE) -> UpdateSpec:
         """The spec of a layer's update in a cycle (0 until the first merge): a pure function of its arguments.
 
-        `aligned`: the side whose groups are confined to segments, if the layer has one."""
+        `style`: how tensor parallelism can split the layer."""
         raise NotImplementedError
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
@@ -204,7 +204,7 @@ class LoRAConfig(AdapterConfig):
     def requested_size(self, d_in: int, d_out: int) -> int:
         return self.rank
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> LoRASpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, style: Style = Style.WHOLE) -> LoRASpec:
         rank = min(self.rank, d_in, d_out)
         return LoRASpec(d_in, d_out, rank, self.scale * rank)
 
@@ -350,13 +350,14 @@ class MoRAConfig(AdapterConfig):
             )
         return size
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, aligned: Side | None = None) -> OperatorSpec:
+    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, style: Style = Style.WHOLE) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
         segments = max(self.segments, 1) if r_hat >= self.segments else 1
-        in_segments, out_segments = (segments if aligned is side else 1 for side in Side)
+        in_segments = segments if style is Style.ROWWISE else 1
+        out_segments = segments if style is Style.COLWISE else 1
         return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed, in_segments, out_segments)
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import operator_of
-from mora_ds.adapters.ops.spec import Side, UpdateSpec
+from mora_ds.adapters.ops.spec import Style, UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
-from mora_ds.adapters.tp_plan import Style, style_in_plan
+from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import RunError, UserError, require_type
 
 
@@ -90,8 +90,6 @@ class InjectionReport:
 
 _CONFIG = "_mora_config"
 """The attribute of a model that holds the config it was injected with."""
-_SIDES = {Style.COLWISE: Side.OUT, Style.ROWWISE: Side.IN}
-"""The side that tensor parallelism splits, and that segments confine groups on."""
 
 
 def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Tensor] | None = None) -> InjectionReport:
@@ -115,16 +113,16 @@ def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Te
     if both := [name for name, module in targets.items() if id(module.weight) in trained]:
         raise UserError(f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one")
     total = count_parameters(model)
-    styles = style_in_plan(model)
-    aligned = {name: _SIDES.get(styles.get(name, Style.WHOLE)) for name in targets}
-    specs = {name: spec_of(config, name, base, 0, aligned[name]) for name, base in targets.items()}
+    planned = plan_of(model, degree=1).styles
+    styles = {name: planned.get(name, Style.WHOLE) for name in targets}
+    specs = {name: spec_of(config, name, base, 0, styles[name]) for name, base in targets.items()}
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
     if config.base_bits != AS_LOADED:
         _check_rounding(targets, config.base_bits)
     for name, base in targets.items():
         layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
-        layer.aligned = aligned[name]
+        layer.style = styles[name]
         if config.base_bits != AS_LOADED:
             try:
                 weight = layer.spec.weight_name(name)
@@ -187,17 +185,17 @@ def value_names(model: nn.Module) -> set[str]:
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Gives every layer its operator of a cycle (fresh permutations, or the next grouping)."""
     for name, layer in mora_layers(model).items():
-        layer.spec = spec_of(config, name, layer, cycle, layer.aligned)
+        layer.spec = spec_of(config, name, layer, cycle, layer.style)
 
 
-def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, aligned: Side | None = None) -> UpdateSpec:
+def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, style: Style) -> UpdateSpec:
     """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):
         count = module.count if isinstance(module, ExpertStack) else module.spec.count
         expert_spec = config.of_expert(name, module.experts_per_token).operator_for(name, d_in, d_out, cycle)
         return StackSpec(count, expert_spec)
-    return config.operator_for(name, d_in, d_out, cycle, aligned)
+    return config.operator_for(name, d_in, d_out, cycle, style)
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:

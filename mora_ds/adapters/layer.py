@@ -29,7 +29,7 @@ from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import Side, UpdateSpec
+from mora_ds.adapters.ops.spec import Style, UpdateSpec
 from mora_ds.adapters.ops.terms import Term, join
 
 
@@ -110,8 +110,8 @@ class AdaptedLinear(nn.Module):
         self.dropout = dropout
         self.split: Split | None = None
         """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
-        self.aligned: Side | None = None
-        """The side whose groups are confined to segments, if there is one."""
+        self.style = Style.WHOLE
+        """How tensor parallelism can split the layer, at any degree."""
         self.frozen_values: tuple[str, ...] = ()
         """Names of the adapter's tensors that are not trained: buffers in fp32."""
         self.merged: tuple[Term, ...] = ()

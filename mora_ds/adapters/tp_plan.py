@@ -13,22 +13,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from torch import nn
 
 from mora_ds.adapters.layer import AdaptedLinear, is_linear, linear_shape
+from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.target_modules import ending_of
-
-
-class Style(str, Enum):
-    """How a tensor-parallel group computes a linear layer."""
-
-    COLWISE = "colwise"
-    ROWWISE = "rowwise"
-    WHOLE = "whole"
-
 
 SUMMED = "replicated_with_grad_allreduce"
 """Transformers' style of a norm that sees its rank's heads only: its gradients are summed over the group."""
@@ -78,11 +69,6 @@ def plan_of(model: nn.Module, degree: int) -> TensorPlan:
         blocks.append(parent)
         summed += [name for name in _holders(model, parent) if _planned(model, name) == SUMMED]
     return TensorPlan(degree, styles, tuple(blocks), tuple(summed), reasons)
-
-
-def style_in_plan(model: nn.Module) -> dict[str, Style]:
-    """Style of every linear layer independent of the degree, for groupings."""
-    return plan_of(model, 1).styles
 
 
 def is_attention(block: nn.Module) -> bool:

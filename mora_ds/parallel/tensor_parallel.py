@@ -31,7 +31,8 @@ from mora_ds.adapters.ops.frozen import linear
 from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
+from mora_ds.adapters.ops.spec import Style
+from mora_ds.adapters.tp_plan import TensorPlan, plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
 from mora_ds.parallel.topology import (

@@ -18,7 +18,8 @@ from torch import nn
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
-from mora_ds.adapters.tp_plan import Style, TensorPlan, plan_of
+from mora_ds.adapters.ops.spec import Style
+from mora_ds.adapters.tp_plan import TensorPlan, plan_of
 
 
 class Collective(str, Enum):

@@ -6,7 +6,7 @@ import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.spec import Side
+from mora_ds.adapters.ops.spec import Style
 from mora_ds.common.errors import UserError
 from tests.helpers.tables import parsed, rows
 
@@ -62,7 +62,7 @@ def test_first_values_are_those_that_every_run_began_with() -> None:
 def test_segments_are_for_matrices_that_have_a_row_for_each() -> None:
     for size, segments in ((4, 4), (5, 4), (3, 1)):
         config = MoRAConfig(operator="share", segments=4, layer_sizes={"a": size})  # type: ignore[arg-type]
-        assert config.operator_for("a", 16, 16, 0, Side.IN).in_segments == segments
+        assert config.operator_for("a", 16, 16, 0, Style.ROWWISE).in_segments == segments
 
 
 def test_unknown_settings_get_a_hint() -> None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.adapters.tp_plan import Style, plan_of
+from mora_ds.adapters.ops.spec import Style
+from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.tensor_parallel import split_model

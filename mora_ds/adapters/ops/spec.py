@@ -62,11 +62,14 @@ class Grouping(str, Enum):
         return self in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
 
 
-class Side(str, Enum):
-    """The inputs or the outputs of a layer: what tensor parallelism splits, and what segments confine groups on."""
+class Style(str, Enum):
+    """How a tensor-parallel group computes a linear layer. Segments confine groups on the side that is split."""
 
-    IN = "in"
-    OUT = "out"
+    COLWISE = "colwise"
+    """Each rank a slice of the outputs."""
+    ROWWISE = "rowwise"
+    """Each rank a slice of the inputs."""
+    WHOLE = "whole"
 
 
 class UpdateSpec(ABC):
