@@ -1,7 +1,7 @@
 """Updates added to a weight without forming their deltas: most of the time of a merge, a replay and an export.
 
     share, truncate      rows of the weight += the rows of `input_columns` that they read; 1 MiB of the weight at a
-                         time, and many cycles at once
+                         time
     decouple, rotate     only where a block of inputs meets a block of outputs, as the delta is zero elsewhere
 
 Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits are the same.
@@ -16,15 +16,6 @@ from torch import Tensor
 
 from mora_ds.adapters.ops.spec import UpdateSpec
 
-_CHUNK = 1 << 18
-"""Elements of the weight that are processed at a time on a CPU: 1 MiB, which stays in a core's cache."""
-
-_PENDING = 1 << 24
-"""Elements of `input_columns` that may wait until they are added to the weight together: 64 MiB."""
-
-_Rows = tuple[Tensor, Tensor]
-"""`input_columns` (R, D), and for every output the row of them that is added to its row of the weight."""
-
 
 def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> None:
     """total += spec.delta_weight(value) for each (spec, value) of `updates` in turn, in place.
@@ -36,30 +27,8 @@ def add_deltas_(total: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]]) -> 
             for index, matrix in enumerate(total):
                 add_deltas_(matrix, [spec.single(value, index)])
         return
-    pending: list[_Rows] = []
     for spec, value in updates:
-        value = value.to(total.device, total.dtype)
-        rows = spec.rows_and_slots(value)
-        if rows is not None:
-            pending.append(rows)
-            if sum(columns.numel() for columns, _ in pending) < _PENDING:
-                continue
-        _add_rows(total, pending)
-        pending.clear()
-        if rows is None:
-            spec.add_delta_(total, value)
-    _add_rows(total, pending)
-
-
-def _add_rows(total: Tensor, pending: list[_Rows]) -> None:
-    if not pending:
-        return
-    d_out, d_in = total.shape
-    rows = max(1, _CHUNK // d_in) if total.device.type == "cpu" else d_out
-    for start in range(0, d_out, rows):
-        chunk = total[start : start + rows]
-        for columns, slots in pending:
-            chunk.add_(columns.index_select(0, slots[start : start + rows]))
+        spec.add_delta_(total, value.to(total.device, total.dtype))
 
 
 @torch.no_grad()

@@ -49,6 +49,9 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
 from mora_ds.common.errors import UserError, require_type, unknown
 from mora_ds.common.untrusted import MAX_SIDE
 
+_CHUNK = 1 << 18
+"""Elements of a weight that a delta is added to at a time on a CPU: 1 MiB in fp32, which stays in a core's cache."""
+
 
 @dataclass(frozen=True)
 class OperatorSpec(UpdateSpec):
@@ -119,11 +122,7 @@ class OperatorSpec(UpdateSpec):
         return delta_weight(self, value)
 
     def add_delta_(self, total: Tensor, value: Tensor) -> Tensor:
-        return add_blocks_(total, self, value) if self.blocks > 1 else super().add_delta_(total, value)
-
-    def rows_and_slots(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where M is applied once: its rows, each number at the inputs that read its column."""
-        return rows_and_slots(self, input_columns(self, value)) if self.blocks == 1 else None
+        return add_blocks_(total, self, value) if self.blocks > 1 else add_rows_(total, self, value)
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         return add_update_(y, self, value, saved_input(self, x))
@@ -385,6 +384,17 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
         return rows_of_outputs(spec, input_columns(spec, square))
     zeros = square.new_zeros(spec.d_out, spec.d_in)
     return add_rows_of_blocks_(zeros, tables_of(spec, square.device), block_squares(spec, square))
+
+
+def add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
+    """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many rows at a time as stay in its
+    cache."""
+    rows, slots = rows_and_slots(spec, input_columns(spec, square))
+    count = max(1, _CHUNK // spec.d_in) if on_cpu(total) else spec.d_out
+    for start in range(0, spec.d_out, count):
+        chunk = slice(start, start + count)
+        total[chunk].add_(rows.index_select(0, slots[chunk]))
+    return total
 
 
 def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:

@@ -113,11 +113,6 @@ class UpdateSpec(ABC):
         """total (d_out, d_in) + `delta_weight`, in place, with the bits of that sum."""
         return total.add_(self.delta_weight(value))
 
-    def rows_and_slots(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows (K, d_in) and for each output (d_out,) the one of them that is its row of the delta, where a few rows
-        make up the delta; None where they do not."""
-        return None
-
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta and without a backward."""
         raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
