@@ -8,7 +8,7 @@ AdapterConfig          what all adapters share: rank, target layers, dropout, ot
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -29,7 +29,7 @@ from mora_ds.adapters.ops.spec import (
     round_side,
 )
 from mora_ds.common.errors import UserError, nearest, refuse, unknown
-from mora_ds.common.untrusted import entry, typed_fully
+from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
@@ -83,7 +83,7 @@ class AdapterConfig:
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
-        refuse(self._wrong_types())
+        refuse(wrong_types(self))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         refuse(self._complaints())
 
@@ -95,18 +95,6 @@ class AdapterConfig:
         except UserError as error:
             return str(error).splitlines()
         return []
-
-    def _wrong_types(self) -> Iterator[str]:
-        """One message for each field whose value is of another type than its default, named as an argument."""
-        if isinstance(self.target_modules, str) or not isinstance(self.target_modules, Collection):
-            yield f"target_modules must be names in a list or tuple, got {self.target_modules!r}"
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for kind, kinds in ((bool, bool), (int, int), (float, (int, float)), (str, str)):
-                if type(field.default) is kind and not (
-                    isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-                ):
-                    yield f"{field.name} must be of the type {kind.__name__}, got {value!r}"
 
     def _complaints(self) -> Iterator[str]:
         if self.rank < 1:
@@ -141,11 +129,6 @@ class AdapterConfig:
     def requested_size(self, d_in: int, d_out: int) -> int:
         """r_hat, or LoRA's rank, that `rank` stands for where the layer is large enough."""
         raise NotImplementedError
-
-    @property
-    def limiting_side(self) -> str:
-        """The side of a layer, shorter or longer, above which a size of the adapter adds nothing."""
-        return "shorter"
 
     @property
     def planned_layers(self) -> tuple[str, ...]:
@@ -296,10 +279,6 @@ class MoRAConfig(AdapterConfig):
     def step(self) -> int:
         """Every r_hat that the operator takes is a multiple of this."""
         return OPERATORS[self.kind].smallest_side
-
-    @property
-    def limiting_side(self) -> str:
-        return "longer"
 
     @property
     def planned_layers(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRACo
 from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.domains import DomainLinear, Domains, frozen_values
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
-from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape, mora_layers
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
@@ -168,12 +168,6 @@ def config_of(model: nn.Module) -> AdapterConfig:
     if config is None:
         raise UserError("the model has no adapter: call mora_ds.inject(model, MoRAConfig(...)) first")
     return config
-
-
-def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Module name -> adapted layer, in the model's order, which is the same on every rank."""
-    require_type(model, nn.Module, "mora_layers: `model`")
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def value_names(model: nn.Module) -> set[str]:
@@ -359,7 +353,7 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
     wanted = config.requested_size(d_in, d_out)
     if size >= wanted:
         return ""
-    return f"(rank {config.rank} asks for {wanted}: the {config.limiting_side} side is enough)"
+    return f"(rank {config.rank} asks for {wanted}, more than the layer can use)"
 
 
 def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, domains: Domains | None) -> AdaptedLinear:

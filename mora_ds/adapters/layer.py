@@ -31,6 +31,7 @@ from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Style, UpdateSpec
 from mora_ds.adapters.ops.terms import Term, join
+from mora_ds.common.errors import require_type
 
 
 class Split(Protocol):
@@ -331,6 +332,12 @@ class LoRALinear(AdaptedLinear):
 
     def update(self, x: Tensor) -> Tensor:
         return lora_update(self.spec, self.factors.to(x.dtype), x)
+
+
+def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Module name -> adapted layer, in the model's order, which is the same on every rank."""
+    require_type(model, nn.Module, "mora_layers: `model`")
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:

@@ -7,13 +7,13 @@ import math
 from torch import nn
 
 from mora_ds.adapters.config import AS_LOADED
-from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.layer import AdaptedLinear, mora_layers
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 
 
 def quantized_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Module name -> layer whose weight is held in 8 or 4 bits."""
-    return {name: layer for name, layer in _layers(model) if layer.weight_scales is not None}
+    return {name: layer for name, layer in mora_layers(model).items() if layer.weight_scales is not None}
 
 
 def base_bits_of(model: nn.Module) -> int:
@@ -32,11 +32,7 @@ def merge_bytes(model: nn.Module) -> int:
     """Bytes that each merged cycle adds on every rank, where weights in 4 bits do not take it up: its values, and index
     tables of its own permutations."""
     total = 0
-    for layer in (layer for _, layer in _layers(model) if layer.is_packed):
+    for layer in (layer for layer in mora_layers(model).values() if layer.is_packed):
         spec = layer.spec
         total += math.prod(spec.value_shape) * layer.dtype.itemsize + spec.table_bytes
     return total
-
-
-def _layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]

@@ -8,7 +8,7 @@ the same in a model with experts as in one without.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -24,7 +24,8 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     `UserError` for a pattern that matches nothing, and for planned layers that the model does not have."""
     if not config.planned_layers:
         return match_targets(model, config.target_modules)
-    known = {**_linear_layers(model), **_known_stacks(model)}
+    stacks = {name: stack for name, stack in find_stacks(model).items() if isinstance(stack, ExpertStack)}
+    known: dict[str, Any] = {**_linear_layers(model), **stacks}
     planned = set(config.planned_layers)
     if missing := sorted(planned - known.keys()):
         more = f"\nand {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -48,17 +49,13 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
         if not matched:
             _refuse_nothing(pattern, linear, stacks)
         chosen |= matched
-    return _chosen(model, {**linear, **_known_stacks(model)}, chosen)
+    return _chosen(model, {**linear, **stacks}, chosen)
 
 
-def _chosen(model: nn.Module, known: dict[str, nn.Module], names: set[str]) -> dict[str, nn.Module]:
+def _chosen(model: nn.Module, known: dict[str, Any], names: set[str]) -> dict[str, nn.Module]:
     """In the model's order, which is that of its parameters: a stack has no module of its own yet."""
     order = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
     return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
-
-
-def _known_stacks(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: stack for name, stack in find_stacks(model).items() if isinstance(stack, ExpertStack)}
 
 
 def _refuse_nothing(pattern: str, linear: Iterable[str], stacks: Iterable[str]) -> NoReturn:

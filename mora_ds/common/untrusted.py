@@ -30,7 +30,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import psutil
 
-from mora_ds.common.errors import Bounds, UserError, nearest, unknown
+from mora_ds.common.errors import Bounds, UserError, nearest, refusal, unknown
 
 MAX_BYTES = 32 * 2**20
 """Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of shards with 100,000
@@ -276,6 +276,12 @@ def typed_fully(cls: Any, value: Any, where: object) -> Any:
     if missing := [name for name in _hints(cls)[0] if name not in value]:
         raise UserError(f"{where}: {missing[0]!r} is missing")
     return instance
+
+
+def wrong_types(settings: Any) -> Iterator[str]:
+    """One message for each field of a dataclass whose value is not of its type, named as the field."""
+    for name, hint in _hints(settings.__class__)[0].items():
+        yield from refusal(typed, hint, getattr(settings, name), name)
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:

@@ -42,24 +42,20 @@ def tensor_parallel_problems(
     """
     if degree < 2:
         return
-    flag = f"{TENSOR} {degree}"
     drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
     limits = {
-        f"splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
-        f"does not divide the {segments} segments of --tp_grouping aligned": segments % degree > 0,
-        "splits one MoRA matrix a layer, not those of research.domain_adapters": domains,
-        "splits linear layers, and --target_modules names experts: leave it at 1": experts,
-        f"and {SEQUENCE} {sequence}: use one of them": sequence > 1,
-        "needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
+        f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
+        f" does not divide the {segments} segments of --tp_grouping aligned": segments % degree > 0,
+        " splits one MoRA matrix a layer, not those of research.domain_adapters": domains,
+        " splits linear layers, and --target_modules names experts: leave it at 1": experts,
+        f" and {SEQUENCE} {sequence}: use one of them": sequence > 1,
+        " needs ZeRO stage 3 (zero_optimization.stage in --deepspeed)": zero_stage != 3,
+        f": each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
+        ": --optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
+        f": --base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),
+        ": --base_device host copies unsplit layers: use one of them": streams_base,
     }
-    yield from (f"{flag} {limit}" for limit, holds in limits.items() if holds)
-    limits = {
-        f"each rank of a group would draw a different dropout mask; set to 0: {', '.join(drops[:3])}": bool(drops),
-        "--optimizer muon orthogonalises unsharded MoRA matrices, which no rank has: use adamw": muon,
-        f"--base_bits {base_bits} holds unsplit weights: use one of them": base_bits in (8, 4),
-        "--base_device host copies unsplit layers: use one of them": streams_base,
-    }
-    yield from (f"{flag}: {limit}" for limit, holds in limits.items() if holds)
+    yield from (f"{TENSOR} {degree}{limit}" for limit, holds in limits.items() if holds)
 
 
 def check_tensor_parallel(degree: int, **settings: object) -> None:

@@ -51,15 +51,15 @@ CALLS = """
 MoRAConfig | {rank: 0} | `rank` must be at least 1, got 0
 MoRAConfig | {operator: rotat} | unknown `operator` 'rotat'
 MoRAConfig | {grouping: strided} | `grouping` strided belongs to `operator` share, but
-MoRAConfig | {rank: "8"} | rank must be of the type int, got '8'
-MoRAConfig | {rank: true} | rank must be of the type int, got True
-MoRAConfig | {rank: 4.5} | rank must be of the type int, got 4.5
+MoRAConfig | {rank: "8"} | rank must be a whole number, got '8'
+MoRAConfig | {rank: true} | rank must be a whole number, got True
+MoRAConfig | {rank: 4.5} | rank must be a whole number, got 4.5
 MoRAConfig | {embedding_rank: -1} | `embedding_rank` must be at least 0, got -1
 MoRAConfig | {new_rows_from: -5} | `new_rows_from` must be at least 0, got -5
-MoRAConfig | {dropout: null} | dropout must be of the type float, got None
-MoRAConfig | {train_norms: 1} | train_norms must be of the type bool, got 1
-MoRAConfig | {target_modules: q_proj} | target_modules must be names in a list or tuple, got 'q_proj'
-MoRAConfig | {target_modules: 3} | target_modules must be names in a list or tuple, got 3
+MoRAConfig | {dropout: null} | dropout must be a number, got None
+MoRAConfig | {train_norms: 1} | train_norms must be true or false, got 1
+MoRAConfig | {target_modules: q_proj} | target_modules must be a list, got 'q_proj'
+MoRAConfig | {target_modules: 3} | target_modules must be a list, got 3
 inject | {model: null, config: CONFIG} | inject: `model` must be of the type Module, got None
 inject | {model: MODEL, config: null} | inject: `config` must be a MoRAConfig or a LoRAConfig, got None
 inject | {model: COMPILED, config: CONFIG} | inject: `model` is compiled

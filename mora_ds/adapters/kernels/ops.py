@@ -15,8 +15,8 @@ each of the N blocks of the result (`back` False) or rotates each block of x bac
 `blocks_out` and, for share, `members` of `tables`. The result is contiguous, in the dtype of M.
 
 Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
-A CPU runs `plain`, CUDA runs `triton_ops`; meta tensors give the shapes, so that a plan or a count sees CUDA's
-operations.
+CUDA runs `triton_ops`, all other devices `plain`; so do meta tensors, for which a plan or a count sees one operation,
+as on CUDA.
 """
 
 from __future__ import annotations
@@ -57,25 +57,9 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _meta_gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
-    return x.new_empty(x.shape[0], table.shape[1])
-
-
-def _meta_gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> None:
-    return None
-
-
-def _meta_form(weight: Tensor, scales: Tensor | None, square: Tensor, *_: Any) -> Tensor:
-    return square.new_empty(weight.shape)
-
-
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:
     part_count = plain.parts_of(c, z, _PROGRAMS_ON_META)
     return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=plain.dtype_of(part_count, c.dtype))
-
-
-def _meta_sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
-    return partial_sums.new_empty(partial_sums.shape[1:], dtype=dtype)
 
 
 def _in_triton(name: str) -> Any:
@@ -88,9 +72,9 @@ def _in_triton(name: str) -> Any:
 
 
 for _name in NAMES:
-    _LIBRARY.impl(_name, getattr(plain, _name), "CPU")
+    _LIBRARY.impl(_name, getattr(plain, _name), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _in_triton(_name), "CUDA")
-    _LIBRARY.impl(_name, globals()[f"_meta_{_name}"], "Meta")
+_LIBRARY.impl("product", _meta_product, "Meta")
 
 gather_sum = torch.ops.mora_ds.gather_sum.default
 gather_add_ = torch.ops.mora_ds.gather_add_.default
