@@ -87,15 +87,6 @@ class AdapterConfig:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         refuse(self._complaints())
 
-    @classmethod
-    def problems(cls, **values: Any) -> list[str]:
-        """Everything that is wrong with these field values, one message for each field; empty for a valid config."""
-        try:
-            cls(**values)
-        except UserError as error:
-            return str(error).splitlines()
-        return []
-
     def _complaints(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"`rank` must be at least 1, got {self.rank}"

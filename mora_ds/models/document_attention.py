@@ -308,33 +308,30 @@ def _scored(
     """As `Attend`, with scores that are computed again in backward; `seen` may also be (n, 1, C, K), or what makes it,
     so that backward keeps no mask of a block."""
     assert seen is not None
-    arguments = (query, key, value, seen, scores.sinks, scores.scale, scores.softcap, scores.dropout)
+    arguments = (scores, query, key, value, seen)
     if not torch.is_grad_enabled():
         return _weigh(*arguments)
     out: Tensor = checkpoint(_weigh, *arguments, use_reentrant=False)
     return out
 
 
-def _weigh(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Callable[[], Tensor], sinks: Tensor | None,
-    scale: float, softcap: float | None, dropout: float,
-) -> Tensor:  # fmt: skip
+def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Callable[[], Tensor]) -> Tensor:
     """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
     shared = key.shape[1]
     count = query.shape[2]
     groups = query.shape[1] // shared
-    scores = query.unflatten(1, (shared, groups)).flatten(2, 3) @ key.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = query.unflatten(1, (shared, groups)).flatten(2, 3) @ key.transpose(-1, -2) * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
     scores = scores.unflatten(2, (groups, count))  # (n, H_kv, groups, C, K)
     seen = seen if isinstance(seen, Tensor) else seen()
     seen = seen.unsqueeze(2) if seen.dim() == 4 else seen
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        one_more = sinks.to(scores.dtype).view(shared, groups, 1, 1).expand(*scores.shape[:4], 1)
+    if how.sinks is not None:
+        one_more = how.sinks.to(scores.dtype).view(shared, groups, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, one_more], dim=-1)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights if sinks is None else weights[..., :-1], dropout)
+    weights = F.dropout(weights if how.sinks is None else weights[..., :-1], how.dropout)
     return (weights.flatten(2, 3) @ value).unflatten(2, (groups, count)).flatten(1, 2)
 
 

@@ -76,11 +76,11 @@ class Window:
 
     def fold(self, x: Tensor) -> Tensor:
         """(..., w_in) -> (..., N, columns): `compress` without rotate's rotation, which `rotate` does."""
-        return _tables(self, x.device).fold(x).unflatten(-1, (self.spec.blocks, -1))
+        return _tables(self, x.device).maps.fold(x).unflatten(-1, (self.spec.blocks, -1))
 
     def unfold(self, z: Tensor) -> Tensor:
         """(..., N, columns) -> (..., w_in): the transpose of `fold`."""
-        return _tables(self, z.device).unfold(z.flatten(-2))
+        return _tables(self, z.device).maps.unfold(z.flatten(-2))
 
     def rotate(self, z: Tensor, back: bool = False) -> Tensor:
         """Rotate's rotation of each block of z (..., N, R), or its inverse; z itself for the other operators."""
@@ -88,20 +88,20 @@ class Window:
 
     def spread(self, u: Tensor) -> Tensor:
         """(..., N, used rows) -> (..., w_out): `decompress`."""
-        return _tables(self, u.device).spread(u.flatten(-2))
+        return _tables(self, u.device).maps.spread(u.flatten(-2))
 
     def collect(self, g: Tensor) -> Tensor:
         """(..., w_out) -> (..., N, used rows): the transpose of `spread`."""
-        return _tables(self, g.device).collect(g).unflatten(-1, (self.spec.blocks, -1))
+        return _tables(self, g.device).maps.collect(g).unflatten(-1, (self.spec.blocks, -1))
 
     def used_rows(self, matrix: Tensor, dim: int = 0) -> Tensor:
         """rows -> used rows, along `dim`: those rows of M that the window's outputs read."""
-        used = _used_rows(self, matrix.device)
+        used = _tables(self, matrix.device).used
         return matrix if used is None else matrix.index_select(dim, used)
 
     def all_rows(self, gradient: Tensor, dim: int = 0) -> Tensor:
         """used rows -> rows, along `dim`: the transpose of `used_rows`, zero in the other rows."""
-        used = _used_rows(self, gradient.device)
+        used = _tables(self, gradient.device).used
         if used is None:
             return gradient
         shape = list(gradient.shape)
@@ -110,7 +110,7 @@ class Window:
 
     def delta(self, matrix: Tensor) -> Tensor:
         """(w_out, w_in): the window of `delta_weight`, from the rows and columns of M that it may use."""
-        tables = _tables(self, matrix.device)
+        tables = _tables(self, matrix.device).maps
         if self.spec.blocks > 1:
             delta = matrix.new_zeros(self.d_out, self.d_in + 1)  # the last column is for inputs of other windows
             return add_rows_of_blocks_(delta, tables, block_squares(self.spec, matrix))[:, :-1].contiguous()
@@ -147,29 +147,44 @@ class Window:
 
 def clear_tables() -> None:
     """Drops the cached tables of this module."""
-    for cached in (_tables, _used_rows, _block_tables):
+    for cached in (_tables, _block_tables):
         cached.cache_clear()
 
 
+class _Tables(NamedTuple):
+    maps: IndexTables
+    """The window's. Their sums have no more terms than the window has in one slot."""
+    used: Tensor | None
+    """For truncate and share: the rows of M, counted from the first of `Window.rows`, that the outputs read, in order;
+    None for all."""
+
+
 @lru_cache(maxsize=1024)
-def _tables(window: Window, device: torch.device) -> IndexTables:
-    """The window's maps. Their sums have no more terms than the window has in one slot."""
+def _tables(window: Window, device: torch.device) -> _Tables:
     with torch.inference_mode(False), torch.no_grad():
-        spec, (first, last) = window.spec, window.columns
+        spec = window.spec
         tables = tables_of(spec, torch.device("cpu"))
-        fold = _within(tables.fold.table if spec.blocks > 1 else tables.fold.table[:, first:last], window.inputs)
-        spread = tables.spread.table[:, slice(*window.outputs)]
+        fold = tables.fold.table
+        spread = tables.spread.table[:, slice(*window.outputs)].long()
         size = spec.blocks * spec.r_hat
+        used = None
         if spec.blocks == 1:
-            used = _rows_read(window)
-            spread = torch.searchsorted(used, spread.long()).where(spread >= 0, -1)
-            size = len(used)
-        return IndexTables(
+            fold = fold[:, slice(*window.columns)]
+            rows = spread[spread >= 0].unique()
+            if not len(rows):
+                rows = torch.tensor(window.rows[:1])  # one that they may read, so that no tensor is empty
+            spread = torch.searchsorted(rows, spread).where(spread >= 0, -1)
+            size = len(rows)
+            if size < window.rows[1] - window.rows[0]:
+                used = (rows - window.rows[0]).to(device)
+        fold = _within(fold, window.inputs)
+        maps = IndexTables(
             fold=IndexMap.of(fold),
             unfold=IndexMap.of(transposed(fold, window.d_in)),
             spread=IndexMap.of(spread),
             collect=IndexMap.of(transposed(spread, size)),
-        ).to(device)
+        )
+        return _Tables(maps.to(device), used)
 
 
 def _within(table: Tensor, numbers: Range) -> Tensor:
@@ -178,24 +193,6 @@ def _within(table: Tensor, numbers: Range) -> Tensor:
     inside = (table >= start) & (table < stop)
     results = torch.arange(table.shape[1]).expand_as(table)
     return lists(results[inside], table[inside].long() - start, table.shape[1])
-
-
-def _rows_read(window: Window) -> Tensor:
-    """For truncate and share: the rows of M that the window's outputs read, in order; where they read none, one that
-    they may use, so that no tensor is empty."""
-    rows = tables_of(window.spec, torch.device("cpu")).spread.table[0, slice(*window.outputs)].long().unique()
-    rows = rows[rows >= 0]
-    return rows if len(rows) else torch.tensor(window.rows[:1])
-
-
-@lru_cache(maxsize=1024)
-def _used_rows(window: Window, device: torch.device) -> Tensor | None:
-    """Rows of M, counted from the first of `Window.rows`, that the outputs read; None for all."""
-    if window.spec.blocks > 1:
-        return None
-    with torch.inference_mode(False), torch.no_grad():
-        used, (first, last) = _rows_read(window) - window.rows[0], window.rows
-        return None if len(used) == last - first else used.to(device)
 
 
 # -- tables of the slots in use, by block -----------------------------------------------------------------------------

@@ -21,7 +21,6 @@ as on CUDA.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,14 +46,12 @@ _PROGRAMS_ON_META = 256
 """Programs that a device runs at once, where there is no device to ask."""
 
 
+_HAS_TRITON = find_spec("triton") is not None
+
+
 def runs_kernels(device: torch.device) -> bool:
     """Whether a device has kernels for these operations: CUDA where triton is installed."""
-    return device.type == "cuda" and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return device.type == "cuda" and _HAS_TRITON
 
 
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:

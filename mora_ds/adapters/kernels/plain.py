@@ -42,7 +42,7 @@ def form(
     del members
     r_hat = len(square)
     turned_blocks = blocks if cos is None else len(cos)
-    padded = _with_zero_row(_wide(square))
+    padded = F.pad(_wide(square), (0, 0, 0, 1))  # one more row of zeros, which index -1 is
     read = [padded[row_slots.where(row_slots < 0, row_slots % r_hat)] for row_slots in slots]
     read = [F.pad(_unturned(rows.repeat(1, turned_blocks), cos, sin), (0, 1)) for rows in read]  # (O, N * R + 1) each
     delta = torch.zeros(weight.shape, dtype=padded.dtype, device=padded.device)
@@ -102,8 +102,3 @@ def _unturned(rows: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """x in the dtype that sums are made in."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _with_zero_row(square: Tensor) -> Tensor:
-    """With one more row, which index -1 is."""
-    return F.pad(square, (0, 0, 0, 1))

@@ -61,8 +61,6 @@ class IndexMap:
     """The results whose first term is zero; None for none."""
     additions: tuple[tuple[Results, slice], ...]
     """For each other term the results that have it, and where it was gathered to."""
-    in_order: bool
-    """Whether result q is number q, for each of them."""
 
     @classmethod
     def of(cls, table: Tensor) -> IndexMap:
@@ -81,8 +79,7 @@ class IndexMap:
                 stop += len(results)
                 additions.append((_run_or_indices(results), slice(start, stop)))
         index = torch.cat(gathered) if additions else gathered[0]
-        in_order = torch.equal(table, torch.arange(len(first), dtype=table.dtype).unsqueeze(0))
-        return cls(table, index, missing, tuple(additions), in_order)
+        return cls(table, index, missing, tuple(additions))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., Q)."""
@@ -118,7 +115,7 @@ class IndexMap:
         index = self.index.to(device) if self.additions or self.missing is not None else table[0]
         missing = None if self.missing is None else moved(self.missing)
         additions = tuple((moved(results), terms) for results, terms in self.additions)
-        return IndexMap(table, index, missing, additions, self.in_order)
+        return IndexMap(table, index, missing, additions)
 
 
 def _run_or_indices(results: Tensor) -> Results:
@@ -226,8 +223,8 @@ def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
 
 
 def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
-    in_runs = spec.grouping.contiguous_in
-    out_runs = spec.grouping.contiguous_out
+    in_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
+    out_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
     if in_runs or spec.in_segments > 1:
         fold = _groups(spec.d_in, spec.r_hat, spec.in_segments, in_runs)
     else:

@@ -198,8 +198,6 @@ def collect(spec: OperatorSpec, g: Tensor) -> Tensor:
 def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
     tables = tables_of(spec, x.device)
-    if spec.blocks > 1 and tables.fold.in_order and spec.d_in == spec.blocks * spec.r_hat:
-        return x.unflatten(-1, (spec.blocks, spec.r_hat))  # a view
     return _sums(spec, x, tables.fold, tables.unfold).unflatten(-1, (spec.blocks, spec.r_hat))
 
 

@@ -53,14 +53,6 @@ class Grouping(str, Enum):
     CONTIGUOUS_STRIDED = "contiguous-strided"
     STRIDED_CONTIGUOUS = "strided-contiguous"
 
-    @property
-    def contiguous_in(self) -> bool:
-        return self in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
-
-    @property
-    def contiguous_out(self) -> bool:
-        return self in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
-
 
 class Style(str, Enum):
     """How a tensor-parallel group computes a linear layer. Segments confine groups on the side that is split."""
