@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.spec import (
     permutation_seed,
     round_side,
 )
-from mora_ds.common.errors import UserError, nearest, refuse, unknown
+from mora_ds.common.errors import UserError, refuse, unknown
 from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 
 ALTERNATE = "alternate"
@@ -141,11 +141,7 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """Inverse of `to_dict`. Raises `UserError` for an unknown or a missing key."""
-        known = [field.name for field in fields(cls)]
         values = {key: value for key, value in values.items() if key != "kind"}
-        for key in values:
-            if key not in known:
-                raise UserError(f"unknown key {key!r} in the adapter's settings.{nearest(key, known)}")
         if isinstance(sizes := values.get("layer_sizes"), Mapping):
             values["layer_sizes"] = list(sizes.items())
         config: Config = typed_fully(cls, values, "the adapter's settings")

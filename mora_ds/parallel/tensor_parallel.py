@@ -63,7 +63,7 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     for name, style in plan.styles.items():
         if style is not Style.WHOLE and name not in layers:
             module: Any = model.get_submodule(name)
-            module.forward = _PlainSplit(module, topology, style)
+            module.forward = partial(_split_forward, module, topology, style)
     for name in plan.blocks:
         model.get_submodule(name).register_forward_pre_hook(partial(_sum_gradient, topology), with_kwargs=True)
     _keep_equal(model, plan, topology)
@@ -186,19 +186,12 @@ class LayerSplit:
         )
 
 
-@dataclass(frozen=True)
-class _PlainSplit:
+def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> Tensor:
     """The forward of a frozen linear layer without a MoRA matrix, within a block that is split."""
-
-    module: Any
-    topology: Topology
-    style: Style
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weight = self.module.weight.T if isinstance(self.module, Conv1D) else self.module.weight
-        weight, bias = _slices(self.topology, self.style, weight, self.module.bias)
-        y = F.linear(x, weight, bias)
-        return y if self.style is Style.COLWISE else _summed(self.topology, y, self.module.bias)
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight, bias = _slices(topology, style, weight, module.bias)
+    y = F.linear(x, weight, bias)
+    return y if style is Style.COLWISE else _summed(topology, y, module.bias)
 
 
 def _sum_gradient(topology: Topology, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

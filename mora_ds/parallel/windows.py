@@ -179,12 +179,12 @@ def _tables(window: Window, device: torch.device) -> _Tables:
                 used = (rows - window.rows[0]).to(device)
         fold = _within(fold, window.inputs)
         maps = IndexTables(
-            fold=IndexMap.of(fold),
-            unfold=IndexMap.of(transposed(fold, window.d_in)),
-            spread=IndexMap.of(spread),
-            collect=IndexMap.of(transposed(spread, size)),
+            fold=IndexMap.of(fold, device),
+            unfold=IndexMap.of(transposed(fold, window.d_in), device),
+            spread=IndexMap.of(spread, device),
+            collect=IndexMap.of(transposed(spread, size), device),
         )
-        return _Tables(maps.to(device), used)
+        return _Tables(maps, used)
 
 
 def _within(table: Tensor, numbers: Range) -> Tensor:

@@ -26,7 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from mora_ds.adapters import layer as layer_module
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import inject, mora_layers, move_base, set_cycle
-from mora_ds.adapters.ops.index_tables import IndexTables, clear_tables
+from mora_ds.adapters.ops import index_tables
+from mora_ds.adapters.ops.index_tables import clear_tables, make_tables
 from mora_ds.adapters.ops.linear import mora_linear
 from mora_ds.config.arguments import Arguments, from_flat
 from mora_ds.data.documents import Documents
@@ -178,7 +179,7 @@ def before_layers(work: Callable[[Tensor], object]) -> tuple[Any, str, Any]:
 
 
 PLANTS: dict[str, tuple[Any, str, Any]] = {
-    "misplaced table": (IndexTables, "to", lambda tables, device: tables),
+    "misplaced table": (index_tables, "make_tables", lambda spec, device: make_tables(spec, torch.device("cpu"))),
     "item": before_layers(lambda x: x.sum().item()),
     "blocking copy": before_layers(lambda x: torch.ones(1).to(x)),
     "copy that is not pinned": before_layers(lambda x: torch.ones(1).to(x, non_blocking=True)),

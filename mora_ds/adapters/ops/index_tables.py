@@ -63,11 +63,12 @@ class IndexMap:
     """For each other term the results that have it, and where it was gathered to."""
 
     @classmethod
-    def of(cls, table: Tensor) -> IndexMap:
+    def of(cls, table: Tensor, device: torch.device) -> IndexMap:
+        """The map of a table on the CPU, for numbers on `device`."""
         table = table.int()
         first = table[0]
         unread = (first < 0).nonzero().flatten()
-        missing = _run_or_indices(unread) if len(unread) else None
+        missing = _run_or_indices(unread, device) if len(unread) else None
         gathered = [first if missing is None else first.clamp(min=0)]
         additions: list[tuple[Results, slice]] = []
         stop = len(first)
@@ -77,8 +78,9 @@ class IndexMap:
                 gathered.append(term[results])
                 start = stop
                 stop += len(results)
-                additions.append((_run_or_indices(results), slice(start, stop)))
-        index = torch.cat(gathered) if additions else gathered[0]
+                additions.append((_run_or_indices(results, device), slice(start, stop)))
+        table = table.to(device)
+        index = table[0] if missing is None and not additions else torch.cat(gathered).to(device)
         return cls(table, index, missing, tuple(additions))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -107,22 +109,12 @@ class IndexMap:
         terms = gather(x, indices.clamp(min=0)).masked_fill_(indices < 0, 0)
         return terms.unflatten(-1, self.table.shape).sum(dim=-2)
 
-    def to(self, device: torch.device) -> IndexMap:
-        def moved(results: Results) -> Results:
-            return results if isinstance(results, slice) else results.to(device)
 
-        table = self.table.to(device)
-        index = self.index.to(device) if self.additions or self.missing is not None else table[0]
-        missing = None if self.missing is None else moved(self.missing)
-        additions = tuple((moved(results), terms) for results, terms in self.additions)
-        return IndexMap(table, index, missing, additions)
-
-
-def _run_or_indices(results: Tensor) -> Results:
-    """Sorted indices, at least one; as a slice where they are neighbours."""
+def _run_or_indices(results: Tensor, device: torch.device) -> Results:
+    """Sorted indices, at least one, on a device; as a slice where they are neighbours."""
     start = int(results[0])
     stop = int(results[-1]) + 1
-    return slice(start, stop) if len(results) == stop - start else results
+    return slice(start, stop) if len(results) == stop - start else results.to(device)
 
 
 @dataclass(frozen=True)
@@ -136,15 +128,6 @@ class IndexTables:
     """(K, P R)"""
     overlap: bool = False
     """Of operators with several blocks: whether an output reads some input in two of them."""
-
-    def to(self, device: torch.device) -> IndexTables:
-        return IndexTables(
-            fold=self.fold.to(device),
-            unfold=self.unfold.to(device),
-            spread=self.spread.to(device),
-            collect=self.collect.to(device),
-            overlap=self.overlap,
-        )
 
 
 _tables_in_use: WeakValueDictionary[tuple[OperatorSpec, torch.device], IndexTables] = WeakValueDictionary()
@@ -172,12 +155,12 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
             collect = outputs[collect].where(collect >= 0, -1)
         spread = transposed(of_all_blocks(collect, spec), spec.d_out)
         return IndexTables(
-            fold=IndexMap.of(fold),
-            unfold=IndexMap.of(transposed(fold, spec.d_in)),
-            spread=IndexMap.of(spread),
-            collect=IndexMap.of(collect),
+            fold=IndexMap.of(fold, device),
+            unfold=IndexMap.of(transposed(fold, spec.d_in), device),
+            spread=IndexMap.of(spread, device),
+            collect=IndexMap.of(collect, device),
             overlap=spec.blocks > 1 and _overlap(fold.view(-1, spec.r_hat), spread),
-        ).to(device)
+        )
 
 
 def _overlap(inputs: Tensor, spread: Tensor) -> bool:
