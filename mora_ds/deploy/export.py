@@ -39,9 +39,9 @@ from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, load_model
-from mora_ds.models.save import Shard, plan_shards, write_companions, write_shards
+from mora_ds.models.save import Layout, layout_of, write_companions, write_shards
 from mora_ds.models.stored_names import is_stack
-from mora_ds.models.tensor_files import compute_dtype, dtype_name
+from mora_ds.models.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
 
@@ -166,14 +166,15 @@ def export_merged(
         as_stored = run.is_onto and dtype == "auto"
         written = None if as_stored else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
         keys = run.target.keys() if run.is_onto else exported_keys(run.base, run.reference)
-        shards = plan_shards(run.target, keys, written, int(max_shard_gib * 2**30))
-        names, comparison = _write(run, output, shards, written, verify, trust_remote_code, mix.scale)
+        layout = layout_of(run.target, keys, written)
+        limit = int(max_shard_gib * 2**30)
+        names, comparison = _write(run, output, layout, limit, written, verify, trust_remote_code, mix.scale)
     return ExportReport(
         output=output,
         files=names,
-        nbytes=sum(shard.nbytes for shard in shards),
+        nbytes=sum(tensor_nbytes(*entry) for entry in layout.values()),
         dtype=_dtype_text(written),
-        tensors=sum(len(shard.layout) for shard in shards),
+        tensors=len(layout),
         merged=len(adapter.layers),
         replaced=len(adapter.trainables),
         cycles=opened.ledger.cycles,
@@ -185,7 +186,8 @@ def export_merged(
 def _write(
     run: OpenedRun,
     output: Path,
-    shards: Sequence[Shard],
+    layout: Layout,
+    limit: int,
     dtype: torch.dtype | None,
     verify: bool,
     trust_remote_code: bool,
@@ -196,7 +198,7 @@ def _write(
     comparison = None
     adapter = run.file
     with atomic_folder(output.absolute()) as folder:
-        names = write_shards(folder, shards, updated_tensors(run))
+        names = write_shards(folder, layout, limit, updated_tensors(run))
         write_companions(run.target, folder, dtype, None if run.is_onto else tokenizer_of(run.folder))
         if verify and dtype is not None:
             round_weights = _rounding(run) if run.file.config.base_bits in (8, 4) else None

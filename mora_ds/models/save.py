@@ -1,24 +1,27 @@
 """Writes a Hugging Face folder modelled on a base: weights tensor by tensor, config.json, tokenizer and other files.
 
-keys of the base -> plan_shards (shapes only) -> write_shards (one tensor in memory) -> write_companions
+keys of the base -> layout_of (shapes only) -> write_shards (one tensor in memory) -> write_companions
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_json_atomic
-from mora_ds.models.base import INDEX_FILE, SINGLE_FILE, BaseCheckpoint
+from mora_ds.models.base import INDEX_FILE, BaseCheckpoint
 from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Key -> shape and dtype."""
 
 COPIED_FROM_BASE = ("generation_config.json", "*.py", "LICENSE*", "vocabulary_extension.json")
 """Settings for sampling, code of a custom model, licence, record of the new rows."""
@@ -36,54 +39,37 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass
-class Shard:
-    """The tensors of one file: key -> (shape, dtype)."""
-
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    nbytes: int = 0
-
-
-def plan_shards(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype | None, limit: int) -> list[Shard]:
-    """`fill_shards` for the tensors `keys` of a base: floating-point ones in `dtype`, others as they are; None: all as
-    they are."""
-    stored = ((key, *base.shape_dtype(key)) for key in keys)
-    planned = (
-        (key, shape, dtype if dtype is not None and was.is_floating_point else was) for key, shape, was in stored
-    )
-    return fill_shards(planned, limit)
-
-
-def fill_shards(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], limit: int) -> list[Shard]:
-    """Distributes (key, shape, dtype) in order over files; a new one begins where `limit` bytes would be exceeded."""
-    shards = [Shard()]
-    for key, shape, dtype in tensors:
-        size = tensor_nbytes(shape, dtype)
-        if shards[-1].layout and shards[-1].nbytes + size > limit:
-            shards.append(Shard())
-        shards[-1].layout[key] = (shape, dtype)
-        shards[-1].nbytes += size
-    return shards
+def layout_of(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype | None) -> Layout:
+    """The tensors `keys` of a base: floating-point ones in `dtype`, others as they are; None: all as they are."""
+    layout: Layout = {}
+    for key in keys:
+        shape, stored = base.shape_dtype(key)
+        layout[key] = (shape, dtype if dtype is not None and stored.is_floating_point else stored)
+    return layout
 
 
 def write_shards(
-    folder: Path, shards: Sequence[Shard], tensor_of: Callable[[str, torch.dtype], Tensor]
+    folder: Path, layout: Layout, limit: int, tensor_of: Callable[[str, torch.dtype], Tensor]
 ) -> tuple[str, ...]:
-    """Writes the safetensors files, and their index where there are several. Returns the names of the files.
+    """Writes the safetensors files, of at most `limit` bytes where a tensor is not larger itself, and their index where
+    there are several. Returns the names of the files.
 
-    `tensor_of(key, dtype)` returns each tensor in the planned dtype; it is called just before that is written.
+    `tensor_of(key, dtype)` returns each tensor in the dtype of the layout; it is called just before that is written.
     """
-    names = tuple(f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
-    names = names if len(shards) > 1 else (SINGLE_FILE,)
-    for name, shard in zip(names, shards, strict=True):
-        with SafetensorsWriter(folder / name, shard.layout, {}) as writer:
-            for key, (_, written) in shard.layout.items():
-                writer.write(key, tensor_of(key, written))
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.layout}
-        metadata = {"total_size": sum(shard.nbytes for shard in shards)}
-        write_json_atomic(folder / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    return names
+    split = split_state_dict_into_shards_factory(
+        layout,
+        get_storage_size=lambda entry: tensor_nbytes(*entry),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        with SafetensorsWriter(folder / name, {key: layout[key] for key in keys}, {}) as writer:
+            for key in keys:
+                writer.write(key, tensor_of(key, layout[key][1]))
+    if split.is_sharded:
+        weight_map = dict(sorted(split.tensor_to_filename.items()))
+        write_json_atomic(folder / INDEX_FILE, {"metadata": split.metadata, "weight_map": weight_map})
+    return tuple(split.filename_to_tensors)
 
 
 def write_companions(

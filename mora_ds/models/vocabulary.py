@@ -33,7 +33,7 @@ from mora_ds.data import (
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config, make_model
-from mora_ds.models.save import fill_shards, write_companions, write_shards
+from mora_ds.models.save import layout_of, write_companions, write_shards
 
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
@@ -182,15 +182,16 @@ def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, in
 
 
 def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extension, rows: int) -> None:
-    def layout(key: str) -> tuple[str, tuple[int, ...], torch.dtype]:
-        shape, dtype = base.shape_dtype(key)
-        return key, (rows, *shape[1:]) if key in keys else shape, dtype
+    layout = layout_of(base, base.keys(), None)
+    for key in keys:
+        shape, dtype = layout[key]
+        layout[key] = ((rows, *shape[1:]), dtype)
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
         del dtype  # each keeps its own
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
-    write_shards(folder, fill_shards(map(layout, base.keys()), _SHARD_BYTES), tensor_of)
+    write_shards(folder, layout, _SHARD_BYTES, tensor_of)
     write_companions(base, folder, base.shape_dtype(next(iter(sorted(keys))))[1], extension.folder)
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.save import fill_shards, plan_shards, write_companions, write_shards
+from mora_ds.models.save import layout_of, write_companions, write_shards
 from mora_ds.models.tensor_files import (
     CODES,
     SafetensorsWriter,
@@ -26,12 +26,12 @@ from mora_ds.models.tensor_files import (
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_filled_up_to_its_limit() -> None:
+def test_a_file_is_filled_up_to_its_limit(tmp_path: Path) -> None:
     """A tensor above the limit has a file alone; none is empty."""
     sizes = {"large": 30, "a": 4, "b": 6, "c": 1, "huge": 40, "d": 10}
-    shards = fill_shards([(key, (size,), torch.uint8) for key, size in sizes.items()], limit=10)
-    assert [list(shard.layout) for shard in shards] == [["large"], ["a", "b"], ["c"], ["huge"], ["d"]]
-    assert [shard.nbytes for shard in shards] == [30, 10, 1, 40, 10]
+    layout = {key: ((size,), torch.uint8) for key, size in sizes.items()}
+    names = write_shards(tmp_path, layout, 10, lambda key, dtype: torch.zeros(sizes[key], dtype=dtype))
+    assert [sorted(load_file(tmp_path / name)) for name in names] == [["large"], ["a", "b"], ["huge"], ["c"], ["d"]]
 
 
 def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
@@ -53,8 +53,8 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
     for limit, names in ((100, ["model.safetensors"]), (20, [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)])):
         folder = tmp_path / str(limit)
         folder.mkdir()
-        shards = plan_shards(base, ["w", "half", "count"], torch.bfloat16, limit)
-        assert write_shards(folder, shards, tensor_of) == tuple(names)
+        layout = layout_of(base, ["w", "half", "count"], torch.bfloat16)
+        assert write_shards(folder, layout, limit, tensor_of) == tuple(names)
         written = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
         assert {key: tensor.tolist() for key, tensor in written.items()} == {
             "w": [[0, 1, 2], [3, 4, 5]], "half": [1, 1, 1], "count": [7, 8]
