@@ -14,7 +14,7 @@ from tests import conftest
 from tests.helpers.gloo import run_ranks
 from tests.helpers.tools import call, tool
 
-QUESTIONS = ("ceilings", "operators", "gather", "attention", "step", "memory", "resume")
+QUESTIONS = ("ceilings", "operators", "layer", "attention", "step", "memory", "resume")
 
 
 def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, list[list[str]]]:
@@ -30,7 +30,9 @@ def check(results: dict[str, Any], waits: str) -> None:
         assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
     assert len(results["operators"]) >= 4 * 3 * 2
     assert len(results["ceilings"]) == 6
-    assert results["gather"]
+    assert [row[:2] for row in results["layer"]] == [
+        ["48 x 80, 64, bfloat16", operator] for operator in ("rotate r=8", "share r=256")
+    ]
     assert [leak for *_, leak in results["attention"]] == ["0", "0", "0"]
     assert [(row[0], row[-1]) for row in results["step"]] == [(stage, waits) for stage in ("1", "2", "3")]
     assert results["resume"] == [["3", "same"]]

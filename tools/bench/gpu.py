@@ -1,12 +1,12 @@
 """What is to be measured on the day that a GPU is there, one question at a time, each within minutes.
 
-    python tools/bench/gpu.py ceilings|operators|gather|attention|step|memory|resume [--json FILE]
+    python tools/bench/gpu.py ceilings|operators|layer|attention|step|memory|resume [--json FILE]
     python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
     operators   the kernels of every operator, grouping, dtype and path against plain torch in fp64 on the CPU; merges:
                 the bits of the CPU
-    gather      the operations of `adapters/kernels` against plain torch, in GB/s
+    layer       a layer, forward and backward, against the frozen layer: both paths, and LoRA by PEFT and fused (addmm_)
     attention   by documents against a dense mask: time, and what leaks from one document to another (0)
     step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and how often the host waits inside a
                 micro-batch (torch.cuda.set_sync_debug_mode)
@@ -40,13 +40,11 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds import MoRAConfig, initialize, inject
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.kernels import ops
 from mora_ds.adapters.kernels.linear import kernel_linear
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic
@@ -60,6 +58,7 @@ from mora_ds.planning.plan import Cluster, Planner
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.train.run import Run
+from tools.bench.layer import TITLES, layers_of, row
 from tools.bench.measuring import clock, llama_config, only_rank, zero3_config
 from tools.bench.report import Report, bench_parser
 
@@ -116,20 +115,13 @@ def operators(options: argparse.Namespace, report: Report) -> None:
     report.show("operators", rows)
 
 
-def gather(options: argparse.Namespace, report: Report) -> None:
-    rows = [["operator", "dtype", "plain torch, GB/s", "mora_ds.gather_sum, GB/s"]]
-    for spec in _specs(options):
-        if spec.grouping is not Grouping.PERMUTED or spec.kind is OperatorKind.TRUNCATE:
-            continue
-        tables = KernelTables(spec, options.device)
-        for dtype in DTYPES[:2]:
-            x = torch.randn(_tokens(options), spec.d_in, device=options.device).to(dtype)
-            index = tables.fold.clamp(0, spec.d_in - 1).flatten().long()
-            moved = 2 * x.nbytes
-            plain = moved / _seconds(partial(x.index_select, 1, index), options)
-            ours = moved / _seconds(partial(ops.gather_sum, x, tables.fold, None, None, False), options)
-            rows.append([spec.kind.value, str(dtype)[6:], f"{plain / 1e9:.1f}", f"{ours / 1e9:.1f}"])
-    report.show("gather", rows)
+def layer(options: argparse.Namespace, report: Report) -> None:
+    """Llama 7B's layers."""
+    shapes = ["48x80"] if options.toy else ["4096x4096", "4096x11008", "11008x4096"]
+    tokens = [64] if options.toy else [4096, 16384]
+    cases = argparse.Namespace(shapes=shapes, tokens=tokens, operators=["rotate:8", "share:256"])
+    layers = layers_of(cases, {"dtype": torch.bfloat16, "device": options.device})
+    report.show("layer", [TITLES, *(row(one, clock(options.device), 0 if options.toy else 1) for one in layers)])
 
 
 def attention(options: argparse.Namespace, report: Report) -> None:
@@ -240,7 +232,7 @@ def resume(options: argparse.Namespace, report: Report) -> None:
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
-    question.__name__: question for question in (ceilings, operators, gather, attention, step, memory, resume)
+    question.__name__: question for question in (ceilings, operators, layer, attention, step, memory, resume)
 }
 
 

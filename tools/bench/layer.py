@@ -4,8 +4,9 @@
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
 in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
-other processes take none. LoRA, ours and PEFT's (`pip install -e '.[bench]'`), has as many parameters as M. `saved` is
-what autograd keeps from a forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
+other processes take none. LoRA, ours, PEFT's (`pip install -e '.[bench]'`) and one whose products are fused, has as
+many parameters as M. MoRA is the product's own layer, with its kernels on a GPU. `saved` is what autograd keeps from a
+forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mora_ds.adapters.layer import LoRALinear
+from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops.index_tables import rope_table, square_size
-from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
+from mora_ds.adapters.ops.linear import Compute, cheaper_path
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tools.bench.fused_lora import FusedLoRA
 from tools.bench.measuring import clock, saved_activations
 from tools.bench.report import Report, bench_parser
 
@@ -74,16 +76,19 @@ def forwards(layer: Layer) -> dict[str, tuple[Step, list[Tensor]]]:
     square = torch.zeros(spec.r_hat, spec.r_hat, dtype=x.dtype, device=x.device).requires_grad_()
     trained = weight.clone().requires_grad_()
     ours = LoRALinear(layer.base, LoRASpec(spec.d_in, spec.d_out, layer.rank, 2.0 * layer.rank))
+    fused = FusedLoRA(layer.base, layer.rank)
     peft = peft_lora(layer)
     cases: dict[str, tuple[Step, list[Tensor]]] = {
         "frozen": (lambda: F.linear(x, weight), []),
         "full": (lambda: F.linear(x, trained), [trained]),
         "our LoRA": (lambda: ours(x), [ours.value]),
         "PEFT LoRA": (lambda: peft(x), [p for p in peft.parameters() if p.requires_grad]),
+        "fused LoRA": (lambda: fused(x), [fused.a, fused.b]),
         "reference": (lambda: F.linear(x, weight) + reference_update(spec, square, x), [square]),
     }
     for path in PATHS:
-        cases[path.value] = (lambda path=path: mora_linear(x, weight, None, square, spec, path)), [square]  # type: ignore[misc]
+        mora = MoRALinear(layer.base, spec, 0.0, path)
+        cases[path.value] = (lambda mora=mora: mora(x)), [mora.value]  # type: ignore[misc]
     return cases
 
 
@@ -136,7 +141,7 @@ def saved_mib(layer: Layer, step: Step, trained: list[Tensor]) -> float:
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / 2**20
 
 
-COLUMNS = ("full", "PEFT LoRA", "our LoRA", "reference", *(path.value for path in PATHS))
+COLUMNS = ("full", "PEFT LoRA", "fused LoRA", "our LoRA", "reference", *(path.value for path in PATHS))
 TITLES = ["d_in x d_out, tokens, dtype", "operator", "frozen, ms", *COLUMNS, "auto", "saved, MiB: PEFT LoRA, auto"]
 
 

@@ -44,6 +44,7 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.runtime import cli
+from tools.bench.fused_lora import FusedLoRA
 from tools.bench.measuring import llama_config, zero3_config
 from tools.bench.report import Report, bench_parser
 
@@ -117,46 +118,13 @@ def _peft(options: argparse.Namespace) -> Any:
     return get_peft_model(_model(options), adapter)
 
 
-class _FusedProduct(torch.autograd.Function):
-    """x W^T + scale x A^T B^T for a frozen W (O, D), with A (R, D) and B (O, R)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        inner = rows @ a.T
-        ctx.save_for_backward(rows, inner, weight, a, b)
-        ctx.scale = scale
-        y = (rows @ weight.T).addmm_(inner, b.T, alpha=scale)
-        return y.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, a, b = ctx.saved_tensors
-        g = gradients[0].flatten(0, -2)
-        g_inner = ctx.scale * (g @ b)
-        g_x = (g @ weight).addmm_(g_inner, a)
-        return g_x.unflatten(0, gradients[0].shape[:-1]), None, g_inner.T @ rows, ctx.scale * (g.T @ inner), None
-
-
-class _FusedLoRA(nn.Module):
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.weight = base.weight
-        self.a = nn.Parameter(torch.randn(rank, base.in_features) / rank)
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _FusedProduct.apply(x, self.weight, self.a, self.b, 2.0)
-        return y
-
-
 def _fused(model: Any, rank: int) -> Any:
     """The model with such a LoRA in place of each linear layer of its decoder layers."""
     model.requires_grad_(False)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, _FusedLoRA(child, rank))
+                setattr(module, name, FusedLoRA(child, rank))
     return model
 
 
