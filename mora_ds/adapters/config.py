@@ -105,7 +105,14 @@ class AdapterConfig:
         """The adapter's name in reports."""
         raise NotImplementedError
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, style: Style = Style.WHOLE) -> UpdateSpec:
+    def operator_for(
+        self,
+        layer: str,
+        d_in: int,
+        d_out: int,
+        cycle: int,
+        style: Style = Style.WHOLE,
+    ) -> UpdateSpec:
         """The spec of a layer's update in a cycle (0 until the first merge): a pure function of its arguments.
 
         `style`: how tensor parallelism can split the layer."""
@@ -174,7 +181,14 @@ class LoRAConfig(AdapterConfig):
     def requested_size(self, d_in: int, d_out: int) -> int:
         return self.rank
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, style: Style = Style.WHOLE) -> LoRASpec:
+    def operator_for(
+        self,
+        layer: str,
+        d_in: int,
+        d_out: int,
+        cycle: int,
+        style: Style = Style.WHOLE,
+    ) -> LoRASpec:
         rank = min(self.rank, d_in, d_out)
         return LoRASpec(d_in, d_out, rank, self.scale * rank)
 
@@ -286,7 +300,11 @@ class MoRAConfig(AdapterConfig):
                 f"`target_modules` includes {layer}, and the model's config does not tell how many experts a token "
                 "has: leave experts out"
             )
-        return replace(self, rank=max(1, self.rank // experts_per_token), operator=self.operator_name)
+        return replace(
+            self,
+            rank=max(1, self.rank // experts_per_token),
+            operator=self.operator_name,
+        )
 
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
@@ -316,7 +334,14 @@ class MoRAConfig(AdapterConfig):
             )
         return size
 
-    def operator_for(self, layer: str, d_in: int, d_out: int, cycle: int, style: Style = Style.WHOLE) -> OperatorSpec:
+    def operator_for(
+        self,
+        layer: str,
+        d_in: int,
+        d_out: int,
+        cycle: int,
+        style: Style = Style.WHOLE,
+    ) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
@@ -324,7 +349,16 @@ class MoRAConfig(AdapterConfig):
         segments = max(self.segments, 1) if r_hat >= self.segments else 1
         in_segments = segments if style is Style.ROWWISE else 1
         out_segments = segments if style is Style.COLWISE else 1
-        return OperatorSpec(self.kind, d_in, d_out, r_hat, grouping, seed, in_segments, out_segments)
+        return OperatorSpec(
+            self.kind,
+            d_in,
+            d_out,
+            r_hat,
+            grouping,
+            seed,
+            in_segments,
+            out_segments,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

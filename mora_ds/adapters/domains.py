@@ -43,7 +43,12 @@ class DomainLinear(MoRALinear):
     """The spec of `domain_squares`; `spec` is that of the shared matrix, which changes with every merge."""
 
     def __init__(
-        self, base: Any, spec: OperatorSpec, domains: Domains, dropout: float = 0.0, freeze: Freeze = Freeze.NONE
+        self,
+        base: Any,
+        spec: OperatorSpec,
+        domains: Domains,
+        dropout: float = 0.0,
+        freeze: Freeze = Freeze.NONE,
     ) -> None:
         """All matrices are zero at first. Those that `freeze` excludes from training are fp32 buffers, which DeepSpeed
         does not partition."""
@@ -102,7 +107,12 @@ def frozen_values(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{value}": layer.get_buffer(value) for name, layer in layers for value in layer.frozen_values}
 
 
-def set_values(layer: AdaptedLinear, square: Tensor, domain_squares: Tensor | None, dtype: torch.dtype) -> None:
+def set_values(
+    layer: AdaptedLinear,
+    square: Tensor,
+    domain_squares: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
     """Sets a layer's matrices from fp32 tensors: trained ones in `dtype`, frozen ones in fp32. Not after `initialize`,
     when DeepSpeed holds them."""
     for name, value in {layer.spec.value_name: square, OWN: domain_squares}.items():
@@ -196,7 +206,12 @@ class _UpdateRows(torch.autograd.Function):
     which layers that read the same tensor share."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, squares: Tensor, spec: OperatorSpec) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        squares: Tensor,
+        spec: OperatorSpec,
+    ) -> Tensor:
         ctx.spec = spec
         folded = fold_input(spec, x)
         ctx.save_for_backward(x if spec.blocks > 1 else folded, squares)

@@ -50,12 +50,22 @@ class MoRAExperts(AdaptedLinear):
     spec: StackSpec
     square: nn.Parameter
 
-    def __init__(self, base: ExpertStack, spec: StackSpec, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        base: ExpertStack,
+        spec: StackSpec,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__(base, spec, dropout)
         self.experts_per_token = base.experts_per_token
         self._held: object = None
 
-    def forward(self, x: Tensor, rows: Rows, spread: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        rows: Rows,
+        spread: bool,
+    ) -> Tensor:
         """(S, D) -> (S, O), or with `spread` (T, D) -> (S, O): a row for each expert that a token takes."""
         expert_spec = self.spec.operator
         self._held = tables_of(expert_spec, x.device)
@@ -63,7 +73,11 @@ class MoRAExperts(AdaptedLinear):
         if spread:
             x = rows.spread(x)
             z = rows.spread(z)
-        u = grouped_linear(z.flatten(0, -2), self.square.to(x.dtype), rows.ends * expert_spec.blocks)
+        u = grouped_linear(
+            z.flatten(0, -2),
+            self.square.to(x.dtype),
+            rows.ends * expert_spec.blocks,
+        )
         return grouped_linear(x, self.frozen, rows.ends) + decompress(expert_spec, u.view_as(z))
 
 
@@ -85,7 +99,12 @@ class Rows:
         """`chosen`: (T, K), the experts of each token."""
         expert, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(experts, device=chosen.device)
-        return cls(order, expert, torch.searchsorted(expert, numbers, right=True, out_int32=True), chosen.shape[1])
+        return cls(
+            order,
+            expert,
+            torch.searchsorted(expert, numbers, right=True, out_int32=True),
+            chosen.shape[1],
+        )
 
     def spread(self, x: Tensor) -> Tensor:
         """(T, ...) -> (S, ...). Its gradient sums the rows of a token in the order of its experts, on every device."""
@@ -98,11 +117,22 @@ class Rows:
         return placed.unflatten(0, (-1, self.per_token)).sum(1)
 
 
-def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     """(T, D), the experts of each token (T, K) and their weights (T, K) -> (T, D). `experts`: a module of transformers
     with one `MoRAExperts` or two; names and order of the arguments are those of its own implementations."""
     rows = Rows.of(top_k_index, _stack_of(experts, "down_proj").shape[0])
-    inner = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_states, rows, spread=True)
+    inner = _project(
+        experts,
+        "gate_up_proj" if experts.has_gate else "up_proj",
+        hidden_states,
+        rows,
+        spread=True,
+    )
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     outer = _project(experts, "down_proj", inner, rows, spread=False)
     if experts.has_post_expert_norm:
@@ -111,7 +141,13 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     return rows.collect(weighted).to(hidden_states.dtype)
 
 
-def _project(experts: Any, name: str, x: Tensor, rows: Rows, spread: bool) -> Tensor:
+def _project(
+    experts: Any,
+    name: str,
+    x: Tensor,
+    rows: Rows,
+    spread: bool,
+) -> Tensor:
     projection = getattr(experts, name)
     if isinstance(projection, MoRAExperts):
         y = projection(x, rows, spread)

@@ -92,7 +92,11 @@ _CONFIG = "_mora_config"
 """The attribute of a model that holds the config it was injected with."""
 
 
-def inject(model: nn.Module, config: AdapterConfig, original: Callable[[str], Tensor] | None = None) -> InjectionReport:
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    original: Callable[[str], Tensor] | None = None,
+) -> InjectionReport:
     """Gives `model` its adapters and freezes the rest, in place.
 
     With `base_bits` 8 or 4, `original` returns a weight (by its name) as it was before it was loaded in the model's
@@ -182,12 +186,23 @@ def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
         layer.spec = spec_of(config, name, layer, cycle, layer.style)
 
 
-def spec_of(config: AdapterConfig, name: str, module: nn.Module, cycle: int, style: Style) -> UpdateSpec:
+def spec_of(
+    config: AdapterConfig,
+    name: str,
+    module: nn.Module,
+    cycle: int,
+    style: Style,
+) -> UpdateSpec:
     """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):
         count = module.count if isinstance(module, ExpertStack) else module.spec.count
-        expert_spec = config.of_expert(name, module.experts_per_token).operator_for(name, d_in, d_out, cycle)
+        expert_spec = config.of_expert(name, module.experts_per_token).operator_for(
+            name,
+            d_in,
+            d_out,
+            cycle,
+        )
         return StackSpec(count, expert_spec)
     return config.operator_for(name, d_in, d_out, cycle, style)
 
@@ -223,7 +238,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) + base_elements(model)
 
 
-def move_base(model: nn.Module, device: torch.device | str, dtype: torch.dtype, on_host: Collection[str] = ()) -> None:
+def move_base(
+    model: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_host: Collection[str] = (),
+) -> None:
     """Moves and casts the frozen base, each tied tensor once; scales of quantized weights stay fp32. The tensors named
     by `on_host` go to the CPU instead.
 
@@ -343,7 +363,12 @@ def _shape_rows(specs: Mapping[str, UpdateSpec], config: AdapterConfig) -> tuple
     return tuple(rows)
 
 
-def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, ...]]) -> str:
+def _note(
+    config: AdapterConfig,
+    d_in: int,
+    d_out: int,
+    shapes: list[tuple[int, ...]],
+) -> str:
     if len(shapes[0]) > 2:
         return f"({shapes[0][0]} experts each)"
     if config.planned_layers:
@@ -356,7 +381,13 @@ def _note(config: AdapterConfig, d_in: int, d_out: int, shapes: list[tuple[int, 
     return f"(rank {config.rank} asks for {wanted}, more than the layer can use)"
 
 
-def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, domains: Domains | None) -> AdaptedLinear:
+def layer_for(
+    config: AdapterConfig,
+    base: Any,
+    spec: UpdateSpec,
+    name: str,
+    domains: Domains | None,
+) -> AdaptedLinear:
     """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises `UserError` for experts that would
     have domains."""
     if isinstance(base, ExpertStack):
@@ -365,6 +396,12 @@ def layer_for(config: AdapterConfig, base: Any, spec: UpdateSpec, name: str, dom
         assert isinstance(spec, StackSpec)
         return MoRAExperts(base, spec, config.dropout)
     if domains is not None and isinstance(config, MoRAConfig):
-        return DomainLinear(base, operator_of(spec, name), domains, config.dropout, Freeze(config.freeze))
+        return DomainLinear(
+            base,
+            operator_of(spec, name),
+            domains,
+            config.dropout,
+            Freeze(config.freeze),
+        )
     compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
     return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))

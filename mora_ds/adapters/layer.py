@@ -40,7 +40,13 @@ class Split(Protocol):
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that a rank computes."""
 
-    def __call__(self, layer: MoRALinear, x: Tensor, square_shard: Tensor, path: Compute) -> Tensor:
+    def __call__(
+        self,
+        layer: MoRALinear,
+        x: Tensor,
+        square_shard: Tensor,
+        path: Compute,
+    ) -> Tensor:
         """This rank's part of the layer's output, from its shard of M."""
 
     def shard(self, matrix: Tensor) -> Tensor:
@@ -71,7 +77,12 @@ class ExpertStack(nn.Module):
 
     bias = None
 
-    def __init__(self, weight: Tensor, transposed: bool, experts_per_token: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        transposed: bool,
+        experts_per_token: int,
+    ) -> None:
         """`experts_per_token`: how many experts compute each token; 0 where the config does not say."""
         super().__init__()
         self.weight = weight
@@ -95,7 +106,13 @@ class AdaptedLinear(nn.Module):
     bias: Tensor | None
     spec: UpdateSpec
 
-    def __init__(self, base: Any, spec: UpdateSpec, dropout: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base: Any,
+        spec: UpdateSpec,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         """Takes over the tensors of `base` (`nn.Linear`, `Conv1D` or `ExpertStack`) without copying them. `seed`: for
         LoRA's A."""
         super().__init__()
@@ -104,7 +121,11 @@ class AdaptedLinear(nn.Module):
         weight = base.weight.data
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("weight_scales", None, persistent=False)
-        self.register_buffer("bias", None if base.bias is None else base.bias.data, persistent=False)
+        self.register_buffer(
+            "bias",
+            None if base.bias is None else base.bias.data,
+            persistent=False,
+        )
         value = spec.first_value(seed).to(weight.device, weight.dtype)
         self.register_parameter(spec.value_name, nn.Parameter(value))
         self.spec = spec
@@ -218,7 +239,12 @@ class AdaptedLinear(nn.Module):
             self.weight_scales.copy_(scales)
 
     @torch.no_grad()
-    def merge(self, original: Tensor, updates: Iterable[Term], square: Tensor) -> MergeNorms:
+    def merge(
+        self,
+        original: Tensor,
+        updates: Iterable[Term],
+        square: Tensor,
+    ) -> MergeNorms:
         """`form` with the unsharded fp32 value `square` as the last of `updates`; returns its norms."""
         old = self.frozen_on(self.device, copy=True)
         if self.is_packed:
@@ -275,7 +301,13 @@ class MoRALinear(AdaptedLinear):
     spec: OperatorSpec
     square: nn.Parameter
 
-    def __init__(self, base: Any, spec: OperatorSpec, dropout: float = 0.0, compute: Compute = Compute.AUTO) -> None:
+    def __init__(
+        self,
+        base: Any,
+        spec: OperatorSpec,
+        dropout: float = 0.0,
+        compute: Compute = Compute.AUTO,
+    ) -> None:
         super().__init__(base, spec, dropout)
         self.compute = compute
         self.tables: KernelTables | None = None
@@ -340,7 +372,13 @@ def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def adapt(base: Any, spec: UpdateSpec, dropout: float, compute: Compute, seed: int) -> AdaptedLinear:
+def adapt(
+    base: Any,
+    spec: UpdateSpec,
+    dropout: float,
+    compute: Compute,
+    seed: int,
+) -> AdaptedLinear:
     """The layer that replaces `base` (`nn.Linear` or `Conv1D`), by the kind of its spec."""
     if isinstance(spec, OperatorSpec):
         return MoRALinear(base, spec, dropout, compute)

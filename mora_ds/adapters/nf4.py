@@ -91,7 +91,13 @@ class NF4Weight(QuantizedWeight):
         known = dtype if dtype in _DTYPES else torch.float32
         library = _library()
         row = torch.Size((1, 2 * len(self.packed)))
-        state = library.QuantState(absmax=self.scales, shape=row, dtype=known, blocksize=BLOCK, quant_type=_TYPE)
+        state = library.QuantState(
+            absmax=self.scales,
+            shape=row,
+            dtype=known,
+            blocksize=BLOCK,
+            quant_type=_TYPE,
+        )
         numbers: Tensor = library.dequantize_4bit(self.packed, state).reshape(-1)
         return numbers[: self.shape[0] * self.shape[1]].view(self.shape).to(dtype)
 

@@ -52,13 +52,21 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
     return _chosen(model, {**linear, **stacks}, chosen)
 
 
-def _chosen(model: nn.Module, known: dict[str, Any], names: set[str]) -> dict[str, nn.Module]:
+def _chosen(
+    model: nn.Module,
+    known: dict[str, Any],
+    names: set[str],
+) -> dict[str, nn.Module]:
     """In the model's order, which is that of its parameters: a stack has no module of its own yet."""
     order = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
     return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
 
 
-def _refuse_nothing(pattern: str, linear: Iterable[str], stacks: Iterable[str]) -> NoReturn:
+def _refuse_nothing(
+    pattern: str,
+    linear: Iterable[str],
+    stacks: Iterable[str],
+) -> NoReturn:
     endings = sorted({ending_of(name) for name in linear})
     endings += sorted({".".join(name.split(".")[-2:]) for name in stacks})
     raise UserError(
@@ -74,7 +82,11 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return linear
 
 
-def _match(pattern: str, linear: dict[str, nn.Module], model: nn.Module) -> set[str]:
+def _match(
+    pattern: str,
+    linear: dict[str, nn.Module],
+    model: nn.Module,
+) -> set[str]:
     if pattern == ALL_LINEAR:
         head = output_head(model)
         return {name for name, module in linear.items() if module is not head}

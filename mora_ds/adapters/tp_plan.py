@@ -84,7 +84,12 @@ def _planned(model: nn.Module, name: str) -> str:
     return plan.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", local), "")
 
 
-def _obstacle(model: nn.Module, block: str, wanted: dict[str, str], degree: int) -> str:
+def _obstacle(
+    model: nn.Module,
+    block: str,
+    wanted: dict[str, str],
+    degree: int,
+) -> str:
     """Why a block cannot be split; "" where it can be."""
     if not getattr(text_config(model), "base_model_tp_plan", None):
         return "the model has no tensor-parallel plan"

@@ -226,7 +226,12 @@ class BaseCheckpoint:
             raise NotOneToOne(f"{self.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}")
         return mapping
 
-    def _find(self, name: str, prefix: str, renamed: Mapping[str, str]) -> str | None:
+    def _find(
+        self,
+        name: str,
+        prefix: str,
+        renamed: Mapping[str, str],
+    ) -> str | None:
         with_other_prefix = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
         for candidate in (name, with_other_prefix) if prefix else (name,):
             if candidate in self._file_of:
@@ -260,7 +265,11 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     return {key: folder / shard for key, shard in weight_map.items()}
 
 
-def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[str, str]:
+def map_model(
+    base: BaseCheckpoint,
+    model: Any,
+    names: Iterable[str],
+) -> dict[str, str]:
     """`base.map_parameters` for the parameters `names` of a transformers model, with its ties and renamings."""
     ties = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     renamed = {**stacked_files(model, base.keys()), **renamed_keys(model, base.keys())}
@@ -268,7 +277,10 @@ def map_model(base: BaseCheckpoint, model: Any, names: Iterable[str]) -> dict[st
 
 
 def write_own_base(
-    model: Any, folder: Path, tokenizer: Any = None, state_dict: Mapping[str, Tensor] | None = None
+    model: Any,
+    folder: Path,
+    tokenizer: Any = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> BaseCheckpoint:
     """Saves a live transformers model (before injection) as a base: safetensors with the live names and dtypes.
 
@@ -278,7 +290,12 @@ def write_own_base(
     weights = {} if state_dict is None else {"state_dict": dict(state_dict)}
     with atomic_folder(folder) as partial:
         try:
-            model.save_pretrained(partial, max_shard_size="5GB", save_original_format=False, **weights)
+            model.save_pretrained(
+                partial,
+                max_shard_size="5GB",
+                save_original_format=False,
+                **weights,
+            )
         except SafetensorError as error:  # the library reports a full disk in the message only
             raise RunError(f"cannot write the base to {folder}: {error}") from error
         for path in partial.glob("*.safetensors"):  # the library makes them private, whatever the umask is
@@ -289,7 +306,10 @@ def write_own_base(
 
 
 def verify_against_model(
-    base: BaseCheckpoint, mapping: Mapping[str, str], tensors: Mapping[str, Tensor], names: Iterable[str]
+    base: BaseCheckpoint,
+    mapping: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    names: Iterable[str],
 ) -> None:
     """Checks that every named live tensor equals, bit for bit, its base tensor cast to the live dtype.
 

@@ -100,11 +100,21 @@ def document_attention(
     return out.view(rows, length, heads, value.shape[2]), None
 
 
-def _mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
+def _mask(
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor | None:
     """Transformers' mask interface: none, but for padding, a cache or a model's own rules."""
     if attention_mask is None and q_length == kv_length and not arguments.get("use_vmap"):
         return None
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **arguments)
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        **arguments,
+    )
 
 
 def _from_positions(positions: Tensor | None, query: Tensor) -> Documents:
@@ -144,13 +154,23 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, scores: Scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v). The kernel wants one head size, a multiple of 8."""
     head = value.shape[2]
     wanted = -(-max(query.shape[2], value.shape[2]) // 8) * 8
     query, key, value = (_padded(tensor, wanted) for tensor in (query, key, value))
-    kernel = VarlenKernel(documents.bounds, documents.longest, -1 if window is None else window - 1, scores.scale)
+    kernel = VarlenKernel(
+        documents.bounds,
+        documents.longest,
+        -1 if window is None else window - 1,
+        scores.scale,
+    )
     if scores.sinks is None:
         out, *_ = kernel.forward(query, key, value)
     else:
@@ -221,7 +241,12 @@ def _rounded(length: int) -> int:
 
 
 def _by_documents(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None, scores: Scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    window: int | None,
+    scores: Scores,
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
     groups = groups_of(lengths, query.device)
@@ -240,7 +265,13 @@ def _by_documents(
     return out if groups.scatter is None else out.index_select(0, groups.scatter)
 
 
-def _rows(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend: Attend) -> Tensor:
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    attend: Attend,
+) -> Tensor:
     """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where scores are computed, or a
     window is shorter than a document, in blocks of queries with the keys that they see."""
     length = query.shape[2]
@@ -260,13 +291,24 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, window: int | None, attend:
     return torch.cat(outs, dim=2)
 
 
-def _seen(offset: int, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+def _seen(
+    offset: int,
+    queries: int,
+    keys: int,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
     """(queries, keys): true where a query, the first of which stands at `offset` of the keys, sees a key."""
     distance = torch.arange(offset, offset + queries, device=device)[:, None] - torch.arange(keys, device=device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _attend_for(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Attend:
+def _attend_for(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+) -> Attend:
     """The function for these heads. Only the CPU's kernel gives the sums of exponentials that sinks need."""
     fused = query.device.type == "cpu" and not scores.dropout and query.shape[-1] == value.shape[-1]
     if scores.softcap is not None or (scores.sinks is not None and not fused):
@@ -278,7 +320,13 @@ def _attend_for(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> At
     return partial(_fused, scores)
 
 
-def _fused(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+def _fused(
+    scores: Scores,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+) -> Tensor:
     head = value.shape[3]
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.is_cuda:
@@ -303,7 +351,11 @@ def _fused(scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tens
 
 
 def _scored(
-    scores: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Callable[[], Tensor] | None
+    scores: Scores,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | Callable[[], Tensor] | None,
 ) -> Tensor:
     """As `Attend`, with scores that are computed again in backward; `seen` may also be (n, 1, C, K), or what makes it,
     so that backward keeps no mask of a block."""
@@ -315,7 +367,13 @@ def _scored(
     return out
 
 
-def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Callable[[], Tensor]) -> Tensor:
+def _weigh(
+    how: Scores,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | Callable[[], Tensor],
+) -> Tensor:
     """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
     shared = key.shape[1]
     count = query.shape[2]
@@ -336,11 +394,24 @@ def _weigh(how: Scores, query: Tensor, key: Tensor, value: Tensor, seen: Tensor 
 
 
 def _masked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scores: Scores,
 ) -> Tensor:
     """Attention with a mask (B, 1, T, S), or of the last T of S tokens: (B, T, H, D_v)."""
     if scores.softcap is None and scores.sinks is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, mask, scores.dropout, scores.scale)
+        out, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            mask,
+            scores.dropout,
+            scores.scale,
+        )
         return out
     length = query.shape[2]
     keys = key.shape[2]

@@ -59,7 +59,11 @@ def resolve_folder(name: str, ranks: Ranks) -> Path:
     ranks.same("the model", {f"{MODEL_FLAG} is": kind})
     if folder is not None:
         return folder
-    ranks.agree("download of the model", lambda: _download(name) if ranks.is_local_first else None, long=True)
+    ranks.agree(
+        "download of the model",
+        lambda: _download(name) if ranks.is_local_first else None,
+        long=True,
+    )
     return ranks.agree("downloaded model", lambda: _download(name))
 
 
@@ -129,16 +133,28 @@ def load_base(
 
 
 def create_base(
-    config_file: Path, folder: Path, seed: int, tokenizer: Any = None, vocab_size: int | None = None
+    config_file: Path,
+    folder: Path,
+    seed: int,
+    tokenizer: Any = None,
+    vocab_size: int | None = None,
 ) -> Path:
     """Writes a base with random weights, made from a config JSON, to `folder` in fp32. One rank calls it."""
     torch.manual_seed(seed)
-    model = make_model(read_model_config(config_file, vocab_size), f"--model_config {config_file}", dtype=torch.float32)
+    model = make_model(
+        read_model_config(config_file, vocab_size),
+        f"--model_config {config_file}",
+        dtype=torch.float32,
+    )
     write_own_base(model, folder, tokenizer)
     return folder
 
 
-def read_model_config(config_file: Path, vocab_size: int | None = None, flag: str = "--model_config") -> Any:
+def read_model_config(
+    config_file: Path,
+    vocab_size: int | None = None,
+    flag: str = "--model_config",
+) -> Any:
     """The config in a JSON such as `configs/models/tiny_llama.json`. Raises `UserError` naming `flag`."""
     try:
         values = parse_json(config_file.read_text(encoding="utf-8"))
@@ -155,7 +171,11 @@ def read_model_config(config_file: Path, vocab_size: int | None = None, flag: st
     return _with_sizes(config, f"{flag} {config_file}")
 
 
-def folder_config(folder: Path | str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
+def folder_config(
+    folder: Path | str,
+    trust_remote_code: bool = False,
+    flag: str = MODEL_FLAG,
+) -> Any:
     """The config of a model folder. Raises `UserError` naming `flag`."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -186,7 +206,11 @@ MAX_LAYERS = 2048
 """Most layers of a model: each takes milliseconds to make, even without weights."""
 
 
-def named_config(name: str, trust_remote_code: bool = False, flag: str = MODEL_FLAG) -> Any:
+def named_config(
+    name: str,
+    trust_remote_code: bool = False,
+    flag: str = MODEL_FLAG,
+) -> Any:
     """The config of a model folder, a Hub name or a config JSON, without any weights. Raises `UserError` naming
     `flag`."""
     path = expanded(name, flag)
@@ -270,7 +294,11 @@ def load_model(
     return model
 
 
-def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None:
+def _one_to_one(
+    model: Any,
+    folder: Path,
+    ranks: Ranks,
+) -> dict[str, str] | None:
     """Parameter name -> key in the folder's files, if these are the live tensors one to one; else None. Collective:
     each rank compares a slice of them."""
 
@@ -285,7 +313,11 @@ def _one_to_one(model: Any, folder: Path, ranks: Ranks) -> dict[str, str] | None
 
 
 def _originals(
-    model: Any, folder: Path, own_base: Path, dtype: torch.dtype, load: Callable[[torch.dtype], Any]
+    model: Any,
+    folder: Path,
+    own_base: Path,
+    dtype: torch.dtype,
+    load: Callable[[torch.dtype], Any],
 ) -> tuple[bool, dict[str, str]]:
     """(whether the originals are in `own_base`, their keys); writes that folder where the files are not one to one.
 
@@ -335,12 +367,21 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     except NotOneToOne:
         dtypes = set()
         for path in folder.glob("pytorch_model*.bin"):
-            content = torch.load(path, map_location="meta", weights_only=True)  # dtypes and shapes, without the numbers
+            content = torch.load(
+                path,
+                map_location="meta",
+                weights_only=True,
+            )  # dtypes and shapes, without the numbers
             dtypes |= {value.dtype for value in content.values() if isinstance(value, Tensor)}
     return reduce(torch.promote_types, dtypes & set(COMPUTE_DTYPES.values()) or {torch.float32})
 
 
-def _map_and_verify(model: Any, base: BaseCheckpoint, rank: int = 0, world: int = 1) -> dict[str, str]:
+def _map_and_verify(
+    model: Any,
+    base: BaseCheckpoint,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, str]:
     """Parameter name -> key of all tensors; every `world`-th of them, from number `rank` on, is compared."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     keys = map_model(base, model, tensors)

@@ -68,16 +68,30 @@ def row_nll(model: Callable[..., object], batch: Mapping[str, Any]) -> Tensor:
     return _cross_entropy(model, batch, "none").view(batch["labels"].shape).sum(dim=-1)
 
 
-def _cross_entropy(model: Callable[..., object], batch: Mapping[str, Any], reduction: str) -> Tensor:
+def _cross_entropy(
+    model: Callable[..., object],
+    batch: Mapping[str, Any],
+    reduction: str,
+) -> Tensor:
     logits = model(**model_inputs(model, batch)).logits  # type: ignore[attr-defined]
     labels = batch["labels"].flatten()
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=IGNORED, reduction=reduction)
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels,
+        ignore_index=IGNORED,
+        reduction=reduction,
+    )
 
 
 class ChunkedHead:
     """A model's output head that computes losses inside `token_losses`, and logits otherwise."""
 
-    def __init__(self, head: Any, finish: Callable[[Tensor], Tensor], chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        head: Any,
+        finish: Callable[[Tensor], Tensor],
+        chunk_tokens: int,
+    ) -> None:
         """`finish`: the model's own function of the head's output. `chunk_tokens`: tokens of a chunk."""
         self.chunk_tokens = chunk_tokens
         self.finish = finish
@@ -135,7 +149,12 @@ class ChunkedHead:
         return zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
 
     def _losses_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(hidden).float(), labels, ignore_index=IGNORED, reduction="none")
+        return F.cross_entropy(
+            self._logits(hidden).float(),
+            labels,
+            ignore_index=IGNORED,
+            reduction="none",
+        )
 
     @torch.enable_grad()
     def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +187,12 @@ class _FrozenHeadLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: ChunkedHead) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: ChunkedHead,
+    ) -> Tensor:
         chunks = [head._loss_and_gradient(*chunk) for chunk in head._chunks(hidden, labels)]
         losses, gradients = zip(*chunks, strict=True)
         ctx.save_for_backward(torch.cat(gradients))
@@ -203,7 +227,11 @@ def chunk_loss(model: Any, chunk_tokens: int | None = None) -> ChunkedHead:
         raise UserError(f"{FLAG}: this model names no output head ({type(model).__name__})")
     device = next((tensor.device for tensor in (*head.parameters(), *head.buffers())), torch.device("cpu"))
     numbers = CHUNK_NUMBERS if device.type == "cpu" else GPU_CHUNK_NUMBERS
-    chunked = ChunkedHead(head, finish_of(config), chunk_tokens or max(1, numbers // config.vocab_size))
+    chunked = ChunkedHead(
+        head,
+        finish_of(config),
+        chunk_tokens or max(1, numbers // config.vocab_size),
+    )
     vars(model)[_ATTRIBUTE] = chunked
     return chunked
 

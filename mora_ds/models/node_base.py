@@ -61,7 +61,10 @@ class NodeBase:
         return f"{layer}.weight" in self.slots
 
     def form(
-        self, model: nn.Module, items: Iterable[tuple[str, Item]], work: Callable[[str, Item], Result]
+        self,
+        model: nn.Module,
+        items: Iterable[tuple[str, Item]],
+        work: Callable[[str, Item], Result],
     ) -> dict[str, Result]:
         """{name: work(name, item)} for an item of each of this process's `layers`, whose frozen weight `work` writes.
 
@@ -76,7 +79,12 @@ class NodeBase:
             "forming of the base", lambda: {name: work(name, item) for name, item in ready}, long=True
         )
 
-    def of_all(self, rows: Mapping[str, Sequence[Tensor]], names: Sequence[str], width: int) -> Tensor:
+    def of_all(
+        self,
+        rows: Mapping[str, Sequence[Tensor]],
+        names: Sequence[str],
+        width: int,
+    ) -> Tensor:
         """(names, width) fp32 on the CPU: a row of scalars for each name, of which `rows` has those of this process's
         `layers`. Collective as `form` is."""
         table = torch.zeros(len(names), width)
@@ -96,7 +104,12 @@ class NodeBase:
         for name in self._owned({name: frozen[name].nbytes for name in names}):
             self.slots[name].copy_(frozen[name])
 
-    def use(self, model: nn.Module, frozen: Mapping[str, Tensor], names: Collection[str]) -> None:
+    def use(
+        self,
+        model: nn.Module,
+        frozen: Mapping[str, Tensor],
+        names: Collection[str],
+    ) -> None:
         """Let the model's buffers `names` be those in the memory of the node, once all are copied."""
         if not names:
             return
@@ -139,7 +152,12 @@ def node_base_of(model: nn.Module) -> NodeBase:
 # -- the start ---------------------------------------------------------------------------------------------------------
 
 
-def share_base(model: nn.Module, choice: str, ranks: Ranks, at_once: bool = False) -> NodeBase:
+def share_base(
+    model: nn.Module,
+    choice: str,
+    ranks: Ranks,
+    at_once: bool = False,
+) -> NodeBase:
     """Let the processes of each node share what lies in host memory of an injected model's frozen base, as `choice`
     (--node_base) says; `at_once`: without waiting for the first merge.
 
@@ -154,7 +172,13 @@ def share_base(model: nn.Module, choice: str, ranks: Ranks, at_once: bool = Fals
     return _NODE_BASES[model]
 
 
-def _shared(model: nn.Module, frozen: Mapping[str, Tensor], choice: str, ranks: Ranks, at_once: bool) -> NodeBase:
+def _shared(
+    model: nn.Module,
+    frozen: Mapping[str, Tensor],
+    choice: str,
+    ranks: Ranks,
+    at_once: bool,
+) -> NodeBase:
     members = node_members(ranks)
     is_private = choice == Sharing.PRIVATE.value
     wants = len(members) > 1 and not is_private
@@ -171,7 +195,11 @@ def _shared(model: nn.Module, frozen: Mapping[str, Tensor], choice: str, ranks: 
         slots = {name: layout.view(storage, name, frozen[name]) for name in layout.offsets}
         base = NodeBase(ranks, members, slots, layout.later, layout.text(frozen, len(members)))
     now = layout.now if base.slots else ()
-    ranks.agree("copy of the base to the memory of the node", lambda: base.copy(frozen, now), long=True)
+    ranks.agree(
+        "copy of the base to the memory of the node",
+        lambda: base.copy(frozen, now),
+        long=True,
+    )
     base.use(model, frozen, now)
     return base
 
@@ -189,7 +217,12 @@ class _Layout:
     digest: str
 
     @classmethod
-    def of(cls, model: nn.Module, frozen: Mapping[str, Tensor], everything: bool) -> _Layout:
+    def of(
+        cls,
+        model: nn.Module,
+        frozen: Mapping[str, Tensor],
+        everything: bool,
+    ) -> _Layout:
         """`everything`: files that hold the live weights are copied too."""
         mappings = Mappings.read()
         offsets = {}
@@ -206,10 +239,20 @@ class _Layout:
         facts = [(n, at, frozen[n].shape, frozen[n].stride(), frozen[n].dtype, n in now) for n, at in offsets.items()]
         return cls(offsets, end, now, later, hashlib.sha256(repr(facts).encode()).hexdigest())
 
-    def view(self, storage: torch.UntypedStorage, name: str, like: Tensor) -> Tensor:
+    def view(
+        self,
+        storage: torch.UntypedStorage,
+        name: str,
+        like: Tensor,
+    ) -> Tensor:
         """The buffer's place in the memory of the node, with the shape, strides and attributes of `like`."""
         strides = torch.empty_like(like, device="meta").stride()  # those of `like`, unless its elements overlap
-        slot = torch.empty(0, dtype=like.dtype).set_(storage, self.offsets[name] // like.itemsize, like.shape, strides)
+        slot = torch.empty(0, dtype=like.dtype).set_(
+            storage,
+            self.offsets[name] // like.itemsize,
+            like.shape,
+            strides,
+        )
         vars(slot).update(vars(like))
         return slot
 
@@ -230,7 +273,11 @@ def _distinct(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: frozen[name] for name in first.values()}
 
 
-def _map(ranks: Ranks, members: tuple[int, ...], layout: _Layout | None) -> tuple[torch.UntypedStorage | None, str]:
+def _map(
+    ranks: Ranks,
+    members: tuple[int, ...],
+    layout: _Layout | None,
+) -> tuple[torch.UntypedStorage | None, str]:
     """(memory of the node, mapped into this process; what kept one of its processes from it). Collective; `layout` None
     on a node that shares nothing."""
     mine = None

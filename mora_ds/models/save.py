@@ -39,7 +39,11 @@ TOKENIZER_FILES = (
 )
 
 
-def layout_of(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype | None) -> Layout:
+def layout_of(
+    base: BaseCheckpoint,
+    keys: Iterable[str],
+    dtype: torch.dtype | None,
+) -> Layout:
     """The tensors `keys` of a base: floating-point ones in `dtype`, others as they are; None: all as they are."""
     layout: Layout = {}
     for key in keys:
@@ -49,7 +53,10 @@ def layout_of(base: BaseCheckpoint, keys: Iterable[str], dtype: torch.dtype | No
 
 
 def write_shards(
-    folder: Path, layout: Layout, limit: int, tensor_of: Callable[[str, torch.dtype], Tensor]
+    folder: Path,
+    layout: Layout,
+    limit: int,
+    tensor_of: Callable[[str, torch.dtype], Tensor],
 ) -> tuple[str, ...]:
     """Writes the safetensors files, of at most `limit` bytes where a tensor is not larger itself, and their index where
     there are several. Returns the names of the files.
@@ -73,7 +80,10 @@ def write_shards(
 
 
 def write_companions(
-    base: BaseCheckpoint, folder: Path, dtype: torch.dtype | None, tokenizer: Path | None = None
+    base: BaseCheckpoint,
+    folder: Path,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes config.json with the new dtype (None: its own), the base's other files, and a tokenizer (by default the
     base's)."""

@@ -31,7 +31,12 @@ class CPUKernel:
     """(C, K) true where a query sees a key; None for causal attention."""
     scale: float
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> tuple[Tensor, ...]:
         out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, self.seen is None, attn_mask=self._bias(query), scale=self.scale
         )
@@ -65,7 +70,12 @@ class VarlenKernel:
     """Keys before its own that a query sees; -1 for all."""
     scale: float
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> tuple[Tensor, ...]:
         out, sums, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, *self._documents, return_debug_mask=False, **self._weights
         )
@@ -94,7 +104,13 @@ class VarlenKernel:
 Kernel = CPUKernel | VarlenKernel
 
 
-def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, kernel: Kernel) -> Tensor:
+def attend_with_sinks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    kernel: Kernel,
+) -> Tensor:
     """`kernel`'s attention with the sinks (H,); shapes are the kernel's."""
     out: Tensor = _WithSinks.apply(query, key, value, sinks, kernel)
     return out
@@ -102,7 +118,14 @@ def attend_with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, 
 
 class _WithSinks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, kernel: Kernel) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        kernel: Kernel,
+    ) -> Tensor:
         out, sums, *state = kernel.forward(query, key, value)
         with_sink = torch.logaddexp(sums, sinks.float()[:, None])
         share = torch.exp(sums - with_sink).unsqueeze(-1)

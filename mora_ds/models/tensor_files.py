@@ -69,7 +69,10 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, path: Path, layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str],
     ) -> None:
         self._layout = dict(layout)
         self._missing = set(layout)
@@ -101,13 +104,22 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
+    ) -> None:
         self._file.close()
         if kind is None and self._missing:
             raise ValueError(f"not written: {', '.join(sorted(self._missing))}")
 
 
-def write_safetensors_atomic(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors_atomic(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
     """Writes `tensors` to one file, atomically. Raises `RunError` on a full disk."""
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     with atomic_path(path) as temporary, SafetensorsWriter(temporary, layout, metadata) as writer:

@@ -113,7 +113,12 @@ def first_new_row(folder: Path) -> int:
         return int(content["first_row"])
 
 
-def check_same_tokens(known: Path, folder: Path, flag: str, trust_remote_code: bool = False) -> None:
+def check_same_tokens(
+    known: Path,
+    folder: Path,
+    flag: str,
+    trust_remote_code: bool = False,
+) -> None:
     """Raises `UserError`, which begins with `flag`, unless the tokenizer in `folder` has every token of the one in
     `known`, each with the same id. Where `known` holds no tokenizer there is nothing to compare."""
     if not holds_tokenizer(known):
@@ -129,7 +134,11 @@ def check_same_tokens(known: Path, folder: Path, flag: str, trust_remote_code: b
 # -- which tensors -----------------------------------------------------------------------------------------------------
 
 
-def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool) -> tuple[set[str], int]:
+def _vocabulary_keys(
+    base: BaseCheckpoint,
+    config: Any,
+    trust_remote_code: bool,
+) -> tuple[set[str], int]:
     """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
@@ -159,7 +168,11 @@ def _vocabulary_keys(base: BaseCheckpoint, config: Any, trust_remote_code: bool)
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, int]:
+def _compare(
+    old: Any,
+    new: Any,
+    texts: Iterable[str],
+) -> tuple[float, float, int]:
     """(tokens per byte of the old tokenizer, those of the new one, bytes), of the first texts.
 
     Raises `RunError` for a text that only the old one decodes to itself.
@@ -181,7 +194,13 @@ def _compare(old: Any, new: Any, texts: Iterable[str]) -> tuple[float, float, in
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def _write(base: BaseCheckpoint, folder: Path, keys: set[str], extension: Extension, rows: int) -> None:
+def _write(
+    base: BaseCheckpoint,
+    folder: Path,
+    keys: set[str],
+    extension: Extension,
+    rows: int,
+) -> None:
     layout = layout_of(base, base.keys(), None)
     for key in keys:
         shape, dtype = layout[key]

@@ -63,7 +63,11 @@ def check_tensor_parallel(degree: int, **settings: object) -> None:
     refuse(tensor_parallel_problems(degree, **settings))  # type: ignore[arg-type]
 
 
-def sequence_parallel_problems(size: int, seq_len: int, attention: str | None = None) -> Iterator[str]:
+def sequence_parallel_problems(
+    size: int,
+    seq_len: int,
+    attention: str | None = None,
+) -> Iterator[str]:
     """One message for each setting that --sequence_parallel_size `size` does not go with; none at a size of 1."""
     if size > 1 and seq_len % size:
         yield f"{SEQUENCE} {size} does not divide --seq_len {seq_len}"

@@ -57,7 +57,12 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
         assert isinstance(layer, MoRALinear)
         split = LayerSplit(topology, plan.styles[name], transposed=layer.spec.in_segments > 1)
         square_shard = nn.Parameter(split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
-        mark_split(square_shard, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat, split.transposed)
+        mark_split(
+            square_shard,
+            topology.share(layer.spec.r_hat)[0],
+            layer.spec.r_hat,
+            split.transposed,
+        )
         layer.split = split
         layer.square = square_shard
     for name, style in plan.styles.items():
@@ -124,7 +129,13 @@ class LayerSplit:
         window = Window.of(spec) if self.style is Style.WHOLE else self._window(spec)
         return window.d_in, window.d_out
 
-    def __call__(self, layer: MoRALinear, x: Tensor, square_shard: Tensor, path: Compute) -> Tensor:
+    def __call__(
+        self,
+        layer: MoRALinear,
+        x: Tensor,
+        square_shard: Tensor,
+        path: Compute,
+    ) -> Tensor:
         """(..., d_in) -> (..., d_out), where a rowwise layer's input and a colwise layer's output are this process's
         slices. `square_shard`: this process's share of M."""
         if self.style is Style.WHOLE:
@@ -165,7 +176,12 @@ class LayerSplit:
             return Window.of(spec, outputs=self.topology.share(spec.d_out), rows=lanes)
         return Window.of(spec, inputs=self.topology.share(spec.d_in), columns=lanes)
 
-    def _unsplit_update(self, spec: OperatorSpec, square_shard: Tensor, x: Tensor) -> Tensor:
+    def _unsplit_update(
+        self,
+        spec: OperatorSpec,
+        square_shard: Tensor,
+        x: Tensor,
+    ) -> Tensor:
         """The layer's update from all inputs to all outputs, made of gathers alone, in backward too, so that it is the
         same to the bit on all processes."""
         window = Window.of(spec)
@@ -186,7 +202,12 @@ class LayerSplit:
         )
 
 
-def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> Tensor:
+def _split_forward(
+    module: Any,
+    topology: Topology,
+    style: Style,
+    x: Tensor,
+) -> Tensor:
     """The forward of a frozen linear layer without a MoRA matrix, within a block that is split."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     weight, bias = _slices(topology, style, weight, module.bias)
@@ -194,14 +215,24 @@ def _split_forward(module: Any, topology: Topology, style: Style, x: Tensor) -> 
     return y if style is Style.COLWISE else _summed(topology, y, module.bias)
 
 
-def _sum_gradient(topology: Topology, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _sum_gradient(
+    topology: Topology,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> tuple[Any, Any]:
     """A forward pre-hook of a split block, whose input's gradient on each process is a part of a sum."""
     del module
     x = sum_gradient(args[0] if args else kwargs["hidden_states"], topology)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
-def _slices(topology: Topology, style: Style, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _slices(
+    topology: Topology,
+    style: Style,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """Views of W0 (d_out, d_in) and of the bias that is added before the sum: none for a rowwise layer."""
     if style is Style.COLWISE:
         start, stop = topology.share(weight.shape[0])

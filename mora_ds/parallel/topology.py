@@ -105,7 +105,12 @@ class Share:
     """Whether they are rows of its transpose."""
 
 
-def mark_split(parameter: nn.Parameter, start: int, r_hat: int, transposed: bool) -> None:
+def mark_split(
+    parameter: nn.Parameter,
+    start: int,
+    r_hat: int,
+    transposed: bool,
+) -> None:
     """Note that each process of a group holds another part of a matrix, so that each counts in the gradient norm
     (runtime/utils.py, `is_model_parallel_parameter`)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]

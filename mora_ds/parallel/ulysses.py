@@ -45,7 +45,11 @@ _groups: dict[int, Any] = {}
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def share_rows(model: nn.Module, size: int, timeout_s: float | None = None) -> SequenceParallel | None:
+def share_rows(
+    model: nn.Module,
+    size: int,
+    timeout_s: float | None = None,
+) -> SequenceParallel | None:
     """Let every `size` consecutive processes share each row of `model`; None for a size of 1. Collective.
 
     `timeout_s`: of the collectives in a group (torch's default for None). Raises `UserError` for a model that does not
@@ -127,7 +131,13 @@ class SequenceParallel:
         return largest
 
     def attend(
-        self, core: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+        self,
+        core: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer's attention: query (B, H, T/s, D), key and value (B, H_kv, T/s, D) -> (B, T/s, H, D). `core` runs
         over complete rows."""
@@ -163,7 +173,11 @@ class SequenceParallel:
         return self._ulysses[shape]
 
 
-def _check_call(key: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> None:
+def _check_call(
+    key: Tensor,
+    value: Tensor,
+    arguments: Mapping[str, Any],
+) -> None:
     """Raises `UserError` for a layer of attention that Ulysses would compute wrongly, or not at all."""
     if key.shape != value.shape:
         raise UserError(f"{SEQUENCE}: this model's keys and values differ in shape, which Ulysses does not support")
@@ -183,7 +197,12 @@ def _dispatch(name: str) -> None:
     core = ALL_ATTENTION_FUNCTIONS[name]
 
     def dispatched(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         sequence = bound(module)
         if sequence is None or not sequence.splits:
@@ -205,7 +224,12 @@ def _share_longest_position(rotary: nn.Module, sequence: SequenceParallel) -> No
     position as one more token, whose cosine and sine are dropped."""
     forward = rotary.forward
 
-    def shared(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def shared(
+        x: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         if not sequence.splits:
             return forward(x, position_ids, *args, **kwargs)
         longest = sequence.longest(position_ids).expand(len(position_ids), 1)

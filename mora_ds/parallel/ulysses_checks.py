@@ -13,7 +13,11 @@ from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import check_heads
 
 
-def check_config(config: Any, size: int, attn_implementation: str | None) -> None:
+def check_config(
+    config: Any,
+    size: int,
+    attn_implementation: str | None,
+) -> None:
     """Raises `UserError` for a model whose config shows that its rows cannot be split over `size` processes.
     `attn_implementation`: what was asked for; None for attention by documents."""
     if size == 1:

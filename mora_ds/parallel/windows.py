@@ -64,7 +64,13 @@ class Window:
     ) -> Window:
         """A window with the complete range of everything that is not given."""
         every = (0, spec.r_hat)
-        return cls(spec, inputs or (0, spec.d_in), outputs or (0, spec.d_out), columns or every, rows or every)
+        return cls(
+            spec,
+            inputs or (0, spec.d_in),
+            outputs or (0, spec.d_out),
+            columns or every,
+            rows or every,
+        )
 
     @property
     def d_in(self) -> int:
@@ -138,7 +144,11 @@ class Window:
         for product, (into, out) in zip(products, runs, strict=True):
             elements = outputs.slots[out].unsqueeze(2) * spec.r_hat + inputs.slots[into].unsqueeze(1)
             padding = outputs.padding[out].unsqueeze(2) | inputs.padding[into].unsqueeze(1)
-            total[into].scatter_add_(1, elements.flatten(1), product.masked_fill_(padding, 0).flatten(1))
+            total[into].scatter_add_(
+                1,
+                elements.flatten(1),
+                product.masked_fill_(padding, 0).flatten(1),
+            )
         return sum_of_blocks(spec, total.unflatten(1, (spec.r_hat, spec.r_hat)))
 
 

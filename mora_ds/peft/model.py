@@ -43,7 +43,12 @@ class MoraLinear(nn.Module, BaseTunerLayer):
 
     def add(self, adapter: str, config: MoraConfig, name: str) -> None:
         """Gives the layer, called `name` in its model, an adapter whose M is zero."""
-        spec = config.adapter().operator_for(name, self.in_features, self.out_features, config.cycle)
+        spec = config.adapter().operator_for(
+            name,
+            self.in_features,
+            self.out_features,
+            config.cycle,
+        )
         self.mora_spec[adapter] = spec
         self.mora_dropout[adapter] = nn.Dropout(config.mora_dropout)
         self.mora_square[adapter] = nn.Parameter(torch.zeros(spec.r_hat, spec.r_hat))

@@ -98,7 +98,11 @@ class _Entry:
     operator: dict[str, Any]
 
 
-def agree_on_layers(known: dict[str, LayerEntry], layers: Mapping[str, LayerEntry], path: Path) -> None:
+def agree_on_layers(
+    known: dict[str, LayerEntry],
+    layers: Mapping[str, LayerEntry],
+    path: Path,
+) -> None:
     """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where one has another shape now."""
     for name, layer in layers.items():
         first = known.setdefault(name, layer)
@@ -128,7 +132,12 @@ class CycleRecord:
 class Ledger:
     """A ledger's folder. Create it with `Ledger.create` or `Ledger.open`; one process at a time may change it."""
 
-    def __init__(self, folder: Path, base_fingerprint: str, records: Sequence[CycleRecord]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base_fingerprint: str,
+        records: Sequence[CycleRecord],
+    ) -> None:
         self.folder = folder
         self.base_fingerprint = base_fingerprint
         self._records = list(records)
@@ -146,7 +155,12 @@ class Ledger:
         return ledger
 
     @classmethod
-    def open(cls, folder: Path | str, base_fingerprint: str | None = None, hashes: bool = True) -> Ledger:
+    def open(
+        cls,
+        folder: Path | str,
+        base_fingerprint: str | None = None,
+        hashes: bool = True,
+    ) -> Ledger:
         """Opens and checks a ledger: numbering, chain, sizes, headers, and (`hashes`) every byte.
 
         Raises `UserError` naming the file and the problem, or that it belongs to another base.
@@ -202,7 +216,12 @@ class Ledger:
             if layer := self.layers(cycle).get(module):
                 yield layer.operator, self.square(cycle, module)
 
-    def append(self, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]) -> int:
+    def append(
+        self,
+        step: int,
+        layers: Mapping[str, LayerEntry],
+        squares: Iterable[tuple[str, Tensor]],
+    ) -> int:
         """Adds a cycle and returns its number.
 
         `squares` yields (module name, matrix (r_hat, r_hat) fp32) for exactly the keys of `layers`, in any order.
@@ -241,7 +260,11 @@ class Ledger:
         """Checks every file. Raises `UserError` naming the first that is not as it was written."""
         known: dict[str, LayerEntry] = {}
         for record in self._records:
-            problem = file_problem(self.folder / record.file, record.size, record.sha256 if hashes else None)
+            problem = file_problem(
+                self.folder / record.file,
+                record.size,
+                record.sha256 if hashes else None,
+            )
             if problem:
                 raise UserError(f"the ledger is damaged at cycle {record.cycle}: {problem}")
             handle = self._handle(record.cycle)
@@ -294,7 +317,11 @@ def _link(chain: str, sha256: str) -> str:
 
 
 def _write_cycle(
-    path: Path, cycle: int, step: int, layers: Mapping[str, LayerEntry], squares: Iterable[tuple[str, Tensor]]
+    path: Path,
+    cycle: int,
+    step: int,
+    layers: Mapping[str, LayerEntry],
+    squares: Iterable[tuple[str, Tensor]],
 ) -> None:
     layout = {layer.square: (layer.operator.value_shape, torch.float32) for layer in layers.values()}
     metadata = {"layers": json.dumps(layers_to_dict(layers)), "cycle": str(cycle), "step": str(step)}

@@ -178,7 +178,12 @@ class ReMoRA:
         self.base.release()
         return {name: norms for name, norms in formed.items() if norms is not None}
 
-    def _check_probe(self, step: int, before: float | None, after: float | None) -> None:
+    def _check_probe(
+        self,
+        step: int,
+        before: float | None,
+        after: float | None,
+    ) -> None:
         if before is None or after is None:
             return
         layer = next(iter(mora_layers(self.engine.module).values()))
@@ -201,7 +206,12 @@ class ReMoRA:
         """Form every live weight from its original and the ledger. Collective, as a merge."""
         self._form((name, None) for name in mora_layers(self.engine.module))
 
-    def _record(self, step: int, entries: dict[str, LayerEntry], squares: dict[str, Tensor]) -> None:
+    def _record(
+        self,
+        step: int,
+        entries: dict[str, LayerEntry],
+        squares: dict[str, Tensor],
+    ) -> None:
         """Rank 0 appends the cycle to the ledger, and all ranks read it."""
         cycle = self.cycle
         if dist.get_rank() == 0:

@@ -57,7 +57,12 @@ def schedule_kind(name: str) -> ScheduleKind:
     return known[name]
 
 
-def conflicts(total_steps: int, warmup_steps: int, merge_every: int, restart_warmup_steps: int) -> Iterator[str]:
+def conflicts(
+    total_steps: int,
+    warmup_steps: int,
+    merge_every: int,
+    restart_warmup_steps: int,
+) -> Iterator[str]:
     """One message for each pair of settings of a `Schedule` that contradict each other."""
     if total_steps < 1:
         yield f"a run needs at least one step, got {total_steps} (--max_steps)"
@@ -104,7 +109,12 @@ class Schedule:
             ("warmup_steps", self.warmup_steps, NOT_NEGATIVE),
             ("merge_every", self.merge_every, NOT_NEGATIVE),
         ]
-        contradictions = conflicts(self.total_steps, self.warmup_steps, self.merge_every, self.restart_warmup_steps)
+        contradictions = conflicts(
+            self.total_steps,
+            self.warmup_steps,
+            self.merge_every,
+            self.restart_warmup_steps,
+        )
         refuse([*out_of_bounds(numbers), *contradictions])
 
     def curve(self, step: int) -> float:

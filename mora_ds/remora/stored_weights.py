@@ -33,7 +33,10 @@ class StoredWeight:
     """The number of the expert that they belong to; None where the tensor is the layer's weight itself."""
 
     def live(
-        self, read: Callable[[str], Tensor], updates: Iterable[tuple[UpdateSpec, Tensor]], dtype: torch.dtype
+        self,
+        read: Callable[[str], Tensor],
+        updates: Iterable[tuple[UpdateSpec, Tensor]],
+        dtype: torch.dtype,
     ) -> Tensor:
         """The tensor with the updates of its layer, summed as `live_weight` sums them. `read`: an original by key."""
         original = torch.cat([read(key) for key in self.keys]) if len(self.keys) > 1 else read(*self.keys)
@@ -42,7 +45,11 @@ class StoredWeight:
         return live_weight(original, updates, self.entry.transposed, dtype)[self.rows]
 
 
-def stored_weights(entry: LayerEntry, key: str, base: BaseCheckpoint) -> dict[str, StoredWeight]:
+def stored_weights(
+    entry: LayerEntry,
+    key: str,
+    base: BaseCheckpoint,
+) -> dict[str, StoredWeight]:
     """Key -> tensor, for all tensors of the layer's weight, whose key in the base is `key`."""
     if not is_stack(key):
         return {key: StoredWeight(entry, (key,), slice(None))}

@@ -26,7 +26,12 @@ from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
 
 
 def kernel_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, tables: KernelTables, path: Compute
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    square: Tensor,
+    tables: KernelTables,
+    path: Compute,
 ) -> Tensor:
     """`ops.linear.mora_linear` by kernels: (..., D) -> (..., O)."""
     return linear_by(KernelProducts(tables), x, weight, bias, square, path)
@@ -59,7 +64,14 @@ class KernelProducts(LayerProducts):
     def form(self, weight: Weight, square: Tensor) -> Tensor:
         return form_weight(weight, square, self.tables)
 
-    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
+    def output(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        square: Tensor,
+        saved: Tensor,
+    ) -> Tensor:
         z = self._folded(saved)
         u = (z.view(-1, self.spec.r_hat) @ square.T).view(z.shape)
         terms = u, self.tables.spread, None, None, False
@@ -75,7 +87,13 @@ class KernelProducts(LayerProducts):
         collected: Tensor = ops.gather_sum(_flat(g), self.tables.collect, None, None, False)
         return collected.view(-1, self.spec.r_hat)
 
-    def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
+    def input_gradient(
+        self,
+        g: Tensor,
+        weight: Weight,
+        square: Tensor,
+        collected: Tensor | None,
+    ) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
         g_z = (c @ square).view(-1, self.tables.collect.shape[1])
         if self.tables.blocks_read is not None:
@@ -88,7 +106,13 @@ class KernelProducts(LayerProducts):
         ops.gather_add_(g_x.view(-1, g_x.shape[-1]), *unfold)
         return g_x
 
-    def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
+    def square_gradient(
+        self,
+        saved: Tensor,
+        g: Tensor,
+        collected: Tensor | None,
+        by_weight: bool,
+    ) -> Tensor:
         c = self.collect_once(g) if collected is None else collected
         z = self._folded(saved).unflatten(1, (-1, self.spec.r_hat))
         parts: Tensor = ops.product(c.view(len(z), self.tables.blocks_out, self.spec.r_hat), z)

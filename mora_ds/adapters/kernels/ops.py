@@ -56,7 +56,12 @@ def runs_kernels(device: torch.device) -> bool:
 
 def _meta_product(c: Tensor, z: Tensor) -> Tensor:
     part_count = plain.parts_of(c, z, _PROGRAMS_ON_META)
-    return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=plain.dtype_of(part_count, c.dtype))
+    return c.new_empty(
+        part_count,
+        c.shape[2],
+        z.shape[2],
+        dtype=plain.dtype_of(part_count, c.dtype),
+    )
 
 
 def _in_triton(name: str) -> Any:

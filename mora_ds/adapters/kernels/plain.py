@@ -24,12 +24,25 @@ _READ_A_SUM = 16
 """Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits eight times their bytes."""
 
 
-def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+def gather_sum(
+    x: Tensor,
+    table: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    back: bool,
+) -> Tensor:
     """See `ops.gather_sum`."""
     return _sums(x, table, cos, sin, back).to(x.dtype)
 
 
-def gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> None:
+def gather_add_(
+    y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    back: bool,
+) -> None:
     """See `ops.gather_add_`."""
     y.copy_(_sums(x, table, cos, sin, back).add_(y))
 
@@ -79,7 +92,13 @@ def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
     return partial_sums.sum(dim=0).to(dtype)
 
 
-def _sums(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+def _sums(
+    x: Tensor,
+    table: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    back: bool,
+) -> Tensor:
     wide = _wide(x)
     if back:
         wide = _unturned(wide, cos, sin)

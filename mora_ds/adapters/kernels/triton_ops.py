@@ -58,21 +58,40 @@ class Launch:
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
-def gather_sum(x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> Tensor:
+def gather_sum(
+    x: Tensor,
+    table: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    back: bool,
+) -> Tensor:
     """See `ops.gather_sum`."""
     out = x.new_empty(x.shape[0], table.shape[1])
     plan_gather_sum(out, x.contiguous(), table, cos, sin, back, add=False)()
     return out
 
 
-def gather_add_(y: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool) -> None:
+def gather_add_(
+    y: Tensor,
+    x: Tensor,
+    table: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    back: bool,
+) -> None:
     """See `ops.gather_add_`."""
     assert y.is_contiguous()
     plan_gather_sum(y, x.contiguous(), table, cos, sin, back, add=True)()
 
 
 def plan_gather_sum(
-    out: Tensor, x: Tensor, table: Tensor, cos: Tensor | None, sin: Tensor | None, back: bool, add: bool
+    out: Tensor,
+    x: Tensor,
+    table: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    back: bool,
+    add: bool,
 ) -> Launch:
     """`gather_sum` into out (T, Q), or added to it."""
     tokens, size = x.shape
@@ -110,7 +129,12 @@ def form(
 
 
 def plan_form_groups(
-    out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, members: Tensor
+    out: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    square: Tensor,
+    unfold: Tensor,
+    members: Tensor,
 ) -> Launch:
     """`form` for share: a program gathers a row of M once, and adds it to all rows of the weight that read it."""
     columns = weight.shape[1]
@@ -306,7 +330,11 @@ def _form_groups(
             base = tl.load(weight + line * row_stride + column * column_stride, mask=inside, other=0).to(SUM)
             if scales is not None:
                 base = base * tl.load(scales + output).to(SUM)
-            tl.store(out + line * columns + column, (base + delta).to(out.dtype.element_ty), mask=inside)
+            tl.store(
+                out + line * columns + column,
+                (base + delta).to(out.dtype.element_ty),
+                mask=inside,
+            )
 
 
 @triton.jit
@@ -341,7 +369,11 @@ def _form_blocks(
                 partner = tl.load(source + (pair - start)[None, :], mask=meets, other=0).to(SUM)
                 value = value * cosine[None, :] - partner * sine[None, :]
             delta = value if term == 0 and read == 0 else delta + value
-    tl.store(out + line * columns + column[None, :], (base + delta).to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + line * columns + column[None, :],
+        (base + delta).to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -365,7 +397,11 @@ def _product(
         line_of_c = term_of_c.to(tl.int64)[:, None] * r_hat
         inside = (term < stop)[:, None]
         left = tl.load(c + line_of_c + row[None, :], mask=inside & (row < r_hat)[None, :], other=0)
-        right = tl.load(z + line + column[None, :], mask=inside & (column < r_hat)[None, :], other=0)
+        right = tl.load(
+            z + line + column[None, :],
+            mask=inside & (column < r_hat)[None, :],
+            other=0,
+        )
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     inside = (row < r_hat)[:, None] & (column < r_hat)[None, :]
     tl.store(

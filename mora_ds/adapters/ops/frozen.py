@@ -76,7 +76,11 @@ def maker_of(weight: Weight) -> Maker | None:
     return None if isinstance(weight, Tensor) else weight.maker
 
 
-def weight_of(make: Maker | None, values: Tensor, scales: Tensor | None) -> Weight:
+def weight_of(
+    make: Maker | None,
+    values: Tensor,
+    scales: Tensor | None,
+) -> Weight:
     """The weight of these parts."""
     return values if make is None or scales is None else make(values, scales)
 
@@ -118,7 +122,12 @@ def check_floating(x: Tensor, weight: Weight) -> None:
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+    ) -> Tensor:
         ctx.make = weight.maker
         ctx.save_for_backward(*weight.parts)
         return weight.product(x, bias)

@@ -49,7 +49,11 @@ def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return cos.unsqueeze(-2), torch.stack((-sin, sin), dim=-2)
 
 
-def linear_map(x: Tensor, apply: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]) -> Tensor:
+def linear_map(
+    x: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    transpose: Callable[[Tensor], Tensor],
+) -> Tensor:
     """apply(x), whose gradient is transpose(g). Recorded term by term, a backward pass of sums with many terms would
     copy the gradient of all that is gathered once a term."""
     result: Tensor = _LinearMap.apply(x, apply, transpose)
@@ -59,7 +63,10 @@ def linear_map(x: Tensor, apply: Callable[[Tensor], Tensor], transpose: Callable
 class _LinearMap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, apply: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
+        ctx: Any,
+        x: Tensor,
+        apply: Callable[[Tensor], Tensor],
+        transpose: Callable[[Tensor], Tensor],
     ) -> Tensor:
         ctx.transpose = transpose
         return apply(x)

@@ -35,7 +35,13 @@ def grouped_linear(x: Tensor, stack: Weight, ends: Tensor) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor | None, ends: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        scales: Tensor | None,
+        ends: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, scales, ends)
         return _rows_through(x, _stack_of(values, scales), ends)
 
@@ -51,14 +57,24 @@ def _stack_of(values: Tensor, scales: Tensor | None) -> Tensor | Int8Weight:
     return values if scales is None else Int8Weight(values, scales)
 
 
-def _factors(stack: Tensor | Int8Weight, which: int | slice, dtype: torch.dtype, back: bool) -> Tensor:
+def _factors(
+    stack: Tensor | Int8Weight,
+    which: int | slice,
+    dtype: torch.dtype,
+    back: bool,
+) -> Tensor:
     """What rows are multiplied by: the transpose of a matrix (or of several), with `back` the matrix itself."""
     chosen = stack[which] if isinstance(stack, Tensor) else Int8Weight(stack.values[which], stack.scales[which])
     formed = dense(chosen, dtype)
     return formed if back else formed.mT
 
 
-def _rows_through(x: Tensor, stack: Tensor | Int8Weight, ends: Tensor, back: bool = False) -> Tensor:
+def _rows_through(
+    x: Tensor,
+    stack: Tensor | Int8Weight,
+    ends: Tensor,
+    back: bool = False,
+) -> Tensor:
     """(S, D) -> (S, O), with `back` (S, O) -> (S, D)."""
     outputs, inputs = (stack if isinstance(stack, Tensor) else stack.values).shape[1:]
     width = inputs if back else outputs

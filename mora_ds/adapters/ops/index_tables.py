@@ -99,7 +99,11 @@ class IndexMap:
             if isinstance(results, slice):
                 total[..., results] += gathered[..., terms]
             else:
-                total.index_add_(-1, results, gathered[..., terms].clone())  # autograd keeps it, and `total` changes
+                total.index_add_(
+                    -1,
+                    results,
+                    gathered[..., terms].clone(),
+                )  # autograd keeps it, and `total` changes
         # A layer may save the result: not with it the other terms, of which it is a view.
         return total.contiguous()
 
@@ -150,7 +154,13 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
     with torch.inference_mode(False), torch.no_grad():
         fold, collect = OPERATORS[spec.kind].maps(spec)
         if spec.grouping is Grouping.PERMUTED:
-            inputs, outputs = draw_permutations(spec.seed, spec.d_in, spec.d_out, spec.in_segments, spec.out_segments)
+            inputs, outputs = draw_permutations(
+                spec.seed,
+                spec.d_in,
+                spec.d_out,
+                spec.in_segments,
+                spec.out_segments,
+            )
             fold = inputs[fold].where(fold >= 0, -1)
             collect = outputs[collect].where(collect >= 0, -1)
         spread = transposed(of_all_blocks(collect, spec), spec.d_out)
@@ -259,7 +269,13 @@ OPERATORS: dict[OperatorKind, Operator] = {
 }
 
 
-def square_size(d_in: int, d_out: int, rank: int, kind: OperatorKind, multiple: int = R_HAT_MULTIPLE) -> int:
+def square_size(
+    d_in: int,
+    d_out: int,
+    rank: int,
+    kind: OperatorKind,
+    multiple: int = R_HAT_MULTIPLE,
+) -> int:
     """r_hat = floor(sqrt((d_in + d_out) * rank)): a MoRA matrix with the parameters of LoRA's factors (paper, section
     3).
 
@@ -281,7 +297,11 @@ def _groups(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
 
 
 def draw_permutations(
-    seed: int, d_in: int, d_out: int, in_segments: int = 1, out_segments: int = 1
+    seed: int,
+    d_in: int,
+    d_out: int,
+    in_segments: int = 1,
+    out_segments: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Permutations of inputs and outputs, each within its segments.
 
@@ -301,7 +321,12 @@ def segment_bounds(size: int, segments: int) -> list[tuple[int, int]]:
     return [(size * index // segments, size * (index + 1) // segments) for index in range(segments)]
 
 
-def group_of_each(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
+def group_of_each(
+    size: int,
+    groups: int,
+    segments: int,
+    contiguous: bool,
+) -> Tensor:
     """(size,): the group of each index. A segment of the indices has a segment of the groups.
 
     Within a segment groups are residues modulo their number, or contiguous runs of which the first are longer by one.
@@ -330,14 +355,24 @@ def clear_tables() -> None:
 
 
 @lru_cache(maxsize=512)
-def signed_rope_table(blocks: int, r_hat: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def signed_rope_table(
+    blocks: int,
+    r_hat: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """`rope_table` as `gather.rotate` reads it."""
     with torch.inference_mode(False), torch.no_grad():
         return signed(*rope_table(blocks, r_hat, dtype, device))
 
 
 @lru_cache(maxsize=512)
-def rope_table(blocks: int, r_hat: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_table(
+    blocks: int,
+    r_hat: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines (blocks, R / 2) of the paper's rotation: block i, pair j turn by i * 10000^(-2j / R).
 
     Rounded to fp32 once, whatever the dtype, and the same bits on every machine, because a merge ledger that is

@@ -58,14 +58,24 @@ def cheaper_path(tokens: int, d_in: int, d_out: int) -> Compute:
 
 
 def mora_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, spec: OperatorSpec, path: Compute
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    square: Tensor,
+    spec: OperatorSpec,
+    path: Compute,
 ) -> Tensor:
     """(..., d_in) -> (..., d_out). `weight` (d_out, d_in) is frozen; a transposed view will do. `path`: not AUTO."""
     return linear_by(LayerProducts(spec), x, weight, bias, square, path)
 
 
 def linear_by(
-    products: LayerProducts, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, path: Compute
+    products: LayerProducts,
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    square: Tensor,
+    path: Compute,
 ) -> Tensor:
     """The layer's product on one of the paths, of these steps."""
     if x.dim() == 1:
@@ -131,7 +141,14 @@ class LayerProducts:
         """weight + delta (O, D), in the dtype of M."""
         return effective_weight(self.spec, square, dense(weight, square.dtype))
 
-    def output(self, x: Tensor, weight: Weight, bias: Tensor | None, square: Tensor, saved: Tensor) -> Tensor:
+    def output(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        square: Tensor,
+        saved: Tensor,
+    ) -> Tensor:
         """W0 x + b + decompress(M compress(x)) (..., O). `saved`: `saved_input` of x."""
         return add_update_(product(x, weight, bias), self.spec, square, saved)
 
@@ -139,11 +156,23 @@ class LayerProducts:
         """What both gradients of the activation path read of g (..., O), where they read the same."""
         return None if self.spec.blocks > 1 or sums_by_product(g) else decompress_transpose(self.spec, g)
 
-    def input_gradient(self, g: Tensor, weight: Weight, square: Tensor, collected: Tensor | None) -> Tensor:
+    def input_gradient(
+        self,
+        g: Tensor,
+        weight: Weight,
+        square: Tensor,
+        collected: Tensor | None,
+    ) -> Tensor:
         """g W0 + the transpose of the update's linear map, applied to g (..., O): (..., D)."""
         return add_input_gradient_(input_gradient(g, weight), self.spec, square, g, collected)
 
-    def square_gradient(self, saved: Tensor, g: Tensor, collected: Tensor | None, by_weight: bool) -> Tensor:
+    def square_gradient(
+        self,
+        saved: Tensor,
+        g: Tensor,
+        collected: Tensor | None,
+        by_weight: bool,
+    ) -> Tensor:
         """dL/dM (R, R). `by_weight`: on the weight path, which does not collect g before."""
         if collected is not None:
             return collected.flatten(0, -2).T @ saved.flatten(0, -2)

@@ -127,7 +127,12 @@ class OperatorSpec(UpdateSpec):
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
         return add_update_(y, self, value, saved_input(self, x))
 
-    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+    def add_input_gradient_(
+        self,
+        g_x: Tensor,
+        value: Tensor,
+        g: Tensor,
+    ) -> Tensor:
         return add_input_gradient_(g_x, self, value, g)
 
     def tables(self, device: torch.device) -> IndexTables:
@@ -213,7 +218,12 @@ def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
     return input_columns(spec, z.flatten(-2))
 
 
-def _sums(spec: OperatorSpec, x: Tensor, sums: IndexMap, transpose: IndexMap) -> Tensor:
+def _sums(
+    spec: OperatorSpec,
+    x: Tensor,
+    sums: IndexMap,
+    transpose: IndexMap,
+) -> Tensor:
     """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU scatters them, in low precision
     by a product with ones and zeros, which it multiplies faster than it moves numbers one by one, and sums in fp32. (On
     a GPU scattered sums are atomic, so that their order would vary.)"""
@@ -238,7 +248,12 @@ def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
     return ones[:, :size]
 
 
-def square_gradient(spec: OperatorSpec, saved: Tensor, g: Tensor, form_dense: bool = False) -> Tensor:
+def square_gradient(
+    spec: OperatorSpec,
+    saved: Tensor,
+    g: Tensor,
+    form_dense: bool = False,
+) -> Tensor:
     """dL/dM (R, R) from the gradient g (..., O) of the layer's output; equal to adjoint(g^T x), which is not formed.
 
     `saved`: what `saved_input` makes of the layer's input x. `form_dense`: several blocks do form g^T x (O, D), which
@@ -307,7 +322,11 @@ def rows_and_slots(spec: OperatorSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, spread.table[0] % len(rows)
 
 
-def rotate_blocks(spec: OperatorSpec, blocks: Tensor, back: bool = False) -> Tensor:
+def rotate_blocks(
+    spec: OperatorSpec,
+    blocks: Tensor,
+    back: bool = False,
+) -> Tensor:
     """The rotation of each input block (..., N, R), or its inverse; for all operators but rotate, the blocks
     themselves."""
     if not spec.rotates:
@@ -335,7 +354,12 @@ def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
     return product
 
 
-def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) -> Tensor:
+def add_update_(
+    y: Tensor,
+    spec: OperatorSpec,
+    square: Tensor,
+    saved: Tensor,
+) -> Tensor:
     """y (..., O) + decompress(M compress(x)), in place. `saved`: `saved_input` of x."""
     if spec.blocks > 1:
         z = fold_input(spec, saved).flatten(0, -3)
@@ -347,7 +371,11 @@ def add_update_(y: Tensor, spec: OperatorSpec, square: Tensor, saved: Tensor) ->
 
 
 def add_input_gradient_(
-    g_x: Tensor, spec: OperatorSpec, square: Tensor, g: Tensor, sums: Tensor | None = None
+    g_x: Tensor,
+    spec: OperatorSpec,
+    square: Tensor,
+    g: Tensor,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """g_x (..., D) + the transpose of `add_update_`'s linear map, applied to g (..., O); in place. `sums`:
     `decompress_transpose` of g, where it is there already."""
@@ -403,7 +431,11 @@ def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
     return add_rows_of_blocks_(total, tables_of(spec, total.device), block_squares(spec, square))
 
 
-def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> Tensor:
+def add_rows_of_blocks_(
+    total: Tensor,
+    tables: IndexTables,
+    squares: Tensor,
+) -> Tensor:
     """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place. A column that no input has
     (index -1, of windows) is added to the last one of `total`."""
     r_hat = squares.shape[1]
@@ -411,11 +443,19 @@ def add_rows_of_blocks_(total: Tensor, tables: IndexTables, squares: Tensor) -> 
     rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))  # the zeros are for outputs with fewer terms
     for reads in tables.spread.table:
         blocks = reads.clamp(min=0) // r_hat
-        total.scatter_add_(1, columns.index_select(0, blocks), rows.index_select(0, reads % len(rows)))
+        total.scatter_add_(
+            1,
+            columns.index_select(0, blocks),
+            rows.index_select(0, reads % len(rows)),
+        )
     return total
 
 
-def effective_weight(spec: OperatorSpec, square: Tensor, weight: Tensor) -> Tensor:
+def effective_weight(
+    spec: OperatorSpec,
+    square: Tensor,
+    weight: Tensor,
+) -> Tensor:
     """weight (O, D) + delta_weight, contiguous."""
     if spec.blocks > 1:
         return add_blocks_(square.new_empty(weight.shape).copy_(weight), spec, square)

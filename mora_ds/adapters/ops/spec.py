@@ -109,7 +109,12 @@ class UpdateSpec(ABC):
         """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta and without a backward."""
         raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
 
-    def add_input_gradient_(self, g_x: Tensor, value: Tensor, g: Tensor) -> Tensor:
+    def add_input_gradient_(
+        self,
+        g_x: Tensor,
+        value: Tensor,
+        g: Tensor,
+    ) -> Tensor:
         """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (..., d_out); in place."""
         raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
 

@@ -34,7 +34,11 @@ def add_terms_(y: Tensor, terms: Iterable[Term], x: Tensor) -> Tensor:
     return y
 
 
-def add_terms_gradient_(g_x: Tensor, terms: Iterable[Term], g: Tensor) -> Tensor:
+def add_terms_gradient_(
+    g_x: Tensor,
+    terms: Iterable[Term],
+    g: Tensor,
+) -> Tensor:
     """g_x (..., D) + the transpose of `add_terms_`'s linear map, applied to g (..., O); in place."""
     for spec, value in terms:
         spec.add_input_gradient_(g_x, value.to(g.dtype), g)
