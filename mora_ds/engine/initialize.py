@@ -140,15 +140,12 @@ def initialize(
         # What is locked for copies to a GPU stays where it is, and locking a file's pages would copy them.
         share_base(model, node_base, Ranks.current(), at_once=not is_cpu())
     parameters = parameter_groups(model)
-    _forget_groups_of_second_copies()
-    muon.load_kernels()
     # DeepSpeed moves the module to the device, buffers too (engine.py, `_configure_distributed_model`).
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
     with aside, muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
-        returned = deepspeed.initialize(model=model, config=settings, model_parameters=parameters, **kwargs)
+        returned = _deepspeed_engine(model=model, config=settings, model_parameters=parameters, **kwargs)
     setattr(model, STARTED, True)
     muon.repair_clipping(returned[0])
-    view_of(returned[0]).repair()
     if zero.is_stage3(returned[0]):
         drop_idle_hooks(returned[0])
     return returned
@@ -166,9 +163,18 @@ def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **
     start_distributed()
     dtype = getattr(torch, compute_dtype(settings))
     model.to(current_device(), dtype)
-    _forget_groups_of_second_copies()
+    return _deepspeed_engine(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+
+
+def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
+    """`deepspeed.initialize`, without what is wrong with it for a second engine, and with what it leaves undone.
+
+    DeepSpeed makes the groups for hpZ once and refuses another engine (groups.py, `_create_zero_param_parallel_group`);
+    the demo makes two, one after the other.
+    """
+    process_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     muon.load_kernels()
-    returned = deepspeed.initialize(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+    returned = deepspeed.initialize(**arguments)
     view_of(returned[0]).repair()
     return returned
 
@@ -234,12 +240,6 @@ def check_second_copies(config: dict[str, Any], world: int, degree: int = 1) -> 
         raise UserError(f"{where} must divide the number of processes, which is {world}: drop the key, or change it")
 
 
-def _forget_groups_of_second_copies() -> None:
-    """DeepSpeed makes the groups for hpZ once and refuses a second engine (groups.py,
-    `_create_zero_param_parallel_group`); the demo makes two, one after the other."""
-    process_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-
-
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """MoRA matrices in group 0, the other trained parameters in group 1, with the matrices of domains, which no merge
     resets.
@@ -257,11 +257,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def check_base_equal(tensors: Iterable[Tensor]) -> None:
     """Raises `RunError` where the base differs between processes, by a digest of shapes and checksums. Collective."""
     facts = [(tuple(tensor.shape), tensor.dtype, tensor_checksum(tensor)) for tensor in tensors]
-    digest = hashlib.sha256(repr(facts).encode()).digest()
-    mine = torch.tensor(list(digest), dtype=torch.int64, device=current_device())
-    digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(digests, mine)
-    if different := [rank for rank, of_rank in enumerate(digests) if not torch.equal(of_rank, digests[0])]:
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    digests = Ranks.current().gather("the frozen base of every rank", digest)
+    if different := [rank for rank, of_rank in enumerate(digests) if of_rank != digests[0]]:
         raise RunError(
             f"the frozen base differs between ranks: {different} do not hold what rank 0 holds. "
             "Do all nodes read the same files at --model_name_or_path?"

@@ -36,10 +36,13 @@ WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
     """Raises one `UserError` that names everything which contradicts an adapter under DeepSpeed. `args`: of
     `TrainingArguments`; `arguments`: further ones of the Trainer, by name."""
-    refuse([*_problems(args), *_of_arguments(arguments)])
+    refuse(_problems(args, arguments))
 
 
-def _problems(args: Any) -> Iterator[str]:
+def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) not in (None, (None, None)):
+            yield f"MoRATrainer({name}=...) cannot be used: {reason}"
     if not args.deepspeed:
         yield "TrainingArguments(deepspeed=...) is missing: MoRATrainer trains under DeepSpeed (configs/zero3.json)"
         return
@@ -66,12 +69,6 @@ def _problems(args: Any) -> Iterator[str]:
 def _text(value: Any) -> str:
     """The value of an option that may be an enum's member."""
     return str(getattr(value, "value", value))
-
-
-def _of_arguments(arguments: Mapping[str, Any]) -> Iterator[str]:
-    for name, reason in REFUSED_ARGUMENTS.items():
-        if arguments.get(name) not in (None, (None, None)):
-            yield f"MoRATrainer({name}=...) cannot be used: {reason}"
 
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def load_data(
     packed = {}
     for name, corpus in evaluation.items():
         logger.debug(f"tokens of {name}: {_cache_folder(data)}")
-        packed[name] = tokenization.pack_evaluation_set(corpus)
+        packed[name] = PackedDataset(tokenization.cache(corpus), data.seq_len, 0, data.document_mask, shuffle=False)
     ranks.same(
         "tokenizer and text",
         {
@@ -146,12 +147,22 @@ def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[dict[str, Corp
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
     }
-    held_out = _held_out_sets(data, corpora)
+    held_out: dict[str, Corpus] = {}
+    if data.held_out_share:  # one evaluation set per source
+        held_out_only = DocumentFilter(data.held_out_share, takes_held_out=True)
+        for name, corpus in corpora.items():
+            set_name = HELD_OUT if len(corpora) == 1 else f"{HELD_OUT}_{name}"
+            held_out[set_name] = replace(corpus, keep=held_out_only)
     if duplicates := sorted(set(held_out) & set(evaluation)):
         raise UserError(
             f"{EVAL_FLAG}: {duplicates[0]} is the name of what --held_out_share holds out; choose another name"
         )
-    return _filtered(data, corpora, evaluation), {**evaluation, **held_out}
+    if data.held_out_share or data.exclude_eval_documents:
+        evaluated = evaluation.values() if data.exclude_eval_documents else ()
+        excluded = frozenset[int]().union(*(hashes_of(corpus) for corpus in evaluated))
+        trained = DocumentFilter(data.held_out_share, excluded=excluded)
+        corpora = {name: replace(corpus, keep=trained) for name, corpus in corpora.items()}
+    return corpora, {**evaluation, **held_out}
 
 
 def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]:
@@ -169,30 +180,6 @@ def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]
             continue
         corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)
     return corpora
-
-
-def _filtered(
-    data: DataArguments, corpora: Mapping[str, Corpus], evaluation: Mapping[str, Corpus]
-) -> dict[str, Corpus]:
-    """The sources without the documents of --held_out_share and --exclude_eval_documents."""
-    if not (data.held_out_share or data.exclude_eval_documents):
-        return dict(corpora)
-    excluded: frozenset[int] = frozenset()
-    if data.exclude_eval_documents:
-        excluded = excluded.union(*(hashes_of(corpus) for corpus in evaluation.values()))
-    keep = DocumentFilter(data.held_out_share, excluded=excluded)
-    return {name: replace(corpus, keep=keep) for name, corpus in corpora.items()}
-
-
-def _held_out_sets(data: DataArguments, corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
-    """The documents that --held_out_share keeps out of training, one evaluation set per source."""
-    if not data.held_out_share:
-        return {}
-    keep = DocumentFilter(data.held_out_share, takes_held_out=True)
-    is_single = len(corpora) == 1
-    return {
-        HELD_OUT if is_single else f"{HELD_OUT}_{name}": replace(corpus, keep=keep) for name, corpus in corpora.items()
-    }
 
 
 def _eval_sets(data: DataArguments) -> list[tuple[str, str]]:
@@ -246,9 +233,6 @@ class _Tokenization:
             ),
         )
 
-    def pack_evaluation_set(self, corpus: Corpus) -> PackedDataset:
-        return PackedDataset(self.cache(corpus), self.data.seq_len, 0, self.data.document_mask, shuffle=False)
-
     def pack_source(self, name: str, corpus: Corpus, seed: int | str) -> PackedDataset:
         """A training source; logs how many of its documents are left out."""
         cache = self.cache(corpus)
@@ -263,7 +247,7 @@ class _Tokenization:
     def stream(self, source: SourcePlan, corpus: Corpus, seed: str) -> StreamSource:
         """A training source that is tokenized while training."""
         data = self.data
-        encoder = Encoder.of(self.tokenizer, self.data.document_start)
+        encoder = Encoder.of(self.tokenizer, data.document_start)
         facts = {
             "files": [(Path(member.label).name, member.size_bytes()) for member in corpus.members],
             "text_column": corpus.text_column,
@@ -299,19 +283,16 @@ def _train_data(
     sources: dict[str, Source] = {}
     for source in plan.sources:
         name = source.name
-        corpus = corpora[source.name]
-        source_seed = f"{seed}/{source.name}"
+        corpus = corpora[name]
+        source_seed = f"{seed}/{name}"
         if source.streaming:
             sources[name] = tokenization.stream(source, corpus, source_seed)
         else:
             sources[name] = tokenization.pack_source(name, corpus, source_seed)
     epochs = [source.epochs for source in plan.sources]
     seq_len = tokenization.data.seq_len
-    mixture = (
-        StreamMixture(sources, plan.phases, epochs, seq_len, rows_per_step, states=stream_state)
-        if plan.streams
-        else Mixture(sources, plan.phases, epochs, seq_len, rows_per_step)
-    )
+    kind = partial(StreamMixture, states=stream_state) if plan.streams else Mixture
+    mixture = kind(sources, plan.phases, epochs, seq_len, rows_per_step)
     _log_mixture(plan, mixture)
     return mixture
 

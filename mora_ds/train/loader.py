@@ -31,6 +31,7 @@ from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
+from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
 
 
@@ -167,7 +168,7 @@ class Replica:
         """
         batch = dict(batch)
         if self.processes_per_replica > 1 and not self._rows_checked:
-            check_same_rows(batch, self.processes_per_replica, self.engine.device)
+            check_same_rows(batch, self.processes_per_replica)
             self._rows_checked = True
         return self._part_of(batch)
 
@@ -213,18 +214,15 @@ class Replica:
         return nll / max(predicted, 1)
 
 
-def check_same_rows(batch: Mapping[str, Any], processes_per_replica: int, device: torch.device | str) -> None:
-    """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each, from
-    `device`."""
+def check_same_rows(batch: Mapping[str, Any], processes_per_replica: int) -> None:
+    """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each."""
     digest = hashlib.sha256()
     for name, tensor in batch.items():
         if not isinstance(tensor, Tensor):
             continue  # its documents, which follow from the positions
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-    mine = torch.tensor(list(digest.digest()), dtype=torch.int64, device=device)
-    digests = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(digests, mine)
+    digests = Ranks.current().gather("rows of the first batch", digest.hexdigest())
     for rank, rank_digest in enumerate(digests):
         first = rank - rank % processes_per_replica
-        if not torch.equal(rank_digest, digests[first]):
+        if rank_digest != digests[first]:
             raise RunError(f"ranks {first} and {rank} compute the same rows together, but were given different ones")

@@ -237,7 +237,9 @@ class Run:
         layers = mora_layers(model)
         domains = domain_layers(model)
         squares = self._on_first((name, layer.unshard(self._full(layer.value))) for name, layer in layers.items())
-        trained = self._on_first((name, self._full(value)) for name, value in _other_trainables(model).items())
+        adapted = value_names(model)  # what is left: trained embeddings, norms, head, each tied one by its first name
+        beside = [(name, value) for name, value in model.named_parameters() if name not in adapted]
+        trained = self._on_first((name, self._full(value)) for name, value in beside)
         domain_squares = self._on_first((name, self._full(layer.domain_squares)) for name, layer in domains.items())
         probe = self._probe()
         of_domains = None
@@ -292,7 +294,14 @@ class Run:
         model = self.engine.module
         adapter = read_adapter(checkpoint)
         set_cycle(model, self.remora.config, adapter.cycle)
-        _require_operators(checkpoint, adapter.layers, layer_entries(model))
+        saved = adapter.layers
+        live = layer_entries(model)
+        for name in {**saved, **live}:
+            if saved.get(name) != live.get(name):  # its matrix would act through other permutations
+                raise UserError(
+                    f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model: "
+                    f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
+                )
         load_checkpoint(checkpoint, self.engine, self.state)
         if frozen_values(model):
             restore_frozen(model, dict(AdapterTensors.open(checkpoint, adapter).items()))
@@ -404,23 +413,6 @@ class FullRun(Run):
         if self.ranks.is_first:
             write_own_base(model, target, self.tokenizer, state_dict=gathered)
         dist.barrier()
-
-
-def _other_trainables(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameter name -> trained embeddings, norms, head (each tied tensor under its first name)."""
-    squares = value_names(model)
-    return {name: parameter for name, parameter in model.named_parameters() if name not in squares}
-
-
-def _require_operators(checkpoint: Path, saved: Mapping[str, LayerEntry], live: Mapping[str, LayerEntry]) -> None:
-    """Raise `UserError` naming the first layer whose operator in the checkpoint is another one than that of the live
-    model in the same cycle: its matrix would act through other permutations."""
-    for name in {**saved, **live}:
-        if saved.get(name) != live.get(name):
-            raise UserError(
-                f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model: "
-                f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
-            )
 
 
 def _operator(entry: LayerEntry | None) -> str:

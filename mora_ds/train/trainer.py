@@ -304,7 +304,9 @@ class Trainer:
         if self._save_is_due and self._saved_step != self.state.step:
             self._save()
         if self.state.evaluation_pending:
-            self._evaluate_and_save_best()
+            self._evaluate()
+            if self.state.best_step == self.state.step:  # it is written at once, whatever --save_steps
+                self._save()
         if self._save_is_due:
             self._leave_if_asked()
 
@@ -399,12 +401,6 @@ class Trainer:
             self.state.failures.append(f"{what}: {told[0]}")
             logger.error(f"{self.state.failures[-1]}. Training goes on")
         return perplexities
-
-    def _evaluate_and_save_best(self) -> None:
-        """Evaluate within the run; the checkpoint of the best evaluation is written at once, whatever --save_steps."""
-        self._evaluate()
-        if self.state.best_step == self.state.step:
-            self._save()
 
     def _probe_loss(self) -> float:
         """Mean loss of the probe batch (of a mixture: of the first source), the same in every replica.
