@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,6 +60,15 @@ _BUCKET_KEYS = (
     "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold",
 )
+_FIXED: dict[str, tuple[Any, str]] = {
+    "zero_optimization.offload_optimizer.ratio": (
+        1,
+        "the rest would step in a second optimizer, whose state no merge resets",
+    ),
+    "gradient_allreduce_op": ("mean", "the loss is an average over tokens"),
+    "managed_gradient_accumulation": (True, "the training loop relies on it"),
+}
+"""Dotted path -> the value that it must have where it is set, and why."""
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -96,12 +106,16 @@ def load_ds_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        if twice := sorted(key for key, count in counts.items() if count > 1):
+            raise UserError(f"{path}: key given twice: {', '.join(twice)}")
+        return dict(pairs)
+
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        config = parse_json(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --deepspeed {path}: {error}") from error
-    try:
-        config = parse_json(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from error
     except UserError:
@@ -113,46 +127,23 @@ def _read(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def _unique(pairs: list[tuple[str, Any]], path: str | Path) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise UserError(f"{path}: key given twice: {', '.join(twice)}")
-    return dict(pairs)
-
-
 def resolve_ds_config(
-    config: dict[str, Any] | str | Path | None, settings: EngineSettings, world_size: int
+    config: dict[str, Any] | str | Path | None,
+    settings: EngineSettings | None = None,
+    world_size: int = 1,
+    degree: int | None = None,
 ) -> dict[str, Any]:
     """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON file.
 
-    ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded. Raises one
-    `UserError` that lists all unknown and refused keys, all contradictions with `settings`, and every "auto" that
-    nothing fills.
+    Without `settings`, as in a user's own loop, no flag fills an "auto", and the tensor-parallel degree is `degree`
+    (None: any). ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded.
+    Raises one `UserError` that lists all unknown and refused keys, all contradictions with `settings`, and every "auto"
+    that nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
-    return _resolve(config, source, settings.tensor_parallel_size, settings, world_size)
-
-
-def complete_ds_config(
-    config: dict[str, Any] | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
-) -> dict[str, Any]:
-    """The same checks and defaults for a user's own loop, which has no flags to fill values from.
-
-    ZeRO's sizes may be "auto" or absent; any other "auto" is an error, as is all that `resolve_ds_config` refuses.
-    """
-    return fill_bucket_sizes(_resolve(config, "the DeepSpeed config", tensor_parallel_size), trainable_numels)
-
-
-def _resolve(
-    config: dict[str, Any] | str | Path | None,
-    source: str | Path,
-    degree: int | None,
-    settings: EngineSettings | None = None,
-    world_size: int = 1,
-) -> dict[str, Any]:
     resolved = load_ds_config(config)
     drop_null_sections(resolved)
+    degree = degree if settings is None else settings.tensor_parallel_size
     problems = [*_wrong_shapes(resolved), *take_degree(resolved, degree)]
     if not problems:
         problems += _unknown_keys(resolved)
@@ -170,6 +161,13 @@ def _resolve(
         problems = _refused_by_deepspeed(resolved)
     refuse(f"{source}: {problem}" for problem in problems)
     return resolved
+
+
+def complete_ds_config(
+    config: dict[str, Any] | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
+) -> dict[str, Any]:
+    """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or absent."""
+    return fill_bucket_sizes(resolve_ds_config(config, degree=tensor_parallel_size), trainable_numels)
 
 
 def _refused_by_deepspeed(config: dict[str, Any]) -> list[str]:
@@ -272,7 +270,7 @@ def drop_null_sections(config: dict[str, Any]) -> None:
     """Remove sections that are null, which means the same as absent."""
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
-        holder = at(config, parent) if parent else config
+        holder = at(config, parent)
         if isinstance(holder, dict) and holder.get(key, ...) is None:
             del holder[key]
 
@@ -290,7 +288,7 @@ def _unknown_keys(config: dict[str, Any]) -> list[str]:
     problems = []
     for path, names in known.items():
         prefix = f"{path}." if path else ""
-        for key in at(config, path) or {} if path else config:
+        for key in at(config, path) or ():
             if key not in names and prefix + key not in REFUSED:
                 problems.append(f"unknown key {prefix + key!r}.{nearest(key, names)}")
     return problems
@@ -316,7 +314,8 @@ def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: i
     accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
     formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
-    wanted: list[tuple[str, Any, str]] = [
+    return fill(
+        config,
         ("train_micro_batch_size_per_gpu", micro, f"--per_device_train_batch_size = {micro}"),
         ("gradient_accumulation_steps", accumulation, f"--gradient_accumulation_steps = {accumulation}"),
         ("train_batch_size", rows, formula),
@@ -324,8 +323,7 @@ def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: i
         ("optimizer.params.betas", list(settings.betas), f"--adam_beta1, --adam_beta2 = {list(settings.betas)}"),
         ("optimizer.params.eps", settings.epsilon, f"--adam_epsilon = {settings.epsilon}"),
         ("optimizer.params.weight_decay", settings.weight_decay, f"--weight_decay = {settings.weight_decay}"),
-    ]
-    return [problem for path, value, flag in wanted for problem in fill(config, path, value, flag)]
+    )
 
 
 def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
@@ -333,7 +331,7 @@ def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
     for section, wanted in (("bf16", settings.bf16), ("fp16", settings.fp16)):
         if wanted or section in config:
             flag = f"--{section} {'is given' if wanted else 'is not given'}"
-            problems += fill(config, f"{section}.enabled", wanted, flag)
+            problems += fill(config, (f"{section}.enabled", wanted, flag))
     if all(at(config, f"{section}.enabled") is True for section in _DTYPES):
         problems.append("bf16 and fp16 cannot both be enabled")
     return problems
@@ -354,15 +352,9 @@ def _zero(config: dict[str, Any]) -> list[str]:
             'zero_optimization.offload_optimizer.device = "nvme": MoRA matrices and their moments fit in host memory: '
             'use "cpu"'
         )
-    if at(zero, "offload_optimizer.ratio") not in (None, 1):
-        problems.append(
-            "zero_optimization.offload_optimizer.ratio must stay 1: the rest would step in a second optimizer, whose "
-            "state no merge resets"
-        )
-    if config.get("gradient_allreduce_op") not in (None, "mean"):
-        problems.append('gradient_allreduce_op must stay "mean": the loss is an average over tokens')
-    if config.get("managed_gradient_accumulation") not in (None, True):
-        problems.append("managed_gradient_accumulation must stay true: the training loop relies on it")
+    for path, (value, why) in _FIXED.items():
+        if at(config, path) not in (None, value):
+            problems.append(f"{path} must stay {json.dumps(value)}: {why}")
     types = config.setdefault("data_types", {})
     if types.get("grad_accum_dtype", AUTO) == AUTO:
         types["grad_accum_dtype"] = "fp32"

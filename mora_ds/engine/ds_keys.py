@@ -143,23 +143,27 @@ QUIETLY_OFF: tuple[Any, ...] = (None, False, {}, {"enabled": False}, {"device": 
 
 
 def at(config: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path, or None."""
+    """The value at a dotted path, or None; at the empty one, the config itself."""
     value: Any = config
-    for key in path.split("."):
+    for key in path.split(".") if path else ():
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def fill(config: dict[str, Any], path: str, wanted: Any, flag: str) -> list[str]:
-    """Set a dotted path that is absent or "auto" to `wanted`. Returns a problem where it has another value."""
-    *sections, key = path.split(".")
-    for section in sections:
-        config = config.setdefault(section, {})
-    value = config.get(key, AUTO)
-    if value in (AUTO, wanted):
-        config[key] = wanted
-        return []
-    return [f'{path} = {json.dumps(value)} but {flag}; set it to "auto"']
+def fill(config: dict[str, Any], *wanted: tuple[str, Any, str]) -> list[str]:
+    """Set each (dotted path, value, why) whose path is absent or "auto". Returns a problem for each that has another
+    value."""
+    problems = []
+    for path, value, why in wanted:
+        *sections, key = path.split(".")
+        section = config
+        for name in sections:
+            section = section.setdefault(name, {})
+        if section.get(key, AUTO) in (AUTO, value):
+            section[key] = value
+        else:
+            problems.append(f'{path} = {json.dumps(section[key])} but {why}; set it to "auto"')
+    return problems
 
 
 def refused_keys(config: dict[str, Any], table: dict[str, str]) -> list[str]:
@@ -167,7 +171,7 @@ def refused_keys(config: dict[str, Any], table: dict[str, str]) -> list[str]:
     problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")
-        holder = at(config, parent) if parent else config
+        holder = at(config, parent)
         if holder and key in holder and holder.pop(key) not in QUIETLY_OFF:
             problems.append(f'"{path}" cannot be used: {reason}')
     return problems

@@ -42,15 +42,15 @@ def match_optimizer(
     other_names = {name.lower() for optimizer, names in _NAMES.items() if optimizer is not kind for name in names}
     is_free = optimizer_type in (None, AUTO) or str(optimizer_type).lower() in other_names
     name = _NAMES[kind][0] if is_free else optimizer_type  # `optimizer_problems` reports an unknown one
-    wanted: list[tuple[str, Any, str]] = [("optimizer.type", name, f"--optimizer = {kind.value}")]
-    if kind is OptimizerKind.MUON:
-        wanted.append(("optimizer.params.muon_lr", learning_rate, f"--learning_rate = {learning_rate}"))
-        setting = f"--embedding_learning_rate = {other_learning_rate}"
-        wanted.append(("optimizer.params.lr", other_learning_rate, setting))
-        wanted.append(("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"))
-    else:
-        wanted.append(("optimizer.params.lr", learning_rate, f"--learning_rate = {learning_rate}"))
-    return [problem for path, value, flag in wanted for problem in fill(config, path, value, flag)]
+    problems = fill(config, ("optimizer.type", name, f"--optimizer = {kind.value}"))
+    if kind is OptimizerKind.ADAMW:
+        return problems + fill(config, ("optimizer.params.lr", learning_rate, f"--learning_rate = {learning_rate}"))
+    return problems + fill(
+        config,
+        ("optimizer.params.muon_lr", learning_rate, f"--learning_rate = {learning_rate}"),
+        ("optimizer.params.lr", other_learning_rate, f"--embedding_learning_rate = {other_learning_rate}"),
+        ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"),
+    )
 
 
 def uses_muon(ds_config: dict[str, Any]) -> bool:
@@ -85,14 +85,16 @@ def _muon(config: dict[str, Any]) -> list[str]:
     """Set what Muon needs. Returns what it does not run with (`engine/muon.py` has what is repaired instead)."""
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)
-    wanted: list[tuple[str, Any, str]] = []
     if zero.get("stage") == 3:
-        wanted.append(("zero_optimization.reduce_scatter", False, "Muon needs unsharded gradients at stage 3"))
-        # Else gradients and Muon's momentum would be gathered, and the momentum stored, in low precision.
-        wanted.append(("communication_data_type", "fp32", "Muon's momentum is kept in that dtype at stage 3"))
+        problems += fill(
+            config,
+            ("zero_optimization.reduce_scatter", False, "Muon needs unsharded gradients at stage 3"),
+            # Else gradients and Muon's momentum would be gathered, and the momentum stored, in low precision.
+            ("communication_data_type", "fp32", "Muon's momentum is kept in that dtype at stage 3"),
+        )
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):
         problems.append(f'optimizer.params.ns_method must be "gram" or "standard", got {json.dumps(method)}')
     if zero.get("compute_grad_norm") is False:
         problems.append("zero_optimization.compute_grad_norm must stay true with Muon, which is clipped by it")
-    return problems + [problem for path, value, why in wanted for problem in fill(config, path, value, why)]
+    return problems
