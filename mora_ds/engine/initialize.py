@@ -145,7 +145,8 @@ def initialize(
     with aside, muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
         returned = _deepspeed_engine(model=model, config=settings, model_parameters=parameters, **kwargs)
     setattr(model, STARTED, True)
-    muon.repair_clipping(returned[0])
+    if uses_muon(settings):
+        muon.repair_clipping(returned[0])
     if zero.is_stage3(returned[0]):
         drop_idle_hooks(returned[0])
     return returned

@@ -12,8 +12,9 @@ optimizer step, from the gradient summed over micro-batches and processes, and i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -31,11 +32,6 @@ Engine: TypeAlias = DeepSpeedEngine
 CHUNK_NUMEL = 2**27
 """Most elements of the matrices that Muon gathers at a time, as fp32 gradients and momentums: 1 GiB, in a step, when no
 activations are held."""
-
-
-def uses_muon(engine: Engine) -> bool:
-    """Whether an engine trains the MoRA matrices by Muon."""
-    return engine.optimizer_name() == "muon"
 
 
 @contextmanager
@@ -81,7 +77,7 @@ def load_kernels() -> None:
 
 
 def repair_clipping(engine: Engine) -> None:
-    """Clip the gradient before Muon; with another optimizer there is nothing to do.
+    """Clip the gradient before Muon.
 
     The optimizers of ZeRO run Muon first and clip then (stage3.py and stage_1_and_2.py, `step`): the Muon update of an
     M has a norm of about sqrt(r_hat) whatever the gradient was, so `gradient_clipping` would scale every update down,
@@ -91,10 +87,13 @@ def repair_clipping(engine: Engine) -> None:
     fp16: without offload the momentum would be that of gradients times the loss scale, whatever that is at the time;
     here Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.
     """
-    repairs = {Stage3View: _repair_stage_3, ZeroView: _repair_stages_1_and_2}
-    repair = repairs.get(type(view_of(engine)))
-    if uses_muon(engine) and repair is not None:
-        repair(engine.optimizer, engine.gradient_clipping())
+    view = view_of(engine)
+    if isinstance(view, Stage3View):
+        _repair_stage_3(engine.optimizer, engine.gradient_clipping())
+    elif isinstance(view, ZeroView) and engine.optimizer.cpu_offload:
+        _repair_stages_1_and_2_offloaded(engine.optimizer, engine.gradient_clipping())
+    elif isinstance(view, ZeroView):
+        _repair_stages_1_and_2(engine.optimizer, engine.gradient_clipping())
 
 
 def _repair_stage_3(optimizer: Any, limit: float) -> None:
@@ -142,23 +141,22 @@ def chunk_numel(numels: Sequence[int], world: int, bucket: int) -> int:
 def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
     """`get_flat_partition` orthogonalises during the backward pass, before any norm is known: postpone that until
     `step` asks for the norm."""
-    if optimizer.cpu_offload:
-        _repair_stages_1_and_2_offloaded(optimizer, limit)
-        return
     flatten = optimizer.get_flat_partition
     find_norm = optimizer.scaled_global_norm
-    postponed: dict[int, tuple[list[Tensor], Any]] = {}
+    postponed: dict[int, tuple[list[Tensor], Callable[[], list[Tensor]]]] = {}
 
     def postpone(tensors: list[nn.Parameter], *args: Any, param_group_idx: int, **kwargs: Any) -> list[Tensor]:
+        flatten_these = partial(flatten, tensors, *args, param_group_idx=param_group_idx, **kwargs)
         if not (tensors and optimizer._is_muon_group(tensors)):
-            return flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
-        gradients = list(optimizer.all_grad_tensors[param_group_idx])
-        postponed[param_group_idx] = (
-            gradients,
-            lambda: flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs),
-        )
-        with _untagged(tensors):
-            return flatten(tensors, *args, param_group_idx=param_group_idx, **kwargs)
+            return flatten_these()
+        postponed[param_group_idx] = list(optimizer.all_grad_tensors[param_group_idx]), flatten_these
+        for parameter in tensors:
+            parameter.use_muon = False  # type: ignore[attr-defined]
+        try:
+            return flatten_these()
+        finally:
+            for parameter in tensors:
+                parameter.use_muon = True  # type: ignore[attr-defined]
 
     def clip_and_orthogonalise(*args: Any, **kwargs: Any) -> Tensor:
         optimizer.clip_grad = 0.0
@@ -166,20 +164,17 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
         norm = find_norm(*args, **kwargs)
         factor = _factor([norm], optimizer.loss_scale, limit)
         if factor is not None:
-            orthogonalise_postponed(factor)
+            for index in range(len(optimizer.bit16_groups)):
+                if index in postponed:
+                    gradients, orthogonalise = postponed[index]
+                    scale = factor / optimizer.loss_scale
+                    optimizer.all_grad_tensors[index] = [gradient.float() * scale for gradient in gradients]
+                    optimizer.averaged_gradients[index] = orthogonalise()
+                    optimizer.all_grad_tensors[index] = None
+                else:
+                    _scale(optimizer.averaged_gradients[index], factor)
         postponed.clear()
         return norm
-
-    def orthogonalise_postponed(factor: float) -> None:
-        for index in range(len(optimizer.bit16_groups)):
-            if index in postponed:
-                gradients, orthogonalise = postponed[index]
-                scale = factor / optimizer.loss_scale
-                optimizer.all_grad_tensors[index] = [gradient.float() * scale for gradient in gradients]
-                optimizer.averaged_gradients[index] = orthogonalise()
-                optimizer.all_grad_tensors[index] = None
-            else:
-                _scale(optimizer.averaged_gradients[index], factor)
 
     optimizer.get_flat_partition = postpone
     optimizer.scaled_global_norm = clip_and_orthogonalise
@@ -201,17 +196,6 @@ def _repair_stages_1_and_2_offloaded(optimizer: Any, limit: float) -> None:
 
     optimizer._apply_muon_updates_cpu_offload = clip_and_orthogonalise
     optimizer.scaled_global_norm = lambda *args, **kwargs: norms[0]
-
-
-@contextmanager
-def _untagged(parameters: list[nn.Parameter]) -> Iterator[None]:
-    for parameter in parameters:
-        parameter.use_muon = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.use_muon = True  # type: ignore[attr-defined]
 
 
 def _factor(scaled_norms: list[Any], loss_scale: float, limit: float) -> float | None:

@@ -1,7 +1,7 @@
 """The output folder of a run: which run may write into it, and what of it is a run's own.
 
     reserve (lock, repair) -> prepare -> (settings, files and model are checked; some things are written, run.yaml last)
-                                      -> commit, or rollback to how it was
+                                      -> commit, or give_up: it is as it was
 
 A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml. Until
 `commit`, the file `STARTING` lists what the start-up may make, and what it may change of an earlier run is set aside:
@@ -114,15 +114,6 @@ class Reservation:
         shutil.rmtree(self.folder / DELETING, ignore_errors=True)
         _open.pop(self.folder.resolve(), None)
 
-    def rollback(self) -> None:
-        """Give the run up: the folder is again as it was."""
-        _undo(self.folder)
-        if not self.had_lock_file:
-            (self.folder / LOCK).unlink(missing_ok=True)
-        leave(self.folder)
-        _open.pop(self.folder.resolve(), None)
-        _remove_empty(self.new_folders)
-
 
 def reserve(folder: Path) -> Reservation:
     """Lock `folder` for a run, and repair what a killed one has left. Called by rank 0.
@@ -158,10 +149,16 @@ def is_reserved(folder: Path) -> bool:
 
 
 def give_up(folder: Path) -> None:
-    """Roll back the reservation that this process holds, if it holds one, and give its lock up."""
-    if (reservation := _open.get(folder.resolve())) is not None:
-        reservation.rollback()
+    """Bring a folder that this process has reserved back to how it was, and give the lock up, of whichever rank."""
+    reservation = _open.get(folder.resolve())
+    if reservation is not None:
+        _undo(folder)
+        if not reservation.had_lock_file:
+            (folder / LOCK).unlink(missing_ok=True)
+        del _open[folder.resolve()]
     leave(folder)
+    if reservation is not None:
+        _remove_empty(reservation.new_folders)
 
 
 def join(folder: Path) -> None:
