@@ -205,7 +205,7 @@ train/loader.py | parallel/test_tensor_parallel_run.py parallel/test_ulysses_che
 
 # the folder of a checkpoint is not flushed before its name
 checkpoint/writer.py | checkpoint/test_writer.py
--        sync_folders(beside)
+-        files.fsync_tree(beside)
 -
 +
 

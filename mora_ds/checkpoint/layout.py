@@ -24,7 +24,6 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
     MANIFEST,
     disk_errors,
-    fsync,
     read_json,
     recorded_hashes,
     replace_symlink,
@@ -287,12 +286,6 @@ def name_best(root: Path, best: Path) -> None:
     """Links `best` to that checkpoint, if it exists."""
     if best.is_dir() and (root / BEST).resolve() != best.resolve():
         replace_symlink(root / BEST, best.name)
-
-
-def sync_folders(folder: Path) -> None:
-    """Makes the names of new files in `folder` and below survive a power cut."""
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        fsync(path)
 
 
 RESUME = "--resume_from_checkpoint"

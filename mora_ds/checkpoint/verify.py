@@ -18,14 +18,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from mora_ds.checkpoint.adapter_files import AdapterFile, AdapterTensors, BaseReference, read_adapter
+from mora_ds.checkpoint.adapter_files import AdapterTensors, BaseReference, read_adapter
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
@@ -101,51 +99,23 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     return verdicts
 
 
-class _Checkpoint:
-    """The parts of a checkpoint, or of an adapter alone: each is read once, by the first check that asks for it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.has_run = not _is_adapter_alone(folder)
-
-    @cached_property
-    def state(self) -> TrainerState:
-        return TrainerState.read(self.folder)
-
-    @cached_property
-    def adapter(self) -> AdapterFile:
-        return read_adapter(self.folder)
-
-    @cached_property
-    def tensors(self) -> AdapterTensors:
-        return AdapterTensors.open(self.folder, self.adapter)
-
-    @cached_property
-    def reference(self) -> BaseReference:
-        return BaseReference.read(self.folder)
-
-    @cached_property
-    def shards(self) -> EngineShards:
-        return EngineShards.open(self.folder / ENGINE_TAG)
-
-
 def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     verdict = Verdict(folder)
-    checkpoint = _Checkpoint(folder)
+    has_run = not _is_adapter_alone(folder)
     has_adapter = not is_full_training(folder)
     checks = {
         _files: True,
-        _state: checkpoint.has_run,
-        _shards: checkpoint.has_run,
+        _state: has_run,
+        _shards: has_run,
         _adapter: has_adapter,
         _ledger: has_adapter,
-        _agreement: checkpoint.has_run and has_adapter,
+        _agreement: has_run and has_adapter,
     }
     for check, applies in checks.items():
         if applies:
-            _run(verdict, check, checkpoint)
+            _run(verdict, check)
     if base is not None and has_adapter and verdict.is_good:
-        checkpoint.reference.require_base(base, folder, "--base")
+        BaseReference.read(folder).require_base(base, folder, "--base")
         verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict
@@ -154,7 +124,7 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
 def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     """Of a ledger alone, such as that of a run."""
     verdict = Verdict(folder)
-    _run(verdict, lambda path: _cycles(Ledger.open(path)), folder)
+    _run(verdict, lambda folder: _cycles(Ledger.open(folder)))
     if base is not None and verdict.is_good:
         recorded = Ledger.open(folder, hashes=False).base_fingerprint
         if base.fingerprint() != recorded:
@@ -163,9 +133,9 @@ def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     return verdict
 
 
-def _run(verdict: Verdict, check: Callable[[Any], Iterator[str]], subject: _Checkpoint | Path) -> None:
+def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
     try:
-        verdict.facts.extend(check(subject))
+        verdict.facts.extend(check(verdict.folder))
     except UserError as error:
         verdict.problems.extend(str(error).split("\n"))  # of `refuse`: one a line
     except (RunError, SafetensorError, OSError) as error:
@@ -185,8 +155,7 @@ def _is_adapter_alone(folder: Path) -> bool:
 # -- checks: each yields what is right, and raises what is wrong ---------------------------------------------------
 
 
-def _files(checkpoint: _Checkpoint) -> Iterator[str]:
-    folder = checkpoint.folder
+def _files(folder: Path) -> Iterator[str]:
     refuse(verify_manifest(folder))
     listed = listed_files(folder)
     nbytes = sum(facts.size for facts in listed.values())
@@ -196,9 +165,8 @@ def _files(checkpoint: _Checkpoint) -> Iterator[str]:
         yield f"not in the manifest, and not read by a resume: {', '.join(strays)}"
 
 
-def _state(checkpoint: _Checkpoint) -> Iterator[str]:
-    folder = checkpoint.folder
-    state = checkpoint.state
+def _state(folder: Path) -> Iterator[str]:
+    state = TrainerState.read(folder)
     number = step_of(folder) if is_step_name(folder.name) else state.step
     if number != state.step:
         raise UserError(f"{folder / STATE_FILE} is of step {state.step}, its folder of step {number}")
@@ -211,9 +179,9 @@ def _state(checkpoint: _Checkpoint) -> Iterator[str]:
     yield f"state: step {state.step}, {state.tokens:,} tokens, {len(state.merges)} merge(s), {state.world_size} rank(s)"
 
 
-def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
-    shards = checkpoint.shards
-    world = checkpoint.state.world_size
+def _shards(folder: Path) -> Iterator[str]:
+    shards = EngineShards.open(folder / ENGINE_TAG)
+    world = TrainerState.read(folder).world_size
     saved = shards.layout.world_size
     if world != saved:
         raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
@@ -230,22 +198,23 @@ def _shards(checkpoint: _Checkpoint) -> Iterator[str]:
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"
 
 
-def _adapter(checkpoint: _Checkpoint) -> Iterator[str]:
-    adapter = checkpoint.adapter
-    if checkpoint.has_run:
-        open_safetensors(checkpoint.folder / PROBE_FILE)
+def _adapter(folder: Path) -> Iterator[str]:
+    adapter = read_adapter(folder)
+    tensors = AdapterTensors.open(folder, adapter)
+    if not _is_adapter_alone(folder):
+        open_safetensors(folder / PROBE_FILE)
     refuse(
-        f"{checkpoint.folder / ADAPTER_TENSORS}: {name} is not finite"
-        for name, tensor in checkpoint.tensors.items()
+        f"{folder / ADAPTER_TENSORS}: {name} is not finite"
+        for name, tensor in tensors.items()
         if not torch.isfinite(tensor).all()
     )
     yield f"adapter: {len(adapter.layers)} layers, cycle {adapter.cycle}, {len(adapter.trainables)} other tensor(s)"
 
 
-def _ledger(checkpoint: _Checkpoint) -> Iterator[str]:
-    ledger = Ledger.open(checkpoint.folder / LEDGER_FOLDER, checkpoint.reference.fingerprint)
-    cycle = checkpoint.adapter.cycle
-    merges = len(checkpoint.state.merges) if checkpoint.has_run else cycle
+def _ledger(folder: Path) -> Iterator[str]:
+    ledger = Ledger.open(folder / LEDGER_FOLDER, BaseReference.read(folder).fingerprint)
+    cycle = read_adapter(folder).cycle
+    merges = cycle if _is_adapter_alone(folder) else len(TrainerState.read(folder).merges)
     if not ledger.cycles == cycle == merges:
         raise UserError(
             f"{ledger.folder} has {ledger.cycles} cycle(s), {ADAPTER_JSON} was written in cycle {cycle}, "
@@ -264,11 +233,11 @@ def _cycles(ledger: Ledger) -> Iterator[str]:
     yield f"ledger: {ledger.cycles} cycle(s), hashes and chain"
 
 
-def _agreement(checkpoint: _Checkpoint) -> Iterator[str]:
-    path = checkpoint.folder / ADAPTER_TENSORS
-    adapter = checkpoint.adapter
-    shards = checkpoint.shards
-    tensors = dict(checkpoint.tensors.items())
+def _agreement(folder: Path) -> Iterator[str]:
+    path = folder / ADAPTER_TENSORS
+    adapter = read_adapter(folder)
+    shards = EngineShards.open(folder / ENGINE_TAG)
+    tensors = dict(AdapterTensors.open(folder, adapter).items())
     for name in () if adapter.domains is None else adapter.domains.frozen:
         del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):

@@ -42,7 +42,6 @@ from mora_ds.checkpoint.layout import (
     settle,
     step_folder,
     step_of,
-    sync_folders,
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
@@ -173,7 +172,7 @@ class CheckpointWriter:
         for share in shares:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
-        sync_folders(beside)
+        files.fsync_tree(beside)
         if damage := ledger_problems(beside):  # its cycles are older than the other files, and merges read them
             raise RunError(f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint")
         _replace_folder(beside, final)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ class BaseRing:
         """Bytes copied so far."""
         self._copies = copies
         self._layers = [
-            _Layer(model, layer_weights, self._slot(index)) for index, layer_weights in enumerate(weights.values())
+            _Layer(model, layer_weights, slot)
+            for layer_weights, slot in zip(weights.values(), cycle(self.slots), strict=False)
         ]
         self._slot_at = {slot.untyped_storage().data_ptr(): number for number, slot in enumerate(self.slots)}
         self._held: list[int | None] = [None] * self.buffers
@@ -131,9 +132,6 @@ class BaseRing:
 
     # -- which layer is where ------------------------------------------------------------------------------------------
 
-    def _slot(self, index: int) -> Tensor:
-        return self.slots[index % self.buffers]
-
     def _use(self, index: int) -> None:
         """Order the device's work after the copy of a layer, and begin to copy those that come next."""
         now = index, torch._C._current_graph_task_id() != -1  # as torch/autograd/graph.py tells that backward runs
@@ -143,12 +141,9 @@ class BaseRing:
         if index in self._tickets:
             self._copies.wait(self._tickets.pop(index))
         self._now = now
-        self._look_ahead(*now)
-
-    def _look_ahead(self, index: int, backward: bool) -> None:
-        """Copy the layers that come next into the buffers that none before them needs."""
+        # The layers that come next go into the buffers that none before them needs.
         taken = {index % self.buffers}
-        for following in self._following(index, backward):
+        for following in self._following(*now):
             if len(taken) == self.buffers:
                 return
             if following % self.buffers not in taken:
@@ -156,6 +151,7 @@ class BaseRing:
                 self._copy(following)
 
     def _following(self, index: int, backward: bool) -> Iterable[int]:
+        """The layers after this one, in the order in which they will be asked for."""
         upwards = range(len(self._layers))
         downwards = range(len(self._layers) - 1, -1, -1)
         if backward:
