@@ -32,6 +32,7 @@ from mora_ds.engine.ds_keys import (
     REFUSED,
     SECTIONS,
     TOP_LEVEL,
+    DsConfig,
     at,
     fill,
     refused_keys,
@@ -95,7 +96,7 @@ class EngineSettings:
     """None: any value in the config is accepted, and ignored, as full training runs at 1."""
 
 
-def load_ds_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
+def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
     """The JSON at a path, a copy of a dictionary, or, for None, ZeRO-3 with every value "auto".
 
     Raises `UserError` for a file that is missing, no JSON (with line and column), or has a key twice.
@@ -105,8 +106,8 @@ def load_ds_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]
     return copy.deepcopy(config) if isinstance(config, dict) else _read(config)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _read(path: str | Path) -> DsConfig:
+    def unique(pairs: list[tuple[str, Any]]) -> DsConfig:
         counts = Counter(key for key, _ in pairs)
         if twice := sorted(key for key, count in counts.items() if count > 1):
             raise UserError(f"{path}: key given twice: {', '.join(twice)}")
@@ -128,11 +129,11 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def resolve_ds_config(
-    config: dict[str, Any] | str | Path | None,
+    config: DsConfig | str | Path | None,
     settings: EngineSettings | None = None,
     world_size: int = 1,
     degree: int | None = None,
-) -> dict[str, Any]:
+) -> DsConfig:
     """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON file.
 
     Without `settings`, as in a user's own loop, no flag fills an "auto", and the tensor-parallel degree is `degree`
@@ -164,13 +165,13 @@ def resolve_ds_config(
 
 
 def complete_ds_config(
-    config: dict[str, Any] | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
-) -> dict[str, Any]:
+    config: DsConfig | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
+) -> DsConfig:
     """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or absent."""
     return fill_bucket_sizes(resolve_ds_config(config, degree=tensor_parallel_size), trainable_numels)
 
 
-def _refused_by_deepspeed(config: dict[str, Any]) -> list[str]:
+def _refused_by_deepspeed(config: DsConfig) -> list[str]:
     """What DeepSpeed's own classes say of the values, which they would say only once the model is loaded."""
     trial = copy.deepcopy(config)
     trial.pop("train_batch_size", None)  # `_match_flags` checks it, and knows the number of processes
@@ -189,7 +190,7 @@ def _refused_by_deepspeed(config: dict[str, Any]) -> list[str]:
     return []
 
 
-def compute_dtype(ds_config: dict[str, Any]) -> str:
+def compute_dtype(ds_config: DsConfig) -> str:
     """The dtype in which a resolved config computes: "bfloat16", "float16" or "float32"."""
     for section, dtype in _DTYPES.items():
         if at(ds_config, f"{section}.enabled") is True:
@@ -197,7 +198,7 @@ def compute_dtype(ds_config: dict[str, Any]) -> str:
     return "float32"
 
 
-def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]) -> dict[str, Any]:
+def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> DsConfig:
     """A new config with ZeRO's "auto" sizes set from the numbers of elements of the trainable parameters.
 
     - `stage3_param_persistence_threshold`: persistent parameters stay unsharded on every process and are refreshed by
@@ -224,7 +225,7 @@ def fill_bucket_sizes(ds_config: dict[str, Any], trainable_numels: Sequence[int]
     return filled
 
 
-def avoid_slices(ds_config: dict[str, Any], trainable_numels: Sequence[int], ranks: int) -> str:
+def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int) -> str:
     """Chooses the collectives of ZeRO-3 for `ranks` ranks, in place; what was chosen, and what it costs, or "".
 
     DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each reduce-scatter
@@ -266,7 +267,7 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
-def drop_null_sections(config: dict[str, Any]) -> None:
+def drop_null_sections(config: DsConfig) -> None:
     """Remove sections that are null, which means the same as absent."""
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
@@ -275,7 +276,7 @@ def drop_null_sections(config: dict[str, Any]) -> None:
             del holder[key]
 
 
-def _wrong_shapes(config: dict[str, Any]) -> Iterable[str]:
+def _wrong_shapes(config: DsConfig) -> Iterable[str]:
     """Sections that are no JSON objects; nothing else is checked in such a file."""
     for path in (*SECTIONS, *OTHER_SECTIONS):
         value = at(config, path)
@@ -283,7 +284,7 @@ def _wrong_shapes(config: dict[str, Any]) -> Iterable[str]:
             yield f'"{path}" must be an object with keys of its own, not {value!r}'
 
 
-def _unknown_keys(config: dict[str, Any]) -> list[str]:
+def _unknown_keys(config: DsConfig) -> list[str]:
     known = {"": TOP_LEVEL, **SECTIONS}
     problems = []
     for path, names in known.items():
@@ -294,7 +295,7 @@ def _unknown_keys(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
+def _left_auto(config: DsConfig, prefix: str = "") -> list[str]:
     """Every "auto" that neither mora_ds fills nor DeepSpeed understands."""
     problems = []
     for key, value in config.items():
@@ -309,7 +310,7 @@ def _left_auto(config: dict[str, Any], prefix: str = "") -> list[str]:
 # -- values ------------------------------------------------------------------------------------------------------
 
 
-def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: int) -> list[str]:
+def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) -> list[str]:
     micro = settings.micro_batch_size
     accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
@@ -326,7 +327,7 @@ def _match_flags(config: dict[str, Any], settings: EngineSettings, world_size: i
     )
 
 
-def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
+def _precision(config: DsConfig, settings: EngineSettings) -> list[str]:
     problems = []
     for section, wanted in (("bf16", settings.bf16), ("fp16", settings.fp16)):
         if wanted or section in config:
@@ -337,7 +338,7 @@ def _precision(config: dict[str, Any], settings: EngineSettings) -> list[str]:
     return problems
 
 
-def _zero(config: dict[str, Any]) -> list[str]:
+def _zero(config: DsConfig) -> list[str]:
     """Set our defaults for ZeRO, and the dtype of gradient accumulation. Returns what is refused."""
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 3)

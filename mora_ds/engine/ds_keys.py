@@ -6,7 +6,7 @@ DeepSpeed ignores an unknown top-level key without a message; a test looks for o
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeAlias
 
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -14,13 +14,16 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 
 from mora_ds.parallel.limits import TENSOR
 
+DsConfig: TypeAlias = dict[str, Any]
+"""A DeepSpeed config, or a part of one."""
+
 AUTO = "auto"
 
 SECTION = "tensor_parallel"
 KEY = "autotp_size"
 
 
-def degree_in(config: dict[str, Any]) -> int | None:
+def degree_in(config: DsConfig) -> int | None:
     """The tensor-parallel degree in a config; None where it has none, or one that `take_degree` reports as wrong."""
     section = config.get(SECTION)
     degree = section.get(KEY, AUTO) if isinstance(section, dict) else AUTO
@@ -29,7 +32,7 @@ def degree_in(config: dict[str, Any]) -> int | None:
     return max(degree, 1)  # DeepSpeed's 0: off
 
 
-def take_degree(config: dict[str, Any], wanted: int | None) -> list[str]:
+def take_degree(config: DsConfig, wanted: int | None) -> list[str]:
     """Remove the section from a config. Returns what is wrong with it, or differs from the degree `wanted` (None:
     any)."""
     section = config.pop(SECTION, None)
@@ -142,7 +145,7 @@ QUIETLY_OFF: tuple[Any, ...] = (None, False, {}, {"enabled": False}, {"device": 
 """Values with which a refused key does nothing. The key is dropped, as DeepSpeed refuses some of them even so."""
 
 
-def at(config: dict[str, Any], path: str) -> Any:
+def at(config: DsConfig, path: str) -> Any:
     """The value at a dotted path, or None; at the empty one, the config itself."""
     value: Any = config
     for key in path.split(".") if path else ():
@@ -150,7 +153,7 @@ def at(config: dict[str, Any], path: str) -> Any:
     return value
 
 
-def fill(config: dict[str, Any], *wanted: tuple[str, Any, str]) -> list[str]:
+def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
     """Set each (dotted path, value, why) whose path is absent or "auto". Returns a problem for each that has another
     value."""
     problems = []
@@ -166,7 +169,7 @@ def fill(config: dict[str, Any], *wanted: tuple[str, Any, str]) -> list[str]:
     return problems
 
 
-def refused_keys(config: dict[str, Any], table: dict[str, str]) -> list[str]:
+def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
     """Remove every key of `table` (dotted path -> reason). Returns a problem for each that was set."""
     problems = []
     for path, reason in table.items():

@@ -12,9 +12,17 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Any
 
-from mora_ds.engine.ds_keys import AUTO, ONLY_FOR_ADAM, ONLY_FOR_MUON, REFUSED_WITH_MUON, at, fill, refused_keys
+from mora_ds.engine.ds_keys import (
+    AUTO,
+    ONLY_FOR_ADAM,
+    ONLY_FOR_MUON,
+    REFUSED_WITH_MUON,
+    DsConfig,
+    at,
+    fill,
+    refused_keys,
+)
 
 NEVER = 2**31 - 1
 """The value of `steps_per_print` with which DeepSpeed prints nothing: the trainer logs."""
@@ -35,7 +43,7 @@ _NAMES = {OptimizerKind.ADAMW: ("AdamW", "Adam"), OptimizerKind.MUON: ("Muon",)}
 
 
 def match_optimizer(
-    config: dict[str, Any], kind: OptimizerKind, learning_rate: float, other_learning_rate: float
+    config: DsConfig, kind: OptimizerKind, learning_rate: float, other_learning_rate: float
 ) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
     optimizer_type = at(config, "optimizer.type")
@@ -53,12 +61,12 @@ def match_optimizer(
     )
 
 
-def uses_muon(ds_config: dict[str, Any]) -> bool:
+def uses_muon(ds_config: DsConfig) -> bool:
     """Whether a resolved config trains the MoRA matrices by Muon."""
     return str(at(ds_config, "optimizer.type")).lower() == OptimizerKind.MUON.value
 
 
-def optimizer_problems(config: dict[str, Any]) -> list[str]:
+def optimizer_problems(config: DsConfig) -> list[str]:
     """Set our defaults: torch's AdamW, which needs no compiler, also for states offloaded to the CPU; and an engine
     that prints nothing. Returns what is refused."""
     optimizer = config.setdefault("optimizer", {})
@@ -81,7 +89,7 @@ def optimizer_problems(config: dict[str, Any]) -> list[str]:
     return [*problems, *_muon(config)] if uses_muon(config) else problems
 
 
-def _muon(config: dict[str, Any]) -> list[str]:
+def _muon(config: DsConfig) -> list[str]:
     """Set what Muon needs. Returns what it does not run with (`engine/muon.py` has what is repaired instead)."""
     zero = config["zero_optimization"]
     problems = refused_keys(config, REFUSED_WITH_MUON)

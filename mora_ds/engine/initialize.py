@@ -31,7 +31,7 @@ from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, compute_dtype, load_ds_config
-from mora_ds.engine.ds_keys import degree_in
+from mora_ds.engine.ds_keys import DsConfig, degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.zero import view_of
@@ -152,7 +152,7 @@ def initialize(
     return returned
 
 
-def initialize_full(*, model: nn.Module, config: dict[str, Any] | str | Path, **kwargs: Any) -> tuple[Any, ...]:
+def initialize_full(*, model: nn.Module, config: DsConfig, **kwargs: Any) -> tuple[Any, ...]:
     """Full training, as a control: every parameter is trained under plain DeepSpeed, sharded like any model. Raises
     `UserError` for Muon."""
     settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
@@ -180,7 +180,7 @@ def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
     return returned
 
 
-def check_compute_dtype(config: dict[str, Any]) -> None:
+def check_compute_dtype(config: DsConfig) -> None:
     """Raises `UserError` if this device does not compute in the config's dtype (deepspeed engine.py,
     `_do_sanity_check`, which comes after the base is loaded)."""
     dtype = compute_dtype(config)
@@ -194,7 +194,7 @@ def check_compute_dtype(config: dict[str, Any]) -> None:
         )
 
 
-def _check_experts(model: nn.Module, config: dict[str, Any]) -> None:
+def _check_experts(model: nn.Module, config: DsConfig) -> None:
     """Raises `UserError` for experts that Muon would have to train: it orthogonalises single matrices."""
     stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
     if stacks and uses_muon(config):
@@ -212,9 +212,7 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     return numels
 
 
-def check_splittable(
-    config: dict[str, Any], degree: int, base_bits: int | None = None, base_on_host: bool = False
-) -> None:
+def check_splittable(config: DsConfig, degree: int, base_bits: int | None = None, base_on_host: bool = False) -> None:
     """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
     stage = config["zero_optimization"]["stage"]
     check_tensor_parallel(
@@ -222,7 +220,7 @@ def check_splittable(
     )
 
 
-def check_second_copies(config: dict[str, Any], world: int, degree: int = 1) -> None:
+def check_second_copies(config: DsConfig, world: int, degree: int = 1) -> None:
     """Raises `UserError` for a resolved DeepSpeed config whose second copies of the shards (ZeRO++'s hpZ) cannot be
     made by `world` processes, with a tensor-parallel `degree`. DeepSpeed ignores the key below stage 3."""
     zero_settings = config["zero_optimization"]

@@ -19,6 +19,7 @@ from mora_ds.config.data import ModelArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
 from mora_ds.engine.device import BaseDevice, is_cpu
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.models.load import (
     LoadedBase,
     config_digest,
@@ -79,7 +80,7 @@ def prepare_base(
     return loaded
 
 
-def settle_base_device(arguments: Arguments, config: Any, ds_config: dict[str, Any], ranks: Ranks) -> Arguments:
+def settle_base_device(arguments: Arguments, config: Any, ds_config: DsConfig, ranks: Ranks) -> Arguments:
     """The arguments with "device" or "host" in place of "auto". Collective.
 
     Raises `UserError` for --base_device host where the model's decoder layers are not found, and where a node has too

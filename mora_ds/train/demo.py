@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -40,7 +40,10 @@ PROSE_BYTES = 1_700_000
 CODE_BYTES = 2_500_000
 EVAL_BYTES = 60_000
 
-_SHARED: dict[str, Any] = {
+Settings: TypeAlias = dict[str, Any]
+"""Field of the settings of a run -> its value."""
+
+_SHARED: Settings = {
     "seq_len": 128,
     "per_device_eval_batch_size": 16,
     "gradient_accumulation_steps": 1,
@@ -49,7 +52,7 @@ _SHARED: dict[str, Any] = {
     "logging_steps": 30,
     "export_merged": True,
 }
-WARM_START: dict[str, Any] = {
+WARM_START: Settings = {
     **_SHARED,
     "adapter": "full",
     "max_steps": 420,
@@ -58,7 +61,7 @@ WARM_START: dict[str, Any] = {
     "weight_decay": 0.01,
     "eval_on_start": False,
 }
-CONTINUE: dict[str, Any] = {
+CONTINUE: Settings = {
     **_SHARED,
     "mora_rank": 8,
     "operator": "rotate",
@@ -70,7 +73,7 @@ CONTINUE: dict[str, Any] = {
     "eval_steps": 180,
     "save_steps": 180,
 }
-RECIPE: dict[str, Any] = {
+RECIPE: Settings = {
     "optimizer": "muon",
     "learning_rate": 0.03,
     "train_embeddings": True,
@@ -150,7 +153,7 @@ class DemoPaths:
         return [str(self.corpus / f"{text}_train.jsonl")]
 
 
-def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> dict[str, Any]:
+def warm_start_settings(paths: DemoPaths, rows: int, seed: int) -> Settings:
     """Settings of the run that makes `paths.warm` from `paths.start`. `rows`: sequences per process and step."""
     return {
         **WARM_START,

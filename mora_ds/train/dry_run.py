@@ -22,6 +22,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.engine import device
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config
@@ -73,7 +74,7 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
     return str(model.model_config), "--model_config"
 
 
-def planner_of(arguments: Arguments, config: Any, ds_config: dict[str, Any], world: int) -> Planner:
+def planner_of(arguments: Arguments, config: Any, ds_config: DsConfig, world: int) -> Planner:
     """Plans of a run on devices of this machine's kind, with its base on them. `config`: of the model. Raises
     `UserError` for a run that trains nothing, and for rows that cannot be split."""
     training = arguments.training

@@ -25,6 +25,7 @@ from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import BaseDevice, card_name, current_device
 from mora_ds.engine.ds_config import compute_dtype
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
@@ -58,7 +59,7 @@ class Job:
     total_parameters: int
 
     def __init__(
-        self, arguments: Arguments, loaded: LoadedBase, ds_config: dict[str, Any], data: RunData, start: Start
+        self, arguments: Arguments, loaded: LoadedBase, ds_config: DsConfig, data: RunData, start: Start
     ) -> None:
         self.arguments = arguments
         self.loaded = loaded

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -34,14 +34,16 @@ from mora_ds.parallel.ulysses import SequenceParallel
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
 
+Rows: TypeAlias = dict[str, Any]
+"""input_ids, labels, position_ids, each int64 (B, T), and their `documents`."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What this process computes of one micro-batch."""
 
-    rows: dict[str, Any]
-    """input_ids, labels, position_ids, each int64 (B, T), and their `documents`, on the CPU; pinned where the device is
-    a GPU."""
+    rows: Rows
+    """On the CPU; pinned where the device is a GPU."""
     labels: list[int]
     """Of each row, how many labels count."""
     sources: list[int]
@@ -160,22 +162,21 @@ class Replica:
         self.count = self.world // self.processes_per_replica
         self._rows_checked = False
 
-    def rows(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def rows(self, batch: Rows) -> Rows:
         """This process's part of a training batch of its replica, on the CPU as the batch.
 
         The first batch is compared with those of the other processes of the replica (collective): `RunError` if they
         differ.
         """
-        batch = dict(batch)
         if self.processes_per_replica > 1 and not self._rows_checked:
             check_same_rows(batch, self.processes_per_replica)
             self._rows_checked = True
         return self._part_of(batch)
 
-    def _part_of(self, rows: dict[str, Any]) -> dict[str, Any]:
+    def _part_of(self, rows: Rows) -> Rows:
         return rows if self.sequence is None else self.sequence.split(rows)
 
-    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def on_device(self, batch: Rows) -> Rows:
         """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
         device = self.engine.device
         return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -186,16 +187,16 @@ class Replica:
         dist.all_reduce(total)
         return total.item()
 
-    def nll(self, batch: Mapping[str, Any], domain: str | None) -> tuple[float, int]:
+    def nll(self, batch: Rows, domain: str | None) -> tuple[float, int]:
         """(summed loss, number of predicted tokens) of this process's part of a batch, as of `domain`. Collective under
         ZeRO-3."""
-        local_batch = self._part_of(dict(batch))
+        local_batch = self._part_of(batch)
         predicted = int((local_batch["labels"] != IGNORED).sum())
         with beside_training(self.engine, domain):
             nll = token_nll(self.engine, self.on_device(local_batch)).item()
         return nll, predicted
 
-    def mean_nll(self, batches: Iterable[Mapping[str, Any]], domain: str | None) -> float:
+    def mean_nll(self, batches: Iterable[Rows], domain: str | None) -> float:
         """Mean loss over all predicted tokens of all processes, which bring equally many batches. Collective."""
         total = 0.0
         predicted = 0
@@ -205,7 +206,7 @@ class Replica:
             predicted = predicted + tokens
         return self.sum(total) / max(self.sum(predicted), 1.0)
 
-    def replica_nll(self, batch: Mapping[str, Any], domain: str | None) -> float:
+    def replica_nll(self, batch: Rows, domain: str | None) -> float:
         """Mean loss of a batch that is the same in every replica. Collective."""
         nll, predicted = self.nll(batch, domain)
         if self.processes_per_replica > 1:
@@ -214,7 +215,7 @@ class Replica:
         return nll / max(predicted, 1)
 
 
-def check_same_rows(batch: Mapping[str, Any], processes_per_replica: int) -> None:
+def check_same_rows(batch: Rows, processes_per_replica: int) -> None:
     """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each."""
     digest = hashlib.sha256()
     for name, tensor in batch.items():

@@ -30,6 +30,7 @@ from mora_ds.config.mixture import mixture_plan
 from mora_ds.config.training import TrainingArguments
 from mora_ds.engine.device import make_deterministic, warn_of_slow_precision
 from mora_ds.engine.ds_config import compute_dtype, load_ds_config, resolve_ds_config
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import (
     check_compute_dtype,
     check_second_copies,
@@ -129,7 +130,7 @@ def settings_in_common(arguments: Arguments) -> dict[str, Any]:
     return {**flags, **flattened(ds_config, "--deepspeed: "), **versions}
 
 
-def engine_config(training: TrainingArguments, adapter: str, world: int) -> dict[str, Any]:
+def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsConfig:
     """The DeepSpeed config for `world` processes, complete but for ZeRO's bucket sizes.
 
     Raises `UserError` for groups of processes that do not fill the world, and a DeepSpeed file that contradicts flags.
