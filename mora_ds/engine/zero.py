@@ -129,6 +129,13 @@ class Span(NamedTuple):
     offset: int
 
 
+Groups: TypeAlias = list[list[nn.Parameter]]
+"""The parameters of each parameter group."""
+
+Masters: TypeAlias = Iterator[tuple[int, Tensor, list[Span]]]
+"""(parameter group, master, what it holds)"""
+
+
 class Flat(NamedTuple):
     """One tensor of fp32 masters that the optimizer of this process steps on."""
 
@@ -149,7 +156,7 @@ class OptimizerView:
         self.engine = engine
         self.optimizer = engine.optimizer
 
-    def groups(self) -> list[list[nn.Parameter]]:
+    def groups(self) -> Groups:
         """The parameters of each parameter group."""
         raise NotImplementedError
 
@@ -160,8 +167,8 @@ class OptimizerView:
                 state = self.engine.basic_optimizer.state[master]
                 yield Flat(index, master, state, spans, self._state_spans(index, spans))
 
-    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
-        """(parameter group, master, what it holds)"""
+    def _masters(self) -> Masters:
+        """The masters of this process."""
         raise NotImplementedError
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
@@ -204,13 +211,13 @@ class Stage3View(OptimizerView):
     processes (`_create_fp16_partitions_with_defragmentation`; partition_parameters.py, `_partition_param`).
     """
 
-    def groups(self) -> list[list[nn.Parameter]]:
-        groups: list[list[nn.Parameter]] = [[] for _ in self.optimizer.param_groups]
+    def groups(self) -> Groups:
+        groups: Groups = [[] for _ in self.optimizer.param_groups]
         for index, parameters in enumerate(self.optimizer.fp16_groups):
             groups[self.optimizer.sub_group_to_group_id[index]] += parameters
         return groups
 
-    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
+    def _masters(self) -> Masters:
         optimizer = self.optimizer
         for index, parameters in enumerate(optimizer.fp16_groups):
             sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
@@ -282,7 +289,7 @@ class _MappedView(OptimizerView):
 
     masters_name: ClassVar[str]
 
-    def _masters(self) -> Iterator[tuple[int, Tensor, list[Span]]]:
+    def _masters(self) -> Masters:
         masters = getattr(self.optimizer, self.masters_name)
         for index, (parameters, master) in enumerate(zip(self.groups(), masters, strict=True)):
             spans = []
@@ -305,7 +312,7 @@ class ZeroView(_MappedView):
 
     masters_name = "single_partition_of_fp32_groups"
 
-    def groups(self) -> list[list[nn.Parameter]]:
+    def groups(self) -> Groups:
         return self.optimizer.bit16_groups
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
@@ -323,7 +330,7 @@ class BF16View(_MappedView):
 
     masters_name = "fp32_groups_flat_partition"
 
-    def groups(self) -> list[list[nn.Parameter]]:
+    def groups(self) -> Groups:
         return self.optimizer.bf16_groups
 
 

@@ -23,7 +23,8 @@ from mora_ds.common.files import atomic_path, disk_errors
 from mora_ds.common.nested import flattened
 from mora_ds.config.forgetting import change
 from mora_ds.models.loss import perplexity
-from mora_ds.train.trackers import Service, TensorBoard, Tracker
+from mora_ds.train.run_file import Facts
+from mora_ds.train.trackers import Numbers, Service, TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class MetricsLog:
         seconds_a_step = (time.monotonic() - self._started) / max(metrics.step - self._start_step, 1)
         logger.info(metrics.line(self.total_steps, seconds_a_step))
 
-    def evaluation(self, step: int, perplexities: dict[str, float], before: Mapping[str, float] | None = None) -> None:
+    def evaluation(self, step: int, perplexities: dict[str, float], before: Numbers | None = None) -> None:
         """The perplexity of each evaluation set after `step`; `before`: before the first step.
 
         Trackers also get the change since then in per cent: positive where the model has forgotten.
@@ -210,7 +211,7 @@ class MetricsLog:
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 
-    def tasks(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+    def tasks(self, step: int, results: Mapping[str, Numbers]) -> None:
         """The metrics of each task after `step`: {task: {metric: value}}."""
         self.record("tasks", step, results)
         for name, metrics in results.items():
@@ -218,12 +219,12 @@ class MetricsLog:
                 f"step {step}  {name}  " + "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
             )
 
-    def record(self, kind: str, step: int, facts: Mapping[str, Any] | float) -> None:
+    def record(self, kind: str, step: int, facts: Facts | float) -> None:
         """A row of this kind: "eval", "merge", "tasks" or "sources", whose facts are those of each task or
         source; or the name of a hook's term of the loss, and its value at the beginning of the step."""
         self._record({"step": step, kind: facts})
 
-    def summary(self, facts: Mapping[str, Any]) -> None:
+    def summary(self, facts: Facts) -> None:
         """The results of the run, for the trackers."""
         for tracker in self._trackers:
             tracker.summary(facts)
@@ -248,13 +249,13 @@ class MetricsLog:
                 self._file.flush()
         self._log(_curves(row), row["step"])
 
-    def _log(self, numbers: Mapping[str, float], step: int) -> None:
+    def _log(self, numbers: Numbers, step: int) -> None:
         if numbers:
             for tracker in self._trackers:
                 tracker.log(numbers, step)
 
 
-def _curves(row: Mapping[str, Any]) -> dict[str, float]:
+def _curves(row: Facts) -> dict[str, float]:
     """Curve -> number of a row of metrics.jsonl."""
     if "loss" in row:
         return {tag: row[name] * unit for name, (tag, unit) in STEP_TAGS.items() if row.get(name) is not None}

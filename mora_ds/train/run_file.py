@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -17,6 +17,9 @@ from mora_ds.common.nested import flattened
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
 
+Facts: TypeAlias = Mapping[str, Any]
+"""Name -> setting or fact of a run."""
+
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
 _OWNS = "owns"
 _OF_FLAGS = {
@@ -26,7 +29,7 @@ _OF_FLAGS = {
 """Sections of a DeepSpeed config whose values flags decide."""
 
 
-def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, Any], owns: list[str]) -> None:
+def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[str]) -> None:
     """Write `run.yaml`: the resolved settings, which as a recipe repeat the run, and versions and facts of the run.
 
     `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are masked. Raises `RunError` on a
@@ -37,7 +40,7 @@ def write_run_file(folder: Path, settings: dict[str, Any], resolved: dict[str, A
         partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def without_secrets(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def without_secrets(resolved: Facts) -> dict[str, Any]:
     """The facts of a run with the secrets of its DeepSpeed config masked."""
     return {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
 
@@ -46,7 +49,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def changed_settings(folder: Path, settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> list[str]:
+def changed_settings(folder: Path, settings: Facts, resolved: Facts) -> list[str]:
     """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now", and
     each value of a DeepSpeed config that was edited in its place, among the facts `resolved`. Those that say where the
     run is and whether it goes on are no part of it."""
@@ -70,7 +73,7 @@ def changed_settings(folder: Path, settings: Mapping[str, Any], resolved: Mappin
     return changes
 
 
-def _of_deepspeed_file(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def _of_deepspeed_file(resolved: Facts) -> dict[str, Any]:
     """The values of a run's DeepSpeed config that no flag decides, by their keys."""
     config = resolved.get("deepspeed") or {}
     return flattened({key: value for key, value in config.items() if key not in _OF_FLAGS})

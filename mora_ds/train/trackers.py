@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -29,9 +29,12 @@ from mora_ds.common.files import disk_errors, read_json, write_json_atomic
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import typed
 from mora_ds.config.tracking import EXTRAS, NONE
-from mora_ds.train.run_file import without_secrets
+from mora_ds.train.run_file import Facts, without_secrets
 
 logger = logging.getLogger(__name__)
+
+Numbers: TypeAlias = Mapping[str, float]
+"""Curve -> its value at a step."""
 
 TRACKERS = "trackers"
 """Name of the folder in OUTPUT_DIR."""
@@ -49,9 +52,7 @@ def check_installed(names: Sequence[str]) -> None:
             raise UserError(f"--report_to {name} needs the package {name}: pip install 'mora_ds[{name}]'")
 
 
-def start_trackers(
-    names: Sequence[str], run_name: str, config: Mapping[str, Any], folder: Path, first_step: int
-) -> list[Tracker]:
+def start_trackers(names: Sequence[str], run_name: str, config: Facts, folder: Path, first_step: int) -> list[Tracker]:
     """Those of --report_to for a run in `folder` that goes on with the numbers of `first_step`; 0: one that begins.
 
     `run_name`, `config`: how services show the run; the config without secrets (`shown_config`).
@@ -83,7 +84,7 @@ def _known_runs(folder: Path) -> dict[str, str]:
     return runs
 
 
-def shown_config(settings: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+def shown_config(settings: Facts, resolved: Facts) -> dict[str, Any]:
     """The settings and facts of run.yaml as services get them: without secrets, in plain types."""
     content = {**settings, "resolved": without_secrets(resolved)}
     return dict(json.loads(json.dumps(content, default=str)))
@@ -101,12 +102,12 @@ class TensorBoard:
         with disk_errors(folder):
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
+    def log(self, numbers: Numbers, step: int) -> None:
         with disk_errors(self._folder):
             for tag, value in numbers.items():
                 self._board.add_scalar(tag, value, step)
 
-    def summary(self, facts: Mapping[str, Any]) -> None:
+    def summary(self, facts: Facts) -> None:
         """Nothing: summary.json lies next to the curves."""
 
     def close(self) -> None:
@@ -117,7 +118,7 @@ class TensorBoard:
 class Service:
     """A service behind a guard: its first error is reported, and it is not used again."""
 
-    def __init__(self, name: str, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
+    def __init__(self, name: str, run_name: str, config: Facts, folder: Path, run_id: str | None) -> None:
         self.name = name
         self.run_id = run_id
         self.has_failed = False
@@ -128,10 +129,10 @@ class Service:
         except Exception as error:
             self._give_up("cannot be started", error)
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
+    def log(self, numbers: Numbers, step: int) -> None:
         self._guarded(f"failed at step {step}", lambda client: client.log(numbers, step))
 
-    def summary(self, facts: Mapping[str, Any]) -> None:
+    def summary(self, facts: Facts) -> None:
         self._guarded("failed at the end of the run", lambda client: client.summary(facts))
 
     def close(self) -> None:
@@ -161,7 +162,7 @@ Tracker = TensorBoard | Service
 class _Wandb:
     """Weights & Biases; `WANDB_MODE=offline` writes to OUTPUT_DIR/trackers/wandb."""
 
-    def __init__(self, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
+    def __init__(self, run_name: str, config: Facts, folder: Path, run_id: str | None) -> None:
         import wandb
 
         folder.mkdir(exist_ok=True)
@@ -175,10 +176,10 @@ class _Wandb:
         )
         self.run_id = self._run.id
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
+    def log(self, numbers: Numbers, step: int) -> None:
         self._run.log(dict(numbers), step=step)
 
-    def summary(self, facts: Mapping[str, Any]) -> None:
+    def summary(self, facts: Facts) -> None:
         self._run.summary.update(dict(facts))
 
     def close(self) -> None:
@@ -188,7 +189,7 @@ class _Wandb:
 class _Mlflow:
     """MLflow, at its usual place (MLFLOW_TRACKING_URI)."""
 
-    def __init__(self, run_name: str, config: Mapping[str, Any], folder: Path, run_id: str | None) -> None:
+    def __init__(self, run_name: str, config: Facts, folder: Path, run_id: str | None) -> None:
         import mlflow
 
         del folder
@@ -199,10 +200,10 @@ class _Mlflow:
             parameters = {_plain(key): str(value)[:_MOST_CHARACTERS] for key, value in flattened(config).items()}
             mlflow.log_params(parameters)
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
+    def log(self, numbers: Numbers, step: int) -> None:
         self._mlflow.log_metrics({_plain(name): value for name, value in numbers.items()}, step=step)
 
-    def summary(self, facts: Mapping[str, Any]) -> None:
+    def summary(self, facts: Facts) -> None:
         self._mlflow.log_dict(dict(facts), "summary.json")
 
     def close(self) -> None:
