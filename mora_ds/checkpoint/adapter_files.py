@@ -38,6 +38,7 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import (
     FORMAT,
     MANIFEST,
+    JsonObject,
     malformed,
     read_json,
     recorded_hashes,
@@ -63,12 +64,12 @@ class DomainSquares:
     frozen: tuple[str, ...] = ()
     """Names of the tensors that are not trained, of the shared matrices or those of domains."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
         return {"names": list(self.names), "operators": operators, "frozen": list(self.frozen)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DomainSquares:
+    def from_dict(cls, values: JsonObject) -> DomainSquares:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Domains, values, "domains")
         operators = {name: operator_of(spec_from_dict(spec), name) for name, spec in known.operators.items()}
@@ -94,7 +95,7 @@ class _Domains:
     """The JSON of `DomainSquares`."""
 
     names: tuple[FileName, ...]
-    operators: dict[FileName, dict[str, Any]]
+    operators: dict[FileName, JsonObject]
     frozen: tuple[FileName, ...]
 
 
@@ -133,11 +134,11 @@ class AdapterFile:
     """Optimizer steps done."""
     trainables: tuple[str, ...] = ()
     """Parameter names of other trained tensors (modules_to_save): embeddings, norms, head."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
     """Anything else worth recording."""
     domains: DomainSquares | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return {
             "format": FORMAT,
             "config": self.config.to_dict(),
@@ -151,20 +152,20 @@ class AdapterFile:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AdapterFile:
+    def from_dict(cls, values: JsonObject) -> AdapterFile:
         """Inverse of `to_dict`. Raises `UserError` for missing entries, wrong types, an unknown operator or dtype."""
         read = partial(entry, dict(values), where=ADAPTER_JSON)
-        domains = read("domains", dict[str, Any] | None)
+        domains = read("domains", JsonObject | None)
         dtype = read("dtype", str)
         compute_dtype(dtype)
         adapter = cls(
-            layers=layers_from_dict(read("layers", dict[str, Any])),
-            config=config_from_dict(read("config", dict[str, Any])),
+            layers=layers_from_dict(read("layers", JsonObject)),
+            config=config_from_dict(read("config", JsonObject)),
             dtype=dtype,
             cycle=read("cycle", Count),
             step=read("step", Count),
             trainables=read("trainables", tuple[FileName, ...]),
-            facts=read("facts", dict[str, Any]),
+            facts=read("facts", JsonObject),
             domains=None if domains is None else DomainSquares.from_dict(domains),
         )
         if adapter.domains is not None and (missing := set(adapter.layers) ^ set(adapter.domains.operators)):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import Count, Processes, typed_fully
 
@@ -48,17 +47,17 @@ class TrainerState:
     """Whether the merge after this step is still to be made."""
     failures: list[str] = field(default_factory=list)
     """What has failed beside training, one line each: the run that ends says so, however often it was resumed."""
-    scheduler: dict[str, Any] | None = None
+    scheduler: JsonObject | None = None
     """State of the scheduler that `initialize` was given; None without one."""
     micro_batch_tokens: Count = 0
     """Tokens of a micro-batch that a rank computes, by which --compute auto chooses; 0: not known."""
-    stream: dict[str, Any] | None = None
+    stream: JsonObject | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
     chunked_loss: bool = False
     """Whether the loss is computed in chunks (`models.loss.chunk_loss`), which a run keeps when it resumes."""
     world_size: Processes = 1
     """Number of ranks that wrote the checkpoint."""
-    identity: dict[str, Any] = field(default_factory=dict)
+    identity: JsonObject = field(default_factory=dict)
     """What a run that resumes the checkpoint must have in common with it (`run_identity`)."""
 
     @classmethod
@@ -70,9 +69,7 @@ class TrainerState:
         return state
 
 
-def run_identity(
-    base_fingerprint: str, adapter: AdapterConfig, more: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def run_identity(base_fingerprint: str, adapter: AdapterConfig, more: JsonObject | None = None) -> JsonObject:
     """The identity of a run with an adapter; `more` holds what its trainer adds (text, seed, batch size ...)."""
     return {
         "base": base_fingerprint,
@@ -91,7 +88,7 @@ def check_world_size(folder: Path, state: TrainerState, world: int) -> None:
         )
 
 
-def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_identity(folder: Path, saved: JsonObject, now: JsonObject) -> None:
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (flattened(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [

@@ -46,6 +46,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.common.errors import RunError
+from mora_ds.common.files import JsonObject
 from mora_ds.engine import shards, zero
 from mora_ds.engine.shards import EngineShards, Layout, RankShard
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
@@ -155,7 +156,7 @@ class CheckpointWriter:
         final: Path,
         shares: list[_Share] | None,
         layout: Layout,
-        state: dict[str, Any],
+        state: JsonObject,
         keep: int | None,
     ) -> None:
         """Rank 0, which has the `shares` of all, finishes the checkpoint that they have written."""
@@ -168,7 +169,7 @@ class CheckpointWriter:
         states = {kind: torch.from_numpy(np.stack([share.rng[kind] for share in shares])) for kind in shares[0].rng}
         write_safetensors_atomic(beside / RNG_FILE, states, {})
         files.write_json_atomic(beside / STATE_FILE, state)
-        recorded: dict[str, dict[str, Any]] = {}
+        recorded: dict[str, JsonObject] = {}
         for share in shares:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
@@ -186,7 +187,7 @@ class CheckpointWriter:
 class _Share(NamedTuple):
     """What a rank brings to the completion of a checkpoint."""
 
-    files: dict[str, dict[str, Any]]
+    files: dict[str, JsonObject]
     """Size and hash of the files that it wrote, and of its slice of the merge ledger's."""
     shard: RankShard
     rng: dict[str, np.ndarray]

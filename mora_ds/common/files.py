@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -29,6 +29,9 @@ from mora_ds.common.version import __version__
 
 FORMAT = 4
 """Version of everything that mora_ds writes to be read again: checkpoints, ledgers, adapters, caches."""
+
+JsonObject: TypeAlias = dict[str, Any]
+"""What a JSON file holds, by key."""
 
 MANIFEST = "manifest.json"
 """Sizes and hashes of all other files of a folder."""
@@ -102,7 +105,7 @@ def write_json_atomic(path: Path, content: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in `path`. Raises `UserError` naming the file when it is missing, damaged or not an object."""
     try:
         content = plain_json(read_text(path), path)
@@ -235,7 +238,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def record(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def record(folder: Path, paths: Iterable[Path]) -> dict[str, JsonObject]:
     """{relative path: size and sha256} of files under `folder`, each flushed to disk before."""
     files = {}
     with disk_errors(folder):
@@ -342,7 +345,7 @@ def malformed(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {shown(error)}") from error
 
 
-def require_format(path: Path, content: dict[str, Any]) -> None:
+def require_format(path: Path, content: JsonObject) -> None:
     """Raises `UserError` for a file that another version of mora_ds has written in another format."""
     if (file_format := content.get("format")) != FORMAT:
         raise UserError(f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}")

@@ -40,7 +40,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.files import FORMAT, malformed, require_format
+from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
 from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
@@ -88,7 +88,7 @@ class Layout:
     """Class name of the torch optimizer, such as AdamW."""
     groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
-    settings: list[dict[str, Any]]
+    settings: list[JsonObject]
     """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
     counters: dict[str, int]
     scaler: dict[str, float]
@@ -439,7 +439,7 @@ def _layout(engine: zero.Engine) -> Layout:
     )
 
 
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
+def _plain(group: JsonObject) -> JsonObject:
     """The settings of a parameter group that JSON can hold."""
     values = {
         key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()

@@ -20,7 +20,7 @@ import torch
 
 from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError, refusal
-from mora_ds.common.files import CONFIGS
+from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
@@ -229,7 +229,7 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
-def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | None, world: int, seconds: float) -> None:
+def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None, world: int, seconds: float) -> None:
     """Log the results as a table. `sharded`: the summary of the warm start, whose base was sharded."""
     before = summary["perplexity_before"]
     after = summary["perplexity_after"]
@@ -256,7 +256,7 @@ def _report(folder: Path, summary: dict[str, Any], sharded: dict[str, Any] | Non
         logger.info(f"\nthe merged model continues {PROMPT!r}:\n{text}")
 
 
-def _gathered(summary: dict[str, Any], sharded: dict[str, Any] | None, world: int) -> str:
+def _gathered(summary: JsonObject, sharded: JsonObject | None, world: int) -> str:
     """The all-gather volume of a step and process, next to that of plain ZeRO-3."""
     if world == 1:
         matrices = 4 * summary["trainable_params"]

@@ -21,6 +21,7 @@ from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import named_as_flags
+from mora_ds.common.files import JsonObject
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.engine.device import BaseDevice, card_name, current_device
@@ -168,7 +169,7 @@ class Job:
 
     # -- their steps ---------------------------------------------------------------------------------------------------
 
-    def _common_identity(self) -> dict[str, Any]:
+    def _common_identity(self) -> JsonObject:
         """What a resumed run must share with its checkpoint, whatever it trains, to continue its batches and loss."""
         adapter = self.arguments.adapter
         training = self.arguments.training
@@ -187,7 +188,7 @@ class Job:
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
         }
 
-    def _check_checkpoint(self, identity: dict[str, Any]) -> None:
+    def _check_checkpoint(self, identity: JsonObject) -> None:
         """Raise `UserError` where the checkpoint to resume from is another run's."""
         if self.start.checkpoint is not None and self.start.state is not None:
             check_identity(self.start.checkpoint, self.start.state.identity, identity)

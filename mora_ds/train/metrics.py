@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mora_ds.checkpoint.layout import METRICS_FILE
-from mora_ds.common.files import atomic_path, disk_errors
+from mora_ds.common.files import JsonObject, atomic_path, disk_errors
 from mora_ds.common.nested import flattened
 from mora_ds.config.forgetting import change
 from mora_ds.models.loss import perplexity
@@ -83,7 +83,7 @@ class SourceLosses:
         processes."""
         return self._losses, self._labels
 
-    def facts(self, sums: Sequence[float], tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
+    def facts(self, sums: Sequence[float], tokens: dict[str, int]) -> dict[str, JsonObject]:
         """{source: loss, perplexity, tokens} from the sums over all processes, losses first, then labels.
 
         The loss is None for a source without rows in this step. `tokens`: of each source since the first step.
@@ -133,7 +133,7 @@ class StepMetrics:
             f"{self.peak_memory_bytes / 2**30:.2f} GiB{gathered}  {left} left"
         )
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> JsonObject:
         row = {**vars(self), "perplexity": self.perplexity}
         if self.mfu is None:
             del row["mfu"]
@@ -241,7 +241,7 @@ class MetricsLog:
             for tracker in self._trackers:
                 tracker.close()
 
-    def _record(self, row: dict[str, Any]) -> None:
+    def _record(self, row: JsonObject) -> None:
         """A row of metrics.jsonl, and its curves."""
         if self.enabled:
             with disk_errors(self._path.parent):
@@ -276,9 +276,9 @@ def plain_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[dict[str, Any]]:
+def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[JsonObject]:
     """Returns the rows of the last step that stay."""
-    newest: list[dict[str, Any]] = []
+    newest: list[JsonObject] = []
     if not path.exists():
         return newest
     lines = []
@@ -294,7 +294,7 @@ def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[dic
     return newest
 
 
-def _row_of(line: str) -> dict[str, Any] | None:
+def _row_of(line: str) -> JsonObject | None:
     """The row with its step; None for a damaged one, such as one that a killed process was writing."""
     try:
         row = json.loads(line)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import FailedBeside, RunError, UserError, named_as_flags, reason
-from mora_ds.common.files import write_json_atomic
+from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
@@ -70,7 +69,7 @@ from mora_ds.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def pretrain(arguments: Arguments) -> dict[str, Any]:
+def pretrain(arguments: Arguments) -> JsonObject:
     """Run the job that `arguments` describe, on this process of all. Returns the content of `summary.json`, of a dry
     run nothing.
 
@@ -146,7 +145,7 @@ def _steps(job: Job, schedule: Schedule) -> int:
     return schedule.total_steps if job.is_trained else 0
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: Job) -> JsonObject:
     """What run.yaml and the trackers tell of a run besides its settings."""
     return {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
 
@@ -237,7 +236,7 @@ def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> in
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def _run(arguments: Arguments, job: Job, schedule: Schedule) -> dict[str, Any]:
+def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     """Train (or only evaluate the base), write summary.json and the merged model. Returns the summary."""
     folder = job.start.folder
     ranks = job.start.ranks
@@ -310,7 +309,7 @@ def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
     )
 
 
-def _summary(job: Job, trainer: Trainer) -> dict[str, Any]:
+def _summary(job: Job, trainer: Trainer) -> JsonObject:
     state = job.state
     summary = {
         "steps": state.step,

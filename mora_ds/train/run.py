@@ -48,7 +48,7 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError, whole_number
-from mora_ds.common.files import as_path, copy_folder
+from mora_ds.common.files import JsonObject, as_path, copy_folder
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
@@ -419,12 +419,12 @@ def _operator(entry: LayerEntry | None) -> str:
     return "none" if entry is None else json.dumps(entry.operator.to_dict())
 
 
-def _scheduler_state(scheduler: Any) -> dict[str, Any] | None:
+def _scheduler_state(scheduler: Any) -> JsonObject | None:
     """The state of an engine's scheduler for trainer_state.json; None without a scheduler. Raises `UserError` for one
     that would come back from JSON as another."""
     if scheduler is None:
         return None
-    state: dict[str, Any] = scheduler.state_dict()
+    state: JsonObject = scheduler.state_dict()
     try:
         is_kept = json.loads(json.dumps(state, allow_nan=False)) == state
     except (TypeError, ValueError):
