@@ -115,11 +115,6 @@ def adapter_folder(path: Path) -> Path | None:
     return _first_with(path, ADAPTER_JSON)
 
 
-def has_adapter(path: Path) -> bool:
-    """Whether there is an `adapter_folder`, be it readable or not."""
-    return _candidate(path, ADAPTER_JSON) is not None
-
-
 def find_adapter(path: Path, flag: str = "") -> Path:
     """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its manifest then shows. Raises
     `UserError` that begins with `flag` where there is none."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mora_ds.adapters.config import AdapterConfig
 from mora_ds.checkpoint.layout import STATE_FILE
@@ -69,7 +71,7 @@ class TrainerState:
         return state
 
 
-def run_identity(base_fingerprint: str, adapter: AdapterConfig, more: JsonObject | None = None) -> JsonObject:
+def run_identity(base_fingerprint: str, adapter: AdapterConfig, more: Mapping[str, Any] | None = None) -> JsonObject:
     """The identity of a run with an adapter; `more` holds what its trainer adds (text, seed, batch size ...)."""
     return {
         "base": base_fingerprint,

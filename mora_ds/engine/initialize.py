@@ -49,7 +49,7 @@ STARTED = "_mora_started"
 """Attribute of a model that an engine holds."""
 
 
-def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> None:
+def start_distributed(timeout_s: float | None = None) -> None:
     """Start `torch.distributed` the way the engine needs it; does nothing when it runs already.
 
     `timeout_s`: of collectives. Raises `UserError` in a process that no launcher has started, where the port by which
@@ -57,14 +57,14 @@ def start_distributed(verbose: bool = False, timeout_s: float | None = None) -> 
     """
     if not dist.is_initialized():
         _require_launcher()
-    zero.prepare_backend(verbose)
+    zero.prepare_backend()
     _share_cores()
     # DeepSpeed's engine picks the same device, but too late for the base and for NCCL.
     take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         extra = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
         try:
-            deepspeed.init_distributed(verbose=verbose, **extra)
+            deepspeed.init_distributed(verbose=False, **extra)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -35,15 +35,14 @@ from mora_ds.common.errors import RunError
 Engine: TypeAlias = DeepSpeedEngine
 
 
-def prepare_backend(verbose: bool = False) -> None:
+def prepare_backend() -> None:
     """Call before `deepspeed.init_distributed`: starts gloo without compiling, and quietens DeepSpeed's logger.
 
     On a CPU, DeepSpeed's backend compiles `deepspeed_shm_comm` at start (77 s, needs g++, and waits for ever on the
     lock of a killed build): deepspeed/comm/torch.py, `build_shm_op`. gloo does the same work without it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not verbose:
-        deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.WARNING)
 
 
 def whole_parameter(engine: Engine, parameter: nn.Parameter) -> AbstractContextManager[None]:
@@ -66,7 +65,7 @@ def at_accumulation_boundary(engine: Engine) -> bool:
     return engine.micro_steps % engine.gradient_accumulation_steps() == 0 if boundary is None else boundary
 
 
-def full_fp32(engine: Engine, parameter: nn.Parameter) -> Tensor:
+def full_fp32(parameter: nn.Parameter) -> Tensor:
     """The unsharded fp32 master of one trainable parameter, on every process. Collective: call it in the same order on
     all processes."""
     master = safe_get_full_fp32_param(parameter)

@@ -137,7 +137,7 @@ class ReMoRA:
     def _matrices(self, recorded: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Module name and unsharded fp32 M of each layer, which rank 0 also puts in `recorded`. Collective."""
         for name, layer in mora_layers(self.engine.module).items():
-            square = layer.unshard(zero.full_fp32(self.engine, layer.value))
+            square = layer.unshard(zero.full_fp32(layer.value))
             if dist.get_rank() == 0:
                 recorded[name] = square.cpu()
             yield name, square

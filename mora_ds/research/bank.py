@@ -36,7 +36,7 @@ from mora_ds.adapters.layer import is_linear, linear_shape
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, BaseReference, read_adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, has_adapter, tokenizer_of
+from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folder, tokenizer_of
 from mora_ds.commands.evaluate import TITLES, check_scoring, read_sets, score_cells, scoring_flags
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
@@ -64,9 +64,11 @@ def find_adapters(folder: Path) -> dict[str, Path]:
         raise UserError(f"DIR: no such folder: {folder}")
     adapters = {}
     for path in sorted(folder.iterdir()):
-        is_hidden = path.name.startswith(".")  # as of one that is being written
-        if not is_hidden and (has_adapter(path) or any((path / name).exists() for name in ADAPTER_PARTS)):
-            adapters[path.name] = adapter_folder(path) or path
+        if path.name.startswith("."):  # as of one that is being written
+            continue
+        adapter = adapter_folder(path)
+        if adapter is not None or any((path / name).exists() for name in ADAPTER_PARTS):
+            adapters[path.name] = adapter or path
     if not adapters:
         raise UserError(f"DIR: no folder in {folder} holds an adapter ({ADAPTER_JSON})")
     return adapters

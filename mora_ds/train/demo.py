@@ -271,14 +271,14 @@ def _gathered(summary: JsonObject, sharded: JsonObject | None, world: int) -> st
     return f"{volume} (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
 
 
-def sample(folder: Path, prompt: str, tokens: int = 60, seed: int = 0) -> str:
+def sample(folder: Path, prompt: str) -> str:
     """A continuation of `prompt`, sampled with plain transformers from a Hugging Face folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=40)
+        ids = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -272,7 +272,7 @@ class Run:
 
     def _full(self, value: Tensor) -> Tensor:
         """The unsharded fp32 master of a trained tensor. One that is frozen is a buffer, complete and fp32 already."""
-        return zero.full_fp32(self.engine, value) if isinstance(value, nn.Parameter) else value
+        return zero.full_fp32(value) if isinstance(value, nn.Parameter) else value
 
     def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Copies of the tensors in host memory, on rank 0; the other ranks only take part in making each."""

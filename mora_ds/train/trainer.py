@@ -53,6 +53,7 @@ class Trainer:
         self.job = job
         self.ranks = job.start.ranks
         self.schedule = schedule
+        self.total_steps = schedule.total_steps
         self.training = training
         self.log = log
         self.engine = job.engine
@@ -95,10 +96,6 @@ class Trainer:
                 self._saved_step = self.state.step
         self._mixture = self.loader.mixture
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
-
-    @property
-    def total_steps(self) -> int:
-        return self.schedule.total_steps
 
     @property
     def is_finished(self) -> bool:

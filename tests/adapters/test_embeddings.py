@@ -335,7 +335,7 @@ def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
     parameters = dict(engine.module.named_parameters())
     shards = [parameter.ds_tensor.numel() for name, parameter in parameters.items() if name.endswith(kind)]
     assert shards == [elements // world] * (1 if tied else 2)
-    return {name: zero.full_fp32(engine, parameter).clone() for name, parameter in parameters.items()}
+    return {name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()}
 
 
 @pytest.mark.parametrize(

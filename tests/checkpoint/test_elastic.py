@@ -42,7 +42,7 @@ def live(engine: Any) -> dict[str, torch.Tensor]:
     model = engine.module
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensors[f"{name}.{MASTER}"] = zero.full_fp32(engine, parameter).clone()
+        tensors[f"{name}.{MASTER}"] = zero.full_fp32(parameter).clone()
         if hasattr(parameter, "ds_tensor"):
             parameter.all_gather()
             tensors[f"{name}.copy"] = parameter.data.clone()

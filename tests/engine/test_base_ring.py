@@ -114,7 +114,7 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     engine.eval()
     with torch.no_grad():
         losses.append(causal_loss(engine, tokens(2, seed=99)).item())
-    values = {name: zero.full_fp32(engine, parameter).clone() for name, parameter in engine.module.named_parameters()}
+    values = {name: zero.full_fp32(parameter).clone() for name, parameter in engine.module.named_parameters()}
     frozen = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
     used = len(seen.storages)
     return {"losses": losses, "values": values, "frozen": frozen, "sent": counter.base_bytes, "used": used}

@@ -53,7 +53,7 @@ def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
     offload = engine.optimizer.parameter_offload
     hooked = {handle.id for handle in offload.forward_hooks}
     count = sum(bool(hooked & set(module._forward_hooks)) for module in engine.module.modules())
-    values = {name: zero.full_fp32(engine, parameter).clone() for name, parameter in engine.module.named_parameters()}
+    values = {name: zero.full_fp32(parameter).clone() for name, parameter in engine.module.named_parameters()}
     return losses, values, count
 
 

@@ -140,8 +140,8 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
     return {
         "optimizer": type(engine.optimizer).__name__,
         "muon": [group["use_muon"] for group in engine.optimizer.param_groups],
-        "squares": [zero.full_fp32(engine, square) for square in squares_of(model)],
-        "others": [zero.full_fp32(engine, parameter) for parameter in others_of(model)],
+        "squares": [zero.full_fp32(square) for square in squares_of(model)],
+        "others": [zero.full_fp32(parameter) for parameter in others_of(model)],
         "norms": norms,
         "state": {(key, dtype) for key, dtype, _ in state},
         "momentum": _norm([value for key, _, value in state if key == "momentum_buffer"]),
@@ -217,7 +217,7 @@ def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
     engine.optimizer._muon_update_sub_group = counted
     train(engine, range(STEPS))
     assert bucket in ("auto", engine.optimizer.reduce_bucket_size)
-    return [zero.full_fp32(engine, square) for square in squares_of(model)], sizes
+    return [zero.full_fp32(square) for square in squares_of(model)], sizes
 
 
 def test_matrices_that_are_gathered_at_a_time_fit_in_memory() -> None:

@@ -100,9 +100,9 @@ def one_step(engine: Any) -> None:
 def moved(stage: int, **zero_settings: Any) -> float:
     """Norm of the first update of the square in learning rates: about sqrt(5) for an orthogonal matrix."""
     engine = plain_engine(stage, **zero_settings)
-    before = zero.full_fp32(engine, engine.module.square).clone()
+    before = zero.full_fp32(engine.module.square).clone()
     one_step(engine)
-    return ((zero.full_fp32(engine, engine.module.square) - before).norm() / 0.1).item()
+    return ((zero.full_fp32(engine.module.square) - before).norm() / 0.1).item()
 
 
 def everything(folder: str) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def everything(folder: str) -> dict[str, Any]:
     resumed.load_checkpoint(folder)
     for one in (engine, resumed):
         one_step(one)
-    same = torch.equal(*(zero.full_fp32(one, one.module.square) for one in (engine, resumed)))
+    same = torch.equal(*(zero.full_fp32(one.module.square) for one in (engine, resumed)))
     return {"clipped": clipped, "buffer resumed": same, "tags": [g["use_muon"] for g in engine.optimizer.param_groups]}
 
 

@@ -223,7 +223,7 @@ def probe(engine: zero.Engine) -> float:
 
 
 def masters(engine: zero.Engine, parameters: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: zero.full_fp32(engine, parameter).clone() for name, parameter in parameters.items()}
+    return {name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()}
 
 
 def largest(tensors: dict[str, Tensor]) -> float:

@@ -95,7 +95,7 @@ def merge_by_hand(engine: zero.Engine) -> None:
     model = engine.module
     layers = mora_layers(model)
     node = node_base_of(model)
-    squares = {name: zero.full_fp32(engine, layer.square) for name, layer in layers.items()}
+    squares = {name: zero.full_fp32(layer.square) for name, layer in layers.items()}
 
     def add(name: str, square: Tensor) -> None:
         layers[name].weight += delta_weight(layers[name].spec, square)

@@ -104,7 +104,7 @@ def trainer_in(
 def matrices(engine: zero.Engine) -> dict[str, Tensor]:
     """The unsharded MoRA matrices and the live weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
-    squares = {name: zero.full_fp32(engine, layer.value).clone() for name, layer in layers.items()}
+    squares = {name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()}
     return {**squares, **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()}}
 
 

@@ -119,7 +119,7 @@ def split_run(case: Case, degree: int, steps: int = STEPS, **zero_settings: Any)
         dist.all_reduce(mean)
         results["losses"].append(mean.item() / dist.get_world_size())
         results["norms"].append(zero.gradient_norm(engine))
-    results["values"] = whole(engine, lambda parameter: zero.full_fp32(engine, parameter))
+    results["values"] = whole(engine, lambda parameter: zero.full_fp32(parameter))
     return results
 
 

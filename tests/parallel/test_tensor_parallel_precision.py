@@ -75,7 +75,7 @@ def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, A
 def replicated(engine: Any) -> dict[str, Any]:
     """Checksums of the masters that all ranks of a group hold alike."""
     parameters = {name: p for name, p in engine.module.named_parameters() if share_of(p) is None}
-    masters: dict[str, Tensor] = {name: zero.full_fp32(engine, parameter) for name, parameter in parameters.items()}
+    masters: dict[str, Tensor] = {name: zero.full_fp32(parameter) for name, parameter in parameters.items()}
     return {name: tensor_checksum(master.contiguous()) for name, master in masters.items()}
 
 

@@ -126,8 +126,8 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
         dist.all_reduce(total)
         results["losses"].append(total.item() / predicted)
         results["norms"].append(zero.gradient_norm(engine))
-    results["values"] = {name: zero.full_fp32(engine, p).clone() for name, p in model.named_parameters()}
-    add_deltas(model, lambda square: zero.full_fp32(engine, square))
+    results["values"] = {name: zero.full_fp32(p).clone() for name, p in model.named_parameters()}
+    add_deltas(model, lambda square: zero.full_fp32(square))
     base = frozen_buffers(model)
     results["checksums"] = {name: tensor_checksum(tensor) for name, tensor in base.items()}
     results["base"] = {name: tensor.clone() for name, tensor in base.items()} if dist.get_rank() == 0 else {}

@@ -85,11 +85,11 @@ def end_to_end(root: Path, family: str) -> dict[str, Any]:
     squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}
 
     losses = [train_step(engine, seed=1), train_step(engine, seed=2)]
-    norms = {name: zero.full_fp32(engine, square).norm().item() for name, square in squares.items()}
+    norms = {name: zero.full_fp32(square).norm().item() for name, square in squares.items()}
     before = probe(engine)
     work.merge(2)
     after = probe(engine)
-    left = max(zero.full_fp32(engine, square).abs().max().item() for square in squares.values())
+    left = max(zero.full_fp32(square).abs().max().item() for square in squares.values())
 
     losses.append(train_step(engine, seed=3))  # so that the checkpoint holds matrices that are not merged
     live = probe(engine)

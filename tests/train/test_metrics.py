@@ -56,7 +56,7 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
         state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
         replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
         hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3),
-        schedule=SimpleNamespace(total_steps=8), job=SimpleNamespace(utilization=lambda speed: speed / 200),
+        total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
     monkeypatch.setattr(trainer_module, "peak_memory_bytes", lambda: 2**30)

@@ -310,7 +310,7 @@ def _train(engine: Any, ids: Tensor, steps: int) -> list[float]:
 
 
 def _matrices(engine: Any) -> list[Tensor]:
-    return [zero.full_fp32(engine, layer.value) for layer in mora_layers(engine.module).values()]
+    return [zero.full_fp32(layer.value) for layer in mora_layers(engine.module).values()]
 
 
 def _one_rank() -> None:

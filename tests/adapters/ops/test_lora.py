@@ -121,7 +121,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
         report = run.merge(step)
         assert report.square_norm > 0
     layers = mora_layers(model).items()
-    starts = {name: zero.full_fp32(engine, layer.value) for name, layer in layers}
+    starts = {name: zero.full_fp32(layer.value) for name, layer in layers}
     run.save(merges)
     return {
         "weights": {name: layer.weight.clone() for name, layer in layers},
@@ -171,7 +171,7 @@ def set_everywhere() -> list[str]:
             for layer in mora_layers(model).values():
                 whole = random_factors(layer.spec)
                 zero.set_fp32(engine, layer.value, whole)
-                master = zero.full_fp32(engine, layer.value)
+                master = zero.full_fp32(layer.value)
                 with deepspeed.zero.GatheredParameters([layer.value], enabled=stage == 3):
                     low = layer.value.detach().clone()
                 if not torch.equal(master, whole) or not torch.equal(low, whole.to(dtype)):
