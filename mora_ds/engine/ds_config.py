@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -143,9 +143,8 @@ def resolve_ds_config(
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
-    drop_null_sections(resolved)
     degree = degree if settings is None else settings.tensor_parallel_size
-    problems = [*_wrong_shapes(resolved), *take_degree(resolved, degree)]
+    problems = [*clean_sections(resolved), *take_degree(resolved, degree)]
     if not problems:
         problems += _unknown_keys(resolved)
         problems += refused_keys(resolved, REFUSED)
@@ -267,21 +266,20 @@ def _persistence_threshold(numels: list[int], bytes_each: int) -> int:
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
-def drop_null_sections(config: DsConfig) -> None:
-    """Remove sections that are null, which means the same as absent."""
+def clean_sections(config: DsConfig) -> list[str]:
+    """Remove sections that are null, which means the same as absent. Returns a problem for each that is no JSON object;
+    nothing else is checked in such a file."""
+    problems = []
     for path in (*SECTIONS, *OTHER_SECTIONS):
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
-        if isinstance(holder, dict) and holder.get(key, ...) is None:
+        if not isinstance(holder, dict) or key not in holder:
+            continue
+        if holder[key] is None:
             del holder[key]
-
-
-def _wrong_shapes(config: DsConfig) -> Iterable[str]:
-    """Sections that are no JSON objects; nothing else is checked in such a file."""
-    for path in (*SECTIONS, *OTHER_SECTIONS):
-        value = at(config, path)
-        if value is not None and not isinstance(value, dict):
-            yield f'"{path}" must be an object with keys of its own, not {value!r}'
+        elif not isinstance(holder[key], dict):
+            problems.append(f'"{path}" must be an object with keys of its own, not {holder[key]!r}')
+    return problems
 
 
 def _unknown_keys(config: DsConfig) -> list[str]:

@@ -207,15 +207,15 @@ class EngineShards:
         """What the optimizer keeps of elements of a parameter: the keys of values for every element, such as exp_avg,
         and the other values by their keys, such as step. Raises `UserError` where shards differ in the latter."""
         row = self._rows(name, False, start, numel)[0]
-        keys = self._shard(int(row[RANK])).moments(int(row[FLAT]))
+        moments, _ = self._shard(int(row[RANK])).state(int(row[FLAT]))
         first: dict[str, Any] | None = None
         for row in self._rows(name, True, start, numel):
             shard = self._shard(int(row[RANK]))
-            counts = shard.counts(int(row[FLAT]))
+            _, counts = shard.state(int(row[FLAT]))
             if first is not None and counts != first:
                 raise UserError(f"{shard.path}: {name} has {shown(counts)}, another rank's shard {shown(first)}")
             first = counts
-        return keys, first or {}
+        return moments, first or {}
 
     def group_step(self, group: int) -> int | None:
         """The step count in a parameter group, with which FusedAdam starts the state of a new master; others have none.
@@ -357,18 +357,17 @@ class _Shard:
                 shapes.setdefault(int(number), {})[key] = shape
         return shapes
 
-    def moments(self, flat: int) -> list[str]:
-        """Keys of the state that has a value for every element."""
-        return [key for key, shape in self._shapes.get(flat, {}).items() if shape and key != MASTER]
-
-    def counts(self, flat: int) -> dict[str, Any]:
-        """The rest of the state, such as the step count: a tensor, or the number that it was when it was written."""
+    def state(self, flat: int) -> tuple[list[str], dict[str, Any]]:
+        """As `EngineShards.state`, of a flat tensor. A count is the tensor, or the number, that it was when written."""
+        moments = []
         counts = {}
         for key, shape in self._shapes.get(flat, {}).items():
             if not shape:
                 value = self._handle.get_tensor(_tensor_name(flat, key))
                 counts[key] = value.item() if value.dtype in NUMBERS else value.clone()  # the file is mapped once
-        return counts
+            elif key != MASTER:
+                moments.append(key)
+        return moments, counts
 
     def read(self, flat: int, key: str, start: int, stop: int) -> Tensor | None:
         """Elements [start, stop) of a master or moment; fewer where it ends earlier, None where there is none."""

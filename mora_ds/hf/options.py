@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mora_ds.common.errors import UserError, refuse
-from mora_ds.engine.ds_config import drop_null_sections, fill_bucket_sizes
+from mora_ds.engine.ds_config import clean_sections, fill_bucket_sizes
 from mora_ds.engine.ds_keys import AUTO, at, degree_in
 
 REFUSED = {
@@ -75,7 +75,7 @@ def fill_config(args: Any, trainable_numels: list[int]) -> None:
     """Sets, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto" sizes: those that the adapter's
     parameters need, where transformers would take the model's hidden size. Raises `UserError` for another optimizer."""
     config = args.hf_deepspeed_config.config
-    drop_null_sections(config)
+    refuse(clean_sections(config))
     optimizer_type = config.setdefault("optimizer", {}).get("type", "AdamW")
     if not isinstance(optimizer_type, str):
         raise UserError(f'"optimizer.type" in the DeepSpeed config must be a name, got {optimizer_type!r}')
