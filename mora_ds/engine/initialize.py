@@ -152,19 +152,13 @@ def initialize(
     return returned
 
 
-def initialize_full(*, model: nn.Module, config: DsConfig, **kwargs: Any) -> tuple[Any, ...]:
-    """Full training, as a control: every parameter is trained under plain DeepSpeed, sharded like any model. Raises
-    `UserError` for Muon."""
+def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
+    """Full training by AdamW, as a control: every parameter is trained under plain DeepSpeed, sharded like any
+    model."""
     settings = complete_ds_config(config, [parameter.numel() for parameter in model.parameters()])
-    if uses_muon(settings):
-        raise UserError(
-            "full training supports AdamW only: Muon is for MoRA matrices (optimizer.type in the DeepSpeed config)"
-        )
-    check_compute_dtype(settings)
     start_distributed()
-    dtype = getattr(torch, compute_dtype(settings))
-    model.to(current_device(), dtype)
-    return _deepspeed_engine(model=model, config=settings, model_parameters=list(model.parameters()), **kwargs)
+    model.to(current_device(), getattr(torch, compute_dtype(settings)))
+    return _deepspeed_engine(model=model, config=settings, model_parameters=list(model.parameters()))
 
 
 def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:

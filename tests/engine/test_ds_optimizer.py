@@ -3,12 +3,10 @@
 from typing import Any
 
 import pytest
-from torch import nn
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
-from mora_ds.engine.initialize import initialize_full
 from tests.helpers.tables import parsed, rows
 
 
@@ -66,8 +64,3 @@ def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
         resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
     with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):
         complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])
-
-
-def test_full_training_by_muon_is_refused_in_a_users_own_loop_too() -> None:
-    with pytest.raises(UserError, match="Muon is for MoRA matrices"):
-        initialize_full(model=nn.Linear(2, 2), config={"train_batch_size": 1, "optimizer": {"type": "Muon"}})
