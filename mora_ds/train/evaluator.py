@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from mora_ds.checkpoint.state import TrainerState
 from mora_ds.config.forgetting import Watch
 from mora_ds.data import IGNORED, PackedDataset
 from mora_ds.models.loss import perplexity
-from mora_ds.train.hooks import Hooks
+from mora_ds.train.job import Job
 from mora_ds.train.loader import Replica, require_finite
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.tasks import TaskSuite
@@ -21,25 +19,23 @@ from mora_ds.train.tasks import TaskSuite
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class Evaluator:
     """Evaluates the model of one engine on all evaluation sets, and keeps the results in the run's state."""
 
-    replica: Replica
-    sets: Mapping[str, PackedDataset]
-    state: TrainerState
-    log: MetricsLog
-    batch_size: int
-    """Sequences per replica and batch."""
-    max_batches: int | None = None
-    """Batches per evaluation set, over all replicas; None for all."""
-    watch: Watch = field(default_factory=lambda: Watch({}, {}))
-    """What --stop_when_forgotten and --best_by ask for."""
-    hooks: Hooks = field(default_factory=Hooks)
-    tasks: TaskSuite | None = None
-    """The tasks of --eval_tasks."""
-    tasks_steps: int = 0
-    """Optimizer steps between evaluations of tasks; 0: at the start and at the end."""
+    def __init__(self, job: Job, replica: Replica, log: MetricsLog) -> None:
+        training = job.arguments.training
+        self.training = training
+        self.replica = replica
+        self.log = log
+        self.sets = job.data.evaluation
+        self.state = job.state
+        self.hooks = job.start.hooks
+        self.watch = Watch.of(training.stop_when_forgotten, training.best_by)
+        self.tasks: TaskSuite | None = None
+        if training.eval_tasks:
+            batch_size = training.per_device_eval_batch_size
+            limit = training.eval_tasks_limit
+            self.tasks = TaskSuite(training.eval_tasks, replica, job.data.tokenizer, batch_size, limit)
 
     def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""
@@ -49,7 +45,7 @@ class Evaluator:
             nll = self.replica.mean_nll(self._batches(data, before_batch), self.hooks.domain_of(name))
             require_finite(nll, f"the loss on {name!r} is {nll} after step {step}", step)
             perplexities[name] = perplexity(nll)
-        tasks = self.tasks if self._tasks_are_due() else None
+        tasks = self.tasks if self._tasks_are_due else None
         if tasks is not None:
             before_batch()  # before anything is logged, as it may end the run, which then evaluates again
         if perplexities:
@@ -74,10 +70,12 @@ class Evaluator:
         now = {**state.perplexity_last, **state.task_costs_last}
         return self.watch.forgotten(before, now, state.task_costs_last)
 
+    @property
     def _tasks_are_due(self) -> bool:
-        state = self.state
-        at_end = 0 < state.step == state.total_steps
-        return state.step == 0 or at_end or (bool(self.tasks_steps) and state.step % self.tasks_steps == 0)
+        """At the start, every --eval_tasks_steps, and at the end."""
+        step = self.state.step
+        every = self.training.eval_tasks_steps
+        return step in (0, self.state.total_steps) or (every > 0 and step % every == 0)
 
     def _evaluate_tasks(self, tasks: TaskSuite) -> dict[str, float]:
         """{task: cost}, also in the run's state. Collective."""
@@ -94,8 +92,8 @@ class Evaluator:
         """The batches of this replica; every process has equally many, as ZeRO-3 needs."""
         index = self.replica.index
         count = self.replica.count
-        limit = self.max_batches or sys.maxsize
-        for round_, batch in enumerate(data.eval_batches(index, count, self.batch_size)):
+        limit = self.training.max_eval_batches or sys.maxsize
+        for round_, batch in enumerate(data.eval_batches(index, count, self.training.per_device_eval_batch_size)):
             if round_ * count >= limit:
                 break
             before_batch()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, complete_checkpoints, step_folder, step_of
 from mora_ds.common.errors import RunError, Stopped, reason
-from mora_ds.config.forgetting import Watch, report
+from mora_ds.config.forgetting import report
 from mora_ds.data import StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
@@ -34,7 +34,6 @@ from mora_ds.train.job import Job
 from mora_ds.train.loader import BatchLoader, MicroBatch, NotFinite, Replica, labels_in, require_finite
 from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
 from mora_ds.train.profile import step_profiler
-from mora_ds.train.tasks import TaskSuite
 
 logger = logging.getLogger(__name__)
 
@@ -63,23 +62,7 @@ class Trainer:
         self.last_checkpoint = job.start.checkpoint
         self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
         self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
-        tasks = None
-        if training.eval_tasks:
-            batch_size = training.per_device_eval_batch_size
-            limit = training.eval_tasks_limit
-            tasks = TaskSuite(training.eval_tasks, self.replica, job.data.tokenizer, batch_size, limit)
-        self.evaluator = Evaluator(
-            replica=self.replica,
-            sets=job.data.evaluation,
-            state=job.state,
-            log=log,
-            batch_size=training.per_device_eval_batch_size,
-            max_batches=training.max_eval_batches,
-            watch=Watch.of(training.stop_when_forgotten, training.best_by),
-            hooks=self.hooks,
-            tasks=tasks,
-            tasks_steps=training.eval_tasks_steps,
-        )
+        self.evaluator = Evaluator(job, self.replica, log)
         self.loader = BatchLoader(self.train_data, self.replica, training, self.total_steps)
         self.rows_per_step = self.loader.rows_per_step
         self._next_labels: float | None = None

@@ -11,6 +11,7 @@ import torch
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, Stopped
 from mora_ds.config.forgetting import Watch
+from mora_ds.config.training import TrainingArguments
 from mora_ds.data import IGNORED
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.hooks import Hooks
@@ -28,10 +29,11 @@ def batches_of(
     count: int = 1,
 ) -> Any:
     """What replica `index` of `count` evaluates of a set with these batches."""
-    replica: Any = SimpleNamespace(index=index, count=count)
-    log: Any = None
+    evaluation = Evaluator.__new__(Evaluator)
+    evaluation.training = TrainingArguments(output_dir="out", per_device_eval_batch_size=2, max_eval_batches=limit)
+    evaluation.replica = SimpleNamespace(index=index, count=count)  # type: ignore[assignment]
     data: Any = SimpleNamespace(eval_batches=eval_batches)
-    return Evaluator(replica, {}, TrainerState(), log, batch_size=2, max_batches=limit)._batches(data, before_batch)
+    return evaluation._batches(data, before_batch)
 
 
 def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
@@ -109,14 +111,19 @@ class Model:
         return {"quiz": TaskResult({"acc": self.score}, 1 / self.score)}
 
 
-def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None, **more: Any) -> Any:
-    model = Model()
-    dataset = SimpleNamespace(eval_batches=lambda *share: iter(()))
-    settings = {"tasks": model, "tasks_steps": 4, **more}
-    watch = Watch(bounds or {}, weights)
-    state = TrainerState(total_steps=6)
-    evaluator_class: Any = Evaluator
-    return evaluator_class(model, {"held": dataset}, state, Log(), 2, watch=watch, hooks=Reading(), **settings)
+def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None, tasks_steps: int = 4) -> Any:
+    model: Any = Model()
+    job: Any = SimpleNamespace(
+        arguments=SimpleNamespace(training=TrainingArguments(output_dir="out", eval_tasks_steps=tasks_steps)),
+        data=SimpleNamespace(evaluation={"held": SimpleNamespace(eval_batches=lambda *share: iter(()))}),
+        state=TrainerState(total_steps=6),
+        start=SimpleNamespace(hooks=Reading()),
+    )
+    log: Any = Log()
+    evaluation = Evaluator(job, model, log)
+    evaluation.tasks = model
+    evaluation.watch = Watch(bounds or {}, weights)
+    return evaluation
 
 
 def at(evaluator: Any, step: int, nll: float, score: float = 0.5) -> None:
