@@ -34,7 +34,7 @@ class Collective(str, Enum):
 class Traffic:
     """Collectives of one kind and size."""
 
-    collective: Collective
+    kind: Collective
     ranks: int
     elements: int
     """Elements of the complete tensor."""
@@ -46,7 +46,7 @@ class Traffic:
 
     @property
     def wire(self) -> float:
-        factor = 2 if self.collective is Collective.SUM else 1
+        factor = 2 if self.kind is Collective.SUM else 1
         return self.payload * factor * (self.ranks - 1) / self.ranks
 
 

@@ -59,10 +59,6 @@ class MemoryMeter(TorchDispatchMode):
                 self._note(tensor.untyped_storage())
         return out
 
-    def restart_peak(self) -> None:
-        """Measure the peak from here on."""
-        self.peak = self.live
-
     def _know(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._known and key not in self._sizes:

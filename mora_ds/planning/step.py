@@ -177,7 +177,7 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
             with torch.no_grad():
                 token_nll(model, batch)  # the first pass makes the tables
             lasting = meter.live
-            meter.restart_peak()
+            meter.peak = lasting  # of the second pass alone
             loss = token_nll(model, batch)
             saved = meter.live
             loss.backward()

@@ -74,7 +74,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
     if options.trainable_budget is not None:
         parse_budget(options.trainable_budget)
-    refuse(wrong_values(options, {"probe_batches": COUNT, "batch_size": COUNT, "seq_len": Bounds(least=2)}))
+    refuse(wrong_values(options, {"probe_batches": COUNT, "seq_len": Bounds(least=2)}))
     check_device(options.device)
 
 
@@ -84,7 +84,7 @@ def _probe(options: argparse.Namespace, config: MoRAConfig) -> dict[str, Gradien
     longest = getattr(target.model.config.get_text_config(), "max_position_embeddings", None) or options.seq_len
     if options.seq_len > longest:
         raise UserError(f"--seq_len {options.seq_len} is longer than the model's {longest} positions")
-    batches = token_batches(corpus, target.tokenizer, options.seq_len, options.probe_batches, options.batch_size)
+    batches = token_batches(corpus, target.tokenizer, options.seq_len, options.probe_batches)
     print(f"probe: {sum(ids.numel() for ids in batches):,} tokens in {len(batches)} batch(es), {config.title}")
     return probe(target.model, config, batches)
 
@@ -94,8 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors")
     parser.add_argument("--target_modules", nargs="+", default=[ALL_LINEAR], help="which layers, as in training")
     parser.add_argument("--probe", nargs="+", metavar="FILES", help="text whose gradients are measured")
-    parser.add_argument("--probe_batches", type=int, default=8, help="how many batches of it")
-    parser.add_argument("--batch_size", type=int, default=1, help="sequences of a batch")
+    parser.add_argument("--probe_batches", type=int, default=8, help="how many batches of it, of a sequence each")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a sequence")
     parser.add_argument(
         "--mora_rank", type=int, default=8, help="rank of the adapter that is probed; it decides the operator"
@@ -157,19 +156,18 @@ def probe(model: Any, config: MoRAConfig, batches: Sequence[Tensor]) -> dict[str
     }
 
 
-def token_batches(documents: Iterable[Document], tokenizer: Any, seq_len: int, count: int, rows: int) -> list[Tensor]:
-    """At most `count` batches (rows, seq_len) of the first documents' tokens, with end-of-text between documents.
+def token_batches(documents: Iterable[Document], tokenizer: Any, seq_len: int, count: int) -> list[Tensor]:
+    """At most `count` batches (1, seq_len) of the first documents' tokens, with end-of-text between documents.
 
-    Text of fewer than `seq_len` tokens gives one batch of a single, shorter row. Raises `UserError` for fewer than two
+    Text of fewer than `seq_len` tokens gives one batch of a shorter row. Raises `UserError` for fewer than two
     tokens.
     """
-    wanted = count * rows * seq_len
-    ids = torch.tensor(list(islice(_tokens(documents, tokenizer), wanted)), dtype=torch.long)
+    ids = torch.tensor(list(islice(_tokens(documents, tokenizer), count * seq_len)), dtype=torch.long)
     if len(ids) < 2:
         raise UserError(f"{FLAG}: there are fewer than two tokens in it")
     if len(ids) < seq_len:
         return [ids.unsqueeze(0)]
-    return list(ids[: len(ids) // seq_len * seq_len].view(-1, seq_len).split(rows))
+    return list(ids[: len(ids) // seq_len * seq_len].view(-1, 1, seq_len))
 
 
 def _tokens(documents: Iterable[Document], tokenizer: Any) -> Iterator[int]:

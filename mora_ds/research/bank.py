@@ -1,6 +1,6 @@
 """Score many adapters of one base in one process, and serve them side by side: each row of a batch with its own.
 
-    mora-ds evaluate-adapters MODEL DIR --sets held=held.jsonl [--adapters law code]
+    mora-ds evaluate-adapters MODEL DIR --sets held=held.jsonl
 
     bank = AdapterBank.open(MODEL, DIR, cache=32)
     with bank.use(["law", "code", None]):            one for each row; None: the base alone
@@ -334,12 +334,8 @@ def main() -> None:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     sets = read_sets(options)
     bank = AdapterBank.open(options.model, options.folder, 1, options.dtype, options.device, options.trust_remote_code)
-    chosen = options.adapters or list(bank.folders)
-    for name in chosen:
-        if name not in bank.folders:
-            raise UserError(f"--adapters: there is no adapter {name!r}.{nearest(name, bank.folders)}")
     windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
-    print(f"{len(chosen)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
+    print(f"{len(bank.folders)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
     tokenizer = load_tokenizer(bank.base, trust_remote_code=options.trust_remote_code, flag="MODEL")
     model = prefer_documents(bank.model)
 
@@ -348,8 +344,8 @@ def main() -> None:
         return evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
 
     scores = {BASE: scored(BASE, tokenizer)}
-    for name in chosen:
-        folder = tokenizer_of(bank.folders[name])
+    for name, adapter in bank.folders.items():
+        folder = tokenizer_of(adapter)
         with bank.use(name):
             scores[name] = scored(name, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder)))
     rows = [[adapter, *score_cells(*named)] for adapter, by_set in scores.items() for named in by_set.items()]
@@ -369,6 +365,5 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="the base of all adapters")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of adapters, checkpoints or runs")
-    parser.add_argument("--adapters", nargs="+", metavar="NAME", help="only these of them")
     scoring_flags(parser)
     return parser

@@ -57,20 +57,20 @@ def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
     for name, case in CASES.items():
         model = model_of(case)
         elements = dict.fromkeys(Collective, 0)
-        for collective in group_traffic(model, DEGREE, ROWS * LENGTH):
-            elements[collective.collective] += collective.payload
+        for traffic in group_traffic(model, DEGREE, ROWS * LENGTH):
+            elements[traffic.kind] += traffic.payload
         shares = sum(layer.value.numel() // DEGREE for layer in mora_layers(model).values())
         elements[Collective.GATHER] += 2 * shares  # by ZeRO, in forward and in backward
         elements[Collective.SCATTER] += shares
         expected = {KINDS[kind]: 4 * count for kind, count in elements.items()}
-        for traffic in (rank[name] for rank in ranks):
-            assert traffic["base"] == 0
-            assert traffic["bytes"] == expected, name
+        for counted_bytes in (rank[name] for rank in ranks):
+            assert counted_bytes["base"] == 0
+            assert counted_bytes["bytes"] == expected, name
 
 
 def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
     """What is left are the sums of activations."""
     aligned, gather = (list(group_traffic(model_of(CASES[name]), 2, 32)) for name in ("aligned", "gather"))
-    assert {collective.collective for collective in aligned} == {Collective.SUM}
-    assert [collective for collective in gather if collective.collective is Collective.SUM] == aligned
+    assert {traffic.kind for traffic in aligned} == {Collective.SUM}
+    assert [traffic for traffic in gather if traffic.kind is Collective.SUM] == aligned
     assert len(gather) > len(aligned)

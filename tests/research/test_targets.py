@@ -138,12 +138,12 @@ def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family:
 def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
     documents = [Document("abc"), Document("d", ends=False), Document("e", begins=False)]
     documents.append(Document("fghij"))
-    whole = token_batches(documents, Letters(), seq_len=3, count=2, rows=2)
-    assert [ids.tolist() for ids in whole] == [[[1, 2, 3], [0, 4, 5]], [[0, 6, 7], [8, 9, 10]]]
-    (short,) = token_batches(documents[:1], Letters(), seq_len=8, count=2, rows=2)
+    whole = token_batches(documents, Letters(), seq_len=3, count=4)
+    assert [ids.tolist() for ids in whole] == [[[1, 2, 3]], [[0, 4, 5]], [[0, 6, 7]], [[8, 9, 10]]]
+    (short,) = token_batches(documents[:1], Letters(), seq_len=8, count=2)
     assert short.tolist() == [[1, 2, 3]]
     with pytest.raises(UserError, match="--probe: there are fewer than two tokens"):
-        token_batches([Document("a")], Letters(), seq_len=8, count=1, rows=1)
+        token_batches([Document("a")], Letters(), seq_len=8, count=1)
 
 
 def test_the_command_prints_writes_and_plans(
