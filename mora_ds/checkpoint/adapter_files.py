@@ -49,8 +49,19 @@ from mora_ds.common.files import (
 )
 from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
-from mora_ds.models.tensor_files import compute_dtype, open_safetensors, shape_dtype, write_safetensors_atomic
-from mora_ds.remora.ledger import LayerEntry, Ledger, agree_on_layers, layers_from_dict, layers_to_dict
+from mora_ds.models.tensor_files import (
+    compute_dtype,
+    open_safetensors,
+    shape_dtype,
+    write_safetensors_atomic,
+)
+from mora_ds.remora.ledger import (
+    LayerEntry,
+    Ledger,
+    agree_on_layers,
+    layers_from_dict,
+    layers_to_dict,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,11 @@ class DomainSquares:
 
     def to_dict(self) -> JsonObject:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
-        return {"names": list(self.names), "operators": operators, "frozen": list(self.frozen)}
+        return {
+            "names": list(self.names),
+            "operators": operators,
+            "frozen": list(self.frozen),
+        }
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> DomainSquares:
@@ -179,7 +194,10 @@ class AdapterFile:
         }
         if self.domains is not None:
             for module, spec in self.domains.operators.items():
-                shapes[self.domains.tensor(module)] = (len(self.domains.names), *spec.value_shape)
+                shapes[self.domains.tensor(module)] = (
+                    len(self.domains.names),
+                    *spec.value_shape,
+                )
         return shapes
 
     def check_ledger(self, ledger: Ledger) -> None:
@@ -300,7 +318,11 @@ class BaseReference:
 
     def write(self, folder: Path) -> None:
         """Writes base.json atomically."""
-        content = {"format": FORMAT, "folder": self.folder, "fingerprint": self.fingerprint}
+        content = {
+            "format": FORMAT,
+            "folder": self.folder,
+            "fingerprint": self.fingerprint,
+        }
         write_json_atomic(folder / BASE_JSON, {**content, "dtype": self.dtype, "keys": self.keys})
 
     @classmethod
@@ -348,7 +370,12 @@ class Adapter:
     reference: BaseReference
 
     @classmethod
-    def open(cls, folder: Path, damaged: type[Exception] = UserError, adapter_only: bool = False) -> Adapter:
+    def open(
+        cls,
+        folder: Path,
+        damaged: type[Exception] = UserError,
+        adapter_only: bool = False,
+    ) -> Adapter:
         """Reads the files of an adapter and compares them with their manifest, if there is one.
 
         `adapter_only` leaves a checkpoint's other files unread: the engine's shards are larger by far. Raises `damaged`

@@ -91,7 +91,10 @@ def step_of(folder: Path) -> int:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Step folders that have their final name, oldest first; those that are being written have another."""
-    return sorted((path for path in root.glob(f"{_STEP}*") if is_step_name(path.name) and path.is_dir()), key=step_of)
+    return sorted(
+        (path for path in root.glob(f"{_STEP}*") if is_step_name(path.name) and path.is_dir()),
+        key=step_of,
+    )
 
 
 def unknown_entries(root: Path) -> list[str]:
@@ -189,7 +192,10 @@ def find_ledger(path: Path) -> LedgerLocation:
     require_plain(ledger)
     parent = ledger.absolute().parent
     candidates = (parent, parent / CHECKPOINTS / LATEST)
-    reference = next((folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()), None)
+    reference = next(
+        (folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()),
+        None,
+    )
     return LedgerLocation(ledger, checkpoint, reference)
 
 
@@ -255,7 +261,11 @@ def delete(folder: Path) -> None:
         elif folder.exists():
             shutil.rmtree(folder)
     except OSError as error:
-        logger.warning("warning: %s cannot be deleted and takes up space: %s; the next save tries again", folder, error)
+        logger.warning(
+            "warning: %s cannot be deleted and takes up space: %s; the next save tries again",
+            folder,
+            error,
+        )
 
 
 def retire(folder: Path) -> None:
@@ -265,7 +275,11 @@ def retire(folder: Path) -> None:
     try:
         os.rename(folder, gone)
     except OSError as error:
-        logger.warning("warning: %s cannot be deleted and takes up space: %s; the next save tries again", folder, error)
+        logger.warning(
+            "warning: %s cannot be deleted and takes up space: %s; the next save tries again",
+            folder,
+            error,
+        )
     else:
         delete(gone)
 

@@ -69,7 +69,11 @@ class Verdict:
 
     def lines(self) -> list[str]:
         head = f"{self.folder}: {'good' if self.is_good else 'DAMAGED'}{', latest' if self.is_latest else ''}"
-        return [head, *(f"  {fact}" for fact in self.facts), *(f"  wrong: {problem}" for problem in self.problems)]
+        return [
+            head,
+            *(f"  {fact}" for fact in self.facts),
+            *(f"  wrong: {problem}" for problem in self.problems),
+        ]
 
 
 def verify(path: Path, base: Path | None = None) -> list[Verdict]:
@@ -89,7 +93,11 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     if not folders:
         raise UserError(f"{path} is neither a checkpoint, nor a ledger, nor the folder of a run that has one")
     if unknown := unknown_entries(root):
-        logger.warning("%s: not checkpoints by their names, and not looked into: %s", root, ", ".join(unknown))
+        logger.warning(
+            "%s: not checkpoints by their names, and not looked into: %s",
+            root,
+            ", ".join(unknown),
+        )
     latest = (root / LATEST).resolve()
     verdicts = [_verify_one(folder, opened) for folder in folders]
     for verdict in verdicts:
@@ -140,7 +148,12 @@ def _run(verdict: Verdict, check: Callable[[Path], Iterator[str]]) -> None:
         verdict.problems.extend(str(error).split("\n"))  # of `refuse`: one a line
     except (RunError, SafetensorError, OSError) as error:
         verdict.problems.append(str(error))
-    except (LookupError, ValueError, TypeError, RuntimeError) as error:  # of values that no check has foreseen
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # of values that no check has foreseen
         verdict.problems.append(f"{verdict.folder} is damaged: {shown(error)}")
 
 

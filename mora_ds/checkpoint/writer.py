@@ -139,14 +139,20 @@ class CheckpointWriter:
             shares.append(_Share.of(beside, shard, rng))
 
         def together(what: str, task: Callable[[], None]) -> None:
-            ranks.agree(f"checkpoint {self._named_root / final.name}, {what}", files.disk_errors(self.root)(task))
+            ranks.agree(
+                f"checkpoint {self._named_root / final.name}, {what}",
+                files.disk_errors(self.root)(task),
+            )
 
         def work() -> None:
             with _removed_on_failure(beside):
                 together("files of each rank", write_own)
                 together("hashes", hash_own)
                 everyone = gather_to_first(shares[0], ranks.group)
-                together("manifest", lambda: self._complete(beside, final, everyone, layout, facts, keep))
+                together(
+                    "manifest",
+                    lambda: self._complete(beside, final, everyone, layout, facts, keep),
+                )
 
         return work
 
@@ -196,8 +202,15 @@ class _Share(NamedTuple):
     def of(cls, beside: Path, shard: RankShard, rng: dict[str, Tensor]) -> _Share:
         """To be called when rank 0 has linked the ledger into `beside`."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
-        written = [beside / ENGINE_TAG / shard.file, *ledger[dist.get_rank() :: dist.get_world_size()]]
-        return cls(files.record(beside, written), shard, {kind: state.numpy() for kind, state in rng.items()})
+        written = [
+            beside / ENGINE_TAG / shard.file,
+            *ledger[dist.get_rank() :: dist.get_world_size()],
+        ]
+        return cls(
+            files.record(beside, written),
+            shard,
+            {kind: state.numpy() for kind, state in rng.items()},
+        )
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
@@ -210,7 +223,10 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     ranks = Ranks.current()
     engine_folder = folder / ENGINE_TAG
     saved = ranks.on_first("layouts of the checkpoint", lambda: EngineShards.open(engine_folder), long=True)
-    shards.restore(engine, replace(saved, folder=engine_folder, rank=min(ranks.rank, len(saved.files) - 1)))
+    shards.restore(
+        engine,
+        replace(saved, folder=engine_folder, rank=min(ranks.rank, len(saved.files) - 1)),
+    )
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 

@@ -55,7 +55,11 @@ def our_engine() -> Iterator[None]:
     """
 
     def ours(
-        *, model: nn.Module, config_params: dict[str, Any], model_parameters: Any = None, **kwargs: Any
+        *,
+        model: nn.Module,
+        config_params: dict[str, Any],
+        model_parameters: Any = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...]:
         del model_parameters
         # accelerate sets infinity, which is no number of JSON (utils/dataclasses.py, DeepSpeedPlugin)

@@ -29,7 +29,12 @@ from torch.utils.hooks import RemovableHandle
 from mora_ds.common.errors import RunError
 from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies, copies_for
-from mora_ds.models.decoder_layers import extent, offsets, stored_bytes, weights_of_layers
+from mora_ds.models.decoder_layers import (
+    extent,
+    offsets,
+    stored_bytes,
+    weights_of_layers,
+)
 
 _RING = "_mora_ring"
 """The attribute of a model that holds its ring."""
@@ -134,7 +139,10 @@ class BaseRing:
 
     def _use(self, index: int) -> None:
         """Order the device's work after the copy of a layer, and begin to copy those that come next."""
-        now = index, torch._C._current_graph_task_id() != -1  # as torch/autograd/graph.py tells that backward runs
+        now = (
+            index,
+            torch._C._current_graph_task_id() != -1,
+        )  # as torch/autograd/graph.py tells that backward runs
         if self._now == now:
             return
         self._copy(index)

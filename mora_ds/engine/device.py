@@ -17,7 +17,11 @@ from mora_ds.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NCCL_PROTO": "Simple",
+}
 """Environment of a deterministic run, read when CUDA and NCCL start: one cuBLAS workspace for each stream (torch's
 notes on reproducibility), and one order in which NCCL adds numbers up, whatever the size of a tensor."""
 

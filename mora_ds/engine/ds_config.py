@@ -38,7 +38,11 @@ from mora_ds.engine.ds_keys import (
     refused_keys,
     take_degree,
 )
-from mora_ds.engine.ds_optimizer import OptimizerKind, match_optimizer, optimizer_problems
+from mora_ds.engine.ds_optimizer import (
+    OptimizerKind,
+    match_optimizer,
+    optimizer_problems,
+)
 
 PERSIST_BUDGET_BYTES = 64 * 2**20
 """Memory for parameters that ZeRO-3 keeps unsharded, the smallest first: see `fill_bucket_sizes`."""
@@ -151,7 +155,10 @@ def resolve_ds_config(
         if settings is not None:
             problems += _match_flags(resolved, settings, world_size)
             problems += match_optimizer(
-                resolved, settings.optimizer, settings.learning_rate, settings.other_learning_rate
+                resolved,
+                settings.optimizer,
+                settings.learning_rate,
+                settings.other_learning_rate,
             )
             problems += _precision(resolved, settings)
         problems += _zero(resolved)
@@ -164,7 +171,9 @@ def resolve_ds_config(
 
 
 def complete_ds_config(
-    config: DsConfig | str | Path, trainable_numels: Sequence[int], tensor_parallel_size: int | None = None
+    config: DsConfig | str | Path,
+    trainable_numels: Sequence[int],
+    tensor_parallel_size: int | None = None,
 ) -> DsConfig:
     """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or absent."""
     return fill_bucket_sizes(resolve_ds_config(config, degree=tensor_parallel_size), trainable_numels)
@@ -315,13 +324,37 @@ def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) ->
     formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
     return fill(
         config,
-        ("train_micro_batch_size_per_gpu", micro, f"--per_device_train_batch_size = {micro}"),
-        ("gradient_accumulation_steps", accumulation, f"--gradient_accumulation_steps = {accumulation}"),
+        (
+            "train_micro_batch_size_per_gpu",
+            micro,
+            f"--per_device_train_batch_size = {micro}",
+        ),
+        (
+            "gradient_accumulation_steps",
+            accumulation,
+            f"--gradient_accumulation_steps = {accumulation}",
+        ),
         ("train_batch_size", rows, formula),
-        ("gradient_clipping", settings.max_grad_norm, f"--max_grad_norm = {settings.max_grad_norm}"),
-        ("optimizer.params.betas", list(settings.betas), f"--adam_beta1, --adam_beta2 = {list(settings.betas)}"),
-        ("optimizer.params.eps", settings.epsilon, f"--adam_epsilon = {settings.epsilon}"),
-        ("optimizer.params.weight_decay", settings.weight_decay, f"--weight_decay = {settings.weight_decay}"),
+        (
+            "gradient_clipping",
+            settings.max_grad_norm,
+            f"--max_grad_norm = {settings.max_grad_norm}",
+        ),
+        (
+            "optimizer.params.betas",
+            list(settings.betas),
+            f"--adam_beta1, --adam_beta2 = {list(settings.betas)}",
+        ),
+        (
+            "optimizer.params.eps",
+            settings.epsilon,
+            f"--adam_epsilon = {settings.epsilon}",
+        ),
+        (
+            "optimizer.params.weight_decay",
+            settings.weight_decay,
+            f"--weight_decay = {settings.weight_decay}",
+        ),
     )
 
 

@@ -43,7 +43,10 @@ _NAMES = {OptimizerKind.ADAMW: ("AdamW", "Adam"), OptimizerKind.MUON: ("Muon",)}
 
 
 def match_optimizer(
-    config: DsConfig, kind: OptimizerKind, learning_rate: float, other_learning_rate: float
+    config: DsConfig,
+    kind: OptimizerKind,
+    learning_rate: float,
+    other_learning_rate: float,
 ) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
     optimizer_type = at(config, "optimizer.type")
@@ -52,11 +55,26 @@ def match_optimizer(
     name = _NAMES[kind][0] if is_free else optimizer_type  # `optimizer_problems` reports an unknown one
     problems = fill(config, ("optimizer.type", name, f"--optimizer = {kind.value}"))
     if kind is OptimizerKind.ADAMW:
-        return problems + fill(config, ("optimizer.params.lr", learning_rate, f"--learning_rate = {learning_rate}"))
+        return problems + fill(
+            config,
+            (
+                "optimizer.params.lr",
+                learning_rate,
+                f"--learning_rate = {learning_rate}",
+            ),
+        )
     return problems + fill(
         config,
-        ("optimizer.params.muon_lr", learning_rate, f"--learning_rate = {learning_rate}"),
-        ("optimizer.params.lr", other_learning_rate, f"--embedding_learning_rate = {other_learning_rate}"),
+        (
+            "optimizer.params.muon_lr",
+            learning_rate,
+            f"--learning_rate = {learning_rate}",
+        ),
+        (
+            "optimizer.params.lr",
+            other_learning_rate,
+            f"--embedding_learning_rate = {other_learning_rate}",
+        ),
         ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"),
     )
 
@@ -96,9 +114,17 @@ def _muon(config: DsConfig) -> list[str]:
     if zero.get("stage") == 3:
         problems += fill(
             config,
-            ("zero_optimization.reduce_scatter", False, "Muon needs unsharded gradients at stage 3"),
+            (
+                "zero_optimization.reduce_scatter",
+                False,
+                "Muon needs unsharded gradients at stage 3",
+            ),
             # Else gradients and Muon's momentum would be gathered, and the momentum stored, in low precision.
-            ("communication_data_type", "fp32", "Muon's momentum is kept in that dtype at stage 3"),
+            (
+                "communication_data_type",
+                "fp32",
+                "Muon's momentum is kept in that dtype at stage 3",
+            ),
         )
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):

@@ -24,13 +24,24 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
-from mora_ds.adapters.inject import config_of, frozen_buffers, is_compiled, mora_layers, move_base
+from mora_ds.adapters.inject import (
+    config_of,
+    frozen_buffers,
+    is_compiled,
+    mora_layers,
+    move_base,
+)
 from mora_ds.adapters.quantized import base_bits_of
 from mora_ds.common.errors import RunError, UserError, unknown, whole_number
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
-from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, compute_dtype, load_ds_config
+from mora_ds.engine.ds_config import (
+    avoid_slices,
+    complete_ds_config,
+    compute_dtype,
+    load_ds_config,
+)
 from mora_ds.engine.ds_keys import DsConfig, degree_in
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
@@ -142,7 +153,10 @@ def initialize(
     parameters = parameter_groups(model)
     # DeepSpeed moves the module to the device, buffers too (engine.py, `_configure_distributed_model`).
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
-    with aside, muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext():
+    with (
+        aside,
+        muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext(),
+    ):
         returned = _deepspeed_engine(model=model, config=settings, model_parameters=parameters, **kwargs)
     setattr(model, STARTED, True)
     if uses_muon(settings):
@@ -179,7 +193,10 @@ def check_compute_dtype(config: DsConfig) -> None:
     `_do_sanity_check`, which comes after the base is loaded)."""
     dtype = compute_dtype(config)
     accelerator = get_accelerator()
-    supported = {"float16": accelerator.is_fp16_supported, "bfloat16": accelerator.is_bf16_supported}
+    supported = {
+        "float16": accelerator.is_fp16_supported,
+        "bfloat16": accelerator.is_bf16_supported,
+    }
     if dtype in supported and not supported[dtype]():
         short = {"float16": "fp16", "bfloat16": "bf16"}
         usable = " or ".join(f"--{short[name]}" for name in supported if name != dtype and supported[name]())
@@ -206,11 +223,20 @@ def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[in
     return numels
 
 
-def check_splittable(config: DsConfig, degree: int, base_bits: int | None = None, base_on_host: bool = False) -> None:
+def check_splittable(
+    config: DsConfig,
+    degree: int,
+    base_bits: int | None = None,
+    base_on_host: bool = False,
+) -> None:
     """Raises `UserError` for a resolved DeepSpeed config that tensor parallelism does not go with."""
     stage = config["zero_optimization"]["stage"]
     check_tensor_parallel(
-        degree, zero_stage=stage, muon=uses_muon(config), base_bits=base_bits, streams_base=base_on_host
+        degree,
+        zero_stage=stage,
+        muon=uses_muon(config),
+        base_bits=base_bits,
+        streams_base=base_on_host,
     )
 
 

@@ -44,7 +44,10 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         parser.add_argument(f"--{name}", action="store_true")
     parsed, remaining = parser.parse_known_args(list(argv))
     words = [word for name in VALUES if (value := getattr(parsed, name)) is not None for word in (f"--{name}", value)]
-    return [*words, *(f"--{name}" for name in SWITCHES if getattr(parsed, name))], remaining
+    return [
+        *words,
+        *(f"--{name}" for name in SWITCHES if getattr(parsed, name)),
+    ], remaining
 
 
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -58,7 +61,18 @@ def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     level = parser.parse_known_args(list(flags))[0].log_level
     if level not in list(LogLevel):  # a mistake is reported by the training, with all others
         level = LogLevel.WARNING.value if "--hostfile" in launcher else LogLevel.ERROR.value
-    return [sys.executable, "-m", RUNNER, "--log_level", level, *launcher, "--module", "mora_ds", "pretrain", *flags]
+    return [
+        sys.executable,
+        "-m",
+        RUNNER,
+        "--log_level",
+        level,
+        *launcher,
+        "--module",
+        "mora_ds",
+        "pretrain",
+        *flags,
+    ]
 
 
 def is_one_of_several() -> bool:
@@ -71,7 +85,13 @@ def become_the_only_rank() -> None:
 
     Port 0: torch's store takes one that is free when it starts to listen, and no other process needs to know it.
     """
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+    )
 
 
 def accelerators() -> int:

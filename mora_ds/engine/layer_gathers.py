@@ -106,7 +106,10 @@ def free_quickly(parameter: Any) -> None:
     partition = parameter.partition
 
     def free(
-        param_list: Any = None, hierarchy: int = 0, has_been_updated: bool = False, free_data: bool = True
+        param_list: Any = None,
+        hierarchy: int = 0,
+        has_been_updated: bool = False,
+        free_data: bool = True,
     ) -> None:
         is_gathered = parameter.ds_status is ZeroParamStatus.AVAILABLE
         if is_gathered and param_list is None and free_data and not has_been_updated:

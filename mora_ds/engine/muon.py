@@ -70,8 +70,15 @@ def load_kernels() -> None:
         from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
     finally:
         compiler.compile = decorator
-    for module in (original_muon, muon_optimizer):  # somebody else may have imported them before
-        for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
+    for module in (
+        original_muon,
+        muon_optimizer,
+    ):  # somebody else may have imported them before
+        for name in (
+            "muon_update",
+            "zeropower_via_newtonschulz5",
+            "zeropower_via_gram_newtonschulz",
+        ):
             if hasattr(module, name):
                 setattr(module, name, inspect.unwrap(getattr(module, name)))
 
@@ -120,7 +127,10 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
             if optimizer.offload_optimizer:  # there Muon takes the loss scale off by itself
                 _scale([optimizer.fp32_partitioned_groups_flat[index].grad], factor)
             else:
-                _scale(optimizer.averaged_gradients[index], factor / (optimizer.loss_scale if uses_muon else 1.0))
+                _scale(
+                    optimizer.averaged_gradients[index],
+                    factor / (optimizer.loss_scale if uses_muon else 1.0),
+                )
         bucket = optimizer.reduce_bucket_size
         optimizer.reduce_bucket_size = chunk
         try:
@@ -149,7 +159,10 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
         flatten_these = partial(flatten, tensors, *args, param_group_idx=param_group_idx, **kwargs)
         if not (tensors and optimizer._is_muon_group(tensors)):
             return flatten_these()
-        postponed[param_group_idx] = list(optimizer.all_grad_tensors[param_group_idx]), flatten_these
+        postponed[param_group_idx] = (
+            list(optimizer.all_grad_tensors[param_group_idx]),
+            flatten_these,
+        )
         for parameter in tensors:
             parameter.use_muon = False  # type: ignore[attr-defined]
         try:
@@ -191,7 +204,10 @@ def _repair_stages_1_and_2_offloaded(optimizer: Any, limit: float) -> None:
         norms[:] = [find_norm()]
         factor = _factor(norms, optimizer.loss_scale, limit)
         if factor is not None:
-            _scale([master.grad for master in optimizer.single_partition_of_fp32_groups], factor)
+            _scale(
+                [master.grad for master in optimizer.single_partition_of_fp32_groups],
+                factor,
+            )
             orthogonalise()
 
     optimizer._apply_muon_updates_cpu_offload = clip_and_orthogonalise

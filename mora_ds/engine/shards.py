@@ -41,7 +41,14 @@ from torch import Tensor
 
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
-from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
+from mora_ds.common.untrusted import (
+    MAX_SIDE,
+    FileName,
+    Processes,
+    plain_json,
+    shown,
+    typed,
+)
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
@@ -121,7 +128,12 @@ class RankShard(NamedTuple):
 
     @classmethod
     def of(
-        cls, layout: Layout, rank: int, file: str, flats: list[list[Extent]], moments: list[list[Extent]]
+        cls,
+        layout: Layout,
+        rank: int,
+        file: str,
+        flats: list[list[Extent]],
+        moments: list[list[Extent]],
     ) -> RankShard:
         """`flats`: the extents in each flat tensor; `moments`: those in its optimizer state, which are not always the
         same (see `zero.Flat`)."""
@@ -129,7 +141,14 @@ class RankShard(NamedTuple):
 
         def rows(tensors: list[list[Extent]]) -> np.ndarray:
             numbers = [
-                (number[extent.name], extent.start, extent.numel, rank, index, extent.offset)
+                (
+                    number[extent.name],
+                    extent.start,
+                    extent.numel,
+                    rank,
+                    index,
+                    extent.offset,
+                )
                 for index, extents in enumerate(tensors)
                 for extent in extents
             ]
@@ -224,7 +243,14 @@ class EngineShards:
         with malformed(self.folder / INDEX_FILE):
             return None if step is None else int(step)
 
-    def read(self, name: str, key: str, start: int = 0, numel: int | None = None, transposed: bool = False) -> Tensor:
+    def read(
+        self,
+        name: str,
+        key: str,
+        start: int = 0,
+        numel: int | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.
         `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
         if name not in self.shapes:
@@ -289,7 +315,10 @@ class EngineShards:
         if sum(sizes) > sum(entry.stat().st_size for entry in entries):
             path = self.folder / INDEX_FILE
             raise UserError(f"{path} lists parameters of more elements than the shards have bytes")
-        for what, rows in (("", self.extents), ("the optimizer's state of ", self.moments)):
+        for what, rows in (
+            ("", self.extents),
+            ("the optimizer's state of ", self.moments),
+        ):
             names = rows[:, NAME]
             if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
                 raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
@@ -418,7 +447,14 @@ def _extents(spans: list[Span], parameters: dict[int, _Parameter]) -> list[Exten
     for span in spans:
         parameter = parameters.get(id(span.parameter))
         if parameter is not None and span.numel:
-            extents.append(Extent(parameter.name, parameter.first + span.start, span.numel, span.offset))
+            extents.append(
+                Extent(
+                    parameter.name,
+                    parameter.first + span.start,
+                    span.numel,
+                    span.offset,
+                )
+            )
     return extents
 
 
@@ -463,7 +499,11 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
     masters = [_extents(flat.spans, saved) for flat in flats]
     moments = [_extents(flat.state_spans, saved) for flat in flats]
     file = f"rank-{dist.get_rank():05d}.safetensors"
-    return layout, RankShard.of(layout, dist.get_rank(), file, masters, moments), tensors
+    return (
+        layout,
+        RankShard.of(layout, dist.get_rank(), file, masters, moments),
+        tensors,
+    )
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -526,7 +566,10 @@ def _check(engine: zero.Engine, parameters: dict[int, _Parameter], shards: Engin
 
 
 def _restore_flat(
-    flat: Flat, parameters: dict[int, _Parameter], shards: EngineShards, device: torch.device | str
+    flat: Flat,
+    parameters: dict[int, _Parameter],
+    shards: EngineShards,
+    device: torch.device | str,
 ) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
     where the optimizer wants counts that are tensors, as torch's fused Adam does."""

@@ -22,7 +22,12 @@ class CollectiveCounter:
     DeepSpeed's own comms logger synchronises the device for every call; this one only adds sizes up.
     """
 
-    _GATHERS = ("all_gather_into_tensor", "all_gather_base", "all_gather", "all_gather_coalesced")
+    _GATHERS = (
+        "all_gather_into_tensor",
+        "all_gather_base",
+        "all_gather",
+        "all_gather_coalesced",
+    )
     _OTHERS = (
         "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
         "all_to_all_single", "all_to_all", "gather", "scatter", "send", "isend",

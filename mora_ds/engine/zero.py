@@ -27,7 +27,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError
@@ -229,7 +233,10 @@ class Stage3View(OptimizerView):
 
     def _span(self, parameter: Any, offset: int) -> Span:
         size = parameter.ds_tensor.ds_numel
-        start = min(self.optimizer._get_param_partition_rank(parameter) * size, parameter.ds_numel)
+        start = min(
+            self.optimizer._get_param_partition_rank(parameter) * size,
+            parameter.ds_numel,
+        )
         return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
 
     def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -296,7 +303,14 @@ class _MappedView(OptimizerView):
                 if mapping := getattr(parameter, "_hp_mapping", None):
                     in_parameter = mapping.lp_fragment_address
                     in_master = mapping.hp_fragment_address
-                    spans.append(Span(parameter, in_parameter.start, in_parameter.numel, in_master.start))
+                    spans.append(
+                        Span(
+                            parameter,
+                            in_parameter.start,
+                            in_parameter.numel,
+                            in_master.start,
+                        )
+                    )
             yield index, master, spans
 
     def write_copies(self) -> None:

@@ -84,8 +84,19 @@ def show_lines(ledger: Ledger) -> list[str]:
     rows = [["cycle", "step", "layers", "operator", "|M|", "|delta|", "MiB"]]
     for summary in summarize(ledger):
         norms = [math.sqrt(energy) for energy in (summary.square_energy, summary.delta_energy)]
-        counts = [str(summary.cycle), str(summary.step), str(summary.layers), summary.operators]
-        rows.append([*counts, *(f"{norm:.4e}" for norm in norms), f"{summary.nbytes / 2**20:.2f}"])
+        counts = [
+            str(summary.cycle),
+            str(summary.step),
+            str(summary.layers),
+            summary.operators,
+        ]
+        rows.append(
+            [
+                *counts,
+                *(f"{norm:.4e}" for norm in norms),
+                f"{summary.nbytes / 2**20:.2f}",
+            ]
+        )
     legend = (
         "|M|, |delta|: Frobenius norms over all layers, of the MoRA matrices and of their deltas; mora-ds spectrum "
         "shows those of all deltas so far, ranks and singular values"

@@ -97,7 +97,13 @@ class Windows:
     """As in `data.start_id`; but auto is the end-of-text token where the tokenizer puts nothing before a text."""
 
     @classmethod
-    def of(cls, model: Any, window: int | None, stride: int | None, document_start: str = AUTO) -> Windows:
+    def of(
+        cls,
+        model: Any,
+        window: int | None,
+        stride: int | None,
+        document_start: str = AUTO,
+    ) -> Windows:
         """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of that. Raises `UserError` for
         a window that is longer than that number, and for a stride that leaves a scored token without context."""
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -160,7 +166,12 @@ def load_target(
 
 
 def _adapted(
-    checkpoint: Path, base: Path | None, dtype: str, device: str, trust_remote_code: bool, domain: str | None
+    checkpoint: Path,
+    base: Path | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    domain: str | None,
 ) -> Target:
     domain = chosen_domain(read_adapter(checkpoint).domains, domain, "--domain")
     reference = BaseReference.read(checkpoint)
@@ -174,7 +185,11 @@ def _adapted(
 
 
 def evaluate(
-    target: Target, corpus: Corpus, windows: Windows, batch_size: int = 4, max_documents: int | None = None
+    target: Target,
+    corpus: Corpus,
+    windows: Windows,
+    batch_size: int = 4,
+    max_documents: int | None = None,
 ) -> Score:
     """Scores every document of `corpus`, or its first `max_documents`. Raises `UserError` for texts without a token."""
     count = _Counter(target.tokenizer, windows, max_documents)
@@ -187,7 +202,11 @@ def evaluate(
 
 
 def evaluate_sets(
-    target: Target, sets: Mapping[str, Corpus], windows: Windows, batch_size: int, max_documents: int | None
+    target: Target,
+    sets: Mapping[str, Corpus],
+    windows: Windows,
+    batch_size: int,
+    max_documents: int | None,
 ) -> dict[str, Score]:
     """The score of every set, by its name."""
     return {name: evaluate(target, corpus, windows, batch_size, max_documents) for name, corpus in sets.items()}
@@ -196,7 +215,12 @@ def evaluate_sets(
 class _Counter:
     """Cuts documents into windows and counts documents, tokens and bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: Windows, max_documents: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        windows: Windows,
+        max_documents: int | None,
+    ) -> None:
         self.documents = self.tokens = self.text_bytes = 0
         self._tokenizer = tokenizer
         self._windows = windows
@@ -260,10 +284,19 @@ def harness(target: Target, tasks: Sequence[str], window: int, batch_size: int) 
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise UserError(f"--lm_eval needs the package lm-eval: pip install 'lm-eval[hf]' ({error})") from error
-    wrapped = HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size, max_length=window)
+    wrapped = HFLM(
+        pretrained=target.model,
+        tokenizer=target.tokenizer,
+        batch_size=batch_size,
+        max_length=window,
+    )
     try:
         results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
-    except (KeyError, ValueError, OSError) as error:  # OSError: its data cannot be fetched
+    except (
+        KeyError,
+        ValueError,
+        OSError,
+    ) as error:  # OSError: its data cannot be fetched
         raise UserError(f"--lm_eval {' '.join(tasks)}: {error}") from error
     return dict(results["results"])
 

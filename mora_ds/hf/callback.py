@@ -6,7 +6,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from mora_ds.common.errors import UserError
 from mora_ds.remora.schedule import Schedule, ScheduleKind
@@ -58,12 +63,22 @@ class MoRACallback(TrainerCallback):
         return factor
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         if self.trainer is None:
             raise UserError("MoRACallback is for a trainer with MoRATrainer: class Trainer(MoRATrainer, ...)")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         step = state.global_step
         assert self._schedule is not None and self.trainer is not None
         if self._schedule.merges_after(step):

@@ -86,6 +86,9 @@ def fill_config(args: Any, trainable_numels: list[int]) -> None:
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
-    config["optimizer"]["params"] = {**defaults, **config["optimizer"].get("params", {})}
+    config["optimizer"]["params"] = {
+        **defaults,
+        **config["optimizer"].get("params", {}),
+    }
     zero: dict[str, Any] = config.setdefault("zero_optimization", {})
     zero.update(fill_bucket_sizes(config, trainable_numels)["zero_optimization"])

@@ -29,7 +29,14 @@ from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
 from mora_ds.common.errors import UserError
-from mora_ds.engine.accelerate import allow_cpu, bare_model, is_sharded, optimizer_steps, our_engine, unsharded_loading
+from mora_ds.engine.accelerate import (
+    allow_cpu,
+    bare_model,
+    is_sharded,
+    optimizer_steps,
+    our_engine,
+    unsharded_loading,
+)
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.hf.callback import MoRACallback
 from mora_ds.hf.options import check_options, fill_config

@@ -74,7 +74,15 @@ def prepare_base(
 
         start.ranks.on_first("creation of the base", create, long=True)
         folder = base_folder
-    loaded = load_base(folder, base_folder, start.ranks, dtype, model.implementation, model.trust_remote_code, cast)
+    loaded = load_base(
+        folder,
+        base_folder,
+        start.ranks,
+        dtype,
+        model.implementation,
+        model.trust_remote_code,
+        cast,
+    )
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return loaded
@@ -98,7 +106,10 @@ def settle_base_device(arguments: Arguments, config: Any, ds_config: DsConfig, r
         wanted = ranks.on_first("where the base is", lambda: _by_plan(planner), long=True)
     if wanted is BaseDevice.HOST:
         needed = ranks.on_first("decoder layers", lambda: planner().streamed().total, long=True)
-        ranks.agree("host memory for the base", lambda: check_host_memory(needed, free_bytes()[0]))
+        ranks.agree(
+            "host memory for the base",
+            lambda: check_host_memory(needed, free_bytes()[0]),
+        )
         logger.info(f"frozen base: {size_text(needed)} in host memory, copied to the device layer by layer")
     return replace(arguments, training=replace(training, base_device=wanted.value))
 
@@ -123,7 +134,10 @@ def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
         placed.streamed()
         text = verdict(planner.plan())
     except Exception as error:  # a plan is advice: a model that cannot be planned may well run
-        logger.warning("--base_device auto: device, as this run cannot be planned: %s", reason(error))
+        logger.warning(
+            "--base_device auto: device, as this run cannot be planned: %s",
+            reason(error),
+        )
         return BaseDevice.DEVICE
     logger.info(f"--base_device auto: host, as with device {text}")
     return BaseDevice.HOST

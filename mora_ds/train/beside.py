@@ -25,7 +25,11 @@ def beside_training(engine: Any, domain: str | None = None, whole: bool = False)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), domains_of(model).using(domain), whole_rows(model) if whole else nullcontext():
+        with (
+            torch.no_grad(),
+            domains_of(model).using(domain),
+            whole_rows(model) if whole else nullcontext(),
+        ):
             yield
     finally:
         model.train(was_training)

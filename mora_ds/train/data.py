@@ -17,7 +17,13 @@ from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
-from mora_ds.config.mixture import HELD_OUT, PLAIN, MixturePlan, SourcePlan, mixture_plan
+from mora_ds.config.mixture import (
+    HELD_OUT,
+    PLAIN,
+    MixturePlan,
+    SourcePlan,
+    mixture_plan,
+)
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import (
     AUTO,
@@ -43,7 +49,12 @@ from mora_ds.data import (
 )
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Start
-from mora_ds.train.tokenizer import begin_tokenizer, load_named_tokenizer, load_or_train_tokenizer, save_tokenizer
+from mora_ds.train.tokenizer import (
+    begin_tokenizer,
+    load_named_tokenizer,
+    load_or_train_tokenizer,
+    save_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +92,10 @@ def load_data(
     folder = start.folder / TOKENIZER_FOLDER
     ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, start.checkpoint))
     first, *remaining = corpora.values()
-    joined = replace(first, members=first.members + tuple(member for corpus in remaining for member in corpus.members))
+    joined = replace(
+        first,
+        members=first.members + tuple(member for corpus in remaining for member in corpus.members),
+    )
     tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, start.ranks)
     ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
@@ -95,7 +109,13 @@ def load_data(
     packed = {}
     for name, corpus in evaluation.items():
         logger.debug(f"tokens of {name}: {_cache_folder(data)}")
-        packed[name] = PackedDataset(tokenization.cache(corpus), data.seq_len, 0, data.document_mask, shuffle=False)
+        packed[name] = PackedDataset(
+            tokenization.cache(corpus),
+            data.seq_len,
+            0,
+            data.document_mask,
+            shuffle=False,
+        )
     ranks.same(
         "tokenizer and text",
         {
@@ -168,7 +188,13 @@ def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[dict[str, Corp
 def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]:
     """The corpus of every source by its name. Raises `UserError` naming one that is missing or empty."""
     if plan is None:
-        return {PLAIN: load_corpus(data.train_files, dataset_name=data.dataset_name, text_column=data.text_column)}
+        return {
+            PLAIN: load_corpus(
+                data.train_files,
+                dataset_name=data.dataset_name,
+                text_column=data.text_column,
+            )
+        }
     is_plain = [source.name for source in plan.sources] == [PLAIN]
     plain = "--dataset_name" if data.dataset_name else "--train_files"
     corpora = {}
@@ -260,7 +286,15 @@ class _Tokenization:
             "shuffle_buffer": data.shuffle_buffer,
         }
         documents = DocumentStream(source.name, corpus, data.shuffle_buffer, seed)
-        stream = StreamSource(documents, encoder, data.seq_len, data.document_mask, identity, self.ranks, source.epochs)
+        stream = StreamSource(
+            documents,
+            encoder,
+            data.seq_len,
+            data.document_mask,
+            identity,
+            self.ranks,
+            source.epochs,
+        )
 
         def read_start() -> None:
             stream.probe(0)  # a source without text must not end a run that has begun

@@ -25,7 +25,12 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.data import load_corpus, load_tokenizer, train_sentencepiece, write_demo_corpus
+from mora_ds.data import (
+    load_corpus,
+    load_tokenizer,
+    train_sentencepiece,
+    write_demo_corpus,
+)
 from mora_ds.models.load import create_base
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.output_folder import DEMO, give_up, reserve
@@ -105,10 +110,17 @@ def run_demo(arguments: Arguments) -> None:
         job = _continue_arguments(arguments, paths, ranks.world)  # its errors come before anything is written
     sharded = None
     try:  # what is made for the main job goes again where that does not begin
-        ranks.on_first("files of the demo", lambda: _prepare(job.training, folder, paths), long=True)
+        ranks.on_first(
+            "files of the demo",
+            lambda: _prepare(job.training, folder, paths),
+            long=True,
+        )
         if not ranks.on_first("warm start of the demo", paths.warm.is_dir):
             rows = max(1, ROWS_PER_STEP // (ranks.world // training.sequence_parallel_size))
-            warm = {**warm_start_settings(paths, rows, training.seed), "deepspeed": training.deepspeed}
+            warm = {
+                **warm_start_settings(paths, rows, training.seed),
+                "deepspeed": training.deepspeed,
+            }
             warm["sequence_parallel_size"] = training.sequence_parallel_size
             warm["attn_implementation"] = arguments.model.attn_implementation
             logger.info(f"\n1. warm start: every parameter trained on prose for {WARM_START['max_steps']} steps")
@@ -132,7 +144,12 @@ def _plan(arguments: Arguments) -> None:
         return
     paths = DemoPaths(expanded(arguments.training.output_dir, "--output_dir") / DEMO)
     job = _continue_arguments(arguments, paths, int(os.environ.get("WORLD_SIZE", "1")))
-    dry_run(dataclasses.replace(job, model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG))))
+    dry_run(
+        dataclasses.replace(
+            job,
+            model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG)),
+        )
+    )
 
 
 class DemoPaths:
@@ -187,7 +204,12 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
     """Write corpora, a tokenizer and an untrained model, made from the JSON `config`, into a new folder."""
-    sizes = write_demo_corpus(paths.corpus, general_bytes=PROSE_BYTES, domain_bytes=CODE_BYTES, eval_bytes=EVAL_BYTES)
+    sizes = write_demo_corpus(
+        paths.corpus,
+        general_bytes=PROSE_BYTES,
+        domain_bytes=CODE_BYTES,
+        eval_bytes=EVAL_BYTES,
+    )
     logger.info("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
     corpus = load_corpus([str(paths.corpus / f"{kind}_train.jsonl") for kind in ("general", "domain")])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))
@@ -218,7 +240,10 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
     plain = with_flags(settings, user_settings)
     if not arguments.research:
         (text,) = paths.train_files("general")
-        job = with_flags({**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}, user_settings)
+        job = with_flags(
+            {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]},
+            user_settings,
+        )
         if not (reasons := refusal(check, job)):
             return job
         logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")
@@ -229,7 +254,13 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
-def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None, world: int, seconds: float) -> None:
+def _report(
+    folder: Path,
+    summary: JsonObject,
+    sharded: JsonObject | None,
+    world: int,
+    seconds: float,
+) -> None:
     """Log the results as a table. `sharded`: the summary of the warm start, whose base was sharded."""
     before = summary["perplexity_before"]
     after = summary["perplexity_after"]

@@ -49,7 +49,12 @@ class Hooks:
         """Read what may lie in the output folder, before that is touched. Collective. Raises `UserError`."""
 
     def plan(
-        self, config: AdapterConfig, loaded: LoadedBase, folder: Path, checkpoint: Path | None, ranks: Ranks
+        self,
+        config: AdapterConfig,
+        loaded: LoadedBase,
+        folder: Path,
+        checkpoint: Path | None,
+        ranks: Ranks,
     ) -> AdapterConfig:
         """The adapter's config with its plan of targets, and with what layers compute besides their MoRA matrix.
         Collective. Raises `UserError`."""

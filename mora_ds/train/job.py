@@ -60,7 +60,12 @@ class Job:
     total_parameters: int
 
     def __init__(
-        self, arguments: Arguments, loaded: LoadedBase, ds_config: DsConfig, data: RunData, start: Start
+        self,
+        arguments: Arguments,
+        loaded: LoadedBase,
+        ds_config: DsConfig,
+        data: RunData,
+        start: Start,
     ) -> None:
         self.arguments = arguments
         self.loaded = loaded
@@ -74,7 +79,13 @@ class Job:
         start.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
         self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
         if self.sequence is not None:
-            logger.info(describe(loaded.model.config, training.sequence_parallel_size, data.train.seq_len))
+            logger.info(
+                describe(
+                    loaded.model.config,
+                    training.sequence_parallel_size,
+                    data.train.seq_len,
+                )
+            )
         kind = arguments.adapter.adapter
         self.is_trained = kind != AdapterKind.NONE.value
         if not self.is_trained:

@@ -57,7 +57,13 @@ StepBatch = list[MicroBatch]
 class BatchLoader:
     """This process's batches of the steps up to `last_step`."""
 
-    def __init__(self, data: TrainData, replica: Replica, training: TrainingArguments, last_step: int) -> None:
+    def __init__(
+        self,
+        data: TrainData,
+        replica: Replica,
+        training: TrainingArguments,
+        last_step: int,
+    ) -> None:
         self.data = data
         self.replica = replica
         self.training = training

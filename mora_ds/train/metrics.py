@@ -186,7 +186,13 @@ class MetricsLog:
                 for row in newest:
                     tracker.log(_curves(row), start_step)
         quiet = not sys.stderr.isatty()  # in a log file the lines are enough
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, disable=quiet)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=quiet,
+        )
 
     @property
     def failed_trackers(self) -> list[str]:
@@ -207,7 +213,10 @@ class MetricsLog:
         self.record("eval", step, perplexities)
         if step == self._start_step:
             self._started = time.monotonic()  # the steps begin now: what came before says nothing of their time
-        self._log({f"{FORGETTING}/{name}": value for name, value in change(before or {}, perplexities).items()}, step)
+        self._log(
+            {f"{FORGETTING}/{name}": value for name, value in change(before or {}, perplexities).items()},
+            step,
+        )
         values = "  ".join(f"{name} {value:.3f}" for name, value in perplexities.items())
         logger.info(f"step {step}  perplexity {values}")
 

@@ -96,7 +96,10 @@ class Reservation:
             if is_run:
                 (self.folder / ASIDE).mkdir()
                 if resume:
-                    _copy_aside(self.folder, [name for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE) if name in owned])
+                    _copy_aside(
+                        self.folder,
+                        [name for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE) if name in owned],
+                    )
                 else:
                     _set_aside(self.folder, owned)
             # What is there now is the earlier run's or the user's: the start-up makes none of it.
@@ -183,7 +186,11 @@ def names_of_run(folder: Path, exports: bool) -> list[str]:
     `exports`: whether it writes a merged model.
     """
     optional = (*_AT_START, DEMO, MERGED_FOLDER)
-    written = {*owned_by_run(folder), *_present(folder, (*_AT_START, DEMO)), *((MERGED_FOLDER,) if exports else ())}
+    written = {
+        *owned_by_run(folder),
+        *_present(folder, (*_AT_START, DEMO)),
+        *((MERGED_FOLDER,) if exports else ()),
+    }
     return [name for name in NAMES if name in written or name not in optional]
 
 

@@ -53,7 +53,12 @@ def preflight(job: Job, arguments: Arguments) -> None:
     training = arguments.training
     document_mask = arguments.data.document_mask
     vocab_size = model.config.get_text_config().vocab_size
-    sizes = {1, 2, training.per_device_train_batch_size, training.per_device_eval_batch_size}
+    sizes = {
+        1,
+        2,
+        training.per_device_train_batch_size,
+        training.per_device_eval_batch_size,
+    }
     implementation = arguments.model.implementation
     is_dense_by_choice = implementation is not None and why_dense(model.config, None) is None
     advice = f"leave out --attn_implementation {implementation}, or " if is_dense_by_choice else ""
@@ -72,7 +77,11 @@ def preflight(job: Job, arguments: Arguments) -> None:
 
 
 def check_attention(
-    engine: Any, vocab_size: int, row_counts: Iterable[int], document_mask: bool, advice: str = ""
+    engine: Any,
+    vocab_size: int,
+    row_counts: Iterable[int],
+    document_mask: bool,
+    advice: str = "",
 ) -> None:
     """Raise `UserError` where documents see each other, or attention by documents is not given the config's window.
     `advice`: as in `check_document_mask`."""
@@ -116,14 +125,20 @@ def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float
 def _places(engine: Any, positions: Tensor, rows: int) -> dict[str, Any]:
     """Positions, (T,) for all rows alike or (rows, T), and the documents that they make."""
     every = positions.expand(rows, -1)
-    return {"position_ids": every.to(engine.device), "documents": Documents.of(every).to(engine.device)}
+    return {
+        "position_ids": every.to(engine.device),
+        "documents": Documents.of(every).to(engine.device),
+    }
 
 
 def check_window(engine: Any, vocab_size: int) -> None:
     """Raise `UserError` where the config has a sliding window that attention by documents does not receive. Collective:
     a forward pass of one short row."""
     position_inputs = _places(engine, torch.arange(2 * _DOCUMENT), 1)
-    batch = {"input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT), **position_inputs}
+    batch = {
+        "input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT),
+        **position_inputs,
+    }
     with beside_training(engine):
         engine(**model_inputs(engine, batch))
     if position_inputs["documents"].windows == {None}:

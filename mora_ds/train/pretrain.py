@@ -32,7 +32,13 @@ from mora_ds.checkpoint.layout import (
     step_folder,
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
-from mora_ds.common.errors import FailedBeside, RunError, UserError, named_as_flags, reason
+from mora_ds.common.errors import (
+    FailedBeside,
+    RunError,
+    UserError,
+    named_as_flags,
+    reason,
+)
 from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
@@ -132,7 +138,11 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         ranks.barrier("end of all checks", long=True)
         if ranks.is_first:
             owns = names_of_run(start.folder, training.export_merged)
-            facts = {"world_size": ranks.world, "steps": _steps(job, schedule), **_facts(job)}
+            facts = {
+                "world_size": ranks.world,
+                "steps": _steps(job, schedule),
+                **_facts(job),
+            }
             if start.checkpoint is not None:
                 run_folder = start.checkpoint.resolve().parents[1]
                 if changes := changed_settings(run_folder, dump(arguments), facts):
@@ -242,7 +252,11 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     ranks = job.start.ranks
     state = job.state
     steps = _steps(job, schedule)
-    kinds = {"merge": state.merge_pending, "eval": state.evaluation_pending, "tasks": state.evaluation_pending}
+    kinds = {
+        "merge": state.merge_pending,
+        "eval": state.evaluation_pending,
+        "tasks": state.evaluation_pending,
+    }
     pending = [kind for kind, is_pending in kinds.items() if is_pending]
     trackers = partial(
         start_trackers,
@@ -272,7 +286,10 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants)
     log.close()
-    failures = [*state.failures, *(f"--report_to {name}" for name in log.failed_trackers)]
+    failures = [
+        *state.failures,
+        *(f"--report_to {name}" for name in log.failed_trackers),
+    ]
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
         failures += _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)

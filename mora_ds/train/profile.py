@@ -34,6 +34,11 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
             logger.error(f"{failures[-1]}. Training goes on")
 
     when = schedule(skip_first=done + 1, wait=1, warmup=1, active=steps, repeat=1)
-    profiler = profile(schedule=when, on_trace_ready=write_or_tell, record_shapes=True, profile_memory=True)
+    profiler = profile(
+        schedule=when,
+        on_trace_ready=write_or_tell,
+        record_shapes=True,
+        profile_memory=True,
+    )
     profiler.step_num = done  # it would count from 0: these numbers are the steps' names in the trace
     return profiler

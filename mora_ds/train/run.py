@@ -21,8 +21,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import AS_LOADED
-from mora_ds.adapters.domains import domain_layers, domains_of, frozen_values, restore_frozen
-from mora_ds.adapters.inject import base_weights, config_of, frozen_buffers, mora_layers, set_cycle, value_names
+from mora_ds.adapters.domains import (
+    domain_layers,
+    domains_of,
+    frozen_values,
+    restore_frozen,
+)
+from mora_ds.adapters.inject import (
+    base_weights,
+    config_of,
+    frozen_buffers,
+    mora_layers,
+    set_cycle,
+    value_names,
+)
 from mora_ds.adapters.layer import AdaptedLinear
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
@@ -52,7 +64,13 @@ from mora_ds.common.files import JsonObject, as_path, copy_folder
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
-from mora_ds.models.base import BaseCheckpoint, NotOneToOne, map_model, verify_against_model, write_own_base
+from mora_ds.models.base import (
+    BaseCheckpoint,
+    NotOneToOne,
+    map_model,
+    verify_against_model,
+    write_own_base,
+)
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.tensor_files import dtype_name, write_safetensors_atomic
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
@@ -198,7 +216,10 @@ class Run:
     def check_base(self) -> None:
         """Raise `RunError`, on all processes, when the base's files have changed on the disk of one of them."""
         remora = self.remora
-        self.ranks.agree("files of the base", lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint))
+        self.ranks.agree(
+            "files of the base",
+            lambda: remora.base.require_unchanged(remora.ledger.base_fingerprint),
+        )
 
     def changed_base_files(self) -> list[Path]:
         """The files that `check_base` would have to read again on this process. Not collective."""
@@ -226,7 +247,11 @@ class Run:
         model = self.engine.module
         ring = ring_of(model)
         slots = node_base_of(model).slots  # some are used from the first merge on
-        return [*frozen_buffers(model).values(), *(ring.slots if ring is not None else ()), *slots.values()]
+        return [
+            *frozen_buffers(model).values(),
+            *(ring.slots if ring is not None else ()),
+            *slots.values(),
+        ]
 
     # -- what a checkpoint holds besides the engine's shards -----------------------------------------------------------
 
@@ -323,7 +348,11 @@ class Run:
         if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
             return resume
         find = "checkpoint to resume from"
-        return self.ranks.on_first(find, lambda: resume_checkpoint(os.fspath(resume), root, "Run: `resume`"), long=True)
+        return self.ranks.on_first(
+            find,
+            lambda: resume_checkpoint(os.fspath(resume), root, "Run: `resume`"),
+            long=True,
+        )
 
     def _open_ledger(self, checkpoint: Path | None, fingerprint: str) -> Ledger:
         """The checkpoint's merge ledger, or an empty one in place of what a run without a checkpoint has left.
@@ -351,13 +380,24 @@ class Run:
         model: Any = self.engine.module
         frozen = base_weights(model)
         adapter = value_names(model)
-        names = [*frozen, *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter)]
+        names = [
+            *frozen,
+            *(stands_for(name) for name, _ in model.named_parameters() if name not in adapter),
+        ]
         keys = map_model(base, model, names)
         rounded = quantized_layers(model)
         unquantized = {name: frozen[name] for name in frozen if name.removesuffix(".weight") not in rounded}
         share = list(unquantized)[self.ranks.rank :: self.ranks.world]
-        self.ranks.agree("weights of the base", lambda: verify_against_model(base, keys, unquantized, share), long=True)
-        self.ranks.on_first("quantized weights of the base", lambda: _verify_rounded(base, keys, rounded), long=True)
+        self.ranks.agree(
+            "weights of the base",
+            lambda: verify_against_model(base, keys, unquantized, share),
+            long=True,
+        )
+        self.ranks.on_first(
+            "quantized weights of the base",
+            lambda: _verify_rounded(base, keys, rounded),
+            long=True,
+        )
         return keys
 
 

@@ -20,7 +20,14 @@ from mora_ds.engine.ds_keys import masked
 Facts: TypeAlias = Mapping[str, Any]
 """Name -> setting or fact of a run."""
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "safetensors")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "sentencepiece",
+    "safetensors",
+)
 _OWNS = "owns"
 _OF_FLAGS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -35,9 +42,16 @@ def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[st
     `owns`: the names in `folder` that the run makes. Secrets of the DeepSpeed config are masked. Raises `RunError` on a
     full disk.
     """
-    content = {**settings, "versions": versions(), "resolved": {**without_secrets(resolved), _OWNS: owns}}
+    content = {
+        **settings,
+        "versions": versions(),
+        "resolved": {**without_secrets(resolved), _OWNS: owns},
+    }
     with atomic_path(folder / RUN_FILE) as partial:
-        partial.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.write_text(
+            yaml.safe_dump(content, sort_keys=False, allow_unicode=True),
+            encoding="utf-8",
+        )
 
 
 def without_secrets(resolved: Facts) -> dict[str, Any]:
@@ -46,7 +60,10 @@ def without_secrets(resolved: Facts) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }
 
 
 def changed_settings(folder: Path, settings: Facts, resolved: Facts) -> list[str]:
@@ -56,7 +73,12 @@ def changed_settings(folder: Path, settings: Facts, resolved: Facts) -> list[str
     before = _read(folder)
     if before is None:
         return []
-    of_the_folder = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir")
+    of_the_folder = (
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "cache_dir",
+    )
     changes = [
         f"--{name} {before[name]} -> {value}"
         for name, value in settings.items()

@@ -54,7 +54,12 @@ def _trained(adapter: AdapterArguments) -> str:
         "norms": adapter.train_norms,
         "head": adapter.train_head,
     }
-    return ", ".join([f"{kind} of rank {adapter.mora_rank}", *(name for name, is_on in beside.items() if is_on)])
+    return ", ".join(
+        [
+            f"{kind} of rank {adapter.mora_rank}",
+            *(name for name, is_on in beside.items() if is_on),
+        ]
+    )
 
 
 def closing(arguments: Arguments, summary: Mapping[str, Any], seconds: float) -> list[str]:

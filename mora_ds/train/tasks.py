@@ -93,7 +93,12 @@ class TaskSuite:
     """The tasks of a run on its engine. All ranks make it, and call it, together."""
 
     def __init__(
-        self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int, limit: int | None = None
+        self,
+        names: Sequence[str],
+        replica: Replica,
+        tokenizer: Any,
+        batch_size: int,
+        limit: int | None = None,
     ) -> None:
         """`batch_size`: rows of a pass; `limit`: documents of each task."""
         self.names = task_names(names)
@@ -110,7 +115,11 @@ class TaskSuite:
         engine = self._replica.engine
         module = getattr(engine, "module", engine)
         is_beside = beside_training(engine, whole=True)
-        with _random_states_kept(), is_beside, _InStep(module, self._replica) as in_step:
+        with (
+            _random_states_kept(),
+            is_beside,
+            _InStep(module, self._replica) as in_step,
+        ):
             model = _model(module, self._tokenizer, self._batch_size, self._replica, in_step)
             results = lm_eval.simple_evaluate(
                 model=model, tasks=list(self.names), task_manager=self._manager, limit=self._limit, log_samples=False,
@@ -168,12 +177,21 @@ class _InStep:
         self._is_idle = True
         try:
             while self._anyone_works(False):
-                self._module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+                self._module(
+                    input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device),
+                    use_cache=False,
+                )
         finally:
             self._is_idle = False
 
 
-def _model(module: nn.Module, tokenizer: Any, batch_size: int, replica: Replica, in_step: _InStep) -> Any:
+def _model(
+    module: nn.Module,
+    tokenizer: Any,
+    batch_size: int,
+    replica: Replica,
+    in_step: _InStep,
+) -> Any:
     """The live model as the harness sees it."""
     from lm_eval.models.huggingface import HFLM
 

@@ -9,7 +9,13 @@ from typing import Any
 from mora_ds.checkpoint.layout import tokenizer_of
 from mora_ds.common.files import copy_folder, disk_errors
 from mora_ds.config.data import ModelArguments
-from mora_ds.data import Corpus, check_reload, check_vocabulary, load_tokenizer, train_sentencepiece
+from mora_ds.data import (
+    Corpus,
+    check_reload,
+    check_vocabulary,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from mora_ds.runtime.ranks import Ranks
 
 
@@ -54,7 +60,10 @@ def load_or_train_tokenizer(
     if model_folder is not None:
         check_vocabulary(tokenizer, model_config.get_text_config().vocab_size, flag)
     if flag != "--model_name_or_path":
-        ranks.on_first("reload of the tokenizer", lambda: check_reload(tokenizer, model_config.model_type, flag))
+        ranks.on_first(
+            "reload of the tokenizer",
+            lambda: check_reload(tokenizer, model_config.model_type, flag),
+        )
     return tokenizer
 
 

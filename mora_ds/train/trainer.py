@@ -19,7 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, complete_checkpoints, step_folder, step_of
+from mora_ds.checkpoint.layout import (
+    CHECKPOINTS,
+    LATEST,
+    complete_checkpoints,
+    step_folder,
+    step_of,
+)
 from mora_ds.common.errors import RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.data import StreamMixture, TrainData
@@ -31,8 +37,20 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.job import Job
-from mora_ds.train.loader import BatchLoader, MicroBatch, NotFinite, Replica, labels_in, require_finite
-from mora_ds.train.metrics import MetricsLog, SourceLosses, StepMetrics, peak_memory_bytes
+from mora_ds.train.loader import (
+    BatchLoader,
+    MicroBatch,
+    NotFinite,
+    Replica,
+    labels_in,
+    require_finite,
+)
+from mora_ds.train.metrics import (
+    MetricsLog,
+    SourceLosses,
+    StepMetrics,
+    peak_memory_bytes,
+)
 from mora_ds.train.profile import step_profiler
 
 logger = logging.getLogger(__name__)
@@ -217,7 +235,10 @@ class Trainer:
         return losses.sum()
 
     def _sum_and_hear_requests(
-        self, on_device: Sequence[Tensor] = (), on_host: Sequence[float] = (), base_changed: bool = False
+        self,
+        on_device: Sequence[Tensor] = (),
+        on_host: Sequence[float] = (),
+        base_changed: bool = False,
     ) -> list[float]:
         """The sums over all processes of vectors on the device and of numbers on the host, in that order; the same
         collective tells whether any process was asked to stop or finds the base's files changed. That is rare, and only
@@ -236,7 +257,13 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self.training.logging_steps == 0 or step == self.total_steps
 
-    def _log_step(self, loss: float, learning_rate: float, seconds: float, source_sums: Sequence[float]) -> None:
+    def _log_step(
+        self,
+        loss: float,
+        learning_rate: float,
+        seconds: float,
+        source_sums: Sequence[float],
+    ) -> None:
         """Log the step just done. `source_sums`: losses, then labels, of the sources of a mixture."""
         step = self.state.step
         tokens = self.rows_per_step * self.train_data.seq_len
