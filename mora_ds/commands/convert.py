@@ -28,18 +28,32 @@ def main() -> None:
     if options.action == "adapter":
         lines = export_adapter(options.path, options.output)
     else:
-        lines = export_peft(options.path, options.output, options.rank, options.base, options.domain)
+        lines = export_peft(
+            options.path,
+            options.output,
+            options.rank,
+            options.base,
+            options.domain,
+        )
     print("\n".join(lines))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
+    actions = parser.add_subparsers(
+        dest="action",
+        required=True,
+        metavar="|".join(_ACTIONS),
+    )
     for name, text in _ACTIONS.items():
         action = add_action(actions, name, text)
         action.add_argument("path", type=Path, help="the checkpoint to convert")
         shared_flags(action, "--output")
     peft = actions.choices["peft"]
-    peft.add_argument("--rank", type=int, help="largest rank of a layer. Default: as large as an exact adapter takes")
+    peft.add_argument(
+        "--rank",
+        type=int,
+        help="largest rank of a layer. Default: as large as an exact adapter takes",
+    )
     shared_flags(peft, "--base", "--domain")
     return parser

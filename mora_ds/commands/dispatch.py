@@ -36,7 +36,11 @@ class Command:
 
 
 COMMANDS = {
-    "pretrain": Command("train, or run the demo; --num_gpus N starts N processes", "pretrain.start", restartable=True),
+    "pretrain": Command(
+        "train, or run the demo; --num_gpus N starts N processes",
+        "pretrain.start",
+        restartable=True,
+    ),
     "recipes": Command("list or copy the recipes and DeepSpeed files of this package", "recipes.main"),
     "plan": Command("plan memory and traffic of a run from its model's config", "plan.main"),
     "analyze": Command("analyse a model's weights, and plan which layers to adapt", "research.analyze.main"),

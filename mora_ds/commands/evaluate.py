@@ -83,7 +83,12 @@ def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str,
     return by_scale.popitem()[1] if len(by_scale) == 1 else {"delta_scales": by_scale}
 
 
-def _scores(target: Target, source: str, options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
+def _scores(
+    target: Target,
+    source: str,
+    options: argparse.Namespace,
+    sets: Mapping[str, Corpus],
+) -> dict[str, Any]:
     """Print the scores of one model, and return them for the JSON file."""
     windows = Windows.of(target.model, options.window, options.stride, options.document_start)
     print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
@@ -111,29 +116,67 @@ def score_cells(name: str, score: Score) -> list[str]:
 
 def scoring_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what a model is scored on, and how."""
-    parser.add_argument("--sets", nargs="+", default=[], metavar="NAME=PATH", help="files or patterns, each a set")
-    parser.add_argument("--window", type=int, help="tokens of a window. Default: the model's positions, at most 1024")
-    parser.add_argument("--stride", type=int, help="tokens from one window to the next. Default: half of --window")
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="files or patterns, each a set",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="tokens of a window. Default: the model's positions, at most 1024",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="tokens from one window to the next. Default: half of --window",
+    )
     parser.add_argument(
         "--document_start", default=AUTO, metavar="TOKEN",
         help="stands before every document, as in the run. Default: BOS where the tokenizer puts it, else end-of-text",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=4, help="windows at a time")
-    parser.add_argument("--max_documents", type=int, help="score only the first ones of each set")
-    parser.add_argument("--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: the model's own")
+    parser.add_argument(
+        "--max_documents",
+        type=int,
+        help="score only the first ones of each set",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", *COMPUTE_DTYPES],
+        default="auto",
+        help="auto: the model's own",
+    )
     shared_flags(parser, "--text_column", "--device", "--json", "--trust_remote_code")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, checkpoint, run's folder, or adapter")
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="model folder, checkpoint, run's folder, or adapter",
+    )
     scoring_flags(parser)
     shared_flags(parser, "--base", "--domain")
-    parser.add_argument("--onto", type=Path, metavar="DIR", help="evaluate what mora-ds export --onto would write")
+    parser.add_argument(
+        "--onto",
+        type=Path,
+        metavar="DIR",
+        help="evaluate what mora-ds export --onto would write",
+    )
     parser.add_argument(
         "--delta_scale", type=float, nargs="+", default=[1.0], metavar="S",
         help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",
     )  # fmt: skip
     average_flag(parser)
-    parser.add_argument("--lm_eval", nargs="+", metavar="TASK", help="tasks of the lm-eval harness, where installed")
+    parser.add_argument(
+        "--lm_eval",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of the lm-eval harness, where installed",
+    )
     return parser

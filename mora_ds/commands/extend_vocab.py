@@ -34,7 +34,12 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of the model")
-    parser.add_argument("--corpus", nargs="+", required=True, help="files, patterns or folders of the domain's text")
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        required=True,
+        help="files, patterns or folders of the domain's text",
+    )
     parser.add_argument("--pieces", type=int, required=True, help="number of tokens to add")
     shared_flags(parser, "--output", "--text_column", "--trust_remote_code")
     return parser

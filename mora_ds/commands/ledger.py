@@ -24,7 +24,12 @@ def main() -> None:
     if options.action == "show":
         lines = show_lines(find_ledger(options.path).open())
     else:
-        lines = combine_adapters(options.path, options.weights, options.output, options.base)
+        lines = combine_adapters(
+            options.path,
+            options.weights,
+            options.output,
+            options.base,
+        )
     print("\n".join(lines))
 
 
@@ -32,9 +37,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|combine")
     show = add_action(actions, "show", "list the cycles with their norms")
-    show.add_argument("path", type=Path, help="ledger folder, checkpoint, or a run's output folder")
-    combine = add_action(actions, "combine", "write an adapter that is a weighted sum of others of the same base")
-    combine.add_argument("path", type=Path, nargs="+", help="checkpoints, exported adapters or output folders of runs")
-    combine.add_argument("--weights", type=float, nargs="+", required=True, help="one for each, in the same order")
+    show.add_argument(
+        "path",
+        type=Path,
+        help="ledger folder, checkpoint, or a run's output folder",
+    )
+    combine = add_action(
+        actions,
+        "combine",
+        "write an adapter that is a weighted sum of others of the same base",
+    )
+    combine.add_argument(
+        "path",
+        type=Path,
+        nargs="+",
+        help="checkpoints, exported adapters or output folders of runs",
+    )
+    combine.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        required=True,
+        help="one for each, in the same order",
+    )
     shared_flags(combine, "--output", "--base")
     return parser

@@ -60,16 +60,50 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     parser.epilog = "It also takes a recipe, as the first argument, and the flags of mora-ds pretrain."
-    parser.add_argument("--model", required=True, help="a folder, a Hub name, or a config.json")
-    parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per GPU")
-    parser.add_argument("--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB (10^9 bytes)")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a folder, a Hub name, or a config.json",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        required=True,
+        help="number of processes, one per GPU",
+    )
+    parser.add_argument(
+        "--gpu_memory",
+        type=float,
+        default=80.0,
+        help="memory of a GPU in GB (10^9 bytes)",
+    )
     parser.add_argument("--gpus_per_node", type=int, default=8, help="processes of a node")
     parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="precision. Default: the recipe's, or bf16.")
-    parser.add_argument("--micro_batch", type=int, help="sequences per micro-batch and process; default: recommended")
-    parser.add_argument("--accumulation", type=int, help="micro-batches per optimizer step. Default: the recipe's")
-    parser.add_argument("--rows", type=int, help="upper limit of sequences per micro-batch over all processes")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the tables, in bytes")
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp16", "fp32"],
+        help="precision. Default: the recipe's, or bf16.",
+    )
+    parser.add_argument(
+        "--micro_batch",
+        type=int,
+        help="sequences per micro-batch and process; default: recommended",
+    )
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        help="micro-batches per optimizer step. Default: the recipe's",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        help="upper limit of sequences per micro-batch over all processes",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON in place of the tables, in bytes",
+    )
     return parser
 
 

@@ -28,6 +28,14 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("path", type=Path, help="a checkpoint, a link to one, or a run's output folder")
-    parser.add_argument("--base", type=Path, help="the base's folder, to check that it is the right one")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a checkpoint, a link to one, or a run's output folder",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="the base's folder, to check that it is the right one",
+    )
     return parser

@@ -81,13 +81,24 @@ def named_as_flags(**others: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (re.sub(r"`(\w+)`", lambda name: others.get(name[1], f"--{name[1]}"), str(error)),)
+        error.args = (
+            re.sub(
+                r"`(\w+)`",
+                lambda name: others.get(name[1], f"--{name[1]}"),
+                str(error),
+            ),
+        )
         raise
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " Did you mean 'merge_every'?" for a misspelt `word`; "" where nothing else is close."""
-    close = difflib.get_close_matches(word, [candidate for candidate in known if candidate != word], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(
+        word,
+        [candidate for candidate in known if candidate != word],
+        n=1,
+        cutoff=0.6,
+    )
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

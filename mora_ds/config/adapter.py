@@ -116,7 +116,11 @@ class AdapterArguments:
     def config(self, seed: int) -> AdapterConfig:
         """The adapter's own config. Raises `UserError` for invalid settings."""
         if self.adapter == AdapterKind.LORA.value:
-            return LoRAConfig(rank=self.mora_rank, alpha=self.lora_alpha, **self._common(seed))
+            return LoRAConfig(
+                rank=self.mora_rank,
+                alpha=self.lora_alpha,
+                **self._common(seed),
+            )
         return self.mora_config(seed)
 
     def mora_config(self, seed: int) -> MoRAConfig:

@@ -111,7 +111,11 @@ def from_flat(settings: dict[str, Any]) -> Arguments:
     for name, group in _GROUPS.items():
         names = {entry.name for entry in dataclasses.fields(group)}
         groups[name] = group(**{key: value for key, value in settings.items() if key in names})
-    return Arguments(**groups, research=settings.get(RESEARCH, {}), set_by_user=frozenset(settings))
+    return Arguments(
+        **groups,
+        research=settings.get(RESEARCH, {}),
+        set_by_user=frozenset(settings),
+    )
 
 
 def dump(arguments: Arguments) -> dict[str, Any]:

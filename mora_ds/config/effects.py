@@ -52,7 +52,11 @@ EFFECTS = (
         lambda run: run.adapter.adapter == AdapterKind.MORA.value,
         "r_hat_multiple operator grouping compute tp_grouping",
     ),
-    Effect("LoRA (--adapter lora)", lambda run: run.adapter.adapter == AdapterKind.LORA.value, "lora_alpha"),
+    Effect(
+        "LoRA (--adapter lora)",
+        lambda run: run.adapter.adapter == AdapterKind.LORA.value,
+        "lora_alpha",
+    ),
     Effect(
         "an adapter (--adapter mora, lora)",
         lambda run: not run.adapter.is_control,
@@ -64,7 +68,11 @@ EFFECTS = (
         lambda run: run.adapter.adapter != AdapterKind.NONE.value,
         "export_merged profile push_to_hub resume_from_checkpoint",
     ),
-    Effect("merges (--merge_every)", lambda run: run.adapter.merge_every > 0, "restart_warmup_steps"),
+    Effect(
+        "merges (--merge_every)",
+        lambda run: run.adapter.merge_every > 0,
+        "restart_warmup_steps",
+    ),
     Effect(
         "parameters that are trained beside an adapter (--train_embeddings and its like)",
         _trains_others,
@@ -76,7 +84,11 @@ EFFECTS = (
         lambda run: _decays(run, ScheduleKind.WARMUP_STABLE_DECAY),
         "decay_ratio",
     ),
-    Effect("runs without --max_steps", lambda run: run.training.max_steps == -1, "num_train_epochs"),
+    Effect(
+        "runs without --max_steps",
+        lambda run: run.training.max_steps == -1,
+        "num_train_epochs",
+    ),
     Effect("--eval_files", lambda run: bool(run.data.eval_files), "exclude_eval_documents"),
     Effect(
         "evaluation sets (--eval_files, --held_out_share)",
@@ -93,7 +105,11 @@ EFFECTS = (
         lambda run: run.training.eval_steps > 0,
         "stop_when_forgotten best_by",
     ),
-    Effect("--eval_tasks", lambda run: bool(run.training.eval_tasks), "eval_tasks_steps eval_tasks_limit"),
+    Effect(
+        "--eval_tasks",
+        lambda run: bool(run.training.eval_tasks),
+        "eval_tasks_steps eval_tasks_limit",
+    ),
 )
 
 

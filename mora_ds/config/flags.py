@@ -117,7 +117,10 @@ class StrictParser(HfArgumentParser):
 
 
 def parse_flat(
-    groups: Iterable[type], argv: Sequence[str], description: str, ignored_keys: Iterable[str] = ()
+    groups: Iterable[type],
+    argv: Sequence[str],
+    description: str,
+    ignored_keys: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """({field: value} of the recipe, the same of the flags), of fields of the dataclasses `groups`; what is not given
     is absent.

@@ -44,7 +44,10 @@ class Watch:
                 require_set(flag, name, known)
 
     def forgotten(
-        self, before: Mapping[str, float], now: Mapping[str, float], tasks: Collection[str] = ()
+        self,
+        before: Mapping[str, float],
+        now: Mapping[str, float],
+        tasks: Collection[str] = (),
     ) -> str | None:
         """A sentence about the first bound that is exceeded, or None. `tasks`: the names whose values are costs."""
         for name, bound in self.bounds.items():

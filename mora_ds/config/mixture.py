@@ -168,7 +168,11 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
 
 # -- mix.yaml ----------------------------------------------------------------------------------------------------------
 def _read(path: str) -> MixturePlan:
-    content = typed_values(load_yaml(path, "--mixture"), {"sources": dict, "phases": list[dict] | None}, path)
+    content = typed_values(
+        load_yaml(path, "--mixture"),
+        {"sources": dict, "phases": list[dict] | None},
+        path,
+    )
     if not content.get("sources"):
         raise UserError(f"{path}: `sources` must map the name of each source to its files and weight")
     sources = []
@@ -187,7 +191,12 @@ def _read(path: str) -> MixturePlan:
         if phase["from_step"] <= phases[-1][0]:
             raise UserError(f"{path}: {where}.from_step must be a step after {phases[-1][0]}, got {phase['from_step']}")
         weights_of = {str(name): weight for name, weight in phase["weights"].items()}  # as the names of sources
-        weight_of = typed_values(weights_of, dict.fromkeys(names, float), path, f"{where}.weights.")
+        weight_of = typed_values(
+            weights_of,
+            dict.fromkeys(names, float),
+            path,
+            f"{where}.weights.",
+        )
         phases.append((phase["from_step"], tuple(weight_of.get(name, 0.0) for name in names)))
     return MixturePlan(tuple(sources), tuple(phases))
 

@@ -45,7 +45,12 @@ def validate(arguments: Arguments) -> None:
             *_adapter_and_run(adapter, training),
             *(research.load("settings").problems(arguments) if arguments.research else ()),
             *_text_and_run(model, data, training),
-            *conflicts(steps, training.first_warmup(steps), adapter.merge_every, adapter.restart_warmup_steps),
+            *conflicts(
+                steps,
+                training.first_warmup(steps),
+                adapter.merge_every,
+                adapter.restart_warmup_steps,
+            ),
         ]
     )
     refuse(idle_settings(arguments).values())
@@ -75,7 +80,11 @@ def _adapter_and_run(adapter: AdapterArguments, training: TrainingArguments) -> 
 
 def _text_and_run(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
     """One message for each contradiction between the settings of the three groups."""
-    yield from sequence_parallel_problems(training.sequence_parallel_size, data.seq_len, model.attn_implementation)
+    yield from sequence_parallel_problems(
+        training.sequence_parallel_size,
+        data.seq_len,
+        model.attn_implementation,
+    )
     if model.model_name_or_path and not data.names_text and not training.dry_run:
         yield "--model_name_or_path without --train_files or --dataset_name: nothing to train on"
     if data.names_text and not model.is_named:

@@ -121,7 +121,11 @@ def build_cache(
         folder = cache_dir / _key(settings)
         if problem := damage(folder, contents=True):
             if folder.exists():
-                log.warning("the token cache %s is damaged: %s; it is rebuilt", folder, problem)
+                log.warning(
+                    "the token cache %s is damaged: %s; it is rebuilt",
+                    folder,
+                    problem,
+                )
             _build(corpus, encoder, folder, settings, facts, num_proc, progress)
     finally:
         barrier()  # also after an error: the other ranks must not wait for ever
@@ -199,7 +203,13 @@ def _build(
     try:
         with disk_errors(folder.parent), at_work(temporary):
             hidden = None if progress else True  # None: where there is no terminal
-            bar = tqdm(desc="tokenising", total=characters, unit="char", unit_scale=True, disable=hidden)
+            bar = tqdm(
+                desc="tokenising",
+                total=characters,
+                unit="char",
+                unit_scale=True,
+                disable=hidden,
+            )
             counts = _write(corpus, encoder, temporary, num_proc, bar)
             if not counts["documents"]:
                 raise UserError(f"{corpus.flag}: {_nothing_left(corpus.keep)}")
@@ -230,7 +240,9 @@ def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: t
     total = documents = 0
     try:
         for tokens, ends in ordered_map(
-            encoder, batched(_counted(corpus, bar), lambda document: len(document.text)), num_proc
+            encoder,
+            batched(_counted(corpus, bar), lambda document: len(document.text)),
+            num_proc,
         ):
             for name, data in ((TOKENS, tokens), (DOCUMENTS, ends + total)):
                 files[name].write(data.data)

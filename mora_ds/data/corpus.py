@@ -102,7 +102,11 @@ def stream_dataset(name: str, text_column: str, flag: str) -> Corpus:
     Raises `UserError`, which names `flag`, where there is no such dataset, or no text in it.
     """
     with _naming(flag):
-        member = StreamedDatasetMember(name, _named_dataset(name, streaming=True), text_column)
+        member = StreamedDatasetMember(
+            name,
+            _named_dataset(name, streaming=True),
+            text_column,
+        )
     corpus = Corpus((member,), text_column, flag)
     next(corpus.documents_of(member))
     return corpus

@@ -36,7 +36,13 @@ class Documents:
     @classmethod
     def whole_rows(cls, rows: int, length: int, device: torch.device | None = None) -> Documents:
         """One document a row."""
-        bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+        bounds = torch.arange(
+            0,
+            rows * length + 1,
+            length,
+            dtype=torch.int32,
+            device=device,
+        )
         return cls(bounds, (length,) * rows)
 
     @cached_property
@@ -51,7 +57,11 @@ class Documents:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
         """The same with `bounds` on a device, as a batch's tensors are moved."""
-        return Documents(self.bounds.to(device, non_blocking=non_blocking), self.lengths, self.windows)
+        return Documents(
+            self.bounds.to(device, non_blocking=non_blocking),
+            self.lengths,
+            self.windows,
+        )
 
     def pin_memory(self) -> Documents:
         """The same with `bounds` in pinned memory."""

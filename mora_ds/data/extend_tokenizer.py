@@ -73,7 +73,10 @@ def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def extend_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, candidates: Sequence[str], wanted: int, folder: Path
+    tokenizer: PreTrainedTokenizerBase,
+    candidates: Sequence[str],
+    wanted: int,
+    folder: Path,
 ) -> Extension:
     """Writes `tokenizer` with `wanted` of the candidates added to `folder`, which must exist.
 

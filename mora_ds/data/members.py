@@ -94,7 +94,11 @@ class DatasetMember(Member):
         if mark.record == len(rows) > 0:  # `select` refuses to begin there
             return iter(())
         batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
-        return read_rows(self.label, (batch[self.text_column] for batch in batches), mark.record)
+        return read_rows(
+            self.label,
+            (batch[self.text_column] for batch in batches),
+            mark.record,
+        )
 
     def content_hash(self) -> str:
         return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()

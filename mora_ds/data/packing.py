@@ -33,7 +33,13 @@ Block = dict[str, np.ndarray]
 """input_ids, labels and position_ids of one sequence, each int64 (T,)."""
 
 
-def pack(tokens: np.ndarray, document_starts: np.ndarray, seq_len: int, eos_id: int, document_mask: bool) -> Block:
+def pack(
+    tokens: np.ndarray,
+    document_starts: np.ndarray,
+    seq_len: int,
+    eos_id: int,
+    document_mask: bool,
+) -> Block:
     """A block from up to T + 1 consecutive tokens; the last one is a label only.
 
     `document_starts`: offsets from 1 on at which a new document begins. Missing tokens are padded: label -100 and,
@@ -60,7 +66,12 @@ class PackedDataset:
     """Batches of one token cache, for training (`batch`) and for evaluation (`eval_batches`). A `mixture.Source`."""
 
     def __init__(
-        self, cache: TokenCache, seq_len: int, seed: int | str = 0, document_mask: bool = True, shuffle: bool = True
+        self,
+        cache: TokenCache,
+        seq_len: int,
+        seed: int | str = 0,
+        document_mask: bool = True,
+        shuffle: bool = True,
     ) -> None:
         """Raises `UserError` for a `seq_len` below 1 and a cache of fewer than 2 tokens."""
         if seq_len < 1:
@@ -82,7 +93,13 @@ class PackedDataset:
         tokens = self.cache.tokens[start : start + self.seq_len + 1].astype(np.int64)
         first, last = np.searchsorted(self.cache.ends, (start + 1, start + len(tokens)))
         document_starts = np.asarray(self.cache.ends[first:last], dtype=np.int64) - start
-        return pack(tokens, document_starts, self.seq_len, self.cache.eos_id, self.document_mask)
+        return pack(
+            tokens,
+            document_starts,
+            self.seq_len,
+            self.cache.eos_id,
+            self.document_mask,
+        )
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the endless training order."""
@@ -136,7 +153,13 @@ class PackedDataset:
         Every rank yields the same number of batches of `batch_size` rows; a rank without blocks left yields padding.
         """
         eos_id = self.cache.eos_id
-        padding = pack(np.array([eos_id]), np.array([], dtype=np.int64), self.seq_len, eos_id, document_mask=False)
+        padding = pack(
+            np.array([eos_id]),
+            np.array([], dtype=np.int64),
+            self.seq_len,
+            eos_id,
+            document_mask=False,
+        )
         rows = world * batch_size
         for round_start in range(0, self.n_blocks, rows):
             first = round_start + rank * batch_size

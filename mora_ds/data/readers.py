@@ -153,7 +153,11 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
             yield from _read_json(path, text_column, mark)
         else:
             columns = _parquet_columns(path, text_column, mark.record)
-            yield from read_rows(str(path), (column.to_pylist() for column in columns), mark.record)
+            yield from read_rows(
+                str(path),
+                (column.to_pylist() for column in columns),
+                mark.record,
+            )
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -324,7 +328,11 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
             skip -= rows
         if not groups:  # pyarrow would read all of them
             return
-        for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_column]):
+        for batch in table.iter_batches(
+            _ROWS_PER_BATCH,
+            row_groups=groups,
+            columns=[text_column],
+        ):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
 

@@ -112,7 +112,13 @@ class StreamSource:
     def probe(self, index: int) -> Block:
         """Sequence `index` of the stream's start, read by every rank for itself; the stream stays where it is."""
         if index >= len(self._probes):
-            again = StreamSource(self.documents, self.encoder, self.seq_len, self.document_mask, None)
+            again = StreamSource(
+                self.documents,
+                self.encoder,
+                self.seq_len,
+                self.document_mask,
+                None,
+            )
             self._probes = [again.sample(number) for number in range(index + 1)]
         return self._probes[index]
 
@@ -178,13 +184,24 @@ class StreamSource:
                 self._queue.popleft()
         self._at_epoch_start = False
         tokens = np.concatenate(slices).astype(np.int64)
-        return pack(tokens, np.array(ends, np.int64), self.seq_len, self.encoder.eos_id, self.document_mask)
+        return pack(
+            tokens,
+            np.array(ends, np.int64),
+            self.seq_len,
+            self.encoder.eos_id,
+            self.document_mask,
+        )
 
 
 class StreamMixture(Mixture):
     """A mixture with streams among its sources: batches are drawn in order, and checkpoints hold the positions."""
 
-    def __init__(self, sources: dict[str, Source], *rest: Any, states: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        *rest: Any,
+        states: dict[str, Any] | None = None,
+    ) -> None:
         """`states`: what `states_at` returned for the step at which the run goes on."""
         super().__init__(sources, *rest)
         self._streams = {name: source for name, source in sources.items() if isinstance(source, StreamSource)}

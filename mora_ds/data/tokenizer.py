@@ -77,7 +77,10 @@ def holds_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    name_or_path: str | Path, *, trust_remote_code: bool = False, flag: str = "--tokenizer_name"
+    name_or_path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    flag: str = "--tokenizer_name",
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub model, or a `.model` file of `train_sentencepiece` as a transformers tokenizer.
 
@@ -113,7 +116,11 @@ def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedToke
         config.unlink()
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: str = "--tokenizer_name") -> None:
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    flag: str = "--tokenizer_name",
+) -> None:
     """Raises `UserError` when the tokenizer has ids beyond the model's `vocab_size` embeddings."""
     token, largest = largest_id(tokenizer)
     if largest >= vocab_size:
@@ -123,7 +130,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, flag: 
         )
 
 
-def check_reload(tokenizer: PreTrainedTokenizerBase, model_type: str, flag: str = "--train_tokenizer_vocab") -> None:
+def check_reload(
+    tokenizer: PreTrainedTokenizerBase,
+    model_type: str,
+    flag: str = "--train_tokenizer_vocab",
+) -> None:
     """Raises `UserError` when transformers would load the tokenizer, saved with a model of this type, as another one.
 
     Needed for tokenizers that are not the model's own: transformers (5.24) reads the tokenizer in the folder of a

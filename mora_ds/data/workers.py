@@ -31,7 +31,12 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_proc:
     if num_proc <= 1:
         yield from map(work, items)
         return
-    pool = ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_install, initargs=(work,))
+    pool = ProcessPoolExecutor(
+        num_proc,
+        mp_context=get_context("spawn"),
+        initializer=_install,
+        initargs=(work,),
+    )
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:

@@ -91,7 +91,13 @@ def load_adapter(
         # The layers are known: a regular expression, which may run for years, is not tried.
         config = replace(config, target_modules=tuple(facts.layers))
     files = opened.reference.open_base(folder, Path(base), "`base`")
-    model = load_model(files.folder, dtype, attn_implementation, trust_remote_code, "`base`")
+    model = load_model(
+        files.folder,
+        dtype,
+        attn_implementation,
+        trust_remote_code,
+        "`base`",
+    )
     inject(model, config)
     move_base(model, "cpu", dtype)
     _check_fit(folder, facts, tensors, model)

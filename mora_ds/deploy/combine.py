@@ -274,7 +274,11 @@ class _Trained:
         self._base: BaseCheckpoint | None = None
         names = sources[-1].file.trainables
         if (names and self._of_base) or any(map(is_low_rank, names)):
-            self._base = sources[-1].reference.open_base(sources[-1].folder, base_folder, flag="`base_folder`")
+            self._base = sources[-1].reference.open_base(
+                sources[-1].folder,
+                base_folder,
+                flag="`base_folder`",
+            )
 
     def value(self, name: str) -> Tensor:
         """base + sum_i w_i (T_i - base), as sum_i w_i T_i + (1 - sum_i w_i) base; products of low rank side by side."""
@@ -304,7 +308,11 @@ class _Trained:
 
 
 def _write_tensors(
-    path: Path, adapter: AdapterFile, live: _Term, sources: Sequence[_Source], trained: _Trained
+    path: Path,
+    adapter: AdapterFile,
+    live: _Term,
+    sources: Sequence[_Source],
+    trained: _Trained,
 ) -> None:
     shapes = {**adapter.expected(), **{name: trained.shape(name) for name in adapter.trainables}}
     layout = {name: (shape, torch.float32) for name, shape in shapes.items()}

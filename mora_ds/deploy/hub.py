@@ -38,7 +38,11 @@ def push_folder(folder: Path, repository: str) -> str:
     try:
         api = HfApi()
         url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name} by mora_ds")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=f"Upload {folder.name} by mora_ds",
+        )
     except (HTTPError, OSError) as error:  # OSError: also huggingface_hub's own errors, and its offline mode
         text = reason(error)
         token = get_token()

@@ -65,7 +65,10 @@ def compare_logits(
 
     tokens, live, recorded = read_probe(probe, name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        folder,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
     )
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -78,7 +81,12 @@ def compare_logits(
     if logits.shape != live.shape:
         raise RunError(f"the export gives logits of shape {tuple(logits.shape)}, recorded were {tuple(live.shape)}")
     coarser = max((dtype, recorded), key=lambda candidate: torch.finfo(candidate).eps)
-    comparison = _compare(live, logits, coarser, model.config.get_text_config().num_hidden_layers)
+    comparison = _compare(
+        live,
+        logits,
+        coarser,
+        model.config.get_text_config().num_hidden_layers,
+    )
     if not comparison.error <= comparison.tolerance:  # NaN must fail
         raise RunError(f"the export does not match: {comparison.line()}")
     return comparison
@@ -103,6 +111,10 @@ def _compare(live: Tensor, logits: Tensor, dtype: torch.dtype, layers: int) -> C
     difference = logits - live
     largest = difference.abs().max().item()
     if dtype is torch.float32:
-        return Comparison(largest, largest, FP32_TOLERANCE * max(1.0, live.abs().max().item()))
+        return Comparison(
+            largest,
+            largest,
+            FP32_TOLERANCE * max(1.0, live.abs().max().item()),
+        )
     relative = (difference.norm() / live.norm()).item()
     return Comparison(largest, relative, 2 * torch.finfo(dtype).eps * math.sqrt(1 + layers))

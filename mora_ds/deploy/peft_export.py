@@ -89,7 +89,12 @@ def export_peft(
         write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
         lines = _report(run, plans, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
-        readme = card("peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"])
+        readme = card(
+            "peft",
+            "lora, mora",
+            "LoRA adapter",
+            [text, "", "```", *lines, "```"],
+        )
         (folder / "README.md").write_text(readme, encoding="utf-8")
     nbytes = (output / WEIGHTS_FILE).stat().st_size
     return [f"wrote {output}: LoRA of {len(plans)} layers, {nbytes / 2**20:,.2f} MiB", *lines]
@@ -141,7 +146,11 @@ def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path, lost: dict[
         spec = plan.entry.operator
         shapes = ((plan.rank, spec.d_in), (spec.d_out, plan.rank))
         layout |= {name: (shape, torch.float32) for name, shape in zip(_names(plan.entry.module), shapes, strict=True)}
-    with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {FINGERPRINT: run.reference.fingerprint}) as writer:
+    with SafetensorsWriter(
+        folder / WEIGHTS_FILE,
+        layout,
+        {FINGERPRINT: run.reference.fingerprint},
+    ) as writer:
         for plan in plans:
             down, up, lost[plan.entry.module] = _factors(run, plan)
             for name, tensor in zip(_names(plan.entry.module), (down, up), strict=True):

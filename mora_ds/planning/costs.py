@@ -55,7 +55,12 @@ def group_traffic(model: nn.Module, degree: int, tokens: int) -> Iterator[Traffi
     plan = plan_of(model, degree)
     for name, layer in mora_layers(model).items():
         if isinstance(layer.value, nn.Parameter):  # a frozen M is unsharded on every rank
-            yield from _square_traffic(operator_of(layer.spec, name), plan.styles[name], degree, tokens)
+            yield from _square_traffic(
+                operator_of(layer.spec, name),
+                plan.styles[name],
+                degree,
+                tokens,
+            )
     yield from _block_traffic(model, plan, tokens)
 
 

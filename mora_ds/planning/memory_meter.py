@@ -94,7 +94,14 @@ def fused_attention(ranks: int = 1) -> Iterator[None]:
     def fused(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _attend(query, *args, **kwargs) if query.is_meta else sdpa(query, *args, **kwargs)
 
-    def split(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def split(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         whole = (_exchanged(heads, ranks) for heads in (query, key, value))
         if (sinks := kwargs.get("s_aux")) is not None:
             kwargs["s_aux"] = sinks[: query.shape[1] // ranks]
@@ -129,4 +136,9 @@ def _exchanged(heads: Tensor, ranks: int) -> Tensor:
     """The exchange of Ulysses, (B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
     if heads.shape[1] < ranks:
         heads = heads.repeat_interleave(ranks // heads.shape[1], dim=1)
-    return heads.reshape(heads.shape[0], heads.shape[1] // ranks, heads.shape[2] * ranks, heads.shape[3])
+    return heads.reshape(
+        heads.shape[0],
+        heads.shape[1] // ranks,
+        heads.shape[2] * ranks,
+        heads.shape[3],
+    )

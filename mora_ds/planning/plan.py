@@ -150,7 +150,15 @@ class Planner:
         logits = 0 if bound(model.model) else work.tokens * vocabulary * work.dtype.itemsize
         base = model.base_bytes + model.other_buffers
         streamed = model.streamed() if work.base_on_host else None
-        memory = rank_memory(base, model.merge, logits, self._step(work), trained, gathered, streamed)
+        memory = rank_memory(
+            base,
+            model.merge,
+            logits,
+            self._step(work),
+            trained,
+            gathered,
+            streamed,
+        )
         volume = all_gather_volume(trained, gathered, self.accumulation)
         reduced = reduced_bytes(trained, self.accumulation)
         # An all-reduce also gathers what it has reduced.
@@ -207,7 +215,16 @@ class Planner:
         if work.adapter is not None:
             avoid_slices(filled, model.numels, ranks)
         muon = uses_muon(dict(self.ds_config))
-        return Trained(model.numels, model.layer, model.squares, ranks, work.dtype.itemsize, filled, muon, self.on_cpu)
+        return Trained(
+            model.numels,
+            model.layer,
+            model.squares,
+            ranks,
+            work.dtype.itemsize,
+            filled,
+            muon,
+            self.on_cpu,
+        )
 
 
 class _MeasuredModel:
@@ -271,7 +288,11 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
     (t, s), which are taken where nothing fits otherwise or where there are fewer rows than ranks. `rows`: of the global
     batch, at least one a group of ranks. Raises `UserError` where the work's own groups do not fill the cluster.
     """
-    check_world(planner.cluster.ranks, planner.work.tensor_parallel, planner.work.sequence_parallel)
+    check_world(
+        planner.cluster.ranks,
+        planner.work.tensor_parallel,
+        planner.work.sequence_parallel,
+    )
     if planner.base_bytes > USABLE * planner.cluster.memory:
         return None  # the base is unsharded, whatever t and s
     for t, s in _group_sizes(planner.work, planner.cluster):
@@ -280,7 +301,13 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
             continue
         limit = LARGEST_MICRO_BATCH if rows is None else rows // replicas
         for checkpointing in (False, True):
-            plan = _largest(planner, limit, checkpointing=checkpointing, tensor_parallel=t, sequence_parallel=s)
+            plan = _largest(
+                planner,
+                limit,
+                checkpointing=checkpointing,
+                tensor_parallel=t,
+                sequence_parallel=s,
+            )
             if plan is not None:
                 return plan
     return None

@@ -106,7 +106,11 @@ def _memory(plan: Plan) -> list[str]:
 
 def _traffic(plan: Plan) -> list[str]:
     return [
-        _row("all-gather volume", plan.gathered, f"the trained parameters {plan.passes:.2f} times; base 0"),
+        _row(
+            "all-gather volume",
+            plan.gathered,
+            f"the trained parameters {plan.passes:.2f} times; base 0",
+        ),
         _row("reduced a step and GPU", plan.reduced, ""),
         _row("sent a step and GPU", plan.sent, "MoRA matrices and activations"),
         *([_row("copied from host memory", plan.copied, "the base, a step and GPU")] if plan.memory.host_base else []),

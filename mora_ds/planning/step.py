@@ -235,7 +235,11 @@ class Streamed:
         """Raises `UserError` for a model whose decoder layers are not found."""
         weights = [list(tensors.values()) for tensors in weights_of_layers(model).values()]
         sizes = tuple(sum({id(tensor): tensor.nbytes for tensor in tensors}.values()) for tensors in weights)
-        return cls(sizes, min(BUFFERS, len(sizes)), max(stored_bytes(tensors) for tensors in weights))
+        return cls(
+            sizes,
+            min(BUFFERS, len(sizes)),
+            max(stored_bytes(tensors) for tensors in weights),
+        )
 
     @property
     def total(self) -> int:

@@ -130,7 +130,13 @@ class Alignment:
         self.value = mean.detach()
         return -self.weight * mean
 
-    def _after_forward(self, name: str, layer: AdaptedLinear, inputs: object, output: Tensor) -> Tensor:
+    def _after_forward(
+        self,
+        name: str,
+        layer: AdaptedLinear,
+        inputs: object,
+        output: Tensor,
+    ) -> Tensor:
         """Forward hook of one layer, in training: notes its share."""
         if not (layer.training and torch.is_grad_enabled()):
             return output
@@ -224,7 +230,12 @@ class Factors:
 
 
 @torch.no_grad()
-def factors_of(spec: OperatorSpec, leading: Leading, device: torch.device, dtype: torch.dtype) -> Factors:
+def factors_of(
+    spec: OperatorSpec,
+    leading: Leading,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Factors:
     """The factors of one layer."""
     left = decompress_transpose(spec, leading.left.to(device, torch.float64))
     right = compress(spec, leading.right.to(device, torch.float64))

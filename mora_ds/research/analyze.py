@@ -40,12 +40,18 @@ FLAG = "--probe"
 def main() -> None:
     options = _parser().parse_args()
     settings = AdapterArguments(
-        mora_rank=options.mora_rank, operator=options.operator, target_modules=options.target_modules
+        mora_rank=options.mora_rank,
+        operator=options.operator,
+        target_modules=options.target_modules,
     )
     refuse(settings.problems())
     config = settings.mora_config(MoRAConfig.seed)
     _check(options)
-    opened = OpenModel.in_folder(options.model, options.target_modules, options.trust_remote_code)
+    opened = OpenModel.in_folder(
+        options.model,
+        options.target_modules,
+        options.trust_remote_code,
+    )
     if options.write:  # before the long part
         opened.check_budget(config, options.trainable_budget)
     gradients = _probe(options, config) if options.probe else {}
@@ -62,7 +68,12 @@ def main() -> None:
             scores = {module: gradient.score for module, gradient in gradients.items()}
         else:
             scores = {measures.module: measures.score for measures in weights}
-        plan = opened.plan(scores, "probe" if gradients else "weights", config, options.trainable_budget)
+        plan = opened.plan(
+            scores,
+            "probe" if gradients else "weights",
+            config,
+            options.trainable_budget,
+        )
         plan.write(options.write)
         print(f"{plan}\nwrote {options.write}: research.targets of a recipe takes it")
 
@@ -80,30 +91,77 @@ def _check(options: argparse.Namespace) -> None:
 
 def _probe(options: argparse.Namespace, config: MoRAConfig) -> dict[str, GradientMeasures]:
     corpus = load_corpus(options.probe, text_column=options.text_column, flag=FLAG)
-    target = load_target(options.model, None, "float32", options.device, options.trust_remote_code)
-    longest = getattr(target.model.config.get_text_config(), "max_position_embeddings", None) or options.seq_len
+    target = load_target(
+        options.model,
+        None,
+        "float32",
+        options.device,
+        options.trust_remote_code,
+    )
+    longest = (
+        getattr(
+            target.model.config.get_text_config(),
+            "max_position_embeddings",
+            None,
+        )
+        or options.seq_len
+    )
     if options.seq_len > longest:
         raise UserError(f"--seq_len {options.seq_len} is longer than the model's {longest} positions")
-    batches = token_batches(corpus, target.tokenizer, options.seq_len, options.probe_batches)
+    batches = token_batches(
+        corpus,
+        target.tokenizer,
+        options.seq_len,
+        options.probe_batches,
+    )
     print(f"probe: {sum(ids.numel() for ids in batches):,} tokens in {len(batches)} batch(es), {config.title}")
     return probe(target.model, config, batches)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder with safetensors")
-    parser.add_argument("--target_modules", nargs="+", default=[ALL_LINEAR], help="which layers, as in training")
-    parser.add_argument("--probe", nargs="+", metavar="FILES", help="text whose gradients are measured")
-    parser.add_argument("--probe_batches", type=int, default=8, help="how many batches of it, of a sequence each")
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a Hugging Face folder with safetensors",
+    )
+    parser.add_argument(
+        "--target_modules",
+        nargs="+",
+        default=[ALL_LINEAR],
+        help="which layers, as in training",
+    )
+    parser.add_argument(
+        "--probe",
+        nargs="+",
+        metavar="FILES",
+        help="text whose gradients are measured",
+    )
+    parser.add_argument(
+        "--probe_batches",
+        type=int,
+        default=8,
+        help="how many batches of it, of a sequence each",
+    )
     parser.add_argument("--seq_len", type=int, default=512, help="tokens of a sequence")
     parser.add_argument(
         "--mora_rank", type=int, default=8, help="rank of the adapter that is probed; it decides the operator"
     )
-    parser.add_argument("--operator", default="auto", help="operator of the plan and the probe")
+    parser.add_argument(
+        "--operator",
+        default="auto",
+        help="operator of the plan and the probe",
+    )
     parser.add_argument(
         "--trainable_budget", help="trainable parameters: a share of the model's, such as 0.5%%, or a number"
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the plan for research.targets of a recipe")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="the plan for research.targets of a recipe",
+    )
     shared_flags(parser, "--json", "--device", "--text_column", "--trust_remote_code")
     return parser
 

@@ -119,7 +119,13 @@ class Resident:
     """The operators' tables, which stay cached as long as they are held."""
 
 
-def read_resident(name: str, folder: Path, expected: AdapterFile, dtype: torch.dtype, device: str) -> Resident:
+def read_resident(
+    name: str,
+    folder: Path,
+    expected: AdapterFile,
+    dtype: torch.dtype,
+    device: str,
+) -> Resident:
     """Every MoRA matrix of an adapter, each byte of its files checked. Raises `UserError` for damaged files and for
     others than those whose headers were read."""
     layers: dict[str, dict[OperatorSpec, Tensor]] = {}
@@ -158,7 +164,11 @@ class Term:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, T, O) plus the updates for x (B, T, D)."""
         squares = self.squares.index_select(0, self.which).to(x.dtype)
-        return y.index_add(0, self.rows, update_rows(self.spec, squares, x.index_select(0, self.rows)))
+        return y.index_add(
+            0,
+            self.rows,
+            update_rows(self.spec, squares, x.index_select(0, self.rows)),
+        )
 
 
 class BankLinear(nn.Module):
@@ -246,7 +256,16 @@ class AdapterBank:
         model = load_model(opened.folder, chosen, None, trust_remote_code, "MODEL")
         model.requires_grad_(False).eval()
         layers = _replace_layers(model, files)
-        return cls(model.to(device), opened.folder, folders, files, layers, chosen, device, cache)
+        return cls(
+            model.to(device),
+            opened.folder,
+            folders,
+            files,
+            layers,
+            chosen,
+            device,
+            cache,
+        )
 
     def resident(self, name: str) -> Resident:
         """An adapter, read if it is not in memory. Raises `UserError` for an unknown name and a damaged adapter."""
@@ -254,7 +273,13 @@ class AdapterBank:
             raise UserError(f"there is no adapter {name!r}.{nearest(name, self.folders)}")
         resident = self.residents.pop(name, None)
         if resident is None:
-            resident = read_resident(name, self.folders[name], self.files[name], self.dtype, self.device)
+            resident = read_resident(
+                name,
+                self.folders[name],
+                self.files[name],
+                self.dtype,
+                self.device,
+            )
         self.residents[name] = resident
         while self.cache is not None and len(self.residents) > self.cache:
             self.residents.popitem(last=False)
@@ -320,7 +345,14 @@ def _terms(names: Sequence[str | None], adapters: Mapping[str, Mapping[OperatorS
         rows = [row for row, name in enumerate(names) if name in users]
         which = [users.index(str(names[row])) for row in rows]
         device = squares.device
-        terms.append(Term(spec, squares, torch.tensor(rows, device=device), torch.tensor(which, device=device)))
+        terms.append(
+            Term(
+                spec,
+                squares,
+                torch.tensor(rows, device=device),
+                torch.tensor(which, device=device),
+            )
+        )
     return terms
 
 
@@ -333,15 +365,32 @@ def main() -> None:
     if not options.sets:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     sets = read_sets(options)
-    bank = AdapterBank.open(options.model, options.folder, 1, options.dtype, options.device, options.trust_remote_code)
+    bank = AdapterBank.open(
+        options.model,
+        options.folder,
+        1,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+    )
     windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
     print(f"{len(bank.folders)} adapter(s) on {bank.base}; windows of {windows.window} tokens, stride {windows.stride}")
-    tokenizer = load_tokenizer(bank.base, trust_remote_code=options.trust_remote_code, flag="MODEL")
+    tokenizer = load_tokenizer(
+        bank.base,
+        trust_remote_code=options.trust_remote_code,
+        flag="MODEL",
+    )
     model = prefer_documents(bank.model)
 
     def scored(name: str, its_tokenizer: Any) -> dict[str, Score]:
         target = Target(model, its_tokenizer, name)
-        return evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
+        return evaluate_sets(
+            target,
+            sets,
+            windows,
+            options.batch_size,
+            options.max_documents,
+        )
 
     scores = {BASE: scored(BASE, tokenizer)}
     for name, adapter in bank.folders.items():
@@ -363,7 +412,17 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the base of all adapters")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of adapters, checkpoints or runs")
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="the base of all adapters",
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="a folder of adapters, checkpoints or runs",
+    )
     scoring_flags(parser)
     return parser

@@ -69,7 +69,12 @@ class ResearchHooks(Hooks):
         return plan
 
     def plan(
-        self, config: AdapterConfig, loaded: LoadedBase, folder: Path, checkpoint: Path | None, ranks: Ranks
+        self,
+        config: AdapterConfig,
+        loaded: LoadedBase,
+        folder: Path,
+        checkpoint: Path | None,
+        ranks: Ranks,
     ) -> AdapterConfig:
         if not isinstance(config, MoRAConfig):
             return config
@@ -79,7 +84,15 @@ class ResearchHooks(Hooks):
             patterns = self.arguments.adapter.target_modules
 
             def decide() -> TargetPlan:
-                return plan_of_run(self._plan, budget, patterns, with_domains, loaded, folder, checkpoint)
+                return plan_of_run(
+                    self._plan,
+                    budget,
+                    patterns,
+                    with_domains,
+                    loaded,
+                    folder,
+                    checkpoint,
+                )
 
             plan = ranks.on_first("plan of targets", decide, long=True)
             logger.info(plan)
@@ -91,7 +104,11 @@ class ResearchHooks(Hooks):
     def _with_domains(self, config: MoRAConfig) -> MoRAConfig:
         if not self.settings.domain_adapters:
             return config
-        return replace(config, domains=domain_names(self.arguments), freeze=self.settings.freeze)
+        return replace(
+            config,
+            domains=domain_names(self.arguments),
+            freeze=self.settings.freeze,
+        )
 
     def dry_plan(self, config: AdapterConfig, model: str, trust_remote_code: bool) -> AdapterConfig:
         """The fingerprint of a plan's file is not compared, which would read every weight."""

@@ -38,7 +38,14 @@ def main() -> None:
     refuse(wrong_values(options, {"threshold": POSITIVE}))
     check_writable("--json", options.json)
     check_device(options.device)
-    rows = list(spectra(find_ledger(options.path), options.layers, options.threshold, options.device))
+    rows = list(
+        spectra(
+            find_ledger(options.path),
+            options.layers,
+            options.threshold,
+            options.device,
+        )
+    )
     if options.json:
         content = {"format": 1, "threshold": options.threshold, "rows": [asdict(row) for row in rows]}
         write_json_atomic(options.json, content)
@@ -47,9 +54,22 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("path", type=Path, help="ledger folder, checkpoint, or a run's output folder")
-    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="count singular values above it")
-    parser.add_argument("--layers", default="*", help="pattern over module names, such as '*.q_proj'")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="ledger folder, checkpoint, or a run's output folder",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help="count singular values above it",
+    )
+    parser.add_argument(
+        "--layers",
+        default="*",
+        help="pattern over module names, such as '*.q_proj'",
+    )
     shared_flags(parser, "--json", "--device")
     return parser
 
@@ -161,7 +181,10 @@ class Row:
 
 
 def spectra(
-    location: LedgerLocation, pattern: str = "*", threshold: float = THRESHOLD, device: str = "cpu"
+    location: LedgerLocation,
+    pattern: str = "*",
+    threshold: float = THRESHOLD,
+    device: str = "cpu",
 ) -> Iterator[Row]:
     """The rows of a ledger's or a checkpoint's layers whose names match the shell-style `pattern`: one a cycle, of
     experts one after the other; computed on `device`, with the MoRA matrices of one layer in memory at a time. Raises
@@ -193,7 +216,17 @@ def spectra(
             for (spec, _), origin, spectrum in zip(moved, origins, layer_spectra(moved, threshold), strict=True):
                 cycle, step, is_live = origin
                 size = spec.value_shape[0]
-                yield Row(name, cycle, step, spec.describe(), is_live, spec.d_in, spec.d_out, size, spectrum)
+                yield Row(
+                    name,
+                    cycle,
+                    step,
+                    spec.describe(),
+                    is_live,
+                    spec.d_in,
+                    spec.d_out,
+                    size,
+                    spectrum,
+                )
 
 
 # -- for reading -------------------------------------------------------------------------------------------------------

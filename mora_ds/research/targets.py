@@ -175,7 +175,12 @@ class Candidate:
         return max(smallest, round_side(min(wanted, self.largest), multiple, smallest))
 
 
-def spend(candidates: Sequence[Candidate], budget: int, smallest: int = 1, multiple: int = 1) -> dict[str, int]:
+def spend(
+    candidates: Sequence[Candidate],
+    budget: int,
+    smallest: int = 1,
+    multiple: int = 1,
+) -> dict[str, int]:
     """Name -> side (0: no matrix), in the order of `candidates`; ties go by name.
 
     `smallest` and `multiple`: as for `round_side`. The sum of squares is at most the budget. Multiples of 8 and then
@@ -269,7 +274,13 @@ class OpenModel:
     """Parameters of the complete model, each tied tensor once."""
 
     @classmethod
-    def of(cls, model: Any, base: BaseCheckpoint, keys: Mapping[str, str], patterns: Iterable[str]) -> OpenModel:
+    def of(
+        cls,
+        model: Any,
+        base: BaseCheckpoint,
+        keys: Mapping[str, str],
+        patterns: Iterable[str],
+    ) -> OpenModel:
         """`model`: before injection; `keys`: parameter name -> key in `base`; `patterns`: --target_modules."""
         with named_as_flags():
             layers: dict[str, Any] = dict(match_targets(model, tuple(patterns)))
@@ -282,14 +293,22 @@ class OpenModel:
 
     @classmethod
     def in_folder(
-        cls, folder: Path, patterns: Iterable[str], trust_remote_code: bool = False, flag: str = "MODEL"
+        cls,
+        folder: Path,
+        patterns: Iterable[str],
+        trust_remote_code: bool = False,
+        flag: str = "MODEL",
     ) -> OpenModel:
         """Open a Hugging Face folder. Raises `UserError` where its files do not hold the model's weights one to one."""
         base = BaseCheckpoint.open(folder, flag)
         config = folder_config(folder, trust_remote_code, flag)
         model = planned_model(Work(config, None, seq_len=1, trust_remote_code=trust_remote_code))
         try:
-            keys = map_model(base, model, [name for name, _ in model.named_parameters(remove_duplicate=False)])
+            keys = map_model(
+                base,
+                model,
+                [name for name, _ in model.named_parameters(remove_duplicate=False)],
+            )
         except NotOneToOne as error:
             raise UserError(
                 f"{flag}: {error}. They are converted as the model is loaded: name the base that a run of it has "
@@ -300,16 +319,33 @@ class OpenModel:
     def sides(self, scores: Mapping[str, float], config: MoRAConfig, budget: str) -> dict[str, int]:
         """Spend the budget by these scores. Raises `UserError` for a budget that the layers cannot take."""
         candidates = [
-            Candidate(name, weight.d_in, weight.d_out, config.largest_size(weight.d_in, weight.d_out), scores[name])
+            Candidate(
+                name,
+                weight.d_in,
+                weight.d_out,
+                config.largest_size(weight.d_in, weight.d_out),
+                scores[name],
+            )
             for name, weight in self.weights.items()
         ]
-        return spend(candidates, parse_budget(budget, self.parameters), config.step, config.r_hat_multiple)
+        return spend(
+            candidates,
+            parse_budget(budget, self.parameters),
+            config.step,
+            config.r_hat_multiple,
+        )
 
     def check_budget(self, config: MoRAConfig, budget: str) -> None:
         """Raise `UserError` for a budget that the layers cannot take, before scores are known."""
         self.sides(dict.fromkeys(self.weights, 1.0), config, budget)
 
-    def plan(self, scores: Mapping[str, float], scored_by: str, config: MoRAConfig, budget: str) -> TargetPlan:
+    def plan(
+        self,
+        scores: Mapping[str, float],
+        scored_by: str,
+        config: MoRAConfig,
+        budget: str,
+    ) -> TargetPlan:
         """The plan by the scores of weights or of a probe."""
         origin = f"by {scored_by}, for {config.operator_name}, within a budget of {budget}"
         sides = self.sides(scores, config, budget)
@@ -356,7 +392,11 @@ def plan_of_run(
     elif copy_in_folder.is_file():
         plan = read_plan(copy_in_folder)
     else:
-        plan = TargetPlan(loaded.base.folder.name, loaded.base.fingerprint(), _sides_in(checkpoint))
+        plan = TargetPlan(
+            loaded.base.folder.name,
+            loaded.base.fingerprint(),
+            _sides_in(checkpoint),
+        )
     if checkpoint is not None:
         _check_same_sides(plan, checkpoint)
     if checkpoint is None or not copy_in_folder.is_file():

@@ -53,7 +53,14 @@ class Mappings:
             # Of a private mapping this process has pages of its own from the first write on.
             is_own = permissions[3] != "s" and written != "0"
             if inode != "0" and not is_own:
-                mappings.append(_Mapping(int(start, 16), int(end, 16), int(offset, 16), f"{device} {inode}"))
+                mappings.append(
+                    _Mapping(
+                        int(start, 16),
+                        int(end, 16),
+                        int(offset, 16),
+                        f"{device} {inode}",
+                    )
+                )
         return cls(sorted(mappings))
 
     def place_of(self, tensor: Tensor) -> str | None:
@@ -62,7 +69,14 @@ class Mappings:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
             return None
         address = tensor.data_ptr()
-        index = bisect.bisect_right(self.mappings, address, key=lambda mapping: mapping.start) - 1
+        index = (
+            bisect.bisect_right(
+                self.mappings,
+                address,
+                key=lambda mapping: mapping.start,
+            )
+            - 1
+        )
         if index < 0 or address + tensor.nbytes > (mapping := self.mappings[index]).end:
             return None
         return f"{mapping.file} @{mapping.offset + address - mapping.start}"
@@ -74,7 +88,11 @@ def give_back(tensor: Tensor) -> None:
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
     if end > start:  # the result does not matter: it is advice
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start),
+            ctypes.c_size_t(end - start),
+            _MADV_DONTNEED,
+        )
 
 
 def trim() -> None:

@@ -157,7 +157,11 @@ class Ranks:
         """[work(0), ..., work(count - 1)] on every rank, each computed by one of them: a `data.ParallelMap`."""
         name = "work shared by all ranks"
         numbers = range(self.rank, count, self.world)
-        mine = self.agree(name, lambda: {number: work(number) for number in numbers}, long=True)
+        mine = self.agree(
+            name,
+            lambda: {number: work(number) for number in numbers},
+            long=True,
+        )
         everyone = [mine]
         if self.world > 1:
             everyone = gather_to_all(mine, self.group)
@@ -201,7 +205,13 @@ class Ranks:
         failure.is_shared = True  # type: ignore[attr-defined]
         raise failure from error if failure is not error else None
 
-    def _arrive(self, check: str | None, error: Exception | None, gathers: bool, timeout_s: float) -> bool | None:
+    def _arrive(
+        self,
+        check: str | None,
+        error: Exception | None,
+        gathers: bool,
+        timeout_s: float,
+    ) -> bool | None:
         """Wait for all ranks. Whether all are at this check without an error; None when a rank that has failed waits
         in vain."""
         since = time.monotonic()
@@ -209,7 +219,12 @@ class Ranks:
         check_number = _number(f"{gathers} {check}")
         highest = torch.tensor([int(error is not None), check_number, -check_number])
         try:
-            work = dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            work = dist.all_reduce(
+                highest,
+                op=dist.ReduceOp.MAX,
+                group=self.group,
+                async_op=True,
+            )
             work.wait(timedelta(seconds=limit))
         except RuntimeError as raised:
             if check is None:

@@ -125,7 +125,12 @@ class _Watch:
 
     def _run(self) -> None:
         while True:
-            ready, _, _ = select.select([self._reader], [], [], _TICK_S if self.since is None else _TICK_S / 5)
+            ready, _, _ = select.select(
+                [self._reader],
+                [],
+                [],
+                _TICK_S if self.since is None else _TICK_S / 5,
+            )
             for number in os.read(self._reader, 64) if ready else b"":
                 self._note(number)
             if not self.settled:
