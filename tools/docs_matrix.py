@@ -64,7 +64,11 @@ def refusal(row: str, column: str) -> str | None:
     try:
         arguments = parse(f"{row} {column} {run}".split())
         validate(arguments)
-        config = resolve_ds_config(arguments.training.deepspeed, arguments.training.engine_settings(), 2)
+        config = resolve_ds_config(
+            arguments.training.deepspeed,
+            arguments.training.engine_settings(),
+            2,
+        )
         check_splittable(config, arguments.training.tensor_parallel_size)
     except UserError as error:
         return str(error)

@@ -48,7 +48,14 @@ def memory() -> list[str]:
         for method in plans.METHODS:
             gigabytes = {name: f"{size / 1e9:,.2f} GB" for name, size in known[model, method, gpus]["bytes"].items()}
             base = "sharded" if "full" in method else gigabytes["base"]
-            body.append(table_row(f"{model}, {method}", base, gigabytes["held"], gigabytes["peak"]))
+            body.append(
+                table_row(
+                    f"{model}, {method}",
+                    base,
+                    gigabytes["held"],
+                    gigabytes["peak"],
+                )
+            )
     return body
 
 
@@ -99,7 +106,14 @@ def learning() -> list[str]:
     for title, method in README_LEARNING.items():
         point = by_method[method]
         perplexities = [mean_and_spread(seeds) for seeds in (point.new, point.old)]
-        body.append(table_row(title, f"{point.trained:,}", *perplexities, str(len(point.new))))
+        body.append(
+            table_row(
+                title,
+                f"{point.trained:,}",
+                *perplexities,
+                str(len(point.new)),
+            )
+        )
     return body
 
 
@@ -114,7 +128,13 @@ def packages() -> list[str]:
         if folder.is_dir():
             doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
             imported = ", ".join(sorted(MAY_IMPORT.get(name, ()))) or "nothing of `mora_ds`"
-            body.append(table_row(f"`{name}/`", cell(re.split(r"(?<=\.)\s", doc.split("\n\n")[0])[0]), imported))
+            body.append(
+                table_row(
+                    f"`{name}/`",
+                    cell(re.split(r"(?<=\.)\s", doc.split("\n\n")[0])[0]),
+                    imported,
+                )
+            )
     return body
 
 

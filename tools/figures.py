@@ -98,7 +98,13 @@ def draw(path: Path, folder: Path) -> None:
         axis.set_ylabel(f"perplexity on the {name} text")
     panels[1].set_xlabel("optimizer steps")
     figure.subplots_adjust(left=0.12, right=0.65, top=0.92, bottom=0.12, hspace=0.25)
-    panels[0].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, labelcolor=INK, fontsize=10)
+    panels[0].legend(
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=10,
+    )
     target = folder / f"{path.stem.replace('_', '-')}.svg"
     save(figure, target, "Perplexity of the new and the old text during training")
 
@@ -114,7 +120,14 @@ def _draw_curve(axis: Any, name: str, point: Point, start: Point | None) -> None
     lowest = [min(values) for values in seeds]
     highest = [max(values) for values in seeds]
     axis.fill_between(steps, lowest, highest, color=colour, alpha=0.2, linewidth=0)
-    axis.plot(steps, [fmean(values) for values in seeds], line, color=colour, linewidth=2, label=label)
+    axis.plot(
+        steps,
+        [fmean(values) for values in seeds],
+        line,
+        color=colour,
+        linewidth=2,
+        label=label,
+    )
 
 
 def _logarithmic(axis: Any, values: Sequence[float]) -> None:
@@ -132,8 +145,19 @@ def _logarithmic(axis: Any, values: Sequence[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--learning", type=Path, metavar="FILE", help="draw only this JSON of tools/bench/learning.py")
-    parser.add_argument("--output", type=Path, default=ASSETS, metavar="FOLDER", help="where it is drawn")
+    parser.add_argument(
+        "--learning",
+        type=Path,
+        metavar="FILE",
+        help="draw only this JSON of tools/bench/learning.py",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS,
+        metavar="FOLDER",
+        help="where it is drawn",
+    )
     options = parser.parse_args()
     for path in [options.learning] if options.learning else [DATA / f"{name}.json" for name in DRAWN]:
         draw(path, options.output)

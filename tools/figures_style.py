@@ -39,7 +39,12 @@ def axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
 def save(figure: Any, path: Path, title: str) -> None:
     """Write a figure as SVG whose text can be selected."""
     text = StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Title": title, "Creator": "mora_ds"})
+    figure.savefig(
+        text,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Title": title, "Creator": "mora_ds"},
+    )
     svg = text.getvalue()
     # The placeholders become CSS variables, which follow the reader's scheme.
     for placeholder, (variable, light, _) in COLOURS.items():

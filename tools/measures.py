@@ -32,7 +32,12 @@ Measures = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the checkout to measure")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(__file__).parents[1],
+        help="the checkout to measure",
+    )
     root = parser.parse_args().root
     measured = {package: measure(root / package) for package in PACKAGES}
     measured["mora_ds"]["flags of training"] = count_flags(root / "mora_ds" / "config")

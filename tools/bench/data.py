@@ -57,7 +57,13 @@ def main() -> None:
     report = Report(options)
     folder = Path(options.folder or tempfile.mkdtemp(prefix="bench_data-"))
     corpora = _corpora(folder, options.megabytes)
-    tokenizer = load_tokenizer(train_sentencepiece(_sample(corpora["a"]), VOCABULARY, folder / "tokenizer"))
+    tokenizer = load_tokenizer(
+        train_sentencepiece(
+            _sample(corpora["a"]),
+            VOCABULARY,
+            folder / "tokenizer",
+        )
+    )
     started = time.perf_counter()
     caches = {name: build_cache(corpus, tokenizer, folder / "cache") for name, corpus in corpora.items()}
     built = time.perf_counter() - started
@@ -66,7 +72,11 @@ def main() -> None:
 
     def cached() -> Mixture:
         sources: dict[str, Any] = {
-            name: PackedDataset(build_cache(corpus, tokenizer, folder / "cache"), options.seq_len, f"0/{name}")
+            name: PackedDataset(
+                build_cache(corpus, tokenizer, folder / "cache"),
+                options.seq_len,
+                f"0/{name}",
+            )
             for name, corpus in corpora.items()
         }
         return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows)
@@ -76,7 +86,14 @@ def main() -> None:
         for name, corpus in corpora.items():
             reader = DocumentStream(name, corpus, SHUFFLE_BUFFER, f"0/{name}")
             sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
-        return StreamMixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states=states)
+        return StreamMixture(
+            sources,
+            [(0, WEIGHTS)],
+            [None] * 3,
+            options.seq_len,
+            options.rows,
+            states=states,
+        )
 
     train = _training(options)
     stream = streamed()

@@ -160,27 +160,70 @@ def _options() -> argparse.Namespace:
         "jobs": (os.cpu_count() or 1, "runs side by side, one thread each"),
     }
     parser = bench_parser(__doc__, numbers)
-    parser.add_argument("--work", type=Path, default=Path("out/bench_learning"), help="folder for everything")
-    parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("out/bench_learning"),
+        help="folder for everything",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="model folder. Default: a small Llama, warm-started on prose",
+    )
     parser.add_argument(
         "--base_config", type=Path, default=MODEL_CONFIG, metavar="FILE",
         help="config of the model that is warm-started where there is no --base",
     )  # fmt: skip
-    parser.add_argument("--bf16", action="store_true", help="the warm start and all runs in bf16")
-    parser.add_argument("--new", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="the new text, with --base")
-    parser.add_argument("--old", type=Path, nargs=2, metavar=("TRAIN", "HELD"), help="what the base knows, with --base")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="the warm start and all runs in bf16",
+    )
+    parser.add_argument(
+        "--new",
+        type=Path,
+        nargs=2,
+        metavar=("TRAIN", "HELD"),
+        help="the new text, with --base",
+    )
+    parser.add_argument(
+        "--old",
+        type=Path,
+        nargs=2,
+        metavar=("TRAIN", "HELD"),
+        help="what the base knows, with --base",
+    )
     parser.add_argument(
         "--rank", type=int, nargs="+", default=[8],
         help="LoRA's rank, or several; MoRA matrices have about as many parameters. Methods without one run once",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, help="sequences of a step. Default: those of --methods_file")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="sequences of a step. Default: those of --methods_file",
+    )
     parser.add_argument(
         "--compute", choices=("activation", "weight"),
         help="how MoRA layers compute in all runs. Default: by their shapes; in bf16 the paths round differently",
     )  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, at the end of every run (--eval_tasks)")
-    parser.add_argument("--replay", type=float, help="share of the old text in every batch. Default: each method's own")
-    parser.add_argument("--methods_file", type=Path, default=METHODS_FILE, help="YAML file that defines the methods")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="of lm-eval, at the end of every run (--eval_tasks)",
+    )
+    parser.add_argument(
+        "--replay",
+        type=float,
+        help="share of the old text in every batch. Default: each method's own",
+    )
+    parser.add_argument(
+        "--methods_file",
+        type=Path,
+        default=METHODS_FILE,
+        help="YAML file that defines the methods",
+    )
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD[@RATE]",
         help="those of the file to run, each at the learning rates that it is given with, if any. Default: all",
@@ -226,7 +269,11 @@ def _trials(
         method = methods.methods[name]
         learns = method.flags.get("adapter") != "none"
         ranks = options.rank if method.has_rank else options.rank[:1]
-        for rank, rate, seed in product(ranks, rates, seeds if learns else [number for number in seeds if number == 1]):
+        for rank, rate, seed in product(
+            ranks,
+            rates,
+            seeds if learns else [number for number in seeds if number == 1],
+        ):
             settings = {
                 "model_name_or_path": texts.base, "train_files": [texts.new], "cache_dir": options.work / "tokens",
                 "eval_files": [f"{OLD}={texts.old_held}", f"{NEW}={texts.new_held}"], "mora_rank": rank,
@@ -291,7 +338,11 @@ def _kept(run: Mapping[str, Any]) -> dict[str, Any]:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _report(options: argparse.Namespace, trials: Sequence[Trial], best: Mapping[tuple[str, int], float]) -> None:
+def _report(
+    options: argparse.Namespace,
+    trials: Sequence[Trial],
+    best: Mapping[tuple[str, int], float],
+) -> None:
     shown = [row for row in _rows(trials) if row.rate == best[row.kind]]
     report = Report(options)
     ranks = ", ".join(map(str, options.rank))
@@ -337,7 +388,11 @@ def _best(rows: Sequence[Row]) -> list[Row]:
     return best
 
 
-def _table(rows: Sequence[Row], rates: Mapping[tuple[str, int], Sequence[float]], with_ranks: bool) -> list[list[str]]:
+def _table(
+    rows: Sequence[Row],
+    rates: Mapping[tuple[str, int], Sequence[float]],
+    with_ranks: bool,
+) -> list[list[str]]:
     """The titles and a line for each row, without the columns that are empty in all of them."""
     tasks = list(dict.fromkeys(name for row in rows for name in row.scores))
     table = [["rank", "method", "trained", "learning rate", "seeds", NEW, OLD, "gap", *tasks]]

@@ -24,7 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def llama_config(
-    width: int, layers: int, vocabulary: int, positions: int, mlp: int = 0, heads: int = 0, kv_heads: int = 0
+    width: int,
+    layers: int,
+    vocabulary: int,
+    positions: int,
+    mlp: int = 0,
+    heads: int = 0,
+    kv_heads: int = 0,
 ) -> LlamaConfig:
     """`mlp`: width of the MLP, 11/4 of `width` by default. `heads`: of 64 numbers each by default."""
     heads = heads or max(1, width // 64)
@@ -73,10 +79,19 @@ def on_processes(world: int, function: Callable[..., Any], *arguments: Any) -> l
 
 
 def _process(
-    rank: int, world: int, port: str, function: Callable[..., Any], arguments: tuple[Any, ...], results: Any
+    rank: int,
+    world: int,
+    port: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
 ) -> None:
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
-    os.environ.update({name: str(value) for name, value in launched.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(
+        {name: str(value) for name, value in launched.items()},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= world:

@@ -126,11 +126,37 @@ def _options() -> argparse.Namespace:
         "jobs": (2, "runs side by side, one thread each"),
     }
     parser = bench_parser(__doc__, numbers)
-    parser.add_argument("--work", type=Path, default=Path("out/bench_memorization"), help="folder for everything")
-    parser.add_argument("--base", type=Path, help="model folder. Default: a small Llama, warm-started on prose")
-    parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3), help="of ZeRO; 1 costs a small model least")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own sweep")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("out/bench_memorization"),
+        help="folder for everything",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="model folder. Default: a small Llama, warm-started on prose",
+    )
+    parser.add_argument(
+        "--stage",
+        type=int,
+        default=3,
+        choices=(1, 2, 3),
+        help="of ZeRO; 1 costs a small model least",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD",
+        help=", ".join(METHODS),
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        help="instead of each method's own sweep",
+    )
     parser.add_argument("--trial", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -152,7 +178,12 @@ def _trials(options: argparse.Namespace) -> Iterator[Trial]:
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
             for seed in range(1, options.seeds + 1):
-                yield Trial(name, rate, seed, **{field_name: getattr(options, field_name) for field_name in shared})
+                yield Trial(
+                    name,
+                    rate,
+                    seed,
+                    **{field_name: getattr(options, field_name) for field_name in shared},
+                )
 
 
 def _start(trial: Trial, work: Path) -> None:
@@ -182,17 +213,32 @@ def run_trial(trial: Trial, work: Path) -> None:
         trained = inject(model, method.adapter(rank=trial.rank, seed=trial.seed)).trainable_params
         engine, *_ = initialize(model=model, config=_ds_config(trial))
         if method.merges:
-            run = Run(engine, base=trial.base, folder=work / trial.name / "run", overwrite=True)
+            run = Run(
+                engine,
+                base=trial.base,
+                folder=work / trial.name / "run",
+                overwrite=True,
+            )
     every = trial.steps // trial.cycles if method.merges else 0
     schedule = Schedule(
-        ScheduleKind.CONSTANT, trial.rate, trial.steps, WARMUP, merge_every=every, restart_warmup_steps=RAMP
+        ScheduleKind.CONSTANT,
+        trial.rate,
+        trial.steps,
+        WARMUP,
+        merge_every=every,
+        restart_warmup_steps=RAMP,
     )
     result: dict[str, Any] = {"trained": trained, "steps": [], "accuracy": [], "loss": []}
     draw = random.Random(f"order/{trial.seed}")
     merges = list[int]()
     for step in range(trial.steps):
         zero.set_learning_rate(engine, schedule.learning_rate(step, merges))
-        loss = _step(engine, rows, [draw.randrange(len(rows)) for _ in range(trial.batch)], trial.micro_batch)
+        loss = _step(
+            engine,
+            rows,
+            [draw.randrange(len(rows)) for _ in range(trial.batch)],
+            trial.micro_batch,
+        )
         if run is not None and schedule.merges_after(step + 1):
             run.merge(step + 1)
             merges.append(step + 1)

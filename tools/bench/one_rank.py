@@ -54,9 +54,18 @@ class OneRank:
     _paused: float = 0.0
 
     def __post_init__(self) -> None:
-        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.rank % 8))
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK=str(self.rank % 8),
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-        dist.init_process_group("fake", rank=self.rank, world_size=self.world, store=FakeStore())
+        dist.init_process_group(
+            "fake",
+            rank=self.rank,
+            world_size=self.world,
+            store=FakeStore(),
+        )
         for name in COLLECTIVES:
             setattr(dist, name, self._unclocked(getattr(dist, name)))
         for module in (exchange, ranks):

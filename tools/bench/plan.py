@@ -47,7 +47,14 @@ def main() -> None:
     options = _options()
     report = Report(options)
     sides = {"heads": 8, "kv_heads": 4}
-    config = llama_config(options.hidden, options.layers, VOCABULARY, 2048, options.hidden * 43 // 16, **sides)
+    config = llama_config(
+        options.hidden,
+        options.layers,
+        VOCABULARY,
+        2048,
+        options.hidden * 43 // 16,
+        **sides,
+    )
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
         tiny = llama_config(64, 1, 64, 2048, 128, **sides)

@@ -32,7 +32,12 @@ Numbers = Mapping[str, tuple[float, str]]
 def bench_parser(documentation: str | None, numbers: Numbers | None = None) -> argparse.ArgumentParser:
     """A parser with `--json FILE` and a flag for each of `numbers`, described by a benchmark's documentation."""
     parser = command_parser(documentation)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed as JSON too")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write what is printed as JSON too",
+    )
     for name, (default, text) in (numbers or {}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     return parser

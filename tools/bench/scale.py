@@ -130,7 +130,11 @@ def _one(folder: Path, base: Path, model: str, setting: str, world: int, rank: i
     one = OneRank(rank, world // (degree_in(ds_config) or 1), folder)
     spent_in: dict[str, Spent] = {}
     sides = _sides(config, lora_rank)
-    zero = _zero(ds_config, [side**2 for side in sides] * config.num_hidden_layers, one.world)
+    zero = _zero(
+        ds_config,
+        [side**2 for side in sides] * config.num_hidden_layers,
+        one.world,
+    )
     persists = zero["stage3_param_persistence_threshold"] >= max(sides) ** 2
     small = [BOOKKEEPING_SIDE] * len(sides)
     as_the_real_ones = {**zero, "stage3_param_persistence_threshold": BOOKKEEPING_SIDE**2 if persists else 0}
@@ -159,7 +163,13 @@ class _Square(nn.Module):
 
 def _sides(config: LlamaConfig, rank: int) -> list[int]:
     """Of the MoRA matrices of one decoder layer."""
-    one = planned_model(Work(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}), MoRAConfig(rank=rank), 8))
+    one = planned_model(
+        Work(
+            LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1}),
+            MoRAConfig(rank=rank),
+            8,
+        )
+    )
     return [layer.spec.value_shape[0] for layer in mora_layers(one).values()]
 
 
@@ -273,7 +283,12 @@ def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, s
         rows[:, NUMEL] = np.minimum(begins + sizes, (rank + 1) * share) - start
         rows[:, OFFSET] = start - rank * share
     rows = rows[rows[:, NUMEL] > 0]
-    return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows, moments=rows)
+    return template._replace(
+        rank=rank,
+        file=_renamed(template.file, one.rank, rank),
+        extents=rows,
+        moments=rows,
+    )
 
 
 def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
@@ -305,7 +320,12 @@ def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -
 
 def _options() -> argparse.Namespace:
     parser = bench_parser(__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="for checkpoints; left as it was")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="for checkpoints; left as it was",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024, 4096])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     return parser.parse_args()

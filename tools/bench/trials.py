@@ -31,7 +31,12 @@ def run_alone(command: Sequence[str], log: Path) -> None:
     """Runs `command` on one thread, its output in `log`. Raises `RunError` naming that when it fails."""
     with log.open("w", encoding="utf-8") as file:
         environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(
+            command,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
     if code:
         raise RunError(f"a run failed: see {log}")
 
