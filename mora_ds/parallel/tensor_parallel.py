@@ -27,9 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
-from mora_ds.adapters.ops.frozen import linear
+from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, product
 from mora_ds.adapters.ops.gather import linear_map
-from mora_ds.adapters.ops.linear import Compute
+from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import TensorPlan, plan_of
@@ -141,7 +141,8 @@ class LayerSplit:
         if self.style is Style.WHOLE:
             return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, square_shard, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
-        y = _SplitLinear.apply(x, weight, bias, square_shard, self._window(layer.spec), self, path)
+        products = WindowProducts(self, self._window(layer.spec))
+        y = linear_by(products, x, weight, bias, square_shard, path)
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
     def shard(self, matrix: Tensor) -> Tensor:
@@ -246,51 +247,67 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-# -- autograd ---------------------------------------------------------------------------------------------------------
+# -- a window's steps --------------------------------------------------------------------------------------------------
 
 
-class _SplitLinear(torch.autograd.Function):
-    """A window of an adapted layer. Neither M nor anything of the size of W0 is saved for backward."""
+class WindowProducts(LayerProducts):
+    """The steps of a window of an adapted layer: `square` is this process's share of M. Neither M nor anything of the
+    size of W0 is saved for backward."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, square_shard: Tensor, window: Window,
-        split: LayerSplit, path: Compute,
-    ) -> Tensor:  # fmt: skip
-        ctx.window = window
-        ctx.split = split
-        ctx.weight = weight
-        ctx.by_weight = path is Compute.WEIGHT
-        ctx.saves_folded = window.spec.blocks == 1 and window.columns[1] - window.columns[0] < window.d_in
-        matrix = split.for_compute(square_shard, window)
-        z = window.fold(x) if ctx.saves_folded or not ctx.by_weight else x
-        ctx.save_for_backward(z if ctx.saves_folded else x, square_shard)
-        if ctx.by_weight:
-            return linear(x, window.delta(matrix).add_(weight), bias)
-        update = window.spread(F.linear(window.rotate(z), window.used_rows(matrix)))
-        return linear(x, weight, bias).add_(update)
+    def __init__(self, split: LayerSplit, window: Window) -> None:
+        super().__init__(window.spec)
+        self.split = split
+        self.window = window
+        self.saves_folded = window.spec.blocks == 1 and window.columns[1] - window.columns[0] < window.d_in
+        """Whether the folded input is smaller than the input."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
-        window: Window = ctx.window
-        split: LayerSplit = ctx.split
-        saved, square_shard = ctx.saved_tensors
-        in_blocks = ctx.by_weight and window.spec.blocks > 1
-        collected = g if in_blocks else window.collect(g)
-        g_x = g_shard = None
-        if ctx.needs_input_grad[0]:
-            matrix = split.for_compute(square_shard, window)
-            if ctx.by_weight:
-                g_x = g @ window.delta(matrix).add_(ctx.weight)
-            else:
-                g_z = window.rotate(collected @ window.used_rows(matrix), back=True)
-                g_x = g @ ctx.weight + window.unfold(g_z)
-        if ctx.needs_input_grad[3]:
-            if in_blocks:
-                g_matrix = window.gradient(saved, g)
-            else:
-                z = window.rotate(saved if ctx.saves_folded else window.fold(saved))
-                g_matrix = window.all_rows(collected.flatten(0, -2).T @ z.flatten(0, -2))
-            g_shard = split.gradient(g_matrix, window)
-        return g_x, None, None, g_shard, None, None, None
+    def saved_input(self, x: Tensor) -> Tensor:
+        return self.window.fold(x) if self.saves_folded else x
+
+    def form(self, weight: Weight, square: Tensor) -> Tensor:
+        return self.window.delta(self.split.for_compute(square, self.window)).add_(dense(weight, square.dtype))
+
+    def output(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        square: Tensor,
+        saved: Tensor,
+    ) -> Tensor:
+        rows = self.window.used_rows(self.split.for_compute(square, self.window))
+        update = self.window.spread(F.linear(self._compressed(saved), rows))
+        return product(x, weight, bias).add_(update)
+
+    def collect_once(self, g: Tensor) -> Tensor:
+        return self.window.collect(g)
+
+    def input_gradient(
+        self,
+        g: Tensor,
+        weight: Weight,
+        square: Tensor,
+        collected: Tensor | None,
+    ) -> Tensor:
+        assert collected is not None
+        rows = self.window.used_rows(self.split.for_compute(square, self.window))
+        g_z = self.window.rotate(collected @ rows, back=True)
+        return input_gradient(g, weight) + self.window.unfold(g_z)
+
+    def square_gradient(
+        self,
+        saved: Tensor,
+        g: Tensor,
+        collected: Tensor | None,
+        by_weight: bool,
+    ) -> Tensor:
+        if by_weight and self.spec.blocks > 1:
+            gradient = self.window.gradient(saved, g)
+        else:
+            c = self.window.collect(g) if collected is None else collected
+            z = self._compressed(saved)
+            gradient = self.window.all_rows(c.flatten(0, -2).T @ z.flatten(0, -2))
+        return self.split.gradient(gradient, self.window)
+
+    def _compressed(self, saved: Tensor) -> Tensor:
+        return self.window.rotate(saved if self.saves_folded else self.window.fold(saved))
