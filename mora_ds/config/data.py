@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, wrong_values
 from mora_ds.config.flags import documented
-from mora_ds.runtime.node_memory import Sharing
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,6 @@ class ModelArguments:
     """Folder or Hub name of the tokenizer, or a file that --train_tokenizer_vocab wrote. Default: the model's own."""
     train_tokenizer_vocab: int = 0
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training files; 0 for none."""
-    node_base: str = Sharing.AUTO.value
-    """On CPUs, where the frozen base lies that the processes of a node share: auto (in the model's files, mapped, and
-    from the first merge on in memory that they share; private where they cannot), or private (each process has a copy
-    of its own of what merges change)."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
     attn_implementation: str = "auto"
@@ -48,7 +43,7 @@ class ModelArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000), "node_base": Sharing})
+        yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000)})
         if self.model_name_or_path and self.model_config:
             yield "--model_name_or_path and --model_config: give one of them"
         if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:

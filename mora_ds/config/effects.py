@@ -105,11 +105,7 @@ EFFECTS = (
         lambda run: run.training.eval_steps > 0,
         "stop_when_forgotten best_by",
     ),
-    Effect(
-        "--eval_tasks",
-        lambda run: bool(run.training.eval_tasks),
-        "eval_tasks_steps eval_tasks_limit",
-    ),
+    Effect("--eval_tasks", lambda run: bool(run.training.eval_tasks), "eval_tasks_steps"),
 )
 
 

@@ -70,6 +70,8 @@ REMOVED: dict[str, str] = {
     "compile": "was removed: on GPUs the operators have kernels of their own",
     "domain_adapters": _RESEARCH,
     "eval_domains": _RESEARCH,
+    "eval_tasks_limit": "was removed, as scores on a part of a task compare with no others: a FILE.yaml of "
+    "--eval_tasks may name a smaller split",
     "expert_rank": "was removed: an expert's rank is --mora_rank divided by the number of experts that compute a token",
     "freeze": _RESEARCH,
     "full_rank_learning_rate": _TWO_RUNS,
@@ -88,6 +90,7 @@ REMOVED: dict[str, str] = {
     "muon_learning_rate": "was removed: --learning_rate is that of the adapter, --embedding_learning_rate that of all "
     "else, under every optimizer",
     "muon_momentum": "was removed: it is 0.95",
+    "node_base": "was removed: processes of a node share the base wherever they can see each other's memory",
     "peer_silence_s": "was removed: --collective_timeout_s ends a rank that waits for one that is gone",
     "project": "was removed: set WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME",
     "run_name": "was removed: the run is named after --output_dir, in W&B after WANDB_NAME",

@@ -80,7 +80,6 @@ _ALLOWED: dict[str, Bounds | type[Enum]] = {
     "eval_steps": NOT_NEGATIVE,
     "max_eval_batches": COUNT,
     "eval_tasks_steps": NOT_NEGATIVE,
-    "eval_tasks_limit": COUNT,
     "save_steps": NOT_NEGATIVE,
     "save_total_limit": COUNT,
     "seed": SEED,
@@ -186,8 +185,6 @@ class TrainingArguments:
     """Tasks of the lm-eval harness to evaluate on the live model, at start and end; FILE.yaml is a task of your own."""
     eval_tasks_steps: int = 0
     """Optimizer steps between evaluations of --eval_tasks, a multiple of --eval_steps; 0: at start and end only."""
-    eval_tasks_limit: int | None = None
-    """Documents of each task. Default: all."""
     stop_when_forgotten: list[str] = field(default_factory=list)
     """Evaluation sets as NAME:RATIO (general:1.10): save and stop once the perplexity of one exceeds this ratio to its
     value at the start. A task of --eval_tasks: once its score has

@@ -1,4 +1,4 @@
-"""The frozen base of a node, which its processes share where it is in host memory (--node_base).
+"""The frozen base of a node, which its processes share where it is in host memory.
 
     the model's files, mapped      as long as they hold the live weights: the same dtype, and nothing merged
     memory of the node             for all other weights, and from the first merge on (`runtime/node_memory.py`)
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.runtime.mappings import Mappings, give_back, trim
-from mora_ds.runtime.node_memory import FLAG, Offer, Sharing, check_room, node_members
+from mora_ds.runtime.node_memory import Offer, Sharing, check_room, node_members
 from mora_ds.runtime.ranks import Ranks, balanced
 
 Item = TypeVar("Item")
@@ -159,7 +159,7 @@ def share_base(
     at_once: bool = False,
 ) -> NodeBase:
     """Let the processes of each node share what lies in host memory of an injected model's frozen base, as `choice`
-    (--node_base) says; `at_once`: without waiting for the first merge.
+    (a `Sharing`) says; `at_once`: without waiting for the first merge.
 
     Collective; the base must be the same on all processes. Raises `UserError` where memory does not suffice.
     """
@@ -188,7 +188,7 @@ def _shared(
     ranks.agree("room for the base of the node", lambda: check_room(needed) if is_first else None)
     storage, problem = _map(ranks, members, layout if wants else None)
     meets = any(ranks.gather("processes that share a base", storage is not None))
-    why = problem or (f"{FLAG} {choice}" if is_private else "one process on this node")
+    why = problem or (f"node_base={choice}" if is_private else "one process on this node")
     text = f"frozen base: each process has a copy of its own of what merges change ({why})"
     base = NodeBase(ranks if meets else None, (ranks.rank,), text=text)
     if storage is not None:

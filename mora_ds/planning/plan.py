@@ -99,7 +99,7 @@ class Plan:
     def host_memory(self) -> int:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
         and what rank 0 collects to save. On CPUs also everything else of a rank, and its own quantized weights. Merged
-        weights are in memory that the ranks share, in place of the files (--node_base)."""
+        weights are in memory that the ranks share, in place of the files."""
         memory = self.memory
         on_cpu = memory.peak - memory.base + memory.base_buffers + self.quantized if self.trained.on_cpu else 0
         ranks_of_node = min(self.cluster.ranks, self.cluster.per_node)

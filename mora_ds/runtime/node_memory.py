@@ -24,7 +24,6 @@ import torch
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.ranks import Ranks
 
-FLAG = "--node_base"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -41,7 +40,7 @@ def check_room(nbytes: int) -> None:
     free, limit = free_bytes()
     if nbytes > free:
         raise UserError(
-            f"{FLAG} auto: the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
+            f"the base that the processes of this node share takes {nbytes / 1e9:,.3f} GB, and "
             f"{free / 1e9:,.3f} GB are {limit}: --base_bits 8 takes less"
         )
 

@@ -34,8 +34,7 @@ class Evaluator:
         self.tasks: TaskSuite | None = None
         if training.eval_tasks:
             batch_size = training.per_device_eval_batch_size
-            limit = training.eval_tasks_limit
-            self.tasks = TaskSuite(training.eval_tasks, replica, job.data.tokenizer, batch_size, limit)
+            self.tasks = TaskSuite(training.eval_tasks, replica, job.data.tokenizer, batch_size)
 
     def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Log and return the perplexity of each set over all processes. Collective; `before_batch` is called too."""

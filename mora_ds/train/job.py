@@ -148,7 +148,6 @@ class Job:
             config=self.ds_config,
             tensor_parallel_size=degree,
             base_on_host=self._streams,
-            node_base=self.arguments.model.node_base,
         )
         node = node_base_of(self.loaded.model)
         if node.text:

@@ -44,7 +44,7 @@ from mora_ds.train.hooks import Hooks
 NODE_SETTINGS = frozenset(
     {
         "output_dir",  # one folder may be mounted in different places
-        "cache_dir", "node_base", "preprocessing_workers",
+        "cache_dir", "preprocessing_workers",
         "model_name_or_path", "model_config", "tokenizer_name",  # the model's config and the tokenizer are compared
         "train_files", "eval_files", "dataset_name",  # the tokens are compared
         "deepspeed", "mixture",  # the content is compared

@@ -92,21 +92,13 @@ def _loaded(names: Sequence[str]) -> Any:
 class TaskSuite:
     """The tasks of a run on its engine. All ranks make it, and call it, together."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        replica: Replica,
-        tokenizer: Any,
-        batch_size: int,
-        limit: int | None = None,
-    ) -> None:
-        """`batch_size`: rows of a pass; `limit`: documents of each task."""
+    def __init__(self, names: Sequence[str], replica: Replica, tokenizer: Any, batch_size: int) -> None:
+        """`batch_size`: rows of a pass."""
         self.names = task_names(names)
         self._manager = _loaded(names)
         self._replica = replica
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._limit = limit
 
     def evaluate(self) -> dict[str, TaskResult]:
         """Task (or group) -> its result, the same on all ranks. Collective. Random states stay as they are."""
@@ -122,7 +114,7 @@ class TaskSuite:
         ):
             model = _model(module, self._tokenizer, self._batch_size, self._replica, in_step)
             results = lm_eval.simple_evaluate(
-                model=model, tasks=list(self.names), task_manager=self._manager, limit=self._limit, log_samples=False,
+                model=model, tasks=list(self.names), task_manager=self._manager, log_samples=False,
                 bootstrap_iters=0,
             )  # fmt: skip
         return Ranks.current().on_first("results of tasks", lambda: _results(results, self.names))

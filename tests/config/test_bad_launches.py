@@ -48,7 +48,6 @@ LAUNCHES = r"""
 --report_to none wandb | --report_to none goes with no other tracker
 --report_to wandb wandb | twice
 --eval_tasks a --eval_tasks_steps 3 | --eval_tasks_steps 3 | multiple of --eval_steps, 0
---eval_tasks a --eval_tasks_limit 0 | --eval_tasks_limit must be at least 1
 --eval_tasks a --eval_tasks_steps 3 --eval_steps 2 | --eval_tasks_steps 3 | multiple of --eval_steps, 2
 --seed -1 | --seed must be at least 0
 --seed 100000000000000000000000 | --seed must be below 9223372036854775808
@@ -182,7 +181,6 @@ stray | 'stray'
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
 --attn_implementation flex_attention | --attn_implementation flex_attention | trains on a GPU alone
 --attn_implementation magic | --attn_implementation magic
---node_base privat | unknown --node_base 'privat'; known: auto, private. Did you mean 'private'?
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer
 --target_modules experts --adapter lora | --adapter lora is for linear layers

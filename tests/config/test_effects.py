@@ -48,7 +48,6 @@ shuffle_buffer: 5               |
 stop_when_forgotten: ["b:1.1"]  | eval_files: [b.txt]
 best_by: ["b:1"]                | eval_files: [b.txt]
 eval_tasks_steps: 2             | eval_steps: 2
-eval_tasks_limit: 9             |
 """
 USED = """
 lora_alpha: 16                  | adapter: lora
@@ -64,7 +63,7 @@ num_train_epochs: 3             |
 max_eval_batches: 3             | held_out_share: 0.1
 shuffle_buffer: 5               | streaming: true, max_steps: 9
 best_by: ["b:1"]                | eval_files: [b.txt], eval_steps: 2
-eval_tasks_limit: 9             | eval_tasks: [hellaswag]
+eval_tasks_steps: 2             | eval_tasks: [hellaswag], eval_steps: 2
 """
 
 

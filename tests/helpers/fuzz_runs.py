@@ -64,7 +64,6 @@ document_mask               | false
 preprocessing_workers       | 2
 tokenizer_name              | {user}/model | {user}/gone
 train_tokenizer_vocab       | 300 | 5
-node_base                   | private
 trust_remote_code           | true
 attn_implementation         | sdpa | eager | flex_attention | flash_attention_2
 overwrite_output_dir        | true
@@ -104,7 +103,6 @@ eval_steps                  | 1 | 2 | 3
 eval_on_start               | false
 eval_tasks                  | no_such_task
 eval_tasks_steps            | 2
-eval_tasks_limit            | 1
 stop_when_forgotten         | held:1.0001 | a:2
 best_by                     | held:1 | held:1 short:0.5
 max_eval_batches            | 1 | 1000

@@ -1,4 +1,4 @@
-"""--node_base: the processes of a node share one frozen base, which every merge leaves as if each had merged alone."""
+"""The processes of a node share one frozen base, which every merge leaves as if each had merged alone."""
 
 import os
 from pathlib import Path
@@ -25,9 +25,10 @@ from mora_ds.train.run import Run
 from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, run
-from tests.helpers.kills import STEPS, killed_run
+from tests.helpers.kills import STEPS
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_same_outcome
+from tests.helpers.resume import interrupted_job
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 
@@ -205,16 +206,22 @@ def without_memory(argv: list[str]) -> tuple[str, str]:
 def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp_path: Path) -> None:
     ((kind, message),) = set(run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS)))
     assert kind == "UserError"
-    assert "--node_base auto: the base that the processes of this node share takes 0.000 GB" in message
+    assert "the base that the processes of this node share takes 0.000 GB" in message
     assert "0.000 GB are left by the memory limit of the job" in message
+
+
+def interrupted_with_private_bases(argv: list[str], step: int) -> None:
+    """A run on processes that cannot share memory, which stops dead after `step`."""
+    with mock.patch.object(Offer, "make", side_effect=OSError("no memory to share")):
+        interrupted_job(argv, step)
 
 
 @pytest.mark.heavy
 def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path, out: Path) -> None:
     flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
     whole = tmp_path / "whole"
-    run(2, user.flags(whole, *flags, "--node_base", "private"))
-    killed_run(2, user.flags(out, *flags, "--node_base", "private"), "right_after_a_merge", [0, 1])
+    run(2, user.flags(whole, *flags))
+    run_ranks(2, interrupted_with_private_bases, user.flags(out, *flags), 4)
     run(2, user.flags(out, *flags))
     assert_same_outcome(out, whole)
 
@@ -293,5 +300,5 @@ def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [group, tmp_path])
     assert free_bytes() == (1_500_000, f"left by the memory limit of {group}")
     check_room(1_500_000)
-    with pytest.raises(UserError, match=r"--node_base auto: .* takes 0\.002 GB, and .* left .*job: --base_bits 8"):
+    with pytest.raises(UserError, match=r"the base that .* takes 0\.002 GB, and .* left .*job: --base_bits 8"):
         check_room(1_600_000)

@@ -104,7 +104,7 @@ def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dic
 
     model = adapted_model(model={"vocab_size": 400})
     engine, *_ = mora_ds.initialize(model=model, config=ds_config(3, ROWS // dist.get_world_size(), 1))
-    suite = TaskSuite(files, Replica(engine), load_tokenizer(Path(folder)), batch_size=2, limit=5)
+    suite = TaskSuite(files, Replica(engine), load_tokenizer(Path(folder)), batch_size=2)
     states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     results = suite.evaluate()
     same = torch.equal(states[0], torch.get_rng_state()) and random.getstate() == states[2]
