@@ -165,8 +165,8 @@ config/training.py | config/test_settings.py
 
 # a stale copy of a tied weight is exported
 deploy/export.py | deploy/test_export.py
--if key in used or key not in run.reference.keys:
-+if key:
+-key_in_base = run.reference.keys.get(key, key)
++key_in_base = key
 
 # int8 scales are those of the columns
 adapters/ops/int8.py | adapters/ops/test_int8.py

@@ -100,25 +100,23 @@ def plain_json(text: str, where: object) -> Any:
         content = parse_json(text)
     except ValueError as error:
         raise UserError(f"{where} is damaged: {error}") from error
-    level = [content]
-    depth = 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise UserError(f"{where} is damaged: nested more than {MAX_DEPTH} deep")
-        level = [child for value in level for child in _children(value, where)]
+    _check_values(content, where, depth=1)
     return content
 
 
-def _children(value: Any, where: object) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for key in value:
-            _require_encodable(key, where)
-        yield from value.values()
-    elif isinstance(value, list):
-        yield from value
-    elif isinstance(value, str):
+def _check_values(value: Any, where: object, depth: int) -> None:
+    """Raises `UserError` where a value lies deeper than `MAX_DEPTH`, and for texts that are no Unicode."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"{where} is damaged: nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
         _require_encodable(value, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _require_encodable(key, where)
+            _check_values(item, where, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_values(item, where, depth + 1)
 
 
 def _require_encodable(text: str, where: object) -> None:
