@@ -21,7 +21,7 @@ from mora_ds.data.packing import IGNORED, PackedDataset
 from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import train_sentencepiece
 from mora_ds.data.stream import DocumentStream
-from mora_ds.data.stream_source import ParallelMap, StreamMixture, StreamSource
+from mora_ds.data.stream_source import StreamMixture, StreamSource
 from mora_ds.data.tokenizer import (
     AUTO,
     NOTHING,
@@ -48,7 +48,6 @@ __all__ = [
     "Extension",
     "Mixture",
     "PackedDataset",
-    "ParallelMap",
     "Source",
     "StreamMixture",
     "StreamSource",

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,28 +24,14 @@ from mora_ds.data.readers import Document, batched
 from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
 
-
-class ParallelMap(Protocol):
-    """Computes a function of 0, 1, ... on several ranks; all ranks call it at the same moments. (`runtime.ranks.Ranks`
-    is one.)"""
-
-    @property
-    def width(self) -> int:
-        """How many calls run at the same time."""
-        ...
-
-    def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        """[work(0), ..., work(count - 1)] on every rank, each computed by one of them."""
-        ...
+SharedWork = Callable[[Callable[[int], Any], int], list[Any]]
+"""(work, count) -> [work(0), ..., work(count - 1)] on every rank, each computed by one of them. All ranks call it at
+the same moments. (`runtime.ranks.Ranks` is one.)"""
 
 
-class SingleProcess:
-    """A `ParallelMap` of one process."""
-
-    width = 1
-
-    def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        return [work(number) for number in range(count)]
+def in_this_process(work: Callable[[int], Any], count: int) -> list[Any]:
+    """The `SharedWork` of a single rank."""
+    return [work(number) for number in range(count)]
 
 
 @dataclass
@@ -70,17 +56,20 @@ class StreamSource:
         seq_len: int,
         document_mask: bool,
         content_id: Any,
-        parallel_map: ParallelMap | None = None,
+        share: SharedWork = in_this_process,
+        ranks: int = 1,
         epochs: float | None = None,
     ) -> None:
-        """`epochs`: how often the source may be read, None for any number."""
+        """`share`: how the `ranks` tokenise together, a batch of documents each at a time. `epochs`: how often the
+        source may be read, None for any number."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
         self.document_mask = document_mask
         self.epochs = epochs
         self.content_id = content_id
-        self.parallel_map = parallel_map or SingleProcess()
+        self.share = share
+        self.ranks = ranks
         self._probes: list[Block] = []
         self.restore({"place": StreamPosition().to_json(), "offset": 0, "samples": 0})
 
@@ -148,8 +137,8 @@ class StreamSource:
 
     def _fill(self) -> bool:
         """Tokenises the next documents, a batch a rank; False at the end of the epoch."""
-        batches = list(islice(self._batches, self.parallel_map.width))
-        encoded = self.parallel_map(
+        batches = list(islice(self._batches, self.ranks))
+        encoded = self.share(
             lambda number: self.encoder.rows([document for document, _ in batches[number]]), len(batches)
         )
         for batch, rows in zip(batches, encoded, strict=True):

@@ -183,7 +183,7 @@ class BaseCheckpoint:
                 lines = self._lines(self._file_of)
             else:
                 sizes = {key: tensor_nbytes(*self.shape_dtype(key)) for key in self._file_of}
-                slices = balanced(sizes, ranks.width)
+                slices = balanced(sizes, ranks.world)
                 lines = [line for of_rank in ranks(lambda n: self._lines(slices[n]), len(slices)) for line in of_rank]
             self._fingerprint = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
         return self._fingerprint

@@ -148,13 +148,8 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    @property
-    def width(self) -> int:
-        """Number of work items that a call processes at a time, one on each rank."""
-        return self.world
-
     def __call__(self, work: Callable[[int], Any], count: int) -> list[Any]:
-        """[work(0), ..., work(count - 1)] on every rank, each computed by one of them: a `data.ParallelMap`."""
+        """[work(0), ..., work(count - 1)] on every rank, each computed by one of them."""
         name = "work shared by all ranks"
         numbers = range(self.rank, count, self.world)
         mine = self.agree(

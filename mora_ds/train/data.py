@@ -292,8 +292,9 @@ class _Tokenization:
             data.seq_len,
             data.document_mask,
             identity,
-            self.ranks,
-            source.epochs,
+            share=self.ranks,
+            ranks=self.ranks.world,
+            epochs=source.epochs,
         )
 
         def read_start() -> None:
