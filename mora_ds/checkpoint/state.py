@@ -13,7 +13,7 @@ from mora_ds.checkpoint.layout import STATE_FILE
 from mora_ds.common import files
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-from mora_ds.common.nested import flattened
+from mora_ds.common.nested import different_keys, flattened
 from mora_ds.common.untrusted import Count, Processes, typed_fully
 
 
@@ -94,9 +94,7 @@ def check_identity(folder: Path, saved: JsonObject, now: JsonObject) -> None:
     """Raises one `UserError` that names everything in which the checkpoint's run differs from this one."""
     there, here = (flattened(json.loads(json.dumps(identity))) for identity in (saved, now))
     differences = [
-        f"{_label(key)}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted({*there, *here})
-        if there.get(key) != here.get(key)
+        f"{_label(key)}: {there.get(key)!r} there, {here.get(key)!r} here" for key in different_keys(there, here)
     ]
     if differences:
         raise UserError(f"{folder} belongs to another run:\n  " + "\n  ".join(differences))

@@ -15,3 +15,8 @@ def flattened(content: Mapping[str, Any], prefix: str = "", separator: str = "."
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def different_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys, sorted, that have another value in each, or that only one of them has."""
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -107,5 +108,5 @@ def card_name() -> str:
 def memory_bytes() -> float:
     """The total memory of this process's device; on a CPU, of the machine."""
     if is_cpu():
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return float(psutil.virtual_memory().total)
     return float(get_accelerator().total_memory())

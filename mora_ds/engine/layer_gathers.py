@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class LayerGathers:
@@ -73,30 +74,16 @@ class LayerGathers:
 def marked(value: Any, in_backward: Callable[[], None]) -> Any:
     """The value, whose backward calls `in_backward` once the gradients of all tensors in it are there: at a layer's
     outputs before the layer's own backward, at its inputs after it."""
-    tensors: list[Tensor] = []
-
-    def find(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    value = _each_tensor(value, find)
+    leaves, structure = tree_flatten(value)
+    tensors = [leaf for leaf in leaves if _needs_gradient(leaf)]
     if not tensors or not torch.is_grad_enabled():
         return value
     passed = iter(_Mark.apply(in_backward, *tensors))
-    return _each_tensor(value, lambda tensor: next(passed))
+    return tree_unflatten([next(passed) if _needs_gradient(leaf) else leaf for leaf in leaves], structure)
 
 
-def _each_tensor(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The value with each tensor that needs a gradient replaced."""
-    if isinstance(value, Tensor):
-        return change(value) if value.requires_grad else value
-    if isinstance(value, (tuple, list)):
-        elements = [_each_tensor(element, change) for element in value]
-        return type(value)(*elements) if hasattr(value, "_fields") else type(value)(elements)
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _each_tensor(value[key], change)
-    return value
+def _needs_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
 def free_quickly(parameter: Any) -> None:

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
+from mora_ds.common.nested import different_keys
 from mora_ds.common.untrusted import (
     MAX_SIDE,
     FileName,
@@ -552,7 +553,7 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
 
 def _check(engine: zero.Engine, parameters: dict[int, _Parameter], shards: EngineShards) -> None:
     here = {parameter.name: parameter.shape for parameter in parameters.values()}
-    different = sorted(name for name in {*here, *shards.shapes} if here.get(name) != shards.shapes.get(name))
+    different = different_keys(here, shards.shapes)
     if different:
         name = different[0]
         raise UserError(

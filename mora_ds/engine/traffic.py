@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class CollectiveCounter:
@@ -63,20 +64,16 @@ class CollectiveCounter:
         def counted(*args: Any, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
             self.bytes[kind] += max(nbytes_of(value) for value in values)
-            base = (t for t in tensors_of(values) if t.untyped_storage().data_ptr() in self._base_storages)
-            self.base_bytes += nbytes_of(list(base))
+            base = [t for t in tensors_of(values) if t.untyped_storage().data_ptr() in self._base_storages]
+            self.base_bytes += nbytes_of(base)
             return call(*args, **kwargs)
 
         return counted
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     """The tensors among a collective's arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def nbytes_of(value: Any) -> int:

@@ -61,6 +61,7 @@ from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError, whole_number
 from mora_ds.common.files import JsonObject, as_path, copy_folder
+from mora_ds.common.nested import different_keys
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
@@ -321,12 +322,11 @@ class Run:
         set_cycle(model, self.remora.config, adapter.cycle)
         saved = adapter.layers
         live = layer_entries(model)
-        for name in {**saved, **live}:
-            if saved.get(name) != live.get(name):  # its matrix would act through other permutations
-                raise UserError(
-                    f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model: "
-                    f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
-                )
+        for name in different_keys(saved, live):  # its matrix would act through other permutations
+            raise UserError(
+                f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model: "
+                f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
+            )
         load_checkpoint(checkpoint, self.engine, self.state)
         if frozen_values(model):
             restore_frozen(model, dict(AdapterTensors.open(checkpoint, adapter).items()))

@@ -13,7 +13,7 @@ import yaml
 from mora_ds.checkpoint.layout import RUN_FILE
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_path, load_yaml
-from mora_ds.common.nested import flattened
+from mora_ds.common.nested import different_keys, flattened
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
 
@@ -88,9 +88,7 @@ def changed_settings(folder: Path, settings: Facts, resolved: Facts) -> list[str
         there = _of_deepspeed_file(before["resolved"])
         here = _of_deepspeed_file(without_secrets(resolved))
         changes += [
-            f"{name} in --deepspeed {there.get(name)} -> {here.get(name)}"
-            for name in sorted({*there, *here})
-            if there.get(name) != here.get(name)
+            f"{name} in --deepspeed {there.get(name)} -> {here.get(name)}" for name in different_keys(there, here)
         ]
     return changes
 
