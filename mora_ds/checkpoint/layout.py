@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +113,19 @@ def tokenizer_of(folder: Path | None) -> Path | None:
 # -- what a path means -------------------------------------------------------------------------------------------------
 
 
-def adapter_folder(path: Path) -> Path | None:
-    """The folder with adapter.json that `path` means: itself, what it links to, or a run's latest checkpoint. Raises
-    `UserError` for one with links in it."""
-    return _first_with(path, ADAPTER_JSON)
+def adapter_folder(path: Path, marks: Sequence[str] = (ADAPTER_JSON,)) -> Path | None:
+    """The folder with adapter.json (one of the files `marks`) that `path` means: itself, what it links to, or a run's
+    latest checkpoint. Raises `UserError` for one with links in it."""
+    folder = _candidate(path, marks)
+    if folder is not None:
+        require_plain(folder)
+    return folder
 
 
 def find_adapter(path: Path, flag: str = "") -> Path:
     """As `adapter_folder`; also a checkpoint whose adapter.json is missing, which its manifest then shows. Raises
     `UserError` that begins with `flag` where there is none."""
-    folder = _first_with(path, ADAPTER_JSON, MANIFEST)
+    folder = adapter_folder(path, (ADAPTER_JSON, MANIFEST))
     if folder is None or not (folder / ADAPTER_JSON).is_file():
         refuse_full_training(path)
     if folder is None:
@@ -140,23 +144,16 @@ def is_full_training(folder: Path) -> bool:
 
 def refuse_full_training(path: Path) -> None:
     """Raises `UserError`, which says where the model is, where `path` means a checkpoint of --adapter full."""
-    folder = _candidate(path, STATE_FILE)
+    folder = _candidate(path, (STATE_FILE,))
     if folder is not None and is_full_training(folder):
         merged = folder.parent.parent / MERGED_FOLDER
         model = f"{merged} is" if merged.is_dir() else "resume the run with --export_merged, which writes"
         raise UserError(f"{path} is of full training (--adapter full) and has no adapter to merge: {model} its model")
 
 
-def _first_with(path: Path, *names: str) -> Path | None:
-    folder = _candidate(path, *names)
-    if folder is not None:
-        require_plain(folder)
-    return folder
-
-
-def _candidate(path: Path, *names: str) -> Path | None:
+def _candidate(path: Path, marks: Sequence[str]) -> Path | None:
     for folder in (path, path / CHECKPOINTS / LATEST, path / LATEST):
-        if any((folder / name).is_file() for name in names):
+        if any((folder / name).is_file() for name in marks):
             return folder.resolve()
     return None
 

@@ -159,6 +159,9 @@ class RankShard(NamedTuple):
         return cls(rank, file, rows(flats), rows(moments), digest)
 
 
+State = tuple[list[str], dict[str, Any]]
+"""(keys of what an optimizer keeps for every element, such as exp_avg; its other values by their keys, such as step)"""
+
 # -- the shards of all ranks -------------------------------------------------------------------------------------------
 
 
@@ -223,7 +226,7 @@ class EngineShards:
         """Parameter name -> complete shape."""
         return self.layout.shapes
 
-    def state(self, name: str, start: int = 0, numel: int | None = None) -> tuple[list[str], dict[str, Any]]:
+    def state(self, name: str, start: int = 0, numel: int | None = None) -> State:
         """What the optimizer keeps of elements of a parameter: the keys of values for every element, such as exp_avg,
         and the other values by their keys, such as step. Raises `UserError` where shards differ in the latter."""
         row = self._rows(name, False, start, numel)[0]
@@ -387,7 +390,7 @@ class _Shard:
                 shapes.setdefault(int(number), {})[key] = shape
         return shapes
 
-    def state(self, flat: int) -> tuple[list[str], dict[str, Any]]:
+    def state(self, flat: int) -> State:
         """As `EngineShards.state`, of a flat tensor. A count is the tensor, or the number, that it was when written."""
         moments = []
         counts = {}

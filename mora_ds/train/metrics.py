@@ -63,7 +63,7 @@ class SourceLosses:
         """`names`: of the sources, in the order of their indices. `device`: of the losses."""
         self.names = list(names)
         self._losses = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self._labels = [0] * len(self.names)
+        self.reset()
 
     def reset(self) -> None:
         """Begin a step."""
