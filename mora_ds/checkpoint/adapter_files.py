@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,14 +253,9 @@ def live_adapter(location: LedgerLocation) -> AdapterFile | None:
 
 
 class AdapterTensors:
-    """Reads adapter.safetensors, one tensor at a time, in fp32 on the CPU. Create it with `AdapterTensors.open`."""
+    """Reads adapter.safetensors, one tensor at a time, in fp32 on the CPU."""
 
-    def __init__(self, handle: Any, adapter: AdapterFile) -> None:
-        self._handle = handle
-        self._adapter = adapter
-
-    @classmethod
-    def open(cls, folder: Path, adapter: AdapterFile) -> AdapterTensors:
+    def __init__(self, folder: Path, adapter: AdapterFile) -> None:
         """Checks names, shapes and dtypes against `adapter`. Raises `UserError` naming the file and the tensor."""
         path = folder / ADAPTER_TENSORS
         handle = open_safetensors(path)
@@ -272,7 +266,8 @@ class AdapterTensors:
             shape, dtype = shape_dtype(handle, name)
             if dtype != torch.float32 or shape != shapes.get(name, shape):
                 raise UserError(f"{path}: {name} is {shape} {dtype}, which does not fit {ADAPTER_JSON}")
-        return cls(handle, adapter)
+        self._handle = handle
+        self._adapter = adapter
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything in the file; names are those of the model's parameters."""
@@ -388,7 +383,7 @@ class Adapter:
         if hashes and (differing := ledger_problems(folder)):  # of the same bytes: no file is read twice
             raise UserError(f"the ledger is damaged: {differing[0]}")
         file.check_ledger(ledger)
-        return cls(folder, file, AdapterTensors.open(folder, file), ledger, reference)
+        return cls(folder, file, AdapterTensors(folder, file), ledger, reference)
 
     def original_key(self, base: BaseCheckpoint, name: str) -> str:
         """What a parameter is called in the files of `base`. Raises `UserError` where they hold no such tensor."""

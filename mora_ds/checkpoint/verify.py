@@ -213,7 +213,7 @@ def _shards(folder: Path) -> Iterator[str]:
 
 def _adapter(folder: Path) -> Iterator[str]:
     adapter = read_adapter(folder)
-    tensors = AdapterTensors.open(folder, adapter)
+    tensors = AdapterTensors(folder, adapter)
     if not _is_adapter_alone(folder):
         open_safetensors(folder / PROBE_FILE)
     refuse(
@@ -250,7 +250,7 @@ def _agreement(folder: Path) -> Iterator[str]:
     path = folder / ADAPTER_TENSORS
     adapter = read_adapter(folder)
     shards = EngineShards.open(folder / ENGINE_TAG)
-    tensors = dict(AdapterTensors.open(folder, adapter).items())
+    tensors = dict(AdapterTensors(folder, adapter).items())
     for name in () if adapter.domains is None else adapter.domains.frozen:
         del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):

@@ -193,7 +193,7 @@ def spectra(
     adapter = live_adapter(location)
     tensors = None
     if location.checkpoint is not None and adapter is not None:
-        tensors = AdapterTensors.open(location.checkpoint, adapter)
+        tensors = AdapterTensors(location.checkpoint, adapter)
     known = list(dict.fromkeys([*modules_of(ledger), *(adapter.layers if adapter else ())]))
     if not known:
         raise UserError(

@@ -329,7 +329,7 @@ class Run:
             )
         load_checkpoint(checkpoint, self.engine, self.state)
         if frozen_values(model):
-            restore_frozen(model, dict(AdapterTensors.open(checkpoint, adapter).items()))
+            restore_frozen(model, dict(AdapterTensors(checkpoint, adapter).items()))
         scheduler = self.engine.lr_scheduler
         if scheduler is not None and self.state.scheduler is not None:
             scheduler.load_state_dict(self.state.scheduler)

@@ -40,7 +40,7 @@ def adapter(tmp_path: Path) -> AdapterFile:
 def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
     assert read_adapter(tmp_path) == adapter
     assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
-    tensors = AdapterTensors.open(tmp_path, adapter)
+    tensors = AdapterTensors(tmp_path, adapter)
     assert torch.equal(tensors.square("a.v"), squares_for(adapter.layers, 0)["a.v"])
     assert tensors.trained("n.weight").dtype == torch.float32
     assert tensors.trained_shape("n.weight") == (5,)
@@ -71,19 +71,19 @@ def test_a_missing_adapter_file_is_named(tmp_path: Path) -> None:
 def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
     fewer = replace(adapter, layers={"a.q": adapter.layers["a.q"]})
     with pytest.raises(UserError, match=r"a\.v\.square"):
-        AdapterTensors.open(tmp_path, fewer)
+        AdapterTensors(tmp_path, fewer)
     wider = replace(adapter, layers={**adapter.layers, "a.q": entry("a.q", r_hat=8)})
     with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
-        AdapterTensors.open(tmp_path, wider)
+        AdapterTensors(tmp_path, wider)
     tensors = load_file(tmp_path / "adapter.safetensors")
     save_file({**tensors, "a.q.square": tensors["a.q.square"].half()}, tmp_path / "adapter.safetensors")
     with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\) torch\.float16, which does not fit"):
-        AdapterTensors.open(tmp_path, adapter)
+        AdapterTensors(tmp_path, adapter)
     with pytest.raises(ValueError, match="not those that the adapter lists"):
         write_adapter(tmp_path, adapter, {}, {})
     os.truncate(tmp_path / "adapter.safetensors", 300)
     with pytest.raises(UserError, match=r"adapter\.safetensors is truncated or damaged"):
-        AdapterTensors.open(tmp_path, adapter)
+        AdapterTensors(tmp_path, adapter)
 
 
 @pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"])
