@@ -97,6 +97,7 @@ def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
     """Arguments from {field: value} of a recipe, and of flags that win over it and leave keys of it without effect."""
     effective = dict(recipe)
     mistakes = idle_settings(from_flat(recipe)).keys()  # the recipe's own: `validate` refuses them
+    # A key that is left out may be what gave another one its effect: repeat until all that are left have one.
     while idle := [
         name for name in idle_settings(from_flat({**effective, **flags})) if name not in {*flags, *mistakes}
     ]:

@@ -143,6 +143,8 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     order = np.empty(period, dtype=np.int64)
     number = np.empty(period, dtype=np.int64)
     drawn = np.zeros_like(share)
+    # Tijdeman's rule for the chairman assignment problem (1980): of the K sources that lack at least 1 / (2 K - 2) of a
+    # sample, draw the one whose lack would be the first to exceed 1 - 1 / (2 K - 2). No lack then ever exceeds that.
     slack = max(2 * len(active) - 2, 1)
     for sample in range(period):
         lack = (sample + 1) * share - drawn * period

@@ -162,6 +162,7 @@ class StreamSource:
                 ends.append(size)
             if size == wanted:
                 break
+        # The last token is this block's last label and the next block's first input: it stays in the queue.
         self._available -= wanted - 1
         unused = wanted - 1
         while unused:

@@ -132,6 +132,8 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     delta = torch.zeros(spec.d_out, spec.d_in)
     add_deltas_(delta, updates)
     delta = delta.double()
+    # B A = delta V V^T for the leading right singular vectors V: the best approximation of this rank. As V is
+    # orthonormal, its energy is that of B.
     down = leading_vectors(delta, plan.rank, plan.entry.module)[1].double()
     up = delta @ down.T
     energy = delta.square().sum().item()

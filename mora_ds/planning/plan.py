@@ -340,6 +340,7 @@ def _largest(planner: Planner, limit: int, **changes: Any) -> Plan | None:
         return None
     if limit == 1:
         return one
+    # Activations grow by about the same bytes with each row: two measurements say where to begin.
     row = planner.plan(micro_batch=2, **changes).memory.forward_backward - one.memory.forward_backward
     free = USABLE * planner.cluster.memory - one.memory.static - one.memory.forward_backward
     micro = 2 ** int(math.log2(max(1, min(limit, 1 + free // max(row, 1)))))

@@ -218,6 +218,8 @@ def _cost(layers: Iterable[Candidate], factor: float, smallest: int, multiple: i
 
 def _sides(layers: Sequence[Candidate], budget: int, smallest: int, multiple: int) -> dict[str, int]:
     """Sides of the first layers, as many of them as have a rank of 1 or more."""
+    # Without its last layer the rest has a larger rank each. The last one goes while its rank would be below 1, unless
+    # the others, all full, could not use the budget up.
     count = len(layers)
     while count > 1 and (
         budget / math.fsum(layer.weight for layer in layers[:count]) * layers[count - 1].value < 1
@@ -225,6 +227,7 @@ def _sides(layers: Sequence[Candidate], budget: int, smallest: int, multiple: in
     ):
         count -= 1
     chosen = [layer for layer in layers[:count] if layer.side(0, smallest, multiple) ** 2 <= budget]
+    # Matrices of rank 1 are the smallest there are: as many layers as can pay them.
     while len(chosen) > 1 and _cost(chosen, 0, smallest, multiple) > budget:
         chosen.pop()
     # Bisection of the factor: what full layers cannot take goes to the others.

@@ -43,6 +43,7 @@ def gather_to_first(value: Any, group: Any) -> list[Any] | None:
     pickled_values = [pickle.dumps(value)]
     step = 1
     while step < world:
+        # A rank with this bit hands all that it has received on to the rank without it, and is done.
         if rank & step:
             dist.send_object_list([pickled_values], dst=rank - step, group=group)
             return None
