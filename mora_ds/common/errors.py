@@ -34,6 +34,10 @@ class FailedBeside(RunError):
     is_shared = True
 
 
+BESIDE = (Exception, SystemExit)
+"""What is caught of what stands beside training: a package of others may even call sys.exit."""
+
+
 class Stopped(BaseException):
     """The run was stopped by a signal; the message says what was saved.
 

@@ -33,6 +33,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import (
+    BESIDE,
     FailedBeside,
     RunError,
     UserError,
@@ -304,16 +305,18 @@ def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: P
     """--push_to_hub. Returns why there was no upload; nothing where it went well."""
     repository = training.push_to_hub or ""
 
-    def push() -> str:
-        return push_folder(merged, repository) if training.export_merged else push_adapter(checkpoint, repository)
+    def push() -> list[str]:
+        try:
+            logger.info(
+                push_folder(merged, repository) if training.export_merged else push_adapter(checkpoint, repository)
+            )
+        except (RunError, UserError) as error:
+            return [str(error)]
+        except BESIDE as error:
+            return [f"--push_to_hub {repository}: {reason(error)}"]
+        return []
 
-    try:
-        logger.info(ranks.on_first("upload to the Hub", push, long=True))
-    except (RunError, UserError) as error:
-        return [str(error)]
-    except Exception as error:
-        return [f"--push_to_hub {repository}: {reason(error)}"]
-    return []
+    return ranks.on_first("upload to the Hub", push, long=True)
 
 
 def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:

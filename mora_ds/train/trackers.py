@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mora_ds.common.errors import UserError, reason
+from mora_ds.common.errors import BESIDE, UserError, reason
 from mora_ds.common.files import disk_errors, read_json, write_json_atomic
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import typed
@@ -126,7 +126,7 @@ class Service:
         try:
             self._client = _CLIENTS[name](run_name, config, folder, run_id)
             self.run_id = self._client.run_id
-        except Exception as error:
+        except BESIDE as error:
             self._give_up("cannot be started", error)
 
     def log(self, numbers: Numbers, step: int) -> None:
@@ -143,10 +143,10 @@ class Service:
             return
         try:
             call(self._client)
-        except Exception as error:  # of any kind: the services' own packages raise what they like
+        except BESIDE as error:  # the services' own packages raise what they like
             self._give_up(failure, error)
 
-    def _give_up(self, failure: str, error: Exception) -> None:
+    def _give_up(self, failure: str, error: BaseException) -> None:
         self._client = None
         self.has_failed = True
         logger.warning(

@@ -26,7 +26,7 @@ from mora_ds.checkpoint.layout import (
     step_folder,
     step_of,
 )
-from mora_ds.common.errors import RunError, Stopped, reason
+from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.data import StreamMixture, TrainData
 from mora_ds.engine import zero
@@ -395,7 +395,7 @@ class Trainer:
             perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
         except (NotFinite, BaseChanged):
             raise  # of the model itself, and on all ranks alike
-        except Exception as error:
+        except BESIDE as error:
             if self._stop_asked:
                 raise  # the checkpoint before the end could not be written
             failure = f"{type(error).__name__}: {reason(error)}"

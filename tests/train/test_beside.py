@@ -1,5 +1,6 @@
 """What fails beside training: the run goes on to its end and its last checkpoint, and says so by an exit code."""
 
+import builtins
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 from torch.profiler import profile
 
+from mora_ds.checkpoint.layout import complete_checkpoints, step_of
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.common.files import read_json
@@ -26,6 +28,7 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, finished_run, losses, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
+from tests.helpers.tables import rows as rows_of
 from tests.helpers.tasks import task_files
 
 FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", "none")
@@ -48,7 +51,9 @@ def failing_calls(target: type, method: str, error: BaseException, calls: tuple[
         yield
 
 
-def failing(argv: list[str], target: type, method: str, error: Exception, calls: tuple[int, ...]) -> tuple[str, str]:
+def failing(
+    argv: list[str], target: type, method: str, error: BaseException, calls: tuple[int, ...]
+) -> tuple[str, str]:
     """(kind of error, its message) of a run in which these calls of a method fail on every rank."""
     with failing_calls(target, method, error, calls):
         return ended(argv)
@@ -137,6 +142,52 @@ def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: 
     assert [row["step"] for row in rows(out) if "eval" in row] == [2, 3, 4]
 
 
+FAILURES = """
+Evaluator evaluate | 1 | SystemExit | FailedBeside | 6
+MetricsLog evaluation | 6 | ValueError | FailedBeside | 6
+MetricsLog step | 4 | RuntimeError | RuntimeError | 4
+MetricsLog record | 3 | RuntimeError | RuntimeError | 2
+ReMoRA _start_cycle | 0 | RuntimeError | RuntimeError | 2
+Trainer _probe_loss | 0 | RuntimeError | RuntimeError | 0
+Trainer _probe_loss | 3 | RuntimeError | RuntimeError | 2
+Trainer _probe_loss | 5 | RuntimeError | RuntimeError | 6
+"""
+"""A method | which of its calls fails | with what | how a run of 6 steps ends, which saves every 2 and merges after 3 |
+the step of its newest checkpoint."""
+
+
+def ends_of_runs(argvs: list[list[str]], failures: list[tuple[type, str, BaseException, int]]) -> list[str]:
+    """The kind of error of several runs, one after the other, each with a failure. For `run_ranks`."""
+    return [
+        failing(argv, target, method, error, (call,))[0]
+        for argv, (target, method, error, call) in zip(argvs, failures, strict=True)
+    ]
+
+
+def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Playground, tmp_path: Path) -> None:
+    """An evaluation fails beside the run. What the run cannot do without ends it, --save_steps after a checkpoint at
+    most."""
+    targets = {target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)}
+    argvs = []
+    failures = []
+    table = rows_of(FAILURES)
+    for number, (method, call, error, *_) in enumerate(table):
+        owner, _, name = method.partition(" ")
+        failures.append((targets[owner], name, getattr(builtins, error)("injected"), int(call)))
+        argvs.append(
+            user.flags(
+                tmp_path / str(number), "--save_steps", 2, "--eval_steps", 1, "--merge_every", 3,
+                "--restart_warmup_steps", 1, "--report_to", "none",
+            )
+        )  # fmt: skip
+    (kinds,) = run_ranks(1, ends_of_runs, argvs, failures)
+    newest = []
+    for number in range(len(table)):
+        folders = complete_checkpoints(tmp_path / str(number) / "checkpoints")
+        newest.append(step_of(folders[-1]) if folders else 0)
+    assert list(zip(kinds, newest, strict=True)) == [(kind, int(step)) for *_, kind, step in table]
+
+
 def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path) -> None:
     error = RuntimeError("no evaluation today")
     ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
@@ -154,18 +205,21 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_pat
         assert re.search(r"step-000004 holds this model\. Last good checkpoint: \S*step-000002\. ", message)
 
 
-def failing_upload(argv: list[str]) -> tuple[str, str]:
+def failing_upload(argv: list[str], error: BaseException) -> tuple[str, str]:
     """`ended` of a run whose upload fails. For `run_ranks`."""
-    upload = mock.patch.object(program, "push_adapter", side_effect=OSError("the network is gone"))
+    upload = mock.patch.object(program, "push_adapter", side_effect=error)
     with mock.patch.object(program, "check_repository"), upload:
         return ended(argv)
 
 
-def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)])
+def test_a_failed_upload_is_told_after_the_end(
+    user: Playground, tmp_path: Path, error: BaseException, ranks: int
+) -> None:
     argv = user.flags(tmp_path, "--max_steps", 2, "--push_to_hub", "me/adapter", "--report_to", "none")
-    ((kind, message),) = run_ranks(1, failing_upload, argv)
-    assert kind == "FailedBeside"
-    assert "--push_to_hub me/adapter: the network is gone" in message
+    for kind, message in run_ranks(ranks, failing_upload, argv, error):
+        assert kind == "FailedBeside"
+        assert "--push_to_hub me/adapter: no way out" in message
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 

@@ -29,6 +29,7 @@ class StandIn:
 
     made: list[StandIn]
     fails_at = 10**9
+    error: type = ConnectionError
 
     def __init__(self, run_name: str, config: dict[str, Any], folder: Path, run_id: str | None) -> None:
         self.calls: list[Any] = []
@@ -38,7 +39,7 @@ class StandIn:
 
     def _note(self, call: Any) -> None:
         if len(self.calls) >= self.fails_at:
-            raise ConnectionError("no route to host")
+            raise self.error("no route to host")
         self.calls.append(call)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -89,11 +90,13 @@ def test_damaged_names_of_runs_begin_new_ones(
     assert read_json(path) == {"wandb": "id-1"}
 
 
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
 @pytest.mark.parametrize("fails_at", range(5))
 def test_a_failing_service_is_reported_once(
-    tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, fails_at: int
+    tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, fails_at: int, error: type
 ) -> None:
     stand_in.fails_at = fails_at
+    stand_in.error = error
     with caplog.at_level(logging.WARNING, "mora_ds"):
         logged(tmp_path)
     (record,) = caplog.records
@@ -126,8 +129,8 @@ def test_a_service_that_cannot_start_loses_no_name_of_a_run(
 
 def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[StandIn]) -> None:
     service = start_trackers(["wandb"], "run", CONFIG, tmp_path, 0)[0]
-    stand_in.log = lambda self, numbers, step: sys.exit(3)  # type: ignore[method-assign]
-    with pytest.raises(SystemExit):
+    stand_in.log = mock.Mock(side_effect=KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
         service.log({"a": 1.0}, 1)
 
 
