@@ -176,6 +176,8 @@ def _file_member(path: Path, text_column: str) -> Member:
     file_kind(path)
     if not path.exists():
         raise UserError(f"{path} is a link to nothing")
+    if not path.is_file():  # a pipe would lose its first text, or wait for ever
+        raise UserError(f"{path} is a pipe or a device, and text is read more than once: write it into a file")
     if _is_empty(path):
         raise UserError(f"{path} is empty")
     return FileMember(path, text_column)

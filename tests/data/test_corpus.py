@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -97,6 +98,18 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Pat
     assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
     (tmp_path / "b.py").symlink_to("gone")
     assert "b.py is a link to nothing" in error(tmp_path / "*.py")
+
+
+def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path) -> None:
+    """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be missing."""
+    reader, writer = os.pipe()
+    os.write(writer, b"text")
+    os.mkfifo(tmp_path / "a.txt")
+    for path in (Path(f"/dev/fd/{reader}"), tmp_path / "a.txt", Path("/dev/zero")):
+        assert "is a pipe or a device" in error(path)
+    assert os.read(reader, 8) == b"text"
+    os.close(reader)
+    os.close(writer)
 
 
 def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
