@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import base_elements, mora_layers
 from mora_ds.adapters.quantized import merge_bytes
 from mora_ds.adapters.target_patterns import names_experts
@@ -25,7 +26,7 @@ from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.initialize import trainable_numels
 from mora_ds.models.decoder_layers import find_decoder_layers
 from mora_ds.models.loss import bound
-from mora_ds.parallel.limits import check_tensor_parallel, check_world, sequence_parallel_problems
+from mora_ds.parallel.limits import check_world, sequence_parallel_problems, tensor_parallel_problems
 from mora_ds.planning.costs import group_traffic
 from mora_ds.planning.memory import (
     RankMemory,
@@ -135,12 +136,7 @@ class Planner:
     def plan(self, **changes: Any) -> Plan:
         """The plan, with `changes` of the work's fields."""
         work = replace(self.work, **changes)
-        check_tensor_parallel(
-            work.tensor_parallel,
-            base_bits=work.base_bits,
-            sequence=work.sequence_parallel,
-            streams_base=work.base_on_host,
-        )
+        refuse(self.tensor_problems(work))
         check_world(self.cluster.ranks, work.tensor_parallel, work.sequence_parallel)
         refuse(sequence_parallel_problems(work.sequence_parallel, work.seq_len))
         model = self._model(work)
@@ -179,6 +175,24 @@ class Planner:
             quantized=model.quantized,
             copied=copied * self.accumulation,
             a_merge_adds=model.a_merge_adds,
+        )
+
+    def tensor_problems(self, work: Work) -> Iterator[str]:
+        """One message for each setting that the work's tensor-parallel degree does not go with, as a run checks it."""
+        adapter = work.adapter
+        mora = adapter if isinstance(adapter, MoRAConfig) else None
+        return tensor_parallel_problems(
+            work.tensor_parallel,
+            adapter="full" if adapter is None else adapter.adapter,
+            dropout={"--mora_dropout": 0.0 if adapter is None else adapter.dropout},
+            segments=0 if mora is None else mora.segments,
+            base_bits=work.base_bits,
+            domains=mora is not None and bool(mora.domains),
+            sequence=work.sequence_parallel,
+            experts=adapter is not None and any(map(names_experts, adapter.target_modules)),
+            muon=uses_muon(dict(self.ds_config)),
+            zero_stage=self.ds_config["zero_optimization"]["stage"],
+            streams_base=work.base_on_host,
         )
 
     @property
@@ -295,7 +309,7 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
     )
     if planner.base_bytes > USABLE * planner.cluster.memory:
         return None  # the base is unsharded, whatever t and s
-    for t, s in _group_sizes(planner.work, planner.cluster):
+    for t, s in _group_sizes(planner):
         replicas = planner.cluster.ranks // (t * s)
         if rows is not None and rows < replicas:
             continue
@@ -313,24 +327,20 @@ def recommend(planner: Planner, rows: int | None = None) -> Plan | None:
     return None
 
 
-def _group_sizes(work: Work, cluster: Cluster) -> Iterator[tuple[int, int]]:
+def _group_sizes(planner: Planner) -> Iterator[tuple[int, int]]:
     """(t, s) of groups within a node, the simplest first."""
     yield 1, 1
+    work = planner.work
+    cluster = planner.cluster
     key_values = work.key_value_heads
     for size in (2, 4, 8):
         if cluster.ranks % size or size > cluster.per_node or work.heads % size:
             continue
         if work.by_documents and work.seq_len % size == 0 and (key_values % size == 0 or size % key_values == 0):
             yield 1, size
-        if key_values % size == 0 and _is_split(work):
+        split = replace(work, tensor_parallel=size, sequence_parallel=1)
+        if key_values % size == 0 and not any(planner.tensor_problems(split)):
             yield size, 1
-
-
-def _is_split(work: Work) -> bool:
-    """Whether tensor parallelism takes the work's adapter and base."""
-    if work.adapter is None or work.base_bits in (8, 4) or work.base_on_host:
-        return False
-    return not any(map(names_experts, work.adapter.target_modules))
 
 
 def _largest(planner: Planner, limit: int, **changes: Any) -> Plan | None:

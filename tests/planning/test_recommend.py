@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mora_ds.adapters.config import MoRAConfig
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.planning.costs import group_traffic
 from mora_ds.planning.plan import Cluster, Planner, _group_sizes
@@ -29,20 +29,27 @@ def planner(cluster: Cluster, accumulation: int = 1, on_cpu: bool = False, **cha
 # -- a recommendation --------------------------------------------------------------------------------------------------
 
 
+def groups(ranks: int = 8, per_node: int = 8, optimizer: str = "AdamW", **changes: Any) -> list[tuple[int, int]]:
+    of_cluster = planner(Cluster(ranks, per_node), **changes)
+    of_cluster.ds_config = {**of_cluster.ds_config, "optimizer": {"type": optimizer}}
+    return list(_group_sizes(of_cluster))
+
+
 def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
     everything = [(1, 1), (1, 2), (2, 1), (1, 4)]
-    assert list(_group_sizes(work(), Cluster(8))) == everything
-    assert list(_group_sizes(work(), Cluster(6))) == everything[:3], "4 ranks do not divide 6"
-    assert list(_group_sizes(work(), Cluster(8, per_node=2))) == everything[:3]
-    assert list(_group_sizes(work(seq_len=34), Cluster(8))) == everything[:3], "nor 4 the tokens of a row"
+    assert groups() == everything
+    assert groups(6) == everything[:3], "4 ranks do not divide 6"
+    assert groups(per_node=2) == everything[:3]
+    assert groups(seq_len=34) == everything[:3], "nor 4 the tokens of a row"
     unsplit = [group for group in everything if group[0] == 1]
-    for adapter in (None, replace(ADAPTER, base_bits=8), replace(ADAPTER, target_modules=("all-linear", "experts"))):
-        assert list(_group_sizes(work(adapter=adapter), Cluster(8))) == unsplit
-    assert list(_group_sizes(work(base_on_host=True), Cluster(8))) == unsplit
-    assert list(_group_sizes(work(by_documents=False), Cluster(8))) == [(1, 1), (2, 1)], "masks are not split"
+    fields: tuple[dict[str, Any], ...] = ({"base_bits": 8}, {"target_modules": ("experts",)}, {"dropout": 0.1})
+    for adapter in (None, LoRAConfig(rank=4), *(replace(ADAPTER, **values) for values in fields)):
+        assert groups(adapter=adapter) == unsplit, "a run refuses it"
+    assert groups(optimizer="Muon") == groups(base_on_host=True) == unsplit
+    assert groups(by_documents=False) == [(1, 1), (2, 1)], "masks are not split"
     odd = work()
     odd.config.num_key_value_heads = 3
-    assert list(_group_sizes(odd, Cluster(8))) == [(1, 1)]
+    assert groups(config=odd.config) == [(1, 1)]
 
 
 # -- figures of a plan -------------------------------------------------------------------------------------------------
