@@ -10,6 +10,8 @@ import pytest
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.data import TokenCache, load_corpus, load_tokenizer, start_id
+from mora_ds.data.readers import Document
+from mora_ds.data.tokenizer import Encoder
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, printed, refused, run
@@ -38,6 +40,15 @@ def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path
         tokens = TokenCache.open(meta.parent)
         starts = np.concatenate([[0], tokens.ends[:-1]])
         assert set(tokens.tokens[starts].tolist()) == {2}
+
+
+def test_it_stands_once_before_a_document_of_several_parts(user: Playground) -> None:
+    """Which is read, and tokenised, in parts."""
+    encoder = Encoder.of(load_tokenizer(user.model), "<s>")
+    parts = [Document("def f(x):\n", "a.txt", ends=False), Document("    return x\n", "a.txt", begins=False)]
+    tokens, ends = encoder(parts)
+    assert tokens.tolist().count(encoder.start_id) == 1 == len(ends)
+    assert tokens[0] == encoder.start_id
 
 
 def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path) -> None:
