@@ -34,15 +34,6 @@ from mora_ds.common.untrusted import entry, typed_fully, wrong_types
 ALTERNATE = "alternate"
 """Grouping policy of the paper's ReMoRA: strided in even cycles, contiguous in odd ones (share only)."""
 
-OTHER_FLAGS = {
-    "rank": "--mora_rank",
-    "dropout": "--mora_dropout",
-    "segments": "--tp_grouping aligned",
-    "new_rows_from": "--train_new_embeddings",
-    "embedding_rank": "--train_embedding_rank",
-}
-"""Flags of fields that are not called as the field is."""
-
 ALL_LINEAR = "all-linear"
 """Target that stands for every linear layer except the output head."""
 
@@ -231,8 +222,8 @@ class MoRAConfig(AdapterConfig):
         sizes = self.layer_sizes.items() if isinstance(self.layer_sizes, Mapping) else self.layer_sizes
         pairs = sorted((str(name), int(size)) for name, size in sizes)  # JSON makes lists of pairs
         object.__setattr__(self, "layer_sizes", tuple(pairs))
+        super().__post_init__()  # refuses a text, of which a tuple would be its letters
         object.__setattr__(self, "domains", tuple(self.domains))
-        super().__post_init__()
 
     def _complaints(self) -> Iterator[str]:
         yield from super()._complaints()
@@ -373,3 +364,14 @@ def config_from_dict(values: dict[str, Any]) -> AdapterConfig:
     if kind not in kinds:
         raise UserError(unknown("kind of adapter", kind, kinds))
     return kinds[kind].from_dict(values)
+
+
+FLAGS = {
+    **{field.name: f"--{field.name}" for field in fields(MoRAConfig)},
+    "rank": "--mora_rank",
+    "dropout": "--mora_dropout",
+    "segments": "--tp_grouping aligned",
+    "new_rows_from": "--train_new_embeddings",
+    "embedding_rank": "--train_embedding_rank",
+}
+"""The flag of each field of a `MoRAConfig`, for `named_as_flags`."""

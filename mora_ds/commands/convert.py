@@ -22,7 +22,7 @@ _ACTIONS = {
 }
 
 
-@named_as_flags(base_folder="--base")
+@named_as_flags("output", "rank", "domain", "target_modules", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     if options.action == "adapter":

@@ -21,7 +21,10 @@ from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import command_parser
 
 
-@named_as_flags(base_folder="--base")
+@named_as_flags(
+    "checkpoint", "output", "max_shard_gib", "verify", "overwrite", "domain", "delta_scale", "average_last",
+    "base_bits", base_folder="--base",
+)  # fmt: skip
 def main() -> None:
     options = _parser().parse_args()
     if options.push_to_hub is not None:

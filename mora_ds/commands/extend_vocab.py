@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import named_as_flags
+from mora_ds.common.files import require_new
 from mora_ds.data import load_corpus
 from mora_ds.models.vocabulary import extend_vocabulary
 from mora_ds.runtime.cli import command_parser, shared_flags
 
 
+@named_as_flags("output")
 def main() -> None:
     flags = _parser().parse_args()
-    if flags.output.is_symlink() or flags.output.exists():
-        raise UserError(f"--output {flags.output} exists already; name a new folder")
+    require_new(flags.output)
     report = extend_vocabulary(
         flags.model,
         load_corpus(flags.corpus, text_column=flags.text_column, flag="--corpus"),

@@ -18,7 +18,7 @@ from mora_ds.eval.ledger_summary import show_lines
 from mora_ds.runtime.cli import add_action, command_parser, shared_flags
 
 
-@named_as_flags(base_folder="--base")
+@named_as_flags("output", "weights", "target_modules", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     if options.action == "show":

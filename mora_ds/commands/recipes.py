@@ -14,16 +14,16 @@ import re
 from itertools import takewhile
 from pathlib import Path
 
-from mora_ds.common.errors import UserError
-from mora_ds.common.files import CONFIGS, copy_folder
+from mora_ds.common.errors import named_as_flags
+from mora_ds.common.files import CONFIGS, copy_folder, require_new
 from mora_ds.runtime.cli import add_action, command_parser
 
 
+@named_as_flags(output="the folder")
 def main() -> None:
     options = _parser().parse_args()
     if options.action == "copy":
-        if options.folder.is_symlink() or options.folder.exists():
-            raise UserError(f"{options.folder} exists already; name a new folder")
+        require_new(options.folder)
         copy_folder(CONFIGS, options.folder)
         print(f"wrote {options.folder}: {len(names())} files")
     else:

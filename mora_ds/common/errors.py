@@ -79,19 +79,14 @@ def whole_number(value: object, least: int, argument: str, otherwise: str = "") 
 
 
 @contextmanager
-def named_as_flags(**others: str) -> Iterator[None]:
+def named_as_flags(*names: str, **others: str) -> Iterator[None]:
     """Within, a `UserError` names the flags of a program. The functions of Python's users name their arguments, `rank`,
-    which here becomes --rank, or what `others` has for it."""
+    which here becomes --rank, where it is one of `names`, or what `others` has for it."""
+    flags = {**{name: f"--{name}" for name in names}, **others}
     try:
         yield
     except UserError as error:
-        error.args = (
-            re.sub(
-                r"`(\w+)`",
-                lambda name: others.get(name[1], f"--{name[1]}"),
-                str(error),
-            ),
-        )
+        error.args = (re.sub(r"`(\w+)`", lambda word: flags.get(word[1], word[0]), str(error)),)
         raise
 
 

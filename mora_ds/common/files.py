@@ -186,7 +186,7 @@ def copy_folder(source: Path, target: Path) -> None:
     followed, and `RunError` on a full disk (`shutil.copytree` has its own error)."""
     require_plain(source)
     with disk_errors(target):
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.rglob("*")):
             relative = path.relative_to(source)
             if path.is_dir():
@@ -205,8 +205,21 @@ def as_path(value: Any, argument: str) -> Path:
     return Path(path)
 
 
+def require_place(output: Path) -> None:
+    """Raises `UserError` where no folder can be made at `output`: below a file, where nothing may be written, or of a
+    name that the disk does not take."""
+    try:
+        output.exists()
+        parent = next(folder for folder in output.absolute().parents if folder.exists())
+    except OSError as error:
+        raise UserError(f"`output` {output} cannot be made: {error.strerror}") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"`output` {output} cannot be made: {parent} is no folder that you can write to")
+
+
 def require_new(output: Path) -> None:
-    """Raises `UserError` unless `output` is new or an empty folder, which `atomic_folder` then fills."""
+    """Raises `UserError` unless `output` can be made or is an empty folder, which `atomic_folder` then fills."""
+    require_place(output)
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise UserError(f"`output` {output} exists already; name a new folder")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, OTHER_FLAGS, AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, FLAGS, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.target_patterns import names_experts
 from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, named_as_flags, refusal, wrong_values
@@ -149,7 +149,7 @@ class AdapterArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from refusal(named_as_flags(**OTHER_FLAGS)(self.mora_config), 0)
+        yield from refusal(named_as_flags(**FLAGS)(self.mora_config), 0)
         yield from wrong_values(
             self,
             {

@@ -86,7 +86,7 @@ def train_sentencepiece(
             pad_id=3,
             **settings,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of a number beyond 31 bits
         raise _training_error(f"{flag} {vocab_size}", str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL_FILE

@@ -32,7 +32,7 @@ from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError, require_type
-from mora_ds.common.files import as_path, atomic_folder
+from mora_ds.common.files import as_path, atomic_folder, require_place
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
@@ -268,6 +268,7 @@ def _check_shape(run: OpenedRun, name: str, shape: tuple[int | None, ...]) -> No
 def _check_output(output: Path, overwrite: bool, read: Sequence[Path]) -> None:
     """Refuses to overwrite anything but a model, and the folders that the export reads, of which the first is the
     checkpoint; and to write into the checkpoint."""
+    require_place(output)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"`output` {output} exists and is not a folder")
     if read[0] in output.resolve().parents:

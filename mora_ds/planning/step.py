@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import OTHER_FLAGS, AdapterConfig
+from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.domains import domains_of
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import index_tables
@@ -130,7 +130,7 @@ def step_memory(work: Work) -> StepMemory:
     return StepMemory(**{name: value + times * (getattr(second, name) - value) for name, value in vars(first).items()})
 
 
-@named_as_flags(**OTHER_FLAGS)
+@named_as_flags(**FLAGS)
 def planned_model(work: Work) -> Any:
     """The model on the meta device, injected, as rank 0 of its group has it. Raises `UserError` as `inject` does."""
     with torch.device("meta"):

@@ -285,7 +285,7 @@ class OpenModel:
         patterns: Iterable[str],
     ) -> OpenModel:
         """`model`: before injection; `keys`: parameter name -> key in `base`; `patterns`: --target_modules."""
-        with named_as_flags():
+        with named_as_flags("target_modules"):
             layers: dict[str, Any] = dict(match_targets(model, tuple(patterns)))
         if stacks := [name for name, module in layers.items() if isinstance(module, ExpertStack)]:
             raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.config import OTHER_FLAGS, AdapterConfig
+from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError, named_as_flags
@@ -115,7 +115,7 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     return replace(config, new_rows_from=first_new_row(path if path.is_dir() else path.parent))
 
 
-@named_as_flags(**OTHER_FLAGS)
+@named_as_flags(**FLAGS)
 def _layer_lines(work: Work) -> list[str]:
     """MoRA matrices, splits and products, as at the start of a run."""
     if work.adapter is None:

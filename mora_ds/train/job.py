@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mora_ds.adapters.config import OTHER_FLAGS, AdapterConfig
+from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject, mora_layers
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.tp_plan import plan_of
@@ -128,7 +128,7 @@ class Job:
             tokenizer=self.data.tokenizer,
         )
 
-    @named_as_flags(**OTHER_FLAGS)
+    @named_as_flags(**FLAGS)
     def _start_adapter(self) -> None:
         """--adapter mora, lora."""
         training = self.arguments.training

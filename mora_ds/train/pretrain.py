@@ -87,7 +87,7 @@ def pretrain(arguments: Arguments) -> JsonObject:
         validate(arguments)
         check_installed(arguments.training.report_to)
         if arguments.adapter.base_bits == 4 and not arguments.training.dry_run:
-            with named_as_flags():
+            with named_as_flags("base_bits"):
                 check_bitsandbytes()
         if arguments.training.push_to_hub is not None:
             check_repository(arguments.training.push_to_hub)

@@ -112,5 +112,6 @@ def test_whole_numbers_of_numpy_become_ints() -> None:
 
 
 def test_a_program_names_flags_where_a_function_names_arguments() -> None:
-    with pytest.raises(UserError, match=r"^--mora_rank 0 and --verify: a.b$"), named_as_flags(rank="--mora_rank"):
-        raise UserError("`rank` 0 and `verify`: a.b")
+    told = pytest.raises(UserError, match=r"^--mora_rank 0 and --verify: `hidden_size` of others$")
+    with told, named_as_flags("verify", rank="--mora_rank"):
+        raise UserError("`rank` 0 and `verify`: `hidden_size` of others")

@@ -44,6 +44,8 @@ export_hf --checkpoint {bad}/full --output {new} | --adapter full | --export_mer
 convert_checkpoint adapter {bad}/full --output {new} | --adapter full | --export_merged
 evaluate {bad}/full --sets a={user}/held.txt | --adapter full | --export_merged
 export_hf --checkpoint {run} --output {user} | --output
+export_hf --checkpoint {run} --output {tiny}/x | --output {tiny}/x cannot be made | tiny_llama.json is no folder
+convert_checkpoint adapter {run} --output {tiny}/x/y | --output {tiny}/x/y cannot be made
 export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
 export_hf --checkpoint {run} --output {new} --max_shard_gib 0 | --max_shard_gib
 export_hf --checkpoint {run} --output {new} --max_shard_gib nan | --max_shard_gib
@@ -99,6 +101,8 @@ evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 | --delta_scale
 evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 nan | --delta_scale
 extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
 extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
+extend_vocab {user}/model --corpus {user}/held.txt --pieces 8 --output {tiny}/x | --output {tiny}/x cannot be made
+extend_vocab {user}/model --corpus {user}/held.txt --pieces 1000000000 --output {new} | --pieces 4000000512
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 0 --output {new} | --pieces
 extend_vocab {bad}/models/merges --corpus {user}/held.txt --pieces 8 --output {new} | MODEL | MergeType
 extend_vocab {bad}/models/tokenizer_length --corpus {user}/held.txt --pieces 8 --output {new} | MODEL | 'list'

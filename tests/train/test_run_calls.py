@@ -59,6 +59,8 @@ MoRAConfig | {new_rows_from: -5} | `new_rows_from` must be at least 0, got -5
 MoRAConfig | {dropout: null} | dropout must be a number, got None
 MoRAConfig | {train_norms: 1} | train_norms must be true or false, got 1
 MoRAConfig | {target_modules: q_proj} | target_modules must be a list, got 'q_proj'
+MoRAConfig | {domains: law} | domains must be a list, got 'law'
+MoRAConfig | {target_modules: [q_proj, 3]} | target_modules[1] must be a text, got 3
 MoRAConfig | {target_modules: 3} | target_modules must be a list, got 3
 inject | {model: null, config: CONFIG} | inject: `model` must be of the type Module, got None
 inject | {model: MODEL, config: null} | inject: `config` must be a MoRAConfig or a LoRAConfig, got None
@@ -156,6 +158,10 @@ def wrong_calls(folder: str) -> None:
     run.save(2)
     run.merge(3)
     assert [cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]] == [2, 3]
+    run.save(5)
+    for call in (run.merge, run.save):
+        with pytest.raises(UserError, match="`step` must be a whole number from 5 on, got 4"):
+            call(4)
 
 
 def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path) -> None:
