@@ -21,6 +21,8 @@ lora | {rank: 0, alpha: 0.0} | rank alpha
 lora | {alpha: .inf} | alpha
 mora | {dropout: -0.1, segments: -1, operator: share} | dropout segments
 mora | {operator: share, layer_sizes: {a: 0}} | research.targets:
+mora | {r_hat_multiple: 3} | r_hat_multiple
+mora | {r_hat_multiple: -2} | r_hat_multiple
 mora | {domains: [a, .]} | research.domain_adapters:
 mora | {domains: [a, a]} | research.domain_adapters:
 """

@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers.integrations.moe import use_experts_implementation
 
-from mora_ds.adapters import experts as module_of_experts
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.adapters.experts import ExpertStack, MoRAExperts, find_stacks
+from mora_ds.adapters.experts import MoRAExperts, find_stacks
 from mora_ds.adapters.inject import base_weights, inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import grouped
 from mora_ds.adapters.ops.delta import live_weight
@@ -255,18 +253,6 @@ def test_only_patterns_with_the_word_reach_experts() -> None:
         names("experts", "llama")
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_every_layout_of_transformers_is_read_by_its_marks(family: str) -> None:
-    stacks = find_stacks(tiny_model(family))
-    assert stacks
-    assert all(isinstance(stack, ExpertStack) for stack in stacks.values())
-    for name, stack in stacks.items():
-        assert isinstance(stack, ExpertStack)
-        assert stack.experts_per_token == 2
-        assert (stack.in_features if name.endswith("gate_up_proj") else stack.out_features) == 32
-        assert stack.transposed == (family == "gpt_oss")
-
-
 def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -> None:
     def odd(**changes: Any) -> Any:
         model = tiny_model("mixtral")
@@ -309,31 +295,6 @@ def test_adapters_that_experts_cannot_have_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=named):
             inject(tiny_model("mixtral"), config)
-
-
-def test_transformers_still_has_what_the_forward_is_built_on() -> None:
-    """integrations/moe.py: the registry, the marks of the decorator, and that they reach an instance."""
-
-    class Experts(nn.Module):
-        def __init__(self, config: Any) -> None:
-            super().__init__()
-
-        def forward(self, *arguments: Any) -> str:
-            return "its own"
-
-    config = SimpleNamespace(_experts_implementation="eager")
-    layer: Any = use_experts_implementation(Experts, is_transposed=True, has_bias=True)(config)
-    assert (layer.is_transposed, layer.has_bias, layer.has_gate, layer.has_post_expert_norm) == (
-        True,
-        True,
-        True,
-        False,
-    )
-    assert layer() == "its own"
-    assert layer._apply_gate is not None
-    layer.config = SimpleNamespace(_experts_implementation=module_of_experts.IMPLEMENTATION)
-    with pytest.raises(TypeError, match="experts_forward"):
-        layer()
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

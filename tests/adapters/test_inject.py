@@ -1,6 +1,5 @@
 """Injection: which layers match, what is replaced, frozen, counted and refused."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,13 +114,6 @@ def test_a_layer_that_shares_its_weight_is_refused(module: bool, target: str) ->
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
 
-def test_double_injection_is_refused() -> None:
-    model = tiny_model()
-    inject(model, MoRAConfig(target_modules=("q_proj",)))
-    with pytest.raises(UserError, match="already has an adapter"):
-        inject(model, MoRAConfig(target_modules=("k_proj",)))
-
-
 def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
     with pytest.raises(UserError, match="`train_head`"):
         inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
@@ -144,15 +136,6 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds() -> None:
     assert all(torch.equal(frozen[name], tensor) for name, tensor in before.items())
     assert not any(tensor.requires_grad for tensor in frozen.values())
     assert "model.rotary_emb.inv_freq" not in frozen
-
-
-def test_injection_changes_no_output() -> None:
-    for family in ("llama", "gpt2"):
-        model = tiny_model(family)
-        ids = tokens(2)
-        before = model(input_ids=ids).logits
-        inject(model, MoRAConfig(rank=4, train_norms=True))
-        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
@@ -265,14 +248,6 @@ def test_a_size_larger_than_the_layer_is_reduced_and_noted() -> None:
     assert not any(row.note for row in inject(tiny_model(), MoRAConfig(rank=4)).rows)
     assert MoRAConfig(rank=100, operator="rotate").square_size(7, 5) == 6, "even"
     assert MoRAConfig(rank=100, operator="share", r_hat_multiple=1).square_size(7, 5) == 7
-
-
-def test_sides_are_multiples_or_the_papers() -> None:
-    config = MoRAConfig(rank=8, operator="share")
-    assert [variant.square_size(4096, 11008) for variant in (config, replace(config, r_hat_multiple=1))] == [336, 347]
-    for size in (3, -2):
-        with pytest.raises(UserError, match=f"`r_hat_multiple` must be 1 or even, got {size}"):
-            MoRAConfig(r_hat_multiple=size)
 
 
 # -- cycles ------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from torch.testing import assert_close
 
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
-from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
+from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.layer import adapt
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
-from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
@@ -28,7 +27,7 @@ from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_byte
 from mora_ds.common.errors import RunError, UserError
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
-from tests.helpers.quantized import LORA, base_of, found_by, in_bits
+from tests.helpers.quantized import LORA, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
 
 pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
 
@@ -129,23 +128,7 @@ in_4_bits = partial(in_bits, bits=4)
 )
 def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its merged cycles act as if they were in the weight."""
-    updates = some_terms(spec)
-    for sums in (True, False):  # as on a CPU, as on a GPU
-        monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
-        for path in (Compute.ACTIVATION, Compute.WEIGHT):
-            for conv in (False, True):
-                layer = in_4_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))
-                base = base_of(spec, conv)
-                deltas = sum(update_spec.delta_weight(value) for update_spec, value in updates)
-                base.weight.data = layer.read().double() + (deltas.T if conv else deltas)  # type: ignore[union-attr]
-                layer.keep_merged(updates)
-                over_dense = adapt(base, spec, 0.0, path, seed=1)
-                value = random(*layer.value.shape, seed=1)
-                layer.value.data, over_dense.value.data = value, value.clone()
-                assert layer.is_packed
-                assert layer.shape == tuple(base.weight.shape)
-                for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
-                    assert_close(one, right, rtol=1e-5, atol=2e-5)
+    assert_computes_as_over_dense(spec, 4, some_terms(spec), monkeypatch, rtol=1e-5, atol=2e-5)
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
@@ -187,22 +170,16 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any) -> None
 
 
 def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
-    model = tiny_model("qwen2")  # tied embeddings, biases
-    before = count_parameters(model)
-    report = inject(model, MoRAConfig(rank=4, base_bits=4))
+    model, small = model_in_few_bits(MoRAConfig(rank=4, base_bits=4))
     layers = mora_layers(model)
-    small = sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers.values())
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
     assert quantized_bytes(model) == small == pytest.approx(numels * 4.5 / 8, rel=0.02)
     assert base_bits_of(model) == 4
     adds = sum(4 * layer.value.numel() + 12 * (layer.in_features + layer.out_features) for layer in layers.values())
     assert merge_bytes(model) == adds
-    inject(plain := tiny_model("qwen2"), MoRAConfig(rank=4, base_bits=4, grouping="plain"))
-    assert merge_bytes(plain) == 4 * report.square_params, "all layers of one shape have the same tables"
-    assert report.total_params == before + report.square_params == count_parameters(model)
-    for name, tensor in frozen_buffers(model).items():
-        adapted = name.removesuffix(".weight") in layers
-        assert tensor.dtype is (torch.uint8 if adapted else torch.float32), name
+    plain, _ = model_in_few_bits(MoRAConfig(rank=4, base_bits=4, grouping="plain"))
+    squares = sum(layer.value.numel() for layer in layers.values())
+    assert merge_bytes(plain) == 4 * squares, "all layers of one shape have the same tables"
     for layer in layers.values():
         layer.keep_merged(some_terms(layer.spec))
     scales = {name: layer.get_buffer("weight_scales").clone() for name, layer in layers.items()}

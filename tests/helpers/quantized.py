@@ -1,13 +1,20 @@
 """Layers over a base of few bits: what the tests of 8 and of 4 bits share."""
 
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
+from mora_ds.adapters.layer import AdaptedLinear, adapt
+from mora_ds.adapters.ops import mora
+from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
+from tests.helpers.models import tiny_model
 from tests.helpers.operators import random
 
 LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
@@ -35,3 +42,43 @@ def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
     g = random(2, 3, spec.d_out, seed=4).to(dtype)
     y = layer(x)
     return (y, *torch.autograd.grad(y, (x, layer.value), g))
+
+
+def assert_computes_as_over_dense(
+    spec: Any, bits: int, merged: list[tuple[Any, Tensor]], monkeypatch: pytest.MonkeyPatch, rtol: float, atol: float
+) -> None:
+    """A layer over few bits, beside which the cycles `merged` act, finds what the layer over the dense weight plus all
+    their deltas does: by both paths, as on a CPU and on a GPU, in a linear layer and in a Conv1D."""
+    for sums, path, conv in product((True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)):
+        monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
+        layer: Any = in_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1), bits)
+        base: Any = base_of(spec, conv)
+        base.weight.data = layer.read().double()
+        for update, value in merged:
+            delta = update.delta_weight(value)
+            base.weight.data += delta.T if conv else delta
+        if merged:
+            layer.keep_merged(merged)
+        over_dense = adapt(base, spec, 0.0, path, seed=1)
+        value = random(*layer.value.shape, seed=1)
+        layer.value.data = value
+        over_dense.value.data = value.clone()
+        assert layer.weight.dtype is (torch.int8 if bits == 8 else torch.uint8)
+        assert layer.shape == tuple(base.weight.shape)
+        for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
+            assert_close(one, right, rtol=rtol, atol=atol)
+
+
+def model_in_few_bits(config: Any) -> tuple[Any, int]:
+    """A tiny model with tied embeddings and biases, of which the adapted weights alone are in few bits and every
+    parameter still counts once; and the bytes of these weights with their scales."""
+    model = tiny_model("qwen2")
+    before = count_parameters(model)
+    report = inject(model, config)
+    layers = mora_layers(model)
+    assert report.total_params == before + report.square_params == count_parameters(model)
+    few_bits = torch.int8 if config.base_bits == 8 else torch.uint8
+    for name, tensor in frozen_buffers(model).items():
+        is_adapted = name.removesuffix(".weight") in layers
+        assert tensor.dtype is (few_bits if is_adapted else torch.float32), name
+    return model, sum(layer.weight.nbytes + layer.get_buffer("weight_scales").nbytes for layer in layers.values())

@@ -20,7 +20,7 @@ from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight, effective_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from tests.helpers.operators import by_definition, outputs_and_gradients, random, saved_bytes, specs
+from tests.helpers.operators import by_definition, outputs_and_gradients, random, specs
 
 CPU = torch.device("cpu")
 by_kind = pytest.mark.parametrize("kind", list(OperatorKind))
@@ -149,20 +149,6 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
         layer.float().merge(original, [(layer.spec, square)], square)
     assert not [name for name in kernels.started if name.startswith("mora_ds")]
     assert torch.equal(layer.weight, live_weight(original, [(layer.spec, square)], False, torch.float32))
-
-
-# -- gradients and memory ---------------------------------------------------------------------------------------------
-
-
-@both_paths
-def test_a_shared_square_keeps_the_folded_input_alone(path: Compute) -> None:
-    spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
-    x = torch.randn(40, 64, requires_grad=True)
-    weight = torch.randn(64, 64)
-    square = torch.randn(16, 16, requires_grad=True)
-    tables = KernelTables(spec, CPU)
-    step = lambda: kernel_linear(x, weight, None, square, tables, path)  # noqa: E731
-    assert saved_bytes(step, weight, square) == 40 * 16 * 4
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

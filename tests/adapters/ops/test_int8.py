@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
-from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base
+from mora_ds.adapters.inject import inject, mora_layers, move_base
 from mora_ds.adapters.layer import adapt
-from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
@@ -25,7 +24,7 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 from tests.helpers.pairwise import pairwise
-from tests.helpers.quantized import LORA, base_of, found_by, in_bits
+from tests.helpers.quantized import LORA, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -92,19 +91,7 @@ in_8_bits = partial(in_bits, bits=8)
     "spec", [*list(specs())[::3], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
 )
 def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for sums in (True, False):  # as on a CPU, as on a GPU
-        monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
-        for path in (Compute.ACTIVATION, Compute.WEIGHT):
-            for conv in (False, True):
-                layer = in_8_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1))
-                base = base_of(spec, conv)
-                base.weight.data = layer.read().double()
-                over_dense = adapt(base, spec, 0.0, path, seed=1)
-                value = random(*layer.value.shape, seed=1)
-                layer.value.data, over_dense.value.data = value, value.clone()
-                assert layer.weight.dtype is torch.int8
-                for one, right in zip(found_by(layer, spec), found_by(over_dense, spec), strict=True):
-                    assert_close(one, right, rtol=1e-11, atol=1e-10)
+    assert_computes_as_over_dense(spec, 8, [], monkeypatch, rtol=1e-11, atol=1e-10)
 
 
 class Casting(nn.Module):
@@ -165,17 +152,10 @@ def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bit
 
 
 def test_only_adapted_weights_are_int8() -> None:
-    model = tiny_model("qwen2")  # tied embeddings, biases
-    before = count_parameters(model)
-    report = inject(model, MoRAConfig(rank=4, base_bits=8))
-    layers = mora_layers(model)
-    small = sum(layer.weight.nbytes + layer.weight_scales.nbytes for layer in layers.values())
+    model, small = model_in_few_bits(MoRAConfig(rank=4, base_bits=8))
     assert quantized_bytes(model) == small
-    assert report.total_params == before + report.square_params == count_parameters(model)
-    for name, tensor in frozen_buffers(model).items():
-        adapted = name.removesuffix(".weight") in layers
-        assert tensor.dtype is (torch.int8 if adapted else torch.float32), name
     move_base(model, "cpu", torch.bfloat16)
+    layers = mora_layers(model)
     scales = {name: layer.weight_scales.clone() for name, layer in layers.items()}
     model.to(torch.bfloat16)
     assert all(torch.equal(layer.weight_scales, scales[name]) for name, layer in layers.items())

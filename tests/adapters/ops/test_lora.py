@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import LoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.layer import LoRALinear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
@@ -66,17 +66,6 @@ def test_a_cycle_starts_from_a_random_a_and_a_zero_b() -> None:
 
 def test_spec_survives_json() -> None:
     assert spec_from_dict(SPEC.to_dict()) == SPEC
-
-
-def test_injected_layers_have_as_many_parameters_as_their_squares_at_most() -> None:
-    lora = tiny_model("llama")
-    mora = tiny_model("llama")
-    report = inject(lora, LoRAConfig(rank=4))
-    assert all(isinstance(layer, LoRALinear) for layer in mora_layers(lora).values())
-    squares = inject(mora, MoRAConfig(rank=4)).square_params
-    assert 0.8 * report.square_params < squares <= report.square_params
-    assert "factors" in str(report)
-    assert "rank" in str(report)
 
 
 def test_a_rank_beyond_the_shorter_side_is_reduced_and_noted() -> None:

@@ -238,12 +238,6 @@ def test_permutation_seeds_are_those_that_every_ledger_was_written_with() -> Non
     assert permutation_seed(42, "model.layers.0.mlp.up_proj", 1) == 167467982
 
 
-def test_permutation_seeds_differ_by_run_layer_and_cycle() -> None:
-    seeds = {permutation_seed(r, layer, c) for r in (0, 1) for layer in ("a.q", "a.k", "b.q") for c in range(20)}
-    assert len(seeds) == 2 * 3 * 20
-    assert all(0 <= seed < 2**32 for seed in seeds)  # what RandomState takes
-
-
 @pytest.mark.parametrize("kind", OperatorKind)
 def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
     permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
@@ -257,49 +251,15 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
 # -- rank -------------------------------------------------------------------------------------------------------------
 
 
-def summed_ranks(groupings: list[Grouping], seeds: list[int], d: int = 512, r_hat: int = 128) -> list[int]:
-    """Rank of the sum of the deltas after each cycle, with a random M in each."""
-    total = torch.zeros(d, d, dtype=torch.float64)
-    ranks = []
-    for cycle, (grouping, seed) in enumerate(zip(groupings, seeds, strict=True)):
-        total += delta_weight(
-            OperatorSpec(OperatorKind.SHARE, d, d, r_hat, grouping, seed), random(r_hat, r_hat, seed=cycle)
-        )
-        ranks.append(int(torch.linalg.matrix_rank(total)))
-    return ranks
-
-
 def test_fresh_permutations_let_the_rank_grow() -> None:
-    seeds = [permutation_seed(42, "layer", cycle) for cycle in range(5)]
-    assert summed_ranks([Grouping.PERMUTED] * 5, seeds) == [128, 255, 382, 509, 512]
-
-
-def test_the_same_grouping_never_gains_rank() -> None:
-    assert summed_ranks([Grouping.PERMUTED] * 3, [7] * 3) == [128] * 3
-    assert summed_ranks([Grouping.STRIDED] * 3, [0] * 3) == [128] * 3
-
-
-def test_the_alternation_of_the_paper_saturates() -> None:
-    alternating = summed_ranks([Grouping.STRIDED, Grouping.CONTIGUOUS] * 3, [0] * 6)
-    assert alternating[0] == 128
-    assert alternating[1:] == [alternating[1]] * 5
-    assert alternating[1] < 256
-
-
-def test_rotate_fills_the_matrix_with_fresh_permutations() -> None:
-    """Rotate's delta has full rank at once, but lies in the same d * r_hat entries for ever; permutations spread it."""
-    touched = {}
-    for grouping in (Grouping.PLAIN, Grouping.PERMUTED):
-        total = torch.zeros(128, 128, dtype=torch.float64)
-        for cycle in range(12):
-            seed = permutation_seed(42, "layer", cycle)
-            total += delta_weight(
-                OperatorSpec(OperatorKind.ROTATE, 128, 128, 32, grouping, seed), random(32, 32, seed=cycle)
-            )
-        assert torch.linalg.matrix_rank(total) == 128
-        touched[grouping] = (total != 0).double().mean().item()
-    assert touched[Grouping.PLAIN] == 0.25
-    assert touched[Grouping.PERMUTED] > 0.95
+    total = torch.zeros(512, 512, dtype=torch.float64)
+    ranks = []
+    for cycle in range(5):
+        seed = permutation_seed(42, "layer", cycle)
+        spec = OperatorSpec(OperatorKind.SHARE, 512, 512, 128, Grouping.PERMUTED, seed)
+        total += delta_weight(spec, random(128, 128, seed=cycle))
+        ranks.append(int(torch.linalg.matrix_rank(total)))
+    assert ranks == [128, 255, 382, 509, 512]
 
 
 # -- sizes, defaults, errors ------------------------------------------------------------------------------------------
