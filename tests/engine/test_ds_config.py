@@ -255,12 +255,6 @@ def test_deepspeed_never_sees_a_degree(section: Any) -> None:
     assert "tensor_parallel" not in complete_ds_config({"tensor_parallel": section}, [64])
 
 
-def test_the_degree_goes_by_deepspeeds_name() -> None:
-    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
-
-    assert TPTrainingConfig.model_fields["autotp_size"].default == 0
-
-
 @pytest.mark.parametrize(
     "value, flags, degree",
     [(2, [], 2), (0, [], 1), ("auto", [], 1), ("auto", ["--tensor_parallel_size", "4"], 4)],

@@ -15,7 +15,7 @@ from mora_ds.engine import initialize as initialize_module
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.layer_gathers import marked
-from mora_ds.engine.module_hooks import _gather, drop_idle_hooks
+from mora_ds.engine.module_hooks import _gather
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
@@ -84,7 +84,7 @@ def test_the_collectives_for_many_ranks_give_the_same_bits() -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str) -> None:
     for everywhere, hooked in run_ranks(2, with_and_without, setting):
-        layers = len(mora_layers(_injected("gpt2" if setting == "some" else "llama")))
+        layers = len(mora_layers(model_with_mora("gpt2" if setting == "some" else "llama")))
         assert everywhere > 2 * layers
         assert hooked == (3 if setting == "embeddings" else 1)
 
@@ -180,11 +180,6 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
         assert marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
 
 
-def _injected(family: str) -> Any:
-    model = model_with_mora(family)
-    return model
-
-
 def gathered_when_needed() -> list[Any]:
     """Steps after fp16 has skipped one, and after a context that gathers a matrix and shards it again."""
     engine = engine_of("persistent", fp16={"enabled": True, "initial_scale_power": 30, "hysteresis": 1})
@@ -210,20 +205,3 @@ def test_persistent_matrices_are_gathered_again_after_a_skipped_step() -> None:
         assert any(skipped for _, skipped, _ in history)
         assert last
         assert all(finite for _, _, finite in history)
-
-
-def hooks_of_deepspeed() -> list[str]:
-    """What `drop_idle_hooks` relies on, in an engine that has it not."""
-    with patch.object(initialize_module, "drop_idle_hooks", lambda engine: []):
-        engine = engine_of("persistent")
-    offload = engine.optimizer.parameter_offload
-    layer = next(iter(mora_layers(engine.module).values()))
-    ids = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
-    assert len(ids & {*layer._forward_pre_hooks, *layer._forward_hooks}) == 4, "two before forward, two after"
-    assert layer.value.ds_persist
-    assert offload.persistent_parameters
-    return drop_idle_hooks(engine)
-
-
-def test_deepspeed_has_the_hooks_that_are_dropped() -> None:
-    assert run_ranks(1, hooks_of_deepspeed) == [[""]]

@@ -176,7 +176,7 @@ def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) ->
 @pytest.mark.parametrize("world, stage", [(2, 3), (3, 3), (2, 1)])
 def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
     """Clipped, accumulated, decayed; the same with states on the CPU."""
-    variants = [{}, {"offload": True}] if stage else [{}]
+    variants = [{}, {"offload": True}]
     results = run_ranks(world, several, stage, None, variants)
     expected = plain_run()
     assert min(expected["norms"]) > 2 * CLIP

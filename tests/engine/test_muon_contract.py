@@ -17,37 +17,6 @@ from tests.helpers.gloo import run_ranks
 KERNELS = "deepspeed.runtime.zero.muon.original_muon"
 
 
-def step_calls(optimizer: type) -> list[str]:
-    """Names of the methods on self that `step` calls, in order."""
-    source = inspect.getsource(optimizer)  # of the class: `step` may be decorated
-    step = source[source.index("    def step(self") :].split("\n    def ")[0]
-    words = step.replace("(", " ").split()
-    return [word.removeprefix("self.") for word in words if word.startswith("self.")]
-
-
-def test_step_calls_what_is_wrapped_in_that_order() -> None:
-    calls = step_calls(zero.DeepSpeedZeroOptimizer_Stage3)
-    wanted = ["_apply_muon_to_accumulated_grads", "_get_norm_groups", "unscale_and_clip_grads"]
-    assert [name for name in calls if name in wanted] == wanted, "stage 3 steps otherwise now"
-    calls = step_calls(zero.DeepSpeedZeroOptimizer)
-    wanted = ["_apply_muon_updates_cpu_offload", "scaled_global_norm", "unscale_and_clip_grads"]
-    assert list(dict.fromkeys(name for name in calls if name in wanted)) == wanted, "stages 1 and 2 step otherwise now"
-
-
-def test_bf16_optimizer_clips_before_muon() -> None:
-    source = inspect.getsource(zero.BF16_Optimizer.step)
-    assert source.index("clip_tensors_by_global_norm") < source.index("_prepare_muon_updates")
-
-
-def test_initialize_looks_the_tagger_up_by_name() -> None:
-    assert "    set_optimizer_flags(config_class, model)" in inspect.getsource(deepspeed.initialize)
-
-
-def test_parameters_are_tagged_by_name() -> None:
-    source = inspect.getsource(deepspeed.set_optimizer_flags)
-    assert '("embed", "lm_head")' in source, "see muon.preparing: is tagging right by itself now?"
-
-
 def test_kernels_are_compiled_unless_unwrapped() -> None:
     kernels = import_module(KERNELS)
     assert inspect.getsource(kernels).count("@compiler.compile()") == 3

@@ -29,7 +29,7 @@ from tests.helpers.tables import parsed, rows
 
 WORLD = 2
 ROWS = 2
-STEPS = 4
+STEPS = 3
 MERGE_AFTER = 2
 LEARNING_RATE = 1e-2
 CLIP = 0.5

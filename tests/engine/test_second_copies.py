@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils import groups
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.common.errors import UserError
@@ -104,8 +103,3 @@ def test_sizes_that_cannot_be_are_refused() -> None:
     assert "must divide the number of processes, which is 2" in refused(2, size=4)
     assert "is for stage 3, and the stage is 2" in refused(2, stage=2)
     assert "cannot be used with --tensor_parallel_size 2" in refused(4, degree=2)
-
-
-def test_deepspeed_keeps_the_groups_where_they_are_forgotten() -> None:
-    assert groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is None
-    assert callable(groups._create_zero_param_parallel_group)

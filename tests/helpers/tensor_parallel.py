@@ -19,7 +19,7 @@ from mora_ds.models.loss import token_nll
 from tests.helpers.engines import ACCUMULATION, ds_config, plain_steps
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 
-STEPS = 5
+STEPS = 3
 BATCHES = 2
 """Sequences of a micro-batch, over all replicas."""
 
@@ -80,24 +80,16 @@ def plain_run(case: Case, steps: int = STEPS) -> dict[str, Any]:
     return {"logits": logits_before, **plain_steps(model, losses_of, steps)}
 
 
-def start(
-    case: Case, degree: int, said_by_config: bool = False, more: dict[str, Any] | None = None, **zero_settings: Any
-) -> tuple[Any, int, int]:
-    """(engine, replica, replicas) of this rank. The degree is an argument, or stands in the config, which `more`
-    changes."""
+def start(case: Case, degree: int, more: dict[str, Any] | None = None, **zero_settings: Any) -> tuple[Any, int, int]:
+    """(engine, replica, replicas) of this rank. `more`: changes of DeepSpeed's config."""
     replicas = dist.get_world_size() // degree
     config = ds_config(3, BATCHES // replicas)
     config["zero_optimization"].update(zero_settings)
     config.update(more or {})
-    how: dict[str, Any] = {}
-    if said_by_config:
-        config["tensor_parallel"] = {"autotp_size": degree}
-    else:
-        how["tensor_parallel_size"] = degree
     model = model_of(case)
     if case.get("documents"):
         use_documents(model)
-    engine, *_ = initialize(model=model, config=config, **how)
+    engine, *_ = initialize(model=model, config=config, tensor_parallel_size=degree)
     return engine, dist.get_rank() // degree, replicas
 
 

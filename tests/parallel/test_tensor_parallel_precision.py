@@ -25,7 +25,7 @@ from tests.helpers.tensor_parallel import (
     start,
 )
 
-STEPS = 30
+STEPS = 20
 COMPARED_EVERY = 5
 LEARNING_RATE = 2e-3
 PRECISIONS: dict[str, dict[str, Any]] = {

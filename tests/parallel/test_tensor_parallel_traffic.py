@@ -66,11 +66,3 @@ def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
         for counted_bytes in (rank[name] for rank in ranks):
             assert counted_bytes["base"] == 0
             assert counted_bytes["bytes"] == expected, name
-
-
-def test_an_aligned_grouping_adds_nothing_for_the_squares() -> None:
-    """What is left are the sums of activations."""
-    aligned, gather = (list(group_traffic(model_of(CASES[name]), 2, 32)) for name in ("aligned", "gather"))
-    assert {traffic.kind for traffic in aligned} == {Collective.SUM}
-    assert [traffic for traffic in gather if traffic.kind is Collective.SUM] == aligned
-    assert len(gather) > len(aligned)

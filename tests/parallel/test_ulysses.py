@@ -30,7 +30,7 @@ from tests.helpers.pairwise import pairwise_cases
 ROWS = 4
 ACCUMULATION = 2
 LENGTH = 24
-STEPS = 5
+STEPS = 3
 """Rows a micro-batch over all replicas, micro-batches, tokens (twice the sliding window of the tiny models), steps."""
 LEARNING_RATE = 2e-3
 """Low: where queries and keys are normed, larger steps blow rounding up."""

@@ -1,13 +1,11 @@
 """What a model bound to sequence parallelism leaves alone, and what is refused before a step is made."""
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -250,25 +248,3 @@ def test_what_only_a_forward_tells() -> None:
         assert said["llama"] == ""
         assert "mixes tokens outside of the attention" in said["lfm2"]
         assert "keys and values differ in shape" in said["deepseek_v3"]
-
-
-# -- DeepSpeed ---------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_relied_on_in_deepspeed() -> None:
-    """deepspeed/runtime/sequence_parallel/ulysses_sp.py; where one moves, adapt mora_ds/parallel/ulysses.py."""
-    wanted = (
-        "attn", "batch_size", "attn_head_count", "attn_head_size", "kv_head_count", "num_hidden_layers",
-        "process_group", "seq_length_is_variable",
-    )  # fmt: skip
-    assert set(wanted) <= set(inspect.signature(UlyssesSPAttentionHF.__init__).parameters)
-    source = inspect.getsource(UlyssesSPAttentionHF.forward)
-    assert list(inspect.signature(UlyssesSPAttentionHF.forward).parameters)[1:6] == [
-        "module", "query", "key", "value", "attention_mask",
-    ]  # fmt: skip
-    for told in (
-        'kwargs["position_ids"] = torch.cat',
-        "self.attn(module, query_layer",
-        "module.num_key_value_groups =",
-    ):
-        assert told in source, told
