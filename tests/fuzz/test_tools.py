@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.fuzz import Subject, fuzz, seed_of_commit, subjects
 
-FEW = 100
+FEW = 40
 MANY = 600
 
 

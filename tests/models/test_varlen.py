@@ -131,6 +131,7 @@ def test_varlen_is_called_for_dense_attention(
         assert_same_attention(output, expected, inputs)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 12])

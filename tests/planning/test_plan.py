@@ -252,7 +252,7 @@ def assert_as_planned(plan: Plan, measured_bytes: dict[str, int], case: tuple[An
         assert getattr(memory, name) == measured_bytes[name], (case, name)
 
 
-@pytest.mark.parametrize("ranks, cases", [(2, CASES), (4, [CASES[0], CASES[-1]])])
+@pytest.mark.parametrize("ranks, cases", [(2, CASES), pytest.param(4, [CASES[0], CASES[-1]], marks=pytest.mark.heavy)])
 def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]) -> None:
     for rank_results in run_ranks(ranks, all_measured, cases):
         for case, result in zip(cases, rank_results, strict=True):

@@ -29,7 +29,7 @@ from mora_ds.research.alignment import (
 )
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planned
-from tests.helpers.jobs import REPOSITORY, Playground, curve, refusal, research, rows, run
+from tests.helpers.jobs import Playground, curve, refusal, research, rows, run
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import random, spec_id, specs
 from tests.helpers.resume import assert_close_runs
@@ -197,21 +197,3 @@ def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Pa
     export_merged(again, tmp_path / "merged", verify=True)
     heavier = research(user.flags(tmp_path / "other", *resume), tmp_path, alignment_weight=0.25, alignment_rank=4)
     assert "research.alignment_weight, alignment_rank" in refusal(heavier, ranks=2)
-
-
-@pytest.mark.heavy
-def test_one_curve_for_every_stage(user: Playground, tmp_path: Path) -> None:
-    run(1, research(user.flags(tmp_path / "one", *MERGING, *IN_PARTS), tmp_path, **ALIGNED))
-    for stage in (1, 2):
-        out = tmp_path / f"stage-{stage}"
-        zero = ("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json"))
-        run(2, research(user.flags(out, *MERGING, *zero), tmp_path, **ALIGNED))
-        assert_close_runs(out, tmp_path / "one")
-        assert shares(out) == pytest.approx(shares(tmp_path / "one"), rel=1e-4)
-
-
-def test_a_rank_larger_than_a_side_is_refused(user: Playground, tmp_path: Path) -> None:
-    argv = research(user.flags(tmp_path / "out"), tmp_path, alignment_weight=1.0, alignment_rank=17)
-    message = refusal(argv)
-    assert "research.alignment_rank 17: model.layers.0.self_attn.k_proj is 16 x 32" in message
-    assert not (tmp_path / "out").exists()

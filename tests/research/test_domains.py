@@ -44,7 +44,7 @@ from tests.helpers.jobs import (
 )
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import model_with_mora, tiny_model, tokens
-from tests.helpers.resume import assert_close_runs, assert_same_run, interrupted_job, stop_and_resume
+from tests.helpers.resume import assert_close_runs, interrupted_job
 from tests.helpers.tables import parsed, rows
 
 NAMES = ("law", "code", "news", "prose")
@@ -276,15 +276,6 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     message = refusal(domain_flags(user, out, mix, *resume, eval_domains=["plain=new"]), ranks=2)
     assert "research.domain_adapters" in message
     assert "['new', 'old'] there, ['new', 'older'] here" in message
-
-
-@pytest.mark.heavy
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(user: Playground, tmp_path: Path, out: Path) -> None:
-    mix = write_mixture(user, tmp_path / "mix.yaml")
-    whole = tmp_path / "whole"
-    run(2, domain_flags(user, whole, mix, *MERGING))
-    stop_and_resume(2, domain_flags(user, out, mix, *MERGING), 5)
-    assert_same_run(out, whole)
 
 
 def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ VICTIM = 1
 
 def waiting(connected: bool) -> tuple[str, float]:
     """(how a check ends where one rank never comes, seconds)"""
-    ranks = Ranks.current(timeout_s=10.0)
+    ranks = Ranks.current(timeout_s=4.0)
     if connected:
         ranks.barrier("before")
     if ranks.rank == VICTIM:

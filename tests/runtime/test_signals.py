@@ -240,7 +240,7 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
     [
         pytest.param(signal.SIGINT, True, id="Ctrl-C", marks=pytest.mark.heavy),
         pytest.param(signal.SIGTERM, True, id="SIGTERM to all", marks=pytest.mark.heavy),
-        pytest.param(signal.SIGKILL, False, id="SIGKILL to the launcher"),
+        pytest.param(signal.SIGKILL, False, id="SIGKILL to the launcher", marks=pytest.mark.heavy),
     ],
 )
 def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, number: int, group: bool) -> None:
@@ -253,6 +253,7 @@ def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, nu
     assert TrainerState.read(out / "checkpoints" / "latest").step == rows(out)[-1]["step"], "no step was lost"
 
 
+@pytest.mark.heavy
 def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
     process, log, ranks = start()
     began = time.monotonic()

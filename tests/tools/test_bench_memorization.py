@@ -58,12 +58,3 @@ def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
     assert named["full"]["accuracy"][-1] >= 0.9
     assert named["mora"]["accuracy"][-1] > named["lora"]["accuracy"][-1]
     assert "with 90% of each seed" in told
-
-
-@pytest.mark.heavy
-def test_the_best_rate_is_shown(tmp_path: Path, user: Playground) -> None:
-    results, told = learned_by_heart(tmp_path, user, "--methods", "full", "--seeds", 2, "--rates", 1e-5, 1e-2)
-    assert [(result["rate"], result["seed"]) for result in results] == [(1e-5, 1), (1e-5, 2), (1e-2, 1), (1e-2, 2)]
-    row = next(line for line in told.splitlines() if line.split()[:1] == ["full"])
-    assert " 0.01* " in row
-    assert row.rstrip().count("/") == 1  # steps to 90%, of each seed
