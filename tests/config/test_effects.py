@@ -132,8 +132,3 @@ def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path: Path) -> None:
     arguments = parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "full"])
     assert arguments.left_out == ("merge_every", "restart_warmup_steps")
     validate(arguments)
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_have_no_idle_key(path: Path) -> None:
-    assert not idle_settings(parse([str(path), *RUN, "--eval_files", "domain=b.txt", "general=c.txt"]))

@@ -36,7 +36,8 @@ def file(folder: Path, second_copies: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("world, size", [(2, 2), pytest.param(4, 2, marks=pytest.mark.heavy)])
+@pytest.mark.heavy(seconds=12)
+@pytest.mark.parametrize("world, size", [(2, 2), (4, 2)])
 def test_a_run_with_second_copies_is_the_run_without_also_resumed(
     user: Playground, tmp_path: Path, world: int, size: int
 ) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import transformers
@@ -226,14 +225,5 @@ def test_transformers_and_accelerate_have_what_is_overridden() -> None:
         theirs = inspect.signature(getattr(transformers.Trainer, name)).parameters
         ours = inspect.signature(getattr(MoRATrainer, name)).parameters
         assert {*ours} <= {*theirs, "arguments", "kwargs"}, name
-    assert [*inspect.signature(transformers.Trainer._prepare_for_training).parameters] == [
-        "self", "max_steps", "train_dataloader", "resume_from_checkpoint",
-    ]  # fmt: skip
     assert hasattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref")
     assert hasattr(PartialState, "_prepare_backend")
-    source = inspect.getsource(accelerate.Accelerator._prepare_deepspeed)
-    assert "ds_initialize = deepspeed.initialize" in source
-    assert "config_params=self.deepspeed_config" in source
-    assert "self.deepspeed_engine_wrapped" in source
-    assert "self._models" in source
-    assert "set_gradient_accumulation_boundary" in inspect.getsource(accelerate.utils.deepspeed.DeepSpeedEngineWrapper)

@@ -272,7 +272,7 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
     return first, gradient
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.heavy), "qwen2"])
 def test_a_trained_head_that_zero_3_shards(family: str) -> None:
     """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
     model = model_of(family)

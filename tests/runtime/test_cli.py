@@ -11,6 +11,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from mora_ds.common.errors import RunError, Stopped, UserError
 from mora_ds.runtime import cli, signals
 from mora_ds.runtime.log_setup import LOGGER
+from tests.helpers.tables import parsed, rows
 
 
 class Left(BaseException):
@@ -36,10 +37,9 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     logger.setLevel(before[2])
 
 
-def code_of(error: BaseException | None) -> Any:
+def code_of(error: BaseException) -> Any:
     def main() -> None:
-        if error is not None:
-            raise error
+        raise error
 
     with pytest.raises(Left) as left:
         cli.run(main)
@@ -52,44 +52,43 @@ def shared(error: Exception) -> Exception:
     return error
 
 
-TCP = "/pytorch/third_party/gloo/gloo/transport/tcp"
-CLOSED = f"[{TCP}/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
-LOST = "lost contact with another rank"
+CLOSED = "[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
+KINDS: dict[str, type[BaseException]] = {
+    kind.__name__: kind
+    for kind in (SystemExit, Stopped, UserError, RunError, RuntimeError, KeyError, DistNetworkError, DistStoreError)
+}
+ENDS = r"""
+SystemExit | 0 | 0 | nothing
+SystemExit | null | 0 | nothing
+SystemExit | 3 | 3 | nothing
+SystemExit | words | 1 | nothing
+Stopped | stopped at step 3 | 75 | stopped at step 3
+UserError | mend --seed | 2 | error: mend --seed
+RunError | NaN loss | 1 | error: NaN loss
+RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer\nstack" | 1 | lost contact
+RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:488] Application timeout caused pair closure" | 1 | lost contact
+RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:510] Read error [10.0.0.2]:42: Connection reset" | 1 | lost contact
+RuntimeError | "[/gloo/gloo/transport/tcp/pair.cc:366] writev [10.0.0.2]:42: No route to host" | 1 | lost contact
+RuntimeError | "[/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv" | 1 | lost contact
+RuntimeError | "Gloo connectFullMesh failed with [/gloo/gloo/transport/tcp/pair.cc:144] no error" | 1 | lost contact
+DistNetworkError | The client socket has timed out after 600000ms | 1 | lost contact
+DistStoreError | "wait timeout after 20000ms, keys: /default_pg/0" | 1 | lost contact
+DistNetworkError | "code: -98, name: EADDRINUSE, message: address already in use" | 1 | Traceback
+RuntimeError | "[/pytorch/third_party/gloo/gloo/transport/tcp/device.cc:84] Unable to find address" | 1 | Traceback
+RunError | Broken pipe | 1 | error: Broken pipe
+RuntimeError | of torch | 1 | Traceback
+KeyError | name | 1 | Traceback
+"""
+"""What a program ends with, its message, the code, and what is printed."""
 
 
-@pytest.mark.parametrize(
-    "error, code, told",
-    [
-        (None, 0, ""),
-        (SystemExit(0), 0, ""),
-        (SystemExit(None), 0, ""),
-        (SystemExit(3), 3, ""),
-        (SystemExit("words"), 1, ""),
-        (Stopped("stopped at step 3"), 75, "stopped at step 3\n"),
-        (UserError("mend --seed"), 2, "error: mend --seed\n"),
-        (RunError("NaN loss"), 1, "error: NaN loss\n"),
-        (RuntimeError(CLOSED), 1, LOST),
-        (RuntimeError(f"[{TCP}/pair.cc:488] Application timeout caused pair closure"), 1, LOST),
-        (RuntimeError(f"[{TCP}/pair.cc:510] Read error [10.77.0.2]:4242: Connection reset by peer"), 1, LOST),
-        (RuntimeError(f"[{TCP}/pair.cc:366] writev [10.77.0.2]:4242: No route to host"), 1, LOST),
-        (RuntimeError(f"[{TCP}/unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"), 1, LOST),
-        (RuntimeError(f"Gloo connectFullMesh failed with [{TCP}/pair.cc:144] no error"), 1, LOST),
-        (DistNetworkError("The client socket has timed out after 600000ms"), 1, LOST),
-        (DistStoreError("wait timeout after 20000ms, keys: /default_pg/0"), 1, LOST),
-        (DistNetworkError("code: -98, name: EADDRINUSE, message: address already in use"), 1, "Traceback"),
-        (RuntimeError(f"[{TCP}/device.cc:84] Unable to find address for: veth"), 1, "Traceback"),
-        (RunError("Broken pipe"), 1, "error: Broken pipe\n"),
-        (RuntimeError("of torch"), 1, "Traceback"),
-        (KeyError("name"), 1, "Traceback"),
-    ],
-)
+@pytest.mark.parametrize("kind, message, code, told", rows(ENDS))
 def test_the_code_and_the_message_of_each_end(
-    capsys: pytest.CaptureFixture[str], pauses: list[float], error: BaseException | None, code: int, told: str
+    capsys: pytest.CaptureFixture[str], pauses: list[float], kind: str, message: str, code: str, told: str
 ) -> None:
-    assert code_of(error) == code
+    assert code_of(KINDS[kind](parsed(message))) == int(code)
     text = capsys.readouterr().err
-    assert told in text
-    assert bool(told) == bool(text)
+    assert told in text if text else told == "nothing"
     assert ("Traceback" in text) == (told == "Traceback"), "what is expected has no traceback"
     assert "stack" not in text
     assert bool(pauses) == ("lost contact" in told), "the launcher is to see the other's code"

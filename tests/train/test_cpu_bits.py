@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.helpers.jobs import Playground, environment, run
@@ -46,6 +47,7 @@ def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: P
     assert_same_outcome(tmp_path / "busy", tmp_path / "idle")
 
 
+@pytest.mark.heavy(seconds=12)
 def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(
     user: Playground, tmp_path: Path
 ) -> None:
