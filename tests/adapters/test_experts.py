@@ -44,10 +44,10 @@ def adapted(family: str = "mixtral", model: Any = None, **settings: Any) -> Any:
     return model
 
 
-def live_of(model: Any, family: str, implementation: str) -> Any:
+def live_of(model: Any, family: str) -> Any:
     """A plain model with the updates of an adapted one in its weights, computed by transformers."""
     live = tiny_model(family)
-    live.set_experts_implementation(implementation)
+    live.set_experts_implementation("eager")
     parameters = dict(live.named_parameters())
     for name, layer in mora_layers(model).items():
         delta = layer.spec.delta_weight(layer.square.data)
@@ -67,7 +67,7 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_
     """Also a contract: each class of transformers computes, by its own code, what its marks say."""
     model = adapted(family)
     ids = tokens(2)
-    live = live_of(model, family, "eager")
+    live = live_of(model, family)
     loss = causal_loss(model, ids)
     expected = causal_loss(live, ids)
     loss.backward()
@@ -87,7 +87,7 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
         model = adapted(target_modules=(pattern,))
         assert len(mora_layers(model)) == 2
         with torch.no_grad():
-            expected = live_of(model, "mixtral", "eager")(input_ids=ids).logits
+            expected = live_of(model, "mixtral")(input_ids=ids).logits
             assert_close(model(input_ids=ids).logits, expected)
     dropping = adapted(dropout=0.5)
     dropping.train()
@@ -107,7 +107,7 @@ def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
     assert half.dtype == torch.bfloat16
     for family in ("mixtral", "gpt_oss"):  # weights (out, in), and (in, out)
         model = adapted(family, base_bits=8)
-        live = live_of(model, family, "eager")
+        live = live_of(model, family)
         ids = tokens(2)
         for name, layer in mora_layers(model).items():
             weight = live.get_parameter(layer.spec.weight_name(name))

@@ -51,7 +51,7 @@ def content(folder: Path) -> dict[str, Tensor]:
     return {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
 
 
-def by_hand(terms: Sequence[tuple[float, Path]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def by_hand(terms: Sequence[tuple[float, Path]]) -> dict[str, Tensor]:
     """What the sum must be in every tensor, formed in fp64 from complete deltas."""
     reference = BaseReference.read(terms[0][1])
     original = content((terms[0][1] / reference.folder).resolve())

@@ -173,8 +173,8 @@ def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]
 # -- the ring alone ---------------------------------------------------------------------------------------------------
 
 
-def streamed_model(family: str = "llama", layers: int = LAYERS, bits: int = 16) -> tuple[Any, BaseRing]:
-    model = tiny_model(family, num_hidden_layers=layers)
+def streamed_model(family: str = "llama", bits: int = 16) -> tuple[Any, BaseRing]:
+    model = tiny_model(family, num_hidden_layers=LAYERS)
     inject(model, MoRAConfig(rank=4, base_bits=bits))
     return model, stream_base(model, CPU)
 
@@ -210,7 +210,7 @@ def test_an_evaluation_copies_each_layer_once() -> None:
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: int) -> None:
-    model, ring = streamed_model(family, bits=bits)
+    model, ring = streamed_model(family, bits)
     host = {name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()}
     causal_loss(model.train(), tokens(2)).backward()
     broken = next(iter(mora_layers(model).values()))

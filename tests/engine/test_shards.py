@@ -59,11 +59,9 @@ def layout(**more: Any) -> Layout:
     return Layout(**{**facts, **more})
 
 
-def shards_of(
-    folder: Path, common: Layout, shards: list[list[list[Extent]]], moments: list[list[Extent]] | None = None
-) -> EngineShards:
-    """Those of ranks with these extents, the optimizer's state of each as `moments` say."""
-    rows = [RankShard.of(common, n, f"{n}.st", flats, moments or flats) for n, flats in enumerate(shards)]
+def shards_of(folder: Path, common: Layout, shards: list[list[list[Extent]]]) -> EngineShards:
+    """Those of ranks with these extents."""
+    rows = [RankShard.of(common, n, f"{n}.st", flats, flats) for n, flats in enumerate(shards)]
     return EngineShards.of(folder, common, rows)
 
 

@@ -78,15 +78,15 @@ def within(owner: Any, name: str, nth: int, install: Install) -> None:
     at_call(owner, name, nth, begins=install)
 
 
-def torn(owner: Any, name: str, path_of: Callable[..., Path], nth: int = 1) -> None:
-    """Die in the middle of the n-th call, which writes the file that `path_of(*arguments)` names."""
+def torn(owner: Any, name: str, path_of: Callable[..., Path]) -> None:
+    """Die in the middle of the first call, which writes the file that `path_of(*arguments)` names."""
 
     def tear(*args: Any, **kwargs: Any) -> None:
         path = path_of(*args, **kwargs)
         os.truncate(path, path.stat().st_size // 2)
         die()
 
-    at_call(owner, name, nth, has_ended=tear)
+    at_call(owner, name, 1, has_ended=tear)
 
 
 def half_deleted(folder_name: str) -> None:
@@ -306,8 +306,8 @@ def doomed_job(argv: list[str], moment: str, victims: Sequence[int]) -> None:
     job(argv)
 
 
-def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int], patience_s: float = 30) -> None:
-    """Run until the processes with the ranks `victims` have died; the others must then end within `patience_s`.
+def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int]) -> None:
+    """Run until the processes with the ranks `victims` have died; the others must then end within 30 s.
 
     With all ranks as victims, the others are killed as soon as the first has died, as when a node fails.
     """
@@ -318,7 +318,7 @@ def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int],
             raise AssertionError(f"the run did not reach {moment}:\n{_last_words(pipes)}")
         if len(victims) == world:
             return
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + 30
         for rank, process in enumerate(processes):
             process.join(max(0.0, deadline - time.monotonic()))
             assert not process.is_alive(), f"{moment}: rank {rank} hangs, with rank(s) {victims} dead"

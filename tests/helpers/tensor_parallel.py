@@ -69,7 +69,7 @@ def loss_of(case: Case, model: Any, ids: torch.Tensor) -> torch.Tensor:
     return token_nll(model, {**batch, "documents": Documents.of(positions)}) / ids.numel()
 
 
-def plain_run(case: Case, steps: int = STEPS) -> dict[str, Any]:
+def plain_run(case: Case) -> dict[str, Any]:
     """One process, no DeepSpeed."""
     model = model_of(case)
     logits_before = logits(model)
@@ -77,7 +77,7 @@ def plain_run(case: Case, steps: int = STEPS) -> dict[str, Any]:
     def losses_of(step: int) -> Iterator[torch.Tensor]:
         return (loss_of(case, model, ids) / ACCUMULATION for ids in batches(step))
 
-    return {"logits": logits_before, **plain_steps(model, losses_of, steps)}
+    return {"logits": logits_before, **plain_steps(model, losses_of, STEPS)}
 
 
 def start(case: Case, degree: int, more: dict[str, Any] | None = None, **zero_settings: Any) -> tuple[Any, int, int]:

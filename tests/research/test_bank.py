@@ -53,8 +53,8 @@ class Bench:
         return model
 
 
-def bench_of(folder: Path, family: str = "llama", **changes: Any) -> Bench:
-    return Bench(folder, Maker(tiny_model(family, **changes), folder / "base"), {})
+def bench_of(folder: Path, **changes: Any) -> Bench:
+    return Bench(folder, Maker(tiny_model("llama", **changes), folder / "base"), {})
 
 
 @torch.no_grad()
