@@ -133,12 +133,12 @@ def inject(
                 layer.quantize(layer.weight if original is None else original(weight), config.base_bits)
             except RunError as error:
                 raise UserError(f"`base_bits` {config.base_bits}: {weight}: {error}") from error
-        parent, _, child = name.rpartition(".")
-        holder = model.get_submodule(parent)
         if isinstance(base, ExpertStack):
-            delattr(holder, child)  # torch puts no module in a parameter's place
-            compute_sorted(holder)
-        setattr(holder, child, layer)
+            parent, _, child = name.rpartition(".")
+            experts = model.get_submodule(parent)
+            delattr(experts, child)  # torch puts no module in a parameter's place
+            compute_sorted(experts)
+        model.set_submodule(name, layer)
     setattr(model, _CONFIG, config)
     _freeze_to_buffers(model, trained)
     if config.new_rows_from:

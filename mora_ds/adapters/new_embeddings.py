@@ -114,9 +114,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     """Puts a module in the place of another one, wherever in the model that is."""
     names = {id(module): name for name, module in model.named_modules()}
     for old, new in replacements.items():
-        parent, _, child = names[id(old)].rpartition(".")
         new.train(old.training)
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(names[id(old)], new)
 
 
 def stands_for(name: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -345,42 +346,25 @@ def tensor_checksum(tensor: Tensor) -> int:
     pseudo-random: a change of one word always changes the sum, exchanged words do except with a probability of about
     2**-32. The sums of the chunks are hashed in order. Not secure against an adversary.
     """
-    raw = _as_bytes(tensor)
-    words_at_once = _CHUNK if raw.device.type == "cpu" else _CHUNK * _CHUNKS_AT_ONCE
-    scratch = torch.empty(words_at_once, dtype=torch.int64, device=raw.device)
-    shifted = torch.empty_like(scratch)
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     factors = _factors(raw.device)
     sums = []
-    for start in range(0, raw.numel(), words_at_once * 8):
-        piece = raw[start : start + words_at_once * 8]
-        chunks = -(-piece.numel() // (_CHUNK * 8))
-        words = scratch[: chunks * _CHUNK]
-        if piece.numel() < words.numel() * 8:
-            words.zero_()
-        words.view(torch.uint8)[: piece.numel()].copy_(piece)
-        sums.append(_sum_of_words(words, shifted[: words.numel()], factors))
+    chunks = 1 if raw.device.type == "cpu" else _CHUNKS_AT_ONCE
+    for piece in raw.split(chunks * _CHUNK * 8):
+        padding = -piece.numel() % (_CHUNK * 8)
+        words = F.pad(piece, (0, padding)).view(torch.int64).view(-1, _CHUNK) * _ODD
+        high_halves = (words >> 32).bitwise_and_(0xFFFFFFFF)  # the shift copies the sign bit
+        sums.append(words.bitwise_xor_(high_halves).mul_(factors).sum(dim=1))
     digest = hashlib.blake2b(str(raw.numel()).encode(), digest_size=8)
-    if sums:
+    if raw.numel():
         digest.update(torch.cat(sums).cpu().numpy().astype("<i8").tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-def _sum_of_words(words: Tensor, shifted: Tensor, factors: Tensor) -> Tensor:
-    """(chunks * _CHUNK,) -> (chunks,). Works in place and overwrites both arguments."""
-    words.mul_(_ODD)
-    torch.bitwise_right_shift(words, 32, out=shifted)
-    words.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF))  # the shift copies the sign bit
-    return words.view(-1, _CHUNK).mul_(factors).sum(dim=1)
 
 
 def _same_bits(one: Tensor, another: Tensor) -> bool:
     """Compares two tensors of one dtype as whole numbers, so that NaN equals itself, and 0 not -0."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.view(words), another.view(words))
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers
+from mora_ds.adapters.tp_plan import text_config
 from mora_ds.common.errors import UserError
 
 _ALIGNMENT = 256
@@ -42,8 +43,7 @@ def find_decoder_layers(model: Any) -> dict[str, nn.Module]:
 
 def _count(model: Any) -> int:
     """num_hidden_layers of a transformers model; 0 for another one."""
-    config: Any = getattr(model, "config", None)
-    return int(config.get_text_config().num_hidden_layers) if hasattr(config, "get_text_config") else 0
+    return int(getattr(text_config(model), "num_hidden_layers", 0))
 
 
 def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
