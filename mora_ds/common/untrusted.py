@@ -317,9 +317,14 @@ def require_plain(folder: Path) -> None:
 
 
 def expanded(path: str | Path, flag: str = "") -> Path:
-    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming `flag` where that is not known."""
+    """`path` with the home folder in place of ~ or ~USER. Raises `UserError` naming `flag` where that is not known, and
+    where the disk does not let one look whether anything is there."""
     try:
-        return Path(path).expanduser()
+        place = Path(path).expanduser()
+        place.exists()
+        return place
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
     except RuntimeError:
         home = Path(path).parts[0]
         raise UserError(f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()) from None

@@ -223,3 +223,8 @@ def test_no_module_runs_code_that_comes_with_a_file_unasked() -> None:
     assert "True" not in matches["trust_remote_code"]
     assert matches["torch.load"]
     assert all("weights_only=True" in call for call in matches["torch.load"])
+
+
+def test_a_path_that_cannot_be_looked_at_is_named() -> None:
+    with pytest.raises(UserError, match=r"^--x n+: File name too long$"):
+        untrusted.expanded("n" * 300, "--x")
