@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -57,12 +57,8 @@ class Documents:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Documents:
         """The same with `bounds` on a device, as a batch's tensors are moved."""
-        return Documents(
-            self.bounds.to(device, non_blocking=non_blocking),
-            self.lengths,
-            self.windows,
-        )
+        return replace(self, bounds=self.bounds.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Documents:
         """The same with `bounds` in pinned memory."""
-        return Documents(self.bounds.pin_memory(), self.lengths, self.windows)
+        return replace(self, bounds=self.bounds.pin_memory())

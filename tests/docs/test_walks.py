@@ -34,7 +34,8 @@ LINES = 10
 BY_NAME = ("common/", "runtime/", "adapters/ops/")
 """What is read by the names of its functions."""
 FORWARD = {
-    "data/packing.py", "engine/traffic.py", "models/document_attention.py", "models/loss.py", "train/loader.py",
+    "adapters/domains.py", "data/packing.py", "engine/traffic.py", "models/document_attention.py", "models/loss.py",
+    "train/beside.py", "train/loader.py",
 }  # fmt: skip
 """The forward pass of the probe batch, before and after a merge and before a save: a step's files."""
 
