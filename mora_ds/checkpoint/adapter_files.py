@@ -310,15 +310,12 @@ class BaseReference:
     """Parameter name -> safetensors key."""
     dtype: str
     """Compute dtype that the base is cast to when it is loaded."""
+    config_changes: JsonObject = field(default_factory=dict)
+    """Settings of the text config that the live model has, and not the base's config.json (`models.rope`)."""
 
     def write(self, folder: Path) -> None:
         """Writes base.json atomically."""
-        content = {
-            "format": FORMAT,
-            "folder": self.folder,
-            "fingerprint": self.fingerprint,
-        }
-        write_json_atomic(folder / BASE_JSON, {**content, "dtype": self.dtype, "keys": self.keys})
+        write_json_atomic(folder / BASE_JSON, {"format": FORMAT, **vars(self)})
 
     @classmethod
     def read(cls, folder: Path) -> BaseReference:

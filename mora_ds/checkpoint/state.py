@@ -108,7 +108,7 @@ _OF_TEXT = (
 
 _LABELS = {
     "base": "weights of --model_name_or_path",
-    "model_config": "config.json of --model_name_or_path",
+    "model_config": "config.json of --model_name_or_path, and --rope_scaling",
     "tokens": f"tokens of the training text ({_OF_TEXT})",
     "mixture.sources": f"sources ({_OF_TEXT})",
     "mixture.weights": "weights of --mixture, --train_files or --replay",

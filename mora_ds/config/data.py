@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, wrong_values
+from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, refusal, wrong_values
 from mora_ds.config.flags import documented
+from mora_ds.config.rope import rope_settings
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class ModelArguments:
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training files; 0 for none."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
+    rope_scaling: str | None = None
+    """Rotary embeddings in place of the config.json's, as JSON with transformers' own keys: '{"rope_type": "yarn",
+    "factor": 4.0}' for 4 times the positions. rope_type: yarn, linear, dynamic, llama3, or default, which changes
+    rope_theta alone."""
     attn_implementation: str = "auto"
     """auto: attention document by document, without a mask of seq_len x seq_len, wherever the model can, else
     transformers' own. A name of transformers (sdpa, eager, flash_attention_2 and so on): that one."""
@@ -37,6 +43,11 @@ class ModelArguments:
         return None if self.attn_implementation == "auto" else self.attn_implementation
 
     @property
+    def rope(self) -> dict[str, Any] | None:
+        """The keys of --rope_scaling. Raises `UserError` where they are wrong."""
+        return None if self.rope_scaling is None else rope_settings(self.rope_scaling)
+
+    @property
     def is_named(self) -> bool:
         """Whether there is a model to train, trained or from random weights."""
         return bool(self.model_name_or_path or self.model_config)
@@ -44,6 +55,7 @@ class ModelArguments:
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000)})
+        yield from refusal(lambda: self.rope)
         if self.model_name_or_path and self.model_config:
             yield "--model_name_or_path and --model_config: give one of them"
         if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:

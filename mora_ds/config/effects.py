@@ -85,6 +85,11 @@ EFFECTS = (
         "decay_ratio",
     ),
     Effect(
+        "a model that is named (--model_name_or_path)",
+        lambda run: run.model.is_named,
+        "rope_scaling",
+    ),
+    Effect(
         "runs without --max_steps",
         lambda run: run.training.max_steps == -1,
         "num_train_epochs",

@@ -97,6 +97,7 @@ def load_adapter(
         attn_implementation,
         trust_remote_code,
         "`base`",
+        opened.reference.config_changes,
     )
     inject(model, config)
     move_base(model, "cpu", dtype)

@@ -189,6 +189,8 @@ def _check_pair(source: _Source, last: _Source) -> None:
     pair = f"{source.folder} and {last.folder}"
     if source.reference.fingerprint != last.reference.fingerprint:
         raise UserError(f"{pair} have different bases: only updates of the same weights can be summed")
+    if source.reference.config_changes != last.reference.config_changes:
+        raise UserError(f"{pair} have bases with different rotary embeddings (--rope_scaling)")
     if different := sorted(set(source.file.layers) ^ set(last.file.layers)):
         raise UserError(f"{pair} adapt different layers (`target_modules`), e.g. {different[0]}")
     if different := sorted(set(source.file.trainables) ^ set(last.file.trainables)):

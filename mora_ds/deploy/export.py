@@ -199,7 +199,8 @@ def _write(
     adapter = run.file
     with atomic_folder(output.absolute()) as folder:
         names = write_shards(folder, layout, limit, updated_tensors(run))
-        write_companions(run.target, folder, dtype, None if run.is_onto else tokenizer_of(run.folder))
+        tokenizer = None if run.is_onto else tokenizer_of(run.folder)
+        write_companions(run.target, folder, dtype, tokenizer, run.reference.config_changes)
         if verify and dtype is not None:
             round_weights = _rounding(run) if run.file.config.base_bits in (8, 4) else None
             comparison = compare_logits(
@@ -327,7 +328,8 @@ def load_onto(
     CPU, in evaluation mode. `dtype` "auto": that of the folder `onto`. Raises `UserError` as `export_merged` does."""
     run = open_run(Adapter.open(checkpoint), base_folder, domain, onto, trust_remote_code)
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
-    model: Any = load_model(run.target.folder, wanted, trust_remote_code=trust_remote_code, flag=ONTO)
+    changes = run.reference.config_changes
+    model: Any = load_model(run.target.folder, wanted, None, trust_remote_code, ONTO, changes)
     tensor_of = updated_tensors(run)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         key = name if name in run.target else run.reference.keys.get(name)

@@ -12,6 +12,7 @@ PEFT's `modules_to_save`. Formats: peft 0.21, `peft/tuners/lora/config.py` and `
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ def export_peft(
         write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
         lines = _report(run, plans, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
+        if changes := run.reference.config_changes:
+            text += f" The run changed the base's config: load it with {json.dumps(changes)}."
         readme = card(
             "peft",
             "lora, mora",

@@ -35,6 +35,7 @@ from mora_ds.deploy.export import load_onto
 from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
+from mora_ds.models.rope import longest_row
 from mora_ds.models.tensor_files import compute_dtype
 
 DEFAULT_WINDOW = 1024
@@ -106,7 +107,7 @@ class Windows:
     ) -> Windows:
         """Default: the model's number of positions, at most `DEFAULT_WINDOW`, and half of that. Raises `UserError` for
         a window that is longer than that number, and for a stride that leaves a scored token without context."""
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = longest_row(model.config)
         if window is None:
             window = min(longest or DEFAULT_WINDOW, DEFAULT_WINDOW)
         stride = max(window // 2, 1) if stride is None else stride

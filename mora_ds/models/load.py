@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -33,6 +33,7 @@ from mora_ds.models.base import (
     verify_against_model,
     write_own_base,
 )
+from mora_ds.models.rope import changed
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
 
@@ -101,11 +102,13 @@ def load_base(
     attn_implementation: str | None,
     trust_remote_code: bool = False,
     cast: bool = True,
+    changes: Mapping[str, Any] | None = None,
 ) -> LoadedBase:
     """The live model on the CPU, and the original of each of its parameters. Collective.
 
     The model is in `dtype`, or, without `cast`, in the dtype of its files where it can be cast later with the same
     result: its weights are then pages of the files, which the processes of a node share, and not a copy in each.
+    `changes`: of the folder's config (`rope_changes`), which the live model has.
 
     Rank 0 writes the base to `own_base`, in the precision of its files, if these are not one to one.
     Raises `UserError` where weights are missing or do not fit the
@@ -113,7 +116,7 @@ def load_base(
     """
 
     def load(stored: torch.dtype) -> Any:
-        return load_model(folder, stored, attn_implementation, trust_remote_code)
+        return load_model(folder, stored, attn_implementation, trust_remote_code, changes=changes)
 
     def load_first() -> Any:
         model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))
@@ -255,10 +258,11 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     flag: str = MODEL_FLAG,
+    changes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model of a folder on the CPU. Raises `UserError` naming `flag` where it cannot be loaded, and where weights
-    are missing or do not fit the config."""
-    config = folder_config(folder, trust_remote_code, flag)
+    """The model of a folder on the CPU, with `changes` of its config (`rope_changes`). Raises `UserError` naming `flag`
+    where it cannot be loaded, and where weights are missing or do not fit the config."""
+    config = changed(folder_config(folder, trust_remote_code, flag), changes or {})
     damage = ""
     try:
         count = len(BaseCheckpoint.open(folder).keys())
@@ -272,6 +276,7 @@ def load_model(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,

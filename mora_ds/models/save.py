@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.models.base import INDEX_FILE, BaseCheckpoint
+from mora_ds.models.rope import change_file
 from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -84,13 +85,15 @@ def write_companions(
     folder: Path,
     dtype: torch.dtype | None,
     tokenizer: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json with the new dtype (None: its own), the base's other files, and a tokenizer (by default the
-    base's)."""
+    """Writes config.json with the new dtype (None: its own) and the `changes` of `models.rope`, the base's other files,
+    and a tokenizer (by default the base's)."""
     config = read_json(base.folder / "config.json")
     if dtype is not None:
         config = _with_dtype(config, dtype_name(dtype))
         config.setdefault("dtype", dtype_name(dtype))
+    change_file(config, changes or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _copy(base.folder, folder, COPIED_FROM_BASE)
     _copy(tokenizer or base.folder, folder, ("*",) if tokenizer else TOKENIZER_FILES)

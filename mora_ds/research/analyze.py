@@ -30,6 +30,7 @@ from mora_ds.common.files import write_json_atomic
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.data import Document, load_corpus
 from mora_ds.eval.perplexity import load_target
+from mora_ds.models.rope import longest_row
 from mora_ds.research.targets import OpenModel, parse_budget
 from mora_ds.research.weights import LEADING, WeightMeasures, analyse
 from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
@@ -98,14 +99,7 @@ def _probe(options: argparse.Namespace, config: MoRAConfig) -> dict[str, Gradien
         options.device,
         options.trust_remote_code,
     )
-    longest = (
-        getattr(
-            target.model.config.get_text_config(),
-            "max_position_embeddings",
-            None,
-        )
-        or options.seq_len
-    )
+    longest = longest_row(target.model.config) or options.seq_len
     if options.seq_len > longest:
         raise UserError(f"--seq_len {options.seq_len} is longer than the model's {longest} positions")
     batches = token_batches(

@@ -85,6 +85,8 @@ def read_headers(name: str, folder: Path, fingerprint: str) -> AdapterFile:
                 f"it is of another base: fingerprint {reference.fingerprint}, not {fingerprint}; its base was "
                 f"{(folder / reference.folder).resolve()}"
             )
+        if reference.config_changes:
+            raise UserError(f"its run changed {', '.join(reference.config_changes)} of the base: evaluate it alone")
         for layer, entry in adapter.layers.items():
             operator_of(entry.operator, layer)
         if adapter.domains is not None:

@@ -20,15 +20,18 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
 from mora_ds.engine.device import BaseDevice, is_cpu
 from mora_ds.engine.ds_keys import DsConfig
+from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import (
     LoadedBase,
     config_digest,
     create_base,
     folder_config,
     load_base,
+    make_model,
     read_model_config,
     resolve_folder,
 )
+from mora_ds.models.rope import changed, check_used, rope_changes
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text, verdict
 from mora_ds.runtime.node_memory import free_bytes
@@ -40,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
-    """(folder of the base, its config); no folder where --model_config asks for random weights. Collective."""
+    """(folder of the base, its config with --rope_scaling); no folder where --model_config asks for random weights.
+    Collective."""
     folder = None
     if model.model_name_or_path is None:
         assert model.model_config is not None, "validated"
@@ -48,6 +52,11 @@ def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
     else:
         folder = resolve_folder(model.model_name_or_path, start.ranks)
         config = folder_config(folder, model.trust_remote_code)
+    if model.rope is not None:
+        changed(config, rope_changes(config, model.rope))
+        with torch.device("meta"):
+            sketch = make_model(config, MODEL_FLAG, trust_remote_code=model.trust_remote_code)
+        check_used(sketch, model.rope["rope_type"])
     start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config
 
@@ -74,6 +83,7 @@ def prepare_base(
 
         start.ranks.on_first("creation of the base", create, long=True)
         folder = base_folder
+    changes = rope_changes(folder_config(folder, model.trust_remote_code), model.rope)
     loaded = load_base(
         folder,
         base_folder,
@@ -82,6 +92,7 @@ def prepare_base(
         model.implementation,
         model.trust_remote_code,
         cast,
+        changes,
     )
     if training.gradient_checkpointing:
         loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -47,6 +47,7 @@ from mora_ds.data import (
     stream_dataset,
     tokenizer_fingerprint,
 )
+from mora_ds.models.rope import longest_row
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Start
 from mora_ds.train.tokenizer import (
@@ -224,11 +225,11 @@ def _eval_sets(data: DataArguments) -> list[tuple[str, str]]:
 
 
 def _check_positions(model_config: Any, seq_len: int) -> None:
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_row(model_config)
     if longest is not None and seq_len > longest:
         raise UserError(
             f"--seq_len {seq_len} is longer than the model's {longest} positions "
-            "(max_position_embeddings in its config.json)"
+            "(max_position_embeddings in its config.json): --rope_scaling makes more of them"
         )
 
 

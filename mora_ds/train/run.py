@@ -73,6 +73,7 @@ from mora_ds.models.base import (
     write_own_base,
 )
 from mora_ds.models.node_base import node_base_of
+from mora_ds.models.rope import changes_of
 from mora_ds.models.tensor_files import dtype_name, write_safetensors_atomic
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
@@ -157,7 +158,8 @@ class Run:
         ledger = self._open_ledger(checkpoint, fingerprint)
         self.remora = ReMoRA(engine, config, ledger, opened, keys)
         dtype = dtype_name(first_layer.dtype)
-        self._reference = BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype)
+        changes = changes_of(engine.module.config, opened.folder)
+        self._reference = BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype, changes)
         self._tokenizer_folder = tokenizer_folder
         self._probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids
         self._facts = {"operator": config.title, **(facts or {})}

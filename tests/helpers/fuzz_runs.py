@@ -65,6 +65,7 @@ preprocessing_workers       | 2
 tokenizer_name              | {user}/model | {user}/gone
 train_tokenizer_vocab       | 300 | 5
 trust_remote_code           | true
+rope_scaling                | {{"rope_type":"yarn","factor":4.0}} | {{"rope_type":"dynamic","factor":2}} | {{}}
 attn_implementation         | sdpa | eager | flex_attention | flash_attention_2
 overwrite_output_dir        | true
 resume_from_checkpoint      | auto | latest

@@ -1,0 +1,168 @@
+"""--rope_scaling: a model computes as transformers' own of that config, is exported as one, and mistakes are named."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import mora_ds
+from mora_ds.checkpoint.adapter_files import BaseReference
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json, write_json_atomic
+from mora_ds.config.rope import rope_settings
+from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.peft_export import export_peft
+from mora_ds.models import rope
+from mora_ds.models.load import folder_config, load_model
+from tests.helpers.jobs import Playground, assert_close_losses, losses, refusal, run
+from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.helpers.resume import MERGING
+
+YARN = '{"rope_type": "yarn", "factor": 4.0}'
+SETTINGS = {
+    "yarn": (YARN, 512),
+    "yarn of fewer positions": ('{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64}', 256),
+    "linear": ('{"rope_type": "linear", "factor": 2.5, "rope_theta": 5e5}', 320),
+    "dynamic": ('{"rope_type": "dynamic", "factor": 2.0}', 256),
+    "llama3": ('{"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}', 1024),
+    "theta": ('{"rope_type": "default", "rope_theta": 500000}', 128),
+}
+"""Name -> (value of --rope_scaling, the longest row of a model that was made for 128 positions)."""
+
+
+def asked(family: str, folder: Path, text: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny model in `folder`, loaded with these settings; the changes of its config."""
+    tiny_model(family).save_pretrained(folder)
+    changes = rope.rope_changes(folder_config(folder), rope_settings(text))
+    return load_model(folder, torch.float32, changes=changes), changes
+
+
+@pytest.mark.parametrize("text, longest", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_logits_are_those_of_transformers_own_model(family: str, text: str, longest: int, tmp_path: Path) -> None:
+    model, changes = asked(family, tmp_path, text)
+    rope.check_used(model, changes["rope_parameters"]["rope_type"])
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **copy.deepcopy(changes)})
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    plain = tiny_model(family)
+    theirs.load_state_dict(plain.state_dict())
+    ids = tokens(2, 200)  # beyond the 128 positions, from where on dynamic differs
+    assert torch.equal(model(ids).logits, theirs(ids).logits)
+    assert not torch.equal(model(ids).logits, plain(ids).logits)
+    assert rope.longest_row(model.config) == longest
+
+
+def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path: Path) -> None:
+    """Why the changes are made before."""
+    model, changes = asked("llama", tmp_path, YARN)
+    late = load_model(tmp_path, torch.float32)
+    before = late.model.rotary_emb.inv_freq.clone()
+    rope.changed(late.config, changes)
+    late(tokens(1))
+    assert torch.equal(late.model.rotary_emb.inv_freq, before)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+@pytest.mark.parametrize("family, words", [
+    ("gpt2", "a gpt2 model has no rotary embeddings that are one for all layers"),
+    ("gemma3_text", "a gemma3_text model has no rotary embeddings that are one for all layers"),
+    ("phi3", "a phi3 model cannot have these: `rope_parameters`'s type field must be one of ['longrope'], got yarn"),
+])  # fmt: skip
+def test_a_family_that_ignores_it_is_named(user: Playground, tmp_path: Path, family: str, words: str) -> None:
+    tiny_model(family).save_pretrained(tmp_path / family)
+    flags = ("--model_name_or_path", tmp_path / family, "--tokenizer_name", user.model, "--rope_scaling", YARN)
+    assert f"--rope_scaling: {words}" in refusal(user.flags(tmp_path / "out", *map(str, flags)))
+
+
+@pytest.mark.parametrize("form", ["of transformers 5", "of transformers 4"])
+def test_a_changed_config_keeps_nothing_of_the_scaling_before(form: str, tmp_path: Path) -> None:
+    """Both names are written: transformers 5 and 4 read the same."""
+    model, changes = asked("llama", tmp_path, YARN)
+    content = read_json(tmp_path / "config.json")
+    if form == "of transformers 4":
+        del content["rope_parameters"]
+        content.update(rope_theta=5.0, rope_scaling={"rope_type": "linear", "factor": 3.0})
+    rope.change_file(content, changes)
+    write_json_atomic(tmp_path / "config.json", content)
+    assert folder_config(tmp_path).rope_parameters == model.config.rope_parameters
+    assert content["rope_scaling"] == content["rope_parameters"] == changes["rope_parameters"]
+    assert content["rope_theta"] == 10_000.0
+    assert rope.changes_of(model.config, tmp_path) == {}
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user: Playground, tmp_path: Path) -> None:
+    """To the bit, with merges, resumed; and what is exported of it is that model, whose config is the run's."""
+    longer = (*MERGING, "--seq_len", 160, "--per_device_train_batch_size", 1, "--train_norms", "true")
+    assert "--rope_scaling makes more of them" in refusal(user.flags(tmp_path / "short", *longer))
+    scaled = (*longer, "--rope_scaling", YARN)
+    out = tmp_path / "out"
+    run(1, user.flags(out, *scaled, "--export_merged", "true"))
+    base = tmp_path / "base"
+    model = load_model(user.model, torch.float32)
+    rope.changed(model.config, rope.rope_changes(model.config, rope_settings(YARN)))
+    model.save_pretrained(base)
+    theirs = tmp_path / "theirs"
+    named = ("--model_name_or_path", base, "--tokenizer_name", user.model, "--export_merged", "true")
+    run(1, user.flags(theirs, *longer, *map(str, named)))
+    assert torch.equal(losses(out), losses(theirs))
+    weights = load_file(theirs / "merged" / "model.safetensors")
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_file(out / "merged" / "model.safetensors").items()
+    )
+
+    plain = AutoModelForCausalLM.from_pretrained(out / "merged")
+    reference = AutoModelForCausalLM.from_pretrained(theirs / "merged")
+    ids = tokens(1, 400, vocab=400)
+    assert plain.config.max_position_embeddings == 512
+    assert torch.equal(plain(ids).logits, reference(ids).logits)
+    assert export_merged(out, tmp_path / "verified", verify=True).comparison is not None
+    live = mora_ds.load_adapter(user.model, out)
+    assert torch.allclose(live(ids).logits, plain(ids).logits, atol=1e-5)
+
+    other = '{"rope_type": "yarn", "factor": 2.0}'
+    for settings in ((*longer,), (*longer, "--rope_scaling", other)):
+        message = refusal(user.flags(out, *settings, "--resume_from_checkpoint", "auto", "--max_steps", 10))
+        assert "--rope_scaling" in message
+    export_peft(out, tmp_path / "peft", rank=4)
+    changes = BaseReference.read(out / "checkpoints" / "latest").config_changes
+    assert json.dumps(changes) in (tmp_path / "peft" / "README.md").read_text()
+
+
+def test_rows_that_are_split_over_ranks_are_scaled_alike(user: Playground, tmp_path: Path) -> None:
+    dynamic = '{"rope_type": "dynamic", "factor": 2.0}'
+    longer = ("--seq_len", 256, "--per_device_train_batch_size", 1, "--max_steps", 3, "--rope_scaling", dynamic)
+    run(1, user.flags(tmp_path / "one", *longer, "--no_document_mask"))
+    run(2, user.flags(tmp_path / "two", *longer, "--no_document_mask", "--sequence_parallel_size", 2))
+    assert_close_losses(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"rope_type": "yarm", "factor": 2}', "unknown rope_type in --rope_scaling 'yarm'; known: default, linear"),
+    ("[1]", "unknown rope_type in --rope_scaling"),
+    ("{", "--rope_scaling is damaged"),
+    ('{"factor": 2}', "unknown rope_type in --rope_scaling 'None'"),
+    ('{"rope_type": "yarn"}', "--rope_scaling: rope_type yarn needs the key factor"),
+    ('{"rope_type": "default"}', "--rope_scaling: rope_type default needs the key rope_theta"),
+    ('{"rope_type": "llama3", "factor": 2, "high_freq_factor": 4}', "llama3 needs the key low_freq_factor"),
+    ('{"rope_type": "linear", "factor": 2, "beta_fast": 1}', "rope_type linear has no key 'beta_fast'"),
+    ('{"rope_type": "yarn", "factor": 2, "beta_fats": 1}', "no key 'beta_fats'. Did you mean 'beta_fast'?"),
+    ('{"rope_type": "linear", "factor": 0.5}', "--rope_scaling: factor must be at least 1, got 0.5"),
+    ('{"rope_type": "linear", "factor": NaN}', "--rope_scaling: factor must be at least 1"),
+    ('{"rope_type": "linear", "factor": true}', "--rope_scaling: factor must be a number, got True"),
+    ('{"rope_type": "linear", "factor": 2, "rope_theta": -1}', "--rope_scaling: rope_theta must be above 0"),
+    ('{"rope_type": "yarn", "factor": 2, "truncate": 1}', "--rope_scaling: truncate must be true or false"),
+    ('{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2.5}', "must be a whole number, got 2.5"),
+    ('{"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}', "must be above low_freq"),
+])  # fmt: skip
+def test_mistakes_are_named(text: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        rope_settings(text)
+    assert words in str(error.value)
