@@ -52,7 +52,6 @@ def preflight(job: Job, arguments: Arguments) -> None:
     model = job.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
-    vocab_size = model.config.get_text_config().vocab_size
     sizes = {
         1,
         2,
@@ -63,22 +62,21 @@ def preflight(job: Job, arguments: Arguments) -> None:
     is_dense_by_choice = implementation is not None and why_dense(model.config, None) is None
     advice = f"leave out --attn_implementation {implementation}, or " if is_dense_by_choice else ""
     with beside_training(job.engine, whole=True):
-        if job.state.chunked_loss and not logits_are_known(job.engine, vocab_size):
+        if job.state.chunked_loss and not logits_are_known(job.engine):
             problem = "this model does more to its logits than its head and a known scale or cap"
             if training.chunked_loss:
                 raise UserError(f"{loss.FLAG}: {problem}: leave it out")
             logger.info(f"loss: from the logits of complete batches, because {problem}")
             loss.whole_loss(model)
             job.state.chunked_loss = False
-        job.start.hooks.check(job.engine, _random_ids(job.engine, vocab_size, 3, 8))
-        check_attention(job.engine, vocab_size, sizes, document_mask, advice)
+        job.start.hooks.check(job.engine, _random_ids(job.engine, 3, 8))
+        check_attention(job.engine, sizes, document_mask, advice)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
 
 
 def check_attention(
     engine: Any,
-    vocab_size: int,
     row_counts: Iterable[int],
     document_mask: bool,
     advice: str = "",
@@ -86,13 +84,13 @@ def check_attention(
     """Raise `UserError` where documents see each other, or attention by documents is not given the config's window.
     `advice`: as in `check_document_mask`."""
     if document_mask:
-        check_document_mask(engine, vocab_size, row_counts, advice)
+        check_document_mask(engine, row_counts, advice)
     model = getattr(engine, "module", engine)
     if attention_of(model) == NAME and _has_window(model.config.get_text_config()):
-        check_window(engine, vocab_size)
+        check_window(engine)
 
 
-def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] = (1, 2), advice: str = "") -> None:
+def check_document_mask(engine: Any, row_counts: Iterable[int] = (1, 2), advice: str = "") -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
     Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
@@ -102,46 +100,44 @@ def check_document_mask(engine: Any, vocab_size: int, row_counts: Iterable[int] 
     reads masks. Collective: a forward pass of short rows for each number, two for one.
     """
     straight = torch.arange(2 * _DOCUMENT)
-    unmasked = _effect(engine, vocab_size, 2, straight)
+    unmasked = _effect(engine, 2, straight)
     for rows in sorted(set(row_counts)):
-        if _effect(engine, vocab_size, rows, straight % _DOCUMENT) > _LEAK * unmasked:
+        if _effect(engine, rows, straight % _DOCUMENT) > _LEAK * unmasked:
             raise UserError(
                 "this model's attention does not stop at restarting positions, so documents packed into one row would "
                 f"see each other (in batches of {rows} rows): {advice}give --no_document_mask if they may"
             )
 
 
-def _effect(engine: Any, vocab_size: int, rows: int, positions: Tensor) -> float:
+def _effect(engine: Any, rows: int, positions: Tensor) -> float:
     """The largest change of a row's second document, as a norm of its logits, when the first one is another."""
-    ids = _random_ids(engine, vocab_size, max(rows, 2), 2 * _DOCUMENT)
+    ids = _random_ids(engine, max(rows, 2), 2 * _DOCUMENT)
     ids[1:, _DOCUMENT:] = ids[0, _DOCUMENT:]
     row_groups = ids.split(1 if rows == 1 else len(ids))
-    batches = ({"input_ids": group, **_places(engine, positions, len(group))} for group in row_groups)
+    batches = (_batch(group, positions) for group in row_groups)
     with beside_training(engine):
         logits = torch.cat([engine(**model_inputs(engine, batch)).logits[:, _DOCUMENT:].double() for batch in batches])
     return max((row - logits[0]).norm().item() for row in logits[1:])
 
 
-def _places(engine: Any, positions: Tensor, rows: int) -> dict[str, Any]:
-    """Positions, (T,) for all rows alike or (rows, T), and the documents that they make."""
-    every = positions.expand(rows, -1)
+def _batch(ids: Tensor, positions: Tensor) -> dict[str, Any]:
+    """Token ids (rows, T) with their positions, (T,) for all rows alike or (rows, T), and the documents that these
+    make."""
+    every = positions.expand(len(ids), -1)
     return {
-        "position_ids": every.to(engine.device),
-        "documents": Documents.of(every).to(engine.device),
+        "input_ids": ids,
+        "position_ids": every.to(ids.device),
+        "documents": Documents.of(every).to(ids.device),
     }
 
 
-def check_window(engine: Any, vocab_size: int) -> None:
+def check_window(engine: Any) -> None:
     """Raise `UserError` where the config has a sliding window that attention by documents does not receive. Collective:
     a forward pass of one short row."""
-    position_inputs = _places(engine, torch.arange(2 * _DOCUMENT), 1)
-    batch = {
-        "input_ids": _random_ids(engine, vocab_size, 1, 2 * _DOCUMENT),
-        **position_inputs,
-    }
+    batch = _batch(_random_ids(engine, 1, 2 * _DOCUMENT), torch.arange(2 * _DOCUMENT))
     with beside_training(engine):
         engine(**model_inputs(engine, batch))
-    if position_inputs["documents"].windows == {None}:
+    if batch["documents"].windows == {None}:
         raise UserError(
             "this model's config has a sliding window that its attention does not receive: "
             "give --attn_implementation sdpa"
@@ -153,13 +149,13 @@ def _has_window(config: Any) -> bool:
     return bool(getattr(config, "sliding_window", None)) and "sliding_attention" in kinds
 
 
-def logits_are_known(engine: Any, vocab_size: int) -> bool:
+def logits_are_known(engine: Any) -> bool:
     """Whether the model's logits are what `chunk_loss` takes them for: its head's output, scaled or capped. Collective:
     a forward pass of one short row."""
     chunked = loss.bound(engine)
     assert chunked is not None, "chunk_loss comes first"
     with beside_training(engine), chunked.recording() as raw:
-        logits = engine(input_ids=_random_ids(engine, vocab_size, 1, 16), use_cache=False).logits
+        logits = engine(input_ids=_random_ids(engine, 1, 16), use_cache=False).logits
         return bool(raw) and torch.allclose(logits.float(), chunked.finish(raw[-1]).float(), rtol=1e-6, atol=0)
 
 
@@ -170,13 +166,12 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
     attention would see the tokens of one process alone. The difference is compared with the one that arises when the
     other processes' tokens are missing altogether. Collective: three forward passes of two short rows.
     """
-    config = model.config.get_text_config()
-    rows = _random_ids(engine, config.vocab_size, 2, _TOKENS * sequence.size)
+    rows = _random_ids(engine, 2, _TOKENS * sequence.size)
     positions = torch.arange(rows.shape[1]).expand(2, -1).clone()
     if document_mask:  # a document that crosses a boundary, and another one that begins between two boundaries
         positions[0, 3:] -= 3
         positions[1, 2 * _TOKENS - 1 :] -= 2 * _TOKENS - 1
-    batch = {"input_ids": rows, **_places(engine, positions, 2)}
+    batch = _batch(rows, positions)
     local_batch = sequence.split(batch)
     with beside_training(engine):
         split = engine(**model_inputs(engine, local_batch)).logits
@@ -192,12 +187,13 @@ def check_split(engine: Any, model: Any, sequence: SequenceParallel, document_ma
             f"{SEQUENCE}: this model mixes tokens outside of the attention that can be split over processes, so a "
             "split row does not give what the complete row gives"
         )
-    if _has_window(config) and not sequence.saw_window:
+    if _has_window(model.config.get_text_config()) and not sequence.saw_window:
         raise UserError(f"{SEQUENCE}: this model's config has a sliding window that its attention does not receive")
 
 
-def _random_ids(engine: Any, vocab_size: int, rows: int, length: int) -> Tensor:
+def _random_ids(engine: Any, rows: int, length: int) -> Tensor:
     """(rows, length) token ids, the same on every process, on the engine's device."""
+    vocab_size = getattr(engine, "module", engine).config.get_text_config().vocab_size
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(engine.device)
 
 
