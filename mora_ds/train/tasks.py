@@ -58,19 +58,18 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def task_names(names: Sequence[str]) -> list[str]:
     """What the tasks are called in results: names as they are, files by their key "task". Raises `UserError`."""
-    return [str(_of_file(name).get("task")) if is_task_file(name) else name for name in names]
+    called = []
+    for name in names:
+        task = load_yaml(name, f"{FLAG} {name}").get("task") if is_task_file(name) else name
+        if not isinstance(task, str):
+            raise UserError(f"{FLAG} {name}: the file names no task (key: task)")
+        called.append(task)
+    return called
 
 
 def is_task_file(name: str) -> bool:
     """Whether a value of --eval_tasks is a file of a task, not a name."""
     return name.endswith((".yaml", ".yml"))
-
-
-def _of_file(name: str) -> dict[Any, Any]:
-    content = load_yaml(name, f"{FLAG} {name}")
-    if not isinstance(content.get("task"), str):
-        raise UserError(f"{FLAG} {name}: the file names no task (key: task)")
-    return content
 
 
 def _loaded(names: Sequence[str]) -> Any:
@@ -112,12 +111,43 @@ class TaskSuite:
             is_beside,
             _InStep(module, self._replica) as in_step,
         ):
-            model = _model(module, self._tokenizer, self._batch_size, self._replica, in_step)
+            model = self._model(module, in_step)
             results = lm_eval.simple_evaluate(
                 model=model, tasks=list(self.names), task_manager=self._manager, log_samples=False,
                 bootstrap_iters=0,
             )  # fmt: skip
         return Ranks.current().on_first("results of tasks", lambda: _results(results, self.names))
+
+    def _model(self, module: nn.Module, in_step: _InStep) -> Any:
+        """The live model as the harness sees it."""
+        from lm_eval.models.huggingface import HFLM
+
+        replica = self._replica
+
+        class Shared(HFLM):
+            """Answers this replica's part of the requests, and gets the other parts."""
+
+            def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+                return self._shared(super().loglikelihood, requests)
+
+            def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+                return self._shared(super().loglikelihood_rolling, requests)
+
+            def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+                return self._shared(super().generate_until, requests)
+
+            def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+                share = requests[replica.index :: replica.count]
+                answers = answer(share, disable_tqdm=True) if share else []
+                in_step.wait_for_all()
+                everyone = Ranks.current().gather("answers to tasks", answers)
+                joined: list[Any] = [None] * len(requests)
+                for index in range(replica.count):
+                    joined[index :: replica.count] = everyone[index * replica.processes_per_replica]
+                return joined
+
+        with _weights_stay_tied(module):
+            return Shared(pretrained=module, tokenizer=self._tokenizer, batch_size=self._batch_size)
 
 
 def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
@@ -175,42 +205,6 @@ class _InStep:
                 )
         finally:
             self._is_idle = False
-
-
-def _model(
-    module: nn.Module,
-    tokenizer: Any,
-    batch_size: int,
-    replica: Replica,
-    in_step: _InStep,
-) -> Any:
-    """The live model as the harness sees it."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Shared(HFLM):
-        """Answers this replica's part of the requests, and gets the other parts."""
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return self._shared(super().loglikelihood, requests)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return self._shared(super().loglikelihood_rolling, requests)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return self._shared(super().generate_until, requests)
-
-        def _shared(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
-            share = requests[replica.index :: replica.count]
-            answers = answer(share, disable_tqdm=True) if share else []
-            in_step.wait_for_all()
-            everyone = Ranks.current().gather("answers to tasks", answers)
-            joined: list[Any] = [None] * len(requests)
-            for index in range(replica.count):
-                joined[index :: replica.count] = everyone[index * replica.processes_per_replica]
-            return joined
-
-    with _weights_stay_tied(module):
-        return Shared(pretrained=module, tokenizer=tokenizer, batch_size=batch_size)
 
 
 @contextlib.contextmanager
