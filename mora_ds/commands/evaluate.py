@@ -59,7 +59,7 @@ def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
     }
 
 
-@named_as_flags("domain", "delta_scale", "average_last", base="--base", base_folder="--base")
+@named_as_flags("domain", "onto", "delta_scale", "average_last", base="--base", base_folder="--base")
 def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
     """Evaluate one model at each --delta_scale. Returns the content of the JSON file."""
     by_scale = {}

@@ -23,7 +23,7 @@ from mora_ds.runtime.cli import command_parser
 
 @named_as_flags(
     "checkpoint", "output", "max_shard_gib", "verify", "overwrite", "domain", "delta_scale", "average_last",
-    "base_bits", base_folder="--base",
+    "base_bits", "onto", base_folder="--base",
 )  # fmt: skip
 def main() -> None:
     options = _parser().parse_args()
