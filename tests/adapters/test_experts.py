@@ -1,6 +1,7 @@
 """Experts of a mixture as targets: which tensors they are, what they compute, how they are named and read."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,11 +84,11 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_
 
 def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
     ids = tokens(2)
-    for pattern in ("experts.down_proj", "experts.gate_up_proj"):
-        model = adapted(target_modules=(pattern,))
+    for family, pattern in product(("mixtral", "gpt_oss"), ("experts.down_proj", "experts.gate_up_proj")):
+        model = adapted(family, target_modules=(pattern,))
         assert len(mora_layers(model)) == 2
         with torch.no_grad():
-            expected = live_of(model, "mixtral")(input_ids=ids).logits
+            expected = live_of(model, family)(input_ids=ids).logits
             assert_close(model(input_ids=ids).logits, expected)
     dropping = adapted(dropout=0.5)
     dropping.train()
