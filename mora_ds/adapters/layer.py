@@ -333,7 +333,14 @@ class MoRALinear(AdaptedLinear):
         frozen = self.frozen
         check_floating(x, frozen)
         if runs_kernels(x.device):
-            return kernel_linear(x, frozen, self.bias, square, self.kernel_tables(x.device), path)
+            return kernel_linear(
+                x,
+                frozen,
+                self.bias,
+                square,
+                self.kernel_tables(x.device),
+                path,
+            )
         self.hold_tables(x.device)
         return mora_linear(x, frozen, self.bias, square, self.spec, path)
 

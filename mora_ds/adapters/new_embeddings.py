@@ -62,7 +62,11 @@ class NewRowEmbedding(FrozenEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         new = F.embedding((ids - self.first).clamp(min=0), self.new_rows)
-        return torch.where((ids >= self.first).unsqueeze(-1), new, F.embedding(ids, self.weight))
+        return torch.where(
+            (ids >= self.first).unsqueeze(-1),
+            new,
+            F.embedding(ids, self.weight),
+        )
 
 
 class NewRowHead(FrozenHead):

@@ -284,7 +284,14 @@ def _rows(
     for begin in range(0, length, step):
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
-        seen: Any = partial(_seen, begin - first, end - begin, end - first, window, query.device)
+        seen: Any = partial(
+            _seen,
+            begin - first,
+            end - begin,
+            end - first,
+            window,
+            query.device,
+        )
         if not is_scored:
             seen = seen()
         outs.append(attend(query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], seen))

@@ -146,7 +146,11 @@ class ChunkedHead:
         return losses.view(*hidden.shape[:-1], 1)
 
     def _chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
+        return zip(
+            hidden.split(self.chunk_tokens),
+            labels.split(self.chunk_tokens),
+            strict=True,
+        )
 
     def _losses_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -173,7 +177,12 @@ class ChunkedHead:
         """(N, d) -> (N, vocabulary)"""
         return self.finish(self._project(hidden.unsqueeze(0))).squeeze(0)
 
-    def _record(self, head: nn.Module, args: object, output: Tensor) -> None:
+    def _record(
+        self,
+        head: nn.Module,
+        args: object,
+        output: Tensor,
+    ) -> None:
         del head, args
         if self._outputs is not None:
             self._outputs.append(output)

@@ -211,7 +211,12 @@ def _write(
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
     write_shards(folder, layout, _SHARD_BYTES, tensor_of)
-    write_companions(base, folder, base.shape_dtype(next(iter(sorted(keys))))[1], extension.folder)
+    write_companions(
+        base,
+        folder,
+        base.shape_dtype(next(iter(sorted(keys))))[1],
+        extension.folder,
+    )
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     text["vocab_size"] = rows

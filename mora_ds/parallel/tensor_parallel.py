@@ -75,7 +75,11 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     return plan
 
 
-def _keep_equal(model: nn.Module, plan: TensorPlan, topology: Topology) -> None:
+def _keep_equal(
+    model: nn.Module,
+    plan: TensorPlan,
+    topology: Topology,
+) -> None:
     """Give the other trained parameters (norms, embeddings, head) one gradient on all processes of a group: the sum
     where each saw its own heads only, else the first process's. The processes compute the latter alike, but not to the
     bit where a device's kernels add in any order (attention's backward on GPUs), and parameters that have drifted apart
@@ -195,7 +199,11 @@ class LayerSplit:
         if self.transposed:
             u = Sum.apply(take_slice(z, topology) @ square_shard, topology)
         else:
-            u = all_gather(F.linear(sum_gradient(z, topology), square_shard), topology, spec.r_hat)
+            u = all_gather(
+                F.linear(sum_gradient(z, topology), square_shard),
+                topology,
+                spec.r_hat,
+            )
         return linear_map(
             u,
             lambda u: window.spread(window.used_rows(u, dim=-1)),

@@ -87,7 +87,12 @@ class MoraLinear(nn.Module, BaseTunerLayer):
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     @torch.no_grad()
-    def _add_to_weight(self, names: list[str], sign: int, check: bool) -> None:
+    def _add_to_weight(
+        self,
+        names: list[str],
+        sign: int,
+        check: bool,
+    ) -> None:
         if not names:
             return
         weight: Any = self.get_base_layer().weight

@@ -27,4 +27,9 @@ def register(config: Any, model: Any) -> None:
     PeftType._member_names_.append(PEFT_TYPE)
     PeftType._member_map_[PEFT_TYPE] = member
     PeftType._value2member_map_[PEFT_TYPE] = member
-    register_peft_method(name=PEFT_TYPE.lower(), config_cls=config, model_cls=model, prefix=PREFIX)
+    register_peft_method(
+        name=PEFT_TYPE.lower(),
+        config_cls=config,
+        model_cls=model,
+        prefix=PREFIX,
+    )

@@ -217,7 +217,11 @@ class ReMoRA:
         if dist.get_rank() == 0:
             self.ledger.append(step, entries, squares.items())
         dist.barrier()
-        self.ledger = Ledger.open(self.ledger.folder, self.ledger.base_fingerprint, hashes=False)
+        self.ledger = Ledger.open(
+            self.ledger.folder,
+            self.ledger.base_fingerprint,
+            hashes=False,
+        )
         if self.cycle != cycle + 1:
             raise RunError(f"cycle {cycle} is not in the ledger at {self.ledger.folder} as this rank sees it")
 

@@ -37,7 +37,11 @@ def kernel_linear(
     return linear_by(KernelProducts(tables), x, weight, bias, square, path)
 
 
-def form_weight(weight: Weight, square: Tensor, tables: KernelTables) -> Tensor:
+def form_weight(
+    weight: Weight,
+    square: Tensor,
+    tables: KernelTables,
+) -> Tensor:
     """W0 + delta (O, D), contiguous, in the dtype of M. Not for merges: these round otherwise."""
     if isinstance(weight, Int8Weight):
         values = weight.values
@@ -121,7 +125,12 @@ class KernelProducts(LayerProducts):
 
     def _fold(self, x: Tensor) -> Tensor:
         """(..., D) -> (T, N * R), rotated for rotate."""
-        folded: Tensor = ops.gather_sum(_flat(x), self.tables.fold, *self.tables.rotation, False)
+        folded: Tensor = ops.gather_sum(
+            _flat(x),
+            self.tables.fold,
+            *self.tables.rotation,
+            False,
+        )
         return folded
 
     def _folded(self, saved: Tensor) -> Tensor:

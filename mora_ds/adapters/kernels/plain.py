@@ -111,7 +111,11 @@ def _sums(
     return total
 
 
-def _unturned(rows: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def _unturned(
+    rows: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:
     """(T, N * R), each block rotated back; itself where nothing is rotated."""
     if cos is None or sin is None:
         return rows

@@ -43,7 +43,11 @@ class KernelTables(nn.Module):
         maps = {"fold": tables.fold.table, "unfold": unfold, "spread": tables.spread.table, "collect": collect}
         maps["slots"] = transposed(collect, spec.d_out)
         for name, table in maps.items():
-            self.register_buffer(name, table.to(device, torch.int32).contiguous(), persistent=False)
+            self.register_buffer(
+                name,
+                table.to(device, torch.int32).contiguous(),
+                persistent=False,
+            )
         self.register_buffer("blocks_read", None, persistent=False)
         self.blocks_out = collect.shape[1] // spec.r_hat
         """P."""

@@ -179,7 +179,12 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     if c.dtype not in (torch.bfloat16, torch.float16):
         return plain.product(c, z)
     part_count = plain.parts_of(c, z, 2 * _processors(c.device))
-    out = c.new_empty(part_count, c.shape[2], z.shape[2], dtype=plain.dtype_of(part_count, c.dtype))
+    out = c.new_empty(
+        part_count,
+        c.shape[2],
+        z.shape[2],
+        dtype=plain.dtype_of(part_count, c.dtype),
+    )
     plan_product(out, c.contiguous(), z.contiguous())()
     return out
 
@@ -396,7 +401,11 @@ def _product(
             term_of_c = term // BLOCKS * BLOCKS_C + term % BLOCKS % BLOCKS_C
         line_of_c = term_of_c.to(tl.int64)[:, None] * r_hat
         inside = (term < stop)[:, None]
-        left = tl.load(c + line_of_c + row[None, :], mask=inside & (row < r_hat)[None, :], other=0)
+        left = tl.load(
+            c + line_of_c + row[None, :],
+            mask=inside & (row < r_hat)[None, :],
+            other=0,
+        )
         right = tl.load(
             z + line + column[None, :],
             mask=inside & (column < r_hat)[None, :],

@@ -79,10 +79,19 @@ def _rows_through(
     outputs, inputs = (stack if isinstance(stack, Tensor) else stack.values).shape[1:]
     width = inputs if back else outputs
     if x.is_meta:
-        _factors(stack, slice(None), x.dtype, back)  # so that a plan counts a stack that is formed
+        _factors(
+            stack,
+            slice(None),
+            x.dtype,
+            back,
+        )  # so that a plan counts a stack that is formed
         return x.new_empty(len(x), width)
     if has_kernel(x, width):
-        return F.grouped_mm(x.contiguous(), _factors(stack, slice(None), x.dtype, back), offs=ends)
+        return F.grouped_mm(
+            x.contiguous(),
+            _factors(stack, slice(None), x.dtype, back),
+            offs=ends,
+        )
     result = x.new_empty(len(x), width)
     for index, rows in _runs(ends):
         torch.mm(x[rows], _factors(stack, index, x.dtype, back), out=result[rows])

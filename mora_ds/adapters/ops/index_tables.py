@@ -283,7 +283,11 @@ def square_size(
     """
     if rank < 1:
         raise UserError(f"`rank` must be at least 1, got {rank}")
-    return round_side(math.isqrt((d_in + d_out) * rank), multiple, OPERATORS[kind].smallest_side)
+    return round_side(
+        math.isqrt((d_in + d_out) * rank),
+        multiple,
+        OPERATORS[kind].smallest_side,
+    )
 
 
 def _filled(size: int, r_hat: int) -> Tensor:
@@ -291,7 +295,12 @@ def _filled(size: int, r_hat: int) -> Tensor:
     return (torch.arange(math.ceil(size / r_hat) * r_hat) % size).view(-1, r_hat)
 
 
-def _groups(size: int, groups: int, segments: int, contiguous: bool) -> Tensor:
+def _groups(
+    size: int,
+    groups: int,
+    segments: int,
+    contiguous: bool,
+) -> Tensor:
     """(K, groups): the indices in each group."""
     return lists(group_of_each(size, groups, segments, contiguous), torch.arange(size), groups)
 

@@ -87,14 +87,22 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def _multiplied(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiplied(
+    values: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
     if values.device.type != "cpu":  # one kernel, which converts as well
         return torch.mul(values, scales, out=result)
     rows = _rows_at_once(values)
     for start in range(0, len(values), rows):
         chunk = slice(start, start + rows)
-        torch.mul(values[chunk], scales[chunk] if len(scales) > 1 else scales, out=result[chunk])
+        torch.mul(
+            values[chunk],
+            scales[chunk] if len(scales) > 1 else scales,
+            out=result[chunk],
+        )
     return result
 
 

@@ -409,7 +409,11 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))
     zeros = square.new_zeros(spec.d_out, spec.d_in)
-    return add_rows_of_blocks_(zeros, tables_of(spec, square.device), block_squares(spec, square))
+    return add_rows_of_blocks_(
+        zeros,
+        tables_of(spec, square.device),
+        block_squares(spec, square),
+    )
 
 
 def add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
@@ -423,12 +427,20 @@ def add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
     return total
 
 
-def add_blocks_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
+def add_blocks_(
+    total: Tensor,
+    spec: OperatorSpec,
+    square: Tensor,
+) -> Tensor:
     """total (O, D) + `delta_weight` of an operator with several blocks, in place: only where an output reads a block of
     inputs, as the delta is zero elsewhere. Every number is changed once, so that it is rounded once."""
     if tables_of(spec, total.device).overlap:
         return total.add_(delta_weight(spec, square))
-    return add_rows_of_blocks_(total, tables_of(spec, total.device), block_squares(spec, square))
+    return add_rows_of_blocks_(
+        total,
+        tables_of(spec, total.device),
+        block_squares(spec, square),
+    )
 
 
 def add_rows_of_blocks_(
