@@ -70,32 +70,34 @@ def traffic() -> list[str]:
 def benchmark(file: str, part: str) -> list[str]:
     """The table `part` of a benchmark's JSON, below the command and the machine."""
     result = json.loads((plans.DATA / file).read_text(encoding="utf-8"))
-    made_by = f"{_command(file, result['command'])} on {_machine(result['measured_on'])}:"
+    made_by = f"{_origin(file, result)}:"
     titles, *rows = result["tables"][part]
     head = [table_row(*titles), ruler(len(titles), numbers=True)]
     return ["", made_by, "", *head, *(table_row(*row) for row in rows), ""]
 
 
-def _command(file: str, command: str) -> str:
-    """The command that made a result, where a reader can give it as it stands; otherwise its program and the JSON that
-    holds it, since it names files of the one who measured."""
-    words = command.split()
-    if len(words) <= LONGEST_COMMAND and "--with" not in words:
-        return f"`{command}`"
-    return f"`{words[1]}` (`{file}`)"
+def _origin(file: str, result: dict[str, Any]) -> str:
+    """The command and the machine that made a result, where a reader can give the command as it stands; otherwise the
+    JSON that holds both, since the command names files of the one who measured."""
+    words = result["command"].split()
+    measured_on = result["measured_on"]
+    versions = measured_on["versions"]
+    if len(words) > LONGEST_COMMAND or "--with" in words:
+        return f"`{file}`, mora_ds {versions['mora_ds']}"
+    torch_version = versions["torch"].partition("+")[0]
+    return f"`{result['command']}` on {_device(measured_on)}, torch {torch_version}, mora_ds {versions['mora_ds']}"
 
 
-LONGEST_COMMAND = 14
+LONGEST_COMMAND = 9
 """Words of a command that stands above its table."""
 
 
-def _machine(measured_on: dict[str, Any]) -> str:
-    """The machine of a result in a few words."""
+def _device(measured_on: dict[str, Any]) -> str:
+    if measured_on["device"] != "CPU":
+        return str(measured_on["device"])
     cores = measured_on["cores"]
-    versions = measured_on["versions"]
     amx = "with AMX" if "amx_bf16" in measured_on["cpu_features"] else "without AMX"
-    device = f"{cores} CPU core{'s' * (cores > 1)} ({amx})" if measured_on["device"] == "CPU" else measured_on["device"]
-    return f"{device}, torch {versions['torch'].partition('+')[0]}, mora_ds {versions['mora_ds']}"
+    return f"{cores} CPU core{'s' * (cores > 1)} ({amx})"
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
