@@ -125,7 +125,7 @@ class TrainingArguments:
     """Consecutive ranks that share every row, each with its part of the tokens (DeepSpeed's Ulysses), for sequences
     too long for one; the base stays unsharded on every rank. Batch sizes then count the rows of such a group."""
     optimizer: str = OptimizerKind.ADAMW.value
-    """adamw, or muon: DeepSpeed's Muon for the MoRA matrices, AdamW for all other trained parameters."""
+    """adamw, or muon: Muon for the MoRA matrices (of LoRA each factor), AdamW for all other trained parameters."""
     learning_rate: float | None = None
     """Peak learning rate of the adapter, or of everything with --adapter full. Default: 4e-4 under adamw, where a rank
     four times as high wants half of it (the paper, 7B: 4e-4 to 5e-4 at rank 8, 5e-5 to 7e-5 at rank 256); 0.01 under

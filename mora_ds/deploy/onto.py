@@ -1,8 +1,10 @@
 """Which models the update of a run may be put onto: ones of the base's shapes, such as an instruct model of the base.
 
-base's tensors       each is in the target, in the same shape; tables of the vocabulary may have more rows there
-base's tokens        each is in the target's tokenizer, with the same id
-target's own         further tensors, rows and tokens, chat template, generation config: they stay
+    base's tensors       each is in the target, in the same shape; tables of the vocabulary may have more rows there
+    base's tokens        each is in the target's tokenizer, with the same id
+    target's own         further tensors, rows and tokens, chat template, generation config: they stay
+
+All of it is compared before anything is written.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from pathlib import Path
 from mora_ds.checkpoint.adapter_files import Adapter, BaseReference
 from mora_ds.checkpoint.layout import tokenizer_of
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import read_json
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.load import folder_config
 from mora_ds.models.vocabulary import check_same_tokens
 
 ONTO = "`onto`"
@@ -40,7 +42,7 @@ def open_target(
     target = BaseCheckpoint.open(folder, ONTO)
     if missing := [key for key in exported_keys(base, adapter.reference) if key not in target]:
         raise UserError(f"{ONTO} {folder} lacks {len(missing)} tensor(s) of {base.folder}: {', '.join(missing[:3])}")
-    if different := list(_different_shapes(target, base, adapter.reference)):
+    if different := list(_different_shapes(target, base, adapter.reference, trust_remote_code)):
         raise UserError(
             f"{ONTO} {folder} has {len(different)} tensor(s) of another shape than {base.folder}: "
             + "; ".join(different[:3])
@@ -51,11 +53,14 @@ def open_target(
     return target
 
 
-def _different_shapes(target: BaseCheckpoint, base: BaseCheckpoint, reference: BaseReference) -> Iterator[str]:
+def _different_shapes(
+    target: BaseCheckpoint, base: BaseCheckpoint, reference: BaseReference, trust_remote_code: bool
+) -> Iterator[str]:
     """A line for each tensor of the target whose shape is not that of the base's. A table with a row for each token of
     the base may have one for each token of the target."""
-    base_tokens = _vocab_size(base.folder)
-    target_tokens = _vocab_size(target.folder)
+    base_tokens, target_tokens = (
+        folder_config(model.folder, trust_remote_code, ONTO).get_text_config().vocab_size for model in (base, target)
+    )
     for key in target.keys():  # noqa: SIM118  (not a mapping)
         key_in_base = reference.keys.get(key, key)
         if key_in_base not in base:
@@ -66,10 +71,3 @@ def _different_shapes(target: BaseCheckpoint, base: BaseCheckpoint, reference: B
             continue
         if shape != expected:
             yield f"{key} {shape}, not {expected}"
-
-
-def _vocab_size(folder: Path) -> int:
-    """Tokens of a model by its config.json; 0 where that says nothing."""
-    config = read_json(folder / "config.json")
-    size = config.get("text_config", config).get("vocab_size", 0)
-    return size if isinstance(size, int) else 0

@@ -131,7 +131,7 @@ def initialize(
     if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & settings.keys():
         raise UserError("initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu")
     check_compute_dtype(settings)
-    _check_experts(model, settings)
+    _check_muon(model, settings)
     check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)
     start_distributed()
     check_second_copies(settings, dist.get_world_size(), degree)
@@ -155,7 +155,7 @@ def initialize(
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()
     with (
         aside,
-        muon.preparing(parameters[0]["params"]) if uses_muon(settings) else nullcontext(),
+        muon.preparing(mora_layers(model).values()) if uses_muon(settings) else nullcontext(),
     ):
         returned = _deepspeed_engine(model=model, config=settings, model_parameters=parameters, **kwargs)
     setattr(model, STARTED, True)
@@ -205,11 +205,13 @@ def check_compute_dtype(config: DsConfig) -> None:
         )
 
 
-def _check_experts(model: nn.Module, config: DsConfig) -> None:
-    """Raises `UserError` for experts that Muon would have to train: it orthogonalises single matrices."""
+def _check_muon(model: nn.Module, config: DsConfig) -> None:
+    """Raises `UserError` for what Muon would have to train, and cannot: it orthogonalises single matrices."""
     stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
     if stacks and uses_muon(config):
         raise UserError(f"--optimizer muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use adamw")
+    if any(layer.spec.has_factors for layer in mora_layers(model).values()):
+        muon.check_factors(config)
 
 
 def trainable_numels(model: nn.Module, tensor_parallel_size: int = 1) -> list[int]:

@@ -1,7 +1,8 @@
-"""What DeepSpeed's Muon needs to be right for MoRA matrices. Written against DeepSpeed 0.19.8;
+"""What DeepSpeed's Muon needs to be right for MoRA matrices and LoRA's factors. Written against DeepSpeed 0.19.8;
 tests/engine/test_muon_contract.py names each symbol that an upgrade has moved.
 
     load_kernels       before deepspeed.initialize, for every optimizer: no kernel is compiled
+    check_factors      whether a config's optimizer lets each factor of LoRA be orthogonalised by itself
     preparing          around deepspeed.initialize: chooses the parameters that get Muon
     repair_clipping    after it: the gradient is clipped, not the update that Muon makes of it
 
@@ -25,6 +26,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from torch import Tensor, nn
 
+from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.common.errors import UserError
+from mora_ds.engine import ds_optimizer
+from mora_ds.engine.ds_config import compute_dtype
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.zero import Stage3View, ZeroView, view_of
 
 Engine: TypeAlias = DeepSpeedEngine
@@ -35,20 +41,24 @@ activations are held."""
 
 
 @contextmanager
-def preparing(matrices: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A context for `deepspeed.initialize` with a config that names Muon: `matrices` get Muon, all others AdamW.
+def preparing(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
+    """A context for `deepspeed.initialize` with a config that names Muon: values of `layers` get it, all others AdamW.
 
     DeepSpeed goes by names (deepspeed/__init__.py, `set_optimizer_flags`): each matrix without "embed" or "lm_head" in
     its name gets Muon. So would GPT-2's embedding `wte`, while a MoRA matrix in a module called `embed_in` would not,
     which would also split the parameter group of the MoRA matrices.
     """
-    ours = {id(matrix) for matrix in matrices}
+    ours = {id(layer.value): layer.spec for layer in layers}
     tag_by_name = deepspeed.set_optimizer_flags
 
     def tag(config: Any, model: nn.Module) -> None:
         tag_by_name(config, model)
         for parameter in model.parameters():
-            parameter.use_muon = id(parameter) in ours  # type: ignore[attr-defined]
+            spec = ours.get(id(parameter))
+            parameter.use_muon = spec is not None  # type: ignore[attr-defined]
+            # Handed through to `_per_head_orthogonalize`, which is ours (`load_kernels`).
+            columns = Columns(spec.d_in) if spec and spec.has_factors else None
+            parameter.muon_num_heads = columns  # type: ignore[attr-defined]
 
     deepspeed.set_optimizer_flags = tag
     try:
@@ -70,6 +80,7 @@ def load_kernels() -> None:
         from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
     finally:
         compiler.compile = decorator
+    original_muon._per_head_orthogonalize = _orthogonalise_factors
     for module in (
         original_muon,
         muon_optimizer,
@@ -81,6 +92,34 @@ def load_kernels() -> None:
         ):
             if hasattr(module, name):
                 setattr(module, name, inspect.unwrap(getattr(module, name)))
+
+
+class Columns(int):
+    """D, the columns of A, in the place where DeepSpeed has the number of an attention's heads."""
+
+
+def _orthogonalise_factors(update: Tensor, d_in: int, steps: int, method: str) -> Tensor:
+    """In place of original_muon.py's `_per_head_orthogonalize`, for LoRA's [A | B^T] (r, D + O): A (r, D) and B (O, r)
+    each as a matrix of its own, with the factor that Muon has for tall ones."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    if not isinstance(d_in, Columns):
+        raise RuntimeError("Muon by attention heads, in an engine beside one of mora_ds in the same process")
+    kernels = {
+        "gram": original_muon.zeropower_via_gram_newtonschulz,
+        "standard": original_muon.zeropower_via_newtonschulz5,
+    }
+    factors = (update[:, :d_in], update[:, d_in:].mT)
+    down, up = (kernels[method](factor, steps) * original_muon._aspect_ratio_scale(*factor.shape) for factor in factors)
+    return torch.cat([down, up.mT], dim=1)
+
+
+def check_factors(config: DsConfig) -> None:
+    """Raise `UserError` where Muon would take LoRA's factors, which are one parameter, for one matrix:
+    bf16_optimizer.py, `_prepare_muon_updates`, calls it without the number of columns."""
+    in_bf16_optimizer = config["zero_optimization"]["stage"] == 1 and compute_dtype(config) == "bfloat16"
+    if in_bf16_optimizer and ds_optimizer.uses_muon(config):
+        raise UserError("--optimizer muon with LoRA in bf16 needs ZeRO stage 2 or 3, and this is stage 1")
 
 
 def repair_clipping(engine: Engine) -> None:

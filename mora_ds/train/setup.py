@@ -37,6 +37,7 @@ from mora_ds.engine.initialize import (
     check_splittable,
     start_distributed,
 )
+from mora_ds.engine.muon import check_factors
 from mora_ds.parallel.limits import check_world
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.hooks import Hooks
@@ -144,6 +145,8 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     check_compute_dtype(config)
     warn_of_slow_precision(compute_dtype(config))
     check_splittable(config, training.tensor_parallel_size)
+    if adapter == AdapterKind.LORA.value:
+        check_factors(config)
     check_second_copies(config, world, training.tensor_parallel_size)
     if training.sequence_parallel_size > 1:
         config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows

@@ -143,7 +143,8 @@ stray | 'stray'
 --best_by held:0 --eval_steps 1 | --best_by | one must be above 0
 --best_by :1 --eval_steps 1 | --best_by :1: must be NAME:NUMBER
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
---optimizer muon --adapter lora | --optimizer muon is for MoRA matrices
+--optimizer muon --adapter full | --optimizer muon is for the matrices of an adapter
+--optimizer muon --adapter lora --bf16 --deepspeed configs/zero1.json | in bf16 needs ZeRO stage 2 or 3
 --operator subspace | --operator subspace was removed | take rotate
 --base_bits 8 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 8
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mora_ds.adapters.inject import mora_layers
+from mora_ds.adapters.config import LoRAConfig
+from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
+from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel
@@ -18,7 +20,7 @@ from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
-from tests.helpers.models import adapted_model, causal_loss, tokens
+from tests.helpers.models import adapted_model, causal_loss, tiny_model, tokens
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 ROWS = 6
@@ -43,12 +45,18 @@ def muon_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **chan
     return ds_config(stage, micro, accumulation, optimizer=MUON, gradient_clipping=CLIP, data_types=types, **changes)
 
 
-def small_model() -> Any:
-    return adapted_model(train_norms=True, train_embeddings=True, train_head=True)
+def small_model(lora: bool = False) -> Any:
+    if not lora:
+        return adapted_model(train_norms=True, train_embeddings=True, train_head=True)
+    model = tiny_model()
+    inject(model, LoRAConfig(rank=4, train_norms=True, train_embeddings=True, train_head=True))
+    for index, layer in enumerate(mora_layers(model).values()):
+        layer.value.data = 0.1 * torch.randn(layer.value.shape, generator=torch.Generator().manual_seed(index))
+    return model
 
 
 def squares_of(model: nn.Module) -> list[nn.Parameter]:
-    return [layer.square for layer in mora_layers(model).values()]
+    return [layer.value for layer in mora_layers(model).values()]
 
 
 def others_of(model: nn.Module) -> list[nn.Parameter]:
@@ -68,6 +76,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x
 
 
+def orthogonal_factors(factors: Tensor, d_in: int) -> Tensor:
+    """Of [A | B^T]: A and B each by itself; Muon multiplies the update of a tall matrix, which B is."""
+    down, up = factors[:, :d_in], factors[:, d_in:]
+    return torch.cat([orthogonal(down), orthogonal(up) * (up.shape[1] / len(up)) ** 0.5], dim=1)
+
+
 def without_half_precision() -> None:
     """DeepSpeed iterates in fp16 where the machine has it: 0.05 learning rates of rounding in three steps, in which a
     real difference might hide. In fp32 equality can be asked for."""
@@ -76,9 +90,10 @@ def without_half_precision() -> None:
     original_muon.ns_compute_dtype = lambda method="gram": torch.float32
 
 
-def plain_run(merge_at: int | None = None) -> dict[str, Any]:
+def plain_run(merge_at: int | None = None, lora: bool = False) -> dict[str, Any]:
     """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and AdamW."""
-    model = small_model()
+    model = small_model(lora)
+    layers = list(mora_layers(model).values())
     squares = squares_of(model)
     adam_parameters = others_of(model)
     momentum = [torch.zeros_like(square) for square in squares]
@@ -90,10 +105,11 @@ def plain_run(merge_at: int | None = None) -> dict[str, Any]:
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         adam.step()
         with torch.no_grad():
-            for square, moving in zip(squares, momentum, strict=True):
+            for layer, square, moving in zip(layers, squares, momentum, strict=True):
                 assert square.grad is not None
                 moving.lerp_(square.grad, 1 - BETA)
-                update = orthogonal(square.grad.lerp(moving, BETA))
+                blended = square.grad.lerp(moving, BETA)
+                update = orthogonal_factors(blended, layer.spec.d_in) if lora else orthogonal(blended)
                 square.mul_(1 - RATE * DECAY).add_(update, alpha=-RATE)
         if step + 1 == merge_at:
             for layer, moving in zip(mora_layers(model).values(), momentum, strict=True):
@@ -133,7 +149,7 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
     half |= {"fp16": {"enabled": True, "initial_scale_power": 8}} if changes.get("fp16") else {}
     config = muon_config(stage, ROWS // dist.get_world_size(), **half)
     config["zero_optimization"] |= offload
-    model = small_model()
+    model = small_model(changes.get("lora", False))
     engine, *_ = initialize(model=model, config=config)
     norms = train(engine, range(STEPS), merge_at)
     state = [(key, value.dtype, value.float()) for key, value in state_tensors(engine, 0)]
@@ -182,6 +198,20 @@ def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None
     assert min(expected["norms"]) > 2 * CLIP
     for index in range(len(variants)):
         assert_follows([result[index] for result in results], expected, 2e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_factors_of_lora_are_orthogonalised_each_by_itself(stage: int) -> None:
+    results = run_ranks(2, several, stage, None, [{"lora": True}, {"lora": True, "offload": True}])
+    expected = plain_run(lora=True)
+    for index in range(2):
+        assert_follows([result[index] for result in results], expected, 2e-3)
+
+
+def test_where_factors_would_be_taken_for_one_matrix_they_are_refused() -> None:
+    config = muon_config(1, ROWS, bf16={"enabled": True})
+    with pytest.raises(UserError, match="in bf16 needs ZeRO stage 2 or 3"):
+        initialize(model=small_model(lora=True), config=config)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

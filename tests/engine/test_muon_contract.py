@@ -4,6 +4,7 @@ A fault that is gone is a failure too: drop the repair then.
 """
 
 import inspect
+import re
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +24,15 @@ def test_kernels_are_compiled_unless_unwrapped() -> None:
     muon.load_kernels()
     for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
         assert not hasattr(getattr(kernels, name), "_torchdynamo_orig_callable"), name
+
+
+def test_the_number_of_heads_reaches_the_function_that_is_replaced() -> None:
+    kernels = import_module(KERNELS)
+    assert "return _per_head_orthogonalize(update, num_heads, ns_steps, ns_method)" in inspect.getsource(kernels)
+    heads = r"num_heads=getattr\((param|tensor), .muon_num_heads., None\)"
+    for optimizer in (zero.DeepSpeedZeroOptimizer_Stage3, zero.DeepSpeedZeroOptimizer):
+        assert len(re.findall(heads, inspect.getsource(optimizer))) == 2
+    assert "num_heads" not in inspect.getsource(zero.BF16_Optimizer), "see muon.check_factors: is it passed on now?"
 
 
 # -- behaviour, on two ranks -------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class LoRASpec(UpdateSpec):
     value_name: ClassVar[str] = "factors"
     values_title: ClassVar[str] = "factors"
     is_linear: ClassVar[bool] = False
+    has_factors: ClassVar[bool] = True
     d_in: int
     d_out: int
     rank: int

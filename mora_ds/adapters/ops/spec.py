@@ -80,6 +80,8 @@ class UpdateSpec(ABC):
     """Whether the delta of a sum of values is the sum of their deltas."""
     is_stack: ClassVar[bool] = False
     """Whether a layer has a value for each matrix of a stack."""
+    has_factors: ClassVar[bool] = False
+    """Whether the value is two matrices beside each other, the first of `d_in` columns, the second transposed."""
     d_in: int
     d_out: int
 
