@@ -179,7 +179,8 @@ class EngineShards:
     extents: np.ndarray
     """(P, 6) int64 rows of the masters, by name and then by start."""
     moments: np.ndarray
-    """(Q, 6) int64 rows of the optimizer's state. The file has them only where they are others than `extents`."""
+    """(Q, 6) int64 rows of the optimizer's state. Where they are those of `extents` it is the same array, and the file
+    has it once."""
     rank: int = 0
     """The writer whose file is read first, where several hold the same elements."""
     _shards: dict[int, _Shard] = field(init=False, default_factory=dict)
@@ -188,8 +189,11 @@ class EngineShards:
     @classmethod
     def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
         """From the shards of all ranks, in their order."""
-        extents = _sorted(np.concatenate([shard.extents for shard in shards]))
-        moments = _sorted(np.concatenate([shard.moments for shard in shards]))
+        rows = np.concatenate([shard.extents for shard in shards])
+        rows_of_moments = np.concatenate([shard.moments for shard in shards])
+        extents = _sorted(rows)
+        # Of thousands of ranks the sort takes longest, and both are mostly the same.
+        moments = extents if np.array_equal(rows_of_moments, rows) else _sorted(rows_of_moments)
         return cls(folder, layout, [shard.file for shard in shards], extents, moments)
 
     @classmethod
@@ -217,7 +221,7 @@ class EngineShards:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
         content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
         tables = {"extents": torch.from_numpy(self.extents)}
-        if not np.array_equal(self.moments, self.extents):
+        if self.moments is not self.extents:
             tables["moments"] = torch.from_numpy(self.moments)
         write_safetensors_atomic(self.folder / INDEX_FILE, tables, {"layout": json.dumps(content)})
 
@@ -319,10 +323,10 @@ class EngineShards:
         if sum(sizes) > sum(entry.stat().st_size for entry in entries):
             path = self.folder / INDEX_FILE
             raise UserError(f"{path} lists parameters of more elements than the shards have bytes")
-        for what, rows in (
-            ("", self.extents),
-            ("the optimizer's state of ", self.moments),
-        ):
+        tables = {"": self.extents}
+        if self.moments is not self.extents:
+            tables["the optimizer's state of "] = self.moments
+        for what, rows in tables.items():
             names = rows[:, NAME]
             if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
                 raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
