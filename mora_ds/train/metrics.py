@@ -146,10 +146,33 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """This process's peak memory so far: allocated on its GPU, or resident where there is none."""
+    """This process's peak memory: allocated on its GPU since a phase ended, or resident so far where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class PhaseMemory:
+    """The peak memory of this process by phase of its run, on a GPU: what `--dry_run` plans, as it was.
+
+    The numbers are the allocator's own, so that nothing waits for the GPU. Without one there are no phases: the peak of
+    resident memory cannot be restarted.
+    """
+
+    def __init__(self) -> None:
+        self.by_phase: dict[str, int] = {}
+        """Phase -> bytes at its highest, with all that lies in memory meanwhile."""
+
+    def end(self, phase: str) -> None:
+        """End a phase, which began where the one before it ended."""
+        if torch.cuda.is_available():
+            self.by_phase[phase] = max(torch.cuda.max_memory_allocated(), self.by_phase.get(phase, 0))
+            torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest so far, whatever the phase; without a GPU of resident memory."""
+        return max([peak_memory_bytes(), *self.by_phase.values()])
 
 
 class MetricsLog:

@@ -63,7 +63,7 @@ from mora_ds.train.dry_run import dry_run
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
-from mora_ds.train.metrics import MetricsLog, peak_memory_bytes, plain_json
+from mora_ds.train.metrics import MetricsLog, plain_json
 from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
@@ -343,6 +343,7 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         **({"best_step": state.best_step} if state.best_step else {}),
         "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
         "base_bytes_gathered": trainer.counter.base_bytes,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": trainer.memory.peak,
+        **({"peak_memory_by_phase": phases} if (phases := trainer.memory.by_phase) else {}),
     }
     return dict(plain_json(summary))

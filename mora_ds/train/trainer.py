@@ -47,9 +47,9 @@ from mora_ds.train.loader import (
 )
 from mora_ds.train.metrics import (
     MetricsLog,
+    PhaseMemory,
     SourceLosses,
     StepMetrics,
-    peak_memory_bytes,
 )
 from mora_ds.train.profile import step_profiler
 
@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 
 PROBE_ROWS = 2
 """Sequences of the probe batch, whose loss is measured before and after a merge: the first ones of the corpus."""
+
+BETWEEN = "between_steps"
+"""The phase of evaluations, and of all else that is neither a step nor a merge nor a save."""
 
 PATIENCE_S = 60.0
 """Seconds that a failing run waits for a checkpoint that is being written in the background."""
@@ -78,6 +81,7 @@ class Trainer:
         self.hooks = job.start.hooks
         self.train_data: TrainData = job.data.train
         self.last_checkpoint = job.start.checkpoint
+        self.memory = PhaseMemory()
         self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
         self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
         self.evaluator = Evaluator(job, self.replica, log)
@@ -156,6 +160,7 @@ class Trainer:
             logger.info(evaluator.forgotten or f"all {state.step} steps of this run are done: nothing left to train")
             return
         state.finished = False
+        self.memory.end("start")
         for line in self.schedule.lines(state.step, state.merge_pending):
             logger.info(line)
         profiler = None
@@ -179,6 +184,7 @@ class Trainer:
         state = self.state
         step = state.step + 1
         started = time.perf_counter()
+        self.memory.end(BETWEEN)
         self.counter.reset()
         learning_rate = self.schedule.learning_rate(state.step, state.merges)
         other_rates = self.training.other_learning_rate / self.training.peak_learning_rate
@@ -201,7 +207,9 @@ class Trainer:
                     batch_nll = self._nll(micro_batch)
                 loss = batch_nll * scale
                 self.engine.backward(loss if term is None else loss + term.loss())
+            self.memory.end("forward_backward")
             self.engine.step()
+            self.memory.end("optimizer_step")
             nll += batch_nll.detach()
 
         # The one place of a step where the host waits for the device.
@@ -277,7 +285,7 @@ class Trainer:
                 tokens_per_s=tokens / seconds,
                 tokens_per_s_per_rank=tokens / seconds / self.replica.world,
                 step_time_s=seconds,
-                peak_memory_bytes=peak_memory_bytes(),
+                peak_memory_bytes=self.memory.peak,
                 bytes_gathered=self.bytes_gathered_per_step,
                 mfu=self.job.utilization(tokens / seconds),
             )
@@ -348,6 +356,7 @@ class Trainer:
         """Write a checkpoint, once the loss of the probe batch is finite: a step with a finite loss may leave NaN in
         the MoRA matrices, and a checkpoint of those would pass for a good one."""
         step = self.state.step
+        self.memory.end(BETWEEN)
         self.job.run.check_base()  # before the probe: to read beyond the end of a mapped file kills the process
         loss = self.replica.sum(self._probe_loss()) / self.replica.world  # one rank alone may read a damaged base
         require_finite(loss, f"after step {step} the loss of the probe batch is {loss}", step)
@@ -358,11 +367,14 @@ class Trainer:
             keep = max(keep, 2)  # the one before is the last good one, should the evaluation find NaN
         self.last_checkpoint = self.job.run.save(step, keep)
         self._saved_step = step
+        self.memory.end("save")
 
     def _merge(self) -> None:
+        self.memory.end(BETWEEN)
         merge = self.job.run.merge(self.state.step, self._probe_loss)
         self.state.merge_pending = False
         self._saved_step = None  # what was saved before is not the merged model
+        self.memory.end("merge")
         self.log.record("merge", merge.step, merge.row())
         logger.info(str(merge))
 

@@ -22,6 +22,7 @@ from mora_ds.train.hooks import Hooks
 from mora_ds.train.metrics import (
     STEP_TAGS,
     MetricsLog,
+    PhaseMemory,
     SourceLosses,
     StepMetrics,
     plain_json,
@@ -55,14 +56,31 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
     vars(trainer).update(
         state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
         replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
-        hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3),
+        hooks=Hooks(), _mixture=None, training=SimpleNamespace(logging_steps=3), memory=SimpleNamespace(peak=2**30),
         total_steps=8, job=SimpleNamespace(utilization=lambda speed: speed / 200),
     )  # fmt: skip
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
-    monkeypatch.setattr(trainer_module, "peak_memory_bytes", lambda: 2**30)
     trainer._log_step(2.0, 1e-3, 2.0, [])
     assert logged == [StepMetrics(3, 2.0, 1e-3, 0.5, 384, 64.0, 16.0, 2.0, 2**30, 7, 0.32)]
     assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
+
+
+def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the allocator, which holds 5 bytes once its peak is restarted."""
+    peaks = iter([7, 30, 12, 9, 20, 5, 5])
+    restarts: list[bool] = []
+    memory = PhaseMemory()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory.end("start")
+    assert memory.by_phase == {}, "nothing without a GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: restarts.append(True))
+    for phase in ("start", "forward_backward", "optimizer_step", "between_steps", "forward_backward", "optimizer_step"):
+        memory.end(phase)
+    assert memory.by_phase == {"start": 7, "forward_backward": 30, "optimizer_step": 12, "between_steps": 9}
+    assert len(restarts) == 6
+    assert memory.peak == 30
 
 
 def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
