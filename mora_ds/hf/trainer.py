@@ -99,7 +99,10 @@ class MoRATrainer(_Base):
         if isinstance(model, (str, Path)):
             model = load_model(model, **(getattr(args, "model_init_kwargs", None) or {}))
         self.mora = mora
-        self._base_name = _name_of_base(model, base)
+        named = getattr(getattr(model, "config", None), "_name_or_path", None)
+        self._base_name = str(base or named or "")
+        if not self._base_name:
+            raise UserError("MoRATrainer(base=...) is missing: the folder or Hub name that the model was loaded from")
         if is_sharded(model):
             raise UserError(
                 "the model was loaded after TrainingArguments(deepspeed=...), so transformers has sharded its weights: "
@@ -258,10 +261,3 @@ class MoRATrainer(_Base):
     @property
     def _merging(self) -> list[MoRACallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, MoRACallback)]
-
-
-def _name_of_base(model: Any, base: str | Path | None) -> str:
-    name = str(base or getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    if not name:
-        raise UserError("MoRATrainer(base=...) is missing: the folder or Hub name that the model was loaded from")
-    return name

@@ -126,7 +126,10 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         else:
             use_documents(loaded.model)
         job = Job(arguments, loaded, ds_config, data, start)
-        job.state.chunked_loss = _in_chunks(job, training)
+        # With a frozen head chunks cost nothing. A run that resumes goes on as it began: both ways round differently.
+        is_resumed = start.checkpoint is not None
+        in_chunks = job.state.chunked_loss if is_resumed else is_frozen(loaded.model.get_output_embeddings())
+        job.state.chunked_loss = training.chunked_loss or in_chunks
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
@@ -159,14 +162,6 @@ def _steps(job: Job, schedule: Schedule) -> int:
 def _facts(job: Job) -> JsonObject:
     """What run.yaml and the trackers tell of a run besides its settings."""
     return {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
-
-
-def _in_chunks(job: Job, training: TrainingArguments) -> bool:
-    """Whether the loss is computed in chunks: with a frozen head, where that costs nothing, and on demand. A run that
-    resumes goes on as it began, since the two round differently."""
-    if job.start.checkpoint is not None:
-        return training.chunked_loss or job.state.chunked_loss
-    return training.chunked_loss or is_frozen(job.loaded.model.get_output_embeddings())
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------
