@@ -373,7 +373,18 @@ class Adapter:
         `adapter_only` leaves a checkpoint's other files unread: the engine's shards are larger by far. Raises `damaged`
         for a difference from the manifest, `UserError` for anything else that is wrong.
         """
-        hashes = _checked_hashes(folder, damaged, adapter_only) if (folder / MANIFEST).exists() else {}
+        hashes: dict[str, str] = {}
+        if (folder / MANIFEST).exists():
+            problems = verify_manifest(folder, hashes=not adapter_only)
+            hashes = {} if problems else recorded_hashes(folder)
+            if adapter_only:
+                problems += [
+                    f"{folder / name} is not as it was written"
+                    for name, sha256 in hashes.items()
+                    if name.split("/")[0] in ADAPTER_PARTS and sha256_file(folder / name) != sha256
+                ]
+            if problems:
+                raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
         file = read_adapter(folder)
         reference = BaseReference.read(folder)
         ledger = Ledger.open(folder / LEDGER_FOLDER, reference.fingerprint, hashes=not hashes)
@@ -388,18 +399,3 @@ class Adapter:
         if key is None or key not in base:
             raise UserError(f"{self.folder / BASE_JSON} names no tensor of {base.folder} for {name}")
         return key
-
-
-def _checked_hashes(folder: Path, damaged: type[Exception], adapter_only: bool) -> dict[str, str]:
-    """The manifest's hashes of all files, once those of the adapter, or of all, were compared. Raises `damaged`."""
-    problems = verify_manifest(folder, hashes=not adapter_only)
-    hashes = {} if problems else recorded_hashes(folder)
-    if adapter_only:
-        problems += [
-            f"{folder / name} is not as it was written"
-            for name, sha256 in hashes.items()
-            if name.split("/")[0] in ADAPTER_PARTS and sha256_file(folder / name) != sha256
-        ]
-    if problems:
-        raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
-    return hashes

@@ -30,7 +30,6 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -299,21 +298,17 @@ class EngineShards:
         """The rows of the table that hold any of `numel` elements from `start` on (of none: that hold the first one),
         those of the preferred rank first."""
         table = self.extents if is_master else self.moments
-        begins, ends = self._bounds[is_master][name]
-        rows = table[begins:ends]
+        number = self._numbers[name]
+        first, stop = np.searchsorted(table[:, NAME], (number, number + 1))
+        rows = table[first:stop]
         end = math.prod(self.shapes[name]) if numel is None else start + max(numel, 1)
         rows = rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
         return rows[np.argsort(rows[:, RANK] != self.rank, kind="stable")]
 
     @cached_property
-    def _bounds(self) -> dict[bool, dict[str, tuple[int, int]]]:
-        """Whether it is the masters' table -> parameter -> [first, end) of its rows in that table."""
-        numbers = np.arange(len(self.shapes) + 1)
-        bounds = {}
-        for is_master, table in ((True, self.extents), (False, self.moments)):
-            firsts = np.searchsorted(table[:, NAME], numbers).tolist()
-            bounds[is_master] = dict(zip(self.shapes, pairwise(firsts), strict=True))
-        return bounds
+    def _numbers(self) -> dict[str, int]:
+        """Parameter name -> its number in the tables."""
+        return {name: number for number, name in enumerate(self.shapes)}
 
     def _check_whole(self) -> None:
         """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""

@@ -146,8 +146,12 @@ class TaskSuite:
                     joined[index :: replica.count] = everyone[index * replica.processes_per_replica]
                 return joined
 
-        with _weights_stay_tied(module):
+        # The harness ties a model's weights (lm_eval/models/huggingface.py), which are tied, and may be sharded.
+        vars(module)["tie_weights"] = lambda *args, **kwargs: None
+        try:
             return Shared(pretrained=module, tokenizer=self._tokenizer, batch_size=self._batch_size)
+        finally:
+            del vars(module)["tie_weights"]
 
 
 def _results(results: Any, names: Sequence[str]) -> dict[str, TaskResult]:
@@ -205,16 +209,6 @@ class _InStep:
                 )
         finally:
             self._is_idle = False
-
-
-@contextlib.contextmanager
-def _weights_stay_tied(module: nn.Module) -> Iterator[None]:
-    """The harness ties a model's weights (lm_eval/models/huggingface.py), which are tied, and may be sharded."""
-    vars(module)["tie_weights"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        del vars(module)["tie_weights"]
 
 
 @contextlib.contextmanager
