@@ -258,6 +258,17 @@ def _rotation(cos, sin, position, half, inside):
 
 
 @triton.jit
+def _numbers_at(position, row, source, SHARED: tl.constexpr, SUM: tl.constexpr):
+    """Of a row, in shared memory as `row` or at the address `source`: its numbers at positions, 0 for position -1."""
+    if SHARED:
+        value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
+        value = tl.where(position >= 0, value, 0)
+    else:
+        value = tl.load(source + position, mask=position >= 0, other=0).to(SUM)
+    return value
+
+
+@triton.jit
 def _gather_sum(
     out, x, table, cos, sin, tokens, size, columns, units,
     TERMS: tl.constexpr, TURN: tl.constexpr, ADD: tl.constexpr, SHARED: tl.constexpr,
@@ -277,6 +288,7 @@ def _gather_sum(
     for token in range(first, tl.minimum(first + TOKENS, tokens)):
         source = x + token * size
         target = out + token * columns + column
+        row = source
         if SHARED:
             row = tl.load(source + lane, mask=lane < size, other=0)
             if TURN == 2:
@@ -285,22 +297,14 @@ def _gather_sum(
         total = tl.zeros((PART,), SUM)
         for term in range(TERMS):  # not unrolled: 20 terms would spill
             position = tl.load(table + term * columns + column, mask=inside, other=-1)
-            if SHARED:
-                value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
-                value = tl.where(position >= 0, value, 0)
-            else:
+            value = _numbers_at(position, row, source, SHARED, SUM)
+            if TURN == 2 and not SHARED:
                 present = position >= 0
-                value = tl.load(source + position, mask=present, other=0).to(SUM)
-                if TURN == 2:
-                    pair, cosine, sine = _rotation(cos, sin, position, half, present)
-                    value = value * cosine - tl.load(source + pair, mask=present, other=0).to(SUM) * sine
+                pair, cosine, sine = _rotation(cos, sin, position, half, present)
+                value = value * cosine - tl.load(source + pair, mask=present, other=0).to(SUM) * sine
             total += value
         if TURN == 1:
-            if SHARED:
-                partner = tl.gather(row, tl.maximum(paired, 0), 0).to(SUM)
-                partner = tl.where(paired >= 0, partner, 0)
-            else:
-                partner = tl.load(source + paired, mask=paired >= 0, other=0).to(SUM)
+            partner = _numbers_at(paired, row, source, SHARED, SUM)
             total = total * cosine + partner * sine
         if ADD:
             total += tl.load(target, mask=inside, other=0).to(SUM)
@@ -316,17 +320,14 @@ def _form_groups(
     column = tl.program_id(0) * PART + tl.arange(0, PART)
     inside = column < columns
     source = square + group * r_hat
+    row = source
     if SHARED:
         lane = tl.arange(0, ROW)
         row = tl.load(source + lane, mask=lane < r_hat, other=0)
     delta = tl.zeros((PART,), SUM)
     for term in tl.static_range(TERMS):
         position = tl.load(unfold + term * columns + column, mask=inside, other=-1)
-        if SHARED:
-            value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)
-            value = tl.where(position >= 0, value, 0)
-        else:
-            value = tl.load(source + position, mask=position >= 0, other=0).to(SUM)
+        value = _numbers_at(position, row, source, SHARED, SUM)
         delta = value if term == 0 else delta + value
     for member in range(most_members):
         output = tl.load(members + member * r_hat + group)
