@@ -51,6 +51,8 @@ class SourcePlan:
     """Most passes over the source; None: as many as its weight asks for."""
     text_column: str | None = None
     streaming: bool = False
+    flag: str = "--mixture"
+    """The flag that names its text."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def mixture_plan(data: DataArguments) -> MixturePlan | None:
     elif (of_flags := _of_flags(data.train_files)) is not None:
         plan = of_flags
     elif data.replay or data.streaming:
-        plan = MixturePlan((SourcePlan(PLAIN, tuple(data.train_files), data.dataset_name),), ((0, (1.0,)),))
+        flag = "--dataset_name" if data.dataset_name else "--train_files"
+        source = SourcePlan(PLAIN, tuple(data.train_files), data.dataset_name, flag=flag)
+        plan = MixturePlan((source,), ((0, (1.0,)),))
     else:
         return None
     where = data.mixture or "--train_files"
@@ -124,7 +128,8 @@ def _of_flags(entries: list[str]) -> MixturePlan | None:
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise UserError(f"--train_files: {', '.join(twice)} is given twice; a source of --mixture can have many files")
     weights = tuple(weight for _, _, weight in sources)
-    return MixturePlan(tuple(SourcePlan(name, (files,)) for name, files, _ in sources), ((0, weights),))
+    plans = tuple(SourcePlan(name, (files,), flag="--train_files") for name, files, _ in sources)
+    return MixturePlan(plans, ((0, weights),))
 
 
 def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
@@ -145,7 +150,7 @@ def _with_replay(plan: MixturePlan, entries: list[str]) -> MixturePlan:
                 "A new one is given with its files: NAME=FILES:SHARE"
             )
         if files is not None:
-            sources.append(SourcePlan(name, (files,)))
+            sources.append(SourcePlan(name, (files,), flag="--replay"))
         if name in shares:
             raise UserError(f"--replay: {name} is given twice")
         shares[name] = share

@@ -197,10 +197,9 @@ def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]
             )
         }
     is_plain = [source.name for source in plan.sources] == [PLAIN]
-    plain = "--dataset_name" if data.dataset_name else "--train_files"
     corpora = {}
     for source in plan.sources:
-        flag = plain if is_plain else f"source {source.name!r}"
+        flag = source.flag if is_plain else f"source {source.name!r}"
         column = source.text_column or data.text_column
         if source.streaming and source.dataset is not None and not is_saved_dataset(Path(source.dataset)):
             corpora[source.name] = stream_dataset(source.dataset, column, flag)

@@ -72,11 +72,8 @@ def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
         yield "--dataset_name", data.dataset_name
     else:
         yield "--mixture", data.mixture
-        replayed = {name for name, mark, _ in (entry.partition("=") for entry in data.replay) if mark}
         for source in plan.sources:
-            flag = "--replay" if source.name in replayed else "--mixture" if data.mixture else "--train_files"
-            yield from ((flag, pattern) for pattern in source.files)
-            yield "--mixture" if data.mixture else "--dataset_name", source.dataset
+            yield from ((source.flag, pattern) for pattern in (*source.files, source.dataset))
     yield from (("--eval_files", pattern) for _, pattern in data.named_eval_files())
 
 
