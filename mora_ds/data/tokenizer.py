@@ -90,10 +90,9 @@ def load_tokenizer(
     if path.suffix == ".model" or path.is_file():
         return wrap_sentencepiece(path)
     if path.is_dir() and not holds_tokenizer(path):
-        raise UserError(
-            f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
-            "give one with --tokenizer_name, or train one with --train_tokenizer_vocab"
-        )
+        is_training = flag in ("--tokenizer_name", "--model_name_or_path")
+        advice = "; give one with --tokenizer_name, or train one with --train_tokenizer_vocab" if is_training else ""
+        raise UserError(f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}){advice}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path if path.is_dir() else name_or_path), trust_remote_code=trust_remote_code

@@ -90,6 +90,7 @@ evaluate {bad}/models/more_layers --sets a={user}/held.txt | models/more_layers 
 evaluate {bad}/models/wider --sets a={user}/held.txt | models/wider | weights do not fit the config
 evaluate {bad}/models/merges --sets a={user}/held.txt | MergeType
 evaluate {bad}/models/index_lists --sets a={user}/held.txt | index.json
+evaluate {run} --sets a={user}/held.txt --base {bad}/emptydir | --base: the folder {bad}/emptydir holds no tokenizer
 evaluate {user}/model | --sets
 evaluate {user}/model --sets {bad}/text/empty.txt | --sets
 evaluate {user}/model --sets a={bad}/emptydir | --sets a | emptydir
