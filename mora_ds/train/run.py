@@ -91,8 +91,8 @@ class Run:
     The adapter's config is the one that the engine's model was injected with.
     `base` is the Hugging Face folder that the model was loaded from: it is read again at every merge and never written.
     With `resume` ("auto", "latest", a path) engine, merge ledger and base are restored from that checkpoint, and
-    `state` holds its position; without, the folder must hold no other run, unless `overwrite` is set. A `resume` that
-    is a `Path` must have been verified. With `async_save`, `save` writes in the background.
+    `state` holds its position; without, the folder must hold no other run, unless `overwrite` is set. With
+    `async_save`, `save` writes in the background.
     Raises `UserError` when the model does not hold that base, weight for weight, or the checkpoint is another run's.
     """
 
@@ -120,7 +120,7 @@ class Run:
         checkpoint besides base and adapter. `tokenizer_folder`: copied into every checkpoint. `probe_ids`: (1, T) token
         ids, recorded in every checkpoint with the model's logits for them. `facts`: further entries of adapter.json.
         `ranks`: those which have found that they all see `folder`; None: found by looking. `state`: that of the
-        checkpoint to resume from, whose identity is this run's; None: read and compared.
+        checkpoint `resume`, which is verified and whose identity is this run's; None: verified, read and compared.
         """
         if not isinstance(engine, zero.Engine):
             raise UserError(
@@ -150,7 +150,10 @@ class Run:
         keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = opened.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, identity)
-        checkpoint = self._checkpoint(resume, overwrite)
+        if resume is not None and state is not None:  # who has read its state has verified it
+            checkpoint: Path | None = Path(resume)
+        else:
+            checkpoint = self._checkpoint(resume, overwrite)
         if checkpoint is not None and state is None:
             state = TrainerState.read(checkpoint)
             check_identity(checkpoint, state.identity, self.identity)
@@ -347,8 +350,6 @@ class Run:
             if self.ranks.on_first("another run in the output folder", lambda: holds_run) and not overwrite:
                 raise UserError(f'{self.folder} holds another run: choose another folder, or resume="auto"')
             return None
-        if isinstance(resume, Path):  # pretrain has verified it, and this rank can read it
-            return resume
         find = "checkpoint to resume from"
         return self.ranks.on_first(
             find,

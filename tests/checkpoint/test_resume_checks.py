@@ -136,6 +136,8 @@ def refused_operator(root: str) -> str:
     where = {"base": folder / "model", "folder": folder / "out"}
     checkpoint = mora_ds.Run(engine, **where).save(1)
     change_json(checkpoint / "adapter.json", lambda adapter: other_seed(adapter["layers"]))
+    with pytest.raises(UserError, match=r"^Run: `resume` .* is damaged: .*adapter.json"):
+        mora_ds.Run(engine, **where, resume=checkpoint)
     reseal(checkpoint)
     before = torch.cat([parameter.flatten() for parameter in engine.module.parameters()])
     with pytest.raises(UserError) as caught:
