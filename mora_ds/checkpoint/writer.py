@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ from mora_ds.engine import shards, zero
 from mora_ds.engine.shards import EngineShards, Layout, RankShard
 from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
 from mora_ds.runtime.exchange import gather_to_first
-from mora_ds.runtime.ranks import Ranks
+from mora_ds.runtime.ranks import Ranks, Result
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,6 @@ class CheckpointWriter:
         self.engine = engine
         self.collect = collect
         self._ranks = Ranks.current() if ranks is None else ranks
-        self._named_root = self._ranks.on_first("folder of the checkpoints", lambda: root)
-        """The folder as rank 0 names it, for the names of checks, which are the same on all nodes."""
         self._background: Background | None = None
         if background:
             self._background = Background(self._ranks.timeout_s)
@@ -129,30 +127,20 @@ class CheckpointWriter:
         rng = _rng_states()
         write_extras = self.collect(state.step)
         facts = asdict(state)
-        shares: list[Any] = []  # of this rank; on rank 0 then those of all
 
         def write_own() -> None:
             shards.write_shard(beside / ENGINE_TAG / shard.file, tensors)
             write_extras(beside)
 
-        def hash_own() -> None:
-            shares.append(_Share.of(beside, shard, rng))
-
-        def together(what: str, task: Callable[[], None]) -> None:
-            ranks.agree(
-                f"checkpoint {self._named_root / final.name}, {what}",
-                files.disk_errors(self.root)(task),
-            )
+        def together(what: str, task: Callable[[], Result]) -> Result:
+            return ranks.agree(f"checkpoint {final.name}, {what}", files.disk_errors(self.root)(task))
 
         def work() -> None:
             with _removed_on_failure(beside):
                 together("files of each rank", write_own)
-                together("hashes", hash_own)
-                everyone = gather_to_first(shares[0], ranks.group)
-                together(
-                    "manifest",
-                    lambda: self._complete(beside, final, everyone, layout, facts, keep),
-                )
+                share = together("hashes", lambda: _Share.of(beside, shard, rng))
+                everyone = gather_to_first(share, ranks.group)
+                together("manifest", lambda: self._complete(beside, final, everyone, layout, facts, keep))
 
         return work
 
