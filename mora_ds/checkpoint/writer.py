@@ -187,18 +187,14 @@ class _Share(NamedTuple):
     rng: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, beside: Path, shard: RankShard, rng: dict[str, Tensor]) -> _Share:
+    def of(cls, beside: Path, shard: RankShard, rng: dict[str, np.ndarray]) -> _Share:
         """To be called when rank 0 has linked the ledger into `beside`."""
         ledger = sorted((beside / LEDGER_FOLDER).glob("*.safetensors"))
         written = [
             beside / ENGINE_TAG / shard.file,
             *ledger[dist.get_rank() :: dist.get_world_size()],
         ]
-        return cls(
-            files.record(beside, written),
-            shard,
-            {kind: state.numpy() for kind, state in rng.items()},
-        )
+        return cls(files.record(beside, written), shard, rng)
 
 
 def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> None:
@@ -273,10 +269,11 @@ def _replace_folder(beside: Path, final: Path) -> None:
 # -- random states ---------------------------------------------------------------------------------------------------
 
 
-def _rng_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+def _rng_states() -> dict[str, np.ndarray]:
+    """The random states of this rank: for each kind uint8 (bytes,)."""
+    states = {"cpu": torch.get_rng_state().numpy()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+        states["cuda"] = torch.cuda.get_rng_state().numpy()
     return states
 
 
