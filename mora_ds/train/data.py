@@ -50,12 +50,7 @@ from mora_ds.data import (
 from mora_ds.models.rope import longest_row
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.setup import Start
-from mora_ds.train.tokenizer import (
-    begin_tokenizer,
-    load_named_tokenizer,
-    load_or_train_tokenizer,
-    save_tokenizer,
-)
+from mora_ds.train.tokenizer import load_named_tokenizer, settle_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +85,12 @@ def load_data(
     ranks = start.ranks
     corpora, evaluation = _text(data, plan)
     _check_positions(model_config, data.seq_len)
-    folder = start.folder / TOKENIZER_FOLDER
-    ranks.on_first("folder of the tokenizer", lambda: begin_tokenizer(folder, start.checkpoint))
     first, *remaining = corpora.values()
     joined = replace(
         first,
         members=first.members + tuple(member for corpus in remaining for member in corpus.members),
     )
-    tokenizer = load_or_train_tokenizer(model, model_folder, model_config, folder, joined, start.ranks)
-    ranks.on_first("copy of the tokenizer", lambda: save_tokenizer(tokenizer, folder))
+    tokenizer = settle_tokenizer(model, model_folder, model_config, joined, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
     logger.debug(f"tokens of the training corpus: {_cache_folder(data)}")
@@ -125,7 +117,7 @@ def load_data(
             "evaluation sets": [(name, dataset.content_id) for name, dataset in packed.items()],
         },
     )
-    return RunData(tokenizer, folder, train, packed)
+    return RunData(tokenizer, start.folder / TOKENIZER_FOLDER, train, packed)
 
 
 def fill_token_cache(

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mora_ds.checkpoint.layout import tokenizer_of
+from mora_ds.checkpoint.layout import TOKENIZER_FOLDER, tokenizer_of
 from mora_ds.common.files import copy_folder, disk_errors
 from mora_ds.config.data import ModelArguments
 from mora_ds.data import (
@@ -16,10 +16,10 @@ from mora_ds.data import (
     load_tokenizer,
     train_sentencepiece,
 )
-from mora_ds.runtime.ranks import Ranks
+from mora_ds.train.setup import Start
 
 
-def begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
+def _begin(target: Path, checkpoint: Path | None) -> None:
     """Put the checkpoint's (verified) tokenizer into `target`; without a checkpoint, empty `target`.
 
     Checkpoints of full training hold no tokenizer: `target` then stays as it is.
@@ -32,18 +32,21 @@ def begin_tokenizer(target: Path, checkpoint: Path | None) -> None:
         copy_folder(saved, target)
 
 
-def load_or_train_tokenizer(
+def settle_tokenizer(
     model: ModelArguments,
     model_folder: Path | None,
     model_config: Any,
-    target: Path,
     corpus: Corpus,
-    ranks: Ranks,
+    start: Start,
 ) -> Any:
-    """The tokenizer that the flags ask for. Collective.
+    """The tokenizer that the flags ask for, or that of the checkpoint; it is in the run's folder afterwards.
+    Collective.
 
     One that is trained on the corpus or named must fit the model: `UserError` naming the flag.
     """
+    ranks = start.ranks
+    target = start.folder / TOKENIZER_FOLDER
+    ranks.on_first("folder of the tokenizer", lambda: _begin(target, start.checkpoint))
     flag = tokenizer_flag(model)
     if model.train_tokenizer_vocab:
         path = target / "tokenizer.model"
@@ -64,6 +67,13 @@ def load_or_train_tokenizer(
             "reload of the tokenizer",
             lambda: check_reload(tokenizer, model_config.model_type, flag),
         )
+
+    def save() -> None:
+        if not (target / "tokenizer_config.json").exists():
+            with disk_errors(target):
+                tokenizer.save_pretrained(target)
+
+    ranks.on_first("copy of the tokenizer", save)
     return tokenizer
 
 
@@ -79,10 +89,3 @@ def tokenizer_flag(model: ModelArguments) -> str:
     if model.train_tokenizer_vocab:
         return "--train_tokenizer_vocab"
     return "--model_name_or_path" if model.tokenizer_name is None else "--tokenizer_name"
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save the tokenizer unless the folder has one."""
-    if not (folder / "tokenizer_config.json").exists():
-        with disk_errors(folder):
-            tokenizer.save_pretrained(folder)
