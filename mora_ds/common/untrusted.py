@@ -21,6 +21,7 @@ import stat
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -321,9 +322,10 @@ def expanded(path: str | Path, flag: str = "") -> Path:
     where the disk does not let one look whether anything is there."""
     try:
         place = Path(path).expanduser()
-        place.exists()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            place.stat()
         return place
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # a name that is too long, a loop of links, a folder that may not be entered
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
     except RuntimeError:
         home = Path(path).parts[0]

@@ -36,7 +36,7 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     holds_any = any(os.path.lexists(output) for output in outputs)
     for flag, named in inputs_of(arguments):
         for path in (named, *(_files_in(named) if holds_any else ())):
-            real = path.resolve()
+            real = Path(os.path.realpath(path))  # which follows a loop of links as far as it goes
             if any(output == real or output in real.parents for output in outputs):
                 raise UserError(
                     f"{flag} {named}: the run would read {path} and also replace or delete it in --output_dir "

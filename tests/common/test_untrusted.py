@@ -225,6 +225,10 @@ def test_no_module_runs_code_that_comes_with_a_file_unasked() -> None:
     assert all("weights_only=True" in call for call in matches["torch.load"])
 
 
-def test_a_path_that_cannot_be_looked_at_is_named() -> None:
-    with pytest.raises(UserError, match=r"^--x n+: File name too long$"):
-        untrusted.expanded("n" * 300, "--x")
+def test_a_path_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for path, reason in (("n" * 300, "File name too long"), (loop, "Too many levels of symbolic links")):
+        with pytest.raises(UserError, match=f"^--x {path}: {reason}$"):
+            untrusted.expanded(path, "--x")
+    assert untrusted.expanded("gone/x") == Path("gone/x")

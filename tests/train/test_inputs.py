@@ -80,10 +80,13 @@ def test_an_input_within_the_output_is_named(home: Path, changes: str, message: 
         {"cache_dir": "out/cache"},
         {"research": {"targets": "auto"}},
         {"train_files": ["no*"]},
+        {"train_files": ["looped"]},
     ],
 )
 def test_other_inputs_pass(home: Path, changes: dict[str, Any]) -> None:
-    """A file that lies in the output folder under none of a run's names is safe there."""
+    """A file of another name than those of a run is safe in the output folder; a loop of links leads nowhere."""
+    (home / "looped").mkdir()
+    (home / "looped" / "a.txt").symlink_to("a.txt")
     (home / "out" / "corpus.txt").write_text("text")
     check_inputs(settings(changes), Path("out"))
 
