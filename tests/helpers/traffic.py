@@ -106,10 +106,6 @@ def launches(
     weight = tensor(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
     scales = tensor(spec.d_out, dtype=torch.float32) if int8 else None
     base = tensor(spec.d_out, spec.d_in), weight, scales, square, tables.unfold
-    if tables.members is not None:
-        form = triton_ops.plan_form_groups(*base, tables.members)
-    else:
-        form = triton_ops.plan_form_blocks(*base, tables.slots, *rotation, tables.blocks_out)
     z_blocks = z.view(tokens, -1, side)
     c_blocks = c.view(tokens, -1, side)
     part_count = plain.parts_of(c_blocks, z_blocks, 2 * PROCESSORS)
@@ -121,7 +117,7 @@ def launches(
         "spread": plan(y, z, tables.spread, None, None, False, add=False),
         "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
         "add spread": plan(y, z, tables.spread, None, None, False, add=True),
-        "form": form,
+        "form": triton_ops.plan_form(*base, tables.slots, tables.members, *rotation, tables.blocks_out),
         "product": triton_ops.plan_product(parts, c_blocks, z_blocks),
         "sum_parts": triton_ops.plan_sum_parts(square, parts),
     }

@@ -114,64 +114,63 @@ def plan_gather_sum(
     )  # fmt: skip
 
 
-def form(
-    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, slots: Tensor, members: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, blocks: int,
-) -> Tensor:  # fmt: skip
+def form(weight: Tensor, scales: Tensor | None, square: Tensor, *maps: Any) -> Tensor:
     """See `ops.form`."""
     out = square.new_empty(weight.shape)
-    square = square.contiguous()
-    if members is not None:
-        plan_form_groups(out, weight, scales, square, unfold, members)()
-    else:
-        plan_form_blocks(out, weight, scales, square, unfold, slots, cos, sin, blocks)()
+    plan_form(out, weight, scales, square.contiguous(), *maps)()
     return out
 
 
-def plan_form_groups(
+def plan_form(
     out: Tensor,
     weight: Tensor,
     scales: Tensor | None,
     square: Tensor,
     unfold: Tensor,
-    members: Tensor,
+    slots: Tensor,
+    members: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    blocks: int,
 ) -> Launch:
-    """`form` for share: a program gathers a row of M once, and adds it to all rows of the weight that read it."""
-    columns = weight.shape[1]
-    r_hat = len(square)
-    row = triton.next_power_of_2(r_hat)
-    chunk = min(triton.next_power_of_2(columns), _PART)
-    return Launch(
-        _form_groups,
-        (triton.cdiv(columns, chunk), r_hat),
-        {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "members": members,
-         "columns": columns, "row_stride": weight.stride(0), "column_stride": weight.stride(1), "r_hat": r_hat,
-         "most_members": len(members)},
-        {"TERMS": len(unfold), "SHARED": row * square.element_size() <= _SHARED, "ROW": row, "PART": chunk,
-         "SUM": _accumulator(square.dtype)},
-        {"num_warps": 8, "enable_fp_fusion": False},
-    )  # fmt: skip
-
-
-def plan_form_blocks(
-    out: Tensor, weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, slots: Tensor,
-    cos: Tensor | None, sin: Tensor | None, blocks: int,
-) -> Launch:  # fmt: skip
-    """`form` for the other operators: most elements of the delta are zero, and of M only the others are read."""
+    """`form` into out (O, D). For share a program gathers a row of M once, and adds it to all rows of the weight that
+    read it. For the other operators most elements of the delta are zero, and of M only the others are read."""
     rows, columns = weight.shape
-    chunk = min(triton.next_power_of_2(columns), _FORM_PART)
+    r_hat = len(square)
+    arguments = {
+        "out": out,
+        "weight": weight,
+        "scales": scales,
+        "square": square,
+        "unfold": unfold,
+        "columns": columns,
+        "row_stride": weight.stride(0),
+        "column_stride": weight.stride(1),
+        "r_hat": r_hat,
+    }
+    most = _FORM_PART if members is None else _PART
+    chunk = min(triton.next_power_of_2(columns), most)
+    chunks = triton.cdiv(columns, chunk)
+    constants = {"TERMS": len(unfold), "PART": chunk, "SUM": _accumulator(square.dtype)}
+    if members is not None:
+        row = triton.next_power_of_2(r_hat)
+        return Launch(
+            _form_groups,
+            (chunks, r_hat),
+            {**arguments, "members": members, "most_members": len(members)},
+            {**constants, "SHARED": row * square.element_size() <= _SHARED, "ROW": row},
+            {"num_warps": 8, "enable_fp_fusion": False},
+        )
     lines = 8
     # Without a rotation ptxas gives each of 8 warps' threads 64 registers, and spills with an int8 base on sm_90.
     warps = 4 if cos is None else 8
     return Launch(
         _form_blocks,
-        (triton.cdiv(rows, lines), triton.cdiv(columns, chunk)),
-        {"out": out, "weight": weight, "scales": scales, "square": square, "unfold": unfold, "slots": slots, "cos": cos,
-         "sin": sin, "rows": rows, "columns": columns, "row_stride": weight.stride(0),
-         "column_stride": weight.stride(1), "r_hat": len(square), "blocks": blocks},
-        {"TERMS": len(unfold), "SLOTS": len(slots), "ROWS": lines, "PART": chunk, "SUM": _accumulator(square.dtype)},
+        (triton.cdiv(rows, lines), chunks),
+        {**arguments, "slots": slots, "cos": cos, "sin": sin, "rows": rows, "blocks": blocks},
+        {**constants, "SLOTS": len(slots), "ROWS": lines},
         {"num_warps": warps, "enable_fp_fusion": False},
-    )  # fmt: skip
+    )
 
 
 def product(c: Tensor, z: Tensor) -> Tensor:
