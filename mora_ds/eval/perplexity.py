@@ -154,12 +154,9 @@ def load_target(
     if not (path / "config.json").is_file():
         refuse_full_training(path)
         raise UserError(f"MODEL: {path} is neither a Hugging Face folder nor a checkpoint, nor has it one")
-    if domain is not None:
-        raise UserError(f"--domain belongs to a checkpoint of a run with domains, {path} is a complete model")
-    if onto is not None:
-        raise UserError(f"--onto belongs to a checkpoint, {path} is a complete model")
-    if base is not None:
-        raise UserError(f"--base belongs to a checkpoint, {path} is a complete model")
+    for flag, value in {"--domain": domain, "--onto": onto, "--base": base}.items():
+        if value is not None:
+            raise UserError(f"{flag} belongs to a checkpoint, {path} is a complete model")
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     model = load_model(path, wanted, trust_remote_code=trust_remote_code, flag="MODEL")
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")

@@ -310,17 +310,20 @@ def plain_json(value: Any) -> Any:
 
 def _keep_rows(path: Path, last_step: int, pending: Collection[str]) -> list[JsonObject]:
     """Returns the rows of the last step that stay."""
-    newest: list[JsonObject] = []
-    if not path.exists():
-        return newest
+    if last_step == 0 or not path.exists():
+        path.unlink(missing_ok=True)
+        return []
     lines = []
+    newest = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row_of(line)
-        if row is None or last_step == 0 or row["step"] > last_step:
+        if row is None or row["step"] > last_step:
             continue
-        if row["step"] < last_step or not any(kind in row for kind in pending):
-            lines.append(line + "\n")
-            newest += [row] if row["step"] == last_step else []
+        if row["step"] == last_step:
+            if any(kind in row for kind in pending):
+                continue
+            newest.append(row)
+        lines.append(line + "\n")
     with atomic_path(path) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
     return newest
