@@ -49,6 +49,7 @@ from mora_ds.common.files import (
 from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.tensor_files import (
+    Tensors,
     compute_dtype,
     open_safetensors,
     shape_dtype,
@@ -213,9 +214,9 @@ class AdapterFile:
 def write_adapter(
     folder: Path,
     adapter: AdapterFile,
-    squares: Mapping[str, Tensor],
-    trained: Mapping[str, Tensor],
-    domain_squares: Mapping[str, Tensor] | None = None,
+    squares: Tensors,
+    trained: Tensors,
+    domain_squares: Tensors | None = None,
 ) -> None:
     """Writes adapter.safetensors, then adapter.json, each atomically; tensors are stored in fp32.
 

@@ -49,7 +49,7 @@ from mora_ds.common.errors import RunError
 from mora_ds.common.files import JsonObject
 from mora_ds.engine import shards, zero
 from mora_ds.engine.shards import EngineShards, Layout, RankShard
-from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
+from mora_ds.models.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
 from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks, Result
 
@@ -343,7 +343,7 @@ class Background:
             raise error
 
 
-def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_host(tensors: Tensors) -> Tensors:
     """Copies in host memory, which do not change when training continues."""
     copies = {name: _copy(tensor) for name, tensor in tensors.items()}
     if torch.cuda.is_available():

@@ -51,7 +51,7 @@ from mora_ds.common.untrusted import (
 )
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
-from mora_ds.models.tensor_files import open_safetensors, write_safetensors_atomic
+from mora_ds.models.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
 from mora_ds.parallel.topology import share_of
 
 INDEX_FILE = "layouts.safetensors"
@@ -488,12 +488,12 @@ def _plain(group: JsonObject) -> JsonObject:
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def take(engine: zero.Engine) -> tuple[Layout, RankShard, dict[str, Tensor]]:
+def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     """(what all ranks have in common, where the extents of this rank lie in its file, that file's tensors). The tensors
     are the engine's own, not copies."""
     layout = _layout(engine)
     flats = list(view_of(engine).flats())
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
     for number, flat in enumerate(flats):
         tensors[_tensor_name(number, MASTER)] = flat.master.detach().view(-1)
         for key in sorted(flat.state):  # whatever order they were set in: the same state is the same file
@@ -517,7 +517,7 @@ def _as_tensor(value: Any) -> Tensor:
     return torch.tensor(value, dtype=whole if isinstance(value, int) else fraction)
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_shard(path: Path, tensors: Tensors) -> None:
     """Write the file of one rank, atomically. Raises `RunError` on a full disk."""
     path.parent.mkdir(exist_ok=True)
     write_safetensors_atomic(path, tensors, {})

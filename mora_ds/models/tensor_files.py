@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +42,9 @@ CODES = {
 """The format's name of each dtype."""
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+Tensors: TypeAlias = dict[str, Tensor]
+"""Tensors by their names in a file."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,11 +7,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError
@@ -55,6 +54,9 @@ from mora_ds.train.tokenizer import load_named_tokenizer, settle_tokenizer
 logger = logging.getLogger(__name__)
 
 EVAL_FLAG = "--eval_files"
+
+Corpora: TypeAlias = dict[str, Corpus]
+"""The text of sources or evaluation sets, by their names."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,13 @@ def fill_token_cache(
 # -- sources and evaluation sets ---------------------------------------------------------------------------------------
 
 
-def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[Corpora, Corpora]:
     """The corpus of every source, without the documents that are held out of training, and of every evaluation set."""
     corpora = _sources(data, plan)
     evaluation = {
         name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
     }
-    held_out: dict[str, Corpus] = {}
+    held_out: Corpora = {}
     if data.held_out_share:  # one evaluation set per source
         held_out_only = DocumentFilter(data.held_out_share, takes_held_out=True)
         for name, corpus in corpora.items():
@@ -178,7 +180,7 @@ def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[dict[str, Corp
     return corpora, {**evaluation, **held_out}
 
 
-def _sources(data: DataArguments, plan: MixturePlan | None) -> dict[str, Corpus]:
+def _sources(data: DataArguments, plan: MixturePlan | None) -> Corpora:
     """The corpus of every source by its name. Raises `UserError` naming one that is missing or empty."""
     if plan is None:
         return {
@@ -299,7 +301,7 @@ class _Tokenization:
 def _train_data(
     tokenization: _Tokenization,
     plan: MixturePlan | None,
-    corpora: Mapping[str, Corpus],
+    corpora: Corpora,
     seed: int,
     rows_per_step: int,
     stream_state: dict[str, Any] | None,

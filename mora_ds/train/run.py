@@ -74,7 +74,7 @@ from mora_ds.models.base import (
 )
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.rope import changes_of
-from mora_ds.models.tensor_files import dtype_name, write_safetensors_atomic
+from mora_ds.models.tensor_files import Tensors, dtype_name, write_safetensors_atomic
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.runtime.nodes import check_shared
@@ -305,11 +305,11 @@ class Run:
         """The unsharded fp32 master of a trained tensor. One that is frozen is a buffer, complete and fp32 already."""
         return zero.full_fp32(value) if isinstance(value, nn.Parameter) else value
 
-    def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
         """Copies of the tensors in host memory, on rank 0; the other ranks only take part in making each."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if self.ranks.is_first}
 
-    def _probe(self) -> dict[str, Tensor]:
+    def _probe(self) -> Tensors:
         """The recorded tokens, and their logits (1, T, vocabulary) in fp32, without dropout, with the shared matrices
         alone and for every domain, for `export --verify`."""
         engine = self.engine
@@ -448,7 +448,7 @@ class FullRun(Run):
         """Write the live model, which is that of the last checkpoint, as a Hugging Face folder; gathered one parameter
         at a time onto rank 0. Collective."""
         model = self.engine.module
-        gathered: dict[str, Tensor] = {}
+        gathered: Tensors = {}
         for name, parameter in model.named_parameters():
             with zero.whole_parameter(self.engine, parameter):
                 if self.ranks.is_first:
