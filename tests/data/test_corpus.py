@@ -165,9 +165,9 @@ WRONG: list[tuple[str, bytes, str]] = [
     ("a.jsonl", FIRST + b'{"text": "\\ud800"}\n', "line 4: field 'text' holds half a surrogate pair"),
     ("a.json", b'[\n{"text": "a"}\n]', "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq"),
     ("a.json", b'{\n"text": "a"\n}', "one object a line is read (jq -c . makes one line of an object)"),
-    ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number of too many digits"),
+    ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number has more than 4300 digits"),
     ("a.jsonl", FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
-     "line 4: brackets nested too deep"),
+     "line 4: brackets are nested too deeply"),
     *((name, b"this is something else altogether", "cannot be read")
       for name in ("a.parquet", "a.txt.gz", "a.jsonl.gz")),
     ("a.txt.gz", CUT_GZIP, "cannot be read"),
