@@ -35,7 +35,8 @@ def validate(arguments: Arguments) -> None:
     adapter = arguments.adapter
     data = arguments.data
     training = arguments.training
-    steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
+    has_length = training.max_steps > 0 and training.decay_from is None  # a branch goes on after many steps
+    steps = training.max_steps if has_length else _UNKNOWN_LENGTH
     refuse(
         [
             *model.problems(),
