@@ -60,8 +60,9 @@ class BaseCheckpoint:
         """Of each file as it was opened, or as it was when `require_unchanged` last accepted it."""
 
     @classmethod
-    def open(cls, folder: Path | str, flag: str = MODEL_FLAG) -> BaseCheckpoint:
-        """Opens a folder with config.json and either model.safetensors or an index and its shards.
+    def open(cls, folder: Path | str, flag: str = MODEL_FLAG, quantized: bool = False) -> BaseCheckpoint:
+        """Opens a folder with config.json and either model.safetensors or an index and its shards. `quantized`: also
+        where config.json says that the weights are.
 
         Raises `UserError` naming `flag` and the faulty file, and its subclass `NotOneToOne` where all weights are
         pickled.
@@ -72,8 +73,11 @@ class BaseCheckpoint:
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag}: {folder} is not a model folder: it has no config.json")
         try:
-            if read_json(folder / "config.json").get("quantization_config") is not None:
-                raise UserError(f"{folder} holds quantized weights; give the unquantized model")
+            settings = read_json(folder / "config.json").get("quantization_config")
+            if settings is not None and not quantized:
+                raise UserError(
+                    f"{folder} holds quantized weights; give the unquantized model, or OUTPUT_DIR/base of a run"
+                )
             return cls(folder, _locate_tensors(folder))
         except NotOneToOne:
             raise

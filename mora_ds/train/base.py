@@ -20,7 +20,7 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.data import largest_id
 from mora_ds.engine.device import BaseDevice, is_cpu
 from mora_ds.engine.ds_keys import DsConfig
-from mora_ds.models.base import MODEL_FLAG
+from mora_ds.models.dequantize import dequantized_base, is_quantized
 from mora_ds.models.load import (
     LoadedBase,
     config_digest,
@@ -31,6 +31,7 @@ from mora_ds.models.load import (
     read_model_config,
     resolve_folder,
 )
+from mora_ds.models.rope import FLAG as ROPE
 from mora_ds.models.rope import changed, check_used, rope_changes
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text, verdict
@@ -52,10 +53,12 @@ def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
     else:
         folder = resolve_folder(model.model_name_or_path, start.ranks)
         config = folder_config(folder, model.trust_remote_code)
+    if is_quantized(config):
+        del config.quantization_config  # what is computed with is not
     if model.rope is not None:
         changed(config, rope_changes(config, model.rope))
         with torch.device("meta"):
-            sketch = make_model(config, MODEL_FLAG, trust_remote_code=model.trust_remote_code)
+            sketch = make_model(config, ROPE, trust_remote_code=model.trust_remote_code)
         check_used(sketch, model.rope["rope_type"])
     start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config
@@ -70,8 +73,8 @@ def prepare_base(
     start: Start,
     cast: bool = True,
 ) -> LoadedBase:
-    """Load the complete base on this process, from `folder` or created from --model_config; `cast` as in `load_base`.
-    Collective."""
+    """Load the complete base on this process, from `folder`, dequantized once where it is quantized, or created from
+    --model_config; `cast` as in `load_base`. Collective."""
     base_folder = start.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
@@ -83,6 +86,8 @@ def prepare_base(
 
         start.ranks.on_first("creation of the base", create, long=True)
         folder = base_folder
+    elif is_quantized(folder_config(folder, model.trust_remote_code)):
+        folder = dequantized_base(folder, base_folder, dtype, start.ranks)
     changes = rope_changes(folder_config(folder, model.trust_remote_code), model.rope)
     loaded = load_base(
         folder,

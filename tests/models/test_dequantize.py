@@ -1,0 +1,178 @@
+"""Bases in FP8 and MXFP4: a run on one is that on the model which transformers dequantizes, to the bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+from mora_ds.common.errors import UserError
+from mora_ds.common.files import read_json, write_json_atomic
+from mora_ds.deploy.export import export_merged
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.dequantize import dequantize_fp8
+from mora_ds.models.load import resolve_folder
+from tests.helpers.jobs import VOCABULARY, Playground, losses, refusal, run
+from tests.helpers.models import alone, tiny_model
+from tests.helpers.resume import MERGING
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+FAMILIES = {"fp8": "qwen3", "mxfp4": "gpt_oss"}
+SIZES = {"vocab_size": VOCABULARY, "intermediate_size": 64}
+
+
+def to_fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """By transformers' own quantizer."""
+    quantizer: Any = SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16)))
+    return Fp8Quantize(quantizer).convert({name: weight}) if "proj" in name else {name: weight}
+
+
+def to_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Any bytes are numbers in MXFP4; transformers' quantizer needs kernels for a GPU."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {name: weight}
+    experts, inputs, outputs = weight.shape
+    generator = torch.Generator().manual_seed(len(name))
+    blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(116, 122, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def quantized_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A tiny model as it is published in `folder`. Returns the tensors of its file."""
+    tiny_model(FAMILIES[kind], dtype=dtype, **SIZES).save_pretrained(folder)
+    convert, settings = {"fp8": (to_fp8, FP8), "mxfp4": (to_mxfp4, MXFP4)}[kind]
+    tensors: dict[str, Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        tensors.update(convert(name, weight))
+    write(folder, tensors, settings)
+    return tensors
+
+
+def write(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**read_json(folder / "config.json"), "quantization_config": settings}
+    write_json_atomic(folder / "config.json", config)
+
+
+def dequantized_by_transformers(kind: str, folder: Path, target: Path, dtype: torch.dtype) -> None:
+    """A plain model folder with the weights that transformers makes of those in `folder`."""
+    settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[kind](dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings)
+    model = tiny_model(FAMILIES[kind], dtype=dtype, **SIZES)
+    model.load_state_dict(theirs.state_dict())
+    model.save_pretrained(target)
+
+
+@pytest.mark.parametrize("kind, flags, dtype", [
+    ("fp8", (), torch.float32),
+    ("fp8", ("--bf16", "true"), torch.bfloat16),
+    ("mxfp4", ("--bf16", "true"), torch.bfloat16),
+])  # fmt: skip
+def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
+    user: Playground, tmp_path: Path, kind: str, flags: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """With two merges; its export is verified, and has nothing of the quantization left."""
+    quantized_model(kind, tmp_path / "quantized", dtype)
+    dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
+    more = (*MERGING, *flags, "--tokenizer_name", str(user.model), "--export_merged", "true", "--model_name_or_path")
+    for name in ("quantized", "plain"):
+        assert run(1, user.flags(tmp_path / f"of-{name}", *more, str(tmp_path / name)))["merges"] == 2
+    ours, theirs = (tmp_path / f"of-{name}" for name in ("quantized", "plain"))
+    assert torch.equal(losses(ours), losses(theirs))
+    weights, expected = (load_file(out / "merged" / "model.safetensors") for out in (ours, theirs))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert "quantization_config" not in read_json(ours / "merged" / "config.json")
+    assert export_merged(ours, tmp_path / "verified", verify=True).comparison is not None
+
+
+def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(
+    user: Playground, tmp_path: Path
+) -> None:
+    tensors = quantized_model("fp8", tmp_path / "model")
+    out = tmp_path / "out"
+    flags = user.flags(
+        out, "--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(user.model), "--max_steps", 2,
+        "--resume_from_checkpoint", "auto",
+    )  # fmt: skip
+    run(1, flags)
+    before = (out / "base" / "model.safetensors").stat()
+    run(2, [*flags, "--max_steps", "3", "--per_device_train_batch_size", "1"])
+    assert (out / "base" / "model.safetensors").stat().st_ino == before.st_ino
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    write(tmp_path / "model", {**tensors, name: tensors[name] * 2}, FP8)
+    assert "weights of --model_name_or_path" in refusal([*flags, "--max_steps", "4"])
+    assert BaseCheckpoint.open(out / "base").dtypes() == {torch.float32}
+
+
+def test_blocks_at_the_edge_may_be_smaller() -> None:
+    """As DeepSeek-V3's of 576 rows in blocks of 128, where transformers gives up."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2, generator=generator)
+    expected = [
+        [weight[row, column].float() * scales[row // 2, column // 4] for column in range(7)] for row in range(5)
+    ]
+    assert torch.equal(dequantize_fp8(weight, scales, [2, 4], torch.float32), torch.tensor(expected))
+
+
+def without_scales(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+
+
+def with_short_scales(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+def with_scales_in_bytes(tensors: dict[str, Tensor]) -> None:
+    """Exponents, as MXFP8 has them."""
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    tensors[name] = torch.full_like(tensors[name], 127).to(torch.uint8)
+
+
+def with_another_float8(tensors: dict[str, Tensor]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].float().to(torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (without_scales, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
+    (with_short_scales, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
+    (with_scales_in_bytes, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
+    (with_another_float8, "model.layers.1.mlp.up_proj.weight is torch.float8_e5m2 without block scales"),
+])  # fmt: skip
+def test_scales_that_do_not_fit_are_named(
+    user: Playground, tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], words: str
+) -> None:
+    tensors = quantized_model("fp8", tmp_path / "model")
+    damage(tensors)
+    write(tmp_path / "model", tensors, FP8)
+    flags = ("--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(user.model))
+    assert words in refusal(user.flags(tmp_path / "out", *flags))
+
+
+@pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
+def test_what_is_quantized_otherwise_is_named(user: Playground, tmp_path: Path, method: str) -> None:
+    model = Path(shutil.copytree(user.model, tmp_path / "model"))
+    config = {**read_json(model / "config.json"), "quantization_config": {"quant_method": method, "bits": 4}}
+    (model / "config.json").write_text(json.dumps(config))
+    message = refusal(user.flags(tmp_path / "out", "--model_name_or_path", str(model)))
+    assert f"--model_name_or_path: the model holds quantized weights ({method})" in message
+
+
+def test_gguf_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").touch()
+    for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
+        with pytest.raises(UserError, match="GGUF is not read: give the unquantized model"):
+            resolve_folder(str(name), alone())
