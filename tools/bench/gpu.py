@@ -1,6 +1,6 @@
 """What is to be measured on the day that a GPU is there, one question at a time, each within minutes.
 
-    python tools/bench/gpu.py ceilings|operators|layer|attention|step|memory|resume [--json FILE]
+    python tools/bench/gpu.py ceilings|operators|layer|attention|step|resume [--json FILE]
     python tools/bench/gpu.py ... --device cpu --toy        the same code at toy sizes, which a test runs
 
     ceilings    what the card gives at best: copies in TB/s, products in TFLOP/s
@@ -9,8 +9,7 @@
     layer       a layer, forward and backward, against the frozen layer: both paths, and LoRA by PEFT and fused (addmm_)
     attention   by documents against a dense mask: time, and what leaks from one document to another (0)
     step        one rank under ZeRO 1, 2 and 3: tokens a second, peak memory, and how often the host waits inside a
-                micro-batch (torch.cuda.set_sync_debug_mode)
-    memory      one rank under ZeRO-3: planned against what the card's allocator saw
+                micro-batch (torch.cuda.set_sync_debug_mode); by phase a run's summary.json has the peaks
     resume      a run that is saved and resumed, against the uninterrupted one, to the bit, as --deterministic has it
 
 Without a GPU, a line says so.
@@ -48,14 +47,9 @@ from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.device import make_deterministic
-from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import start_distributed
 from mora_ds.models.base import write_own_base
 from mora_ds.models.document_attention import document_attention
-from mora_ds.models.loss import chunk_loss, token_nll
-from mora_ds.planning.memory_meter import MemoryMeter
-from mora_ds.planning.plan import Cluster, Planner
-from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.train.run import Run
 from tools.bench.layer import TITLES, layers_of, row
@@ -175,54 +169,20 @@ def step(options: argparse.Namespace, report: Report) -> None:
     report.show("step", rows)
 
 
-def memory(options: argparse.Namespace, report: Report) -> None:
-    _one_rank()
-    adapter = MoRAConfig(rank=8)
-    ids = _ids(options)
-    cuda = options.device.type == "cuda"
-    model = _model(options)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    work = Work(model.config, adapter, ids.shape[1], len(ids), dtype, document_mask=False)
-    numels = [parameter.numel() for parameter in planned_model(work).parameters()]
-    planned = (
-        Planner(work, Cluster(1), complete_ds_config(_settings(options, 3), numels), on_cpu=not cuda).plan().memory
-    )
-    engine = _engine(options, 3, adapter, chunked=True)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        with MemoryMeter() as passes:
-            engine.backward(token_nll(engine, batch) / ids.numel())
-        with MemoryMeter() as update:
-            engine.step()
-    figures = [
-        ("forward and backward", planned.forward_backward, passes.peak),
-        ("the optimizer's step", planned.optimizer_step, update.peak),
-    ]
-    if cuda:
-        figures += [("peak, allocated", planned.peak, torch.cuda.max_memory_allocated())]
-        figures += [("peak, reserved", planned.peak, torch.cuda.max_memory_reserved())]
-    rows = [[name, f"{a / 1e6:.3f}", f"{b / 1e6:.3f}", f"{b / a:.3f}"] for name, a, b in figures]
-    report.show("memory", [["one rank", "planned, MB", "measured, MB", "measured / planned"], *rows])
-    engine.destroy()
-
-
 def resume(options: argparse.Namespace, report: Report) -> None:
     make_deterministic()
     _one_rank()
-    config = MoRAConfig(rank=8)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         out = Path(folder) / "out"
         write_own_base(_model(options), base)
-        whole = _engine(options, 3, config)
+        whole = _engine(options, 3)
         run = Run(whole, base=base, folder=out)
         _train(whole, _ids(options), 2)
         run.merge(2)
         run.save(2)
         losses = _train(whole, _ids(options), 3)
-        again = _engine(options, 3, config)
+        again = _engine(options, 3)
         Run(again, base=base, folder=out, resume="auto")
         resumed_losses = _train(again, _ids(options), 3)
         pairs = zip(_matrices(whole), _matrices(again), strict=True)
@@ -232,7 +192,7 @@ def resume(options: argparse.Namespace, report: Report) -> None:
 
 
 QUESTIONS: dict[str, Callable[[argparse.Namespace, Report], None]] = {
-    question.__name__: question for question in (ceilings, operators, layer, attention, step, memory, resume)
+    question.__name__: question for question in (ceilings, operators, layer, attention, step, resume)
 }
 
 
@@ -285,11 +245,9 @@ def _ids(options: argparse.Namespace) -> Tensor:
     return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(options.device)
 
 
-def _engine(options: argparse.Namespace, stage: int, config: MoRAConfig | None = None, chunked: bool = False) -> Any:
+def _engine(options: argparse.Namespace, stage: int) -> Any:
     model = _model(options)
-    inject(model, config or MoRAConfig(rank=8))
-    if chunked:
-        chunk_loss(model)
+    inject(model, MoRAConfig(rank=8))
     return initialize(model=model, config=_settings(options, stage))[0]
 
 
