@@ -220,7 +220,10 @@ class MoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         sizes = self.layer_sizes.items() if isinstance(self.layer_sizes, Mapping) else self.layer_sizes
-        pairs = sorted((str(name), int(size)) for name, size in sizes)  # JSON makes lists of pairs
+        try:
+            pairs = sorted((str(name), int(size)) for name, size in sizes)  # JSON makes lists of pairs
+        except (TypeError, ValueError):
+            raise UserError(f"layer_sizes must be whole numbers by names of layers, got {sizes!r}") from None
         object.__setattr__(self, "layer_sizes", tuple(pairs))
         super().__post_init__()  # refuses a text, of which a tuple would be its letters
         object.__setattr__(self, "domains", tuple(self.domains))

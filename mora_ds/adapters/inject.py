@@ -112,6 +112,8 @@ def inject(
     if mora_layers(model):
         raise UserError("this model already has an adapter: inject it once")
     targets = targets_of(model, config)
+    if "" in targets:
+        raise UserError("inject: `model` is itself a linear layer: give the module that it is a part of")
     _refuse_shared(model, targets)
     trained = _trained_parameters(model, config)
     if both := [name for name, module in targets.items() if id(module.weight) in trained]:

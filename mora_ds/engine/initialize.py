@@ -111,6 +111,8 @@ def initialize(
         raise UserError(
             f"initialize: `config` must be a DeepSpeed config, a dict or the path of its file, got {config!r}"
         )
+    if not isinstance(config, dict) and not Path(config).is_file():
+        raise UserError(f"initialize: `config`: there is no file {os.fspath(config)}")
     if node_base not in (choices := [choice.value for choice in Sharing]):
         raise UserError(unknown("node_base", node_base, choices))
     config_of(model)  # refuses a model without an adapter

@@ -59,11 +59,15 @@ MoRAConfig | {new_rows_from: -5} | `new_rows_from` must be at least 0, got -5
 MoRAConfig | {dropout: null} | dropout must be a number, got None
 MoRAConfig | {train_norms: 1} | train_norms must be true or false, got 1
 MoRAConfig | {target_modules: q_proj} | target_modules must be a list, got 'q_proj'
+MoRAConfig | {layer_sizes: 3} | layer_sizes must be whole numbers by names of layers, got 3
+MoRAConfig | {layer_sizes: {q_proj: x}} | layer_sizes must be whole numbers by names of layers
 MoRAConfig | {domains: law} | domains must be a list, got 'law'
 MoRAConfig | {target_modules: [q_proj, 3]} | target_modules[1] must be a text, got 3
 MoRAConfig | {target_modules: 3} | target_modules must be a list, got 3
 inject | {model: null, config: CONFIG} | inject: `model` must be of the type Module, got None
 inject | {model: MODEL, config: null} | inject: `config` must be a MoRAConfig or a LoRAConfig, got None
+inject | {model: LAYER, config: CONFIG} | inject: `model` is itself a linear layer
+inject | {model: LAYERS, config: EMBEDDINGS} | `embedding_rank`: the embeddings are a NoneType
 inject | {model: COMPILED, config: CONFIG} | inject: `model` is compiled
 inject | {model: ADAPTED, config: CONFIG} | this model already has an adapter
 inject | {model: MODEL, config: UNKNOWN} | `target_modules` 'q_prj' matches no linear layer
@@ -76,10 +80,14 @@ OperatorSpec: `seed` must be of the type int, got 0.5
 OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
 delta_weight | {spec: 3, square: SQUARE} | delta_weight: `spec` must be of the type OperatorSpec, got 3
 delta_weight | {spec: SPEC, square: null} | delta_weight: `square` must be of the type Tensor, got None
+delta_weight | {spec: SPEC, square: NARROW} | delta_weight: `square` must have the shape (4, 4), got (3, 3)
+mora_update | {spec: SPEC, square: SQUARE, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
+mora_update | {spec: SPEC, square: NARROW, x: SQUARE} | mora_update: `square` must have the shape (4, 4), got (3, 3)
 mora_update | {spec: SPEC, square: 1, x: SQUARE} | mora_update: `square` must be of the type Tensor, got 1
 mora_update | {spec: SPEC, square: SQUARE, x: x} | mora_update: `x` must be of the type Tensor, got 'x'
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
 initialize | {model: MODEL, config: null} | initialize: `config` must be a DeepSpeed config
+initialize | {model: ADAPTED, config: gone.json} | initialize: `config`: there is no file gone.json
 initialize | {model: MODEL, config: {}, node_base: shared} | unknown node_base 'shared'; known: auto, private
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject
 initialize | {model: COMPILED_ADAPTED, config: {}} | initialize: `model` is compiled
@@ -244,6 +252,10 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> Non
         "COMPILED_ADAPTED": torch.compile(adapted),
         "SPEC": OperatorSpec("share", 8, 8, 4),  # type: ignore[arg-type]
         "SQUARE": torch.zeros(4, 4),
+        "NARROW": torch.zeros(3, 3),
+        "LAYER": torch.nn.Linear(8, 8),
+        "LAYERS": torch.nn.Sequential(torch.nn.Linear(8, 8)),
+        "EMBEDDINGS": MoRAConfig(rank=4, embedding_rank=2),
         "FOLDER": tmp_path,
         "NEW": tmp_path / "new",
         "RUN": fake_run(tmp_path, probe=False).output,

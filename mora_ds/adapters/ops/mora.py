@@ -396,7 +396,15 @@ def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     require_type(spec, OperatorSpec, "mora_update: `spec`")
     require_type(square, Tensor, "mora_update: `square`")
     require_type(x, Tensor, "mora_update: `x`")
+    _check_square(spec, square, "mora_update")
+    if x.shape[-1:] != (spec.d_in,):  # a shorter input would be taken, and give other numbers
+        raise UserError(f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}")
     return decompress(spec, F.linear(compress(spec, x), square))
+
+
+def _check_square(spec: OperatorSpec, square: Tensor, function: str) -> None:
+    if square.shape != spec.value_shape:
+        raise UserError(f"{function}: `square` must have the shape {spec.value_shape}, got {tuple(square.shape)}")
 
 
 def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
@@ -406,6 +414,7 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     """
     require_type(spec, OperatorSpec, "delta_weight: `spec`")
     require_type(square, Tensor, "delta_weight: `square`")
+    _check_square(spec, square, "delta_weight")
     if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))
     zeros = square.new_zeros(spec.d_out, spec.d_in)
