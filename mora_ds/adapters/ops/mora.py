@@ -142,10 +142,6 @@ class OperatorSpec(UpdateSpec):
         """Where M is applied once: A says which inputs are summed (zeros and ones), B holds the rows of M."""
         return (fold_matrix(self, value).T, rows_of_outputs(self, value)) if self.blocks == 1 else None
 
-    def adjoint(self, gradient: Tensor) -> Tensor:
-        """The adjoint of `delta_weight`, (d_out, d_in) -> (r_hat, r_hat): <delta_weight(M), G> == <M, adjoint(G)>."""
-        return adjoint(self, gradient)
-
     def describe(self) -> str:
         return f"{self.kind.value}/{self.grouping.value}"
 

@@ -5,7 +5,7 @@ one tensor.
 
 Shape legend:  E = experts, O = d_out, D = d_in, R = r_hat.
 
-    delta_weight  (E, R, R) -> (E, O, D)             adjoint  (E, O, D) -> (E, R, R)
+    delta_weight  (E, R, R) -> (E, O, D)
 """
 
 from __future__ import annotations
@@ -60,9 +60,6 @@ class StackSpec(UpdateSpec):
 
     def delta_weight(self, value: Tensor) -> Tensor:
         return torch.stack([self.operator.delta_weight(square) for square in value])
-
-    def adjoint(self, gradient: Tensor) -> Tensor:
-        return torch.stack([self.operator.adjoint(matrix) for matrix in gradient])
 
     def members(self, module: str, value: Tensor) -> Iterator[tuple[str, OperatorSpec, Tensor]]:
         for index, square in enumerate(value):
