@@ -92,7 +92,7 @@ def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str) -> N
 def test_every_rank_is_the_merged_model_too(tmp_path: Path) -> None:
     """rotate has no bound on its rank, so that one must be named; the layer's shorter side loses nothing."""
     merged, _ = adapter(tmp_path, MoRAConfig(rank=2, operator="rotate"), cycles=2)
-    with pytest.raises(UserError, match="--rank is missing"):
+    with pytest.raises(UserError, match="`rank` is missing"):
         export_peft(tmp_path / "adapter", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     export_peft(tmp_path / "adapter", tmp_path / "lora", 10_000)
