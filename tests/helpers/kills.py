@@ -107,16 +107,16 @@ def half_deleted(folder_name: str) -> None:
 
 def half_a_row() -> None:
     """Die in the middle of a row of metrics.jsonl."""
-    write = metrics.MetricsLog._write
+    record = metrics.MetricsLog._record
 
     def patched(log: Any, row: dict[str, Any]) -> None:
         if log.enabled and row["step"] == 4 and "loss" in row:
             log._file.write(json.dumps(row)[:40])
             log._file.flush()
             die()
-        write(log, row)
+        record(log, row)
 
-    metrics.MetricsLog._write = patched  # type: ignore[method-assign]
+    metrics.MetricsLog._record = patched  # type: ignore[method-assign]
 
 
 def half_a_tokenizer() -> None:
