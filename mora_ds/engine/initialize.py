@@ -244,7 +244,7 @@ def check_splittable(
     )
 
 
-def check_second_copies(config: DsConfig, world: int, degree: int = 1) -> None:
+def check_second_copies(config: DsConfig, world: int, degree: int) -> None:
     """Raises `UserError` for a resolved DeepSpeed config whose second copies of the shards (ZeRO++'s hpZ) cannot be
     made by `world` processes, with a tensor-parallel `degree`. DeepSpeed ignores the key below stage 3."""
     zero_settings = config["zero_optimization"]

@@ -71,7 +71,7 @@ def prepare_base(
     tokenizer: Any,
     dtype: torch.dtype,
     start: Start,
-    cast: bool = True,
+    cast: bool,
 ) -> LoadedBase:
     """Load the complete base on this process, from `folder`, dequantized once where it is quantized, or created from
     --model_config; `cast` as in `load_base`. Collective."""

@@ -122,9 +122,7 @@ def load_data(
     return RunData(tokenizer, start.folder / TOKENIZER_FOLDER, train, packed)
 
 
-def fill_token_cache(
-    model: ModelArguments, data: DataArguments, progress: bool = False
-) -> list[tuple[str, TokenCache]]:
+def fill_token_cache(model: ModelArguments, data: DataArguments, progress: bool) -> list[tuple[str, TokenCache]]:
     """Tokenize the text of a run ahead of it, in this process. A run with the same settings finds the tokens.
 
     Returns the token cache of every source that is not streamed and of every evaluation set, with its name. Raises
