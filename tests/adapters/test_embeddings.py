@@ -19,7 +19,6 @@ from mora_ds import MoRAConfig, initialize, inject, load_adapter
 from mora_ds.adapters.inject import count_parameters, move_base
 from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, with_product
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
-from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
@@ -35,6 +34,7 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refusal, run
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
+from tests.helpers.outcome import assert_good
 
 # -- a product of low rank ---------------------------------------------------------------------------------------------
 
@@ -110,8 +110,7 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
     wider = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
     assert "--train_embedding_rank: 3 there, 5 here" in refusal(wider)
 
-    for verdict in verify(out, user.model):
-        assert verdict.is_good, verdict.lines()
+    assert_good(out, user.model)
     assert export_merged(out, tmp_path / "merged", verify=True).replaced == 2
     export_merged(earlier, tmp_path / "earlier")
     export_merged(out, tmp_path / "half", mix=Mix(delta_scale=0.5))
@@ -212,8 +211,7 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_pat
     run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints" / "step-000004")])
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
 
-    for verdict in verify(out, extended.model):
-        assert verdict.is_good, verdict.lines()
+    assert_good(out, extended.model)
     report = export_merged(out, tmp_path / "merged", verify=True)
     assert report.replaced == 2
     assert report.cycles == 1

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
@@ -19,6 +18,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
 from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground, assert_close_losses, run
 from tests.helpers.models import tiny_model, tokens
+from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
 
 ZERO = {stage: ("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json")) for stage in (1, 2)}
@@ -82,7 +82,8 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
 ) -> None:
     report = export_merged(whole, tmp_path / "merged", verify=True)
     assert report.comparison is not None
-    assert all(verdict.is_good for verdict in [*verify(whole), *verify(whole / "ledger")])
+    assert_good(whole)
+    assert_good(whole / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")["weight_map"].keys()
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == names, "each expert under its own name"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mora_ds.checkpoint.verify import verify
 from mora_ds.deploy.export import export_merged
 from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import REPOSITORY, Playground, assert_close_losses, job, rows, run
+from tests.helpers.outcome import assert_good
 from tests.helpers.resume import interrupted_job
 
 ROWS = 12
@@ -93,8 +93,7 @@ def test_a_run_goes_on_at_another_size_and_back(
         report = export_merged(out / "checkpoints" / f"step-{step:06d}", tmp_path / f"merged-{step}", verify=True)
         assert report.comparison is not None
         assert report.cycles == 2
-        (verdict,) = verify(out / "checkpoints" / f"step-{step:06d}", user.model)
-        assert verdict.is_good, verdict.problems
+        assert_good(out / "checkpoints" / f"step-{step:06d}", user.model)
 
 
 MUON = ("--optimizer", "muon", "--learning_rate", 0.02)
@@ -115,8 +114,7 @@ def test_muons_momentum_goes_on_at_another_size_and_stage(
     out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
     run(world, flags(user, out, world, *MUON, *changed_to(out, stage)))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)
-    (verdict,) = verify(out / "checkpoints" / "step-000008", user.model)
-    assert verdict.is_good, verdict.problems
+    assert_good(out / "checkpoints" / "step-000008", user.model)
     back = ("--resume_from_checkpoint", out / "checkpoints" / "step-000006")  # saved as it was resumed
     run(2, flags(user, out, 2, *MUON, *back))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)

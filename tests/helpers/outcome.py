@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mora_ds.checkpoint.verify import verify
 from tests.helpers.jobs import curve
 
 _MEASURED = {"metrics.jsonl", "run.yaml", "summary.json"}
@@ -27,6 +28,11 @@ def _content(path: Path) -> bytes:
     if path.is_symlink():
         return os.readlink(path).encode()
     return b"" if path.name in _MEASURED or path.is_dir() else path.read_bytes()
+
+
+def assert_good(folder: Path, base: Path | None = None) -> None:
+    """The checkpoints of a run, one of them or a ledger: nothing is found wrong with any."""
+    assert [verdict.lines() for verdict in verify(folder, base) if not verdict.is_good] == []
 
 
 def assert_same_outcome(out: Path, reference: Path) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch.testing import assert_close
 
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.verify import verify
 from mora_ds.common.files import sha256_file
 from mora_ds.engine.shards import EngineShards
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, launch, losses, playground, printed, rows, run
+from tests.helpers.outcome import assert_good
 
 ZERO3_TP2 = str(Path(__file__).parents[2] / "configs" / "zero3_tp2.json")
 STEPS = 6
@@ -60,7 +60,7 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
             assert mine.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-4), (key, mine, theirs)
     for step in (HALF, STEPS):
         folder = f"checkpoints/step-{step:06d}"
-        assert [verdict.problems for verdict in verify(out / folder)] == [[]]
+        assert_good(out / folder)
         here = EngineShards.open(out / folder / "engine")
         there = EngineShards.open(alone / folder / "engine")
         assert here.shapes == there.shapes

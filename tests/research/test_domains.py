@@ -18,7 +18,6 @@ from mora_ds.adapters.domains import domain_layers, domains_of, squares_of_rows,
 from mora_ds.adapters.inject import inject, set_cycle
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import from_flat, parse
@@ -44,6 +43,7 @@ from tests.helpers.jobs import (
 )
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import model_with_mora, tiny_model, tokens
+from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_close_runs, interrupted_job
 from tests.helpers.tables import parsed, rows
 
@@ -247,7 +247,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     run_ranks(1, interrupted_job, [*argv, "--per_device_train_batch_size", "4"], 5)
     run(2, argv)
     assert_close_runs(out, whole)
-    assert all(verdict.is_good for verdict in verify(whole)), [verdict.lines() for verdict in verify(whole)]
+    assert_good(whole)
 
     latest = whole / "checkpoints" / "latest"
     facts = read_json(latest / "adapter.json")
@@ -314,7 +314,7 @@ def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out:
         now = after[name][:2] if is_of_domains else after[name]
         assert torch.equal(now, tensor) is ((freeze == "domains") is is_of_domains), name
     assert_close_losses(out, whole)
-    assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
+    assert_good(out)
     export_merged(out, tmp_path / "merged", verify=True, domain="fresh")
 
     never = tmp_path / "never"
@@ -419,7 +419,7 @@ def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path,
     mix = write_mixture(user, tmp_path / "mix.yaml")
     argv = domain_flags(user, out, mix, "--merge_every", 3, "--restart_warmup_steps", 1, "--export_merged", *more)
     assert run(world, argv)["merges"] == 1
-    assert all(verdict.is_good for verdict in verify(out)), [verdict.lines() for verdict in verify(out)]
+    assert_good(out)
     tensors = load_file(out / "checkpoints/latest/adapter.safetensors")
     of_domains = [tensor for name, tensor in tensors.items() if name.endswith("domain_squares")]
     assert of_domains

@@ -15,7 +15,6 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.checkpoint.verify import verify
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.config.arguments import parse
@@ -42,6 +41,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refusal, research, run
 from tests.helpers.mistakes import command
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.outcome import assert_good
 from tests.helpers.streams import Letters
 
 AUTO = {"targets": "auto", "trainable_budget": "3%"}
@@ -315,7 +315,7 @@ def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user: Playgr
     fresh = OpenModel.in_folder(user.model, ["all-linear"]).plan_of_weights(MoRAConfig(rank=2), "3%")
     assert (out / "targets.yaml").read_text(encoding="utf-8") == fresh.text(), "the same in every process"
     assert trained_sides(out) == {name: side for name, side in fresh.sides.items() if side}
-    assert [verdict.problems for verdict in verify(out, user.model)] == [[], []]
+    assert_good(out, user.model)
     live: Any = mora_ds.load_adapter(user.model, out / "checkpoints" / "latest")
     merged: Any = type(live).from_pretrained(out / "merged")
     ids = torch.arange(3, 35).unsqueeze(0)
