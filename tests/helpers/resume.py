@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from mora_ds.deploy.export import export_merged
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import assert_close_losses, curve, job, losses, run
@@ -77,11 +76,6 @@ def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:
     for cycle in sorted((latest / "ledger").glob("cycle-*")):
         tensors |= {f"{cycle.stem}.{name}": tensor for name, tensor in load_file(cycle).items()}
     return tensors
-
-
-def merged(out: Path, target: Path) -> dict[str, torch.Tensor]:
-    export_merged(out / "checkpoints" / "latest", target)
-    return load_file(target / "model.safetensors")
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor], where: object = "") -> None:

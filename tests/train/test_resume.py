@@ -33,7 +33,7 @@ from tests.helpers.resume import (
     assert_same_tensors,
     checkpoint_tensors,
     interrupted_job,
-    merged,
+    stop_and_resume,
 )
 
 
@@ -44,12 +44,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
     whole = tmp_path / "whole"
     run(ranks, user.flags(whole, *more))
-    argv = user.flags(out, *more, "--resume_from_checkpoint")
-    for step in (3, 7):  # after a merge that is not saved yet, then between checkpoints
-        run_ranks(ranks, interrupted_job, [*argv, "auto"], step)
-    run(ranks, [*argv, "latest"])
+    stop_and_resume(ranks, user.flags(out, *more), 3, 7)  # after a merge not saved yet, then between checkpoints
     assert_same_run(out, whole)
-    assert_same_tensors(merged(out, tmp_path / "merged"), merged(whole, tmp_path / "merged_whole"))
     assert [row["step"] for row in rows(out) if "eval" in row] == [0, 4, 8, 9]
     assert [row["step"] for row in rows(out) if "merge" in row] == [3, 6]
 
