@@ -1,7 +1,8 @@
-"""Convert a checkpoint: an adapter without its run, or a LoRA adapter of PEFT.
+"""Convert a checkpoint: an adapter without its run, or a LoRA adapter of PEFT. Or read a MoRA adapter of kongds's PEFT.
 
     mora-ds convert adapter out/checkpoints/latest --output adapter
     mora-ds convert peft out/checkpoints/latest --output lora [--rank 64]
+    mora-ds convert mora ADAPTER --output adapter
 
 Exit code 2: an error that you can correct in the command or the files; 1: a full disk.
 """
@@ -13,11 +14,13 @@ from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.deploy.fork_adapters import convert_fork
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.runtime.cli import add_action, command_parser, shared_flags
 
 _ACTIONS = {
     "adapter": "write the MoRA matrices and the merge ledger only, for mora_ds.load_adapter",
+    "mora": "read a MoRA adapter of kongds's fork of PEFT, or of axolotl, and write it as one of mora_ds",
     "peft": "write a LoRA adapter that PEFT and vLLM load; exact where the update's rank is bounded",
 }
 
@@ -27,6 +30,8 @@ def main() -> None:
     options = _parser().parse_args()
     if options.action == "adapter":
         lines = export_adapter(options.path, options.output)
+    elif options.action == "mora":
+        lines = convert_fork(options.path, options.output, options.base)
     else:
         lines = export_peft(
             options.path,
@@ -47,8 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in _ACTIONS.items():
         action = add_action(actions, name, text)
-        action.add_argument("path", type=Path, help="the checkpoint to convert")
+        action.add_argument("path", type=Path, help="the checkpoint, or with mora the adapter's folder, to convert")
         shared_flags(action, "--output")
+    shared_flags(actions.choices["mora"], "--base")
     peft = actions.choices["peft"]
     peft.add_argument(
         "--rank",

@@ -16,6 +16,7 @@ from pathlib import Path
 from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.fork_adapters import read_fork
 from mora_ds.deploy.hub import check_repository, push_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import command_parser
@@ -29,19 +30,20 @@ def main() -> None:
     options = _parser().parse_args()
     if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
-    report = export_merged(
-        options.checkpoint,
-        options.output,
-        base_folder=options.base,
-        dtype=options.dtype,
-        max_shard_gib=options.max_shard_gib,
-        verify=options.verify,
-        overwrite=options.overwrite,
-        domain=options.domain,
-        mix=Mix(options.delta_scale, options.average_last),
-        trust_remote_code=options.trust_remote_code,
-        onto=options.onto,
-    )
+    with read_fork(options.checkpoint, options.base) as checkpoint:
+        report = export_merged(
+            checkpoint,
+            options.output,
+            base_folder=options.base,
+            dtype=options.dtype,
+            max_shard_gib=options.max_shard_gib,
+            verify=options.verify,
+            overwrite=options.overwrite,
+            domain=options.domain,
+            mix=Mix(options.delta_scale, options.average_last),
+            trust_remote_code=options.trust_remote_code,
+            onto=options.onto,
+        )
     print("\n".join(report.lines()))
     if options.push_to_hub is not None:
         print(push_folder(options.output, options.push_to_hub))
@@ -49,7 +51,12 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, link to one, or output folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
     parser.add_argument(

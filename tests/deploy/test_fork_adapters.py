@@ -1,0 +1,156 @@
+"""MoRA adapters of kongds's fork of PEFT: they compute what its formulas say, live and merged, or are refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from mora_ds.common.errors import UserError
+from mora_ds.deploy.adapter_io import load_adapter
+from mora_ds.deploy.fork_adapters import TYPES, convert_fork
+from tests.helpers.models import tiny_model, tokens
+from tests.helpers.tools import call
+
+RANK = 3
+SQUARE = ("q_proj", "o_proj", "gate_proj", "up_proj")
+"""Layers of which type 6 drops no input."""
+NARROWING = ("k_proj", "v_proj", "down_proj")
+
+
+def compress(kind: int, x: Tensor, side: int) -> Tensor:
+    """(..., d_in) -> (..., side), or (..., blocks, side) for type 6: the fork's sums over inputs."""
+    d_in = x.shape[-1]
+    if kind in (2, 3):
+        return torch.stack([part.sum(-1) for part in x.tensor_split(side, dim=-1)], dim=-1)
+    blocks = x[..., torch.arange(math.ceil(d_in / side) * side) % d_in].unflatten(-1, (-1, side))
+    if kind in (1, 4):
+        return blocks.sum(-2)
+    frequencies = 10000.0 ** (-torch.arange(0, side, 2).double() / side)
+    angles = torch.outer(torch.arange(blocks.shape[-2]).double(), frequencies).repeat(1, 2)
+    halves = blocks.tensor_split(2, dim=-1)
+    return (blocks * angles.cos() + torch.cat([-halves[1], halves[0]], dim=-1) * angles.sin()).to(x.dtype)
+
+
+def decompress(kind: int, z: Tensor, d_out: int) -> Tensor:
+    """The fork's copies to outputs."""
+    if kind in (2, 4):
+        copies = [len(part) for part in torch.arange(d_out).tensor_split(z.shape[-1])]
+        return z.repeat_interleave(torch.tensor(copies), dim=-1)
+    flat = z.flatten(-2) if kind == 6 else z
+    return flat[..., torch.arange(d_out) % flat.shape[-1]]
+
+
+class Fork:
+    """An adapter as the fork saves it, and the model that it was trained on."""
+
+    def __init__(self, folder: Path, kind: int, targets: tuple[str, ...], **settings: Any) -> None:
+        self.path = folder / "fork"
+        self.path.mkdir()
+        self.model = tiny_model().eval()
+        self.base = folder / "base"
+        self.model.save_pretrained(self.base)
+        tensors = {}
+        generator = torch.Generator().manual_seed(1)
+        for name, layer in self.model.named_modules():
+            if name.rpartition(".")[2] not in targets:
+                continue
+            side = int(math.sqrt((layer.in_features + layer.out_features) * RANK) + 0.5)
+            side -= side % 2 if kind == 6 else 0
+            matrix = 0.1 * torch.randn(side, side, generator=generator)
+            for half in "AB":
+                tensors[f"base_model.model.{name}.lora_{half}.weight"] = matrix.clone()
+            layer.register_forward_hook(self.hook(kind, matrix, layer.out_features))
+        save_file(tensors, self.path / "adapter_model.safetensors", {"format": "pt"})
+        self.write(base_model_name_or_path=str(self.base), r=RANK, use_mora=True, mora_type=kind, **settings)
+
+    @staticmethod
+    def hook(kind: int, matrix: Tensor, d_out: int) -> Any:
+        def add(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            return output + decompress(kind, compress(kind, inputs[0], len(matrix)) @ matrix.T, d_out)
+
+        return add
+
+    def write(self, **changes: Any) -> None:
+        path = self.path / "adapter_config.json"
+        known = json.loads(path.read_text()) if path.exists() else {"peft_type": "LORA", "fan_in_fan_out": False}
+        path.write_text(json.dumps({**known, **changes}))
+
+    def logits(self) -> Tensor:
+        with torch.no_grad():
+            return self.model(tokens(2)).logits
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path: Path, kind: int) -> None:
+    fork = Fork(tmp_path, kind, SQUARE if kind == 6 else (*SQUARE, *NARROWING))
+    call("convert", "mora", fork.path, "--output", tmp_path / "adapter")
+    expected = fork.logits()
+    bare = AutoModelForCausalLM.from_pretrained(fork.base).eval()
+    fork.base.rename(moved := tmp_path / "moved")
+    call("export", "--checkpoint", fork.path, "--base", moved, "--output", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        live = load_adapter(moved, tmp_path / "adapter")(tokens(2)).logits
+        assert_close(live, expected, rtol=0, atol=1e-5)
+        assert_close(merged(tokens(2)).logits, expected, rtol=0, atol=1e-5)
+        assert (bare(tokens(2)).logits - expected).abs().max() > 1e-3
+
+
+def assert_refused(fork: Fork, words: str) -> None:
+    output = fork.path.parent / "adapter"
+    with pytest.raises(UserError, match=words):
+        convert_fork(fork.path, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("target", NARROWING)
+def test_inputs_that_the_fork_drops_are_refused(tmp_path: Path, target: str) -> None:
+    fork = Fork(tmp_path, 6, (target,))
+    assert_refused(fork, rf"mora_type 6 leaves inputs of .*{target} \(\d+ inputs, \d+ outputs\) without any effect")
+
+
+def test_what_is_more_than_matrices_is_refused(tmp_path: Path) -> None:
+    fork = Fork(tmp_path, 1, SQUARE)
+    for changes, words in (
+        ({"mora_type": 5}, "unknown mora_type '5'; known: 1, 2, 3, 4, 6"),
+        ({"mora_type": "rope"}, "mora_type"),
+        ({"mora_type": 1, "use_dora": True}, "use_dora is not read"),
+        ({"use_dora": False, "fan_in_fan_out": True}, "fan_in_fan_out is not read"),
+        ({"fan_in_fan_out": False, "modules_to_save": ["lm_head"]}, "modules_to_save is not read"),
+        ({"modules_to_save": None, "base_model_name_or_path": str(tmp_path / "gone")}, "no such folder: .*gone"),
+        ({"base_model_name_or_path": str(fork.base), "use_mora": False}, r"is not of MoRA \(use_mora\)"),
+    ):
+        fork.write(**changes)
+        assert_refused(fork, words)
+    fork.write(use_mora=True)
+    path = fork.path / "adapter_model.safetensors"
+    good = load_file(path)
+    for name, tensor in (
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", torch.zeros(14, 14)),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(3, 32)),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight", torch.zeros(14, 14)),
+        ("base_model.model.lm_head.weight", torch.zeros(14, 14)),
+    ):
+        save_file({**good, name: tensor}, path)
+        assert_refused(fork, "is no matrix of MoRA")
+    for module in (r"model\.layers\.7\.mlp\.up_proj", r"model\.norm"):
+        name = module.replace("\\", "")
+        save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(14, 14)}, path)
+        assert_refused(fork, f"has no linear layer {module}")
+    save_file({}, path)
+    assert_refused(fork, "holds no matrix")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(fork, "truncated or damaged")
+
+
+def test_other_commands_say_how_such_an_adapter_is_read(tmp_path: Path) -> None:
+    fork = Fork(tmp_path, 1, SQUARE)
+    with pytest.raises(UserError, match="mora-ds convert mora reads"):
+        load_adapter(fork.base, fork.path)
