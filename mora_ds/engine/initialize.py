@@ -211,7 +211,7 @@ def _check_muon(model: nn.Module, config: DsConfig) -> None:
     """Raises `UserError` for what Muon would have to train, and cannot: it orthogonalises single matrices."""
     stacks = [name for name, layer in mora_layers(model).items() if layer.spec.is_stack]
     if stacks and uses_muon(config):
-        raise UserError(f"--optimizer muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use adamw")
+        raise UserError(f"Muon is for single MoRA matrices, and {stacks[0]} has a stack of them: use AdamW")
     if any(layer.spec.has_factors for layer in mora_layers(model).values()):
         muon.check_factors(config)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.domains import domains_of
@@ -52,10 +52,10 @@ def rows_that_stay(hooks: ResearchHooks, sources: Sequence[str]) -> Iterator[Non
     yield
 
 
-def kinds_of_passes(argv: list[str]) -> dict[str, int]:
-    """How many passes of a run's model are of each kind, where each finds what a batch of other rows has set before it.
-    For `run_ranks`."""
-    kinds: Counter[str] = Counter()
+def kinds_of_passes(argv: list[str]) -> Counter[tuple[bool, bool, bool]]:
+    """Passes of a run's model by (training mode, gradients, domains of no single rows); each of them finds what a batch
+    of other rows has set before it. For `run_ranks`."""
+    kinds: Counter[tuple[bool, bool, bool]] = Counter()
     real = ResearchHooks.injected
 
     def injected(hooks: ResearchHooks, model: nn.Module, config: Any) -> None:
@@ -63,25 +63,16 @@ def kinds_of_passes(argv: list[str]) -> dict[str, int]:
         hooks.domains.set(["new"] * 7)
 
     def note(module: nn.Module, inputs: object) -> None:
-        if not isinstance(module, PreTrainedModel) or not hasattr(module, "lm_head"):
-            return
-        domains = domains_of(module)
-        is_reset = domains._choice is None or domains._same_for_all
-        if module.training and torch.is_grad_enabled() and not is_reset:
-            kinds["training"] += 1
-        elif not module.training and not torch.is_grad_enabled() and is_reset:
-            kinds["beside"] += 1
-        else:
-            kinds[f"training {module.training}, gradients {torch.is_grad_enabled()}, reset {is_reset}"] += 1
+        if isinstance(module, LlamaForCausalLM):
+            domains = domains_of(module)
+            is_reset = domains._choice is None or domains._same_for_all
+            kinds[module.training, torch.is_grad_enabled(), is_reset] += 1
 
+    register_module_forward_pre_hook(note)
     rows = mock.patch.object(ResearchHooks, "rows", rows_that_stay)
-    hook = register_module_forward_pre_hook(note)
-    try:
-        with rows, mock.patch.object(ResearchHooks, "injected", injected):
-            program.pretrain(parse(argv))
-    finally:
-        hook.remove()
-    return dict(kinds)
+    with rows, mock.patch.object(ResearchHooks, "injected", injected):
+        program.pretrain(parse(argv))
+    return kinds
 
 
 def test_each_pass_of_a_run_sets_what_layers_read(user: Playground, tmp_path: Path, out: Path) -> None:
@@ -92,6 +83,7 @@ def test_each_pass_of_a_run_sets_what_layers_read(user: Playground, tmp_path: Pa
     )  # fmt: skip
     argv = mixture_flags(user, out, write_mixture(user, tmp_path / "mix.yaml"), *flags)
     (kinds,) = run_ranks(1, kinds_of_passes, research(argv, tmp_path, domain_adapters=True))
-    assert kinds.pop("training False, gradients False, reset False") == 1, "a check of rows before the first step"
-    assert set(kinds) == {"training", "beside"}, kinds
-    assert kinds["beside"] > kinds["training"] >= 3
+    assert kinds.pop((False, False, False)) == 1, "a check of rows before the first step"
+    of_training = kinds.pop((True, True, False))
+    assert {*kinds} == {(False, False, True)}, kinds
+    assert kinds.total() > of_training >= 3
