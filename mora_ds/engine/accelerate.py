@@ -20,6 +20,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mora_ds.adapters.inject import frozen_buffers, move_base
 from mora_ds.engine import zero
 from mora_ds.engine.device import current_device, is_cpu
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import STARTED, initialize
 
 _OURS = "_mora_ds_cpu"
@@ -57,7 +58,7 @@ def our_engine() -> Iterator[None]:
     def ours(
         *,
         model: nn.Module,
-        config_params: dict[str, Any],
+        config_params: DsConfig,
         model_parameters: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.ds_config import clean_sections, fill_bucket_sizes
-from mora_ds.engine.ds_keys import AUTO, at, degree_in
+from mora_ds.engine.ds_keys import AUTO, DsConfig, at, degree_in
 
 REFUSED = {
     "fsdp": "FSDP would shard the base; DeepSpeed shards the MoRA matrices alone",
@@ -90,5 +90,5 @@ def fill_config(args: Any, trainable_numels: list[int]) -> None:
         **defaults,
         **config["optimizer"].get("params", {}),
     }
-    zero: dict[str, Any] = config.setdefault("zero_optimization", {})
+    zero: DsConfig = config.setdefault("zero_optimization", {})
     zero.update(fill_bucket_sizes(config, trainable_numels)["zero_optimization"])

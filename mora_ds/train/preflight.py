@@ -27,6 +27,7 @@ from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel
 from mora_ds.train.beside import beside_training
 from mora_ds.train.job import Job
+from mora_ds.train.loader import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _effect(engine: Any, rows: int, positions: Tensor) -> float:
     return max((row - logits[0]).norm().item() for row in logits[1:])
 
 
-def _batch(ids: Tensor, positions: Tensor) -> dict[str, Any]:
+def _batch(ids: Tensor, positions: Tensor) -> Rows:
     """Token ids (rows, T) with their positions, (T,) for all rows alike or (rows, T), and the documents that these
     make."""
     every = positions.expand(len(ids), -1)

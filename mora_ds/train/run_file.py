@@ -12,7 +12,7 @@ import yaml
 
 from mora_ds.checkpoint.layout import RUN_FILE
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import atomic_path, load_yaml
+from mora_ds.common.files import JsonObject, atomic_path, load_yaml
 from mora_ds.common.nested import different_keys, flattened
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
@@ -54,7 +54,7 @@ def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[st
         )
 
 
-def without_secrets(resolved: Facts) -> dict[str, Any]:
+def without_secrets(resolved: Facts) -> JsonObject:
     """The facts of a run with the secrets of its DeepSpeed config masked."""
     return {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
 
@@ -93,7 +93,7 @@ def changed_settings(folder: Path, settings: Facts, resolved: Facts) -> list[str
     return changes
 
 
-def _of_deepspeed_file(resolved: Facts) -> dict[str, Any]:
+def _of_deepspeed_file(resolved: Facts) -> JsonObject:
     """The values of a run's DeepSpeed config that no flag decides, by their keys."""
     config = resolved.get("deepspeed") or {}
     return flattened({key: value for key, value in config.items() if key not in _OF_FLAGS})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import duration, peak_memory_bytes
+from mora_ds.train.run_file import Facts
 
 _LABEL = 12
 """Characters of the column of labels."""
@@ -62,7 +62,7 @@ def _trained(adapter: AdapterArguments) -> str:
     )
 
 
-def closing(arguments: Arguments, summary: Mapping[str, Any], seconds: float) -> list[str]:
+def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
     """The lines after the last step: what was done, where it lies, and the commands that come next."""
     folder = Path(arguments.training.output_dir)
     if arguments.adapter.adapter == AdapterKind.NONE.value:

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 from torch.utils.tensorboard import SummaryWriter
 
 from mora_ds.common.errors import BESIDE, UserError, reason
-from mora_ds.common.files import disk_errors, read_json, write_json_atomic
+from mora_ds.common.files import JsonObject, disk_errors, read_json, write_json_atomic
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import typed
 from mora_ds.config.tracking import EXTRAS, NONE
@@ -84,7 +84,7 @@ def _known_runs(folder: Path) -> dict[str, str]:
     return runs
 
 
-def shown_config(settings: Facts, resolved: Facts) -> dict[str, Any]:
+def shown_config(settings: Facts, resolved: Facts) -> JsonObject:
     """The settings and facts of run.yaml as services get them: without secrets, in plain types."""
     content = {**settings, "resolved": without_secrets(resolved)}
     return dict(json.loads(json.dumps(content, default=str)))
