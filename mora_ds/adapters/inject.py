@@ -176,12 +176,6 @@ def config_of(model: nn.Module) -> AdapterConfig:
     return config
 
 
-def value_names(model: nn.Module) -> set[str]:
-    """Names of the parameters of all adapters, those of domains included."""
-    layers = mora_layers(model).items()
-    return {f"{name}.{value}" for name, layer in layers for value, _ in layer.named_parameters(recurse=False)}
-
-
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Gives every layer its operator of a cycle (fresh permutations, or the next grouping)."""
     for name, layer in mora_layers(model).items():

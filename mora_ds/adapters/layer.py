@@ -379,6 +379,12 @@ def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
+def value_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of all adapters, those of domains included."""
+    layers = mora_layers(model).items()
+    return {f"{name}.{value}" for name, layer in layers for value, _ in layer.named_parameters(recurse=False)}
+
+
 def adapt(
     base: Any,
     spec: UpdateSpec,

@@ -31,11 +31,9 @@ from mora_ds.adapters.inject import (
     base_weights,
     config_of,
     frozen_buffers,
-    mora_layers,
     set_cycle,
-    value_names,
 )
-from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.layer import AdaptedLinear, mora_layers, value_names
 from mora_ds.adapters.new_embeddings import stands_for
 from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.quantized import quantized_layers
