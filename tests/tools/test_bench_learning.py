@@ -130,18 +130,6 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
 
 
-def test_scores_of_tasks_have_a_column(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
-    tasks = ["--tasks", tmp_path / "quiz.yaml"]
-    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--methods", "lora@0.01", "full@0.01", *tasks]
-    call("bench/learning", *flags, "--json", tmp_path / "scored.json")
-    assert [run["eval_tasks"] for run in ran] == [[str(tmp_path / "quiz.yaml")]] * 4
-    report = read_json(tmp_path / "scored.json")
-    head, *rows = report["tables"]["learning"]
-    assert head[-1] == "quiz"
-    assert [row[-1] for row in rows] == ["25.0%", "25.0%"]
-    assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [0.2, pytest.approx(0.3)]
-
-
 def test_a_table_grows_by_the_runs_of_an_earlier_one(
     user: Playground, tmp_path: Path, ran: list[dict[str, Any]]
 ) -> None:
@@ -168,12 +156,20 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
     assert len(ran) == 8
 
 
-def test_ranks_are_compared_in_one_table(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
-    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--json", tmp_path / "all.json"]
+def test_ranks_and_scores_of_tasks_are_in_one_table(
+    user: Playground, tmp_path: Path, ran: list[dict[str, Any]]
+) -> None:
+    quiz = tmp_path / "quiz.yaml"
+    flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--tasks", quiz, "--json", tmp_path / "all.json"]
     call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")
     assert [run["mora_rank"] for run in ran] == [2, 2, 4, 2, 2, 4], "without a rank a method runs once"
-    rows = [row[:2] for row in read_json(tmp_path / "all.json")["tables"]["learning"]]
-    assert rows == [["rank", "method"], ["-", "full"], ["2", "lora"], ["4", "lora"]]
+    assert [run["eval_tasks"] for run in ran] == [[str(quiz)]] * 6
+    report = read_json(tmp_path / "all.json")
+    assert [run["scores"]["quiz"] for run in report["runs"]][:2] == [0.2, pytest.approx(0.3)]
+    rows = [(row[0], row[1], row[-1]) for row in report["tables"]["learning"]]
+    assert rows == [
+        ("rank", "method", "quiz"), ("-", "full", "25.0%"), ("2", "lora", "25.0%"), ("4", "lora", "25.0%"),
+    ]  # fmt: skip
     points = figures.points(tmp_path / "all.json")
     assert [(point.method, point.rank, len(point.new)) for point in points] == [
         ("full", 0, 2), ("lora", 2, 2), ("lora", 4, 2),
