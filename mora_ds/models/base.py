@@ -60,7 +60,12 @@ class BaseCheckpoint:
         """Of each file as it was opened, or as it was when `require_unchanged` last accepted it."""
 
     @classmethod
-    def open(cls, folder: Path | str, flag: str = MODEL_FLAG, quantized: bool = False) -> BaseCheckpoint:
+    def open(
+        cls,
+        folder: Path | str,
+        flag: str = MODEL_FLAG,
+        quantized: bool = False,
+    ) -> BaseCheckpoint:
         """Opens a folder with config.json and either model.safetensors or an index and its shards. `quantized`: also
         where config.json says that the weights are.
 

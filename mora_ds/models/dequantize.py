@@ -42,7 +42,12 @@ def is_quantized(config: Any) -> bool:
     return settings is not None
 
 
-def dequantized_base(folder: Path, own_base: Path, dtype: torch.dtype, ranks: Ranks) -> Path:
+def dequantized_base(
+    folder: Path,
+    own_base: Path,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> Path:
     """`own_base`, in which rank 0 has written the weights of `folder`, for which `is_quantized` holds, in `dtype`.
     Collective. Raises `UserError` for scales that are missing or do not fit."""
     source = ranks.agree("files of the model", lambda: BaseCheckpoint.open(folder, quantized=True))
@@ -58,13 +63,22 @@ def dequantized_base(folder: Path, own_base: Path, dtype: torch.dtype, ranks: Ra
     return own_base
 
 
-def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
+def _write(
+    source: BaseCheckpoint,
+    target: Path,
+    dtype: torch.dtype,
+) -> None:
     block = read_json(source.folder / "config.json")["quantization_config"].get("weight_block_size")
     layout: Layout = {}
     for key in source.keys():  # noqa: SIM118  (not a mapping)
         shape, stored = source.shape_dtype(key)
         if key.endswith(_BLOCKS):
-            _require_scales(source, key.removesuffix(_BLOCKS) + _EXPONENTS, shape[:-1], is_floating=False)
+            _require_scales(
+                source,
+                key.removesuffix(_BLOCKS) + _EXPONENTS,
+                shape[:-1],
+                is_floating=False,
+            )
             layout[key.removesuffix(_BLOCKS)] = ((shape[0], shape[-2] * shape[-1] * 2, shape[1]), dtype)
         elif stored is torch.float8_e4m3fn and block is not None:
             blocks = tuple(-(-side // size) for side, size in zip(shape, block, strict=False))
@@ -78,9 +92,18 @@ def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
     def tensor_of(name: str, written: torch.dtype) -> Tensor:
         if name + _BLOCKS in source:
             exponents = source.read(name + _EXPONENTS)
-            return convert_moe_packed_tensors(source.read(name + _BLOCKS), exponents, dtype=written)
+            return convert_moe_packed_tensors(
+                source.read(name + _BLOCKS),
+                exponents,
+                dtype=written,
+            )
         if name + _SCALES in source:
-            return dequantize_fp8(source.read(name), source.read(name + _SCALES), block, written)
+            return dequantize_fp8(
+                source.read(name),
+                source.read(name + _SCALES),
+                block,
+                written,
+            )
         return source.read(name)
 
     write_shards(target, layout, _SHARD_BYTES, tensor_of)
@@ -90,7 +113,12 @@ def _write(source: BaseCheckpoint, target: Path, dtype: torch.dtype) -> None:
     write_json_atomic(target / "config.json", config)
 
 
-def _require_scales(source: BaseCheckpoint, key: str, shape: tuple[int, ...], is_floating: bool) -> None:
+def _require_scales(
+    source: BaseCheckpoint,
+    key: str,
+    shape: tuple[int, ...],
+    is_floating: bool,
+) -> None:
     """Raise `UserError` unless `key` are numbers, one for each block."""
     if key in source:
         actual, dtype = source.shape_dtype(key)
@@ -99,7 +127,12 @@ def _require_scales(source: BaseCheckpoint, key: str, shape: tuple[int, ...], is
     raise UserError(f"{MODEL_FLAG}: {source.folder} has no {key} of shape {shape}, the scales of a weight's blocks")
 
 
-def dequantize_fp8(weight: Tensor, scales: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+def dequantize_fp8(
+    weight: Tensor,
+    scales: Tensor,
+    block: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
     """(rows, columns); `scales`: (row blocks, column blocks). The last blocks may be smaller than `block`, which
     transformers 5.24 does not allow."""
     rows, columns = weight.shape

@@ -119,7 +119,13 @@ def load_base(
     """
 
     def load(stored: torch.dtype) -> Any:
-        return load_model(folder, stored, attn_implementation, trust_remote_code, changes=changes)
+        return load_model(
+            folder,
+            stored,
+            attn_implementation,
+            trust_remote_code,
+            changes=changes,
+        )
 
     def load_first() -> Any:
         model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))

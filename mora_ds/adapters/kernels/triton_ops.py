@@ -114,7 +114,12 @@ def plan_gather_sum(
     )  # fmt: skip
 
 
-def form(weight: Tensor, scales: Tensor | None, square: Tensor, *maps: Any) -> Tensor:
+def form(
+    weight: Tensor,
+    scales: Tensor | None,
+    square: Tensor,
+    *maps: Any,
+) -> Tensor:
     """See `ops.form`."""
     out = square.new_empty(weight.shape)
     plan_form(out, weight, scales, square.contiguous(), *maps)()
@@ -257,7 +262,13 @@ def _rotation(cos, sin, position, half, inside):
 
 
 @triton.jit
-def _numbers_at(position, row, source, SHARED: tl.constexpr, SUM: tl.constexpr):
+def _numbers_at(
+    position,
+    row,
+    source,
+    SHARED: tl.constexpr,
+    SUM: tl.constexpr,
+):
     """Of a row, in shared memory as `row` or at the address `source`: its numbers at positions, 0 for position -1."""
     if SHARED:
         value = tl.gather(row, tl.maximum(position, 0), 0).to(SUM)

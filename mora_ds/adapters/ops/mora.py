@@ -398,7 +398,11 @@ def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     return decompress(spec, F.linear(compress(spec, x), square))
 
 
-def _check_square(spec: OperatorSpec, square: Tensor, function: str) -> None:
+def _check_square(
+    spec: OperatorSpec,
+    square: Tensor,
+    function: str,
+) -> None:
     if square.shape != spec.value_shape:
         raise UserError(f"{function}: `square` must have the shape {spec.value_shape}, got {tuple(square.shape)}")
 
