@@ -46,6 +46,10 @@ class Sums:
     inputs: Tensor
     """Summed over tokens, (d_in,) fp64."""
 
+    def add_inputs(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """A hook before the layer's forward pass."""
+        self.inputs += arguments[0].detach().flatten(0, -2).sum(0)
+
 
 def main() -> None:
     options = _options()
@@ -120,13 +124,7 @@ def _sums(model: Any, layers: dict[str, nn.Linear], rows: list[Tensor]) -> dict[
         for name, layer in layers.items()
     }
 
-    def watch(name: str) -> Any:
-        def add_inputs(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            sums[name].inputs += arguments[0].detach().flatten(0, -2).sum(0)
-
-        return add_inputs
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(sums[name].add_inputs) for name, layer in layers.items()]
     weights = {name: layer.weight for name, layer in layers.items()}
     for ids in rows:
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
