@@ -122,10 +122,10 @@ def learning() -> list[str]:
 # -- packages ----------------------------------------------------------------------------------------------------------
 def packages() -> list[str]:
     """Of contributing.md: what each package is, by its documentation, and what it may import, by its test."""
-    from tests.test_imports import COMMON, MAY_IMPORT
+    from tests.test_imports import MAY_IMPORT
 
     body = ["| Package | What it is | May import |", "|---|---|---|"]
-    for name in (COMMON, *MAY_IMPORT):
+    for name in MAY_IMPORT:
         folder = plans.ROOT / "mora_ds" / name
         if folder.is_dir():
             doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
