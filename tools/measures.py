@@ -9,9 +9,13 @@ comment or a docstring.
 
 import argparse
 import ast
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mora_ds.runtime.cli import table
 
 PACKAGES = ("mora_ds", "tools", "tests")
 VAGUE_NAMES = frozenset(
@@ -23,9 +27,6 @@ VAGUE_NAMES = frozenset(
 """Names that do not say what of the field they stand for."""
 OPERATOR_KINDS = "OperatorKind"
 """The enumeration whose members tell one operator from another, as the classes whose names end in Spec do."""
-SHORT_BODY = 3
-"""Lines up to which a function's body is short."""
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Measures = dict[str, float]
 
@@ -41,18 +42,17 @@ def main() -> None:
     root = parser.parse_args().root
     measured = {package: measure(root / package) for package in PACKAGES}
     measured["mora_ds"]["flags of training"] = count_flags(root / "mora_ds" / "config")
-    print(as_table(measured))
+    print("\n".join(table(as_table(measured))))
 
 
-def as_table(measured: dict[str, Measures]) -> str:
+def as_table(measured: dict[str, Measures]) -> list[list[str]]:
     """One row a measure, one column a package."""
-    rows = dict.fromkeys(name for measures in measured.values() for name in measures)
-    lines = [f"{'':<44}" + "".join(f"{package:>10}" for package in measured)]
-    for name in rows:
+    names = dict.fromkeys(name for measures in measured.values() for name in measures)
+    rows = [["", *measured]]
+    for name in names:
         values = [measures.get(name) for measures in measured.values()]
-        cells = ["" if value is None else f"{value:,}" for value in values]
-        lines.append(f"{name:<44}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
+        rows.append([name, *("" if value is None else f"{value:,}" for value in values)])
+    return rows
 
 
 def measure(folder: Path) -> Measures:
@@ -62,9 +62,6 @@ def measure(folder: Path) -> Measures:
     code_lines = [line for source in sources for line in lines_of_code(source)]
     comments = sum(count_comment_lines(source) for source in sources)
     functions = [node for node in nodes if isinstance(node, Function)]
-    short = [function for function in functions if is_short(function)]
-    uses = Counter(used_names(nodes))
-    used_once = [function for function in functions if uses[function.name] == 1]
     assignments = [node for node in nodes if isinstance(node, ast.Assign)]
     packed = [assignment for assignment in assignments if is_packed(assignment)]
     vague = [name for name in bound_names(nodes) if name.lstrip("_") in VAGUE_NAMES]
@@ -73,11 +70,9 @@ def measure(folder: Path) -> Measures:
         "nodes of the syntax tree": count_nodes(nodes),
         "lines of code": len(code_lines),
         "functions": len(functions),
-        "  bodies of at most 3 lines, %": percent(short, functions),
-        "  used once, %": percent(used_once, functions),
         "places that ask for an operator's kind": sum(asks_for_kind(node) for node in nodes),
         "names that say nothing, in 1,000 lines": round(len(vague) / thousand_lines, 1),
-        "assignments of several packed values, %": percent(packed, assignments),
+        "assignments of several packed values, %": round(100 * len(packed) / max(len(assignments), 1), 1),
         "characters a line, without indentation": round(sum(map(len, code_lines)) / max(len(code_lines), 1), 1),
         "comment lines in 1,000 lines": round(comments / thousand_lines, 1),
     }
@@ -123,24 +118,6 @@ def count_comment_lines(source: str) -> int:
     return sum(not comment.startswith(("# fmt:", "#!")) for comment in comments)
 
 
-def is_short(function: Function) -> bool:
-    """Whether the body, without its docstring, has at most `SHORT_BODY` lines."""
-    body = function.body[1:] if docstring(function) is not None else function.body
-    if not body:
-        return True
-    last_line = body[-1].end_lineno or body[-1].lineno
-    return last_line - body[0].lineno < SHORT_BODY
-
-
-def used_names(nodes: list[ast.AST]) -> Iterator[str]:
-    """Every name and attribute that is read."""
-    for node in nodes:
-        if isinstance(node, ast.Name):
-            yield node.id
-        elif isinstance(node, ast.Attribute):
-            yield node.attr
-
-
 def bound_names(nodes: list[ast.AST]) -> Iterator[str]:
     """Every name that an assignment, loop or comprehension binds, and every parameter."""
     for node in nodes:
@@ -163,10 +140,6 @@ def asks_for_kind(node: ast.AST) -> bool:
     if isinstance(node, ast.Compare):
         return any(OPERATOR_KINDS in ast.unparse(compared) for compared in node.comparators)
     return False
-
-
-def percent(some: Sequence[ast.AST], of_all: Sequence[ast.AST]) -> float:
-    return round(100 * len(some) / max(len(of_all), 1), 1)
 
 
 if __name__ == "__main__":
