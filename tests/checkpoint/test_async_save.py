@@ -115,7 +115,7 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground,
     argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
     for kind, message in run_ranks(2, faulty_job, argv, give_no_answer, timeout_s=100):
         assert kind == "RunError", message
-        assert "checkpoint step-000004" in message, message
+        assert "step-000004" in message, message
         assert "8 s" in message
         assert "--collective_timeout_s" in message
     assert (out / "checkpoints" / "latest").resolve().name == "step-000002"
