@@ -90,7 +90,7 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: P
     renamed = next(index for index, event in enumerate(events) if " -> step-000002" in event)
     beside = events[renamed].split(" -> ")[0]
     linked = next(index for index, event in enumerate(events) if event.endswith("latest links") and index > renamed)
-    listed = max(index for index, event in enumerate(events[:renamed]) if "manifest.json" in event)
+    listed = max(index for index, event in enumerate(events[:renamed]) if event.endswith(".manifest.json.partial"))
     assert {beside, f"{beside}/engine"} <= set(events[listed:renamed]), "once more, when all their files are there"
     assert str(tmp_path / "out" / "checkpoints") in events[renamed:linked]
     assert [path.name for path in complete_checkpoints(tmp_path / "out" / "checkpoints")] == ["step-000002"]
