@@ -119,9 +119,9 @@ def test_the_citation_names_this_version() -> None:
 OTHERS = {
     "--num_gpus", "--hostfile", "--include", "--exclude", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
     "--nnodes", "--nproc_per_node", "--nodes", "--signal", "--strict", "--relora", "--help", "--logdir",
-    "--module", "--no", "--enable", "--lora", "--max", "--rdzv", "--standalone",
+    "--module", "--no", "--enable", "--lora", "--max", "--rdzv", "--standalone", "--env",
 }  # fmt: skip
-"""Flags of other programs: launchers, sbatch, mkdocs, vLLM, ReLoRA's own code."""
+"""Flags of other programs: launchers, sbatch, SkyPilot, mkdocs, vLLM, ReLoRA's own code."""
 
 
 def test_every_flag_that_a_page_names_exists() -> None:
