@@ -1,6 +1,6 @@
 """Time one layer, forward and backward, against the frozen layer alone: MoRA, LoRA, full training.
 
-    python tools/bench/layer.py [--dtypes float32 bfloat16] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1] [--seconds 0.5]
+    python tools/bench/layer.py [--dtypes float32] [--shapes 1024x1024] [--tokens 256 2048] [--threads 1] [--seconds 1]
 
 Every figure is the median of interleaved pairs (the frozen layer, then the case; output and input gradient of both)
 in one process, so 1.00 is an adapter that costs nothing; in one thread of a CPU by the thread's own time, of which
