@@ -1,7 +1,5 @@
 """Check the results of the demo against what the README promises: `python tools/check_demo.py out`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -7,8 +7,6 @@ Generated: reference/cli.md from the parsers and dataclasses, reference/api.md f
 reference/support-matrix.md from the checks of settings, and the tables within other pages (`docs_results`).
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import inspect

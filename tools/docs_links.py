@@ -3,8 +3,6 @@
 On the repository's own pages a link such as ../../configs/recipes/README.md works; on the site that file is not there.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

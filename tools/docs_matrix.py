@@ -1,7 +1,5 @@
 """The support matrix: which options of a run go together, asked of the program's own checks. Used by tools/docs.py."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tools.tables import cell, ruler, table_row

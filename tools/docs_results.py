@@ -4,8 +4,6 @@ A table stands between `<!-- NAME, by tools/docs.py -->` and `<!-- end of NAME -
 FILE.json and a table of that benchmark.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -95,9 +93,8 @@ LONGEST_COMMAND = 9
 def _device(measured_on: dict[str, Any]) -> str:
     if measured_on["device"] != "CPU":
         return str(measured_on["device"])
-    cores = measured_on["cores"]
     amx = "with AMX" if "amx_bf16" in measured_on["cpu_features"] else "without AMX"
-    return f"{cores} CPU core{'s' * (cores > 1)} ({amx})"
+    return f"{measured_on['cores']} CPU cores ({amx})"
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@
 A figure has the name of its JSON. Text stays text, and colours follow the reader's light or dark scheme.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

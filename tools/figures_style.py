@@ -1,7 +1,5 @@
 """What the figures of the documentation have in common: SVG whose text stays text, in the reader's colours."""
 
-from __future__ import annotations
-
 from io import StringIO
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 python tools/plans.py           writes docs/results/data/plans.json, of which tools/docs.py makes tables
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """The rows and cells of the tables that the documentation and the benchmarks show."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import fmean
 

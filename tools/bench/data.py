@@ -7,8 +7,6 @@ Three sources of Python's own code in JSON lines, 70 : 25 : 5, and the demo's sm
 medians. A resume opens everything anew, as another process would (its imports and its tokenizer apart).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

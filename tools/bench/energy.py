@@ -8,8 +8,6 @@ an update can be, with all its trained numbers free. It is a hint of what is lea
 large activations hold much of the energy, and Adam evens them out.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator
@@ -86,7 +84,9 @@ def _shares_of(base: Path, options: argparse.Namespace) -> dict[str, list[float]
     shares: dict[str, list[float]] = {}
     for name, layer in layers.items():
         spec = operator_of(spec_of(config, name, layer, 0, Style.WHOLE), name)
-        for span, share in _shares(spec, layer.weight.detach().double(), chosen[name], judged[name].gradient, options):
+        for span, share in _shares(
+            spec, layer.weight.detach().double(), chosen[name], judged[name].gradient, options.rank
+        ):
             shares.setdefault(span, []).append(share)
     return shares
 
@@ -132,16 +132,10 @@ def _sums(model: Any, layers: dict[str, nn.Linear], rows: list[Tensor]) -> dict[
     return sums
 
 
-def _shares(
-    spec: OperatorSpec, weight: Tensor, chosen: Sums, judged: Tensor, options: argparse.Namespace
-) -> Iterator[tuple[str, float]]:
+def _shares(spec: OperatorSpec, weight: Tensor, chosen: Sums, judged: Tensor, rank: int) -> Iterator[tuple[str, float]]:
     """(span, share of `judged` in it) for one weight."""
     side = spec.r_hat
     total = judged.square().sum()
-    generator = torch.Generator().manual_seed(0)
-
-    def random(size: int, columns: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(size, columns, generator=generator, dtype=torch.float64))[0]
 
     def between(left: Tensor, right: Tensor) -> float:
         return float((left.T @ judged @ right).square().sum() / total)
@@ -152,14 +146,13 @@ def _shares(
     yield "MoRA, rotate", float(_nearest_update(spec, judged).square().sum() / total)
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     yield "M between the weight's leading sides", between(left[:, :side], right[:side].T)
-    yield "M between its trailing sides", between(left[:, -side:], right[-side:].T)
     left, _, right = torch.linalg.svd(chosen.gradient, full_matrices=False)
     yield "M between the gradient's sides", between(left[:, :side], right[:side].T)
-    yield "the same, M of 8 x 8", between(left[:, :8], right[:8].T)
-    yield "LoRA at its start", of_inputs(random(len(judged.T), options.rank))
-    yield "LoRA, A turned to the gradient", of_inputs(right[: options.rank].T)
+    drawn = torch.randn(len(judged.T), rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    yield "LoRA at its start", of_inputs(torch.linalg.qr(drawn)[0])
+    yield "LoRA, A turned to the gradient", of_inputs(right[:rank].T)
     yield "the mean input alone, as a bias", of_inputs(chosen.inputs[:, None] / chosen.inputs.norm())
-    yield "best of LoRA's rank", float(torch.linalg.svdvals(judged)[: options.rank].square().sum() / total)
+    yield "best of LoRA's rank", float(torch.linalg.svdvals(judged)[:rank].square().sum() / total)
 
 
 def _nearest_update(spec: OperatorSpec, gradient: Tensor) -> Tensor:

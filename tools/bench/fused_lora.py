@@ -1,7 +1,5 @@
 """A LoRA whose products are added up in place (`addmm_`), as Unsloth has them: a rival without a package."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -15,8 +15,6 @@
 Without a GPU, a line says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

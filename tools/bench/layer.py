@@ -9,8 +9,6 @@ many parameters as M. MoRA is the product's own layer, with its kernels on a GPU
 forward, every storage once, without weights: PEFT's LoRA, then MoRA's.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """What the benchmarks share: a Llama of random weights, processes over gloo, clocks, memory, saved activations."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -18,8 +18,6 @@ A small base, frozen, would spend its adapter on learning that digits follow dig
 first, on pairs that are asked for nowhere.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random
@@ -90,7 +88,6 @@ class Trial:
     every: int
     probe: int
     cycles: int
-    stage: int
 
     @property
     def name(self) -> str:
@@ -138,13 +135,6 @@ def _options() -> argparse.Namespace:
         help="model folder. Default: a small Llama, warm-started on prose",
     )
     parser.add_argument(
-        "--stage",
-        type=int,
-        default=3,
-        choices=(1, 2, 3),
-        help="of ZeRO; 1 costs a small model least",
-    )
-    parser.add_argument(
         "--methods",
         nargs="+",
         default=list(METHODS),
@@ -174,7 +164,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _trials(options: argparse.Namespace) -> Iterator[Trial]:
-    shared = ("base", "rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles", "stage")
+    shared = ("base", "rank", "pairs", "batch", "micro_batch", "steps", "every", "probe", "cycles")
     for name in options.methods:
         for rate in options.rates or METHODS[name].rates:
             for seed in range(1, options.seeds + 1):
@@ -277,7 +267,7 @@ def _ds_config(trial: Trial) -> dict[str, Any]:
         trial.micro_batch,
         gradient_accumulation_steps=trial.batch // trial.micro_batch,
         gradient_clipping=1.0,
-        zero_optimization={"stage": trial.stage},
+        zero_optimization={"stage": 3},
         optimizer={"type": "AdamW", "params": {"lr": trial.rate, "weight_decay": 0.0}},
     )
 

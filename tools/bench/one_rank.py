@@ -6,8 +6,6 @@ would have to read. What stands for other ranks and for the network is outside o
 what other ranks would have given, what rank 0 would broadcast.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

@@ -12,8 +12,6 @@ Measured on rank 0, next to what `mora_ds.plan` says from the config alone:
     Pss, all ranks       proportional memory of all ranks together between steps: the base's pages count once
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

@@ -3,8 +3,6 @@
 A benchmark takes its flags by `bench_parser`, and hands its tables and sentences to one `Report`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -11,8 +11,6 @@ matrices alone, as ZeRO sees them (of 70B those of 8 decoder layers); step one o
 kept as the real ones are, so that it is bookkeeping alone; start and merge one real decoder layer on a base of 16 bits.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

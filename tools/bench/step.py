@@ -17,8 +17,6 @@ step in turn with the others, all ranks together; a ratio is the median over the
 (`pip install -e '.[bench]'`).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

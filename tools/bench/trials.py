@@ -1,7 +1,5 @@
 """What the benchmarks that learn share: many small runs, each a job of one process, and figures over seeds."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The task of `bench/memorization.py`: random pairs of hex digits, and how many of them a model has memorised."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any
