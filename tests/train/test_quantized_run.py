@@ -296,7 +296,7 @@ def test_a_recommendation_knows_of_few_bits() -> None:
     zero3 = complete_ds_config({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10])
     planners = {bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8, 4)}
     for bits, planner in planners.items():
-        ways = {t for t, _ in _group_sizes(planner.work, planner.cluster)}
+        ways = {t for t, _ in _group_sizes(planner)}
         assert ways == ({1, 2} if bits == 16 else {1})
     assert planners[16].base_bytes > 0.3e6 > planners[8].base_bytes
     assert recommend(planners[16]) is None
