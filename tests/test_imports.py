@@ -3,8 +3,6 @@
 A package may import the packages that the table names for it, its own modules, and `COMMON`; nothing else of mora_ds.
 """
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys
@@ -135,17 +133,17 @@ def reachable(module: str) -> set[str]:
     return reached
 
 
-def test_every_package_is_in_the_table() -> None:
+def test_every_package_is_in_the_table():
     assert {package_of(name) for name in MODULES} == {"", *MAY_IMPORT}
     assert len({path.name for path in (ROOT / "mora_ds").iterdir()} - {"__pycache__"}) <= ROOT_ENTRIES
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) in MAY_IMPORT])
-def test_a_module_imports_what_its_package_may(module: str) -> None:
+def test_a_module_imports_what_its_package_may(module: str):
     assert not forbidden(package_of(module), modules_imported(module))
 
 
-def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used() -> None:
+def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used():
     used: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
     for module in MODULES:
         if package_of(module) in MAY_IMPORT:
@@ -156,19 +154,19 @@ def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used() -> None:
             assert package not in MAY_IMPORT[allowed], f"{package} and {allowed} may import each other"
 
 
-def test_an_upward_import_is_noticed() -> None:
+def test_an_upward_import_is_noticed():
     source = "def f():\n    from mora_ds.train.trainer import Trainer\n    return Trainer\n"
     assert imports(ast.parse(source)) == {"mora_ds.train.trainer.Trainer"}
     assert forbidden("adapters", {"mora_ds.train.trainer", "mora_ds.common.errors"}) == {"mora_ds.train.trainer"}
 
 
-def test_no_two_modules_import_each_other() -> None:
+def test_no_two_modules_import_each_other():
     for module in MODULES:
         for imported in modules_imported(module):
             assert module not in reachable(imported), f"{module} and {imported} import each other"
 
 
-def test_packages_hand_on_from_their_own_modules_only() -> None:
+def test_packages_hand_on_from_their_own_modules_only():
     """An `__init__` that imported another package would make every import of the package pay for it."""
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name != "mora_ds":
@@ -177,26 +175,26 @@ def test_packages_hand_on_from_their_own_modules_only() -> None:
             assert name not in COSTLY or not (imported or libraries(name)), name
 
 
-def test_deepspeed_is_imported_by_two_packages() -> None:
+def test_deepspeed_is_imported_by_two_packages():
     packages = {package_of(name) for name in MODULES if "deepspeed" in libraries(name)}
     assert packages == DEEPSPEED
 
 
 @pytest.mark.parametrize("package", WITHOUT_DEEPSPEED)
-def test_deepspeed_is_needed_by_few(package: str) -> None:
+def test_deepspeed_is_needed_by_few(package: str):
     for module in MODULES:
         if package_of(module) == package:
             needs = {name for name in reachable(module) if "deepspeed" in libraries(name)}
             assert not needs, f"{module} needs DeepSpeed through {needs}"
 
 
-def test_the_operators_need_torch_alone() -> None:
+def test_the_operators_need_torch_alone():
     for name in MODULES:
         if name.startswith("mora_ds.adapters.ops."):
             assert libraries(name) <= LIBRARIES_OF_OPS, name
 
 
-def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels() -> None:
+def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
     """The kernels round otherwise than merges, merge ledgers and exports, which must have the same bits everywhere."""
     assert {name for name in MODULES if "triton" in libraries(name)} == {"mora_ds.adapters.kernels.triton_ops"}
     users = {name for name in MODULES if any(".kernels" in module for module in modules_imported(name))}
@@ -205,7 +203,7 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels() -> N
         assert not [module for module in reachable(f"mora_ds.adapters.ops.{name}") if ".kernels" in module]
 
 
-def test_research_is_loaded_through_one_door() -> None:
+def test_research_is_loaded_through_one_door():
     """By name, which the imports above do not show."""
     doors = ("f'mora_ds.research", "'mora_ds.research", "mora_ds.research import")
     code = {name: ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
@@ -213,7 +211,7 @@ def test_research_is_loaded_through_one_door() -> None:
     assert named == {"mora_ds.common.research"}
 
 
-def test_entry_points_do_not_reach_around_mora_ds() -> None:
+def test_entry_points_do_not_reach_around_mora_ds():
     entries = [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")]
     assert entries
     for name in MODULES:
@@ -223,14 +221,14 @@ def test_entry_points_do_not_reach_around_mora_ds() -> None:
         assert "deepspeed" not in {name.split(".")[0] for name in names}, entry
 
 
-def test_tests_share_code_through_helpers_only() -> None:
+def test_tests_share_code_through_helpers_only():
     """A test file that another one imports cannot be split, renamed or dropped without breaking the other."""
     for path in (ROOT / "tests").rglob("*.py"):
         imported = imports(ast.parse(path.read_text(encoding="utf-8")))
         assert not [name for name in imported if name.startswith("tests.") and ".test_" in name], path
 
 
-def test_the_public_names_are_there() -> None:
+def test_the_public_names_are_there():
     assert len(set(mora_ds.__all__)) == len(mora_ds.__all__) > 5
     for name in mora_ds.__all__:
         assert getattr(mora_ds, name) is not None
@@ -240,7 +238,7 @@ def test_the_public_names_are_there() -> None:
         assert getattr(import_module(f"mora_ds.{home}"), name) is getattr(mora_ds, name)
 
 
-def test_ranks_meet_before_anything_slow_is_imported() -> None:
+def test_ranks_meet_before_anything_slow_is_imported():
     """Ranks whose settings differ are told so within seconds of their start (`commands/pretrain.py`), and no engine
     loads torch's compiler."""
     source = """

@@ -54,7 +54,7 @@ def sbatch(folder: Path, code: int, **environment: str) -> tuple[int, list[str]]
     return done.returncode, log.read_text(encoding="utf-8").splitlines()
 
 
-def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path: Path) -> None:
+def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path: Path):
     code, log = sbatch(tmp_path, 0, NCCL_SOCKET_IFNAME="ib0")
     assert code == 0
     assert log == [
@@ -67,7 +67,7 @@ def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path
 
 
 @pytest.mark.parametrize(("code", "starts", "requeued"), [(2, 1, False), (3, 1, False), (75, 1, True), (1, 3, False)])
-def test_slurm_starts_again_what_may_go_better(tmp_path: Path, code: int, starts: int, requeued: bool) -> None:
+def test_slurm_starts_again_what_may_go_better(tmp_path: Path, code: int, starts: int, requeued: bool):
     left_with, log = sbatch(tmp_path, code, RESTARTS="2")
     assert left_with == code
     assert sum(line.startswith("srun") for line in log) == starts
@@ -90,7 +90,7 @@ def check(options: Any, arguments: Arguments) -> None:
     assert arguments.adapter.mora_rank == 8
 
 
-def test_kubernetes_starts_a_process_a_gpu() -> None:
+def test_kubernetes_starts_a_process_a_gpu():
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text(encoding="utf-8"))
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (job,) = jobset["spec"]["replicatedJobs"]
@@ -113,7 +113,7 @@ def test_kubernetes_starts_a_process_a_gpu() -> None:
     assert options.master_addr == f"{jobset['metadata']['name']}-{job['name']}-0-0.{jobset['metadata']['name']}"
 
 
-def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end() -> None:
+def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end():
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text(encoding="utf-8"))
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     *shell, hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -129,7 +129,7 @@ def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end() ->
     launcher.stdout.close()
 
 
-def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text(encoding="utf-8"))
     assert task["num_nodes"] == NODES
@@ -146,7 +146,7 @@ def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert options.master_addr == "10.0.0.1"
 
 
-def test_the_image_has_what_kernels_and_experts_need() -> None:
+def test_the_image_has_what_kernels_and_experts_need():
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     version = re.search(r"IMAGE=pytorch/pytorch:(\d+)\.(\d+)", text)
     assert version is not None

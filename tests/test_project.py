@@ -15,7 +15,7 @@ def read(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-def test_every_supported_python_runs_the_check_of_a_landing() -> None:
+def test_every_supported_python_runs_the_check_of_a_landing():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     versions = [word for line in setup["metadata"]["classifiers"].splitlines() for word in line.split() if "3." in word]
@@ -27,7 +27,7 @@ def test_every_supported_python_runs_the_check_of_a_landing() -> None:
     assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}, "YAML 1.1 reads `on` as true"
 
 
-def test_before_a_commit_run_the_linters_of_a_landing() -> None:
+def test_before_a_commit_run_the_linters_of_a_landing():
     (repository,) = read(".pre-commit-config.yaml")["repos"]
     commands = {hook["entry"].removesuffix(" --fix") for hook in repository["hooks"]}
     landing = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def test_before_a_commit_run_the_linters_of_a_landing() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_for_issues_asks_something(form: str) -> None:
+def test_a_form_for_issues_asks_something(form: str):
     content = read(f".github/ISSUE_TEMPLATE/{form}")
     assert content["name"]
     assert content["description"]

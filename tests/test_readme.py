@@ -47,7 +47,7 @@ def run_plugin_code(folder: str) -> int:
     return names["run"].remora.cycle  # type: ignore[attr-defined]
 
 
-def test_the_plugin_lines_run_as_they_stand(tmp_path: Path) -> None:
+def test_the_plugin_lines_run_as_they_stand(tmp_path: Path):
     assert len(plugin_code().splitlines()) <= 16
     assert run_ranks(2, run_plugin_code, str(tmp_path)) == [1, 1]
     assert (tmp_path / "merged" / "model.safetensors").is_file()
@@ -76,6 +76,6 @@ def resumed_run(folder: str) -> tuple[int, bool]:
     return run.state.step, moved
 
 
-def test_a_run_of_ones_own_resumes(tmp_path: Path) -> None:
+def test_a_run_of_ones_own_resumes(tmp_path: Path):
     run_ranks(2, run_plugin_code, str(tmp_path))
     assert run_ranks(2, resumed_run, str(tmp_path)) == [(6, True), (6, True)]

@@ -29,17 +29,17 @@ mora | {domains: [a, a]} | research.domain_adapters:
 
 
 @pytest.mark.parametrize("kind, values, flags", rows(PROBLEMS))
-def test_all_wrong_values_are_reported_together(kind: str, values: str, flags: str) -> None:
+def test_all_wrong_values_are_reported_together(kind: str, values: str, flags: str):
     config: Any = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
     problems = refusal(lambda: config(**parsed(values)))
     assert [problem.removeprefix("unknown ").split()[0].strip("`") for problem in problems] == flags.split()
 
 
-def test_segments_go_with_a_fixed_grouping_of_share() -> None:
+def test_segments_go_with_a_fixed_grouping_of_share():
     assert MoRAConfig(rank=4, operator="share", grouping="strided", segments=2).segments == 2
 
 
-def test_defaults() -> None:
+def test_defaults():
     config = MoRAConfig()
     lora = LoRAConfig()
     assert (config.rank, config.target_modules, config.dropout, config.seed) == (8, ("all-linear",), 0.0, 42)
@@ -47,24 +47,24 @@ def test_defaults() -> None:
     assert lora.operator_for("a", 64, 64, 0).alpha == 2 * 8, "the update is 2 B A"
 
 
-def test_factors_of_a_smaller_rank_keep_the_scale() -> None:
+def test_factors_of_a_smaller_rank_keep_the_scale():
     for spec in (LoRAConfig(rank=16, alpha=8.0).operator_for("a", 4, 9, 0), LoRASpec(4, 9, 4, 2.0)):
         assert (spec.rank, spec.alpha / spec.rank) == (4, 0.5)
 
 
-def test_first_values_are_those_that_every_run_began_with() -> None:
+def test_first_values_are_those_that_every_run_began_with():
     """Literal values: a resumed run draws LoRA's A of its present cycle again."""
     seeds = [LoRAConfig(seed=42).first_seed(layer, cycle) for layer, cycle in (("a.q", 0), ("a.q", 1), ("a.k", 0))]
     assert seeds == [3478931074, 981482677, 1068541709]
 
 
-def test_segments_are_for_matrices_that_have_a_row_for_each() -> None:
+def test_segments_are_for_matrices_that_have_a_row_for_each():
     for size, segments in ((4, 4), (5, 4), (3, 1)):
         config = MoRAConfig(operator="share", segments=4, layer_sizes={"a": size})  # type: ignore[arg-type]
         assert config.operator_for("a", 16, 16, 0, Style.ROWWISE).in_segments == segments
 
 
-def test_unknown_settings_get_a_hint() -> None:
+def test_unknown_settings_get_a_hint():
     with pytest.raises(UserError, match="dropout"):
         MoRAConfig.from_dict({"droput": 0.1})
     config = MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True)

@@ -58,7 +58,7 @@ def low_rank_model(tied: bool) -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bool) -> None:
+def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bool):
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
     model = low_rank_model(tied)
     whole = tiny_model("llama", tie_word_embeddings=tied)
@@ -82,7 +82,7 @@ def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bo
     assert names == {"model.embed_tokens.low_rank"} | (set() if tied else {"lm_head.low_rank"})
 
 
-def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
+def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     model = tiny_model("llama")
     ids = tokens(2)
     before = model(ids).logits
@@ -97,7 +97,7 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias() -> None:
     assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
 
 
-def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path, out: Path):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of it,
     and the mean of two checkpoints the mean of their tables."""
     base = BaseCheckpoint.open(user.model)
@@ -154,7 +154,7 @@ def model_with_new_rows(tied: bool) -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool) -> None:
+def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool):
     """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
     model = model_with_new_rows(tied)
     whole = tiny_model("llama", tie_word_embeddings=tied)
@@ -179,7 +179,7 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool) -
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_table_is_counted_once(tied: bool) -> None:
+def test_a_tied_table_is_counted_once(tied: bool):
     model = tiny_model("llama", tie_word_embeddings=tied)
     before = count_parameters(model)
     report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
@@ -198,7 +198,7 @@ def extended(user: Playground) -> Playground:
     return replace(user, model=user.root / "extended")
 
 
-def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path, out: Path):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
     base = BaseCheckpoint.open(extended.model)
     first = read_json(extended.model / EXTENSION_JSON)["first_row"]
@@ -230,14 +230,14 @@ def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_pat
         assert not torch.equal(table[first : first + 40], was[first : first + 40]), key
 
 
-def test_a_head_keeps_its_bias() -> None:
+def test_a_head_keeps_its_bias():
     table = torch.nn.Linear(4, 128)
     x = torch.randn(3, 4)
     head = NewRowHead(table, torch.nn.Parameter(table.weight.data[FIRST:]))
     assert_close(head(x), table(x))
 
 
-def test_every_trained_row_is_looked_up_among_the_trained() -> None:
+def test_every_trained_row_is_looked_up_among_the_trained():
     table = torch.nn.Embedding(128, 4)
     embedding = NewRowEmbedding(table, torch.nn.Parameter(torch.zeros(128 - FIRST, 4)))
     rows = embedding(torch.arange(128))
@@ -250,7 +250,7 @@ def test_every_trained_row_is_looked_up_among_the_trained() -> None:
 
 def test_a_dry_run_counts_them(
     extended: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def counted(*flags: str) -> int:
@@ -280,7 +280,7 @@ class Softmax(torch.nn.Linear):
         return super().forward(x).softmax(-1)
 
 
-def test_models_that_they_do_not_fit_are_refused() -> None:
+def test_models_that_they_do_not_fit_are_refused():
     for config, message in (
         ({"embedding_rank": 2, "train_embeddings": True}, "`embedding_rank` keeps embeddings and head frozen"),
         ({"embedding_rank": 2, "train_head": True}, "`embedding_rank` keeps embeddings and head frozen"),
@@ -304,7 +304,7 @@ def test_models_that_they_do_not_fit_are_refused() -> None:
         with_product(torch.zeros(6, 2), torch.zeros(9, 1))
 
 
-def test_a_model_without_new_rows_is_refused(user: Playground, tmp_path: Path) -> None:
+def test_a_model_without_new_rows_is_refused(user: Playground, tmp_path: Path):
     message = refusal(user.flags(tmp_path / "out", "--train_new_embeddings"))
     assert message.endswith("so it was not written by mora-ds extend-vocab")
 
@@ -345,7 +345,7 @@ def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
         pytest.param("new_rows", False, marks=pytest.mark.heavy),
     ],
 )
-def test_two_ranks_train_as_one(kind: str, tied: bool) -> None:
+def test_two_ranks_train_as_one(kind: str, tied: bool):
     """The same rows of data, split over two ranks: the same parameters after three steps."""
     alone = run_ranks(1, trained_on_ranks, kind, tied)[0]
     first, second = run_ranks(2, trained_on_ranks, kind, tied)

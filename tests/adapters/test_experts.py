@@ -65,7 +65,7 @@ def stacks_in(model: nn.Module) -> dict[str, MoRAExperts]:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family: str) -> None:
+def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family: str):
     """Also a contract: each class of transformers computes, by its own code, what its marks say."""
     model = adapted(family)
     ids = tokens(2)
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_
         assert_close(layer.square.grad, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
+def test_one_projection_alone_dropout_checkpointing_and_evaluation():
     ids = tokens(2)
     for family, pattern in product(("mixtral", "gpt_oss"), ("experts.down_proj", "experts.gate_up_proj")):
         model = adapted(family, target_modules=(pattern,))
@@ -104,7 +104,7 @@ def test_one_projection_alone_dropout_checkpointing_and_evaluation() -> None:
         assert torch.equal(one.square.grad, another.square.grad)
 
 
-def test_bf16_and_8_bits_compute_what_their_weights_say() -> None:
+def test_bf16_and_8_bits_compute_what_their_weights_say():
     half = adapted(model=tiny_model("mixtral", dtype=torch.bfloat16))
     assert torch.isfinite(causal_loss(half, tokens(2)))
     assert half.dtype == torch.bfloat16
@@ -134,7 +134,7 @@ with_kernel = pytest.param(True, marks=pytest.mark.skipif(not hasattr(F, "groupe
 
 @pytest.mark.parametrize("kernel", [False, with_kernel])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, kernel: bool, bits: int) -> None:
+def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, kernel: bool, bits: int):
     """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no rows."""
     monkeypatch.setattr(grouped, "has_kernel", lambda x, width: kernel)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, k
         assert_close(trained.grad, reference.grad)
 
 
-def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
+def test_a_frozen_stack_saves_no_rows_for_backward():
     saved: list[tuple[int, ...]] = []
     x = torch.randn(6, 4, requires_grad=True)
     ends = torch.tensor([2, 6], dtype=torch.int32)
@@ -171,7 +171,7 @@ def test_a_frozen_stack_saves_no_rows_for_backward() -> None:
 # -- operators and sizes -----------------------------------------------------------------------------------------------
 
 
-def test_a_stack_is_its_members() -> None:
+def test_a_stack_is_its_members():
     model = adapted()
     layer = next(iter(stacks_in(model).values()))
     spec = layer.spec
@@ -198,7 +198,7 @@ def test_a_stack_is_its_members() -> None:
         live_weight(original, [(spec.operator, value[0])], False, torch.float32)
 
 
-def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
+def test_the_rank_of_an_expert_and_fresh_permutations():
     def sides(**settings: Any) -> dict[str, StackSpec]:
         model = adapted("qwen3_moe", **{"rank": 16, "r_hat_multiple": 1, **settings})
         return {name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()}
@@ -218,7 +218,7 @@ def test_the_rank_of_an_expert_and_fresh_permutations() -> None:
     assert len(seeds | {layer.spec.operator.seed for layer in stacks_in(model).values()}) == 8
 
 
-def test_the_report_and_the_names_of_frozen_weights() -> None:
+def test_the_report_and_the_names_of_frozen_weights():
     model = tiny_model("mixtral")
     parameters = dict(model.named_parameters())
     report = inject(model, MoRAConfig(rank=4, target_modules=EVERYWHERE))
@@ -239,7 +239,7 @@ def names(pattern: str, family: str = "mixtral") -> set[str]:
     return {name.removeprefix("model.layers.") for name in match_targets(tiny_model(family), (pattern,))}
 
 
-def test_only_patterns_with_the_word_reach_experts() -> None:
+def test_only_patterns_with_the_word_reach_experts():
     both = {f"{layer}.mlp.experts.{name}" for layer in (0, 1) for name in STACKS}
     assert names("experts") == names("re:.*\\.experts\\..*") == names("*.experts.*") == both
     assert names("experts.down_proj") == {name for name in both if name.endswith("down_proj")}
@@ -256,7 +256,7 @@ def test_only_patterns_with_the_word_reach_experts() -> None:
         names("experts", "llama")
 
 
-def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -> None:
+def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out():
     def odd(**changes: Any) -> Any:
         model = tiny_model("mixtral")
         for name, value in changes.items():
@@ -282,7 +282,7 @@ def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out() -
         inject(silent, MoRAConfig(rank=4, target_modules=("experts",)))
 
 
-def test_how_many_experts_a_token_has() -> None:
+def test_how_many_experts_a_token_has():
     """HunYuan's config has a number for each layer."""
     for value, count in ((3, 3), ([2, 2], 2), ([2, 3], 0), ([], 0), (None, 0)):
         model = tiny_model("mixtral")
@@ -291,7 +291,7 @@ def test_how_many_experts_a_token_has() -> None:
         assert {stack.experts_per_token for stack in find_stacks(model).values()} == {count}  # type: ignore[union-attr]
 
 
-def test_adapters_that_experts_cannot_have_are_refused() -> None:
+def test_adapters_that_experts_cannot_have_are_refused():
     for config, named in (
         (LoRAConfig(rank=4, target_modules=("experts",)), "not lora"),
         (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "research.domain_adapters"),
@@ -304,7 +304,7 @@ def test_adapters_that_experts_cannot_have_are_refused() -> None:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family: str) -> None:
+def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family: str):
     tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="40KB")
     loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager")
     assert loaded.base.folder == tmp_path / "model"
@@ -319,7 +319,7 @@ def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family:
         assert torch.equal(loaded.base.read(key), live)
 
 
-def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path) -> None:
+def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path)
     base = BaseCheckpoint.open(tmp_path)

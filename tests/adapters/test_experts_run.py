@@ -56,9 +56,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=tokens(2, vocab=VOCABULARY)).logits
 
 
-def test_one_rank_has_the_losses_and_matrices_of_two(
-    user: Playground, model_folder: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_one_rank_has_the_losses_and_matrices_of_two(user: Playground, model_folder: Path, whole: Path, tmp_path: Path):
     """Of which each holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
     run(1, user.flags(tmp_path, *flags, "--per_device_train_batch_size", 4, "--gradient_checkpointing"))
@@ -71,7 +69,7 @@ def test_one_rank_has_the_losses_and_matrices_of_two(
 
 def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
     user: Playground, model_folder: Path, whole: Path, tmp_path: Path
-) -> None:
+):
     out = tmp_path / "killed"
     stop_and_resume(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4)
     assert_same_run(out, whole)
@@ -79,7 +77,7 @@ def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
 
 def test_exports_are_the_live_model_in_the_files_of_the_original(
     user: Playground, model_folder: Path, whole: Path, tmp_path: Path
-) -> None:
+):
     report = export_merged(whole, tmp_path / "merged", verify=True)
     assert report.comparison is not None
     assert_good(whole)
@@ -96,7 +94,7 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
             assert_close(plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6)
 
 
-def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) -> None:
+def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"experts\.gate_up_proj are experts, which PEFT"):
         export_peft(whole, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
@@ -117,7 +115,7 @@ def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path) 
     ],
     ids=str,
 )
-def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: tuple[Any, ...]) -> None:
+def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: tuple[Any, ...]):
     flags = ("--model_name_or_path", mixture(user, tmp_path / "model", family), *MERGING, *more)
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
     run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size", 4))
@@ -132,7 +130,7 @@ def test_other_families_and_settings(user: Playground, tmp_path: Path, family: s
 
 
 @pytest.mark.heavy
-def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user: Playground, tmp_path: Path) -> None:
+def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user: Playground, tmp_path: Path):
     settings = ("--model_name_or_path", mixture(user, tmp_path / "model", "mixtral"), *MERGING)
     run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size", 2))
     run(1, user.flags(tmp_path / "one", *settings))
@@ -140,7 +138,7 @@ def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user: Playground
 
 
 @pytest.mark.heavy
-def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Path, tmp_path: Path) -> None:
+def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Path, tmp_path: Path):
     """As exact as the losses of other ranks are; what was saved is what is resumed, to the bit."""
     settings = ("--model_name_or_path", model_folder, *MERGING, "--resume_from_checkpoint", "auto")
     run(2, user.flags(tmp_path / "whole", *settings))

@@ -46,14 +46,14 @@ EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{
         (["q_proj", "v_proj", "q_proj"], in_layers("self_attn.q_proj", "self_attn.v_proj")),
     ],
 )
-def test_patterns(patterns: list[str], expected: set[str]) -> None:
+def test_patterns(patterns: list[str], expected: set[str]):
     assert matched(tiny_model(), *patterns) == expected
 
 
 @pytest.mark.parametrize(
     "pattern", ["q_porj", "*.attention.*", r"re:layers\.9", r"re:model\.layers", "embed_tokens", "input_layernorm"]
 )
-def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern: str) -> None:
+def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern: str):
     with pytest.raises(UserError) as error:
         inject(tiny_model(), MoRAConfig(target_modules=("q_proj", pattern)))
     message = str(error.value)
@@ -63,7 +63,7 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern:
     assert ("Did you mean 'q_proj'?" in message) == (pattern == "q_porj")
 
 
-def test_patterns_and_models_that_cannot_match() -> None:
+def test_patterns_and_models_that_cannot_match():
     with pytest.raises(UserError, match="no regular expression"):
         matched(tiny_model(), "re:layers.(0")
     with pytest.raises(UserError, match=r"no nn\.Linear or Conv1D"):
@@ -72,7 +72,7 @@ def test_patterns_and_models_that_cannot_match() -> None:
         matched(tiny_model(), "proj")  # the end of every name, but of no component
 
 
-def test_all_linear_leaves_the_head_out_under_any_name() -> None:
+def test_all_linear_leaves_the_head_out_under_any_name():
     assert "lm_head" not in matched(tiny_model("gpt_neox"), "all-linear")
     assert matched(tiny_model("gpt2"), "all-linear") == {
         f"transformer.h.{index}.{path}"
@@ -85,7 +85,7 @@ def test_all_linear_leaves_the_head_out_under_any_name() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_a_square_on_a_tied_head_is_refused(family: str) -> None:
+def test_a_square_on_a_tied_head_is_refused(family: str):
     model = tiny_model(family)
     with pytest.raises(UserError, match="tied"):
         inject(model, MoRAConfig(target_modules=("lm_head",)))
@@ -106,7 +106,7 @@ def with_one_weight_twice(module: bool) -> Any:
 
 @pytest.mark.parametrize("target", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"])
 @pytest.mark.parametrize("module", [True, False])
-def test_a_layer_that_shares_its_weight_is_refused(module: bool, target: str) -> None:
+def test_a_layer_that_shares_its_weight_is_refused(module: bool, target: str):
     """An adapter of one would change or miss the other."""
     model = with_one_weight_twice(module)
     with pytest.raises(UserError, match="matches no linear layer" if module and ".1." in target else "tied"):
@@ -114,7 +114,7 @@ def test_a_layer_that_shares_its_weight_is_refused(module: bool, target: str) ->
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
 
-def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
+def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
     with pytest.raises(UserError, match="`train_head`"):
         inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
     with pytest.raises(UserError, match="`rank` 1 is too small"):
@@ -124,7 +124,7 @@ def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused() -> None:
 # -- freezing ----------------------------------------------------------------------------------------------------------
 
 
-def test_everything_frozen_is_a_buffer_that_no_state_dict_holds() -> None:
+def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
     model = tiny_model("qwen2")  # biases and a tied head
     before = {name: tensor.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
     inject(model, MoRAConfig(rank=2))
@@ -140,7 +140,7 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
+def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]):
     model = model_with_mora(family, **changes)
     move_base(model, "cpu", torch.bfloat16)
     embedding = model.get_input_embeddings().weight
@@ -151,7 +151,7 @@ def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]) -> None:
     assert embedding.dtype is (torch.float32 if trained else torch.bfloat16)
 
 
-def test_moving_the_base_leaves_squares_and_the_models_own_buffers() -> None:
+def test_moving_the_base_leaves_squares_and_the_models_own_buffers():
     model = model_with_mora()
     move_base(model, "cpu", torch.bfloat16)
     assert {tensor.dtype for tensor in frozen_buffers(model).values()} == {torch.bfloat16}
@@ -187,7 +187,7 @@ LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weig
         ("gemma3_text", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
     ],
 )
-def test_other_trainables(family: str, settings: list[str], expected: set[str]) -> None:
+def test_other_trainables(family: str, settings: list[str], expected: set[str]):
     model = model_with_mora(family, **train(settings))
     assert trained(model) == expected
     causal_loss(model, tokens(2)).backward()
@@ -197,7 +197,7 @@ def test_other_trainables(family: str, settings: list[str], expected: set[str]) 
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"])
-def test_norms_of_every_kind(family: str) -> None:
+def test_norms_of_every_kind(family: str):
     model = tiny_model(family)
     norms = {name for name, _ in model.named_parameters() if "norm" in name or ".ln_" in name}
     inject(model, MoRAConfig(rank=4, train_norms=True))
@@ -205,7 +205,7 @@ def test_norms_of_every_kind(family: str) -> None:
     assert norms
 
 
-def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so() -> None:
+def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so():
     model = tiny_model()
     model.requires_grad_(False)
     inject(model, MoRAConfig(rank=4, train_norms=True))
@@ -215,7 +215,7 @@ def test_parameters_frozen_by_the_user_are_trained_where_the_config_says_so() ->
 # -- report ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_counts_exactly() -> None:
+def test_the_report_counts_exactly():
     model = tiny_model("qwen2")
     base = sum(parameter.numel() for parameter in model.parameters())  # the tied head once
     assert count_parameters(model) == base
@@ -237,7 +237,7 @@ def test_the_report_counts_exactly() -> None:
     assert lines[-1].endswith(f"of {report.total_params:,} parameters = {share:.3f}%")
 
 
-def test_a_size_larger_than_the_layer_is_reduced_and_noted() -> None:
+def test_a_size_larger_than_the_layer_is_reduced_and_noted():
     report = inject(tiny_model(), MoRAConfig(rank=64, operator="share"))
     rows = {row.name: row for row in report.rows}
     assert rows["q_proj"].size == 32
@@ -253,7 +253,7 @@ def test_a_size_larger_than_the_layer_is_reduced_and_noted() -> None:
 # -- cycles ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_cycle_has_its_own_permutations() -> None:
+def test_every_cycle_has_its_own_permutations():
     model = tiny_model()
     config = MoRAConfig(rank=4, operator="share", seed=7)
     inject(model, config)
@@ -269,7 +269,7 @@ def test_every_cycle_has_its_own_permutations() -> None:
     assert wired == {name: layer.spec for name, layer in mora_layers(fresh).items()}
 
 
-def test_a_layers_permutation_does_not_depend_on_what_else_is_targeted() -> None:
+def test_a_layers_permutation_does_not_depend_on_what_else_is_targeted():
     specs = []
     for targets in (("all-linear",), ("down_proj",), ("down_proj", "q_proj")):
         model = model_with_mora(operator="share", target_modules=targets)
@@ -277,13 +277,13 @@ def test_a_layers_permutation_does_not_depend_on_what_else_is_targeted() -> None
     assert specs[0] == specs[1] == specs[2]
 
 
-def test_alternation_is_the_papers() -> None:
+def test_alternation_is_the_papers():
     config = MoRAConfig(rank=4, operator="share", grouping="alternate")
     groupings = [config.operator_for("a", 8, 8, cycle).grouping for cycle in range(4)]
     assert groupings == [Grouping.STRIDED, Grouping.CONTIGUOUS] * 2
 
 
-def test_weights_outside_linear_layers_are_reported() -> None:
+def test_weights_outside_linear_layers_are_reported():
     """Experts lie in one tensor each; a named target asks for no more than it names."""
     report = inject(tiny_model("mixtral"), MoRAConfig(rank=4))
     told = {"gate.weight": 2 * 4 * 32, "experts.gate_up_proj": 2 * 4 * 112 * 32, "experts.down_proj": 2 * 4 * 56 * 32}
@@ -293,7 +293,7 @@ def test_weights_outside_linear_layers_are_reported() -> None:
     assert not inject(tiny_model("gpt2"), MoRAConfig(rank=4)).left_out
 
 
-def test_layers_stay_in_training_or_evaluation() -> None:
+def test_layers_stay_in_training_or_evaluation():
     for mode in (True, False):
         model = tiny_model().train(mode)
         inject(model, MoRAConfig(rank=4, dropout=0.5))

@@ -42,7 +42,7 @@ BASES = ["linear", "linear with bias", "conv1d"]
 
 
 @pairwise({"kind": BASES, "operator": list(OperatorKind)})
-def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKind) -> None:
+def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKind):
     base = base_layer(kind)
     x = inputs()
     expected = base(x)
@@ -59,7 +59,7 @@ def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKi
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_only_the_square_trains_and_is_saved(kind: str) -> None:
+def test_only_the_square_trains_and_is_saved(kind: str):
     base = base_layer(kind)
     weight: Any = base.weight
     layer = MoRALinear(base, spec())
@@ -77,7 +77,7 @@ def test_only_the_square_trains_and_is_saved(kind: str) -> None:
     assert weight.grad is None
 
 
-def test_dropout_is_on_the_squares_input_and_only_while_training() -> None:
+def test_dropout_is_on_the_squares_input_and_only_while_training():
     base = base_layer("linear")
     x = inputs()
     base_output = base(x).detach()
@@ -97,7 +97,7 @@ def test_dropout_is_on_the_squares_input_and_only_while_training() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype) -> None:
+def test_low_precision(dtype: torch.dtype):
     layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
     assert layer.square.dtype is dtype
     assert layer(inputs().to(dtype)).dtype is dtype
@@ -105,7 +105,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert layer(inputs().to(dtype)).dtype is dtype
 
 
-def test_repr_says_what_it_is() -> None:
+def test_repr_says_what_it_is():
     text = repr(MoRALinear(base_layer("linear"), spec()))
     assert "square=(6, 6)" in text
     assert "rotate/permuted" in text
@@ -130,7 +130,7 @@ class Upcast(nn.Linear):
         return nn.functional.linear(x.float(), self.weight.float())
 
 
-def test_what_counts_as_linear() -> None:
+def test_what_counts_as_linear():
     """Subclasses that compute W x + b: in others a delta in the weight would mean something else."""
 
     def layers() -> list[nn.Module]:
@@ -145,7 +145,7 @@ def test_what_counts_as_linear() -> None:
     assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
 
 
-def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch):
     """A 70B model with domains uses 1,120 operators one after the other: more than the cache of tables holds."""
     specs: list[OperatorSpec] = []
     original = index_tables.make_tables

@@ -52,7 +52,7 @@ def some_terms(spec: Any, cycles: int = 3) -> list[Term]:
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (9, 33), (5, 7), (1, 1), (1, 2), (130, 70)])
-def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, int]) -> None:
+def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, int]):
     weight = random(*shape).float()
     quantized = held(weight)
     assert quantized.packed.dtype is torch.uint8
@@ -68,7 +68,7 @@ def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, in
     assert (error == 0).sum() >= len(blocks)  # the largest number of a block is exact
 
 
-def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_files_dtype() -> None:
+def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_files_dtype():
     weight = random(300, 500).to(torch.bfloat16)
     quantized = held(weight)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -80,7 +80,7 @@ def test_dense_is_rounded_once_and_bits_do_not_depend_on_threads_layout_or_the_f
     assert_same_bits_for_every_number_of_threads(lambda: quantized.dense(torch.bfloat16))
 
 
-def test_numbers_that_cannot_be_held() -> None:
+def test_numbers_that_cannot_be_held():
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(RunError, match="not finite cannot be held in 4 bits"):
             quantize(torch.tensor([[1.0, bad], [1.0, 2.0]]))
@@ -90,7 +90,7 @@ def test_numbers_that_cannot_be_held() -> None:
 # -- terms ------------------------------------------------------------------------------------------------------------
 
 
-def test_updates_of_equal_operators_are_one_term() -> None:
+def test_updates_of_equal_operators_are_one_term():
     plain = replace(SHARE, grouping=Grouping.STRIDED, seed=0)
     turn = [plain, replace(plain, grouping=Grouping.CONTIGUOUS)]
     updates = [(turn[cycle % 2], random(10, 10, seed=cycle).float()) for cycle in range(5)]  # as --grouping alternate
@@ -101,7 +101,7 @@ def test_updates_of_equal_operators_are_one_term() -> None:
     assert join([]) == ()
 
 
-def test_factors_are_lined_up() -> None:
+def test_factors_are_lined_up():
     spec = LoRASpec(12, 9, 3, 6.0)
     updates = some_terms(spec, 3)
     ((wide, value),) = join(updates)
@@ -111,7 +111,7 @@ def test_factors_are_lined_up() -> None:
     )
 
 
-def test_an_operator_that_cannot_be_a_term_is_named() -> None:
+def test_an_operator_that_cannot_be_a_term_is_named():
     spec = StackSpec(2, OperatorSpec(OperatorKind.SHARE, 4, 4, 2))
     with pytest.raises(UserError, match=r"--base_bits 4: merged cycles cannot act through"):
         add_terms_(torch.zeros(1, 4), [(spec, torch.zeros(2, 2, 2))], torch.zeros(1, 4))
@@ -126,7 +126,7 @@ in_4_bits = partial(in_bits, bits=4)
 @pytest.mark.parametrize(
     "spec", [*list(specs())[::5], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
 )
-def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.MonkeyPatch):
     """Its merged cycles act as if they were in the weight."""
     assert_computes_as_over_dense(spec, 4, some_terms(spec), monkeypatch, rtol=1e-5, atol=2e-5)
 
@@ -134,7 +134,7 @@ def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.
 # -- merging ----------------------------------------------------------------------------------------------------------
 
 
-def test_merges_and_a_replay_never_round_a_conv1d_again() -> None:
+def test_merges_and_a_replay_never_round_a_conv1d_again():
     """In fp32 to the bit the rounded original plus all deltas. (Linear layers: tests/train/test_quantized_run.py.)"""
     original = base_of(SHARE, True, torch.float32).weight.data
     updates = [(spec, value.float()) for spec, value in some_terms(SHARE)]
@@ -150,7 +150,7 @@ def test_merges_and_a_replay_never_round_a_conv1d_again() -> None:
 
 
 @pytest.mark.parametrize("config", [MoRAConfig(rank=4, operator="share", compute="activation"), LoRAConfig(rank=4)])
-def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any) -> None:
+def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any):
     """The matrix goes on acting in the same dtype: nothing is rounded to the weight's grid."""
     model = tiny_model("llama", dtype=torch.bfloat16).eval()
     inject(model, replace(config, base_bits=4))
@@ -169,7 +169,7 @@ def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any) -> None
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
+def test_only_adapted_weights_are_packed_and_casts_leave_them():
     model, small = model_in_few_bits(MoRAConfig(rank=4, base_bits=4))
     layers = mora_layers(model)
     numels = sum(layer.in_features * layer.out_features for layer in layers.values())
@@ -192,13 +192,13 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them() -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`base_bits` 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
         nf4.check_installed()
 
 
-def test_no_kernel_is_fetched_while_the_package_is_imported() -> None:
+def test_no_kernel_is_fetched_while_the_package_is_imported():
     for before in (None, sys):
         if before is not None:
             sys.modules["kernels"] = before
@@ -207,7 +207,7 @@ def test_no_kernel_is_fetched_while_the_package_is_imported() -> None:
         assert sys.modules.pop("kernels", None) is before
 
 
-def test_what_needs_the_dense_weight_is_refused() -> None:
+def test_what_needs_the_dense_weight_is_refused():
     for config in (MoRAConfig(base_bits=4), LoRAConfig(base_bits=4)):
         assert config_from_dict(config.to_dict()) == config
     model = nn.Sequential(nn.Linear(4, 4))

@@ -22,7 +22,7 @@ MLP = {"olmo2"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_of_each_family_is_split(family: str) -> None:
+def test_what_of_each_family_is_split(family: str):
     model = tiny_model(family)
     plan = plan_of(model, 2)
     kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
@@ -36,7 +36,7 @@ def test_what_of_each_family_is_split(family: str) -> None:
     assert plan_of(model, 2) == plan, "injection changes nothing"
 
 
-def test_heads_that_the_degree_does_not_divide_fall_back() -> None:
+def test_heads_that_the_degree_does_not_divide_fall_back():
     plan = plan_of(tiny_model("llama"), 4)
     assert {block.rpartition(".")[2] for block in plan.blocks} == {"mlp"}
     assert "4 does not divide 4 heads and 2 key-value heads" in str(plan)
@@ -45,14 +45,14 @@ def test_heads_that_the_degree_does_not_divide_fall_back() -> None:
     assert "2 does not divide the 57 outputs of gate_proj" in str(odd)
 
 
-def test_a_model_without_a_plan_is_not_split() -> None:
+def test_a_model_without_a_plan_is_not_split():
     plan = plan_of(tiny_model("gpt2"), 2)
     assert not plan.blocks
     assert "the model has no tensor-parallel plan" in str(plan)
     assert "colwise_gather_output" in str(plan_of(tiny_model("phi3"), 2))
 
 
-def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split() -> None:
+def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split():
     model = tiny_model("llama")
     model.model.layers[0].mlp.extra = nn.LayerNorm(56)
     plan = plan_of(model, 2)
@@ -61,7 +61,7 @@ def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split() -> None:
     assert "leaves extra out" in str(plan)
 
 
-def test_shares_are_contiguous_and_differ_by_one_at_most() -> None:
+def test_shares_are_contiguous_and_differ_by_one_at_most():
     for size in range(1, 20):
         for degree in range(1, 6):
             bounds = [share(size, degree, index) for index in range(degree)]
@@ -80,7 +80,7 @@ def split(model: nn.Module, degree: int = 2) -> None:
     split_model(model, Topology(degree, 0, None))
 
 
-def test_dropout_is_refused_and_named() -> None:
+def test_dropout_is_refused_and_named():
     model = model_with_mora()
     model.model.layers[0].self_attn.drops_keys = True  # no probability
     split(model)
@@ -93,13 +93,13 @@ def test_dropout_is_refused_and_named() -> None:
         split(model)
 
 
-def test_squares_need_a_row_a_rank() -> None:
+def test_squares_need_a_row_a_rank():
     model = model_with_mora(rank=1, target_modules=("k_proj",))
     with pytest.raises(UserError, match="has 6 rows: raise `rank`, or use a smaller group"):
         split(model, 8)
 
 
-def test_a_degree_that_does_not_divide_the_ranks() -> None:
+def test_a_degree_that_does_not_divide_the_ranks():
     check_world(4, tensor=2)
     with pytest.raises(
         UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
@@ -110,7 +110,7 @@ def test_a_degree_that_does_not_divide_the_ranks() -> None:
 # -- segments are the run's -------------------------------------------------------------------------------------------
 
 
-def test_aligned_segments_depend_on_the_models_plan_only() -> None:
+def test_aligned_segments_depend_on_the_models_plan_only():
     model = model_with_mora(operator="share", segments=4)
     segments: dict[str, Any] = {}
     for name, layer in mora_layers(model).items():

@@ -37,7 +37,7 @@ def adapter(tmp_path: Path) -> AdapterFile:
     return adapter
 
 
-def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path) -> None:
+def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path):
     assert read_adapter(tmp_path) == adapter
     assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
     tensors = AdapterTensors(tmp_path, adapter)
@@ -57,18 +57,18 @@ config = {kind: mora, rank: 8} | the adapter's settings: 'target_modules' is mis
 
 
 @pytest.mark.parametrize("change, words", rows(WRONG))
-def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path, change: str, words: str) -> None:
+def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path, change: str, words: str):
     change_json(tmp_path / "adapter.json", lambda content: set_value(content, change))
     with pytest.raises(UserError, match=words):
         read_adapter(tmp_path)
 
 
-def test_a_missing_adapter_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_adapter_file_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"adapter\.json is missing"):
         read_adapter(tmp_path)
 
 
-def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
+def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path):
     fewer = replace(adapter, layers={"a.q": adapter.layers["a.q"]})
     with pytest.raises(UserError, match=r"a\.v\.square"):
         AdapterTensors(tmp_path, fewer)
@@ -89,7 +89,7 @@ def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"])
 def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     adapter: AdapterFile, tmp_path: Path, name: str
-) -> None:
+):
     """An engine's shards are larger by far; their sizes are looked at all the same."""
     BaseReference("base", "f", {}, "float32").write(tmp_path)
     ledger = Ledger.create(tmp_path / "ledger", "f")
@@ -110,7 +110,7 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
         Adapter.open(tmp_path, adapter_only=True)
 
 
-def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
+def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path):
     for seed in (0, 1):
         tiny_model(seed=seed).save_pretrained(tmp_path / f"base-{seed}")
     checkpoint = tmp_path / "checkpoints" / "step-1"
@@ -129,13 +129,13 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path) -> No
     "change, words",
     [("format = 2", " has format 2"), ("dtype = int4", ": unknown dtype 'int4'"), ("keys = null", " is damaged")],
 )
-def test_a_damaged_base_reference_is_named(tmp_path: Path, change: str, words: str) -> None:
+def test_a_damaged_base_reference_is_named(tmp_path: Path, change: str, words: str):
     BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)
     change_json(tmp_path / "base.json", lambda content: set_value(content, change))
     with pytest.raises(UserError, match=rf"base\.json{words}"):
         BaseReference.read(tmp_path)
 
 
-def test_an_entry_has_the_weight_of_its_module() -> None:
+def test_an_entry_has_the_weight_of_its_module():
     with pytest.raises(UserError, match=r"a\.q: its weight cannot be 'b\.q\.weight'"):
         LayerEntry.from_dict("a.q", {**entry("a.q").to_dict(), "weight": "b.q.weight"})

@@ -66,7 +66,7 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     return beside, summary
 
 
-def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, out: Path) -> None:
+def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, out: Path):
     """Merges fall into writes; every checkpoint is as of its own step, and the run is the other one bit for bit."""
     for beside, summary in run_ranks(2, slow_job, user.flags(out, *MORE, "--async_save", "true")):
         assert beside >= 1, "a shard was written while a step was done"
@@ -99,7 +99,7 @@ def give_no_answer() -> None:
     threading.Event().wait()
 
 
-def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user: Playground, out: Path) -> None:
+def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user: Playground, out: Path):
     told = run_ranks(2, faulty_job, user.flags(out, *MORE, "--async_save", "true"), be_full)
     assert [kind for kind, _ in told] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in told[1][1]
@@ -111,7 +111,7 @@ def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(us
     assert_good(out)
 
 
-def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, out: Path) -> None:
+def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, out: Path):
     argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
     for kind, message in run_ranks(2, faulty_job, argv, give_no_answer, timeout_s=100):
         assert kind == "RunError", message
@@ -124,7 +124,7 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground,
 # -- the pieces --------------------------------------------------------------------------------------------------------
 
 
-def test_background_work_is_waited_for_and_its_error_raised_once() -> None:
+def test_background_work_is_waited_for_and_its_error_raised_once():
     background = Background(limit_s=60)
     background.wait()
     done: list[int] = []

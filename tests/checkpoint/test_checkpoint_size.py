@@ -44,7 +44,7 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
     return measured
 
 
-def test_bytes_a_parameter(tmp_path: Path) -> None:
+def test_bytes_a_parameter(tmp_path: Path):
     for combination, (nbytes, parameters) in run_ranks(2, sizes, str(tmp_path))[0].items():
         assert parameters > 27_000, "large against the constant"
         print(f"{combination}: {nbytes:,} bytes, {nbytes / parameters:.2f} a parameter")
@@ -59,7 +59,7 @@ def names(root: Path) -> list[int]:
     return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(root)]
 
 
-def test_only_whole_ones_count_and_go(tmp_path: Path) -> None:
+def test_only_whole_ones_count_and_go(tmp_path: Path):
     """Keeping two: those without a manifest, cut short, or of a branch that was left stay as they are, uncounted."""
     folders = {step: checkpoint_at(tmp_path, step) for step in (1, 2, 3, 4, 5, 6, 9)}
     (folders[2] / "manifest.json").unlink()

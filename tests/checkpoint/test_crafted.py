@@ -32,7 +32,7 @@ def checkpoint(original: FakeRun, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original.checkpoint, tmp_path / "out" / "checkpoints" / "step-000007"))
 
 
-def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path):
     (verdict,) = verify(checkpoint, tmp_path / "base")
     assert verdict.is_good, verdict.problems
     export_merged(checkpoint, tmp_path / "merged", verify=True)
@@ -69,13 +69,13 @@ def rename_key(checkpoint: Path, key: str) -> None:
 
 @pytest.mark.parametrize("name", ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300])
 @pytest.mark.parametrize("rename", [rename_parameter, rename_key])
-def test_names_in_shards_are_those_of_files(checkpoint: Path, rename: Callable[[Path, str], None], name: str) -> None:
+def test_names_in_shards_are_those_of_files(checkpoint: Path, rename: Callable[[Path, str], None], name: str):
     rename(checkpoint, name)
     assert not verify(checkpoint)[0].is_good
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
-def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str) -> None:
+def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str):
     from mora_ds.common.files import _seal
 
     def change(content: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ LINKS: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("tool", LINKS)
 @pytest.mark.parametrize("link", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"])
-def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, link: str) -> None:
+def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, link: str):
     (tmp_path / "secret").write_text("of the user")
     (checkpoint / link).symlink_to(tmp_path / "secret")
     reseal(checkpoint)
@@ -105,13 +105,13 @@ def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, lin
     assert any("links are not followed" in problem for problem in verify(checkpoint)[0].problems)
 
 
-def test_no_link_is_followed_out_of_a_base(checkpoint: Path, tmp_path: Path) -> None:
+def test_no_link_is_followed_out_of_a_base(checkpoint: Path, tmp_path: Path):
     (tmp_path / "secret").write_text("of the user")
     (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
     assert_refused(export_merged, checkpoint, tmp_path / "merged", "which is not copied")
 
 
-def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint: Path, tmp_path: Path):
     os.mkfifo(checkpoint / "tokenizer" / "pipe")
     assert_refused(export_merged, checkpoint, tmp_path / "merged", "neither a file nor a folder")
 
@@ -139,7 +139,7 @@ engine/layouts.safetensors | scaler = {cur_scale: null} | must be a number
 
 
 @pytest.mark.parametrize("file, change, words", rows(HUGE))
-def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: str, words: str) -> None:
+def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: str, words: str):
     if file.endswith(".json"):
         change_json(checkpoint / file, lambda content: set_value(content, change))
     else:
@@ -150,12 +150,12 @@ def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: 
     assert file.split("/")[-1] in problems[0]
 
 
-def test_random_states_that_torch_does_not_take(checkpoint: Path) -> None:
+def test_random_states_that_torch_does_not_take(checkpoint: Path):
     with pytest.raises(UserError, match=r"rng.safetensors is damaged"):
         _load_rng(checkpoint, 0, TrainerState.read(checkpoint))
 
 
-def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
+def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path):
     for change in ({"seed": 10**12}, {"d_in": 10**9}, {"d_in": True}, {"kind": ["share"]}, {"more": 1}):
         before = (checkpoint / "adapter.json").read_text()
         operator = lambda content: next(iter(content["layers"].values()))["operator"].update(change)  # noqa: B023, E731
@@ -165,7 +165,7 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path) -> None:
         (checkpoint / "adapter.json").write_text(before)
 
 
-def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path: Path):
     def change(header: dict[str, Any]) -> None:
         header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace('"d_in": 32', '"d_in": 16777216', 1)
 
@@ -174,7 +174,7 @@ def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path:
     assert_refused(export_merged, checkpoint, tmp_path / "merged", "another layer than in earlier cycles")
 
 
-def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_path: Path):
     """Also where no base is read that would show it."""
 
     def change(content: dict[str, Any]) -> None:

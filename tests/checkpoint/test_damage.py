@@ -44,7 +44,7 @@ KINDS = (
 )  # fmt: skip
 
 
-def test_every_file_of_a_checkpoint_has_its_case(golden: Path) -> None:
+def test_every_file_of_a_checkpoint_has_its_case(golden: Path):
     checkpoint = golden / "checkpoints" / "step-000006"
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert files - set(KINDS) == {"ledger/cycle-00000.safetensors"}
@@ -57,7 +57,7 @@ def test_every_file_of_a_checkpoint_has_its_case(golden: Path) -> None:
 @pytest.mark.parametrize("kind, harm", list(zip(KINDS, itertools.cycle(HARMS), strict=False)))
 def test_a_damaged_checkpoint_is_passed_over_and_refused(
     out: Path, kind: str, harm: str, caplog: pytest.LogCaptureFixture
-) -> None:
+):
     root = out / "checkpoints"
     damaged = root / "step-000006" / kind
     make_own(damaged)
@@ -99,7 +99,7 @@ EDITS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", EDITS)
-def test_a_manifest_that_is_not_the_one_written(out: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_manifest_that_is_not_the_one_written(out: Path, change: str, caplog: pytest.LogCaptureFixture):
     root = out / "checkpoints"
     EDITS[change](root / "step-000006")
     assert resume_checkpoint("auto", root) == root / "step-000004"
@@ -108,7 +108,7 @@ def test_a_manifest_that_is_not_the_one_written(out: Path, change: str, caplog: 
         resume_checkpoint("latest", root)
 
 
-def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest.LogCaptureFixture):
     """Manifest and file agree: both are of the damaged cycle. The ledger's own record does not."""
     from mora_ds.common.files import write_manifest
 
@@ -122,7 +122,7 @@ def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest
     assert str(cycle) in caplog.messages[0]
 
 
-def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, out: Path) -> None:
+def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, out: Path):
     """Both cycles are one file with four names each: a damaged first one leaves nothing to go on from."""
     root = out / "checkpoints"
     flip(out / "ledger" / "cycle-00000.safetensors", 0.9)
@@ -136,7 +136,7 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, o
 
 def test_auto_goes_back_to_before_a_damaged_cycle(
     user: Playground, golden: Path, out: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+):
     """The run's own ledger, two checkpoints and their cycle share the damage; the run is the same in the end."""
     flip(out / "ledger" / "cycle-00001.safetensors", 0.9)
     assert resume_checkpoint("auto", out / "checkpoints") == out / "checkpoints" / "step-000002"
@@ -149,7 +149,7 @@ def test_auto_goes_back_to_before_a_damaged_cycle(
 
 
 @pytest.mark.parametrize("target", [None, "step-000099", "../elsewhere/step-000008", "../elsewhere"])
-def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -> None:
+def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None):
     root = out / "checkpoints"
     shutil.copytree(root / "step-000006", out / "elsewhere" / "step-000008")
     (root / "latest").unlink()
@@ -166,7 +166,7 @@ def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None) -
 @pytest.mark.parametrize(
     "kind, harm", [("ledger.json", "cut"), ("cycle-00000.safetensors", "flip"), ("cycle-00000.safetensors", "gone")]
 )
-def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str) -> None:
+def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str):
     damaged = out / "ledger" / kind
     latest = (out / "checkpoints" / "latest").resolve()
     make_own(damaged)
@@ -186,7 +186,7 @@ def harmed_job(argv: list[str]) -> tuple[str, str]:
     return refused(argv, may_change=True)
 
 
-def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_path: Path) -> None:
+def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_path: Path):
     """A low bit of one number: the merge's probe does not see it, the next checkpoint does, and is not written."""
     out = tmp_path / "out"
     kind, message = run_ranks(1, harmed_job, golden_flags(user, out))[0]
@@ -199,7 +199,7 @@ def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_pa
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, golden: Path, out: Path) -> None:
+def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, golden: Path, out: Path):
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[2] = b"\xff" + lines[2][1:]
     (out / "metrics.jsonl").write_bytes(b"".join([*lines, b"7\n", b'{"step":']))
@@ -228,7 +228,7 @@ BASES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path: Path) -> None:
+def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path: Path):
     cases = []
     for index, (name, harm, _) in enumerate(BASES):
         folder = Path(shutil.copytree(user.model, tmp_path / f"base-{index}"))
@@ -268,14 +268,14 @@ def fill(disk: Path, leave: int) -> None:
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
 
 
-def test_a_cache_on_a_full_disk(user: Playground, disk: Path) -> None:
+def test_a_cache_on_a_full_disk(user: Playground, disk: Path):
     fill(disk, 16_384)
     with pytest.raises((RunError, UserError), match=f"{disk}"):
         build_cache(load_corpus([str(user.train)]), load_tokenizer(user.model), disk / "cache")
     assert not list((disk / "cache").glob("*partial*"))
 
 
-def test_a_cycle_on_a_full_disk(out: Path, disk: Path) -> None:
+def test_a_cycle_on_a_full_disk(out: Path, disk: Path):
     book = Ledger.open(out / "ledger").copy_to(disk / "ledger")
     fill(disk, 4_096)
     squares = {name: book.square(1, name) for name in book.layers(1)}
@@ -286,7 +286,7 @@ def test_a_cycle_on_a_full_disk(out: Path, disk: Path) -> None:
     assert Ledger.open(disk / "ledger").cycles == book.cycles == 2
 
 
-def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path) -> None:
+def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path):
     export_merged(golden, disk / "merged")
     fill(disk, 16_384)
     before = tree(disk)
@@ -295,9 +295,7 @@ def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path)
     assert tree(disk) == before
 
 
-def test_an_output_folder_that_cannot_be_written_to(
-    user: Playground, out: Path, read_only: Callable[[Path], None]
-) -> None:
+def test_an_output_folder_that_cannot_be_written_to(user: Playground, out: Path, read_only: Callable[[Path], None]):
     (out / "checkpoints" / ".step-000008.writing").mkdir()
     before = tree(out)
     read_only(out)
@@ -322,7 +320,7 @@ def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
 @pytest.mark.parametrize("name, newest", [("checkpoints", "step-000002"), ("ledger", "step-000004")])
 def test_a_folder_that_becomes_read_only(
     user: Playground, golden: Path, tmp_path: Path, read_only: Callable[[Path], None], name: str, newest: str
-) -> None:
+):
     """The checkpoint of step 4 is written before the merge of step 4, which the ledger cannot take."""
     out = tmp_path / "out"
     probe = tmp_path / "probe"
@@ -338,7 +336,7 @@ def test_a_folder_that_becomes_read_only(
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 
-def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
+def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_only: Callable[[Path], None]):
     run(1, golden_flags(user, tmp_path / "first", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
     read_only(tmp_path / "cache")
     run(1, golden_flags(user, tmp_path / "second", "--cache_dir", tmp_path / "cache", "--max_steps", 3))

@@ -125,7 +125,7 @@ CROSS = [
 )
 def test_masters_moments_and_counts_are_the_same_to_the_bit(
     saved: tuple[str, dict[Combination, Any]], tmp_path: Path, world: int, pairs: list[tuple[Combination, Combination]]
-) -> None:
+):
     root, expected = saved
     for rank in run_ranks(world, restore_all, root, str(tmp_path), pairs):
         for (before, after), result in zip(pairs, rank, strict=True):
@@ -142,7 +142,7 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
         )
 
 
-def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]]) -> None:
+def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]]):
     """`whole` is not compared with itself alone: its masters are the engine's, its state is what the run must have."""
     root, expected = saved
     for combination in COMBINATIONS:
@@ -175,7 +175,7 @@ def opened_while_restored(folder: str) -> list[list[str]]:
     return opened_files
 
 
-def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any]]) -> None:
+def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any]]):
     for rank, rank_files in enumerate(run_ranks(2, opened_while_restored, saved[0])):
         assert rank_files == [[f"rank-{rank:05d}.safetensors"]] * len(COMBINATIONS)
 
@@ -193,6 +193,6 @@ def refused_by_model(folder: str) -> str:
     return ""
 
 
-def test_shards_of_another_model_are_refused(saved: tuple[str, dict[Combination, Any]]) -> None:
+def test_shards_of_another_model_are_refused(saved: tuple[str, dict[Combination, Any]]):
     (message,) = run_ranks(1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine"))
     assert "in 1 parameters, e.g. second: (7,) there, (9,) here" in message

@@ -76,7 +76,7 @@ def two(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 @pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), pytest.param(3, 3, marks=pytest.mark.heavy)])
 def test_a_run_goes_on_at_another_size_and_back(
     user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, world: int, stage: int
-) -> None:
+):
     """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6), 7 and 8 at two again."""
     reference, batches = two
     out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
@@ -110,7 +110,7 @@ def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world, stage", [(3, 2), (2, 1), pytest.param(1, 3, marks=pytest.mark.heavy)])
 def test_muons_momentum_goes_on_at_another_size_and_stage(
     user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
-) -> None:
+):
     out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
     run(world, flags(user, out, world, *MUON, *changed_to(out, stage)))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)

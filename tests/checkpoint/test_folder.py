@@ -51,14 +51,14 @@ def names(root: Path) -> list[str]:
     return [folder.name for folder in complete_checkpoints(root)]
 
 
-def test_steps_and_their_folders_are_in_order(tmp_path: Path) -> None:
+def test_steps_and_their_folders_are_in_order(tmp_path: Path):
     steps = [0, 9, 40, 999_999, 1_000_000, 123_456_789]
     for step in steps:
         step_folder(tmp_path, step).mkdir()
     assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == steps
 
 
-def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: Path) -> None:
+def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: Path):
     before = contents(root)
     settle(root)
     assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
@@ -69,7 +69,7 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: 
     assert (root / "step-000001" / "file").read_text() == "1", "a link and what it leads to are the user's"
 
 
-def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(root: Path, tmp_path: Path) -> None:
+def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(root: Path, tmp_path: Path):
     """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a checkpoint that is there."""
     name_latest(root, root / "step-000004")
     assert os.readlink(root / "latest") == "step-000006"
@@ -86,7 +86,7 @@ def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(r
         assert os.readlink(root / "best") == f"step-{named:06d}"
 
 
-def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogCaptureFixture):
     copy = root / "step-000002.bak"
     assert resume_checkpoint(str(copy), root) == copy
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
@@ -104,7 +104,7 @@ def busy(*_: object, **options: object) -> None:
 @pytest.mark.parametrize("module, call", [(shutil, "rmtree"), (os, "rename")])
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: Any, call: str
-) -> None:
+):
     with monkeypatch.context() as patched:
         patched.setattr(module, call, busy)
         writer._retain(root, 6, keep=1)
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
 
 def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+):
     beside = shutil.copytree(root / "step-000006", root / ".step-000006.writing")
     with monkeypatch.context() as patched:
         patched.setattr(folders.shutil, "rmtree", busy)

@@ -16,7 +16,7 @@ from tests.helpers.exports import FakeRun
 # -- find and show ---------------------------------------------------------------------------------------------------
 
 
-def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: Path) -> None:
+def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: Path):
     latest = original.output / "checkpoints" / "latest"
     of_run = find_ledger(original.output)
     assert (of_run.ledger, of_run.checkpoint) == (original.output / "ledger", None)
@@ -29,7 +29,7 @@ def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: 
         find_ledger(tmp_path)
 
 
-def test_summary_is_that_of_the_formed_deltas(original: FakeRun) -> None:
+def test_summary_is_that_of_the_formed_deltas(original: FakeRun):
     ledger = find_ledger(original.output).open()
     summaries = summarize(ledger)
     for cycle, summary in enumerate(summaries):
@@ -46,7 +46,7 @@ def energy_of(matrices: dict[str, Any]) -> float:
     return sum(matrix.square().sum().item() for matrix in matrices.values())
 
 
-def test_a_layer_counts_in_the_cycles_that_merged_it(original: FakeRun, tmp_path: Path) -> None:
+def test_a_layer_counts_in_the_cycles_that_merged_it(original: FakeRun, tmp_path: Path):
     source = find_ledger(original.output).open()
     ledger = Ledger.create(tmp_path / "ledger", "f" * 64)
     first, second = list(source.layers(0))[:2]
@@ -59,7 +59,7 @@ def test_a_layer_counts_in_the_cycles_that_merged_it(original: FakeRun, tmp_path
         assert cycles[cycle].square_energy == pytest.approx(energy_of({name: source.square(cycle, name).double()}))
 
 
-def test_table(original: FakeRun, tmp_path: Path) -> None:
+def test_table(original: FakeRun, tmp_path: Path):
     ledger = find_ledger(original.output).open()
     lines = show_lines(ledger)
     second = summarize(ledger)[1]

@@ -22,7 +22,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.models import tiny_model
 
 
-def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = checkpoint_at(tmp_path, 3)
     monkeypatch.setenv("HOME", str(tmp_path))
     replace_symlink(tmp_path / "latest", folder.name)
@@ -36,7 +36,7 @@ def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("root", [".", "linked", "absolute"])
-def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch):
     """However the folder is named: relative to where one is, through a link, or by its own path."""
     old, new, abandoned = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
     (tmp_path / "linked").symlink_to("own")
@@ -49,7 +49,7 @@ def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypat
     assert abandoned.is_dir()
 
 
-def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
+def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path):
     saved = {"base": "a", "adapter": {"rank": 8, "target_modules": ["q_proj"]}, "seed": 1}
     check_identity(tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}})
     with pytest.raises(UserError) as error:
@@ -78,7 +78,7 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [12, 2, 1])
-def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int) -> None:
+def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int):
     state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):
         if rows % world == 0:
@@ -89,7 +89,7 @@ def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows:
             check_world_size(tmp_path, state, world)
 
 
-def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> None:
+def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path):
     """A rank's own state where it has one; otherwise one of its own, another at every step, the same each time."""
     states = []
     for seed in (3, 4):
@@ -113,7 +113,7 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path) -> 
         torch.set_rng_state(rng_state)
 
 
-def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path) -> None:
+def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path):
     def share(rank: int, **facts: Any) -> Any:
         return checkpoints._Share({}, SimpleNamespace(rank=rank, layout=facts), {})  # type: ignore[arg-type]
 
@@ -150,6 +150,6 @@ def other_seed(layers: dict[str, Any]) -> None:
     next(iter(layers.values()))["operator"]["seed"] += 1
 
 
-def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path: Path) -> None:
+def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path: Path):
     (message,) = run_ranks(1, refused_operator, str(tmp_path))
     assert "adapter.json: model.layers.0.self_attn.q_proj has another operator there" in message

@@ -40,7 +40,7 @@ def wrong(folder: Path, **options: Any) -> str:
     return "\n".join(verdict.problems)
 
 
-def test_a_good_run(user: Playground, golden: Path) -> None:
+def test_a_good_run(user: Playground, golden: Path):
     verdicts = verify(golden, user.model)
     assert [(verdict.is_good, verdict.is_latest) for verdict in verdicts] == [
         (True, False),
@@ -58,7 +58,7 @@ def test_a_good_run(user: Playground, golden: Path) -> None:
     assert verify(golden / "checkpoints" / "latest")[0].folder == verdicts[-1].folder.resolve()
 
 
-def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path: Path):
     done = tool(golden)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": good") == 3, done.stderr
@@ -73,14 +73,14 @@ def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path
     assert "neither a checkpoint, nor a ledger" in done.stderr
 
 
-def test_files_beside_those_of_the_checkpoint_are_named(checkpoint: Path) -> None:
+def test_files_beside_those_of_the_checkpoint_are_named(checkpoint: Path):
     (checkpoint / "engine" / "notes.txt").write_text("mine")
     (verdict,) = verify(checkpoint)
     assert verdict.is_good
     assert "not in the manifest, and not read by a resume: engine/notes.txt" in verdict.facts
 
 
-def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> None:
+def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path):
     (checkpoint / "manifest.json").write_text("[]")
     (checkpoint / "engine" / "layouts.safetensors").unlink()
     text = wrong(checkpoint)
@@ -88,7 +88,7 @@ def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path) -> Non
     assert "layouts.safetensors is missing" in text
 
 
-def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path) -> None:
+def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path):
     adapter = tmp_path / "adapter"
     export_adapter(checkpoint, adapter)
     (verdict,) = verify(adapter, user.model)
@@ -142,7 +142,7 @@ base.json | fingerprint = "0" | belongs to another base
 
 
 @pytest.mark.parametrize("file, change, message", rows(VALUES))
-def test_values_that_do_not_go_together(checkpoint: Path, file: str, change: str, message: str) -> None:
+def test_values_that_do_not_go_together(checkpoint: Path, file: str, change: str, message: str):
     change_json(checkpoint / file, lambda content: set_value(content, change))
     write_manifest(checkpoint)
     assert message in wrong(checkpoint)
@@ -166,7 +166,7 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize("change, told", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER])
-def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], Any], told: str) -> None:
+def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], Any], told: str):
     change(checkpoint)
     write_manifest(checkpoint)
     assert told in wrong(checkpoint)
@@ -190,7 +190,7 @@ def not_finite(ledger: Path) -> None:
         (not_finite, r"the MoRA matrix of model.layers.0.self_attn.q_proj is not finite"),
     ],
 )
-def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str) -> None:
+def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str):
     fake = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
     ledger = fake.checkpoint / "ledger"
     (verdict,) = verify(ledger, fake.base)
@@ -203,7 +203,7 @@ def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str
     assert told in wrong(ledger)
 
 
-def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path: Path) -> None:
+def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path: Path):
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
     other = another_base(user.model, tmp_path / "model")
     with pytest.raises(UserError, match=r"--base: .* is not the base of"):
@@ -216,7 +216,7 @@ def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path
     assert "is not what the shards hold" in wrong(checkpoint, base=other)
 
 
-def test_latest_that_leads_nowhere(golden: Path, tmp_path: Path) -> None:
+def test_latest_that_leads_nowhere(golden: Path, tmp_path: Path):
     copy = Path(shutil.copytree(golden, tmp_path / "out", symlinks=True))
     replace_symlink(copy / "checkpoints" / "latest", "step-000009")
     assert "latest names step-000009, which does not exist" in "\n".join(verify(copy)[-1].problems)

@@ -28,7 +28,7 @@ def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
             yield from ((path, tensor) for tensor in load_file(path).values())
 
 
-def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path) -> None:
+def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path):
     """No tensor has the shape of one, none is large enough to hide one, no float of one stands in a row anywhere."""
     base = AutoModelForCausalLM.from_pretrained(user.model)
     frozen = {name: tensor for name, tensor in base.named_parameters() if "norm" not in name}
@@ -45,7 +45,7 @@ def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path) -> No
         assert tensor.detach().numpy().tobytes()[:64] not in content, name
 
 
-def test_its_files_and_links(golden: Path) -> None:
+def test_its_files_and_links(golden: Path):
     checkpoint = golden / "checkpoints" / "latest"
     assert os.readlink(checkpoint) == "step-000006"
     assert [path.name for path in complete_checkpoints(golden / "checkpoints")] == [
@@ -83,7 +83,7 @@ def flushed_job(argv: list[str]) -> list[str]:
     return events[next(index for index, event in enumerate(events) if "manifest.json" in event) :]
 
 
-def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: Playground, tmp_path: Path) -> None:
+def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: Playground, tmp_path: Path):
     """Without it a power cut may leave the name of a checkpoint without its files, or a link to no checkpoint."""
     flags = ("--max_steps", 2, "--save_steps", 1, "--save_total_limit", 1)
     events = run_ranks(1, flushed_job, user.flags(tmp_path / "out", *flags))[0]
@@ -102,7 +102,7 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: P
 @pytest.mark.parametrize("degree", [None, 4])
 def test_a_checkpoint_is_not_begun_where_there_is_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, degree: int | None
-) -> None:
+):
     """16 bytes a trained number, of all tensor-parallel ranks; `ds_numel` where a rank holds no more than its share."""
     parameters = [torch.nn.Parameter(torch.zeros(1000)), torch.nn.Parameter(torch.zeros(3))]
     parameters[1].ds_numel = 5000  # type: ignore[attr-defined]
@@ -128,7 +128,7 @@ def careless_job(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, disk: Path) -> None:
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, disk: Path):
     out = disk / "out"
     for ballast in range(2):
         (disk / f"ballast-{ballast}").write_bytes(bytes(7_000))

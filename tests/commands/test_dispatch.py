@@ -16,14 +16,14 @@ from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer
 
 
-def test_a_launcher_may_put_its_local_rank_first() -> None:
+def test_a_launcher_may_put_its_local_rank_first():
     argv = ["/bin/mora-ds", "--local_rank=1", "pretrain", "recipe.yaml", "--seed", "3"]
     assert dispatch.take_command(argv) == "pretrain"
     assert argv == ["mora-ds pretrain", "--local_rank=1", "recipe.yaml", "--seed", "3"]
     assert dispatch.take_command(["mora-ds"]) == ""
 
 
-def test_every_command_has_its_function_and_the_list_names_it() -> None:
+def test_every_command_has_its_function_and_the_list_names_it():
     shown = "\n".join(dispatch.help_lines())
     for name, command in dispatch.COMMANDS.items():
         assert callable(command.load())
@@ -31,7 +31,7 @@ def test_every_command_has_its_function_and_the_list_names_it() -> None:
     assert [name for name, command in dispatch.COMMANDS.items() if command.restartable] == ["pretrain"]
 
 
-def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[str]):
     assert answer(lambda: dispatch.run("verify"), "mora-ds verify", ["/nowhere"])[0] == 2
     assert answer(lambda: dispatch.run("export"), "mora-ds export", ["--help"])[0] == 0
     assert capsys.readouterr().out.startswith("usage: mora-ds export ")
@@ -41,11 +41,11 @@ def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[
 
 
 # -- the package's own recipes -----------------------------------------------------------------------------------------
-def test_the_recipes_of_the_package_are_those_of_the_checkout() -> None:
+def test_the_recipes_of_the_package_are_those_of_the_checkout():
     assert CONFIGS.resolve() == REPOSITORY / "configs"
 
 
-def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     files = ["--mixture", "configs/mixtures/two_domains.yaml", "--model_config", "configs/models/tiny_llama.json"]
     arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
@@ -61,7 +61,7 @@ def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkey
     assert shipped("configs/zero3.json") == "configs/zero3.json", "a file of the user's comes first"
 
 
-def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert answer(recipes.main, "mora-ds recipes", []) == (0, "")
     assert "configs/recipes/continual.yaml " in capsys.readouterr().out
     copy = tmp_path / "mine"
@@ -76,7 +76,7 @@ def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFix
 FLAGS = ["recipe.yaml", "--num_gpus", "2", "--eval_files", "a", "b", "--no_ssh", "--master_port=29501", "--seed", "3"]
 
 
-def test_the_launchers_flags_are_told_from_the_others() -> None:
+def test_the_launchers_flags_are_told_from_the_others():
     launch_flags, remaining = launcher.launcher_flags(FLAGS)
     assert launch_flags == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
     assert remaining == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]
@@ -84,7 +84,7 @@ def test_the_launchers_flags_are_told_from_the_others() -> None:
         launcher.launcher_flags(["--num_gpus"])
 
 
-def test_deepspeeds_launcher_has_these_flags_and_starts_a_module() -> None:
+def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
     values = {"num_nodes": "1", "num_gpus": "2", "master_port": "1", "node_rank": "0", "ssh_port": "22"}
     words = [word for name in launcher.VALUES for word in (f"--{name}", values.get(name, "x"))]
     words += [f"--{name}" for name in launcher.SWITCHES]
@@ -108,7 +108,7 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module() -> None:
 )
 def test_a_training_is_launched_once(
     flags: list[str], gpus: int, rank: str | None, launched: list[str] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     calls: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags])
     monkeypatch.setattr(launcher, "accelerators", lambda: gpus)
@@ -123,7 +123,7 @@ def test_a_training_is_launched_once(
 
 
 @pytest.mark.parametrize("variable", launcher.TASKS)
-def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: pytest.MonkeyPatch):
     """srun without RANK: both tasks would train a run of their own, with half of the batch."""
     ranks: list[str | None] = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain"])
@@ -144,5 +144,5 @@ def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: p
         ([], ["--log_level=chatty"], "error"),
     ],
 )
-def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher: list[str], flags: list[str], level: str) -> None:
+def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher: list[str], flags: list[str], level: str):
     assert runner.parse_args(launcher.command(for_launcher, flags)[3:]).log_level == level

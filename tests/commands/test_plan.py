@@ -16,7 +16,7 @@ from tests.helpers.tools import call
 TINY = REPOSITORY / "configs" / "models" / "tiny_llama.json"
 
 
-def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The flags win, as in training; a recipe's micro-batches a step are kept."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
@@ -49,7 +49,7 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.Monk
 )
 def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
     tmp_path: Path, recipe: str, flags: str, dtype: torch.dtype
-) -> None:
+):
     (tmp_path / "recipe.yaml").write_text(f"model_config: another.json\n{recipe}\n")
     words = f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}"
     options, settings = tool._parser().parse_known_args(words.split())
@@ -57,7 +57,7 @@ def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
     assert planner.work.dtype == dtype
 
 
-def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
 
     def note(made: Planner, rows: int) -> None:
@@ -71,7 +71,7 @@ def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.Monkey
     assert asked == [(False, True, 3, 64), (True, True, 3, 64), (False, True, 3, 64), (False, True, 3, 64)]
 
 
-def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]):
     call("plan", "--model", TINY, "--gpus", 16, "--gpu_memory", 1, "--json")
     printed = capsys.readouterr()
     plan = json.loads(printed.out)

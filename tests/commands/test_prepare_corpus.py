@@ -33,7 +33,7 @@ def test_a_run_finds_what_was_prepared(
     prepare: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+):
     run(2, user.flags(tmp_path / "alone", *START, "--cache_dir", tmp_path / "other"))
     flags = user.flags(tmp_path / "out", *START, "--cache_dir", tmp_path / "cache")
     prepare(*flags)
@@ -47,13 +47,13 @@ def test_a_run_finds_what_was_prepared(
 
 def test_streams_are_left_to_the_run(
     user: Playground, tmp_path: Path, prepare: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     prepare(*user.flags(tmp_path / "out", "--streaming", "--cache_dir", tmp_path / "cache"))
     names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["held", "short"]
 
 
-def test_what_cannot_be_prepared_is_refused(user: Playground, tmp_path: Path, prepare: Callable[..., None]) -> None:
+def test_what_cannot_be_prepared_is_refused(user: Playground, tmp_path: Path, prepare: Callable[..., None]):
     with pytest.raises(UserError, match="--train_tokenizer_vocab: the run trains its tokenizer"):
         prepare(*user.flags(tmp_path / "out", "--train_tokenizer_vocab", 300))
     with pytest.raises(UserError, match="no text to tokenise"):

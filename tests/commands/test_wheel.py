@@ -70,12 +70,12 @@ def call(programs: Path, folder: Path, *words: str | int) -> str:
     return done.stdout
 
 
-def test_the_watch_notices_the_checkout(programs: Path, tmp_path: Path) -> None:
+def test_the_watch_notices_the_checkout(programs: Path, tmp_path: Path):
     with pytest.raises(AssertionError, match="READ FROM THE CHECKOUT"):
         call(programs, tmp_path, "python", "-c", f"open({str(REPOSITORY / 'configs' / 'zero3.json')!r})")
 
 
-def test_the_wheel_is_what_runs(programs: Path, tmp_path: Path) -> None:
+def test_the_wheel_is_what_runs(programs: Path, tmp_path: Path):
     told = call(programs, tmp_path, "python", "-c", "import mora_ds; print(mora_ds.__file__)")
     assert Path(told.strip()).is_relative_to(programs.parent)
     assert (Path(told.strip()).parent / "py.typed").is_file()
@@ -83,7 +83,7 @@ def test_the_wheel_is_what_runs(programs: Path, tmp_path: Path) -> None:
     assert call(programs, tmp_path, "python", "-m", "mora_ds") == call(programs, tmp_path, "mora-ds", "--help")
 
 
-def test_the_wheel_has_what_every_command_imports(programs: Path, tmp_path: Path) -> None:
+def test_the_wheel_has_what_every_command_imports(programs: Path, tmp_path: Path):
     program = (
         "from mora_ds.commands.dispatch import COMMANDS; print(*(name for name in COMMANDS if COMMANDS[name].load()))"
     )
@@ -91,7 +91,7 @@ def test_the_wheel_has_what_every_command_imports(programs: Path, tmp_path: Path
     assert call(programs, tmp_path, "mora-ds", "plan", "--help").startswith("usage: mora-ds plan ")
 
 
-def test_the_demo_runs_and_its_checkpoint_is_used(programs: Path, tmp_path: Path) -> None:
+def test_the_demo_runs_and_its_checkpoint_is_used(programs: Path, tmp_path: Path):
     """In two processes, that DeepSpeed's launcher starts from the package; the recipe is the package's own."""
     flags = ["--num_gpus", 2, "--master_port", free_port(), "--deepspeed", "configs/zero3.json", "--max_steps", 6]
     flags += ["--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--eval_steps", 6]

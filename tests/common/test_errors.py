@@ -33,7 +33,7 @@ class Kind(str, Enum):
     TWO = "two"
 
 
-def test_each_problem_is_told_once() -> None:
+def test_each_problem_is_told_once():
     refuse([])
     with pytest.raises(UserError) as caught:
         refuse(["--a", "--b", "--a"])
@@ -42,22 +42,22 @@ def test_each_problem_is_told_once() -> None:
     assert refusal(refuse, []) == []
 
 
-def test_a_word_is_not_its_own_nearest() -> None:
+def test_a_word_is_not_its_own_nearest():
     assert nearest("merge_every", ["merge_every", "merge_very"]) == " Did you mean 'merge_very'?"
     assert nearest("merge_every", ["merge_every", "seed"]) == ""
 
 
-def test_an_unknown_name_is_told_with_the_known_ones() -> None:
+def test_an_unknown_name_is_told_with_the_known_ones():
     assert unknown("--kind", "tow", ["one", "two"]) == "unknown --kind 'tow'; known: one, two. Did you mean 'two'?"
 
 
-def test_settings_that_are_not_allowed_are_told_as_flags() -> None:
+def test_settings_that_are_not_allowed_are_told_as_flags():
     settings = SimpleNamespace(a=0, b=2, kind="two", other="tow")
     wrong = wrong_values(settings, {"a": COUNT, "b": COUNT, "kind": Kind, "other": Kind})
     assert list(wrong) == ["--a must be at least 1, got 0", unknown("--other", "tow", ["one", "two"])]
 
 
-def test_a_stop_passes_what_handles_errors() -> None:
+def test_a_stop_passes_what_handles_errors():
     assert not issubclass(Stopped, Exception)
 
 
@@ -71,7 +71,7 @@ def test_a_stop_passes_what_handles_errors() -> None:
         (ValueError(), "ValueError"),
     ],
 )
-def test_another_librarys_message_in_a_line(error: Exception, words: str) -> None:
+def test_another_librarys_message_in_a_line(error: Exception, words: str):
     assert reason(error) == words
 
 
@@ -86,12 +86,12 @@ def test_another_librarys_message_in_a_line(error: Exception, words: str) -> Non
     ],
     ids=str,
 )
-def test_bounds(bounds: Bounds, allowed: list[float], refused: list[float]) -> None:
+def test_bounds(bounds: Bounds, allowed: list[float], refused: list[float]):
     assert all(map(bounds.allow, allowed))
     assert not any(map(bounds.allow, [*refused, math.nan, math.inf, -math.inf]))
 
 
-def test_a_value_out_of_bounds_is_told_with_its_flag() -> None:
+def test_a_value_out_of_bounds_is_told_with_its_flag():
     large = 2**63
     values = [("a", None, COUNT), ("b", 0, COUNT), ("c", large - 1, COUNT), ("d", large, COUNT), ("e", 2e9, SECONDS)]
     assert list(out_of_bounds(values)) == [
@@ -102,16 +102,16 @@ def test_a_value_out_of_bounds_is_told_with_its_flag() -> None:
 
 
 @pytest.mark.parametrize("value", ["2", 2.0, True, None, 0, 2**63, np.int64(0), np.bool_(True)])
-def test_what_is_no_whole_number(value: object) -> None:
+def test_what_is_no_whole_number(value: object):
     with pytest.raises(UserError, match=r"^f: `x` must be a whole number from 1 on, or None, got "):
         whole_number(value, 1, "f: `x`", ", or None")
 
 
-def test_whole_numbers_of_numpy_become_ints() -> None:
+def test_whole_numbers_of_numpy_become_ints():
     assert type(whole_number(np.int64(2), 2, "f: `x`")) is int
 
 
-def test_a_program_names_flags_where_a_function_names_arguments() -> None:
+def test_a_program_names_flags_where_a_function_names_arguments():
     told = pytest.raises(UserError, match=r"^--mora_rank 0 and --verify: `hidden_size` of others$")
     with told, named_as_flags("verify", rank="--mora_rank"):
         raise UserError("`rank` 0 and `verify`: `hidden_size` of others")

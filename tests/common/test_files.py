@@ -20,7 +20,7 @@ def flip_byte(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_manifest_names_each_damage(tmp_path: Path) -> None:
+def test_manifest_names_each_damage(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
         (tmp_path / name).write_bytes(b"0123456789" * 100)
@@ -46,7 +46,7 @@ def test_manifest_names_each_damage(tmp_path: Path) -> None:
         files.verify_manifest(tmp_path)
 
 
-def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path) -> None:
+def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path):
     (tmp_path / ".latest.partial").symlink_to("step-0")  # of a killed process
     for target in ("step-1", "step-2"):
         (tmp_path / target).mkdir()
@@ -63,7 +63,7 @@ def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path) -> None:
     assert not (tmp_path / ".model.old").exists()
 
 
-def test_half_made_link_is_never_written_through(tmp_path: Path) -> None:
+def test_half_made_link_is_never_written_through(tmp_path: Path):
     """A killed `link_or_copy` leaves a hard link where the next write begins: the linked file must not change."""
     precious = tmp_path / "precious"
     precious.write_text("keep")
@@ -73,7 +73,7 @@ def test_half_made_link_is_never_written_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path: Path) -> None:
+def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path: Path):
     reader, writer = os.pipe()
     os.write(writer, b"{}")
     os.close(writer)
@@ -113,9 +113,7 @@ def recorded(patch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_contents_are_flushed_before_the_name_and_the_name_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Otherwise a power cut leaves a name without its content, or loses what was reported as written."""
     folder = tmp_path / "folder"
     events = recorded(monkeypatch)
@@ -142,26 +140,26 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(
         *((getattr(errno, name), "writing to .* failed") for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")),
     ],
 )
-def test_a_disk_that_cannot_be_written_to_is_named(tmp_path: Path, code: int, words: str) -> None:
+def test_a_disk_that_cannot_be_written_to_is_named(tmp_path: Path, code: int, words: str):
     with pytest.raises(RunError, match=words) as caught, files.disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert str(tmp_path) in str(caught.value)
 
 
-def test_errors_that_say_nothing_of_the_disk_pass(tmp_path: Path) -> None:
+def test_errors_that_say_nothing_of_the_disk_pass(tmp_path: Path):
     with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file")
     with pytest.raises(RunError, match="full"), files.malformed(tmp_path / "a.json"):
         raise RunError("the disk is full")
 
 
-def test_a_hash_is_of_all_bytes(tmp_path: Path) -> None:
+def test_a_hash_is_of_all_bytes(tmp_path: Path):
     content = bytes(9_000_000) + b"end"
     (tmp_path / "file").write_bytes(content)
     assert files.sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_link_is_not_the_file_that_was_recorded(tmp_path: Path) -> None:
+def test_a_link_is_not_the_file_that_was_recorded(tmp_path: Path):
     (tmp_path / "file").write_text("content")
     facts = files.record(tmp_path, [tmp_path / "file"])["file"]
     assert files.file_problem(tmp_path / "file", facts["size"], facts["sha256"]) == ""
@@ -169,7 +167,7 @@ def test_a_link_is_not_the_file_that_was_recorded(tmp_path: Path) -> None:
     assert "link is missing" in files.file_problem(tmp_path / "link", facts["size"], facts["sha256"])
 
 
-def test_a_copied_folder_has_the_files_and_their_times(tmp_path: Path) -> None:
+def test_a_copied_folder_has_the_files_and_their_times(tmp_path: Path):
     source = tmp_path / "source"
     (source / "kept" / "engine").mkdir(parents=True)
     (source / "kept" / "engine" / "file").write_text("text")
@@ -180,7 +178,7 @@ def test_a_copied_folder_has_the_files_and_their_times(tmp_path: Path) -> None:
     assert (tmp_path / "target" / "kept" / "engine" / "file").stat().st_mtime_ns == 2 * 10**18
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").write_text("old")
@@ -199,7 +197,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/new"]
 
 
-def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = tmp_path / "source"
     target = tmp_path / "target"
     source.write_text("content")
@@ -225,7 +223,7 @@ def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source", "target"]
 
 
-def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Another node's file is not read again, but must be there in its size."""
     monkeypatch.setattr(files, "VISIBLE_WITHIN_S", 0.25)
     (tmp_path / "deep").mkdir()
@@ -246,7 +244,7 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch:
         files.write_manifest(tmp_path, {"gone": theirs})
 
 
-def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "late"
     waits = list[float]()
 
@@ -259,7 +257,7 @@ def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytes
     assert len(waits) == 3
 
 
-def test_json_is_utf8_of_a_known_format(tmp_path: Path) -> None:
+def test_json_is_utf8_of_a_known_format(tmp_path: Path):
     path = tmp_path / "a.json"
     files.write_json_atomic(path, {"é": 1})
     assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
@@ -281,7 +279,7 @@ def test_json_is_utf8_of_a_known_format(tmp_path: Path) -> None:
     [(UserError("of a value"), "a.json: of a value"), (KeyError("step"), "a.json is damaged: KeyError"),
      (ZeroDivisionError("x"), "a.json is damaged"), (RuntimeError("x"), "a.json is damaged")],
 )  # fmt: skip
-def test_what_reading_a_file_raises_names_it(error: Exception, words: str) -> None:
+def test_what_reading_a_file_raises_names_it(error: Exception, words: str):
     with pytest.raises(UserError, match=words), files.malformed(Path("a.json")):
         raise error
 
@@ -302,13 +300,13 @@ YAML: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize("text, words", YAML, ids=[f"{index}" for index in range(len(YAML))])
-def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
 
 
-def test_yaml_that_is_read(tmp_path: Path) -> None:
+def test_yaml_that_is_read(tmp_path: Path):
     path = tmp_path / "a.yaml"
     aliased = "a: &x {b: 1}\nc: *x\n1: d", {"a": {"b": 1}, "c": {"b": 1}, 1: "d"}
     for text, content in (("", {}), (f"a: {'9' * 200}", {"a": 10**200 - 1}), aliased):
@@ -318,7 +316,7 @@ def test_yaml_that_is_read(tmp_path: Path) -> None:
         files.load_yaml(str(tmp_path / "b.yaml"), "recipe")
 
 
-def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path: Path) -> None:
+def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path: Path):
     assert not files.is_abandoned(tmp_path), "an empty one may be about to be locked"
     (tmp_path / "file").write_text("")
     with files.at_work(tmp_path):
@@ -336,7 +334,7 @@ class InCloud:
         return self.path
 
 
-def test_whatever_names_a_path_is_one() -> None:
+def test_whatever_names_a_path_is_one():
     assert [files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))] == [Path("a/b")] * 3
     for value in ("", None, 3, b"a", InCloud(b"a"), InCloud("")):
         with pytest.raises(UserError, match=r"^f: `x` must be a path, got "):

@@ -65,11 +65,11 @@ ALLOWED: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize("hint, value", ALLOWED, ids=[f"{index}" for index in range(len(ALLOWED))])
-def test_what_is_allowed_is_returned_as_it_is(hint: Any, value: Any) -> None:
+def test_what_is_allowed_is_returned_as_it_is(hint: Any, value: Any):
     assert typed(hint, value, "file") == value
 
 
-def test_instances_are_made_of_dataclasses_enums_and_tuples() -> None:
+def test_instances_are_made_of_dataclasses_enums_and_tuples():
     assert typed(Entry, {"number": 3}, "file") == Entry(3)
     assert typed(ColourKind, "red", "file") is ColourKind.RED
     assert typed(tuple[int, str], [1, "a"], "file") == (1, "a")
@@ -130,14 +130,14 @@ REFUSALS = [*((HINTS[hint], parsed(value), words) for hint, value, words in rows
 
 
 @pytest.mark.parametrize("hint, value, words", REFUSALS, ids=[f"{index}" for index in range(len(REFUSALS))])
-def test_what_is_refused_is_named_with_its_place(hint: Any, value: Any, words: str) -> None:
+def test_what_is_refused_is_named_with_its_place(hint: Any, value: Any, words: str):
     with pytest.raises(UserError, match=words) as caught:
         typed(hint, value, "file")
     assert str(caught.value).startswith("file")
     assert len(str(caught.value)) < 300
 
 
-def test_a_file_has_at_most_so_many_bytes(tmp_path: Path) -> None:
+def test_a_file_has_at_most_so_many_bytes(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text("\u00e4bc", encoding="utf-8")
     assert read_text(path, 4) == "\u00e4bc"
@@ -163,25 +163,25 @@ def nested(depth: int) -> str:
         ("", "is damaged"),
     ],
 )
-def test_json_that_is_refused(text: str, words: str) -> None:
+def test_json_that_is_refused(text: str, words: str):
     with pytest.raises(UserError, match=words):
         plain_json(text, "file")
 
 
-def test_json_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_that_is_too_large(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(untrusted, "MAX_BYTES", 4)
     assert plain_json("[12]", "file") == [12]
     with pytest.raises(UserError, match="file is larger than the 4 characters"):
         plain_json("[123]", "file")
 
 
-def test_an_entry_that_is_missing_is_named() -> None:
+def test_an_entry_that_is_missing_is_named():
     assert entry({"a": 1}, "a", int, "file") == 1
     with pytest.raises(UserError, match="file is damaged: 'b' is missing"):
         entry({"a": 1}, "b", int, "file")
 
 
-def test_how_many_links_a_folder_has_is_told(tmp_path: Path) -> None:
+def test_how_many_links_a_folder_has_is_told(tmp_path: Path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").symlink_to("inner")
     with pytest.raises(UserError, match=r"a is a link to inner, and links are not followed: make a copy"):
@@ -191,12 +191,12 @@ def test_how_many_links_a_folder_has_is_told(tmp_path: Path) -> None:
         require_plain(tmp_path)
 
 
-def test_json_that_is_as_deep_as_it_may_be() -> None:
+def test_json_that_is_as_deep_as_it_may_be():
     assert plain_json(nested(MAX_DEPTH), "file") == json.loads(nested(MAX_DEPTH))
 
 
 @pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
-def test_memory_that_a_file_asks_for(free: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_a_file_asks_for(free: int, limit: int, monkeypatch: pytest.MonkeyPatch):
     """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of the 1300 that it may have."""
     psutil: Any = SimpleNamespace(
         virtual_memory=lambda: SimpleNamespace(available=free),
@@ -216,7 +216,7 @@ UNSAFE = {"trust_remote_code": r"trust_remote_code(?:: bool)? ?= ?(\w+)", "torch
 """What a default or an argument is, in the text of a module."""
 
 
-def test_no_module_runs_code_that_comes_with_a_file_unasked() -> None:
+def test_no_module_runs_code_that_comes_with_a_file_unasked():
     sources = [path.read_text() for path in Path(mora_ds.__file__).parent.rglob("*.py")]
     matches = {name: [match for text in sources for match in re.findall(rule, text)] for name, rule in UNSAFE.items()}
     assert "False" in matches["trust_remote_code"]
@@ -225,7 +225,7 @@ def test_no_module_runs_code_that_comes_with_a_file_unasked() -> None:
     assert all("weights_only=True" in call for call in matches["torch.load"])
 
 
-def test_a_path_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_looked_at_is_named(tmp_path: Path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     for path, reason in (("n" * 300, "File name too long"), (loop, "Too many levels of symbolic links")):

@@ -26,7 +26,7 @@ def recipe(folder: Path, text: str) -> str:
 # -- the command line --------------------------------------------------------------------------------------------
 
 
-def test_no_flag_at_all_is_the_is_demo_and_valid() -> None:
+def test_no_flag_at_all_is_the_is_demo_and_valid():
     arguments = parse([])
     assert arguments.is_demo
     assert arguments.set_by_user == frozenset()
@@ -35,7 +35,7 @@ def test_no_flag_at_all_is_the_is_demo_and_valid() -> None:
     validate(arguments)
 
 
-def test_booleans_and_lists_as_hugging_face_writes_them() -> None:
+def test_booleans_and_lists_as_hugging_face_writes_them():
     arguments = parse(
         ["--fp16", "true", "--bf16", "false", "--no_document_mask", "--target_modules", "q_proj", "re:.*mlp.*"]
     )
@@ -45,12 +45,12 @@ def test_booleans_and_lists_as_hugging_face_writes_them() -> None:
 
 
 @pytest.mark.parametrize("rank", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]])
-def test_launchers_put_the_local_rank_before_the_recipe(tmp_path: Path, rank: list[str]) -> None:
+def test_launchers_put_the_local_rank_before_the_recipe(tmp_path: Path, rank: list[str]):
     arguments = parse([*rank, recipe(tmp_path, "mora_rank: 16"), "--seed", "1"])
     assert (arguments.training.local_rank, arguments.adapter.mora_rank, arguments.training.seed) == (3, 16, 1)
 
 
-def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
         parse(["-h"])
     text = " ".join(capsys.readouterr().out.split())
@@ -59,7 +59,7 @@ def test_help_shows_docstrings_and_defaults_and_leaves_with_0(capsys: pytest.Cap
     assert "[recipe.yaml]" in text
 
 
-def test_a_field_without_docstring_is_refused() -> None:
+def test_a_field_without_docstring_is_refused():
     with pytest.raises(TypeError, match=r"Bare\.count has no docstring"):
 
         @documented
@@ -70,7 +70,7 @@ def test_a_field_without_docstring_is_refused() -> None:
 # -- recipes -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
+def test_the_command_line_wins_over_the_recipe(tmp_path: Path):
     path = recipe(
         tmp_path, "mora_rank: 16\nlearning_rate: 4e-4\ntarget_modules: q_proj\nbf16: true\nmax_eval_batches: null\n"
     )
@@ -82,7 +82,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
     assert {"learning_rate", "mora_rank", "max_eval_batches"} <= arguments.set_by_user
 
 
-def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
+def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path):
     path = recipe(
         tmp_path,
         "mora_rnk: 8\nmax_steps: ten\nseq_len: 12.5\nbf16: 1\nseed: true\nlearning_rate: fast\n"
@@ -102,11 +102,11 @@ def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_recipe_sets_nothing(tmp_path: Path) -> None:
+def test_an_empty_recipe_sets_nothing(tmp_path: Path):
     assert parse([recipe(tmp_path, "# nothing yet\n")]).set_by_user == frozenset()
 
 
-def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path) -> None:
+def test_run_yaml_is_a_recipe_that_repeats_the_run(tmp_path: Path):
     first = parse(
         [*RUN, "--learning_rate", "1e-5", "--eval_files", "x=a.txt", "--no_eval_on_start", "--local_rank", "1"]
     )
@@ -129,12 +129,12 @@ def numbers() -> list[str]:
 
 
 @pytest.mark.parametrize("name", numbers())
-def test_no_number_is_without_bounds(name: str) -> None:
+def test_no_number_is_without_bounds(name: str):
     with pytest.raises(UserError, match=f"--{name} must be "):
         validate(from_flat({"model_name_or_path": "m", "train_files": ["a.txt"], name: -7}))
 
 
-def test_everything_wrong_is_listed_at_once() -> None:
+def test_everything_wrong_is_listed_at_once():
     changes = {"mora_rank": 0, "operator": "x", "lr_scheduler_type": "x", "learning_rate": -1.0, "seq_len": 0}
     with pytest.raises(UserError) as caught:
         validate(from_flat({**changes, "max_steps": 0, "bf16": True, "fp16": True, "mora_dropout": 2.0}))

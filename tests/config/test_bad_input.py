@@ -33,7 +33,7 @@ def assert_user_errors(cases: list[list[str]], phrases: list[list[str]]) -> None
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> None:
+def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path):
     (tmp_path / "late.txt").write_bytes(b"fine\n" * 400_000 + b"\xff\n")
     argv = user.flags(tmp_path / "out", "--train_files", tmp_path / "late.txt")
     for kind, message in run_ranks(2, refused, argv, timeout_s=60):
@@ -44,7 +44,7 @@ def test_all_ranks_agree_on_a_broken_file(user: Playground, tmp_path: Path) -> N
 # -- models and tokenizers -----------------------------------------------------------------------------------------
 
 
-def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path) -> None:
+def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path):
     shutil.copytree(user.model, tmp_path / "bloom")
     bloom = AutoConfig.for_model("bloom", vocab_size=400, hidden_size=32, n_layer=2, n_head=4)
     AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "bloom")
@@ -54,13 +54,13 @@ def test_documents_that_would_see_each_other(user: Playground, tmp_path: Path) -
     assert run(1, [*argv, "--no_document_mask"])["steps"] == 6
 
 
-def test_a_tokenizer_beyond_the_models_vocabulary(user: Playground, tmp_path: Path) -> None:
+def test_a_tokenizer_beyond_the_models_vocabulary(user: Playground, tmp_path: Path):
     path = train_sentencepiece(user.texts(), 450, tmp_path)
     cases = [user.flags(tmp_path / "out", "--tokenizer_name", name) for name in (path, user.train)]
     assert_user_errors(cases, [["--tokenizer_name", "449", "0 to 399"], ["--tokenizer_name", str(user.train)]])
 
 
-def test_a_tokenizer_that_would_come_back_as_another_one(user: Playground, tmp_path: Path) -> None:
+def test_a_tokenizer_that_would_come_back_as_another_one(user: Playground, tmp_path: Path):
     """A Qwen2 folder makes transformers read any tokenizer beside it as Qwen2's own."""
     shutil.copytree(user.model, tmp_path / "model")
     tiny_model("qwen2", vocab_size=400).save_pretrained(tmp_path / "model")
@@ -79,7 +79,7 @@ def other_run(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return finished_run(1, user, tmp_path_factory)
 
 
-def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path: Path) -> None:
+def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path: Path):
     before = contents(other_run)
     mistaken = ["--overwrite_output_dir", "true"]
     checkpoint = other_run / "checkpoints" / "latest"
@@ -98,7 +98,7 @@ def test_another_run_is_not_touched(user: Playground, other_run: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Path, tmp_path: Path) -> None:
+def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Path, tmp_path: Path):
     """Its launcher was killed, and it is resumed or overwritten while the ranks live on."""
     out = Path(shutil.copytree(other_run, tmp_path / "out", symlinks=True))
     before = contents(out)
@@ -117,7 +117,7 @@ def test_a_folder_that_a_run_is_still_writing_to(user: Playground, other_run: Pa
 # -- while running -------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tmp_path: Path, out: Path):
     """The learning rate makes the first steps diverge; a checkpoint from before is named."""
     argv = user.flags(out, "--learning_rate", "1e25", "--warmup_steps", 0, "--save_steps", 1, "--eval_files", user.held)
     for kind, message in run_ranks(2, refused, argv):
@@ -136,7 +136,7 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(user: Playground, tm
     assert all(verify_manifest(folder) == [] for folder in complete_checkpoints(good / "checkpoints"))
 
 
-def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> None:
+def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path):
     shutil.copytree(user.model, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.inf
@@ -162,9 +162,7 @@ def test_a_model_with_an_infinite_weight(user: Playground, tmp_path: Path) -> No
         ),
     ],
 )
-def test_the_launcher_says_it_once(
-    user: Playground, tmp_path: Path, ranks: int, more: list[str], code: int, part: str
-) -> None:
+def test_the_launcher_says_it_once(user: Playground, tmp_path: Path, ranks: int, more: list[str], code: int, part: str):
     done = launch(ranks, user.flags("out", *more), tmp_path, timeout_s=180)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr.count(part) == 1

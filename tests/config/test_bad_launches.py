@@ -396,7 +396,7 @@ def answered(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_launch_with_a_mistake(line: str, answered: dict[str, Answer]) -> None:
+def test_a_launch_with_a_mistake(line: str, answered: dict[str, Answer]):
     code, message, wrote, loaded = answered[line]
     assert code == 2, message
     assert [phrase for phrase in line.split(" | ")[1:] if phrase not in message] == [], message

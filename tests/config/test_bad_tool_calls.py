@@ -131,7 +131,7 @@ def paths(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_call_with_a_mistake(line: str, paths: dict[str, Path]) -> None:
+def test_a_call_with_a_mistake(line: str, paths: dict[str, Path]):
     case, *phrases = line.format(**paths).split(" | ")
     name, *flags = shlex.split(case)
     code, message = answer(tool(name).main, f"{name}.py", flags)

@@ -81,7 +81,7 @@ def arguments_of(setting: str, beside: str) -> Arguments:
     )
 
 
-def test_every_setting_of_the_table_exists_and_stands_there_once() -> None:
+def test_every_setting_of_the_table_exists_and_stands_there_once():
     arguments = parse([])
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
     known = {field.name for group in groups for field in dataclasses.fields(group)}
@@ -91,7 +91,7 @@ def test_every_setting_of_the_table_exists_and_stands_there_once() -> None:
 
 
 @pytest.mark.parametrize("setting, beside", cases(IDLE))
-def test_a_setting_without_effect_is_refused(setting: str, beside: str) -> None:
+def test_a_setting_without_effect_is_refused(setting: str, beside: str):
     arguments = arguments_of(setting, beside)
     name = setting.partition(":")[0]
     assert list(idle_settings(arguments)) == [name]
@@ -100,23 +100,23 @@ def test_a_setting_without_effect_is_refused(setting: str, beside: str) -> None:
 
 
 @pytest.mark.parametrize("setting, beside", cases(USED))
-def test_a_setting_with_an_effect_is_taken(setting: str, beside: str) -> None:
+def test_a_setting_with_an_effect_is_taken(setting: str, beside: str):
     validate(arguments_of(setting, beside))
 
 
-def test_the_message_says_what_the_setting_is_for() -> None:
+def test_the_message_says_what_the_setting_is_for():
     with pytest.raises(UserError) as refusal:
         validate(parse([*RUN, "--lora_alpha", "16"]))
     assert str(refusal.value) == ("--lora_alpha is for LoRA (--adapter lora), and has no effect here: leave it out")
 
 
-def test_mistakes_in_values_come_first() -> None:
+def test_mistakes_in_values_come_first():
     with pytest.raises(UserError) as refusal:
         validate(parse([*RUN, "--decay_ratio", "-1"]))
     assert str(refusal.value) == "--decay_ratio must be above 0 and at most 1, got -1.0"
 
 
-def test_flags_may_leave_keys_of_a_recipe_without_effect() -> None:
+def test_flags_may_leave_keys_of_a_recipe_without_effect():
     arguments = parse([str(RECIPES / "continual_7b_r8.yaml"), *RUN, "--adapter", "full", "--max_steps", "500"])
     assert set(arguments.left_out) == {"operator", "num_train_epochs"}
     assert not arguments.set_by_user & set(arguments.left_out)
@@ -124,13 +124,13 @@ def test_flags_may_leave_keys_of_a_recipe_without_effect() -> None:
     assert dump(arguments)["operator"] == "auto", "run.yaml is a recipe that is taken as it is"
 
 
-def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path: Path) -> None:
+def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("operator: share\n", encoding="utf-8")
     with pytest.raises(UserError, match="--operator is for MoRA"):
         validate(parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "lora", "--operator", "share"]))
 
 
-def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path: Path) -> None:
+def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("merge_every: 50\nrestart_warmup_steps: 5\n", encoding="utf-8")
     arguments = parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "full"])
     assert arguments.left_out == ("merge_every", "restart_warmup_steps")

@@ -14,7 +14,7 @@ from tests.helpers.jobs import Playground, printed, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 
-def test_bounds_and_scores() -> None:
+def test_bounds_and_scores():
     watch = Watch.of(["old:1.10"], ["old:0.25", "new:0.75"])
     start = {"old": 100.0, "new": 50.0}
     assert watch.forgotten(start, {"old": 110.0, "new": 500.0}) is None
@@ -37,7 +37,7 @@ def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
     return user.flags(out, "--train_files", odd, *all_of_it, "--eval_steps", 2, "--save_steps", 3, *more)
 
 
-def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path) -> None:
+def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path):
     argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
     run_ranks(1, interrupted_job, argv, 1)
     told = run_ranks(1, printed, argv)[0]
@@ -60,7 +60,7 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path) -> Non
     assert read_json(out / "summary.json")["steps"] == 12, "a higher bound goes on"
 
 
-def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path, out: Path):
     """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
     more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
     whole = tmp_path / "whole"

@@ -11,7 +11,7 @@ from mora_ds.config.flags import REMOVED
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_a_removed_setting_is_refused_with_what_takes_its_place(name: str, tmp_path: Path) -> None:
+def test_a_removed_setting_is_refused_with_what_takes_its_place(name: str, tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{name}: 1\n", encoding="utf-8")
     for argv in ([str(recipe)], [f"--{name}", "1"], [f"--{name}=1"], [f"--{name}"]):
@@ -20,7 +20,7 @@ def test_a_removed_setting_is_refused_with_what_takes_its_place(name: str, tmp_p
         assert f"{name} {REMOVED[name]}" in str(refusal.value)
 
 
-def test_no_removed_setting_is_still_there() -> None:
+def test_no_removed_setting_is_still_there():
     arguments = parse([])
     groups = (getattr(arguments, group.name) for group in fields(arguments))
     present = {field.name for group in groups if hasattr(group, "__dataclass_fields__") for field in fields(group)}

@@ -10,7 +10,7 @@ from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.remora.schedule import Schedule, ScheduleKind
 
 
-def test_evaluation_sets_have_names() -> None:
+def test_evaluation_sets_have_names():
     data = parse(["--eval_files", "held.txt", "news=b/*.txt", "a=b/c.txt", "dir/x=y.txt"]).data
     assert data.named_eval_files() == [
         ("held", "held.txt"),
@@ -20,11 +20,11 @@ def test_evaluation_sets_have_names() -> None:
     ]
 
 
-def test_patterns_of_evaluation_files_are_sets_whose_names_are_not_known_yet() -> None:
+def test_patterns_of_evaluation_files_are_sets_whose_names_are_not_known_yet():
     validate(from_flat({"model_name_or_path": "m", "train_files": ["a"], "eval_files": ["a/*.txt", "b/*.txt"]}))
 
 
-def test_a_warmup_below_1_is_a_share_of_the_run() -> None:
+def test_a_warmup_below_1_is_a_share_of_the_run():
     assert parse(["--warmup_steps", "0.03"]).schedule(1000).warmup_steps == 30
     assert parse(["--warmup_steps", "0.03"]).schedule(1001).warmup_steps == 31, "rounded up"
     assert parse(["--warmup_steps", "1"]).schedule(1000).warmup_steps == 1
@@ -32,11 +32,11 @@ def test_a_warmup_below_1_is_a_share_of_the_run() -> None:
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
 
 
-def test_a_run_that_asks_for_no_checkpoints_loses_500_steps_at_most() -> None:
+def test_a_run_that_asks_for_no_checkpoints_loses_500_steps_at_most():
     assert parse([]).training.save_steps == 500
 
 
-def test_the_schedule_has_every_setting_of_the_flags() -> None:
+def test_the_schedule_has_every_setting_of_the_flags():
     flags = (
         "--learning_rate 0.002 --min_lr_ratio 0.1 --decay_ratio 0.3 --lr_scheduler_type wsd --warmup_steps 5 "
         "--merge_every 40 --restart_warmup_steps 7"
@@ -48,7 +48,7 @@ def test_the_schedule_has_every_setting_of_the_flags() -> None:
     )  # fmt: skip
 
 
-def test_the_engine_has_every_setting_of_the_flags() -> None:
+def test_the_engine_has_every_setting_of_the_flags():
     flags = (
         "--per_device_train_batch_size 3 --gradient_accumulation_steps 5 --learning_rate 0.002 --adam_beta1 0.8 "
         "--adam_beta2 0.9 --adam_epsilon 1e-6 --weight_decay 0.2 --max_grad_norm 0.5 --fp16 --optimizer muon "
@@ -63,7 +63,7 @@ def test_the_engine_has_every_setting_of_the_flags() -> None:
     assert training.rows_per_step(8) == 3 * 5 * 2
 
 
-def test_adapter_settings_become_the_adapters_config() -> None:
+def test_adapter_settings_become_the_adapters_config():
     config = parse(["--mora_rank", "16", "--train_norms", "--target_modules", "q_proj"]).adapter.config(seed=5)
     assert (config.rank, config.train_norms, config.target_modules, config.seed) == (16, True, ("q_proj",), 5)
     flags = "--operator decouple --r_hat_multiple 2 --mora_dropout 0.1 --train_head --base_bits 8"
@@ -86,6 +86,6 @@ def test_adapter_settings_become_the_adapters_config() -> None:
         ("--optimizer muon --embedding_learning_rate 0.001", 0.01, 0.001),
     ],
 )
-def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags: str, adapter: float, others: float) -> None:
+def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags: str, adapter: float, others: float):
     training = parse(flags.split()).training
     assert (training.peak_learning_rate, training.other_learning_rate) == (adapter, others)

@@ -24,13 +24,13 @@ MIXTURES = sorted((CONFIGS / "mixtures").glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.json"))
 
 
-def test_there_is_something_of_each_kind() -> None:
+def test_there_is_something_of_each_kind():
     assert (len(DEEPSPEED), len(RECIPES), len(MIXTURES), len(MODELS)) >= (5, 8, 1, 5)
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
-def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str) -> None:
+def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str):
     training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
     assert training.tensor_parallel_size == (2 if path.stem.endswith("tp2") else 1)
     settings = training.engine_settings()
@@ -42,7 +42,7 @@ def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_make_valid_runs(path: Path) -> None:
+def test_recipes_make_valid_runs(path: Path):
     arguments = parse([str(path), "--model_name_or_path", "model", "--train_files", "a.txt"])
     validate(arguments)
     assert arguments.training.deepspeed is not None
@@ -53,7 +53,7 @@ def test_recipes_make_valid_runs(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, rank, rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])
-def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rates: tuple[float, float]) -> None:
+def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rates: tuple[float, float]):
     arguments = parse([str(CONFIGS / "recipes" / f"continual_7b_{name}.yaml")])
     training = arguments.training
     assert arguments.adapter.mora_rank == rank
@@ -63,13 +63,13 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rate
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_leave_model_and_data_to_the_user(path: Path) -> None:
+def test_recipes_leave_model_and_data_to_the_user(path: Path):
     keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
     assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
-def test_mixtures_make_plans(path: Path) -> None:
+def test_mixtures_make_plans(path: Path):
     plan = mixture_plan(DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"]))
     assert plan is not None
     assert len(plan.sources) == 3
@@ -78,7 +78,7 @@ def test_mixtures_make_plans(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_model_configs_build_a_model(path: Path) -> None:
+def test_model_configs_build_a_model(path: Path):
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -59,7 +59,7 @@ def test_documents_between_bos_and_eos(
     build: Build,
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 300)
     built = build(files)
     wanted = [[1, *tokenizer.encode(text, add_special_tokens=False), 2] for text in TEXTS]
@@ -74,7 +74,7 @@ def test_documents_between_bos_and_eos(
     assert without.tokens[0] != 1
 
 
-def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path) -> None:
+def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path):
     wide = load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path))
     wide.add_tokens([f"<extra_{number}>" for number in range(1 << 16)])
     (tmp_path / "c.txt").write_text("hello <extra_65535>")
@@ -88,7 +88,7 @@ def test_a_long_file_is_one_document(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 100)
     text = "some words\n" * 100
     (tmp_path / "a.txt").write_text(text)
@@ -100,7 +100,7 @@ def test_a_long_file_is_one_document(
 
 def test_any_number_of_processes_gives_the_same(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 100)
     one, two = (build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n) for n in (1, 2))
@@ -110,7 +110,7 @@ def test_any_number_of_processes_gives_the_same(
     assert one.ends.tobytes() == two.ends.tobytes()
 
 
-def test_errors_of_worker_processes_arrive(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_worker_processes_arrive(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
@@ -118,7 +118,7 @@ def test_errors_of_worker_processes_arrive(build: Build, tmp_path: Path, monkeyp
         build([str(tmp_path / "*.jsonl")], num_proc=2)
 
 
-def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path):
     program = tmp_path / "caller.py"
     program.write_text(
         "import os, signal, itertools\n"
@@ -141,7 +141,7 @@ def test_the_second_call_only_opens(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     built = build(files)
     forbid_building(monkeypatch)
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -155,7 +155,7 @@ def test_the_second_call_only_opens(
 
 def test_contents_order_and_settings_each_make_a_new_key(
     files: list[str], build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+):
     def key(patterns: list[str], tokens: PreTrainedTokenizerBase = tokenizer, **settings: str) -> str:
         return build_cache(load_corpus(patterns, **settings), tokens, tmp_path / "cache").folder.name
 
@@ -179,7 +179,7 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up. Here
     the file system has no locks, so that a running builder looks like a dead one."""
     good = build_cache(load_corpus(files), tokenizer, tmp_path / "good")
@@ -207,7 +207,7 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     assert leftover not in folders(cache_dir)  # ... and a day later it goes
 
 
-def test_a_damaged_cache_is_not_opened(files: list[str], build: Build) -> None:
+def test_a_damaged_cache_is_not_opened(files: list[str], build: Build):
     """(That it is named and rebuilt, whatever the damage, is in test_cache_damage.py.)"""
     built = build(files)
     (built.folder / "documents.bin").unlink()
@@ -217,7 +217,7 @@ def test_a_damaged_cache_is_not_opened(files: list[str], build: Build) -> None:
 
 def test_only_the_builder_builds_and_all_meet_at_the_barrier(
     files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     corpus = load_corpus(files)
     cache_dir = tmp_path / "cache"
     arrivals = []
@@ -233,7 +233,7 @@ def test_only_the_builder_builds_and_all_meet_at_the_barrier(
     assert arrivals == ["builder", "other"]
 
 
-def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     corpus = load_corpus([str(tmp_path / "a.jsonl")])
     arrivals = []
@@ -248,7 +248,7 @@ def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizer
 
 def test_of_two_builders_at_once_the_first_wins(
     files: list[str], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """Two nodes with one shared folder: the other one finishes just before this one renames."""
     sync = cache.fsync_tree
     theirs = list[Any]()
@@ -265,7 +265,7 @@ def test_of_two_builders_at_once_the_first_wins(
     assert folders(tmp_path / "cache") == [mine.folder.name]
 
 
-def test_nothing_to_tokenise(build: Build, tmp_path: Path) -> None:
+def test_nothing_to_tokenise(build: Build, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
     with pytest.raises(UserError, match="--train_files: every document is empty"):
         build([str(tmp_path / "a.jsonl")])
@@ -277,7 +277,7 @@ def test_cache_folders_that_cannot_be(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to"):
         build_cache(load_corpus(files), tokenizer, Path(files[0]))
     full = shutil.disk_usage(tmp_path)._replace(free=10)

@@ -23,7 +23,7 @@ def build(user: Playground, tmp_path: Path) -> Callable[[], Any]:
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
 def test_a_damaged_cache_is_named_and_built_anew(
     build: Callable[[], Any], caplog: pytest.LogCaptureFixture, name: str, harm: str
-) -> None:
+):
     built = build()
     contents = tree(built.folder)
     for where in (0.02, 0.4, 0.97) if harm == "flip" else (0.0,):
@@ -38,7 +38,7 @@ def test_a_damaged_cache_is_named_and_built_anew(
 
 
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
-def test_a_damaged_entry_of_the_index_is_not_believed(build: Callable[[], Any], where: float) -> None:
+def test_a_damaged_entry_of_the_index_is_not_believed(build: Callable[[], Any], where: float):
     """It would name another cache, and with it another run."""
     built = build()
     (entry,) = (built.folder.parent / "index").iterdir()

@@ -38,13 +38,13 @@ def error(*patterns: str | Path, **settings: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.anything", "a", "a.txt.gz"])
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, name: str) -> None:
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, name: str):
     data = "one\r\ntwo\n\n\tthree é".encode()
     (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" + data) if name.endswith(".gz") else data)
     assert texts(tmp_path / name) == [data.decode()]
 
 
-def test_the_column_of_a_table_is_named(tmp_path: Path) -> None:
+def test_the_column_of_a_table_is_named(tmp_path: Path):
     table = pa.table({"other": [1, 2, 3], "body": pa.array(TEXTS, pa.large_string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert texts(tmp_path / "a.parquet", text_column="body") == TEXTS
@@ -53,7 +53,7 @@ def test_the_column_of_a_table_is_named(tmp_path: Path) -> None:
     assert "'other' holds int64, not strings" in error(tmp_path / "a.parquet", text_column="other")
 
 
-def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path) -> None:
+def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path):
     dataset = datasets.Dataset.from_list(records())
     dataset.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"small": dataset.select([1]), "train": dataset}).save_to_disk(tmp_path / "splits")
@@ -66,7 +66,7 @@ def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path) -> None:
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
 
 
-def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(tmp_path: Path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_bytes(lines(records()))
     assert list(load_corpus(dataset_name=str(tmp_path / "files")).texts()) == TEXTS
@@ -74,7 +74,7 @@ def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(
         load_corpus(dataset_name="/no/such/set")
 
 
-def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> None:
+def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl", "[x].txt"):
         (tmp_path / name).write_text('{"text": "t"}\n')
@@ -87,7 +87,7 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path) -> No
         assert [path.name for path in resolve_files([f"{tmp_path}/{name}" for name in pattern.split()])] == names
 
 
-def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Path) -> None:
+def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Path):
     for name, content in (("__init__.py", ""), ("a.py", "x = 1\n"), ("none/__init__.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -100,7 +100,7 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Pat
     assert "b.py is a link to nothing" in error(tmp_path / "*.py")
 
 
-def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path):
     """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be missing."""
     reader, writer = os.pipe()
     os.write(writer, b"text")
@@ -112,7 +112,7 @@ def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path) -> None
     os.close(writer)
 
 
-def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 777)  # cuts two-byte characters in half
     content = "".join(f"line {number} é\n" for number in range(500)) + "x" * 2500
@@ -125,7 +125,7 @@ def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeyp
     assert all(piece.text.endswith("\n") for piece in pieces[:-4])
 
 
-def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path) -> None:
+def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path):
     """A document has one hash, whether it is a text file in chunks or a JSON record."""
     text = "A title\n" + "and a text without line ends " * 40_000
     (tmp_path / "a.txt").write_text(text)
@@ -135,7 +135,7 @@ def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path) -> N
     assert hashes_of([first]) == hashes_of(load_corpus([str(tmp_path / "a.jsonl")]))
 
 
-def test_no_file_matches(tmp_path: Path) -> None:
+def test_no_file_matches(tmp_path: Path):
     (tmp_path / "corpus.jsonl").write_text("{}")
     pattern = tmp_path / "corpsu.jsonl"
     assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
@@ -177,7 +177,7 @@ WRONG: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize("name, content, message", WRONG, ids=lambda value: value if type(value) is str else "")
-def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     text = error(tmp_path / name)
     assert text.startswith(f"--train_files: {tmp_path / name}")
@@ -186,7 +186,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bom: bytes) -> None:
+def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bom: bytes):
     monkeypatch.setattr(readers, "_READ_BYTES", 7)
     data = bom + "fine\nalso fiñe\ncaf".encode() + b"\xe9 is Latin-1\n"
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
@@ -194,7 +194,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert f"{name}, line 3: not UTF-8 (byte 0xe9 at offset {offset}" in error(tmp_path / name)
 
 
-def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
+def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path):
     """Unpacked too: 16 MiB of one letter are 16 KiB of gzip."""
     size = 16 << 20
     path = tmp_path / "a.jsonl.gz"
@@ -207,7 +207,7 @@ def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever the rest would unpack to, and whether or not it holds a line end."""
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"x" * (64 << 20)))
@@ -222,7 +222,7 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pyte
     assert "split it (jq -c '.[]' makes one object a line" in error(path)
 
 
-def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path: Path) -> None:
+def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path: Path):
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
     assert "a.parquet, row 3: the text is null" in error(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
@@ -232,7 +232,7 @@ def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_pa
     assert "c.parquet: 2 columns are called 'text'" in error(tmp_path / "c.parquet")
 
 
-def test_text_in_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+def test_text_in_a_table_that_is_not_utf8(tmp_path: Path):
     """Arrow writes and reads any bytes as strings."""
     offsets = np.array([0, *[1] * 1030, 3], np.int32)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xff\xfe")]
@@ -241,7 +241,7 @@ def test_text_in_a_table_that_is_not_utf8(tmp_path: Path) -> None:
     assert "a.parquet: not UTF-8 in row 1025, or one of the next 1024" in error(tmp_path / "a.parquet")
 
 
-def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path):
     (tmp_path / "good.jsonl").write_bytes(lines(records()))
     (tmp_path / "other.jsonl").write_text('{"content": "a"}\n')
     with pytest.raises(UserError, match=r"other.jsonl, line 1: no field 'text'"):
@@ -251,7 +251,7 @@ def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path) -
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "d.txt").symlink_to("b.txt")
@@ -264,7 +264,7 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pyte
     assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
 
 
-def test_where_files_come_from_is_said_in_one_way(tmp_path: Path) -> None:
+def test_where_files_come_from_is_said_in_one_way(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="give either --train_files or --dataset_name, not both"):
         load_corpus([str(tmp_path / "a.txt")], dataset_name="x")
@@ -277,7 +277,7 @@ def test_where_files_come_from_is_said_in_one_way(tmp_path: Path) -> None:
         stream_dataset("/no/such/set", "text", "source 'law'")
 
 
-def test_the_training_split_of_a_name_is_streamed(tmp_path: Path) -> None:
+def test_the_training_split_of_a_name_is_streamed(tmp_path: Path):
     (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
     (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}]))
     assert list(stream_dataset(str(tmp_path), "text", "--dataset_name").texts()) == ["a"]

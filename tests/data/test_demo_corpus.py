@@ -26,7 +26,7 @@ def sources(path: Path) -> set[str]:
     return {row["source"] for row in rows(path)}
 
 
-def test_a_module_is_held_out_of_both_or_of_neither(written: Path) -> None:
+def test_a_module_is_held_out_of_both_or_of_neither(written: Path):
     train = sources(written / "general_train.jsonl") | sources(written / "domain_train.jsonl")
     held_out = sources(written / "general_eval.jsonl") | sources(written / "domain_eval.jsonl")
     assert not train & held_out
@@ -34,7 +34,7 @@ def test_a_module_is_held_out_of_both_or_of_neither(written: Path) -> None:
     assert {"json.decoder", "topic:assert"} <= train | held_out
 
 
-def test_no_held_out_prose_is_trained_on(written: Path) -> None:
+def test_no_held_out_prose_is_trained_on(written: Path):
     held_out, trained = (
         {paragraph for row in rows(written / name) for paragraph in demo_corpus._paragraphs(row["text"])}
         for name in ("general_eval.jsonl", "general_train.jsonl")
@@ -43,7 +43,7 @@ def test_no_held_out_prose_is_trained_on(written: Path) -> None:
     assert not held_out & trained
 
 
-def test_code_is_the_library_as_it_stands() -> None:
+def test_code_is_the_library_as_it_stands():
     documents = {document.source: document.text for document in domain_documents()}
     for module in (json, ast):
         assert documents[module.__name__] == Path(module.__file__ or "").read_bytes().decode()
@@ -52,7 +52,7 @@ def test_code_is_the_library_as_it_stands() -> None:
     assert not any(source.startswith("_sysconfigdata") for source in documents)
 
 
-def test_docstrings_are_dedented_and_in_order() -> None:
+def test_docstrings_are_dedented_and_in_order():
     source = (
         'def later(): "b"\nclass A:\n    """First.\n\n    second\n        indented\n    """\n    def f(self): "c"\n'
     )
@@ -64,7 +64,7 @@ def test_docstrings_are_dedented_and_in_order() -> None:
     ]
 
 
-def test_limits_hold_and_the_same_bytes_come_again(written: Path, tmp_path: Path) -> None:
+def test_limits_hold_and_the_same_bytes_come_again(written: Path, tmp_path: Path):
     limits = {"general_bytes": 200_000, "domain_bytes": 300_000, "eval_bytes": 30_000}
     first, second = (write_demo_corpus(tmp_path / name, **limits) for name in "ab")
     assert first == second
@@ -80,7 +80,7 @@ def test_limits_hold_and_the_same_bytes_come_again(written: Path, tmp_path: Path
         write_demo_corpus(tmp_path, general_bytes=3)
 
 
-def test_a_python_without_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pydoc_data.topics", None)
         with pytest.raises(UserError, match=r"pydoc_data\.topics, which this Python has come without; .*--train_files"):

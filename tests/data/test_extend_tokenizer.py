@@ -94,7 +94,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("make_folder", [llama_folder, folder_trained_here, byte_level_folder])
-def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) -> None:
+def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]):
     folder = make_folder(tmp_path / "model")
     out = tmp_path / "extended"
     report = extend_vocabulary(folder, domain(tmp_path), 150, out)
@@ -133,7 +133,7 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]) 
             assert torch.allclose(weight[first + 40], was[old_ids].mean(dim=0))
 
 
-def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path) -> None:
+def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path):
     folder = byte_level_folder(tmp_path / "model")
     few = tmp_path / "few.txt"
     few.write_text("some few words of text, some words\n" * 3)
@@ -151,7 +151,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_a_head_neither_tied_nor_linear_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_neither_tied_nor_linear_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = llama_folder(tmp_path / "model")
     kind = type(tiny_model("llama"))
     for head, words in ((None, "it has none"), (torch.nn.LayerNorm(1), "it is a LayerNorm")):
@@ -161,7 +161,7 @@ def test_a_head_neither_tied_nor_linear_is_refused(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_report_says() -> None:
+def test_what_a_report_says():
     report = VocabularyReport(Path("out"), 1500, (32000, 33536), (0.4, 0.3), 12345)
     assert report.lines() == [
         "out: 1,500 new tokens, 32,000 -> 33,536 rows",
@@ -183,7 +183,7 @@ class Letters:
         return "".join(map(chr, ids))
 
 
-def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
+def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
     whole = Letters()
     lossy = Letters("é")
     worse = Letters("éa")
@@ -198,9 +198,7 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("stored, new, expected", [(640, 40, 640), (640, 41, 704), (700, 10, 704)])
-def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(
-    tmp_path: Path, stored: int, new: int, expected: int
-) -> None:
+def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(tmp_path: Path, stored: int, new: int, expected: int):
     """The tokenizer has 600 tokens."""
     folder = byte_level_folder(tmp_path / "model", vocab_size=stored)
     report = extend_vocabulary(folder, domain(tmp_path), new, tmp_path / "out")
@@ -213,7 +211,7 @@ def extension_of(folder: Path) -> Extension:
     return Extension(folder, ("ab", "abc"), 6, ((0, 1), (0, 1, 2)))
 
 
-def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path) -> None:
+def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path):
     """Rows 6 and 7 of the table have no token, and count for no mean."""
     table = torch.arange(24.0).view(8, 3).square().bfloat16()
     table[6:] = 1e6
@@ -226,7 +224,7 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path) -> Non
     assert grown(bias, extension_of(tmp_path), 9).tolist() == [0, 1, 2, 3, 4, 5, 0.5, 1, 2.5]
 
 
-def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path, out: Path) -> None:
+def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path, out: Path):
     """Also in a config that holds the text model's own, and for a head with a bias."""
     folder = tmp_path / "model"
     out.mkdir()
@@ -254,7 +252,7 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Pat
     assert torch.equal(extended.read("lm_head.bias")[6], base.read("lm_head.bias")[:2].float().mean().bfloat16())
 
 
-def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path) -> None:
+def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path):
     """Files may hold lm_head.weight though it is tied."""
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -263,7 +261,7 @@ def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path) -> None:
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight"}, 128)
 
 
-def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small = byte_level_folder(tmp_path / "small", vocab_size=599)
     with pytest.raises(UserError, match="the tokenizer does not fit the model"):
         extend_vocabulary(small, domain(tmp_path), 10, tmp_path / "out")
@@ -286,7 +284,7 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_record_of_new_rows_is_checked(tmp_path: Path) -> None:
+def test_the_record_of_new_rows_is_checked(tmp_path: Path):
     with pytest.raises(UserError, match="was not written by mora-ds extend-vocab"):
         first_new_row(tmp_path)
     for content, words in (

@@ -31,7 +31,7 @@ def order(shares: SampleSchedule, samples: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "weights", [(0.7, 0.25, 0.05), (1, 1, 1), (0.333, 0.333, 0.334), (math.pi, math.e, 0.01), (90, 9, 1)], ids=str
 )
-def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]) -> None:
+def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]):
     shares = SampleSchedule([Phase(0, weights)], [None] * 3)
     wanted = np.array(weights) / sum(weights)
     counts = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
@@ -42,7 +42,7 @@ def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float,
     assert np.abs(counts[starts + 1000] - counts[starts] - 1000 * wanted).max() < 2, "nor any window by two"
 
 
-def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> None:
+def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree():
     shares = SampleSchedule([Phase(0, (3, 1, 2)), Phase(50, (0, 1, 1)), Phase(77, (5, 1, 0))], [None, None, None])
     seen = [0, 0, 0]
     for sample in range(500):
@@ -54,7 +54,7 @@ def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree() -> No
     assert (order(shares, 500)[77:] != 2).all()
 
 
-def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
+def test_a_source_that_is_used_up_leaves_its_share_to_the_others():
     shares = SampleSchedule([Phase(0, (0.5, 0.25, 0.25))], [None, 10, 40])
     drawn = order(shares, 1000)
     assert (drawn == 1).sum() == 10
@@ -71,7 +71,7 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others() -> None:
         ending.locate(7)
 
 
-def test_a_place_far_out_is_found_without_a_walk() -> None:
+def test_a_place_far_out_is_found_without_a_walk():
     shares = SampleSchedule([Phase(0, (0.61, 0.29, 0.1))], [None] * 3)
     far = 10**12
     source, number = shares.locate(far)
@@ -79,7 +79,7 @@ def test_a_place_far_out_is_found_without_a_walk() -> None:
     assert abs(int(shares.counts(far)[0]) - 61 * far // 100) <= 1
 
 
-def test_weights_become_whole_numbers() -> None:
+def test_weights_become_whole_numbers():
     assert integer_weights((0.7, 0.25, 0.05)) == (14, 5, 1)
     assert integer_weights((0.1, 0.2)) == (1, 2), "decimals, not what a float makes of them"
     crooked = integer_weights((math.pi, math.e, 1e-9))
@@ -92,7 +92,7 @@ def test_weights_become_whole_numbers() -> None:
     assert all(abs(have - want * LONGEST_PERIOD) < 4 for have, want in zip(rounded, large, strict=False))
 
 
-def test_the_order_never_changes() -> None:
+def test_the_order_never_changes():
     """Recorded: a run of today must resume tomorrow."""
     assert order(SampleSchedule([Phase(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
 
@@ -115,7 +115,7 @@ def mixture(rows: int = 12, phases: Any = ((0, (0.6, 0.4)),), epochs: Any = (Non
     return Mixture(sources, phases, epochs, 4, rows)
 
 
-def test_sources_keep_their_own_order_and_epochs() -> None:
+def test_sources_keep_their_own_order_and_epochs():
     data = mixture()
     drawn = torch.cat([data.batch(step, 12)["input_ids"][:, 0] for step in range(60)])
     marks = torch.tensor([data.sources_of(step, 12) for step in range(60)]).flatten()
@@ -133,14 +133,14 @@ def test_sources_keep_their_own_order_and_epochs() -> None:
     assert measured == [10_000 + 4 * (index % 31) for index in range(33)], "of the first source, from its start"
 
 
-def test_its_identity_tells_sources_weights_and_epochs() -> None:
+def test_its_identity_tells_sources_weights_and_epochs():
     changed = [mixture(phases=phases) for phases in (((0, (1, 1)),), ((0, (0.6, 0.4)), (9, (1, 0))))]
     changed.append(mixture(epochs=(2, None)))
     changed.append(Mixture({"a": source(0, 3, "a"), "b": source(0, 3, "c")}, ((0, (0.6, 0.4)),), (None, None), 4, 12))
     assert mixture().identity == mixture().identity not in [variant.identity for variant in changed]
 
 
-def test_the_end_of_capped_sources_is_known_beforehand() -> None:
+def test_the_end_of_capped_sources_is_known_beforehand():
     assert mixture(epochs=(2, 1)).max_steps == (62 + 9) // 12
     assert mixture(epochs=(2, None)).max_steps is None
     assert mixture(epochs=(1.5, 1)).schedule.limit == 46 + 9, "of 31 and 9 sequences"
@@ -162,14 +162,14 @@ def plan_of(tmp_path: Path, text: str = "", **flags: Any) -> Any:
     return mixture_plan(DataArguments(**flags))
 
 
-def test_plain_files_are_no_mixture(tmp_path: Path) -> None:
+def test_plain_files_are_no_mixture(tmp_path: Path):
     odd = tmp_path / "a=b:1"
     odd.write_text("text")
     for files in (["a.txt", "b.txt"], ["x=y.txt"], ["s3://bucket:9000/x"], [str(odd)], ["a.txt:b"]):
         assert plan_of(tmp_path, train_files=files) is None
 
 
-def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
+def test_flags_and_file_say_the_same(tmp_path: Path):
     by_flags = plan_of(tmp_path, train_files=["web=w/*.txt:0.7", "code=c.py:0.3"], replay=["old=o.txt:0.1"])
     text = "sources:\n  web: {files: w/*.txt, weight: 7}\n  code: {files: [c.py], weight: 3}\n"
     by_file = plan_of(tmp_path, text, replay=["old=o.txt:0.1"])
@@ -177,7 +177,7 @@ def test_flags_and_file_say_the_same(tmp_path: Path) -> None:
     assert by_flags.phases == by_file.phases == ((0, (0.63, 0.27, 0.1)),)
 
 
-def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path) -> None:
+def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path):
     text = (
         "sources:\n  web: {files: w, weight: 3}\n  code: {files: c, weight: 1, epochs: 2}\n  old: {files: o}\n"
         "phases:\n  - {from_step: 10, weights: {code: 1, old: 9}}\n"
@@ -201,13 +201,13 @@ WRONG = """
 
 
 @pytest.mark.parametrize("text, phrases", [(text, phrases) for text, *phrases in rows_of(WRONG)])
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, phrases: list[str]) -> None:
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, phrases: list[str]):
     with pytest.raises(UserError) as error:
         plan_of(tmp_path, text)
     assert all(phrase in str(error.value) for phrase in phrases), str(error.value)
 
 
-def test_a_stream_has_whole_epochs(tmp_path: Path) -> None:
+def test_a_stream_has_whole_epochs(tmp_path: Path):
     with pytest.raises(UserError, match=r"whole number.*got 1\.5"):
         plan_of(tmp_path, "{sources: {a: {files: x, epochs: 1.5}}}", streaming=True)
 
@@ -218,7 +218,7 @@ def test_a_stream_has_whole_epochs(tmp_path: Path) -> None:
 PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
 
 
-def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp_path: Path, out: Path):
     """Per-source losses included: exact over ranks and micro-batches."""
     mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
     more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
@@ -245,7 +245,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(resumed)
 
 
-def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path) -> None:
+def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path):
     """In the first step, the loss that a run reports of one source is the loss of a run on that source alone."""
     more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
     mix = write_mixture(user, tmp_path / "mix.yaml")
@@ -261,7 +261,7 @@ def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Pa
     assert not source_rows(tmp_path / "new"), "one source has its loss in the step's row"
 
 
-def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path: Path) -> None:
+def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path: Path):
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n")
     too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
@@ -276,7 +276,7 @@ def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path
 # -- held out --------------------------------------------------------------------------------------------------------
 
 
-def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) -> None:
+def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path):
     """By hash, in every source: also where a document lies in two of them."""
     from mora_ds.data import Corpus, DocumentFilter, document_hash, hashes_of, load_corpus
 
@@ -310,7 +310,7 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path) ->
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 
 
-def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path) -> None:
+def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path):
     summary = job_alone(user.flags(tmp_path / "out", "--held_out_share", 0.2, "--max_steps", 2))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
     nothing = user.flags(tmp_path / "no", "--held_out_share", 1e-9)

@@ -27,7 +27,7 @@ def make_cache(lengths: list[int]) -> TokenCache:
 
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 16, 91, 92, 93, 200])
-def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask: bool) -> None:
+def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask: bool):
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len, document_mask=mask)
     predicted = []
@@ -46,7 +46,7 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask:
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 8, 16, 93, 200])
-def test_document_mask_keeps_documents_and_padding_apart(seq_len: int) -> None:
+def test_document_mask_keeps_documents_and_padding_apart(seq_len: int):
     """As transformers reads the positions: same sequence if and only if same document within the block."""
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len)
@@ -67,7 +67,7 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len: int) -> None:
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle: bool) -> None:
+def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle: bool):
     data = PackedDataset(make_cache(LENGTHS), 7, seed=3, shuffle=shuffle)
     blocks = data.n_blocks
     size = 4
@@ -83,7 +83,7 @@ def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
+def test_a_batch_is_the_same_for_any_number_of_ranks(world: int):
     whole = PackedDataset(make_cache(LENGTHS), 7, seed=1)
     rows = 12 // world
     for step in (0, 1, 7, 10**6):
@@ -98,7 +98,7 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(world: int) -> None:
         assert batch["documents"].lengths == sum((local["documents"].lengths for local in rank_batches), ())
 
 
-def test_the_order_is_drawn_from_the_seed_and_never_changes() -> None:
+def test_the_order_is_drawn_from_the_seed_and_never_changes():
     """Recorded numbers: a run of today must resume on the numpy of tomorrow."""
     data = PackedDataset(make_cache([80]), 8, seed=42)
     assert [data.block_of_sample(sample) for sample in range(20)] == RECORDED
@@ -108,7 +108,7 @@ def test_the_order_is_drawn_from_the_seed_and_never_changes() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size: int) -> None:
+def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size: int):
     data = PackedDataset(make_cache(LENGTHS), 7)
     ranks = [list(data.eval_batches(rank, world, batch_size)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -121,7 +121,7 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size
     assert len(rows) - len(real) < world * batch_size
 
 
-def test_a_corpus_shorter_than_one_batch() -> None:
+def test_a_corpus_shorter_than_one_batch():
     data = PackedDataset(make_cache([50]), 8)
     data.batch(0, 7)
     with pytest.raises(UserError, match="50 tokens make 7 sequences of --seq_len 8, one global batch takes 8; give"):
@@ -132,7 +132,7 @@ def test_a_corpus_shorter_than_one_batch() -> None:
         PackedDataset(make_cache([5]), 0)
 
 
-def test_documents_begin_with_rows_and_where_positions_restart() -> None:
+def test_documents_begin_with_rows_and_where_positions_restart():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [4, 5, 6, 7, 8, 9], [0, 1, 0, 0, 1, 2]])
     documents = Documents.of(positions)
     assert documents.lengths == (3, 2, 1, 6, 2, 1, 3)
@@ -145,7 +145,7 @@ def test_documents_begin_with_rows_and_where_positions_restart() -> None:
     assert whole.lengths == (6, 6, 6)
 
 
-def test_a_batch_knows_its_documents() -> None:
+def test_a_batch_knows_its_documents():
     data = PackedDataset(make_cache(LENGTHS), 7, seed=1)
     for batch in (data.batch(3, 12), data.first_rows(2), *data.eval_batches(0, 2, 3)):
         assert batch["documents"].lengths == Documents.of(batch["position_ids"]).lengths

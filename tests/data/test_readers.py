@@ -19,7 +19,7 @@ def lines(rows: list[dict[str, str]]) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
-def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None:
+def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str):
     """Row groups and batches end within and at the mark; lines may be blank, and the first has a byte order mark."""
     rows = [f"text {number} é" for number in range(7)]
     table = pa.table({"id": range(7), "text": rows})
@@ -41,7 +41,7 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str) -> None
     assert [mark.record for _, mark in whole] == numbers
 
 
-def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The position after a chunk is that before its document."""
     (tmp_path / "a.txt").write_text("some text")
     (member,) = load_corpus([str(tmp_path / "a.txt")]).members
@@ -53,7 +53,7 @@ def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
 
 
-def test_a_dataset_without_rows_is_empty(tmp_path: Path) -> None:
+def test_a_dataset_without_rows_is_empty(tmp_path: Path):
     full, none = (datasets.Dataset(pa.table({"text": pa.array(rows, pa.string())})) for rows in (["a"], []))
     none.save_to_disk(tmp_path / "none")
     datasets.DatasetDict({"train": full, "test": none}).save_to_disk(tmp_path / "splits")
@@ -64,7 +64,7 @@ def test_a_dataset_without_rows_is_empty(tmp_path: Path) -> None:
         list(members.DatasetMember("rows", none, "text").documents())
 
 
-def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 6)
     items = ["abc", "def", "", "ghijklm", "n"]
     assert list(readers.batched(items, len)) == [["abc", "def"], ["", "ghijklm"], ["n"]]
@@ -72,7 +72,7 @@ def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPat
     assert not list(readers.batched([], len))
 
 
-def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Unpacked, where the file is compressed."""
     content = b'{"text": "a"}\n'
     for name, data in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content))):
@@ -95,7 +95,7 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.
     ],
     ids=str,
 )
-def test_columns_that_hold_text(kind: pa.DataType, message: str | None) -> None:
+def test_columns_that_hold_text(kind: pa.DataType, message: str | None):
     schema = pa.schema({"body": pa.string(), "text": kind})
     if message is None:
         readers.check_column(schema, "text", "a.parquet")
@@ -104,7 +104,7 @@ def test_columns_that_hold_text(kind: pa.DataType, message: str | None) -> None:
             readers.check_column(schema, "text", "a.parquet")
 
 
-def test_suffixes_say_what_a_file_is(tmp_path: Path) -> None:
+def test_suffixes_say_what_a_file_is(tmp_path: Path):
     """In either case, and below that of a compressed file."""
     (tmp_path / ".hidden").mkdir()
     names = (

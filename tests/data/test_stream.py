@@ -39,7 +39,7 @@ def corpus_of(folder: Path, kind: str = "jsonl", count: int = 90) -> Corpus:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, tmp_path: Path, kind: str) -> None:
+def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, tmp_path: Path, kind: str):
     """Over two epochs: also their seams, paddings and positions."""
     corpus = corpus_of(tmp_path / "shards", kind)
     files = load_corpus([f"{tmp_path}/shards/*"])
@@ -52,7 +52,7 @@ def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_is_resumed_at_any_sample(
     tokenizer: Any, tmp_path: Path, kind: str, buffer: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """Through JSON, as in a checkpoint, again and again with a new source."""
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 800)
@@ -67,7 +67,7 @@ def test_a_stream_is_resumed_at_any_sample(
         state = fresh.state()
 
 
-def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path: Path) -> None:
+def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path: Path):
     texts = [f"{n}" for n in range(50)]
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", texts))
     reader = DocumentStream("a", corpus, buffer=8, seed=3)
@@ -86,7 +86,7 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     assert set(firsts) == {"0", "1", "2"}, "each epoch has its own order of files"
 
 
-def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 50)
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", ["x" * 20] * 30))
     positions = [position for _, position in DocumentStream("a", corpus).epoch(StreamPosition())]
@@ -95,7 +95,7 @@ def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_document_longer_than_memory_passes_in_chunks(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """At most a chunk and a batch of it are in memory."""
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 500)
@@ -113,7 +113,7 @@ def test_a_document_longer_than_memory_passes_in_chunks(
     assert block["labels"].shape == (T,)
 
 
-def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: Path) -> None:
+def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: Path):
     corpus = Corpus(corpus_of(tmp_path / "shards").members, keep=DocumentFilter(0.4))
     cached = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T, shuffle=False)
     wanted = [cached.block(number) for number in range(cached.n_blocks)]
@@ -126,7 +126,7 @@ def test_documents_left_out_are_left_out_of_a_stream(tokenizer: Any, tmp_path: P
 # -- mixtures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path):
     """Batches equal those of the same mixture from caches, for rows of any rank, resumed at any step."""
     left = corpus_of(tmp_path / "left", count=70)
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
@@ -159,9 +159,7 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path) -> None
 # -- complete runs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(
-    user: Playground, tmp_path: Path, out: Path
-) -> None:
+def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Playground, tmp_path: Path, out: Path):
     more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
 
     def flags(folder: Path, *batch: Any) -> list[str]:
@@ -181,7 +179,7 @@ def job_in_small_batches(argv: list[str]) -> None:
     job(argv)
 
 
-def test_a_record_without_text_ends_a_streamed_run(user: Playground, tmp_path: Path) -> None:
+def test_a_record_without_text_ends_a_streamed_run(user: Playground, tmp_path: Path):
     late = tmp_path / "late.jsonl"
     late.write_text(user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n')
     argv = user.flags(tmp_path / "out", "--streaming", "--train_files", late, "--shuffle_buffer", 3, "--max_steps", 300)

@@ -41,14 +41,14 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HTTPError("no route to host")], ids=repr)
-def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: Path, error: Exception) -> None:
+def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: Path, error: Exception):
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
     broken_shards: Any = tuple(Broken(shard, error) for shard in corpus.members)
     with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read after record 4: .*(output error|route)"):
         taken(source(Corpus(broken_shards), tokenizer), 0, 300)
 
 
-def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OSError(116, "Stale file handle")
 
@@ -58,7 +58,7 @@ def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, m
         list(documents_of.epoch(StreamPosition()))
 
 
-def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path) -> None:
+def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path):
     lines = [json.dumps({"text": text}) for text in documents()]
     (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:40], '{"text": 5', *lines[40:]]))
     with pytest.raises(UserError, match=r"source 'a': .*broken.jsonl, line 41, column"):
@@ -75,7 +75,7 @@ def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path) -> None:
             list(documents_of.epoch(StreamPosition()))
 
 
-def test_a_stream_that_ends_early_says_so(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_stream_that_ends_early_says_so(tokenizer: Any, tmp_path: Path):
     """With `epochs` it ends, without it begins again."""
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents(20)))
     n = PackedDataset(build_cache(corpus, tokenizer, tmp_path / "cache"), T).n_blocks

@@ -50,7 +50,7 @@ def fuzz(count: int) -> list[str]:
     return strings
 
 
-def test_ids_are_those_of_sentencepiece_and_survive_saving(trained: Path, tmp_path: Path) -> None:
+def test_ids_are_those_of_sentencepiece_and_survive_saving(trained: Path, tmp_path: Path):
     original = sentencepiece.SentencePieceProcessor(model_file=str(trained))
     wrapped = load_tokenizer(trained)
     wrapped.save_pretrained(tmp_path)
@@ -63,7 +63,7 @@ def test_ids_are_those_of_sentencepiece_and_survive_saving(trained: Path, tmp_pa
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(wrapped)
 
 
-def test_nothing_is_normalised_away(trained: Path) -> None:
+def test_nothing_is_normalised_away(trained: Path):
     wrapped = load_tokenizer(trained)
     for text in AWKWARD + SOURCES:
         ids = wrapped.encode(text, add_special_tokens=False)
@@ -71,7 +71,7 @@ def test_nothing_is_normalised_away(trained: Path) -> None:
         assert wrapped.decode(ids) == text.replace("\u2581", " ")  # SentencePiece's own sign for a space
 
 
-def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path) -> None:
+def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path):
     wrapped = load_tokenizer(trained)
     names = (wrapped.unk_token_id, wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id)
     assert names == (0, 1, 2, 3)
@@ -82,7 +82,7 @@ def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path) -> 
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()])
-def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Path, config: LlamaConfig) -> None:
+def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Path, config: LlamaConfig):
     wrapped = load_tokenizer(trained)
     config.save_pretrained(tmp_path)
     wrapped.save_pretrained(tmp_path)
@@ -91,7 +91,7 @@ def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Pa
     assert all(again.encode(text) == wrapped.encode(text) for text in AWKWARD)
 
 
-def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = (train_sentencepiece(iter(SOURCES), 400, tmp_path / name).read_bytes() for name in "ab")
     assert first == second
     monkeypatch.setattr("mora_ds.data.sentencepiece._SAMPLE_BYTES", 1)
@@ -110,7 +110,7 @@ def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
     ids=str,
 )
-def test_models_with_other_settings_are_refused(trained: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_models_with_other_settings_are_refused(trained: Path, tmp_path: Path, change: dict[str, Any]):
     model = sentencepiece_model_pb2.ModelProto.FromString(trained.read_bytes())  # type: ignore[attr-defined]
     (tmp_path / "spiece.model").write_bytes(ParseDict(change, model).SerializeToString())
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_models_with_other_settings_are_refused(trained: Path, tmp_path: Path, c
         load_tokenizer(tmp_path / "spiece.model")
 
 
-def test_vocabulary_must_fit_the_model(trained: Path) -> None:
+def test_vocabulary_must_fit_the_model(trained: Path):
     wrapped = load_tokenizer(trained)
     check_vocabulary(wrapped, 600)
     with pytest.raises(UserError, match=r"does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
@@ -139,12 +139,12 @@ def test_vocabulary_must_fit_the_model(trained: Path) -> None:
         (["\n\n"], 1000, "--train_tokenizer_vocab 1000: there is no text"),
     ],
 )
-def test_vocabulary_sizes_that_cannot_be(tmp_path: Path, texts: list[str], size: int, said: str) -> None:
+def test_vocabulary_sizes_that_cannot_be(tmp_path: Path, texts: list[str], size: int, said: str):
     with pytest.raises(UserError, match=said):
         train_sentencepiece(texts, size, tmp_path)
 
 
-def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path: Path) -> None:
+def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path: Path):
     def texts() -> object:
         yield "fine"
         raise UserError("--train_files: a.txt, line 3: not UTF-8")
@@ -153,7 +153,7 @@ def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path: Path) -
         train_sentencepiece(texts(), 300, tmp_path)  # type: ignore[arg-type]
 
 
-def test_no_end_of_text_token(trained: Path) -> None:
+def test_no_end_of_text_token(trained: Path):
     wrapped = load_tokenizer(trained)
     wrapped.eos_token = None
     with pytest.raises(UserError, match=r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"):

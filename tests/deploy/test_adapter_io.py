@@ -32,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=tokens(2), use_cache=False).logits
 
 
-def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Maker, tmp_path: Path) -> None:
+def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Maker, tmp_path: Path):
     """Each domain has the shared matrices once more: none of them adds them once, a domain twice."""
     updates = maker.write(tmp_path / "adapter", MoRAConfig(rank=3, domains=("law", "code")), 1, domains=("law", "code"))
     for domain, times in ((None, 1), ("shared", 1), ("code", 2)):
@@ -71,7 +71,7 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("change, words", UNFIT.values(), ids=UNFIT)
 def test_an_adapter_that_does_not_fit_its_model_is_refused(
     maker: Maker, tmp_path: Path, change: Callable[[Path], Any], words: str
-) -> None:
+):
     config = MoRAConfig(rank=3, target_modules=("q_proj", "up_proj"), train_norms=True)
     maker.write(tmp_path / "adapter", config, trained={NORM: maker.weights[NORM]})
     load_adapter(maker.folder, tmp_path / "adapter")
@@ -81,7 +81,7 @@ def test_an_adapter_that_does_not_fit_its_model_is_refused(
         load_adapter(maker.folder, tmp_path / "adapter")
 
 
-def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker: Maker, tmp_path: Path) -> None:
+def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker: Maker, tmp_path: Path):
     """A relative folder in base.json is relative to where it lies: a copy elsewhere names the same base."""
     maker.write(tmp_path / "runs" / "adapter", MoRAConfig(rank=3))
     replace(maker.reference, folder="../../base").write(tmp_path / "runs" / "adapter")

@@ -76,7 +76,7 @@ def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # -- scale -------------------------------------------------------------------------------------------------------------
 
 
-def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path) -> None:
+def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path):
     lines = combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
     assert lines[1] == f"3 term(s) in {len(layers_of(run.live, 1))} layers; 2 of them in its ledger"
     export_merged(tmp_path / "same", tmp_path / "merged")
@@ -88,7 +88,7 @@ def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
-def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: float) -> None:
+def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: float):
     report = export_merged(run.checkpoint, tmp_path / "merged", mix=Mix(delta_scale=scale))
     merged = content(tmp_path / "merged")
     check(merged, by_hand([(scale, run.checkpoint)]))
@@ -102,7 +102,7 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
 # -- average -----------------------------------------------------------------------------------------------------------
 
 
-def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path) -> None:
+def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path):
     earlier = step_folder(run.checkpoint.parent, 3)
     with mixed(run.output, Mix(delta_scale=0.9, average_last=2)) as folder:
         export_merged(folder, tmp_path / "merged")
@@ -113,7 +113,7 @@ def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path) -> None
     assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
 
 
-def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None:
+def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun):
     earlier = step_folder(run.checkpoint.parent, 3)
     sources = Mix(delta_scale=0.5, average_last=2).sources(run.output)
     assert sources == [(earlier.resolve(), Fraction(1, 4)), (run.checkpoint.resolve(), Fraction(1, 4))]
@@ -124,7 +124,7 @@ def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun) -> None
     assert str(Mix(0.9)) == "update x 0.9"
 
 
-def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path) -> None:
+def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path):
     """With the tokenizer of its last source, the base where it was said to be, and hashes of all that."""
     source = Path(shutil.copytree(run.checkpoint, tmp_path / "source"))
     (source / "tokenizer").mkdir()
@@ -139,7 +139,7 @@ def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path) -> None:
     assert {"adapter.json", "ledger/ledger.json"} <= set(listed)
 
 
-def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_path: Path) -> None:
+def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_path: Path):
     """The first cycle is in each of them, and weights such as a third sum to one."""
     folders = [step_folder(run.checkpoint.parent, 3), run.checkpoint, run.checkpoint]
     combine_adapters(folders, [Fraction(1, 3)] * 3, tmp_path / "mean")
@@ -166,7 +166,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("first, second, terms", SETTINGS.values(), ids=SETTINGS)
-def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, terms: int) -> None:
+def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, terms: int):
     maker.write(tmp_path / "a", first)
     maker.write(tmp_path / "b", second)
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
@@ -179,7 +179,7 @@ def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, 
     assert_close(live, merged, rtol=0, atol=1e-5)
 
 
-def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) -> None:
+def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path):
     """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
     updates: Updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
     opened = Adapter.open(tmp_path / "all")
@@ -199,7 +199,7 @@ def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path) ->
     assert all(torch.equal(tensor, whole[key]) for key, tensor in content(tmp_path / "sum-merged").items())
 
 
-def test_domains_are_summed_too(maker: Maker, tmp_path: Path) -> None:
+def test_domains_are_summed_too(maker: Maker, tmp_path: Path):
     for seed, name in enumerate("ab"):
         maker.write(tmp_path / name, MoRAConfig(rank=3, seed=0), scale=0.02 + seed, domains=("law", "code"))
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], tmp_path / "sum")
@@ -212,7 +212,7 @@ def test_domains_are_summed_too(maker: Maker, tmp_path: Path) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Path) -> None:
+def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Path):
     """Other refusals are lines of tests/config/test_bad_tool_calls.py."""
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
@@ -230,7 +230,7 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_pat
     assert not (tmp_path / "sum").exists()
 
 
-def test_a_sum_that_is_not_finite_is_not_written(maker: Maker, tmp_path: Path) -> None:
+def test_a_sum_that_is_not_finite_is_not_written(maker: Maker, tmp_path: Path):
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     with pytest.raises(RunError, match="is not finite"):
         combine_adapters([tmp_path / "a"], [1e300], tmp_path / "sum")

@@ -73,7 +73,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dtype, settings", SETTINGS.values(), ids=SETTINGS)
-def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, settings: dict[str, Any]) -> None:
+def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, settings: dict[str, Any]):
     run = fake_run(tmp_path, dtype=dtype, **settings)
     report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
@@ -82,7 +82,7 @@ def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, setting
     assert (report.merged, report.replaced) == (len(run.adapter.layers), len(run.adapter.trainables))
 
 
-def test_dtype_can_be_chosen(tmp_path: Path) -> None:
+def test_dtype_can_be_chosen(tmp_path: Path):
     """From a bfloat16 run to float32: the update is not rounded at all."""
     run = fake_run(tmp_path, stored=torch.bfloat16, dtype="bfloat16")
     export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
@@ -95,7 +95,7 @@ def test_dtype_can_be_chosen(tmp_path: Path) -> None:
         assert torch.equal(exported[entry.weight], summed(base.read(entry.weight), updates, False, torch.float32))
 
 
-def test_a_model_in_several_files_is_that_in_one(tmp_path: Path) -> None:
+def test_a_model_in_several_files_is_that_in_one(tmp_path: Path):
     run = fake_run(tmp_path)
     whole = export_merged(run.checkpoint, tmp_path / "whole")
     sharded = export_merged(run.checkpoint, tmp_path / "parts", max_shard_gib=20_000 / 2**30)
@@ -108,7 +108,7 @@ def test_a_model_in_several_files_is_that_in_one(tmp_path: Path) -> None:
     assert len(prints) == 1
 
 
-def test_stale_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
+def test_stale_copy_of_a_tied_head_is_left_out(tmp_path: Path):
     """Files that hold lm_head.weight though it is tied: kept, it would come apart from the trained embedding."""
     run = fake_run(tmp_path, trained=HEADS[:1], tie_word_embeddings=True, twice=True)
     assert "lm_head.weight" in load_file(run.base / "model.safetensors")
@@ -117,7 +117,7 @@ def test_stale_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
     check(run, tmp_path / "merged", torch.float32)
 
 
-def test_companions(tmp_path: Path) -> None:
+def test_companions(tmp_path: Path):
     run = fake_run(tmp_path, dtype="bfloat16", trained=HEADS[1:2])
     output = tmp_path / "merged"
     export_merged(run.output, output)
@@ -132,7 +132,7 @@ def test_companions(tmp_path: Path) -> None:
         assert words in card
 
 
-def test_the_card_has_the_perplexities_that_are_known(tmp_path: Path) -> None:
+def test_the_card_has_the_perplexities_that_are_known(tmp_path: Path):
     """Those of the checkpoint first, then those that only its run's summary has."""
     run = fake_run(tmp_path, probe=False)
     state: dict[str, Any] = {"perplexity_before": {"code": 9.5}, "perplexity_last": {}}
@@ -156,7 +156,7 @@ def test_the_card_has_the_perplexities_that_are_known(tmp_path: Path) -> None:
     assert "|---|---|---|\n| code | 9.500 | - |\n\n" in card, "9.0 is of an earlier model, 8.25 of a later one"
 
 
-def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path) -> None:
+def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path):
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -167,7 +167,7 @@ def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path) 
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"] == [1]
 
 
-def test_base_that_moved(tmp_path: Path) -> None:
+def test_base_that_moved(tmp_path: Path):
     run = fake_run(tmp_path)
     moved = tmp_path / "elsewhere" / "base"
     moved.parent.mkdir()
@@ -204,7 +204,7 @@ def shorten(path: Path) -> None:
         ("base.json", Path.unlink),
     ],
 )
-def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> None:
+def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any):
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
     assert_refused(run, tmp_path / "merged", f"is damaged: .*{name}", RunError)
@@ -213,14 +213,14 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any) -> 
         assert_refused(run, tmp_path / "merged", name if (run.checkpoint / name).exists() else "missing|neither")
 
 
-def test_ledger_of_another_length_is_refused(tmp_path: Path) -> None:
+def test_ledger_of_another_length_is_refused(tmp_path: Path):
     run = fake_run(tmp_path, probe=False)
     shortened(run.checkpoint / "ledger", 1)
     (run.checkpoint / "manifest.json").unlink()
     assert_refused(run, tmp_path / "merged", r"1 cycles, but .* in cycle 2")
 
 
-def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
+def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path):
     run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
     spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
     layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", "lm_head.weight", False, spec)}
@@ -230,7 +230,7 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path) -> None:
     assert_refused(run, tmp_path / "merged", r"lm_head\.weight is tied to model\.embed_tokens\.weight")
 
 
-def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path):
     run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
     write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
     files.write_manifest(run.checkpoint)
@@ -241,7 +241,7 @@ def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     assert_refused(run, tmp_path / "merged", r"base\.json names no tensor of .* for model\.norm\.weight")
 
 
-def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: Path) -> None:
+def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: Path):
     run = fake_run(tmp_path, probe=False)
     output = tmp_path / "merged"
     output.mkdir()
@@ -267,7 +267,7 @@ def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: P
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path: Path) -> None:
+def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path: Path):
     """How it ends where it cannot: tests/runtime/test_cli.py, tests/config/test_bad_tool_calls.py."""
     run = fake_run(tmp_path)
     checkpoint = run.output / "checkpoints" / "latest"
@@ -309,7 +309,7 @@ print(max(peaks) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path):
     """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never the model."""
     side = 1024
     count = 56

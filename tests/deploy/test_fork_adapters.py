@@ -88,7 +88,7 @@ class Fork:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path: Path, kind: int) -> None:
+def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path: Path, kind: int):
     fork = Fork(tmp_path, kind, SQUARE if kind == 6 else (*SQUARE, *NARROWING))
     call("convert", "mora", fork.path, "--output", tmp_path / "adapter")
     expected = fork.logits()
@@ -111,12 +111,12 @@ def assert_refused(fork: Fork, words: str) -> None:
 
 
 @pytest.mark.parametrize("target", NARROWING)
-def test_inputs_that_the_fork_drops_are_refused(tmp_path: Path, target: str) -> None:
+def test_inputs_that_the_fork_drops_are_refused(tmp_path: Path, target: str):
     fork = Fork(tmp_path, 6, (target,))
     assert_refused(fork, rf"mora_type 6 leaves inputs of .*{target} \(\d+ inputs, \d+ outputs\) without any effect")
 
 
-def test_what_is_more_than_matrices_is_refused(tmp_path: Path) -> None:
+def test_what_is_more_than_matrices_is_refused(tmp_path: Path):
     fork = Fork(tmp_path, 1, SQUARE)
     for changes, words in (
         ({"mora_type": 5}, "unknown mora_type '5'; known: 1, 2, 3, 4, 6"),
@@ -150,7 +150,7 @@ def test_what_is_more_than_matrices_is_refused(tmp_path: Path) -> None:
     assert_refused(fork, "truncated or damaged")
 
 
-def test_other_commands_say_how_such_an_adapter_is_read(tmp_path: Path) -> None:
+def test_other_commands_say_how_such_an_adapter_is_read(tmp_path: Path):
     fork = Fork(tmp_path, 1, SQUARE)
     with pytest.raises(UserError, match="mora-ds convert mora reads"):
         load_adapter(fork.base, fork.path)

@@ -53,7 +53,7 @@ def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
         yield
 
 
-def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path) -> None:
+def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
     flags = ["--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
@@ -63,9 +63,7 @@ def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [NO_PERMISSION, NO_NETWORK])
-def test_an_export_that_is_refused_stays_where_it_is(
-    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_is_refused_stays_where_it_is(tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
     words = ["mora-ds export", "--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
@@ -77,7 +75,7 @@ def test_an_export_that_is_refused_stays_where_it_is(
     assert (merged / "model.safetensors").is_file()
 
 
-def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path) -> None:
+def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path):
     error = OSError(f"the token {TOKEN} is refused")
     with uploads_to(tmp_path, error), pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
         push_folder(tmp_path, REPOSITORY)
@@ -100,7 +98,7 @@ def failing_job(is_offline: bool, argv: list[str]) -> str:
     return str(failure.value)
 
 
-def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path) -> None:
+def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path):
     flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
     run_ranks(1, uploading_job, tmp_path / "hub", flags)
     adapter = contents(tmp_path / "hub" / REPOSITORY)
@@ -114,7 +112,7 @@ def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offline: bool) -> None:
+def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offline: bool):
     flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
     (failure,) = run_ranks(1, failing_job, is_offline, flags)
     assert "--push_to_hub" in failure

@@ -20,7 +20,7 @@ from tests.helpers.models import with_own_code
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
-def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, monkeypatch: pytest.MonkeyPatch):
     run = fake_run(tmp_path, dtype=dtype)
 
     def wrong(original: torch.Tensor, updates: Any, *rest: Any) -> torch.Tensor:
@@ -33,7 +33,7 @@ def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     run = fake_run(tmp_path)
     with_own_code(run.base, run.base)
@@ -46,7 +46,7 @@ def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
     assert (tmp_path / "merged" / "modeling_own.py").is_file()
 
 
-def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
+def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path):
     run = fake_run(tmp_path, probe=False)
     with pytest.raises(UserError, match=r"`verify` needs probe\.safetensors"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
@@ -62,7 +62,7 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path) -> None:
         (torch.float16, 8, 4.0, 2 * 2**-10 * 3),
     ],
 )
-def test_tolerance(dtype: torch.dtype, layers: int, largest: float, tolerance: float) -> None:
+def test_tolerance(dtype: torch.dtype, layers: int, largest: float, tolerance: float):
     """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of all logits."""
     live = torch.tensor([largest, -0.1, 0.2])
     comparison = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
@@ -72,7 +72,7 @@ def test_tolerance(dtype: torch.dtype, layers: int, largest: float, tolerance: f
     assert comparison.error == pytest.approx(4e-3 if dtype is torch.float32 else relative, rel=1e-3)
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_told(tmp_path: Path):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, tmp_path / "merged")
     whole = load_file(run.checkpoint / "probe.safetensors")
@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
         compare_logits(tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32)
 
 
-def test_nan_logits_do_not_pass(tmp_path: Path) -> None:
+def test_nan_logits_do_not_pass(tmp_path: Path):
     run = fake_run(tmp_path)
     probe = load_file(run.checkpoint / "probe.safetensors")
     probe["logits"] = probe["logits"].clone()

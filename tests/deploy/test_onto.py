@@ -117,7 +117,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], torch.dtype]] 
 @pytest.mark.parametrize("family, product, of_base, of_target, dtype", CASES.values(), ids=CASES)
 def test_it_is_the_target_and_the_difference_by_hand(
     tmp_path: Path, family: str, product: bool, of_base: Any, of_target: Any, dtype: torch.dtype
-) -> None:
+):
     """On a target with new tokens, in its own dtype, in files and in memory."""
     update = Update(tmp_path, family, product, **of_base)
     target = tiny_model(family, seed=7, dtype=dtype, vocab_size=128 + MORE_TOKENS, **of_target)
@@ -135,7 +135,7 @@ def test_it_is_the_target_and_the_difference_by_hand(
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0])
-def test_the_update_is_scaled(tmp_path: Path, scale: float) -> None:
+def test_the_update_is_scaled(tmp_path: Path, scale: float):
     update = Update(tmp_path, "llama", True)
     target = tiny_model("llama", seed=7)
     target.save_pretrained(tmp_path / "target")
@@ -181,7 +181,7 @@ def pair(tmp_path: Path) -> Update:
     return update
 
 
-def test_tokens_template_and_settings_stay_the_target_s(pair: Update) -> None:
+def test_tokens_template_and_settings_stay_the_target_s(pair: Update):
     export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
     known = AutoTokenizer.from_pretrained(pair.folder / "merged")
     assert known.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
@@ -192,7 +192,7 @@ def test_tokens_template_and_settings_stay_the_target_s(pair: Update) -> None:
     assert "perplexity" not in card.lower(), "the run's figures are another model's"
 
 
-def test_the_command_measures_what_it_would_write(pair: Update, user: Playground, tmp_path: Path) -> None:
+def test_the_command_measures_what_it_would_write(pair: Update, user: Playground, tmp_path: Path):
     target = pair.folder / "target"
     call(
         "export", "--checkpoint", pair.checkpoint, "--onto", target, "--output", tmp_path / "out", "--delta_scale", 0.5
@@ -220,7 +220,7 @@ def assert_refused(update: Update, words: str, target: Path | None = None, **set
     assert set(update.folder.iterdir()) == before
 
 
-def test_tokens_with_other_ids_are_named(pair: Update) -> None:
+def test_tokens_with_other_ids_are_named(pair: Update):
     for letters, words in (
         ("acbd", r"2 token\(s\) .* 'b' \(2, here 3\), 'c' \(3, here 2\)"),
         ("ab", r"1 .*'c' \(3, here None"),
@@ -232,7 +232,7 @@ def test_tokens_with_other_ids_are_named(pair: Update) -> None:
     assert_refused(pair, "`onto`: the folder .* holds no tokenizer")
 
 
-def test_what_does_not_fit_is_named(pair: Update, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named(pair: Update, tmp_path: Path):
     def model(name: str, family: str = "llama", **changes: Any) -> Path:
         tiny_model(family, seed=7, **changes).save_pretrained(tmp_path / name)
         return tmp_path / name
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_named(pair: Update, tmp_path: Path) -> None:
     assert_refused(pair, "`onto`: no such folder", tmp_path / "gone")
 
 
-def test_the_base_itself_other_scales_and_logits_are_refused(pair: Update, tmp_path: Path) -> None:
+def test_the_base_itself_other_scales_and_logits_are_refused(pair: Update, tmp_path: Path):
     copied = Path(shutil.copytree(pair.base, tmp_path / "copy"))
     tokenizer(copied, "abc")
     assert_refused(pair, r"`onto` .*copy holds the weights of the base itself", copied)
@@ -267,7 +267,7 @@ def test_the_base_itself_other_scales_and_logits_are_refused(pair: Update, tmp_p
         export_merged(pair.checkpoint, pair.folder / "target", onto=pair.folder / "target", overwrite=True)
 
 
-def test_an_export_that_ends_halfway_leaves_nothing(pair: Update, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_ends_halfway_leaves_nothing(pair: Update, monkeypatch: pytest.MonkeyPatch):
     write = SafetensorsWriter.write
 
     def full(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:

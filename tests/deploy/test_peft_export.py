@@ -54,7 +54,7 @@ def adapter(folder: Path, config: AdapterConfig, cycles: int, family: str = "lla
     ],
     ids=str,
 )
-def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterConfig, cycles: int, family: str) -> None:
+def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterConfig, cycles: int, family: str):
     merged, updates = adapter(tmp_path, config, cycles, family)
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora")
     assert any(line.startswith("exact") for line in lines), lines
@@ -69,7 +69,7 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterCon
 
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
-def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str) -> None:
+def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str):
     config = MoRAConfig(rank=2, operator=operator)
     rank = 5
     _, updates = adapter(tmp_path, config, cycles=1)
@@ -89,7 +89,7 @@ def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str) -> N
     assert f"{sum(shares.values()) / len(shares):.2%} on average" in "\n".join(lines)
 
 
-def test_every_rank_is_the_merged_model_too(tmp_path: Path) -> None:
+def test_every_rank_is_the_merged_model_too(tmp_path: Path):
     """rotate has no bound on its rank, so that one must be named; the layer's shorter side loses nothing."""
     merged, _ = adapter(tmp_path, MoRAConfig(rank=2, operator="rotate"), cycles=2)
     with pytest.raises(UserError, match="`rank` is missing"):
@@ -107,9 +107,7 @@ def test_every_rank_is_the_merged_model_too(tmp_path: Path) -> None:
         ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),  # the head is tied; ln_f has a bias
     ],
 )
-def test_other_trained_tensors_are_modules_to_save(
-    tmp_path: Path, family: str, trained: tuple[str, ...], saved: int
-) -> None:
+def test_other_trained_tensors_are_modules_to_save(tmp_path: Path, family: str, trained: tuple[str, ...], saved: int):
     run = fake_run(tmp_path, family, trained=trained)
     lines = export_peft(run.output, tmp_path / "lora", 10_000)
     assert any("modules_to_save" in line for line in lines)
@@ -117,7 +115,7 @@ def test_other_trained_tensors_are_modules_to_save(
     close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
 
 
-def test_the_domain_that_is_named_is_written(tmp_path: Path) -> None:
+def test_the_domain_that_is_named_is_written(tmp_path: Path):
     """Each has the shared matrices once more, so that its update is twice theirs."""
     maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
     maker.write(tmp_path / "adapter", MoRAConfig(rank=1, operator="share"), domains=("law", "code"))

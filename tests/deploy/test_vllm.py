@@ -105,7 +105,7 @@ def greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]
     return [model.generate(ids, pad_token_id=0, **settings)[0, ids.shape[1] :].tolist() for ids in rows]
 
 
-def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path) -> None:
+def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path):
     model = base()
     maker = Maker(model, tmp_path / "base")
     weights = originals(model)

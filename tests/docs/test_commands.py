@@ -52,12 +52,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_a_page_run(checkout: Path, page: Path) -> None:
+def test_the_commands_of_a_page_run(checkout: Path, page: Path):
     for language, script in BLOCK.findall(page.read_text(encoding="utf-8")):
         run(checkout, re.sub(r"--max_steps \d+", "--max_steps 6", script), language)
 
 
-def test_a_run_prints_what_the_page_shows(checkout: Path) -> None:
+def test_a_run_prints_what_the_page_shows(checkout: Path):
     page = (ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8")
     ((command, shown),) = PRINTED.findall(page)
     printed = run(checkout, command).splitlines()
@@ -75,7 +75,7 @@ def words_and_numbers(text: str) -> tuple[str, list[float]]:
 
 
 @pytest.mark.heavy(seconds=1)
-def test_the_notebook_has_the_commands_of_its_page() -> None:
+def test_the_notebook_has_the_commands_of_its_page():
     page = ROOT / "docs" / "tutorials" / "first-run.md"
     blocks = re.findall(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     commands = [f"%%bash\n{script}" if language == "bash" else script for language, script in blocks]

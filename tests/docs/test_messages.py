@@ -31,7 +31,7 @@ def matches(message: str, text: str) -> bool:
     return re.search(rf"[\s\S]*?{GAP}?".join(patterns), text) is not None
 
 
-def test_every_quoted_message_is_in_the_code() -> None:
+def test_every_quoted_message_is_in_the_code():
     files = [path for name in ("mora_ds", "launch", "tools") for path in (ROOT / name).rglob("*.py")]
     known = [text for path in files for text in texts(ast.parse(path.read_text(encoding="utf-8")))]
     known += [re.sub(r"`(\w+)`", r"--\1", text) for text in known]  # as programs print arguments (`named_as_flags`)

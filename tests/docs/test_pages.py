@@ -31,7 +31,7 @@ def links() -> Iterator[tuple[Path, str]]:
                 yield page, target
 
 
-def test_every_relative_link_leads_to_a_file_and_a_title() -> None:
+def test_every_relative_link_leads_to_a_file_and_a_title():
     broken = []
     for page, target in links():
         name, _, anchor = target.partition("#")
@@ -45,7 +45,7 @@ GENERATED = ["cli.md", "api.md", "support-matrix.md"]
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_generated_page_is_what_the_code_says(name: str) -> None:
+def test_a_generated_page_is_what_the_code_says(name: str):
     (path,) = (path for path in written() if path.name == name)
     assert path.read_text(encoding="utf-8") == written()[path], "run tools/docs.py"
 
@@ -56,7 +56,7 @@ def written() -> dict[Path, str]:
     return docs.pages()
 
 
-def test_the_support_matrix_asks_the_checks_of_a_run() -> None:
+def test_the_support_matrix_asks_the_checks_of_a_run():
     lora = OPTIONS["`--adapter lora`"]
     full = OPTIONS["`--adapter full`"]
     assert "--tensor_parallel_size 2" in (refusal(lora, COLUMNS["tensor parallel"]) or "")
@@ -65,13 +65,13 @@ def test_the_support_matrix_asks_the_checks_of_a_run() -> None:
     assert refusal(OPTIONS["`--tensor_parallel_size`"], COLUMNS["ZeRO 1"]) is not None
 
 
-def test_the_readme_is_one_screen_of_reading() -> None:
+def test_the_readme_is_one_screen_of_reading():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
     assert len(text.split()) <= 1000
 
 
-def test_every_block_of_commands_says_whether_it_is_run() -> None:
+def test_every_block_of_commands_says_whether_it_is_run():
     unmarked = []
     for page in PAGES:
         lines = page.read_text(encoding="utf-8").splitlines()
@@ -86,7 +86,7 @@ def test_every_block_of_commands_says_whether_it_is_run() -> None:
     assert not unmarked
 
 
-def test_commands_are_not_cut_off() -> None:
+def test_commands_are_not_cut_off():
     wide = []
     for page in (ROOT / "docs").rglob("*.md"):
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
@@ -94,11 +94,11 @@ def test_commands_are_not_cut_off() -> None:
     assert not wide
 
 
-def test_the_pages_can_be_read_in_an_afternoon() -> None:
+def test_the_pages_can_be_read_in_an_afternoon():
     assert sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md")) <= 25_000
 
 
-def test_what_the_check_of_a_landing_runs_is_what_the_pages_say() -> None:
+def test_what_the_check_of_a_landing_runs_is_what_the_pages_say():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
         (block,) = re.findall(r"<!-- run: ci -->\n```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -106,13 +106,13 @@ def test_what_the_check_of_a_landing_runs_is_what_the_pages_say() -> None:
         assert f"deepspeed {demo}" in script
 
 
-def test_the_pages_of_the_site_are_all_in_its_navigation() -> None:
+def test_the_pages_of_the_site_are_all_in_its_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     assert pages == set(re.findall(r": (\S+\.md)$", navigation, flags=re.MULTILINE))
 
 
-def test_the_citation_names_this_version() -> None:
+def test_the_citation_names_this_version():
     assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
@@ -124,7 +124,7 @@ OTHERS = {
 """Flags of other programs: launchers, sbatch, SkyPilot, mkdocs, vLLM, ReLoRA's own code."""
 
 
-def test_every_flag_that_a_page_names_exists() -> None:
+def test_every_flag_that_a_page_names_exists():
     folders = (ROOT / "tools", ROOT / "mora_ds" / "research")
     programs = [ROOT / "docs" / "reference" / "cli.md", *(path for folder in folders for path in folder.rglob("*.py"))]
     known = {flag for path in programs for flag in re.findall(r"--\w+", path.read_text(encoding="utf-8"))}

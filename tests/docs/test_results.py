@@ -33,11 +33,11 @@ def typed(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.name)
-def test_no_table_of_results_is_typed_by_hand(page: Path) -> None:
+def test_no_table_of_results_is_typed_by_hand(page: Path):
     assert typed(page.read_text(encoding="utf-8")) == []
 
 
-def test_a_table_that_is_typed_by_hand_is_found() -> None:
+def test_a_table_that_is_typed_by_hand_is_found():
     table = "| method | perplexity |\n| --- | ---: |\n| MoRA | 1.0 |\n"
     drawn = f"<!-- a.json b, by tools/docs.py -->\n\n{table}\n<!-- end of a.json b -->\n"
     assert typed(f"{drawn}text\n\n{table}") == ["| method | perplexity |"]
@@ -45,7 +45,7 @@ def test_a_table_that_is_typed_by_hand_is_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_drawn_table_is_what_its_json_says(page: Path) -> None:
+def test_a_drawn_table_is_what_its_json_says(page: Path):
     text = page.read_text(encoding="utf-8")
     assert docs_results.with_tables(text) == text, "run tools/docs.py"
 
@@ -54,7 +54,7 @@ CURVE = re.compile(r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| (
 """A row of the guide to a healthy run: file, method, learning rate, seeds, perplexities against the start."""
 
 
-def test_the_curves_of_a_healthy_run_are_those_of_the_json() -> None:
+def test_the_curves_of_a_healthy_run_are_those_of_the_json():
     rows = CURVE.findall((ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8"))
     assert len(rows) >= 6
     for file, method, learning_rate, seeds, *sides in rows:
@@ -69,23 +69,23 @@ def test_the_curves_of_a_healthy_run_are_those_of_the_json() -> None:
             assert [f"{mean / start[side]:.2f}" for mean in means] == shown.split(", ")
 
 
-def test_every_json_is_shown_somewhere() -> None:
+def test_every_json_is_shown_somewhere():
     names = {name for page in PAGES for name in docs_results.TABLE.findall(page.read_text("utf-8"))}
     shown = {name.split()[0] for name in names}
     files = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
     assert files - shown - set(IMAGES.values()) == {"plans.json"}, "the tables of results/memory.md"
 
 
-def test_every_image_has_its_data_or_shows_none() -> None:
+def test_every_image_has_its_data_or_shows_none():
     files = {path.name for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".svg", ".png", ".jpg")}
     assert files == set(IMAGES)
     data = {source for source in IMAGES.values() if source.endswith(".json")}
     assert data <= {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
 
 
-def test_one_seed_has_no_deviation() -> None:
+def test_one_seed_has_no_deviation():
     assert (mean_and_spread([10.5, 10.4, 10.3]), mean_and_spread([10.3])) == ("10.4 ± 0.1", "10.3")
 
 
-def test_a_bar_within_a_cell_does_not_end_it() -> None:
+def test_a_bar_within_a_cell_does_not_end_it():
     assert table_row("<|a|>", "1") == r"|<\|a\|> |1|"

@@ -51,7 +51,7 @@ def defined(path: str) -> set[str]:
     return names
 
 
-def test_there_are_three_short_walks() -> None:
+def test_there_are_three_short_walks():
     assert [title for title, _ in WALKS] == ["A step", "A merge", "A resume"]
     for title, text in WALKS:
         lines = text.splitlines()
@@ -59,13 +59,13 @@ def test_there_are_three_short_walks() -> None:
         assert all(STATION.search(line) for line in lines), title
 
 
-def test_every_station_of_a_walk_exists() -> None:
+def test_every_station_of_a_walk_exists():
     stations = [station for _, text in WALKS for station in STATION.findall(text)]
     gone = [(path, name) for path, name in stations if name not in defined(path)]
     assert not gone
 
 
-def test_files_to_open_are_counted_and_exist() -> None:
+def test_files_to_open_are_counted_and_exist():
     assert list(TO_OPEN) == ["a step", "a merge", "save and resume", "an export"]
     for count, files in TO_OPEN.values():
         assert len(files) == count and all((ROOT / "mora_ds" / file).is_file() for file in files)
@@ -116,7 +116,7 @@ def lines_that_run(argv: list[str]) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.heavy(seconds=60)
-def test_files_to_open_are_those_that_run(user: Playground, tmp_path: Path) -> None:
+def test_files_to_open_are_those_that_run(user: Playground, tmp_path: Path):
     argv = user.flags(tmp_path, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 3)
     (ran,) = run_ranks(1, lines_that_run, argv)
     for title, (_, files) in TO_OPEN.items():

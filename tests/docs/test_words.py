@@ -32,7 +32,7 @@ def written_by_hand(text: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_has_none_of_the_banned_words(page) -> None:  # type: ignore[no-untyped-def]
+def test_a_page_has_none_of_the_banned_words(page):  # type: ignore[no-untyped-def]
     text = written_by_hand(prose(page))
     problems = [
         f"{match[0]!r} in {text[max(0, match.start() - 40) : match.end() + 20]!r}: say {better}"
@@ -42,6 +42,6 @@ def test_a_page_has_none_of_the_banned_words(page) -> None:  # type: ignore[no-u
     assert not problems
 
 
-def test_the_list_catches_what_it_names() -> None:
+def test_the_list_catches_what_it_names():
     bad = "the squares at their rate, beside a ramp; a house that was told by heart; the whole base"
     assert sum(bool(re.search(pattern, bad)) for pattern in BANNED) >= 7

@@ -157,7 +157,7 @@ def both(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))])
-def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]) -> None:
+def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]):
     if any(case.get("base_bits") == 4 for case in cases):
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
     for results in run_ranks(2, both, cases):
@@ -180,7 +180,7 @@ def streamed_model(family: str = "llama", bits: int = 16) -> tuple[Any, BaseRing
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing: bool) -> None:
+def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing: bool):
     """And as many bytes as the plan says, which a buffer that held another layer than it should would exceed."""
     model, ring = streamed_model()
     if checkpointing:
@@ -196,7 +196,7 @@ def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing: bool) -> N
     assert Streamed.of(planned_model(work)) == plan
 
 
-def test_an_evaluation_copies_each_layer_once() -> None:
+def test_an_evaluation_copies_each_layer_once():
     model, ring = streamed_model()
     with torch.no_grad():
         for _ in range(3):
@@ -209,7 +209,7 @@ def test_an_evaluation_copies_each_layer_once() -> None:
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: int) -> None:
+def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: int):
     model, ring = streamed_model(family, bits)
     host = {name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()}
     causal_loss(model.train(), tokens(2)).backward()
@@ -225,7 +225,7 @@ def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: in
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
-def test_a_saved_weight_is_there_again_when_backward_asks_for_it() -> None:
+def test_a_saved_weight_is_there_again_when_backward_asks_for_it():
     """Whatever has run since: here another forward pass of all layers, and an evaluation."""
     model, _ = streamed_model()
     expected = gradients(model)
@@ -246,7 +246,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return by_name
 
 
-def test_a_copy_that_is_being_used_is_not_replaced() -> None:
+def test_a_copy_that_is_being_used_is_not_replaced():
     _, ring = streamed_model()
     ring._enter(0)
     with pytest.raises(RunError, match="layer 2 runs"):
@@ -254,7 +254,7 @@ def test_a_copy_that_is_being_used_is_not_replaced() -> None:
     ring._leave()
 
 
-def test_a_second_ring_takes_the_place_of_the_first() -> None:
+def test_a_second_ring_takes_the_place_of_the_first():
     model, first = streamed_model()
     expected = gradients(model)
     host = {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
@@ -268,7 +268,7 @@ def test_a_second_ring_takes_the_place_of_the_first() -> None:
     assert {name: id(tensor) for name, tensor in frozen_buffers(model).items()} == host
 
 
-def test_tied_tensors_stay_on_the_device() -> None:
+def test_tied_tensors_stay_on_the_device():
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4, target_modules=("q_proj",)))
     layers = find_decoder_layers(model)
@@ -282,7 +282,7 @@ def test_tied_tensors_stay_on_the_device() -> None:
     assert not [name for name in names if "embed" in name or "lm_head" in name]
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused():
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4))
     model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])
@@ -290,7 +290,7 @@ def test_what_is_refused() -> None:
         weights_of_layers(model)
 
 
-def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: pytest.MonkeyPatch):
     """A page that is locked twice leaves a CUDA error for the next kernel."""
     locked: dict[int, int] = {}
 
@@ -318,7 +318,7 @@ def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: p
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bool) -> None:
+def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bool):
     device = torch.device("cuda")
     all_gradients = []
     for streamed in (False, True):

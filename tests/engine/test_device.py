@@ -21,7 +21,7 @@ def deterministic_job(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
     return torch.are_deterministic_algorithms_enabled(), {name: os.environ.get(name) for name in DETERMINISTIC}
 
 
-def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any) -> None:
+def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any):
     results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
     for enabled, environment in results:
         assert enabled
@@ -32,7 +32,7 @@ def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, t
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     monkeypatch.setattr(device.logger, "warning", said.append)
     warn_of_slow_precision("float32")
@@ -47,7 +47,7 @@ def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 1, "with TF32 it is the user's choice"
 
 
-def test_torchs_fused_adam_is_a_key() -> None:
+def test_torchs_fused_adam_is_a_key():
     def refused(**params: Any) -> str:
         config = {
             "train_micro_batch_size_per_gpu": 1,
@@ -85,7 +85,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[int]:
     return taken
 
 
-def test_a_process_takes_the_gpu_of_its_rank(gpus: list[int]) -> None:
+def test_a_process_takes_the_gpu_of_its_rank(gpus: list[int]):
     take_device(1)
     assert gpus == [1]
     with pytest.raises(UserError, match=r"LOCAL_RANK is 2, .* sees 2 GPUs: .*--gpus-per-node"):
@@ -94,7 +94,7 @@ def test_a_process_takes_the_gpu_of_its_rank(gpus: list[int]) -> None:
 
 def test_what_triton_compiles_with_is_there_before_anything_is_placed(
     gpus: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+):
     (tmp_path / "Python.h").unlink()
     with pytest.raises(UserError, match=r"triton.*need .*Python\.h: install python3-dev"):
         check_kernels()

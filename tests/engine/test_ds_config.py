@@ -47,7 +47,7 @@ def refusal(config: dict[str, Any], settings: EngineSettings = SETTINGS, world_s
 # -- filling -----------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_config_and_one_of_autos_resolve_alike() -> None:
+def test_an_empty_config_and_one_of_autos_resolve_alike():
     auto = {
         **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), AUTO),
         "gradient_clipping": AUTO,
@@ -69,7 +69,7 @@ def test_an_empty_config_and_one_of_autos_resolve_alike() -> None:
     assert resolved["zero_optimization"]["memory_efficient_linear"] is False
 
 
-def test_the_users_config_is_not_touched_and_own_values_stay() -> None:
+def test_the_users_config_is_not_touched_and_own_values_stay():
     config = {
         "optimizer": {"params": {"torch_adam": False}},
         "zero_optimization": {"stage": 3, "memory_efficient_linear": True, "stage3_param_persistence_threshold": 0},
@@ -86,12 +86,12 @@ def test_the_users_config_is_not_touched_and_own_values_stay() -> None:
 
 @pytest.mark.parametrize("flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
 @pytest.mark.parametrize("written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}])
-def test_compute_dtype_follows_the_flag(flag: str | None, dtype: str, written: dict[str, Any]) -> None:
+def test_compute_dtype_follows_the_flag(flag: str | None, dtype: str, written: dict[str, Any]):
     settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
     assert compute_dtype(resolve_ds_config(written, settings, 1)) == dtype
 
 
-def test_small_squares_persist_and_large_ones_are_partitioned() -> None:
+def test_small_squares_persist_and_large_ones_are_partitioned():
     config = resolve_ds_config({"zero_optimization": {"stage": 3}}, replace(SETTINGS, bf16=True), 2)
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == AUTO
     small = fill_bucket_sizes(config, [256 * 256, 362 * 362] * 7)["zero_optimization"]
@@ -105,7 +105,7 @@ def test_small_squares_persist_and_large_ones_are_partitioned() -> None:
     assert fill_bucket_sizes(config, squares)["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
-def test_persistence_budget_is_in_bytes_of_the_compute_dtype() -> None:
+def test_persistence_budget_is_in_bytes_of_the_compute_dtype():
     numel = PERSIST_BUDGET_BYTES // 2
     thresholds = {}
     for bf16 in (True, False):
@@ -116,12 +116,12 @@ def test_persistence_budget_is_in_bytes_of_the_compute_dtype() -> None:
     assert thresholds == {True: numel, False: 0}
 
 
-def test_a_bucket_always_holds_the_largest_parameter() -> None:
+def test_a_bucket_always_holds_the_largest_parameter():
     config = fill_bucket_sizes(resolve_ds_config({}, SETTINGS, 1), [REDUCE_BUCKET_NUMEL * 2, 10])
     assert config["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET_NUMEL * 2
 
 
-def test_a_bucket_is_even_and_holds_something() -> None:
+def test_a_bucket_is_even_and_holds_something():
     """ZeRO-1 and ZeRO-2 refuse an odd one."""
     config = resolve_ds_config({}, SETTINGS, 1)
     for numels, size in (([3, 4], 8), ([3, 5], 8), ([7], 8), ([], 2)):
@@ -158,7 +158,7 @@ MATRICES_7B = [256**2] * 128 + [344**2] * 96
 )
 def test_many_ranks_take_collectives_without_loops(
     numels: list[int], ranks: int, written: dict[str, Any], chosen: dict[str, bool]
-) -> None:
+):
     config = resolve_ds_config({"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2)
     before = dict(config["zero_optimization"])
     text = avoid_slices(config, numels, ranks)
@@ -171,7 +171,7 @@ def test_many_ranks_take_collectives_without_loops(
 # -- refusing ----------------------------------------------------------------------------------------------------
 
 
-def test_contradictions_are_listed_at_once(tmp_path: Path) -> None:
+def test_contradictions_are_listed_at_once(tmp_path: Path):
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 1,
@@ -214,14 +214,14 @@ WRONG = """
 
 
 @pytest.mark.parametrize("config, message", rows(WRONG))
-def test_each_wrong_setting_is_named(config: str, message: str) -> None:
+def test_each_wrong_setting_is_named(config: str, message: str):
     text = refusal(parsed(config))
     assert message in text
     assert len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_refused_keys_give_their_reason_and_pass_when_off(path: str) -> None:
+def test_refused_keys_give_their_reason_and_pass_when_off(path: str):
     def nested(value: Any) -> dict[str, Any]:
         for key in reversed(path.split(".")):
             value = {key: value}
@@ -243,13 +243,13 @@ DEGREES = """
 
 
 @pytest.mark.parametrize("section, degree, message", rows(DEGREES))
-def test_a_degree_that_the_flag_does_not_say(section: str, degree: str, message: str) -> None:
+def test_a_degree_that_the_flag_does_not_say(section: str, degree: str, message: str):
     settings = replace(SETTINGS, tensor_parallel_size=int(degree))
     assert message in refusal({"tensor_parallel": parsed(section)}, settings, 1)
 
 
 @pytest.mark.parametrize("section", [{"autotp_size": 2}, {"autotp_size": "auto"}, {}, None])
-def test_deepspeed_never_sees_a_degree(section: Any) -> None:
+def test_deepspeed_never_sees_a_degree(section: Any):
     resolved = resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=2), 1)
     assert "tensor_parallel" not in resolved
     assert "tensor_parallel" not in complete_ds_config({"tensor_parallel": section}, [64])
@@ -259,15 +259,13 @@ def test_deepspeed_never_sees_a_degree(section: Any) -> None:
     "value, flags, degree",
     [(2, [], 2), (0, [], 1), ("auto", [], 1), ("auto", ["--tensor_parallel_size", "4"], 4)],
 )
-def test_a_file_says_the_degree_for_a_flag_that_is_not_given(
-    tmp_path: Path, value: Any, flags: list[str], degree: int
-) -> None:
+def test_a_file_says_the_degree_for_a_flag_that_is_not_given(tmp_path: Path, value: Any, flags: list[str], degree: int):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"tensor_parallel": {"autotp_size": value}}))
     assert parse(["--deepspeed", str(path), *flags]).training.tensor_parallel_size == degree
 
 
-def test_zero_3_is_meant_where_nothing_else_is_said() -> None:
+def test_zero_3_is_meant_where_nothing_else_is_said():
     for config in (None, {}):
         assert resolve_ds_config(config, SETTINGS, 1)["zero_optimization"]["stage"] == 3
 
@@ -275,7 +273,7 @@ def test_zero_3_is_meant_where_nothing_else_is_said() -> None:
 # -- against the installed DeepSpeed -----------------------------------------------------------------------------
 
 
-def test_every_known_top_level_key_is_named_in_deepspeeds_source() -> None:
+def test_every_known_top_level_key_is_named_in_deepspeeds_source():
     spec = importlib.util.find_spec("deepspeed")
     assert spec is not None
     assert spec.submodule_search_locations

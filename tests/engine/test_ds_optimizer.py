@@ -14,7 +14,7 @@ def flags(*argv: str) -> Any:
     return parse(["--model_name_or_path", "m", "--train_files", "t", *argv])
 
 
-def test_the_flags_fill_the_config() -> None:
+def test_the_flags_fill_the_config():
     settings = flags("--optimizer", "muon", "--embedding_learning_rate", "1e-3").training.engine_settings()
     for config in (
         {"zero_optimization": {"stage": 3}},
@@ -52,14 +52,14 @@ WRONG = """
 
 
 @pytest.mark.parametrize("config, message", rows(WRONG))
-def test_each_wrong_setting_is_named(config: str, message: str) -> None:
+def test_each_wrong_setting_is_named(config: str, message: str):
     settings = flags("--optimizer", "muon").training.engine_settings()
     with pytest.raises(UserError) as error:
         resolve_ds_config(parsed(config), settings, 2)
     assert message in str(error.value)
 
 
-def test_a_config_that_names_muon_contradicts_the_other_flag() -> None:
+def test_a_config_that_names_muon_contradicts_the_other_flag():
     with pytest.raises(UserError, match=r'optimizer\.type = "Muon" but --optimizer = adamw'):
         resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
     with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):

@@ -41,14 +41,14 @@ class Memory:
 )
 def test_whole_pages_once_and_in_order(
     tensors: list[tuple[int, int]], ranges: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setattr(host_copies.mmap, "PAGESIZE", 100)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
     pieces: list[Any] = [Memory(*tensor) for tensor in tensors]
     assert page_ranges(pieces) == ranges
 
 
-def test_a_cpu_copies_at_once() -> None:
+def test_a_cpu_copies_at_once():
     copies = copies_for(torch.device("cpu"))
     target = torch.zeros(3)
     source = torch.arange(3.0)
@@ -113,7 +113,7 @@ class Target:
         self.cuda.calls.append((self.cuda.current, "copy", source, non_blocking))
 
 
-def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch: pytest.MonkeyPatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     copies = copies_for(torch.device("cuda"))
@@ -131,7 +131,7 @@ def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monk
     ]
 
 
-def test_pages_are_locked_where_the_system_permits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_locked_where_the_system_permits_it(monkeypatch: pytest.MonkeyPatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (3 * 10**9, resource.RLIM_INFINITY))

@@ -36,12 +36,12 @@ def devices_chosen() -> list[Any]:
     return chosen
 
 
-def test_every_rank_takes_its_own_device_before_anything_is_placed() -> None:
+def test_every_rank_takes_its_own_device_before_anything_is_placed():
     assert run_ranks(2, devices_chosen) == [[0], [1]]
 
 
 @pytest.mark.parametrize("section, other", [("fp16", "--bf16"), ("bf16", "--fp16")])
-def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monkeypatch: pytest.MonkeyPatch):
     accelerator = get_accelerator()
     for name in ("fp16", "bf16"):
         monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda name=name: name != section)
@@ -50,7 +50,7 @@ def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monk
     check_compute_dtype({})
 
 
-def test_a_process_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("mora_ds.engine.initialize.find_spec", lambda name: None)
@@ -68,7 +68,7 @@ def different_base() -> str:
     return ""
 
 
-def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -78,7 +78,7 @@ def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None
             start_distributed()
 
 
-def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: pytest.MonkeyPatch):
     """On one node of several: the others would wait for it to join until --collective_timeout_s."""
     joined: list[bool] = []
 
@@ -96,7 +96,7 @@ def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: py
     assert joined
 
 
-def test_ranks_that_hold_other_bases_are_named() -> None:
+def test_ranks_that_hold_other_bases_are_named():
     for message in run_ranks(3, different_base):
         assert "[1, 2]" in message
         assert "--model_name_or_path" in message
@@ -115,19 +115,19 @@ def tensors_that_are_files(folder: str) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path) -> None:
+def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path):
     """The live base is the file itself, mapped, where the file has the run's dtype: no rank has a copy."""
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
     for mapped, tensors in run_ranks(2, tensors_that_are_files, str(tmp_path)):
         assert mapped == tensors > 10
 
 
-def test_a_model_without_squares_is_refused() -> None:
+def test_a_model_without_squares_is_refused():
     with pytest.raises(UserError, match=r"mora_ds\.inject"):
         initialize(model=tiny_model("llama"), config=ds_config(3, 2, 1))
 
 
-def test_what_an_engine_is_not_made_of_is_refused() -> None:
+def test_what_an_engine_is_not_made_of_is_refused():
     model = tiny_model("llama")
     experts = tiny_model("mixtral")
     inject(model, MoRAConfig(rank=4))
@@ -151,7 +151,7 @@ def test_what_an_engine_is_not_made_of_is_refused() -> None:
 )
 def test_processes_of_a_machine_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int | None
-) -> None:
+):
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -167,7 +167,7 @@ def test_processes_of_a_machine_share_its_cores(
     assert len(chosen) == (threads is not None), "on a GPU the host's threads are torch's affair"
 
 
-def test_bucket_sizes_are_those_of_the_largest_share() -> None:
+def test_bucket_sizes_are_those_of_the_largest_share():
     model = model_with_mora(operator="share", train_norms=True)
     rows = [layer.value.shape[0] for layer in mora_layers(model).values()]
     norms = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 1]
@@ -178,14 +178,14 @@ def test_bucket_sizes_are_those_of_the_largest_share() -> None:
         assert sorted(trainable_numels(model, degree)) == sorted([*norms, *shares])
 
 
-def test_tensor_parallelism_needs_stage_3() -> None:
+def test_tensor_parallelism_needs_stage_3():
     config = {"zero_optimization": {"stage": 2}}
     check_splittable(config, degree=1)
     with pytest.raises(UserError, match="--tensor_parallel_size 2 needs ZeRO stage 3"):
         check_splittable(config, degree=2)
 
 
-def test_squares_have_a_parameter_group_of_their_own() -> None:
+def test_squares_have_a_parameter_group_of_their_own():
     model = model_with_mora(train_norms=True)
     squares, remaining = parameter_groups(model)
     assert {id(p) for p in squares["params"]} == {id(layer.square) for layer in mora_layers(model).values()}

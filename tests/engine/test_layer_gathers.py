@@ -37,7 +37,7 @@ class Coordinator:
 )
 def test_a_forward_that_runs_again_finds_its_matrices_there(
     in_backward: bool, active: set[int], is_fetched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """Within the backward pass of its own layer, which has fetched them."""
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 0 if in_backward else -1)
     coordinator = Coordinator()
@@ -61,7 +61,7 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
 )
 def test_what_is_gathered_and_unchanged_is_freed_at_once(
     status: str, location: str | None, kwargs: dict[str, Any], is_quick: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     freed = list[Any]()
     partitioned = list[Any]()
     monkeypatch.setattr(layer_gathers, "free_param", freed.append)

@@ -76,13 +76,13 @@ def with_the_collectives_for_many_ranks() -> list[int]:
     return [counter.bytes["reduce_scatter_tensor"], counter.bytes["all_reduce"]]
 
 
-def test_the_collectives_for_many_ranks_give_the_same_bits() -> None:
+def test_the_collectives_for_many_ranks_give_the_same_bits():
     for scattered, reduced in run_ranks(2, with_the_collectives_for_many_ranks):
         assert 0 < scattered <= reduced
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str) -> None:
+def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str):
     for everywhere, hooked in run_ranks(2, with_and_without, setting):
         layers = len(mora_layers(model_with_mora("gpt2" if setting == "some" else "llama")))
         assert everywhere > 2 * layers
@@ -94,7 +94,7 @@ def families_with_and_without() -> list[tuple[str, int]]:
 
 
 @pytest.mark.heavy
-def test_every_familys_layers_gather_together_with_the_same_bits() -> None:
+def test_every_familys_layers_gather_together_with_the_same_bits():
     for hook_counts in run_ranks(2, families_with_and_without):
         assert hook_counts == [(family, 1) for family in FAMILIES]
 
@@ -129,7 +129,7 @@ def held_at_once(setting: str) -> list[set[str]]:
 
 
 @pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
-def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str) -> None:
+def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str):
     for gathered_layers in run_ranks(2, held_at_once, setting):
         assert all(len(layers) == 1 for layers in gathered_layers)
         assert set.union(*gathered_layers) == {"0", "1"}
@@ -153,7 +153,7 @@ class Pair(NamedTuple):
     other: Any
 
 
-def test_backward_is_noticed_whatever_a_layer_takes_and_returns() -> None:
+def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     """Arguments and results of any form, with what needs no gradient left as it is."""
     recorder: Any = Recorder()
     inputs = [torch.randn(3, requires_grad=True) for _ in range(4)]
@@ -198,7 +198,7 @@ def gathered_when_needed() -> list[Any]:
     return [history, bool(torch.isfinite(last)), _gather(persistent)]
 
 
-def test_persistent_matrices_are_gathered_again_after_a_skipped_step() -> None:
+def test_persistent_matrices_are_gathered_again_after_a_skipped_step():
     for history, last, _ in run_ranks(2, gathered_when_needed):
         assert history[0][0], "nothing is gathered before the first pass"
         assert any(sharded for sharded, _, _ in history[2:]), "a skipped step leaves the matrices sharded"

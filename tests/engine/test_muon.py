@@ -190,7 +190,7 @@ def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("world, stage", [(2, 3), (3, 3), (2, 1)])
-def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None:
+def test_squares_and_the_rest_follow_one_process(world: int, stage: int):
     """Clipped, accumulated, decayed; the same with states on the CPU."""
     variants = [{}, {"offload": True}]
     results = run_ranks(world, several, stage, None, variants)
@@ -201,27 +201,27 @@ def test_squares_and_the_rest_follow_one_process(world: int, stage: int) -> None
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_factors_of_lora_are_orthogonalised_each_by_itself(stage: int) -> None:
+def test_factors_of_lora_are_orthogonalised_each_by_itself(stage: int):
     results = run_ranks(2, several, stage, None, [{"lora": True}, {"lora": True, "offload": True}])
     expected = plain_run(lora=True)
     for index in range(2):
         assert_follows([result[index] for result in results], expected, 2e-3)
 
 
-def test_where_factors_would_be_taken_for_one_matrix_they_are_refused() -> None:
+def test_where_factors_would_be_taken_for_one_matrix_they_are_refused():
     config = muon_config(1, ROWS, bf16={"enabled": True})
     with pytest.raises(UserError, match="in bf16 needs ZeRO stage 2 or 3"):
         initialize(model=small_model(lora=True), config=config)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_merge_zeroes_the_momentum(stage: int) -> None:
+def test_a_merge_zeroes_the_momentum(stage: int):
     results = run_ranks(2, several, stage, 2, [{}])
     assert_follows([result[0] for result in results], plain_run(merge_at=2), 2e-3)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int) -> None:
+def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int):
     results = run_ranks(2, several, stage, None, [{"bf16": True}, {"fp16": True}])
     expected = plain_run()
     for index in range(2):
@@ -250,7 +250,7 @@ def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
     return [zero.full_fp32(square) for square in squares_of(model)], sizes
 
 
-def test_matrices_that_are_gathered_at_a_time_fit_in_memory() -> None:
+def test_matrices_that_are_gathered_at_a_time_fit_in_memory():
     """One for each process, or a bucket of them, but not a thousand large ones."""
     assert chunk_numel([100, 50], world=8, bucket=10) == 800
     assert chunk_numel([100, 50], world=8, bucket=1000) == 1000
@@ -262,7 +262,7 @@ def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:
     return [shared_out(2), shared_out("auto")]
 
 
-def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket() -> None:
+def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket():
     for (matrices, sizes), (expected, _) in run_ranks(2, small_and_large_bucket):
         assert sum(sizes) == STEPS * len(matrices)
         assert len(sizes) <= STEPS * -(-len(matrices) // 2), f"one matrix at a time: {sizes}"
@@ -275,7 +275,7 @@ def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
     return [[group[name] for group in engine.optimizer.param_groups if name in group] for name in names]
 
 
-def test_the_schedule_keeps_the_two_rates_in_proportion() -> None:
+def test_the_schedule_keeps_the_two_rates_in_proportion():
     (settings,) = run_ranks(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
     assert settings == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
 
@@ -290,7 +290,7 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str) -> None:
+def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str):
     """By names, GPT-2's embeddings would get Muon."""
     ((numels, expected, muon),) = run_ranks(1, groups_of, family)
     assert numels == expected
@@ -305,7 +305,7 @@ JOB = ("--optimizer", "muon", "--learning_rate", 0.05, "--max_steps", 6, "--merg
        "--restart_warmup_steps", 1, "--save_steps", 3, "--train_norms", "true")  # fmt: skip
 
 
-def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path, out: Path):
     whole = tmp_path / "whole"
     run(2, user.flags(whole, *JOB))
     run_ranks(2, interrupted_job, user.flags(out, *JOB), 5)
@@ -335,7 +335,7 @@ def carried(persistent: bool) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_step_gathers_the_squares_five_times(persistent: bool) -> None:
+def test_a_step_gathers_the_squares_five_times(persistent: bool):
     """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""
     for traffic in run_ranks(2, carried, persistent):
         assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart

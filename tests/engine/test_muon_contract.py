@@ -18,7 +18,7 @@ from tests.helpers.gloo import run_ranks
 KERNELS = "deepspeed.runtime.zero.muon.original_muon"
 
 
-def test_kernels_are_compiled_unless_unwrapped() -> None:
+def test_kernels_are_compiled_unless_unwrapped():
     kernels = import_module(KERNELS)
     assert inspect.getsource(kernels).count("@compiler.compile()") == 3
     muon.load_kernels()
@@ -26,7 +26,7 @@ def test_kernels_are_compiled_unless_unwrapped() -> None:
         assert not hasattr(getattr(kernels, name), "_torchdynamo_orig_callable"), name
 
 
-def test_the_number_of_heads_reaches_the_function_that_is_replaced() -> None:
+def test_the_number_of_heads_reaches_the_function_that_is_replaced():
     kernels = import_module(KERNELS)
     assert "return _per_head_orthogonalize(update, num_heads, ns_steps, ns_method)" in inspect.getsource(kernels)
     heads = r"num_heads=getattr\((param|tensor), .muon_num_heads., None\)"
@@ -97,7 +97,7 @@ def everything(folder: str) -> dict[str, Any]:
     return {"clipped": clipped, "buffer resumed": same, "tags": [g["use_muon"] for g in engine.optimizer.param_groups]}
 
 
-def test_the_faults_are_still_there(tmp_path: Any) -> None:
+def test_the_faults_are_still_there(tmp_path: Any):
     for faults in run_ranks(2, everything, str(tmp_path)):
         for case, norm in faults["clipped"].items():
             assert 0.009 < norm <= 0.01, f"{case}: the gradient is clipped now? See muon.repair_clipping"

@@ -258,7 +258,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("name", EXACT_CASES)
-def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any) -> None:
+def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any):
     expected = plain_run(EXACT_CASES[name])
     for result in (rank[name] for rank in runs):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
@@ -276,7 +276,7 @@ def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ROUNDED_CASES)
-def test_low_precision_stays_near_fp32(name: str, runs: Any) -> None:
+def test_low_precision_stays_near_fp32(name: str, runs: Any):
     expected = plain_run(ROUNDED_CASES[name])
     for result in (rank[name] for rank in runs):
         assert not any(result["skipped"])
@@ -287,7 +287,7 @@ def test_low_precision_stays_near_fp32(name: str, runs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*EXACT_CASES, *ROUNDED_CASES])
-def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs: Any) -> None:
+def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs: Any):
     case = {**EXACT_CASES, **ROUNDED_CASES}[name]
     tolerance = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 5e-4}[case.dtype]
     for result in (rank[name] for rank in runs):
@@ -306,7 +306,7 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs:
 
 
 @pytest.mark.parametrize("name", OVERFLOW_CASES)
-def test_a_skipped_step_can_be_followed_by_a_merge(name: str, runs: Any) -> None:
+def test_a_skipped_step_can_be_followed_by_a_merge(name: str, runs: Any):
     """The loss scale starts far too high: the steps before the merge are skipped, the MoRA matrices are still zero."""
     for result in (rank[name] for rank in runs):
         assert result["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER

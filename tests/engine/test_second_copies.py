@@ -40,7 +40,7 @@ def file(folder: Path, second_copies: int) -> Path:
 @pytest.mark.parametrize("world, size", [(2, 2), (4, 2)])
 def test_a_run_with_second_copies_is_the_run_without_also_resumed(
     user: Playground, tmp_path: Path, world: int, size: int
-) -> None:
+):
     def flags(out: str, second_copies: int) -> list[str]:
         rows = "--per_device_train_batch_size", ROWS // world
         return user.flags(tmp_path / out, *RUN, *rows, "--deepspeed", file(tmp_path, second_copies))
@@ -86,11 +86,11 @@ def set_and_reset() -> list[float]:
     return differences
 
 
-def test_a_matrix_that_is_set_or_reset_is_the_one_that_forward_reads() -> None:
+def test_a_matrix_that_is_set_or_reset_is_the_one_that_forward_reads():
     assert run_ranks(2, set_and_reset) == [[0.0, 0.0]] * 2
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_sizes_that_cannot_be_are_refused():
     def refused(world: int, degree: int = 1, stage: int = 3, size: int = 2) -> str:
         config = {"zero_optimization": {"stage": stage, "zero_hpz_partition_size": size}}
         try:

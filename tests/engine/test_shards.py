@@ -73,7 +73,7 @@ def write(folder: Path, *files: dict[str, Tensor], **more: Any) -> None:
     shards_of(folder, layout(**more), LAYOUTS).write_table()
 
 
-def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
+def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
     write(tmp_path)
     shards = EngineShards.open(tmp_path)
     assert shards.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
@@ -91,7 +91,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path) -> None:
     assert [shards.group_step(group) for group in range(3)] == [None, 7, None]
 
 
-def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
+def test_a_transpose_is_read_both_ways(tmp_path: Path):
     """Of "a", which is stored as it is, and of "c", whose shards hold the transpose."""
     write(tmp_path, transposed=["c"])
     shards = EngineShards.open(tmp_path)
@@ -104,7 +104,7 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path) -> None:
 
 def test_of_two_ranks_that_hold_the_same_the_preferred_ones_file_alone_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """As a run's own ranks do where each holds a momentum whole: Muon's."""
     flats = [[Extent("a", 0, 12, 0)]]
     for rank in range(2):
@@ -133,7 +133,7 @@ def one_flat_each(folder: Path) -> EngineShards:
     return EngineShards.open(folder)
 
 
-def test_a_count_that_was_read_is_a_copy(tmp_path: Path) -> None:
+def test_a_count_that_was_read_is_a_copy(tmp_path: Path):
     shards = one_flat_each(tmp_path)
     first, again = (shards.state("b")[1]["step"] for _ in range(2))
     first += 1
@@ -141,7 +141,7 @@ def test_a_count_that_was_read_is_a_copy(tmp_path: Path) -> None:
     assert shards.state("b")[1]["step"] == 4
 
 
-def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
+def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path):
     fresh = [{name: tensor for name, tensor in contents(rank).items() if "master" in name} for rank in range(2)]
     write(tmp_path, *fresh)
     shards = EngineShards.open(tmp_path)
@@ -149,7 +149,7 @@ def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path) -> None:
     assert torch.equal(shards.read("a", MASTER), VALUES["a"])
 
 
-def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path):
     def broken(remove: str = "", **changes: Tensor) -> EngineShards:
         """The second rank's file without the first flat tensor's `remove`, or with other values of it."""
         content = {**contents(1), **{f"0.{key}": value for key, value in changes.items()}}
@@ -204,7 +204,7 @@ def restored(
     return flat
 
 
-def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path) -> None:
+def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path):
     write(tmp_path)
     stale = {"momentum": torch.ones(9), "exp_avg": torch.ones(9)}
     flat = restored(EngineShards.open(tmp_path), [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)], **stale)
@@ -223,7 +223,7 @@ def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path) -
     assert list(fresh.state) == ["step", "exp_avg", "exp_avg_sq"]
 
 
-def test_padding_alone_has_the_state_of_its_group(tmp_path: Path) -> None:
+def test_padding_alone_has_the_state_of_its_group(tmp_path: Path):
     """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
     flat = restored(one_flat_each(tmp_path), [])
     assert not flat.master.any()
@@ -232,7 +232,7 @@ def test_padding_alone_has_the_state_of_its_group(tmp_path: Path) -> None:
     assert not flat.state["exp_avg"].any()
 
 
-def test_a_count_keeps_its_kind(tmp_path: Path) -> None:
+def test_a_count_keeps_its_kind(tmp_path: Path):
     write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
     shards = EngineShards.open(tmp_path)
     assert restored(shards, [("b", 0, 5, 0)], step=0).state["step"] == 3
@@ -242,7 +242,7 @@ def test_a_count_keeps_its_kind(tmp_path: Path) -> None:
     assert restored(shards, [("b", 0, 5, 0)], "meta").state["step"].device.type == "meta"
 
 
-def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path) -> None:
+def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path):
     write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
     with pytest.raises(UserError, match="a and c are one tensor here, with different state there"):
         restored(EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)])
@@ -251,7 +251,7 @@ def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path) -> 
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def test_settings_of_a_group_are_those_that_json_holds() -> None:
+def test_settings_of_a_group_are_those_that_json_holds():
     group = {
         "lr": torch.tensor(0.5),
         "betas": (0.9, 0.95),

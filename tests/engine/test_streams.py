@@ -73,7 +73,7 @@ def micro_batches(streams: bool, repaired: bool, zero_settings: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_arithmetic_waits_for_reductions_and_the_host_does_not(overlap: bool) -> None:
+def test_arithmetic_waits_for_reductions_and_the_host_does_not(overlap: bool):
     settings: dict[str, Any] = {"overlap_comm": overlap}
     stream = "reductions" if overlap else "arithmetic"
     for unrepaired, _ in run_ranks(2, micro_batches, True, False, settings):

@@ -50,9 +50,7 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
         (1, 3, {"stage3_param_persistence_threshold": 10**6}),
     ],
 )
-def test_collectives_carry_the_squares_and_nothing_else(
-    passes: int, accumulation: int, settings: dict[str, int]
-) -> None:
+def test_collectives_carry_the_squares_and_nothing_else(passes: int, accumulation: int, settings: dict[str, int]):
     for result in run_ranks(2, count_bytes, accumulation, settings):
         gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
         assert result["gathered"] == gathers == passes * 4 * result["padded"]
@@ -75,5 +73,5 @@ def set_and_reset() -> list[float]:
     return was_set + squares[0].float().unique().tolist()
 
 
-def test_a_matrix_in_bf16_with_gradients_in_fp32_is_set_and_reset_as_forward_reads_it() -> None:
+def test_a_matrix_in_bf16_with_gradients_in_fp32_is_set_and_reset_as_forward_reads_it():
     assert run_ranks(2, set_and_reset) == [[1.0, 0.0]] * 2

@@ -15,11 +15,11 @@ import torch
 from mora_ds.engine import zero
 
 
-def test_the_version_is_one_that_was_tried() -> None:
+def test_the_version_is_one_that_was_tried():
     assert version("deepspeed").startswith("0.19."), "setup.cfg pins the minor version: try the new one here first"
 
 
-def test_the_switch_that_avoids_a_build_is_read() -> None:
+def test_the_switch_that_avoids_a_build_is_read():
     source = inspect.getsource(import_module("deepspeed.comm.torch").build_shm_op)
     assert "__compatible_ops__.get(builder.NAME" in source, "build_shm_op asks something else now"
     builder = import_module("deepspeed.ops.op_builder.cpu.comm").ShareMemCommBuilder
@@ -27,12 +27,12 @@ def test_the_switch_that_avoids_a_build_is_read() -> None:
 
 
 @pytest.mark.parametrize("module, name", [("fused_adam", "FusedAdam"), ("cpu_adam", "DeepSpeedCPUAdam")])
-def test_deepspeeds_adam_counts_steps_by_numbers_in_the_state(module: str, name: str) -> None:
+def test_deepspeeds_adam_counts_steps_by_numbers_in_the_state(module: str, name: str):
     source = inspect.getsource(getattr(import_module(f"deepspeed.ops.adam.{module}"), name).step)
     assert "state['step'] += 1" in source, f"{name} keeps its step count elsewhere: see zero.reset_group"
 
 
-def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch):
     """DeepSpeed's own Adam has to be built: its state alone."""
     flat = zero.Flat(0, torch.ones(2), {"step": 3}, [], [])
     view = SimpleNamespace(flats=lambda group: [flat], set_step=lambda group, step: None)
@@ -43,7 +43,7 @@ def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("step", [3, torch.tensor(3)])
-def test_a_step_count_in_the_group_is_reset_and_restored(step: Any) -> None:
+def test_a_step_count_in_the_group_is_reset_and_restored(step: Any):
     """FusedAdam starts from it, and needs a GPU: its parameter groups alone."""
     groups: list[dict[str, Any]] = [{"lr": 0.1, "step": step}, {"lr": 0.1, "step": 7}, {"lr": 0.1}]
     engine: Any = SimpleNamespace(optimizer=None, basic_optimizer=SimpleNamespace(param_groups=groups))

@@ -54,7 +54,7 @@ def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[flo
 
 
 @pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 23), (5, 1)])
-def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: int, stride: int) -> None:
+def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: int, stride: int):
     texts = [json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]] + ["naïve ☃\n", "x"]
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
@@ -73,7 +73,7 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
     assert one.text_bytes == len(texts[0].encode())
 
 
-def test_a_chunk_has_the_end_of_the_one_before_as_context() -> None:
+def test_a_chunk_has_the_end_of_the_one_before_as_context():
     """Every token is scored once; a document begins with the end-of-text token where there is no BOS."""
     tokenizer: Any = Letters()
     chunks = [Document("abcde", ends=False), Document("fgh", begins=False), Document("i")]
@@ -93,14 +93,14 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context() -> None:
         perplexity._Counter(tokenizer, Windows(4, 1), None)
 
 
-def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
     batches = list(perplexity._batches(iter(windows), 2))
     assert [[len(ids) for ids, _ in batch] for batch in batches] == [[2, 3], [5, 9], [1]]
 
 
-def test_figures_of_a_score() -> None:
+def test_figures_of_a_score():
     score = Score(documents=2, tokens=8, text_bytes=32, nats=16 * math.log(2))
     assert score.to_dict() == {
         "documents": 2, "tokens": 8, "text_bytes": 32, "nats": score.nats, "perplexity": pytest.approx(4),
@@ -108,7 +108,7 @@ def test_figures_of_a_score() -> None:
     }  # fmt: skip
 
 
-def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground) -> None:
+def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground):
     assert load_target(user.model).model.dtype == torch.float32
     target = load_target(user.model, dtype="bfloat16")
     assert target.model.dtype == torch.bfloat16
@@ -120,7 +120,7 @@ def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground) -> N
 
 def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(
     user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = with_own_code(user.model, tmp_path / "own")
     maker = Maker(load_model(folder, torch.float32, trust_remote_code=True), folder)
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_al
 
 def test_a_checkpoint_and_its_export_give_the_same_figures(
     user: Playground, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not those of its base."""
     run(1, user.flags(out, "--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--train_norms"))
     export_merged(out, tmp_path / "merged")
@@ -160,7 +160,7 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
     assert scaled["0"]["sets"]["held"]["nats"] == pytest.approx(score.nats, rel=1e-6)
 
 
-def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.MonkeyPatch):
     """With a stand-in of the package's two names, for it is not among the requirements; and without it."""
     target = load_target(user.model)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -188,7 +188,7 @@ def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.M
             harness(target, [task], 64, 2)
 
 
-def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path):
     target = load_target(user.model)
     for window, stride, message in (
         (4096, None, "--window must be from 2 to the model's 128 positions, got 4096"),

@@ -26,7 +26,7 @@ ELSEWHERE = {"local_rank", "push_to_hub", "model_config", "dataset_name", "resea
 """What a launcher sets, what needs a network, another kind of model, of text, and an earlier run."""
 
 
-def test_every_setting_is_tried() -> None:
+def test_every_setting_is_tried():
     groups = (ModelArguments, AdapterArguments, DataArguments, TrainingArguments)
     known = {field.name for group in groups for field in fields(group)}
     known |= {f"research.{field.name}" for field in fields(ResearchSettings)}
@@ -35,7 +35,7 @@ def test_every_setting_is_tried() -> None:
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(1200)
-def test_settings_run_or_are_refused_by_name(user: Playground, tmp_path: Path) -> None:
+def test_settings_run_or_are_refused_by_name(user: Playground, tmp_path: Path):
     first, count = map(int, os.environ.get("FUZZ", f"{seed_of_commit()} {CASES}").split())
     prepare(user)
     findings = fuzz(user, range(first, first + count), tmp_path)

@@ -24,11 +24,11 @@ def check(made: list[Subject], seeds: range, scratch: Path) -> None:
     assert not failures, json.dumps(failures[:5], indent=1)
 
 
-def test_a_few_mutations(made: list[Subject], tmp_path: Path) -> None:
+def test_a_few_mutations(made: list[Subject], tmp_path: Path):
     check(made, range(FEW), tmp_path)
 
 
 @pytest.mark.heavy(seconds=40)
-def test_many_mutations(made: list[Subject], tmp_path: Path) -> None:
+def test_many_mutations(made: list[Subject], tmp_path: Path):
     first = seed_of_commit()
     check(made, range(first, first + MANY), tmp_path)

@@ -42,7 +42,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *NAMED])
-def test_a_step_places_every_tensor_and_waits_for_nothing(faults: dict[str, str], name: str) -> None:
+def test_a_step_places_every_tensor_and_waits_for_nothing(faults: dict[str, str], name: str):
     assert not faults[name], faults[name]
 
 
@@ -55,11 +55,11 @@ def test_a_step_places_every_tensor_and_waits_for_nothing(faults: dict[str, str]
         ("copy that is not pinned", r"\(1,\) is copied to the device from memory that is not pinned"),
     ],
 )
-def test_planted_faults_are_noticed(faults: dict[str, str], name: str, message: str) -> None:
+def test_planted_faults_are_noticed(faults: dict[str, str], name: str, message: str):
     assert re.search(f"Fault: {message}", faults[name]), faults[name]
 
 
 @pytest.mark.heavy(seconds=150)
-def test_every_combination_of_an_operator_and_every_grouping(tmp_path: Path) -> None:
+def test_every_combination_of_an_operator_and_every_grouping(tmp_path: Path):
     names = configurations().keys() - {*PAIRS, *NAMED}
     assert not {name: fault for name, fault in faults_of(sorted(names), tmp_path).items() if fault}

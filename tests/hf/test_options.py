@@ -50,12 +50,12 @@ def _forget_the_config() -> Iterator[None]:
         ({"deepspeed": {**ds_config(), "zero_optimization": {}}}, "must be 1, 2 or 3"),
     ],
 )
-def test_options_that_contradict_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_options_that_contradict_are_named(tmp_path: Path, changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         check_options(arguments(tmp_path, **changes), {})
 
 
-def test_what_goes_with_an_adapter_passes(tmp_path: Path) -> None:
+def test_what_goes_with_an_adapter_passes(tmp_path: Path):
     check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
     with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
     check_options(arguments(tmp_path, optim="adafactor", deepspeed=with_optimizer), {})
@@ -63,7 +63,7 @@ def test_what_goes_with_an_adapter_passes(tmp_path: Path) -> None:
     check_options(arguments(tmp_path, deepspeed=alone, lr_scheduler_type="cosine"), {})
 
 
-def test_only_data_parallelism_goes_with_it(tmp_path: Path) -> None:
+def test_only_data_parallelism_goes_with_it(tmp_path: Path):
     args = arguments(tmp_path)
     args.parallelism_config = SimpleNamespace(non_data_parallel_size=1)
     check_options(args, {})
@@ -77,19 +77,19 @@ def test_only_data_parallelism_goes_with_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"])
-def test_arguments_that_contradict_are_named(tmp_path: Path, name: str) -> None:
+def test_arguments_that_contradict_are_named(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=name):
         Trainer(tiny_model(), arguments(tmp_path), mora=mora_ds.MoRAConfig(), base="x", **{name: (1, 2)})
     check_options(arguments(tmp_path), {"optimizers": (None, None), name: None})
 
 
-def test_every_refused_option_exists() -> None:
+def test_every_refused_option_exists():
     """FSDP is refused by transformers too, before ours is asked."""
     known = set(inspect.signature(TrainingArguments.__init__).parameters)
     assert set(REFUSED) <= known, "an option was renamed: what is refused now?"
 
 
-def test_a_model_that_is_sharded_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_sharded_is_refused(tmp_path: Path):
     model = tiny_model()
     next(iter(model.parameters())).ds_id = 0
     with pytest.raises(UserError, match="loaded after TrainingArguments"):
@@ -98,7 +98,7 @@ def test_a_model_that_is_sharded_is_refused(tmp_path: Path) -> None:
         Trainer(tiny_model(), arguments(tmp_path), mora=mora_ds.MoRAConfig())
 
 
-def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path) -> None:
+def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path):
     tiny_model().save_pretrained(tmp_path / "model")
     args = arguments(tmp_path)
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
@@ -107,7 +107,7 @@ def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path) -
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
 
 
-def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """trl's arguments have `model_init_kwargs`."""
     tiny_model().save_pretrained(tmp_path / "model")
     loaded: list[Any] = []
@@ -132,7 +132,7 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pyte
 )
 def test_where_the_merged_model_is_written(
     tmp_path: Path, settings: dict[str, Any], is_checkpoint: bool, is_merged: bool
-) -> None:
+):
     """The tokenizer lies in every folder, written by one process."""
     defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": None, "should_save": True}
     folder = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path
@@ -153,7 +153,7 @@ def test_where_the_merged_model_is_written(
     assert tokenizers == [folder]
 
 
-def test_operations_are_counted_with_the_frozen_base() -> None:
+def test_operations_are_counted_with_the_frozen_base():
     model = tiny_model()
     trainer: Any = SimpleNamespace(model=model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -163,7 +163,7 @@ def test_operations_are_counted_with_the_frozen_base() -> None:
     assert MoRATrainer.floating_point_ops(trainer, {"inputs_embeds": torch.zeros(2, 16)}) == 0
 
 
-def test_the_callback_needs_the_mixin(tmp_path: Path) -> None:
+def test_the_callback_needs_the_mixin(tmp_path: Path):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     plain = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
     trainer = transformers.Trainer(tiny_model(), plain, train_dataset=rows, callbacks=[MoRACallback(merge_every=10)])
@@ -171,7 +171,7 @@ def test_the_callback_needs_the_mixin(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path) -> None:
+def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path):
     betas = {"adam_beta1": 0.8, "adam_beta2": 0.95}
     args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7, **betas)
     fill_config(args, [100, 100])
@@ -182,7 +182,7 @@ def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path) -> No
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, "what the user sets stays"
 
 
-def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
+def test_an_optimizer_of_the_config_stays(tmp_path: Path):
     section: dict[str, Any] = {"type": "auto", "params": {"lr": 0.5}}
     args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": section})
     fill_config(args, [100])
@@ -196,14 +196,14 @@ def test_an_optimizer_of_the_config_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sections", [{"optimizer": None}, {"optimizer": {"params": None}}])
-def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: dict[str, Any]) -> None:
+def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: dict[str, Any]):
     args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
     check_options(args, {})
     fill_config(args, [100])
     assert args.hf_deepspeed_config.config["optimizer"]["params"]["lr"] == args.learning_rate
 
 
-def test_merges_keep_off_warm_ups_and_lower_the_learning_rate() -> None:
+def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
     """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
     callback: Any = MoRACallback(merge_every=3, restart_warmup_steps=2)
     args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
@@ -217,7 +217,7 @@ def test_merges_keep_off_warm_ups_and_lower_the_learning_rate() -> None:
     assert [factor(step) for step in range(12)] == pytest.approx([*curve, *restarts])
 
 
-def test_transformers_and_accelerate_have_what_is_overridden() -> None:
+def test_transformers_and_accelerate_have_what_is_overridden():
     """An upgrade that renames one of these would leave ours uncalled."""
     for name in ("_prepare_for_training", "create_scheduler", "evaluation_loop", "floating_point_ops", "save_model",
                  "_save_optimizer_and_scheduler", "_load_best_model"):  # fmt: skip

@@ -48,7 +48,7 @@ def fine_tuned(root: str) -> dict[str, Any]:
     }
 
 
-def test_supervised_fine_tuning_with_two_merges(tmp_path: Path) -> None:
+def test_supervised_fine_tuning_with_two_merges(tmp_path: Path):
     for rank in run_ranks(2, fine_tuned, str(tmp_path)):
         assert rank["merges"] == [8, 16]
         assert len(rank["losses"]) == 4

@@ -34,7 +34,7 @@ def trained_both_ways(root: str) -> dict[str, Any]:
     }
 
 
-def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path) -> None:
+def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path):
     both = run_ranks(2, trained_both_ways, str(tmp_path))
     for rank in both:
         assert rank["planned"] == [hf.STEPS] * 2
@@ -89,7 +89,7 @@ def _later_rows(trainer: hf.Trainer) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in history]
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path):
     both = run_ranks(2, interrupted_and_not, str(tmp_path))
     for rank in both:
         assert rank["history"][0] == rank["history"][1]
@@ -132,7 +132,7 @@ def best_is_loaded(root: str) -> dict[str, Any]:
 
 
 @pytest.mark.heavy
-def test_the_best_checkpoint_brings_its_base_back(tmp_path: Path) -> None:
+def test_the_best_checkpoint_brings_its_base_back(tmp_path: Path):
     for rank in run_ranks(2, best_is_loaded, str(tmp_path)):
         assert Path(rank["best"]).name == "checkpoint-2"
         assert rank["merges"] == []

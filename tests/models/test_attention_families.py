@@ -44,7 +44,7 @@ def losses_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict
 
 
 @pairwise({"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]})
-def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bool) -> None:
+def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bool):
     batch = batch_of(rows)
     expected, wanted = losses_and_gradients(model_of(family), batch)
     model = model_of(family, checkpointing)
@@ -76,12 +76,12 @@ class OwnConfig(LlamaConfig):
     ],
     ids=["not causal", "both ways", "direct", "direct, though one is chosen", "of its text model", "own code"],
 )
-def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str) -> None:
+def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str):
     assert why_dense(config, None) == reason
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
 
 
-def test_documents_are_preferred_where_the_model_can_and_told_to_no_other() -> None:
+def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
     """FlashAttention stays, and is told nothing of documents by who has not asked for them."""
     batch = batch_of(4)
     assert "documents" not in model_inputs(tiny_model(), batch)
@@ -102,7 +102,7 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other() -> N
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monkeypatch: pytest.MonkeyPatch):
     """A model that attends by documents also generates: sinks, capped scores and windows included."""
     monkeypatch.setattr(document_attention, "QUERIES", 20)
     original = tiny_model(family).eval()
@@ -148,7 +148,7 @@ def unused(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("rows", LAYOUTS)
-def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypatch: pytest.MonkeyPatch):
     """transformers' own code around a stand-in for the kernel: it takes rows for packed ones at one row only, but
     flattens any number of them where it is told the bounds."""
     supports = {

@@ -53,7 +53,7 @@ def sharded(tmp_path: Path) -> Path:
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
-def test_reads_what_is_stored(llama: Path) -> None:
+def test_reads_what_is_stored(llama: Path):
     base = BaseCheckpoint.open(llama)
     stored = load_file(llama / "model.safetensors")
     assert set(base.keys()) == set(stored)
@@ -62,7 +62,7 @@ def test_reads_what_is_stored(llama: Path) -> None:
     assert base.files() == [llama / "model.safetensors"]
 
 
-def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
+def test_sharded_folder_reads_the_same(llama: Path, sharded: Path):
     one = BaseCheckpoint.open(llama)
     many = BaseCheckpoint.open(sharded)
     assert len(many.files()) > 2
@@ -72,7 +72,7 @@ def test_sharded_folder_reads_the_same(llama: Path, sharded: Path) -> None:
 
 def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
     llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """A shell leaves the ~ of `--base=~/model` as it is."""
     monkeypatch.setenv("HOME", str(llama.parent))
     content = read_json(llama / "config.json")
@@ -83,7 +83,7 @@ def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
         BaseCheckpoint.open(llama, "--base")
 
 
-def test_pickled_weights_lead_to_an_own_base(tmp_path: Path) -> None:
+def test_pickled_weights_lead_to_an_own_base(tmp_path: Path):
     folder = tmp_path / "bin"
     model = tiny_model()
     model.config.save_pretrained(folder)
@@ -113,7 +113,7 @@ def shortened(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [overwritten, replaced, shortened, Path.unlink])
-def test_a_file_that_changes_after_it_was_opened_is_named(sharded: Path, harm: Callable[[Path], None]) -> None:
+def test_a_file_that_changes_after_it_was_opened_is_named(sharded: Path, harm: Callable[[Path], None]):
     base = BaseCheckpoint.open(sharded)
     fingerprint = base.fingerprint()
     base.require_unchanged(fingerprint)
@@ -127,7 +127,7 @@ def test_a_file_that_changes_after_it_was_opened_is_named(sharded: Path, harm: C
 @pytest.mark.parametrize("how", [os.utime, lambda path: shutil.move(shutil.copy(path, f"{path}.copy"), path)])
 def test_a_file_that_was_only_touched_or_copied_is_read_once(
     sharded: Path, how: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     base = BaseCheckpoint.open(sharded)
     fingerprint = base.fingerprint()
     how(base.files()[0])
@@ -152,7 +152,7 @@ def test_a_file_that_was_only_touched_or_copied_is_read_once(
     ],
 )
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, changes: Any, stored: torch.dtype) -> None:
+def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, changes: Any, stored: torch.dtype):
     tiny_model(family, dtype=stored, **changes).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     base = BaseCheckpoint.open(tmp_path)
@@ -161,7 +161,7 @@ def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, change
     verify_against_model(base, mapping, parameters(model), mapping)
 
 
-def test_hub_files_without_the_prefix(tmp_path: Path) -> None:
+def test_hub_files_without_the_prefix(tmp_path: Path):
     model = tiny_model("gpt2")
     model.config.save_pretrained(tmp_path)
     state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
@@ -172,7 +172,7 @@ def test_hub_files_without_the_prefix(tmp_path: Path) -> None:
     assert mapping["lm_head.weight"] == mapping["transformer.wte.weight"] == "wte.weight"
 
 
-def test_tie_is_symmetric_and_prefers_the_twin(llama: Path) -> None:
+def test_tie_is_symmetric_and_prefers_the_twin(llama: Path):
     base = BaseCheckpoint.open(llama)
     ties = {"lm_head.weight": "model.embed_tokens.weight"}
     names = ["lm_head.weight", "model.embed_tokens.weight"]
@@ -181,12 +181,12 @@ def test_tie_is_symmetric_and_prefers_the_twin(llama: Path) -> None:
     assert set(only_head.map_parameters(names, "model", ties).values()) == {"lm_head.weight"}
 
 
-def test_unmapped_names_are_listed(llama: Path) -> None:
+def test_unmapped_names_are_listed(llama: Path):
     with pytest.raises(NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"):
         BaseCheckpoint.open(llama).map_parameters(["lm_head.weight", "a.weight", "b.weight"], "model")
 
 
-def test_first_differing_tensor_is_named(llama: Path) -> None:
+def test_first_differing_tensor_is_named(llama: Path):
     model = tiny_model()
     base = BaseCheckpoint.open(llama)
     mapping = mapping_of(model, base)
@@ -201,7 +201,7 @@ def test_first_differing_tensor_is_named(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_own_base_loads_and_replaces(tmp_path: Path, family: str) -> None:
+def test_own_base_loads_and_replaces(tmp_path: Path, family: str):
     folder = tmp_path / "own"
     write_own_base(tiny_model(family, seed=1), folder)
     model = tiny_model(family)
@@ -212,7 +212,7 @@ def test_own_base_loads_and_replaces(tmp_path: Path, family: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path):
     folder = tmp_path / "own"
     before = write_own_base(tiny_model(), folder).fingerprint()
 
@@ -229,7 +229,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 # -- fingerprint and checksum ----------------------------------------------------------------------------------------
 
 
-def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
+def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path: Path):
     tensor = torch.arange(24, dtype=torch.int32)
     variants = [
         {"a": tensor},
@@ -248,20 +248,20 @@ def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
     assert len(set(prints)) == len(variants)
 
 
-def test_checksum_is_of_bytes_not_of_views() -> None:
+def test_checksum_is_of_bytes_not_of_views():
     tensor = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
     assert tensor_checksum(tensor) == tensor_checksum(tensor.clone()) == tensor_checksum(tensor.view(torch.int32))
     assert tensor_checksum(tensor.T) == tensor_checksum(tensor.T.contiguous()) != tensor_checksum(tensor)
     assert tensor_checksum(tensor[1:]) == tensor_checksum(tensor[1:].clone())
 
 
-def test_checksum_never_changes() -> None:
+def test_checksum_never_changes():
     """Ledgers name their base by it. The number was found by its definition in Python's whole numbers."""
     assert tensor_checksum(torch.arange(100_000, dtype=torch.int32)) == 12129217317626389513
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 262_143, 262_144, 262_145, 600_001])
-def test_checksum_sees_every_kind_of_change(size: int) -> None:
+def test_checksum_sees_every_kind_of_change(size: int):
     data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     original = tensor_checksum(data)
     assert tensor_checksum(torch.cat((data, torch.zeros(1, dtype=torch.uint8)))) != original

@@ -80,7 +80,7 @@ def dequantized_by_transformers(kind: str, folder: Path, target: Path, dtype: to
 ])  # fmt: skip
 def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
     user: Playground, tmp_path: Path, kind: str, flags: tuple[str, ...], dtype: torch.dtype
-) -> None:
+):
     """With two merges; its export is verified, and has nothing of the quantization left."""
     quantized_model(kind, tmp_path / "quantized", dtype)
     dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
@@ -96,9 +96,7 @@ def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
     assert export_merged(ours, tmp_path / "verified", verify=True).comparison is not None
 
 
-def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(
-    user: Playground, tmp_path: Path
-) -> None:
+def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(user: Playground, tmp_path: Path):
     tensors = quantized_model("fp8", tmp_path / "model")
     out = tmp_path / "out"
     flags = user.flags(
@@ -115,7 +113,7 @@ def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_othe
     assert BaseCheckpoint.open(out / "base").dtypes() == {torch.float32}
 
 
-def test_blocks_at_the_edge_may_be_smaller() -> None:
+def test_blocks_at_the_edge_may_be_smaller():
     """As DeepSeek-V3's of 576 rows in blocks of 128, where transformers gives up."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 7, generator=generator).to(torch.float8_e4m3fn)
@@ -154,7 +152,7 @@ def with_another_float8(tensors: dict[str, Tensor]) -> None:
 ])  # fmt: skip
 def test_scales_that_do_not_fit_are_named(
     user: Playground, tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], words: str
-) -> None:
+):
     tensors = quantized_model("fp8", tmp_path / "model")
     damage(tensors)
     write(tmp_path / "model", tensors, FP8)
@@ -163,7 +161,7 @@ def test_scales_that_do_not_fit_are_named(
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_what_is_quantized_otherwise_is_named(user: Playground, tmp_path: Path, method: str) -> None:
+def test_what_is_quantized_otherwise_is_named(user: Playground, tmp_path: Path, method: str):
     model = Path(shutil.copytree(user.model, tmp_path / "model"))
     config = {**read_json(model / "config.json"), "quantization_config": {"quant_method": method, "bits": 4}}
     (model / "config.json").write_text(json.dumps(config))
@@ -171,7 +169,7 @@ def test_what_is_quantized_otherwise_is_named(user: Playground, tmp_path: Path, 
     assert f"--model_name_or_path: the model holds quantized weights ({method})" in message
 
 
-def test_gguf_is_named(tmp_path: Path) -> None:
+def test_gguf_is_named(tmp_path: Path):
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
         with pytest.raises(UserError, match="GGUF is not read: give the unquantized model"):

@@ -28,7 +28,7 @@ from tests.helpers.pairwise import pairwise
 
 
 @pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": ["plain", "capped", "sinks"]})
-def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module_under_test, "QUERIES", 20)  # blocks that end within documents
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
@@ -45,7 +45,7 @@ def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monke
             assert_same_attention(out, expected, inputs)
 
 
-def test_a_window_of_blocks_is_dense_attention() -> None:
+def test_a_window_of_blocks_is_dense_attention():
     """Documents longer than a block of queries under a window."""
     positions = torch.cat([torch.arange(500), torch.arange(140)])[None]
     query, key, value, sinks = parts(1, 640, 2)
@@ -57,7 +57,7 @@ def test_a_window_of_blocks_is_dense_attention() -> None:
         assert_same_attention(out, expected, [query, key, value])
 
 
-def test_documents_are_read_from_the_positions_of_all_rows() -> None:
+def test_documents_are_read_from_the_positions_of_all_rows():
     """Positions of one row are those of every row; positions of several axes, or of other tokens, say nothing."""
     query, key, value, _ = parts(2, LENGTH, 2)
     module = torch.nn.Module()
@@ -75,7 +75,7 @@ def test_documents_are_read_from_the_positions_of_all_rows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
-def test_the_output_has_the_precision_of_the_query(kind: str) -> None:
+def test_the_output_has_the_precision_of_the_query(kind: str):
     inputs = parts(1, LENGTH, 2)[: 4 if kind == "sinks" else 3]
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
     more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": half[3] if kind == "sinks" else None}
@@ -88,7 +88,7 @@ def test_the_output_has_the_precision_of_the_query(kind: str) -> None:
     assert {gradient.dtype for gradient in gradients(out, half)} == {torch.bfloat16}
 
 
-def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch):
     """Sequence parallelism wraps itself around it."""
     name = module_under_test.NAME
     known = module_under_test.ALL_ATTENTION_FUNCTIONS
@@ -107,7 +107,7 @@ def layer_of(shared: int) -> torch.nn.Module:
 
 
 @pairwise({"window": [None, 12], "kind": ["plain", "capped", "sinks"], "masked": [False, True]})
-def test_dropout_is_applied(window: int | None, kind: str, masked: bool) -> None:
+def test_dropout_is_applied(window: int | None, kind: str, masked: bool):
     """Of all weights but one in a thousand nothing is left, whichever way they are computed."""
     query, key, value, sinks = parts(2, LENGTH, 2)
     more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
@@ -117,7 +117,7 @@ def test_dropout_is_applied(window: int | None, kind: str, masked: bool) -> None
     assert (out == 0).double().mean() > 0.8
 
 
-def test_what_the_varlen_kernel_can_compute() -> None:
+def test_what_the_varlen_kernel_can_compute():
     """The meta device stands for a GPU."""
 
     def fits(dtype: torch.dtype, size: int = 64, value_size: int = 64, device: str = "meta", **scores: Any) -> bool:
@@ -139,12 +139,12 @@ def test_what_the_varlen_kernel_can_compute() -> None:
 @pytest.mark.parametrize("capability, has_flash", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_gpus_from_ampere_on_have_the_kernel(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has_flash: bool
-) -> None:
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
 
 
-def test_capped_scores_are_not_kept_for_backward() -> None:
+def test_capped_scores_are_not_kept_for_backward():
     saved: list[int] = []
     query, key, value, _ = parts(1, 1024, 2)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id):
@@ -152,7 +152,7 @@ def test_capped_scores_are_not_kept_for_backward() -> None:
     assert 0 < sum(saved) < 1024 * 1024
 
 
-def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
+def test_transformers_masks_are_made_where_documents_do_not_say_all():
     make = module_under_test._mask
     assert make(4, 4, batch_size=1) is None
     hidden = torch.tensor([[False, True, True, True]])
@@ -174,7 +174,7 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all() -> None:
     assert cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
 
 
-def test_short_documents_are_padded_by_a_quarter_at_most() -> None:
+def test_short_documents_are_padded_by_a_quarter_at_most():
     """And long ones not at all."""
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
     cpu = torch.device("cpu")
@@ -213,7 +213,7 @@ LENGTHS = {"one": [LONG], "some": [1000, 2500, 596], "many": [64] * 64}
 
 
 @pairwise({"lengths": list(LENGTHS), "kind": ["plain", "window", "capped", "sinks"], "device": ["cpu", "meta"]})
-def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str) -> None:
+def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str):
     """On the meta device bf16 takes the branch of a GPU."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     documents = Documents.of(positions_of([LENGTHS[lengths]])).to(device)
@@ -231,7 +231,7 @@ def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str) -
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 
 
-def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch):
     masks: list[weakref.ref[Tensor]] = []
 
     def noted(*arguments: Any) -> Tensor:
@@ -250,7 +250,7 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch
     assert len(masks) == 2 * count, "made again"
 
 
-def test_training_takes_the_tables_of_an_evaluation() -> None:
+def test_training_takes_the_tables_of_an_evaluation():
     groups_of.cache_clear()
     positions = torch.cat([torch.arange(length) for length in (3, 30, 7)])[None]
     query, key, value, _ = parts(1, 40, 2)
@@ -265,7 +265,7 @@ def test_training_takes_the_tables_of_an_evaluation() -> None:
 # -- what it does not compute ------------------------------------------------------------------------------------------
 
 
-def test_attention_of_another_kind_is_refused() -> None:
+def test_attention_of_another_kind_is_refused():
     query, key, value, _ = parts(1, 8, 2)
     both = torch.nn.Module()
     both.is_causal = False  # type: ignore[assignment]

@@ -83,7 +83,7 @@ def check_cast(model: Any, folder: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_every_type_is_adapted_merged_and_cast(tmp_path: Path) -> None:
+def test_every_type_is_adapted_merged_and_cast(tmp_path: Path):
     wrong = {}
     tried = 0
     for kind, model in small_models():

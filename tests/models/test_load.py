@@ -27,7 +27,7 @@ from tests.helpers.models import FAMILIES, MIXTURES, alone, loaded_model, on_dev
 )
 def test_pickled_weights_are_downloaded_where_there_are_no_others(
     stored_files: list[str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """facebook/opt-125m and many of its age have no safetensors."""
 
     def snapshot(name: str, allow_patterns: list[str]) -> str:
@@ -43,7 +43,7 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
 # -- code that comes with a model ------------------------------------------------------------------------------------
 
 
-def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     tiny_model().save_pretrained(tmp_path / "llama")
     folder = with_own_code(tmp_path / "llama", tmp_path / "own")
@@ -67,7 +67,7 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
             use()
 
 
-def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read() -> None:
+def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read():
     """As by a plan of the model."""
     with pytest.raises(UserError, match=r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
         load.make_model(tiny_model("gemma2").config, "the model", attn_implementation="sdpa")
@@ -77,7 +77,7 @@ def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_rea
         load.make_model(config, "--model_config own.json")
 
 
-def test_a_mistyped_path_is_no_name_of_the_hub() -> None:
+def test_a_mistyped_path_is_no_name_of_the_hub():
     with pytest.raises(UserError, match=r"--model_name_or_path \./no/such/model: no such folder, and no name"):
         load.named_config("./no/such/model")
 
@@ -124,7 +124,7 @@ def originals(folder: Path, own: Path, dtype: torch.dtype) -> tuple[Any, dict[st
 ])  # fmt: skip
 def test_a_run_keeps_the_precision_of_pickled_weights(
     tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, kept: torch.dtype, shards: int, zipped: bool
-) -> None:
+):
     weights = pickled(tmp_path / "model", stored, shards, zipped)
     model, base_tensors = originals(tmp_path / "model", tmp_path / "own", dtype)
     for name, tensor in base_tensors.items():
@@ -133,7 +133,7 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
-def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path):
     """Whatever its precision, as its fingerprint is in every checkpoint."""
     pickled(tmp_path / "model", torch.float32)
     write_own_base(load.load_model(tmp_path / "model", torch.bfloat16), tmp_path / "own")
@@ -144,14 +144,14 @@ def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path) -> None:
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_the_base_of_another_model_is_replaced(tmp_path: Path) -> None:
+def test_the_base_of_another_model_is_replaced(tmp_path: Path):
     weights = pickled(tmp_path / "model", torch.float32)
     write_own_base(tiny_model(seed=5), tmp_path / "own")
     _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in base_tensors.items())
 
 
-def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     pickled(tmp_path / "model", torch.float32)
     model = load.load_model(tmp_path / "model", torch.bfloat16)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.Lo
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
     family: str, stored: torch.dtype, tmp_path: Path
-) -> None:
+):
     tiny_model(family, dtype=stored).save_pretrained(tmp_path)
     models = [loaded_model(tmp_path, torch.bfloat16, cast) for cast in (False, True)]
     configs = [model.config.to_dict() for model in models]
@@ -184,7 +184,7 @@ def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
         assert torch.equal(late[name], tensor), name
 
 
-def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path: Path) -> None:
+def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path: Path):
     """So that they are pages of the files. Not where the files have several dtypes, which transformers would cast."""
 
     def dtypes(folder: Path) -> set[torch.dtype]:
@@ -198,7 +198,7 @@ def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path:
     assert dtypes(tmp_path / "two") == {torch.bfloat16}
 
 
-def test_configs_within_the_config_say_the_dtype_of_the_run(tmp_path: Path) -> None:
+def test_configs_within_the_config_say_the_dtype_of_the_run(tmp_path: Path):
     """MPT has one for its attention. What a run is known by when it resumes holds all of them."""
     config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, vocab_size=64)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)

@@ -88,7 +88,7 @@ def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tenso
         *[("gpt_neox", True), ("mixtral", False), ("cohere", True), ("granite", False)],
     ],
 )
-def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, checkpointing: bool) -> None:
+def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, checkpointing: bool):
     model = model_of(family, train_head)
     batch = batch_of()
     if checkpointing:
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, ch
     assert_same(gradients(model, batch), expected)
 
 
-def test_an_adapted_head_too() -> None:
+def test_an_adapted_head_too():
     torch.manual_seed(0)
     model = tiny_model()
     batch = batch_of()
@@ -110,7 +110,7 @@ def test_an_adapted_head_too() -> None:
     assert any("lm_head" in name for name in expected[1])
 
 
-def test_evaluation_and_whole_logits_are_as_before() -> None:
+def test_evaluation_and_whole_logits_are_as_before():
     model = model_of("llama").eval()
     batch = batch_of()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_evaluation_and_whole_logits_are_as_before() -> None:
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, near: float) -> None:
+def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, near: float):
     """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 20_000, bias=False).to(dtype).requires_grad_(False)
@@ -144,9 +144,7 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize("train_head, times", [(True, 2), (False, 1)])
-def test_no_more_logits_than_a_chunk_are_ever_made(
-    monkeypatch: pytest.MonkeyPatch, train_head: bool, times: int
-) -> None:
+def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPatch, train_head: bool, times: int):
     """Nothing of the size of logits is kept for backward, which makes them again where the head is trained."""
     model = model_of("llama", train_head)
     batch = batch_of()
@@ -170,7 +168,7 @@ def test_no_more_logits_than_a_chunk_are_ever_made(
     assert max(sizes) == CHUNK
 
 
-def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token() -> None:
+def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token():
     model = tiny_model()
     assert chunk_loss(model).chunk_tokens == 2**24 // 128
     model.config.vocab_size = 2**25
@@ -179,7 +177,7 @@ def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token() -> None
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("train_head", [False, True])
-def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool) -> None:
+def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool):
     """Of logits in bf16, whose own losses would have two digits."""
     model = model_of("llama", train_head).bfloat16()
     batch = batch_of()
@@ -195,7 +193,7 @@ def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool) -> None:
     assert_close(total.double(), expected.sum(), rtol=2e-6, atol=0)
 
 
-def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyPatch):
     model = model_of("llama")
     batch = batch_of()
     logits = model(batch["input_ids"]).logits
@@ -236,7 +234,7 @@ class _Engine:
         return self.module(**batch)
 
 
-def test_a_model_without_a_head_is_refused() -> None:
+def test_a_model_without_a_head_is_refused():
     with pytest.raises(UserError, match="--chunked_loss: this model names no output head"):
         chunk_loss(tiny_model().model)
 
@@ -273,7 +271,7 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.heavy), "qwen2"])
-def test_a_trained_head_that_zero_3_shards(family: str) -> None:
+def test_a_trained_head_that_zero_3_shards(family: str):
     """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
     model = model_of(family)
     batch = batch_of()
@@ -289,7 +287,7 @@ def test_a_trained_head_that_zero_3_shards(family: str) -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, tmp_path: Path) -> None:
+def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, tmp_path: Path):
     whole = tmp_path / "whole"
     expected = run(1, user.flags(whole))
     for split in ("sequence", "tensor"):
@@ -312,7 +310,7 @@ def chunks_in(out: Path) -> bool:
     return TrainerState.read(out / "checkpoints" / "latest").chunked_loss
 
 
-def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, tmp_path: Path) -> None:
+def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, tmp_path: Path):
     """A new run with a frozen head computes it in chunks; one that has begun with whole logits goes on with them."""
     new, resumed, old, gone_on = (tmp_path / name for name in ("new", "resumed", "old", "gone-on"))
     run(1, user.flags(new, *KEPT))
@@ -329,7 +327,7 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, 
     assert not chunks_in(gone_on)
 
 
-def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user: Playground, tmp_path: Path) -> None:
+def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user: Playground, tmp_path: Path):
     ((told, refusal_told),) = run_ranks(1, with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
     assert "loss: from the logits of complete batches, because this model does more to its logits" in told
     assert "--chunked_loss: this model does more to its logits" in refusal_told

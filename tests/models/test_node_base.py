@@ -108,7 +108,7 @@ def private_and_shared(folder: str, cases: tuple[str, ...]) -> dict[str, dict[st
         pytest.param(3, (*FEW, "experts"), marks=pytest.mark.heavy),
     ],
 )
-def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int, cases: tuple[str, ...]) -> None:
+def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int, cases: tuple[str, ...]):
     ranks = run_ranks(world, private_and_shared, str(tmp_path), cases)
     for case in cases:
         alone = ranks[0][case]["private"]
@@ -135,7 +135,7 @@ def on_two_nodes(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.heavy
-def test_nodes_of_one_and_of_two_processes(tmp_path: Path) -> None:
+def test_nodes_of_one_and_of_two_processes(tmp_path: Path):
     ranks = run_ranks(3, on_two_nodes, str(tmp_path))
     assert "one process on this node" in ranks[0]["auto"]["text"]
     assert ranks[1]["auto"]["places"] == ranks[2]["auto"]["places"]
@@ -169,7 +169,7 @@ def faults() -> dict[str, str]:
     return errors
 
 
-def test_an_error_of_one_process_is_one_of_all() -> None:
+def test_an_error_of_one_process_is_one_of_all():
     for errors in run_ranks(2, faults):
         assert "rank 1: no room for" in errors["work"]
         assert "replaced after the start" in errors["replaced"]
@@ -188,7 +188,7 @@ def checked(folder: str) -> str:
     return ""
 
 
-def test_a_base_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
+def test_a_base_that_differs_between_ranks_is_refused(tmp_path: Path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     for rank in range(3):
@@ -203,7 +203,7 @@ def without_memory(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp_path: Path) -> None:
+def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp_path: Path):
     ((kind, message),) = set(run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS)))
     assert kind == "UserError"
     assert "the base that the processes of this node share takes 0.000 GB" in message
@@ -217,7 +217,7 @@ def interrupted_with_private_bases(argv: list[str], step: int) -> None:
 
 
 @pytest.mark.heavy
-def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path, out: Path):
     flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
     whole = tmp_path / "whole"
     run(2, user.flags(whole, *flags))
@@ -229,7 +229,7 @@ def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground,
 # -- one process -------------------------------------------------------------------------------------------------------
 
 
-def test_a_process_alone_owns_all_layers_and_several_deal_them_out() -> None:
+def test_a_process_alone_owns_all_layers_and_several_deal_them_out():
     sizes = {"a": 5, "b": 1, "c": 4, "d": 1}
     assert balanced(sizes, 2) == [["a", "d"], ["c", "b"]]
     assert balanced(sizes, 5)[4] == []
@@ -237,7 +237,7 @@ def test_a_process_alone_owns_all_layers_and_several_deal_them_out() -> None:
     assert NodeBase().layers(model) == list(mora_layers(model))
 
 
-def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once() -> None:
+def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once():
     """Such as a head that is adapted on a GPU, beside a base in host memory."""
     model = model_with_mora(target_modules=("q_proj", "lm_head"))
     layers = mora_layers(model)
@@ -260,7 +260,7 @@ def named_memory() -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith("sem.")} if folder.is_dir() else set()
 
 
-def test_memory_has_no_name_and_ends_with_its_last_mapping() -> None:
+def test_memory_has_no_name_and_ends_with_its_last_mapping():
     before = named_memory()
     offer = Offer.make(1 << 16, "layout")
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -279,7 +279,7 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping() -> None:
         offer.map("layout")
 
 
-def test_a_file_that_was_written_to_is_no_place(tmp_path: Path) -> None:
+def test_a_file_that_was_written_to_is_no_place(tmp_path: Path):
     path = tmp_path / "numbers"
     path.write_bytes(bytes(range(256)) * 64)
     mapped = torch.from_file(str(path), shared=False, size=256 * 64, dtype=torch.uint8)
@@ -290,7 +290,7 @@ def test_a_file_that_was_written_to_is_no_place(tmp_path: Path) -> None:
     assert Mappings.read().place_of(torch.zeros(10)) is None
 
 
-def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     group = tmp_path / "job"
     group.mkdir()
     (group / "memory.max").write_text("5000000\n")

@@ -44,7 +44,7 @@ def asked(family: str, folder: Path, text: str) -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("text, longest", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_logits_are_those_of_transformers_own_model(family: str, text: str, longest: int, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_own_model(family: str, text: str, longest: int, tmp_path: Path):
     model, changes = asked(family, tmp_path, text)
     rope.check_used(model, changes["rope_parameters"]["rope_type"])
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **copy.deepcopy(changes)})
@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers_own_model(family: str, text: str, long
     assert rope.longest_row(model.config) == longest
 
 
-def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path: Path) -> None:
+def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path: Path):
     """Why the changes are made before."""
     model, changes = asked("llama", tmp_path, YARN)
     late = load_model(tmp_path, torch.float32)
@@ -73,14 +73,14 @@ def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path: Path) 
     ("gemma3_text", "a gemma3_text model has no rotary embeddings that are one for all layers"),
     ("phi3", "a phi3 model cannot have these: `rope_parameters`'s type field must be one of ['longrope'], got yarn"),
 ])  # fmt: skip
-def test_a_family_that_ignores_it_is_named(user: Playground, tmp_path: Path, family: str, words: str) -> None:
+def test_a_family_that_ignores_it_is_named(user: Playground, tmp_path: Path, family: str, words: str):
     tiny_model(family).save_pretrained(tmp_path / family)
     flags = ("--model_name_or_path", tmp_path / family, "--tokenizer_name", user.model, "--rope_scaling", YARN)
     assert f"--rope_scaling: {words}" in refusal(user.flags(tmp_path / "out", *map(str, flags)))
 
 
 @pytest.mark.parametrize("form", ["of transformers 5", "of transformers 4"])
-def test_a_changed_config_keeps_nothing_of_the_scaling_before(form: str, tmp_path: Path) -> None:
+def test_a_changed_config_keeps_nothing_of_the_scaling_before(form: str, tmp_path: Path):
     """Both names are written: transformers 5 and 4 read the same."""
     model, changes = asked("llama", tmp_path, YARN)
     content = read_json(tmp_path / "config.json")
@@ -98,7 +98,7 @@ def test_a_changed_config_keeps_nothing_of_the_scaling_before(form: str, tmp_pat
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user: Playground, tmp_path: Path) -> None:
+def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user: Playground, tmp_path: Path):
     """To the bit, with merges, resumed; and what is exported of it is that model, whose config is the run's."""
     longer = (*MERGING, "--seq_len", 160, "--per_device_train_batch_size", 1, "--train_norms", "true")
     assert "--rope_scaling makes more of them" in refusal(user.flags(tmp_path / "short", *longer))
@@ -136,7 +136,7 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user: Playgroun
     assert json.dumps(changes) in (tmp_path / "peft" / "README.md").read_text()
 
 
-def test_rows_that_are_split_over_ranks_are_scaled_alike(user: Playground, tmp_path: Path) -> None:
+def test_rows_that_are_split_over_ranks_are_scaled_alike(user: Playground, tmp_path: Path):
     dynamic = '{"rope_type": "dynamic", "factor": 2.0}'
     longer = ("--seq_len", 256, "--per_device_train_batch_size", 1, "--max_steps", 3, "--rope_scaling", dynamic)
     run(1, user.flags(tmp_path / "one", *longer, "--no_document_mask"))
@@ -162,7 +162,7 @@ def test_rows_that_are_split_over_ranks_are_scaled_alike(user: Playground, tmp_p
     ('{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2.5}', "must be a whole number, got 2.5"),
     ('{"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}', "must be above low_freq"),
 ])  # fmt: skip
-def test_mistakes_are_named(text: str, words: str) -> None:
+def test_mistakes_are_named(text: str, words: str):
     with pytest.raises(UserError) as error:
         rope_settings(text)
     assert words in str(error.value)

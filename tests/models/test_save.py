@@ -26,7 +26,7 @@ from mora_ds.models.tensor_files import (
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_filled_up_to_its_limit(tmp_path: Path) -> None:
+def test_a_file_is_filled_up_to_its_limit(tmp_path: Path):
     """A tensor above the limit has a file alone; none is empty."""
     sizes = {"large": 30, "a": 4, "b": 6, "c": 1, "huge": 40, "d": 10}
     layout = {key: ((size,), torch.uint8) for key, size in sizes.items()}
@@ -42,7 +42,7 @@ def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
     return BaseCheckpoint.open(folder)
 
 
-def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
+def test_an_index_is_written_for_several_files_alone(tmp_path: Path):
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
     asked = list[tuple[str, torch.dtype]]()
 
@@ -71,7 +71,7 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path) -> None:
 # -- the other files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path: Path, out: Path) -> None:
+def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path: Path, out: Path):
     config = {
         "model_type": "é", "torch_dtype": "float32", "text_config": {"dtype": "float32", "inner_config": {"dtype": 1}},
         "quant_config": None, "other": {"dtype": "float32"},
@@ -92,7 +92,7 @@ COPIED = {
 }  # fmt: skip
 
 
-def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
+def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path):
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
     tokenizer_folder = tmp_path / "tokenizer"
     for name in (*COPIED, "README.md", "optimizer.pt"):
@@ -115,7 +115,7 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path) -> None:
             assert of_base == {"generation_config.json", "modeling_own.py", "LICENSE.txt", "vocabulary_extension.json"}
 
 
-def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: Path, out: Path) -> None:
+def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: Path, out: Path):
     """The cache keeps the files of snapshots/REVISION in blobs/ beside them."""
     hub = tmp_path / "hub"
     (hub / "snapshots").mkdir(parents=True)
@@ -141,7 +141,7 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
 # -- safetensors files -------------------------------------------------------------------------------------------------
 
 
-def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> None:
+def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path):
     """Each tensor begins at a multiple of its element size, which readers that map the file rely on."""
     path = tmp_path / "t.safetensors"
     tensors = dict[str, torch.Tensor]()
@@ -169,7 +169,7 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path) -> Non
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
 
 
-def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> None:
+def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path):
     layout = {"small": ((3,), torch.uint8), "large": ((2,), torch.float64), "none": ((0, 4), torch.float32)}
     with SafetensorsWriter(tmp_path / "t", layout, {"about": "x"}) as writer:
         writer.write("small", torch.tensor([1, 2, 3], dtype=torch.uint8))
@@ -189,7 +189,7 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path) -> N
         SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
 
 
-def test_what_is_no_file_of_tensors_is_named(tmp_path: Path) -> None:
+def test_what_is_no_file_of_tensors_is_named(tmp_path: Path):
     path = tmp_path / "t.safetensors"
     with pytest.raises(UserError, match=r"t.safetensors is missing"):
         open_safetensors(path)

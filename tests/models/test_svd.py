@@ -7,7 +7,7 @@ from mora_ds.models.svd import OVERSAMPLED, leading_vectors
 from tests.helpers.operators import random
 
 
-def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: pytest.MonkeyPatch):
     count = 4
     side = 2 * OVERSAMPLED + 40
     values = torch.cat((torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((side - count,), 0.01))).double()

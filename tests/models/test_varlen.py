@@ -25,7 +25,7 @@ from tests.helpers.attention import (
 from tests.helpers.pairwise import pairwise
 
 
-def test_varlen_keeps_its_contract() -> None:
+def test_varlen_keeps_its_contract():
     """The meta device runs the registered shapes of forward and backward, which take the arguments of torch's own."""
     bounds = torch.tensor([0, 3, 10], dtype=torch.int32, device="meta")
     query, key, value = (torch.empty(10, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
@@ -40,7 +40,7 @@ def test_varlen_keeps_its_contract() -> None:
 
 @pytest.mark.parametrize("size, value_size", [(16, 16), (20, 12), (192, 128)])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks: bool) -> None:
+def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks: bool):
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
     query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
     sink_logits = torch.empty(4, device="meta") if sinks else None
@@ -113,7 +113,7 @@ def backward_stand_in(
 @pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40], "kind": ["plain", "sinks"]})
 def test_varlen_is_called_for_dense_attention(
     layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """Stand-ins in place of torch's kernels, which need a GPU."""
     monkeypatch.setattr(module_under_test, "fits_varlen", lambda *arguments: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
@@ -136,7 +136,7 @@ def test_varlen_is_called_for_dense_attention(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("kind", ["plain", "sinks"])
-def test_varlen_is_dense_attention(layout: str, window: int | None, kind: str) -> None:
+def test_varlen_is_dense_attention(layout: str, window: int | None, kind: str):
     positions = positions_of(LAYOUTS[layout])
     documents = Documents.of(positions).to("cuda")
     inputs = parts(len(positions), LENGTH, 2)

@@ -31,7 +31,7 @@ def split_runs(cases: list[Case], degree: int, **settings: Any) -> list[dict[str
 
 
 @pytest.mark.parametrize("world, degree", [(2, 2), (4, 4), pytest.param(4, 2, marks=pytest.mark.heavy)])
-def test_the_core(world: int, degree: int) -> None:
+def test_the_core(world: int, degree: int):
     """t = 2, t = 4 (where two key-value heads do not divide: the attention falls back), t = 2 x dp = 2."""
     compare(world, degree, CORE if world == degree == 2 else CORE[:2])
 
@@ -60,7 +60,7 @@ def with_settings(case: Case) -> list[dict[str, Any]]:
 
 
 @pytest.mark.heavy
-def test_an_offloaded_optimizer_and_squares_that_stay_gathered() -> None:
+def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
     expected = plain_run(CORE[0])
     for results in run_ranks(4, with_settings, CORE[0]):
         for result, settings in zip(results, SETTINGS, strict=True):
@@ -100,7 +100,7 @@ EVERY_TWO = pairwise_cases(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("ranks", RANKS)
-def test_every_two_of_family_operator_and_form(ranks: tuple[int, int]) -> None:
+def test_every_two_of_family_operator_and_form(ranks: tuple[int, int]):
     cases = [
         {
             "family": case["family"],

@@ -79,13 +79,13 @@ def replicated(engine: Any) -> dict[str, Any]:
     return {name: tensor_checksum(master.contiguous()) for name, master in masters.items()}
 
 
-def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path: Path) -> None:
+def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path: Path):
     compare(CASES[0], ["bfloat16"], tmp_path)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["family"])
-def test_so_in_every_precision(case: Case, tmp_path: Path) -> None:
+def test_so_in_every_precision(case: Case, tmp_path: Path):
     compare(case, list(PRECISIONS), tmp_path)
 
 
@@ -126,7 +126,7 @@ def with_noise() -> list[dict[str, Any]]:
     return checksums
 
 
-def test_ranks_stay_equal_even_where_their_gradients_are_not() -> None:
+def test_ranks_stay_equal_even_where_their_gradients_are_not():
     first, second = run_ranks(2, with_noise)
     assert first == second
     assert first[0] != first[1]

@@ -51,7 +51,7 @@ def saved(request: Any, ground: Playground) -> tuple[str, Path, torch.Tensor]:
     return request.param, shared, losses(alone)
 
 
-def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
+def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground: Playground):
     name, out, expected = saved
     assert_close(losses(out), expected, rtol=1e-5, atol=0)
     alone = ground.root / f"{name}-alone"
@@ -80,7 +80,7 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
 )
 def test_it_resumes_at_another_size(
     saved: tuple[str, Path, torch.Tensor], ground: Playground, degree: int, replicas: int
-) -> None:
+):
     name, out, expected = saved
     copy = ground.root / f"{name}-{degree}-{replicas}"
     shutil.copytree(out, copy, symlinks=True)
@@ -97,7 +97,7 @@ def hashes(folder: Path, pattern: str) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], ground: Playground) -> None:
+def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], ground: Playground):
     """Adapter, merge ledger and merged model of one state, saved and exported by one rank and by others."""
     name, out, _ = saved
     hashed = []
@@ -116,7 +116,7 @@ def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], gro
 # -- before it begins --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out: Path) -> None:
+def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out: Path):
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
@@ -133,7 +133,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out
 
 
 @pytest.mark.heavy
-def test_the_launcher_runs_it(ground: Playground, tmp_path: Path) -> None:
+def test_the_launcher_runs_it(ground: Playground, tmp_path: Path):
     flags = ground.flags(tmp_path / "out", "--deepspeed", ZERO3_TP2, "--max_steps", 2, "--log_level", "debug")
     done = launch(2, flags, tmp_path)
     assert done.returncode == 0, done.stderr

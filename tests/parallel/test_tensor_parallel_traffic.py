@@ -52,7 +52,7 @@ KINDS = {
 }
 
 
-def test_the_bytes_are_those_predicted_and_none_is_of_the_base() -> None:
+def test_the_bytes_are_those_predicted_and_none_is_of_the_base():
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():
         model = model_of(case)

@@ -31,7 +31,7 @@ def places() -> dict[str, Any]:
     }
 
 
-def test_consecutive_ranks_are_a_group() -> None:
+def test_consecutive_ranks_are_a_group():
     for result in run_ranks(4, places):
         first = result["rank"] // 2 * 2
         assert result["group"] == [first, first + 1]

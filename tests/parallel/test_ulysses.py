@@ -181,7 +181,7 @@ CORE = [
     [pytest.param(*CORE[0], marks=pytest.mark.heavy), *CORE[1:]],
     ids=["s2", "s4", "s2 x dp2"],
 )
-def test_split_rows_are_whole_rows(ranks: int, size: int, cases: list[Case]) -> None:
+def test_split_rows_are_whole_rows(ranks: int, size: int, cases: list[Case]):
     assert_equal_runs(cases, ranks, size)
 
 
@@ -201,7 +201,7 @@ EVERY_TWO = pairwise_cases(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_two_of_family_operator_and_the_rest(group: tuple[int, int]) -> None:
+def test_every_two_of_family_operator_and_the_rest(group: tuple[int, int]):
     chosen = [case for case in EVERY_TWO if case["group"] == group]
     cases = [Case(**{name: value for name, value in case.items() if name != "group"}) for case in chosen]
     assert_equal_runs(cases, *group)
@@ -209,7 +209,7 @@ def test_every_two_of_family_operator_and_the_rest(group: tuple[int, int]) -> No
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("size", [2, 4])
-def test_one_key_value_head_and_long_rope(size: int) -> None:
+def test_one_key_value_head_and_long_rope(size: int):
     shared = {"num_key_value_heads": 1}
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
     long = {**dynamic, "max_position_embeddings": LENGTH // 2}

@@ -50,7 +50,7 @@ def in_and_out_of_the_way() -> dict[str, float]:
     return {name: float(error) for name, error in errors.items()}
 
 
-def test_whole_rows_and_models_that_are_not_bound() -> None:
+def test_whole_rows_and_models_that_are_not_bound():
     for errors in run_ranks(2, in_and_out_of_the_way):
         assert errors.pop("split") < 1e-5
         assert {name: error for name, error in errors.items() if error} == {}
@@ -83,7 +83,7 @@ def handed_to_flash_attention() -> float:
     return float((logits - sequence.split({"logits": expected})["logits"]).abs().max())
 
 
-def test_a_flash_attention_is_handed_whole_rows() -> None:
+def test_a_flash_attention_is_handed_whole_rows():
     assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
 
 
@@ -100,7 +100,7 @@ def told_apart() -> list[str]:
     return said
 
 
-def test_ranks_that_share_rows_must_be_given_the_same() -> None:
+def test_ranks_that_share_rows_must_be_given_the_same():
     for same, between, within in run_ranks(4, told_apart):
         assert same == between == ""
         assert "ranks 2 and 3" in within
@@ -123,7 +123,7 @@ def part_of(rank: int) -> SequenceParallel:
     return sequence
 
 
-def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
+def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
     ids = tokens(3, LENGTH, seed=5)
     documents = object()
     batches = [part_of(rank).split({"input_ids": ids, "documents": documents}) for rank in range(PARTS)]
@@ -132,7 +132,7 @@ def test_a_part_is_a_ranks_tokens_and_documents_stay_whole() -> None:
 
 
 @pytest.mark.parametrize("rank", range(PARTS))
-def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkeypatch: pytest.MonkeyPatch):
     sequence = part_of(rank)
     module = nn.Module()
     told = list[Any]()
@@ -170,7 +170,7 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkey
             sequence.attend(lambda: None, module, query, key, key, **wrong)  # type: ignore[arg-type, return-value]
 
 
-def test_what_a_rank_computes_is_told() -> None:
+def test_what_a_rank_computes_is_told():
     told = {size: describe(config_of("llama"), size, LENGTH) for size in (2, 4)}
     assert "each computes 12 of its 24 tokens, in attention 2 of 4 heads (key-value heads 1 of 2)" in told[2]
     assert "1 of 4 heads (key-value heads 1 of 2, each on 2 processes)" in told[4]
@@ -194,7 +194,7 @@ llama4_text | {} | 2 | layers of the kind chunked_attention
 
 
 @pytest.mark.parametrize("kind, values, size, message", rows(UNSPLIT))
-def test_what_a_config_tells(kind: str, values: str, size: str, message: str) -> None:
+def test_what_a_config_tells(kind: str, values: str, size: str, message: str):
     config = config_of(kind, **parsed(values))
     with pytest.raises(UserError, match="--sequence_parallel_size") as error:
         check_config(config, int(size), None)
@@ -202,14 +202,14 @@ def test_what_a_config_tells(kind: str, values: str, size: str, message: str) ->
     check_config(config, 1, None)
 
 
-def test_an_attention_that_reads_masks_is_not_split() -> None:
+def test_an_attention_that_reads_masks_is_not_split():
     with pytest.raises(UserError, match=r"--sequence_parallel_size.*because --attn_implementation sdpa reads masks"):
         check_config(config_of("llama"), 2, "sdpa")
     check_config(config_of("llama"), 1, "sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_configs_that_pass(family: str) -> None:
+def test_configs_that_pass(family: str):
     for size in (2, 4):
         check_config(config_of(family), size, None)
 
@@ -243,7 +243,7 @@ MIXING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_what_only_a_forward_tells() -> None:
+def test_what_only_a_forward_tells():
     for said in run_ranks(2, split_checked, MIXING):
         assert said["llama"] == ""
         assert "mixes tokens outside of the attention" in said["lfm2"]

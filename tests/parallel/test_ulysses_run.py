@@ -55,7 +55,7 @@ def assert_close(results: dict[str, Any], wanted: dict[str, Any], rel: float) ->
             assert results[key] == value, key
 
 
-def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path, out: Path) -> None:
+def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path, out: Path):
     told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
     assert "2 processes share every row; each computes 16 of its 32 tokens, in attention 2 of 4 heads" in told
     assert_same_curve(out, one)
@@ -72,7 +72,7 @@ def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, t
 
 
 @pytest.mark.heavy
-def test_a_checkpoint_goes_on_at_any_size(user: Playground, one: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_at_any_size(user: Playground, one: Path, tmp_path: Path):
     first = tmp_path / "first"
     run(4, flags(user, first, 4, 2))
     assert_same_curve(first, one)
@@ -109,7 +109,7 @@ def job_in_fp32(argv: list[str]) -> dict[str, Any]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
+def test_variants(user: Playground, tmp_path: Path, variant: str):
     ours = tmp_path / "split"
     theirs = tmp_path / "whole"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
@@ -123,7 +123,7 @@ def test_variants(user: Playground, tmp_path: Path, variant: str) -> None:
 
 
 @pytest.mark.heavy
-def test_bf16_and_the_real_launcher(user: Playground, tmp_path: Path) -> None:
+def test_bf16_and_the_real_launcher(user: Playground, tmp_path: Path):
     one = tmp_path / "one"
     two = tmp_path / "two"
     run(1, flags(user, one, 1, 1, "--bf16", "true"))

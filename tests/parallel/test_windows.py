@@ -43,7 +43,7 @@ def tensors(spec: OperatorSpec) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
+def test_windows_make_up_the_operator(spec: OperatorSpec):
     square, x, _ = tensors(spec)
     expected = mora_update(spec, square, x)
     columns = [update(Window.of(spec, outputs=span), square, x) for span in bounds(spec.d_out)]
@@ -53,7 +53,7 @@ def test_windows_make_up_the_operator(spec: OperatorSpec) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_sums_in_low_precision_are_rounded_once(dtype: torch.dtype) -> None:
+def test_long_sums_in_low_precision_are_rounded_once(dtype: torch.dtype):
     spec = OperatorSpec(OperatorKind.SHARE, 1024, 1024, 32, Grouping.PERMUTED)
     window = Window.of(spec, outputs=(0, 512))
     x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -63,7 +63,7 @@ def test_long_sums_in_low_precision_are_rounded_once(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
+def test_every_map_has_its_transpose(spec: OperatorSpec):
     _, x, g = tensors(spec)
     for window in (Window.of(spec, outputs=bounds(spec.d_out)[1]), Window.of(spec, inputs=bounds(spec.d_in)[1])):
         inside = x[..., slice(*window.inputs)]
@@ -82,7 +82,7 @@ def test_every_map_has_its_transpose(spec: OperatorSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.blocks > 1], ids=str)
-def test_gradients_of_windows_add_up(spec: OperatorSpec) -> None:
+def test_gradients_of_windows_add_up(spec: OperatorSpec):
     _, x, g = tensors(spec)
     expected = adjoint(spec, g.flatten(0, -2).T @ x.flatten(0, -2))
     columns = [Window.of(spec, outputs=span) for span in bounds(spec.d_out)]
@@ -100,7 +100,7 @@ GROUPINGS = (Grouping.PERMUTED, Grouping.PLAIN, Grouping.CONTIGUOUS)
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("shape", [(24, 40, 10), (40, 24, 10), (17, 23, 6), (24, 40, 32)])
-def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grouping) -> None:
+def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grouping):
     """One definition for every way to compute, and a window of complete segments needs its own rows or columns only."""
     d_in, d_out, r_hat = shape
     plain = OperatorSpec(OperatorKind.SHARE, d_in, d_out, r_hat, grouping, seed=5)
@@ -122,7 +122,7 @@ def test_segments_confine_what_meets(shape: tuple[int, int, int], grouping: Grou
             assert_close(output, x @ delta_weight(spec, square).T)
 
 
-def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed() -> None:
+def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed():
     spec = OperatorSpec(OperatorKind.SHARE, 24, 40, 10, Grouping.PERMUTED, seed=5)
     square = tensors(spec)[0]
     segmented = replace(spec, out_segments=4)
@@ -133,7 +133,7 @@ def test_a_permutation_is_the_same_without_segments_and_new_with_every_seed() ->
     assert ranks[0] < ranks[1] <= ranks[2]
 
 
-def test_segments_are_for_share() -> None:
+def test_segments_are_for_share():
     with pytest.raises(UserError, match="belong to operator 'share'"):
         OperatorSpec(OperatorKind.ROTATE, 24, 40, 10, in_segments=2)
     with pytest.raises(UserError, match="r_hat must be at least the number of segments"):

@@ -47,7 +47,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str) -> None:
+def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str):
     ours = tiny_model(family)
     theirs = tiny_model(family)
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
@@ -67,7 +67,7 @@ def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str
     assert all("mora_square.default" in name for name in trained)
 
 
-def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_an_adapter_is_saved_and_loaded(tmp_path: Path):
     model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj", "down_proj"], seed=7))
     fill(model, "default", seed=1)
     expected = logits(model)
@@ -84,7 +84,7 @@ def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_keeps_the_model(family: str, dtype: torch.dtype) -> None:
+def test_merging_keeps_the_model(family: str, dtype: torch.dtype):
     model = get_peft_model(tiny_model(family, dtype=dtype), MoraConfig(r=4))
     fill(model, "default", seed=1)
     expected = logits(model)
@@ -99,7 +99,7 @@ def test_merging_keeps_the_model(family: str, dtype: torch.dtype) -> None:
     assert_close(logits(merged), expected, rtol=0, atol=tolerance)
 
 
-def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
+def test_a_merge_is_summed_in_fp32_and_can_be_refused():
     """Updates below the rounding of bf16 add up, whatever their number; NaN leaves the weight as it was."""
     model = get_peft_model(tiny_model(dtype=torch.bfloat16), MoraConfig(r=4), adapter_name="a0")
     names = [f"a{number}" for number in range(4)]
@@ -129,7 +129,7 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused() -> None:
     assert layer.bfloat16().get_delta_weight("a0").dtype == torch.float32
 
 
-def test_a_config_means_what_it_does_in_a_run() -> None:
+def test_a_config_means_what_it_does_in_a_run():
     settings = {"r_hat_multiple": 2, "operator": "share", "grouping": "strided", "seed": 7}
     ours = mora_ds.MoRAConfig(rank=4, dropout=0.25, **settings)
     assert MoraConfig(r=4, mora_dropout=0.25, **settings).adapter() == ours
@@ -142,7 +142,7 @@ def test_a_config_means_what_it_does_in_a_run() -> None:
     assert not torch.equal(layer.train()(x), layer(x)), "dropout"
 
 
-def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled() -> None:
+def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled():
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
     base = logits(tiny_model())
     fill(model, "default", seed=1)
@@ -152,7 +152,7 @@ def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled() -> None:
         assert not any(layer.merged for layer in layers(model).values())
 
 
-def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
+def test_several_adapters_are_chosen_by_name(tmp_path: Path):
     base = logits(tiny_model())
     model = get_peft_model(tiny_model(), MoraConfig(r=4), adapter_name="law")
     model.add_adapter("physics", MoraConfig(r=8, operator="share"))
@@ -185,7 +185,7 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path) -> None:
         assert [*layer.mora_spec] == [*layer.mora_dropout] == [*layer.mora_square] == ["physics"]
 
 
-def test_a_further_adapter_is_trained_once_it_is_chosen() -> None:
+def test_a_further_adapter_is_trained_once_it_is_chosen():
     """Whether its modules have an adapter already, or not."""
 
     def trained_by(model: Any) -> set[str]:
@@ -221,7 +221,7 @@ TYPES = """
 
 
 @pytest.mark.parametrize("settings, message", rows(TYPES))
-def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message: str) -> None:
+def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message: str):
     """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -230,7 +230,7 @@ def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
-def test_wrong_settings_are_named() -> None:
+def test_wrong_settings_are_named():
     with pytest.raises(UserError, match="rank"):
         MoraConfig(r=0)
     with pytest.raises(UserError, match="subspace was removed"):
@@ -260,7 +260,7 @@ def trained(world: int) -> dict[str, Tensor]:
     return {name: layer.mora_square["default"].detach().clone() for name, layer in layers(model).items()}
 
 
-def test_two_processes_under_ddp_train_as_one() -> None:
+def test_two_processes_under_ddp_train_as_one():
     expected = trained(1)
     for squares in run_ranks(2, trained, 2):
         for name, square in squares.items():

@@ -18,7 +18,7 @@ CONFIG = AutoConfig.for_model(
 WORK = Work(CONFIG, MoRAConfig(rank=4), seq_len=32, micro_batch=2)
 
 
-def test_ulysses_exchanges_queries_keys_values_and_outputs() -> None:
+def test_ulysses_exchanges_queries_keys_values_and_outputs():
     """Too few keys and values are repeated; gradient checkpointing exchanges once more."""
     two = replace(WORK, sequence_parallel=2)
     a_token = 2 * 8 * (4 + 2)
@@ -55,7 +55,7 @@ def trained(stage: int, **changes: Any) -> Trained:
 )
 def test_what_a_rank_holds_at_each_stage(
     stage: int, squares: int, masters: int, moments: int, gradients: int, bucket: int
-) -> None:
+):
     memory = rank_memory(1000, 70, 0, STEP, trained(stage), GATHERED)
     sizes = (memory.squares, memory.masters, memory.moments, memory.gradients, memory.bucket)
     assert sizes == (squares, masters, moments, gradients, bucket)
@@ -71,7 +71,7 @@ def test_what_a_rank_holds_at_each_stage(
     assert memory.peak == memory.static + max(memory.forward_backward, memory.merge, memory.optimizer_step)
 
 
-def test_where_else_states_of_the_optimizer_are() -> None:
+def test_where_else_states_of_the_optimizer_are():
     memory = rank_memory(0, 0, 0, STEP, trained(2, zero={"offload_optimizer": {"device": "cpu"}}), GATHERED)
     assert (memory.masters, memory.moments, memory.gradients, memory.optimizer_step) == (0, 0, 0, 0)
     assert memory.host_optimizer == 172 + 344 + 172
@@ -81,21 +81,21 @@ def test_where_else_states_of_the_optimizer_are() -> None:
     assert rank_memory(0, 0, 0, STEP, trained(2, on_cpu=True), GATHERED).optimizer_step == 3 * 4 * 43
 
 
-def test_muon_has_one_moment_of_a_matrix_and_gathers_some_at_a_time() -> None:
+def test_muon_has_one_moment_of_a_matrix_and_gathers_some_at_a_time():
     memory = rank_memory(0, 0, 0, STEP, trained(3, muon=True), GATHERED)
     share = 44 * 162 / 169
     assert memory.moments == round(4 * share + 8 * (44 - share))
     assert memory.optimizer_step > rank_memory(0, 0, 0, STEP, trained(3), GATHERED).optimizer_step
 
 
-def test_reducing_a_full_bucket_may_be_the_peak() -> None:
+def test_reducing_a_full_bucket_may_be_the_peak():
     small = replace(STEP, peak=10)
     peaks = {stage: rank_memory(0, 0, 0, small, trained(stage), Gathers()) for stage in (1, 2, 3)}
     assert peaks[1].forward_backward == peaks[2].forward_backward == 2 * 50
     assert peaks[3].forward_backward == 14 + 2 * 50 + 4 * 12, "this rank's part in fp32 too"
 
 
-def test_volumes_of_a_step_at_each_stage() -> None:
+def test_volumes_of_a_step_at_each_stage():
     volumes = {stage: all_gather_volume(trained(stage), GATHERED, accumulation=3) for stage in (1, 2, 3)}
     assert volumes[1] == volumes[2] == 2 * 172
     assert volumes[3] == 2 * (round(3 * 200 * 176 / 169) + 8)
@@ -112,13 +112,13 @@ def test_volumes_of_a_step_at_each_stage() -> None:
         ({"max_live_parameters": 0, "max_reuse_distance": 0}, Gathers(2 * 162, 90, 90)),
     ],
 )
-def test_what_stays_is_gathered_once(settings: dict[str, int], expected: Gathers) -> None:
+def test_what_stays_is_gathered_once(settings: dict[str, int], expected: Gathers):
     sizes = {"max_reuse_distance": 60, "prefetch_bucket_size": 90, **settings}
     sharded = trained(3, zero={f"stage3_{name}": size for name, size in sizes.items()})
     assert gathers(sharded) == expected
     assert gathers(replace(sharded, ranks=1)) == Gathers(), "one rank has everything"
 
 
-def test_nothing_persists_on_one_rank_or_below_stage_3() -> None:
+def test_nothing_persists_on_one_rank_or_below_stage_3():
     assert trained(3).persistent == (7,), "up to the threshold, and at it"
     assert trained(3, ranks=1).persistent == () == trained(2).persistent

@@ -25,7 +25,7 @@ def dry_run_of(folder: Path, family: str = "llama") -> list[str]:
     return ["--model_name_or_path", str(config), "--dry_run"]
 
 
-def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
+def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path):
     flags = [*dry_run_of(tmp_path), "--mora_rank", "4"]
     validate(parse(flags))
     plan, _ = planned(parse(flags), world=2)
@@ -36,7 +36,7 @@ def test_a_dry_run_reads_a_config_and_nothing_else(tmp_path: Path) -> None:
         planned(parse([*flags, "--tensor_parallel_size", "2"]), world=3)
 
 
-def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path):
     """The meta device has torch's grouped product of experts in bf16 alone."""
     flags = dry_run_of(tmp_path, "mixtral")
     with pytest.raises(UserError, match=r"cannot be planned \(--dry_run, mora-ds plan\) in torch.float32, --bf16 may"):
@@ -46,7 +46,7 @@ def test_a_model_that_cannot_be_planned_names_what_may_help(tmp_path: Path) -> N
         planned(parse([*flags, "--bf16", "--attn_implementation", "flex_attention"]), world=1)
 
 
-def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise UserError("--base_bits 8: this model casts activations")
 
@@ -55,14 +55,14 @@ def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path: Path, monkeypatc
         planned(parse(dry_run_of(tmp_path)), world=1)
 
 
-def test_gradient_checkpointing_sends_nothing_twice(tmp_path: Path) -> None:
+def test_gradient_checkpointing_sends_nothing_twice(tmp_path: Path):
     """Tensor-parallel ranks have the inputs that they saved, and gather none again."""
     flags = [*dry_run_of(tmp_path), "--operator", "rotate", "--tensor_parallel_size", "2"]
     sent = [planned(parse([*flags, *more]), world=4)[0].sent for more in ((), ("--gradient_checkpointing",))]
     assert sent[0] == sent[1] > 0
 
 
-def test_a_dry_run_of_the_demo() -> None:
+def test_a_dry_run_of_the_demo():
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--dry_run"], capture_output=True, text=True
     )

@@ -22,7 +22,7 @@ def planner(cluster: Cluster) -> Planner:
     return Planner(Work(config, MoRAConfig(rank=8, operator="share"), 1024), cluster, completed)
 
 
-def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it() -> None:
+def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it():
     small = planner(Cluster(64, memory=2.2e9))
     assert recommend(small) is None
     placed = place_base(small, BaseDevice.AUTO)

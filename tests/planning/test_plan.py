@@ -49,7 +49,7 @@ def batch(packed: bool = True) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_activations_are_those_that_autograd_saves(family: str, packed: bool) -> None:
+def test_activations_are_those_that_autograd_saves(family: str, packed: bool):
     """Each storage once, by another count than the plan's."""
     model = tiny_model(family).train()
     inject(model, ADAPTER)
@@ -68,7 +68,7 @@ def test_activations_are_those_that_autograd_saves(family: str, packed: bool) ->
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
     monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool, by_documents: bool
-) -> None:
+):
     """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention by documents."""
     as_on_a_cpu(monkeypatch)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
@@ -76,7 +76,7 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapted_experts_take_what_is_planned(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+def test_adapted_experts_take_what_is_planned(monkeypatch: pytest.MonkeyPatch, checkpointing: bool):
     as_on_a_cpu(monkeypatch)
     adapter = replace(ADAPTER, target_modules=("all-linear", "experts"))
     compare(work_of("mixtral", checkpointing=checkpointing, adapter=adapter), "mixtral")
@@ -115,7 +115,7 @@ def compare(work: Work, family: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool) -> None:
+def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool):
     """Also where layers are of two kinds in turn."""
     for family in ("llama", "gemma2"):
         work = with_layers(work_of(family, checkpointing=checkpointing), 2)
@@ -125,7 +125,7 @@ def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool) -> None:
         assert step_memory(work) == measure_step(planned_model(work), work)
 
 
-def test_ranks_that_share_work_keep_less() -> None:
+def test_ranks_that_share_work_keep_less():
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 4})
     alone = Work(config, ADAPTER, 64, 2, by_documents=True)
     saved = step_memory(alone).saved
@@ -222,7 +222,7 @@ def plan_for(
     return Planner(work, Cluster(ranks), completed, accumulation, on_cpu=True).plan()
 
 
-def test_squares_that_persist_are_whole_again_after_the_optimizer_step() -> None:
+def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
     few, many = (plan_for(ranks, False, 1, {P: 100_000}) for ranks in (2, 8))
     whole = sum(many.trained.numels) * 4
     assert many.trained.persistent == many.trained.numels
@@ -231,7 +231,7 @@ def test_squares_that_persist_are_whole_again_after_the_optimizer_step() -> None
 
 
 @pytest.mark.parametrize("operator", ["rotate", "share"])
-def test_a_split_plan_counts_its_tables_every_time(operator: str) -> None:
+def test_a_split_plan_counts_its_tables_every_time(operator: str):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
     adapter = replace(ADAPTER, operator=operator, compute="weight")
     work = Work(config, adapter, LENGTH, ROWS, torch.float32, tensor_parallel=2)
@@ -253,7 +253,7 @@ def assert_as_planned(plan: Plan, measured_bytes: dict[str, int], case: tuple[An
 
 
 @pytest.mark.parametrize("ranks, cases", [(2, CASES), pytest.param(4, [CASES[0], CASES[-1]], marks=pytest.mark.heavy)])
-def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]) -> None:
+def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]):
     for rank_results in run_ranks(ranks, all_measured, cases):
         for case, result in zip(cases, rank_results, strict=True):
             assert_as_planned(plan_for(ranks, *case), result, case)
@@ -275,7 +275,7 @@ def planner(cluster: Cluster, config: Any = None, seq_len: int = 1024) -> Planne
     return Planner(Work(config or llama(num_hidden_layers=6), ADAPTER, seq_len), cluster, completed)
 
 
-def test_a_recommendation_fits_and_the_next_size_does_not() -> None:
+def test_a_recommendation_fits_and_the_next_size_does_not():
     gpu_planner = planner(Cluster(8, memory=12e9))
     plan = recommend(gpu_planner)
     assert plan is not None
@@ -283,7 +283,7 @@ def test_a_recommendation_fits_and_the_next_size_does_not() -> None:
     assert not gpu_planner.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
 
 
-def test_little_memory_takes_checkpointing_and_less_takes_groups() -> None:
+def test_little_memory_takes_checkpointing_and_less_takes_groups():
     checkpointed = recommend(planner(Cluster(8, memory=4.4e9)))
     assert checkpointed is not None
     assert checkpointed.work.checkpointing
@@ -292,7 +292,7 @@ def test_little_memory_takes_checkpointing_and_less_takes_groups() -> None:
     assert shared.work.tensor_parallel * shared.work.sequence_parallel == 2
 
 
-def test_a_base_that_does_not_fit_is_said_to() -> None:
+def test_a_base_that_does_not_fit_is_said_to():
     gpu_planner = planner(Cluster(64, memory=2e9))
     assert recommend(gpu_planner) is None
     assert "the base alone" in report(gpu_planner.plan())

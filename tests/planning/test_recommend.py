@@ -35,7 +35,7 @@ def groups(ranks: int = 8, per_node: int = 8, optimizer: str = "AdamW", **change
     return list(_group_sizes(of_cluster))
 
 
-def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
+def test_groups_are_those_that_heads_tokens_and_a_node_can_share():
     everything = [(1, 1), (1, 2), (2, 1), (1, 4)]
     assert groups() == everything
     assert groups(6) == everything[:3], "4 ranks do not divide 6"
@@ -55,7 +55,7 @@ def test_groups_are_those_that_heads_tokens_and_a_node_can_share() -> None:
 # -- figures of a plan -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches() -> None:
+def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches():
     plan = planner(Cluster(4), accumulation=3, tensor_parallel=2).plan()
     in_group = sum(collective.wire for collective in group_traffic(planned_model(work()), 2, plan.work.tokens))
     assert in_group > 0
@@ -64,7 +64,7 @@ def test_what_is_sent_in_a_step_is_that_of_all_its_micro_batches() -> None:
     assert plan.passes == plan.gathered / (2 * plan.trained.total)
 
 
-def test_many_ranks_send_gradients_twice_in_place_of_loops() -> None:
+def test_many_ranks_send_gradients_twice_in_place_of_loops():
     """7 matrices in the one layer."""
     few, many = (planner(Cluster(ranks)).plan() for ranks in (1024, 2048))
     assert few.trained.zero.get("reduce_scatter", True)
@@ -73,12 +73,12 @@ def test_many_ranks_send_gradients_twice_in_place_of_loops() -> None:
     assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
 
 
-def test_a_trained_head_makes_all_logits_at_once() -> None:
+def test_a_trained_head_makes_all_logits_at_once():
     plan = planner(Cluster(1), adapter=None).plan()
     assert plan.memory.logits == 2 * 32 * plan.work.config.vocab_size * 2
 
 
-def test_a_node_of_cpus_has_one_base() -> None:
+def test_a_node_of_cpus_has_one_base():
     plan = planner(Cluster(16, per_node=4), on_cpu=True).plan()
     memory = plan.memory
     beside_the_base = memory.peak - memory.base
@@ -91,7 +91,7 @@ def test_a_node_of_cpus_has_one_base() -> None:
     assert offloaded.host_memory == on_gpus.host_memory + 4 * 1000
 
 
-def test_a_planner_remembers_nothing_of_other_settings() -> None:
+def test_a_planner_remembers_nothing_of_other_settings():
     gpu_planner = planner(Cluster(8))
     for changes in ({}, {"checkpointing": True}, {"sequence_parallel": 2}):
         assert gpu_planner.plan(**changes) == planner(Cluster(8)).plan(**changes)

@@ -21,7 +21,7 @@ def config_of(**values: Any) -> Any:
     return Config(**values)
 
 
-def test_figures_of_a_config() -> None:
+def test_figures_of_a_config():
     config = config_of(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=5, hidden_size=64)
     work = Work(config, MoRAConfig(rank=4, base_bits=8), seq_len=30, micro_batch=4, sequence_parallel=2)
     assert (work.tokens, work.layers, work.heads, work.key_value_heads, work.head_dim) == (60, 3, 8, 2, 5)
@@ -33,7 +33,7 @@ def test_figures_of_a_config() -> None:
 
 
 @pytest.mark.parametrize("buffers, on_device, forward, backward", [(1, 40, 90, 60), (2, 80, 70, 30), (4, 160, 0, 0)])
-def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, forward: int, backward: int) -> None:
+def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, forward: int, backward: int):
     """The first ones from the end of the last backward pass, the last ones from the end of forward."""
     streamed = Streamed((10, 20, 30, 40), buffers, 40)
     assert (streamed.total, streamed.on_device) == (100, on_device)
@@ -44,11 +44,11 @@ def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, forw
     "kinds, period",
     [("aaaaa", 1), ("abab", 2), ("ababa", 2), ("abbabb", 3), ("abba", 3), ("abc", 3), ("aab", 3), ("a", 1)],
 )
-def test_kinds_of_layers_repeat(kinds: str, period: int) -> None:
+def test_kinds_of_layers_repeat(kinds: str, period: int):
     assert layer_period(config_of(layer_types=list(kinds), num_hidden_layers=len(kinds))) == period
 
 
-def test_layers_that_differ_in_their_experts_do_not_repeat() -> None:
+def test_layers_that_differ_in_their_experts_do_not_repeat():
     assert layer_period(config_of(num_hidden_layers=6)) == 1
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])) == 1
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=2)) == 6
@@ -59,7 +59,7 @@ def test_layers_that_differ_in_their_experts_do_not_repeat() -> None:
 @pytest.mark.parametrize("dense", [None, 0, 1, 3])
 def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(
     period: int, dense: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """Each kind of layer, and each dense one, takes its own; the deep model is never made."""
     depths: list[int] = []
 

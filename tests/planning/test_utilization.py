@@ -17,7 +17,7 @@ LENGTH = 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_a_model_that_is_trained_whole_takes_what_torch_counts(family: str) -> None:
+def test_a_model_that_is_trained_whole_takes_what_torch_counts(family: str):
     model = tiny_model(family)
     model.set_attn_implementation("eager")  # torch counts no attention of a CPU's own kernel
     with FlopCounterMode(display=False) as counter:
@@ -30,7 +30,7 @@ def test_a_model_that_is_trained_whole_takes_what_torch_counts(family: str) -> N
 
 
 @pytest.mark.parametrize("operator", ["share", "rotate"])
-def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator: str) -> None:
+def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator: str):
     whole = token_flops(tiny_model("llama"), LENGTH)
     head = 128 * 32
     model = tiny_model("llama")
@@ -41,7 +41,7 @@ def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator: str)
     assert token_flops(model, LENGTH) == whole - 2 * (weights + head) + 6 * matrices
 
 
-def test_a_token_takes_the_experts_that_it_has() -> None:
+def test_a_token_takes_the_experts_that_it_has():
     """Two of eight, whose weights are two projections of 32 to 48 and 24 to 32 numbers in each of two layers."""
     model = tiny_model("qwen3_moe")
     inject(model, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
@@ -54,7 +54,7 @@ def test_a_token_takes_the_experts_that_it_has() -> None:
     assert token_flops(model, LENGTH) - with_experts == 4 * added + 6 * matrices
 
 
-def test_a_config_of_any_type_is_counted() -> None:
+def test_a_config_of_any_type_is_counted():
     """Some say no heads, or other ones in each layer, which transformers refuses to give."""
     attention = {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -69,7 +69,7 @@ def test_a_config_of_any_type_is_counted() -> None:
     assert len(attention) > 150
 
 
-def test_experts_that_no_adapter_has_are_frozen() -> None:
+def test_experts_that_no_adapter_has_are_frozen():
     model = tiny_model("qwen3_moe")
     inject(model, MoRAConfig(rank=4))
     without_experts = token_flops(model, LENGTH)
@@ -90,5 +90,5 @@ def test_experts_that_no_adapter_has_are_frozen() -> None:
         ("", None),
     ],
 )
-def test_a_card_that_the_table_lacks_has_no_peak(card: str, peak: float | None) -> None:
+def test_a_card_that_the_table_lacks_has_no_peak(card: str, peak: float | None):
     assert peak_flops(card) == peak

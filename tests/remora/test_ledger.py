@@ -48,7 +48,7 @@ def state(ledger: Ledger) -> list[tuple[OperatorSpec, list[float]]]:
 # -- contents --------------------------------------------------------------------------------------------------------
 
 
-def test_squares_come_back_in_cycle_order(folder: Path) -> None:
+def test_squares_come_back_in_cycle_order(folder: Path):
     ledger = Ledger.open(folder, BASE)
     assert ledger.cycles == 3
     for cycle, (spec, square) in enumerate(ledger.squares_of("a.v")):
@@ -58,7 +58,7 @@ def test_squares_come_back_in_cycle_order(folder: Path) -> None:
     assert [record.step for record in ledger.records] == [100, 200, 300]
 
 
-def test_file_format(folder: Path) -> None:
+def test_file_format(folder: Path):
     """As the plan's readers expect it."""
     content = read_json(folder / "ledger.json")
     assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
@@ -74,21 +74,21 @@ def test_file_format(folder: Path) -> None:
     assert json.loads(metadata["layers"])["a.q"]["weight"] == "a.q.weight"
 
 
-def test_layer_that_joins_late(tmp_path: Path) -> None:
+def test_layer_that_joins_late(tmp_path: Path):
     ledger = Ledger.create(tmp_path / "ledger", BASE)
     append(ledger)
     append(ledger, ("a.q", "b.q"))
     assert [len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")] == [2, 1, 1, 0]
 
 
-def test_a_snapshot_stays_as_it_is(folder: Path) -> None:
+def test_a_snapshot_stays_as_it_is(folder: Path):
     ledger = Ledger.open(folder)
     snapshot = ledger.snapshot()
     append(ledger)
     assert (snapshot.cycles, ledger.cycles) == (3, 4)
 
 
-def test_what_belongs_to_no_ledger_is_named(folder: Path) -> None:
+def test_what_belongs_to_no_ledger_is_named(folder: Path):
     for name in ("notes.txt", "cycle.safetensors", ".ledger.json.partial", ".cycle-00003.safetensors.partial"):
         (folder / name).touch()
     assert Ledger.strays(folder) == ["cycle.safetensors", "notes.txt"]
@@ -123,7 +123,7 @@ def exchange(folder: Path) -> None:
         (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
     ],
 )
-def test_damage_is_found_and_named(folder: Path, damage: Any, words: str) -> None:
+def test_damage_is_found_and_named(folder: Path, damage: Any, words: str):
     damage(folder)
     with pytest.raises(UserError, match=words) as caught:
         Ledger.open(folder)
@@ -143,14 +143,14 @@ cycles.1.sha256 = "{"0" * 64}" | broken at cycle 1
 
 
 @pytest.mark.parametrize("change, words", rows(HOLES))
-def test_a_ledger_file_with_a_wrong_value_is_named(folder: Path, change: str, words: str) -> None:
+def test_a_ledger_file_with_a_wrong_value_is_named(folder: Path, change: str, words: str):
     change_json(folder / "ledger.json", lambda content: set_value(content, change))
     with pytest.raises(UserError, match=words) as caught:
         Ledger.open(folder)
     assert str(folder) in str(caught.value)
 
 
-def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path) -> None:
+def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path):
     ledger = Ledger.open(folder)
     for layers, words in (
         (layers_of(1, ("a.q",)), r"cycle-00001\.safetensors does not hold the matrices that its header lists"),
@@ -161,17 +161,17 @@ def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path) -> No
             ledger.verify()
 
 
-def test_another_base_is_refused(folder: Path) -> None:
+def test_another_base_is_refused(folder: Path):
     with pytest.raises(UserError, match="belongs to another base"):
         Ledger.open(folder, "e" * 64)
 
 
-def test_a_used_ledger_is_not_started_anew(folder: Path) -> None:
+def test_a_used_ledger_is_not_started_anew(folder: Path):
     with pytest.raises(UserError, match="already holds"):
         Ledger.create(folder, BASE)
 
 
-def test_operator_unknown_to_this_version_is_named(folder: Path) -> None:
+def test_operator_unknown_to_this_version_is_named(folder: Path):
     ledger = Ledger.open(folder)
     layers = {"a.q": entry("a.q")}
     text = json.dumps(ledger_room.layers_to_dict(layers)).replace("rotate", "swirl")
@@ -182,7 +182,7 @@ def test_operator_unknown_to_this_version_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float) -> None:
+def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float):
     ledger = Ledger.open(folder)
     layers = layers_of(3)
     squares = squares_for(layers, 3)
@@ -200,7 +200,7 @@ class Killed(BaseException):
     pass
 
 
-def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The stray file is overwritten by the next append, not appended to the ledger."""
     ledger = Ledger.open(folder)
     before = state(Ledger.open(folder))
@@ -221,7 +221,7 @@ def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pyt
     assert set(Ledger.open(folder).layers(3)) == {"a.q", "a.v"}
 
 
-def test_process_killed_while_writing(folder: Path) -> None:
+def test_process_killed_while_writing(folder: Path):
     """A real one: nothing is cleaned up, and the half-written file is in nobody's way."""
     child = os.fork()
     if child == 0:
@@ -243,7 +243,7 @@ def test_process_killed_while_writing(folder: Path) -> None:
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path) -> None:
+def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path):
     ledger = Ledger.open(folder)
     copy = ledger.copy_to(tmp_path / "copy")
     assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
@@ -253,7 +253,7 @@ def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path
     assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
 
 
-def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path) -> None:
+def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path):
     Ledger.open(folder).copy_to(tmp_path / "checkpoint")
     short = shortened(tmp_path / "checkpoint", 2)
     run = Ledger.open(folder)
@@ -267,9 +267,7 @@ def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path) -> None:
     assert short.copy_to(short.folder).cycles == Ledger.open(short.folder).cycles == 2
 
 
-def test_copy_killed_half_way_leaves_a_valid_ledger(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copy_killed_half_way_leaves_a_valid_ledger(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     another = Ledger.create(tmp_path / "other", BASE)
     append(another, ("c.q",))
 
@@ -289,9 +287,7 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored_as_fp32", [False, True])
-def test_live_weight_is_the_sum_in_order_rounded_once(
-    transposed: bool, dtype: torch.dtype, stored_as_fp32: bool
-) -> None:
+def test_live_weight_is_the_sum_in_order_rounded_once(transposed: bool, dtype: torch.dtype, stored_as_fp32: bool):
     """An original that is stored in fp32 is not rounded to the run's dtype before the deltas are added."""
     generator = torch.Generator().manual_seed(0)
     specs = [OperatorSpec(kind, 20, 12, 6, Grouping.PERMUTED, i) for i, kind in enumerate(OperatorKind)]
@@ -310,7 +306,7 @@ def test_live_weight_is_the_sum_in_order_rounded_once(
     assert live_weight(original, [], transposed, dtype).data_ptr() != original.data_ptr()
 
 
-def test_live_weight_has_the_same_bits_for_any_number_of_threads() -> None:
+def test_live_weight_has_the_same_bits_for_any_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     specs = [OperatorSpec(kind, 700, 500, 94, Grouping.PERMUTED, 7) for kind in OperatorKind]
     updates = [(spec, torch.randn(94, 94, generator=generator)) for spec in specs]

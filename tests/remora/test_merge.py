@@ -28,9 +28,7 @@ HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
     "world, dtype, merges",
     [(2, "float32", 20), *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)],
 )
-def test_after_many_merges_every_rank_holds_the_replayed_ledger(
-    tmp_path: Path, world: int, dtype: str, merges: int
-) -> None:
+def test_after_many_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, world: int, dtype: str, merges: int):
     ranks = run_ranks(world, merging_run, str(tmp_path), dtype, merges)
     ledger = Ledger.open(tmp_path / "ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
@@ -79,7 +77,7 @@ def check_rounding(results: dict[str, Any], folder: Path) -> None:
     assert 0.001 < report["rounding_loss"] < 0.1
 
 
-def test_a_merge_zeroes_the_optimizer_s_state(tmp_path: Path) -> None:
+def test_a_merge_zeroes_the_optimizer_s_state(tmp_path: Path):
     for results in run_ranks(2, one_merge_each, str(tmp_path)):
         check_rounding(results["bfloat16"], tmp_path / "bfloat16")
         for result in results.values():
@@ -107,7 +105,7 @@ def moved_probe(folder: str) -> str:
     return ""
 
 
-def test_what_a_probe_may_move_by() -> None:
+def test_what_a_probe_may_move_by():
     """A share of a loss above 1, which depends on the dtype of the weights; and never to what is no number."""
     for dtype, bits, share in (
         (torch.float32, 16, 1e-4), (torch.float16, 16, 1e-2), (torch.bfloat16, 16, 3e-2), (torch.float32, 8, 3e-2),
@@ -125,7 +123,7 @@ def test_what_a_probe_may_move_by() -> None:
     remora._check_probe(1, None, None)
 
 
-def test_a_moved_probe_stops_the_run(tmp_path: Path) -> None:
+def test_a_moved_probe_stops_the_run(tmp_path: Path):
     (message,) = run_ranks(1, moved_probe, str(tmp_path))
     assert "step 1" in message
     assert "3.000000 to 3.500000" in message

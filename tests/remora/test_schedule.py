@@ -27,7 +27,7 @@ def merge_steps(schedule: Schedule) -> list[int]:
     return [done for done in range(1, schedule.total_steps) if schedule.merges_after(done)]
 
 
-def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero() -> None:
+def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero():
     schedule = Schedule(ScheduleKind.LINEAR, peak=1.1, total_steps=50, warmup_steps=10)
     rates = [schedule.learning_rate(step) for step in range(11)]
     assert rates == pytest.approx([0.1 * (step + 1) for step in range(11)])
@@ -37,18 +37,18 @@ def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero() -> None:
     "kind, middle, end",
     [(ScheduleKind.LINEAR, 0.6, 0.2), (ScheduleKind.COSINE, 0.6, 0.2), (ScheduleKind.CONSTANT, 1.0, 1.0)],
 )
-def test_global_curve_at_its_corners(kind: ScheduleKind, middle: float, end: float) -> None:
+def test_global_curve_at_its_corners(kind: ScheduleKind, middle: float, end: float):
     schedule = Schedule(kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2)
     at = [schedule.learning_rate(step) / 2e-3 for step in (10, 60, 110, 500)]
     assert at == pytest.approx([1.0, middle, end, end])
 
 
-def test_cosine_is_a_cosine() -> None:
+def test_cosine_is_a_cosine():
     schedule = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100)
     assert schedule.learning_rate(25) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
-def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
+def test_ramp_after_a_merge_is_a_straight_line_to_the_curve():
     target = JAGGED.curve(29)
     ramp = [JAGGED.learning_rate(step, [25]) for step in range(25, 30)]
     assert ramp == pytest.approx([target * step / 5 for step in (1, 2, 3, 4, 5)])
@@ -56,7 +56,7 @@ def test_ramp_after_a_merge_is_a_straight_line_to_the_curve() -> None:
     assert JAGGED.learning_rate(30, [25]) == JAGGED.curve(30)
 
 
-def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not() -> None:
+def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not():
     assert merge_steps(JAGGED) == [25, 50, 75]
     assert merge_steps(dataclasses.replace(JAGGED, total_steps=80)) == [25, 50, 75]
     short = dataclasses.replace(JAGGED, total_steps=79)
@@ -64,12 +64,12 @@ def test_last_merge_that_leaves_a_full_rate_step_is_kept_and_later_ones_are_not(
     assert short.learning_rate(75, [25, 50]) == short.curve(75), "without a merge there is no ramp"
 
 
-def test_no_merge_before_the_first_warmup_ends() -> None:
+def test_no_merge_before_the_first_warmup_ends():
     assert merge_steps(dataclasses.replace(JAGGED, warmup_steps=26)) == [50, 75]
     assert merge_steps(dataclasses.replace(JAGGED, warmup_steps=25)) == [25, 50, 75]
 
 
-def test_nothing_is_merged_at_interval_zero() -> None:
+def test_nothing_is_merged_at_interval_zero():
     schedule = dataclasses.replace(JAGGED, merge_every=0)
     assert merge_steps(schedule) == []
     assert not any(schedule.merges_after(done) for done in range(101))
@@ -77,7 +77,7 @@ def test_nothing_is_merged_at_interval_zero() -> None:
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
-def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind: ScheduleKind) -> None:
+def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind: ScheduleKind):
     for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)):
         if every <= ramp:
             continue
@@ -90,20 +90,20 @@ def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind:
         assert merge_steps(schedule) == [done for done in range(total + 1) if schedule.merges_after(done)]
 
 
-def test_names_of_schedules() -> None:
+def test_names_of_schedules():
     assert schedule_kind("constant_with_warmup") is ScheduleKind.CONSTANT
     with pytest.raises(UserError, match=r"--lr_scheduler_type 'cosin'.*Did you mean 'cosine'"):
         schedule_kind("cosin")
 
 
-def test_all_problems_are_listed_at_once() -> None:
+def test_all_problems_are_listed_at_once():
     with pytest.raises(UserError) as caught:
         Schedule(ScheduleKind.LINEAR, peak=0.0, total_steps=5, warmup_steps=5, min_ratio=2.0, merge_every=3)
     for flag in ("--learning_rate", "--warmup_steps", "--min_lr_ratio", "--merge_every"):
         assert flag in str(caught.value)
 
 
-def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
+def test_warmup_stable_decay_stays_then_falls_in_a_straight_line():
     schedule = Schedule(
         schedule_kind("wsd"), peak=1.0, total_steps=110, warmup_steps=10, min_ratio=0.1, decay_ratio=0.25
     )
@@ -112,7 +112,7 @@ def test_warmup_stable_decay_stays_then_falls_in_a_straight_line() -> None:
     assert schedule.learning_rate(109) == pytest.approx(0.1 + 0.9 * 0.01 / 0.25)
 
 
-def test_defaults_are_those_of_the_flags() -> None:
+def test_defaults_are_those_of_the_flags():
     schedule = Schedule(ScheduleKind.LINEAR, 1.0, 9)
     adapter = AdapterArguments()
     training = TrainingArguments()
@@ -129,18 +129,18 @@ def said(schedule: Schedule, done: int = 0) -> str:
     return "\n".join(schedule.lines(done))
 
 
-def test_all_merges_are_listed() -> None:
+def test_all_merges_are_listed():
     assert said(PLAIN) == "merges after steps 25, 50, 75 of 100"
     assert said(dataclasses.replace(PLAIN, merge_every=0)) == ""
 
 
-def test_a_long_list_is_shortened() -> None:
+def test_a_long_list_is_shortened():
     text = said(dataclasses.replace(PLAIN, total_steps=10_000))
     assert "steps 25, 50, 75, 100, 125, 150, ..., 9850, 9875, 9900, 9925, 9950, 9975 (399 in all)" in text
     assert "200, 225, 250, 275, 300 of 325" in said(dataclasses.replace(PLAIN, total_steps=325)), "12 are all shown"
 
 
-def test_merges_that_do_not_come_are_announced() -> None:
+def test_merges_that_do_not_come_are_announced():
     """Of a re-warmup that would not end, of the first warm-up, and of an interval longer than the run."""
     short = said(dataclasses.replace(PLAIN, total_steps=79)).splitlines()
     assert short[0] == "merges after steps 25, 50 of 79"
@@ -155,7 +155,7 @@ def test_merges_that_do_not_come_are_announced() -> None:
     assert never == "no merge is left: --merge_every is 100, 100 steps are left"
 
 
-def test_a_resumed_run_lists_what_is_left() -> None:
+def test_a_resumed_run_lists_what_is_left():
     assert said(PLAIN, done=50) == "merges after step 75 of 100"
     assert PLAIN.lines(75, merge_pending=True) == ["merges after step 75 of 100"]
     warmed = dataclasses.replace(PLAIN, warmup_steps=51)

@@ -41,7 +41,7 @@ SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_se
 
 
 @pytest.mark.parametrize("spec", [*list(specs())[::4], *SEGMENTED], ids=spec_id)
-def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec) -> None:
+def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec):
     weight = random(spec.d_out, spec.d_in, seed=5)
     square = random(spec.r_hat, spec.r_hat)
     rank = min(3, spec.d_in, spec.d_out)
@@ -59,7 +59,7 @@ def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec) -> None:
     assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
 
 
-def test_leading_directions_are_those_of_the_weight(tmp_path: Path) -> None:
+def test_leading_directions_are_those_of_the_weight(tmp_path: Path):
     _, _, leading = aligned_model(tmp_path, "share")
     weight = BaseCheckpoint.open(tmp_path / "base").read("model.layers.1.mlp.up_proj.weight").double()
     directions = leading["model.layers.1.mlp.up_proj"]
@@ -70,7 +70,7 @@ def test_leading_directions_are_those_of_the_weight(tmp_path: Path) -> None:
     assert directions.norm == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
-def test_a_weight_that_is_not_finite_and_experts_are_refused(tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_and_experts_are_refused(tmp_path: Path):
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[1, 2] = float("nan")
     base = BaseCheckpoint.open(write_own_base(model, tmp_path / "base").folder)
@@ -112,7 +112,7 @@ def mean_share(model: Any, leading: dict[str, Leading]) -> Tensor:
 
 
 @pytest.mark.parametrize("operator, checkpointing", [*((operator, False) for operator in EVERY), ("share", True)])
-def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path) -> None:
+def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path):
     """Two micro-batches before a step; then the same with the operators of the next cycle."""
     model, config, leading = aligned_model(tmp_path, operator)
     model.train()
@@ -140,7 +140,7 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
     assert factor_bytes(model, 4) == 4 * numbers
 
 
-def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
+def test_it_is_silent_where_nothing_is_trained(tmp_path: Path):
     model, _, leading = aligned_model(tmp_path, "share")
     alignment = Alignment(model, leading, weight=0.7)
     ids = tokens(2)
@@ -159,7 +159,7 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path) -> None:
         next(iter(layer._forward_hooks.values()))(layer, (), torch.zeros(1))
 
 
-def test_a_dry_run_tells_what_the_factors_take(user: Playground, tmp_path: Path) -> None:
+def test_a_dry_run_tells_what_the_factors_take(user: Playground, tmp_path: Path):
     flags = user.flags("out", "--dry_run", "--operator", "rotate")
     _, told = planned(parse(research(flags, tmp_path, alignment_weight=1.0)), world=2)
     assert "MB of factors on each rank" in told[-1]
@@ -181,7 +181,7 @@ def shares(out: Path) -> list[float]:
     return [row["alignment"] for row in rows(out) if "alignment" in row]
 
 
-def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Path) -> None:
+def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Path):
     """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a resume and an export."""
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     run(1, research(user.flags(one, *MERGING, *IN_PARTS), tmp_path, **ALIGNED))

@@ -86,7 +86,7 @@ def rotating(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     "family, operator, rank",
     [("llama", "truncate", 3), ("llama", "share", 40), ("gpt2", "decouple", 3), ("qwen2", "rotate", 2)],
 )
-def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: str, operator: str, rank: int) -> None:
+def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: str, operator: str, rank: int):
     """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values, and the bare base."""
     model = tiny_model(family)
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: 
     assert torch.equal(logits(bank.model, tokens(2)), logits(bench.merged(None), tokens(2))), "the base is as it was"
 
 
-def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None:
+def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path):
     """Cycles without permutations are one matrix; two adapters may have the same operator."""
     bench = bench_of(tmp_path, intermediate_size=53)
     for name in ("permuted", "plain", "alternate", "strided-contiguous"):
@@ -121,7 +121,7 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path) -> None
     }  # fmt: skip
 
 
-def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
+def test_a_block_leaves_the_model_as_it_was(rotating: Bench):
     bank = rotating.open()
     ids = tokens(2)
     weights = {name: weight.clone() for name, weight in bank.model.named_parameters()}
@@ -138,7 +138,7 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench) -> None:
         assert not weight.requires_grad
 
 
-def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) -> None:
+def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench):
     """Greedy, left-padded; several sequences a row are refused."""
     bank = rotating.open()
     names = ["three", None, "one", "three"]
@@ -156,7 +156,7 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench) ->
         bank.generate(ids, adapters=names, attention_mask=mask, num_beams=3, **settings)
 
 
-def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "MODEL").symlink_to(rotating.folder / "base")
     (tmp_path / "bank").mkdir()
     for name, adapter in {"law": "one", "code": "three"}.items():
@@ -168,7 +168,7 @@ def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch
     assert list(names["bank"].residents) == ["law", "code"]
 
 
-def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
+def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path):
     """A layer each of another operator, which is no matter: one a layer it is. Their engine's shards are not hashed."""
     trained = fake_run(tmp_path / "run", cycles=2)
     (tmp_path / "bank").mkdir()
@@ -186,7 +186,7 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path) -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path) -> None:
+def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path):
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
     for name in ("flipped", "nothing", "changed"):
         shutil.copytree(tmp_path / "bank" / "one", tmp_path / "bank" / name)
@@ -207,7 +207,7 @@ def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_pa
     check_rows(bench, bank, ["none", "one"], tokens(2))
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path):
     """Of another base, of another update, with other trained tensors, with several matrices a layer, damaged."""
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
@@ -229,7 +229,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         shutil.rmtree(odd)
 
 
-def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path) -> None:
+def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path):
     bank = rotating.open()
     with pytest.raises(UserError, match=r"no adapter 'thre'. Did you mean 'three'\?"), bank.use(["one", "thre"]):
         pass
@@ -255,7 +255,7 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_p
 
 def test_the_command_scores_every_adapter_as_its_merged_model(
     tmp_path: Path, user: Playground, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
     updates = {
         name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)

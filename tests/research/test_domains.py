@@ -84,7 +84,7 @@ def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ("rotate", "llama", 3),
     ],
 )
-def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str, cycle: int) -> None:
+def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str, cycle: int):
     """Losses of every row and gradients of every matrix, against plain models with the deltas of M and of one M_k in
     their weights; also after merges, when the two have different operators."""
     model = domain_model(operator, family, cycle)
@@ -123,7 +123,7 @@ def assert_close(gradient: Any, expected: torch.Tensor, domain: int | None = Non
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
-def test_gradients_of_rows(kind: OperatorKind) -> None:
+def test_gradients_of_rows(kind: OperatorKind):
     """By finite differences, also where r_hat is larger than a side, or divides none; a row without a domain."""
     choice = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
@@ -138,7 +138,7 @@ def test_gradients_of_rows(kind: OperatorKind) -> None:
         assert torch.autograd.gradcheck(update, (squares, x))
 
 
-def test_a_row_without_a_square_is_refused_by_name() -> None:
+def test_a_row_without_a_square_is_refused_by_name():
     model = domain_model("share")
     ids = tokens(2, 8)
     domains = domains_of(model)
@@ -170,7 +170,7 @@ class Wrapped:
         return self.module(**batch)
 
 
-def test_a_layer_that_does_not_see_complete_rows_is_refused() -> None:
+def test_a_layer_that_does_not_see_complete_rows_is_refused():
     hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
     hooks.injected(good := domain_model("rotate"), MoRAConfig())
     hooks.check(Wrapped(good), tokens(3, 8))
@@ -184,7 +184,7 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused() -> None:
         hooks.check(Wrapped(model), tokens(3, 8))
 
 
-def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> None:
+def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path):
     """Those of a run that trained other parameters too, and domains whose matrices would stay at zero."""
     maker = Maker(tiny_model("llama"), tmp_path / "base")
     maker.write(tmp_path / "plain", MoRAConfig(rank=4))
@@ -205,7 +205,7 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("freeze, gone", [("shared", "square"), ("domains", "domain_squares")])
-def test_frozen_squares_act_and_are_no_parameters(freeze: str, gone: str) -> None:
+def test_frozen_squares_act_and_are_no_parameters(freeze: str, gone: str):
     free = domain_model("rotate")
     ids = tokens(len(ROWS), 12)
     model = domain_model("rotate", freeze=freeze)
@@ -231,7 +231,7 @@ def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings:
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
 
 
-def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path, out: Path):
     """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every domain's model is live."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"
@@ -293,7 +293,7 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
-def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out: Path, freeze: str) -> None:
+def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out: Path, freeze: str):
     """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     first = tmp_path / "first"
@@ -364,7 +364,7 @@ RESEARCH = ("domain_adapters", "freeze", "eval_domains", "targets", "trainable_b
 
 
 @pytest.mark.parametrize("changes, message", rows(WRONG))
-def test_what_does_not_go_together_is_named(changes: str, message: str) -> None:
+def test_what_does_not_go_together_is_named(changes: str, message: str):
     settings = {
         "model_name_or_path": "m",
         "train_files": ["a=x:1", "b=y:1"],
@@ -386,7 +386,7 @@ BLOCKS = """
 
 
 @pytest.mark.parametrize("block, message", rows(BLOCKS))
-def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, message: str) -> None:
+def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, message: str):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"research: {block}\n")
     with pytest.raises(UserError) as caught:
@@ -395,7 +395,7 @@ def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, messag
     assert message in str(caught.value)
 
 
-def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of() -> None:
+def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
     block = {"domain_adapters": True, "eval_domains": ["general=law", "code=shared"]}
     hooks = ResearchHooks(from_flat({"train_files": ["code=x:1", "law=y:1"], "research": block}))
     hooks.check_sets(["law", "held_out_code", "held_out", "general", "code"])
@@ -413,7 +413,7 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
-def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path, way: str) -> None:
+def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path, way: str):
     """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
     world, more = WAYS[way]
     mix = write_mixture(user, tmp_path / "mix.yaml")
@@ -439,7 +439,7 @@ SHARDED: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.heavy
-def test_two_ranks_follow_one(user: Playground, tmp_path: Path) -> None:
+def test_two_ranks_follow_one(user: Playground, tmp_path: Path):
     """However they share the work, with gradient checkpointing."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"

@@ -27,7 +27,7 @@ def square(side: int, seed: int = 0) -> torch.Tensor:
 # -- measures ---------------------------------------------------------------------------------------------------------
 
 
-def test_measures() -> None:
+def test_measures():
     values = torch.tensor([3.0, 1.0, 1.0, 0.05] + [0.0] * 16, dtype=torch.float64)
     measured = measure(values, 20, threshold=0.1)
     energy = 9 + 1 + 1 + 0.05**2
@@ -55,7 +55,7 @@ def test_measures() -> None:
     ],
     ids=OperatorSpec.describe,
 )
-def test_history_is_that_of_the_formed_matrices(spec: OperatorSpec) -> None:
+def test_history_is_that_of_the_formed_matrices(spec: OperatorSpec):
     updates = [(replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)]
     total = torch.zeros(23, 18, dtype=torch.float64)
     for cycle, spectrum in enumerate(layer_spectra(updates, threshold=0.5)):
@@ -75,7 +75,7 @@ def expected_span(newest: torch.Tensor, earlier: torch.Tensor) -> float:
     return 1 - (inside.norm() / newest.norm()).square().item()
 
 
-def test_factors_of_lora_have_spectra_too() -> None:
+def test_factors_of_lora_have_spectra_too():
     spec = LoRASpec(12, 10, 3, 6.0)
     factors = [torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     first, second = layer_spectra([(spec, value) for value in factors])
@@ -103,7 +103,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path) -> None:
+def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path):
     rows = list(spectra(find_ledger(checkpoint)))
     origins = [(row.module, row.cycle, row.step, row.is_live) for row in rows]
     of_v = [("a.v", 1, 20, False), ("a.v", 2, 25, True)]
@@ -113,7 +113,7 @@ def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path) -> Non
     assert [row.is_live for row in spectra(find_ledger(checkpoint / "ledger"))] == [False] * 3
 
 
-def test_layers_are_chosen_by_pattern(checkpoint: Path, tmp_path: Path) -> None:
+def test_layers_are_chosen_by_pattern(checkpoint: Path, tmp_path: Path):
     assert {row.module for row in spectra(find_ledger(checkpoint), "*.v")} == {"a.v"}
     with pytest.raises(UserError, match=r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"):
         next(spectra(find_ledger(checkpoint), "a.k"))
@@ -121,7 +121,7 @@ def test_layers_are_chosen_by_pattern(checkpoint: Path, tmp_path: Path) -> None:
         next(spectra(find_ledger(Ledger.create(tmp_path / "empty", "f").folder)))
 
 
-def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Path) -> None:
+def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Path):
     rows = list(spectra(find_ledger(checkpoint)))
     lines = spectrum_lines(rows, 0.1)
     cells = [line.split() for line in lines]
@@ -131,7 +131,7 @@ def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Pa
     assert "not merged yet" in lines[-1]
 
 
-def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*", "--threshold", "2"]
     assert command("spectrum", flags) == (0, "")
     content = read_json(tmp_path / "out.json")
@@ -154,7 +154,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ],
     ids=str,
 )
-def test_mistakes_in_flags_are_named(checkpoint: Path, flags: list[str], named: str) -> None:
+def test_mistakes_in_flags_are_named(checkpoint: Path, flags: list[str], named: str):
     code, message = command("spectrum", [str(checkpoint), *flags])
     assert code == 2
     assert named in message

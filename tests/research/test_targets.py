@@ -59,7 +59,7 @@ def low_rank(d_out: int, d_in: int, values: torch.Tensor) -> torch.Tensor:
     return left @ values.double().diag() @ right.T
 
 
-def test_measures_are_their_formulas() -> None:
+def test_measures_are_their_formulas():
     """Also of equal singular values, of the zero matrix, and of a weight that is not finite."""
     values = torch.tensor([4.0, 2.0, 1.0, 0.5])
     measures = measure_weight("a", Weight("a.weight", 7, 9), low_rank(9, 7, values))
@@ -80,7 +80,7 @@ def test_measures_are_their_formulas() -> None:
         measure_weight("layer", weight, torch.full((8, 8), math.nan))
 
 
-def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch):
     """Of a spectrum that falls fast, and of a Gaussian weight, whose tail holds most of the energy."""
     generator = torch.Generator().manual_seed(0)
     for values in (low_rank(320, 300, 0.98 ** torch.arange(300)), torch.randn(320, 300, generator=generator)):
@@ -103,7 +103,7 @@ def test_estimates_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family, operator", [("llama", "rotate"), ("gpt2", "share")])
-def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family: str, operator: str) -> None:
+def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family: str, operator: str):
     """Layers are those of injection, singular values those of the weights, gradients those that autograd finds."""
     model = tiny_model(family)
     config = MoRAConfig(rank=2, operator=operator)
@@ -136,7 +136,7 @@ def test_layers_of_a_folder_and_the_gradients_of_a_probe(tmp_path: Path, family:
         assert layer.value.grad is None, "nothing is trained"
 
 
-def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
+def test_batches_are_the_first_tokens_one_behind_the_other():
     documents = [Document("abc"), Document("d", ends=False), Document("e", begins=False)]
     documents.append(Document("fghij"))
     whole = token_batches(documents, Letters(), seq_len=3, count=4)
@@ -147,9 +147,7 @@ def test_batches_are_the_first_tokens_one_behind_the_other() -> None:
         token_batches([Document("a")], Letters(), seq_len=8, count=1)
 
 
-def test_the_command_prints_writes_and_plans(
-    user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_writes_and_plans(user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plan = tmp_path / "targets.yaml"
     report = tmp_path / "weights.json"
     planning = [str(user.model), "--mora_rank", "2", "--trainable_budget", "3%", "--write", str(plan)]
@@ -181,7 +179,7 @@ def test_the_command_prints_writes_and_plans(
     ],
     ids=str,
 )
-def test_mistakes_in_flags_are_named(user: Playground, flags: list[str], named: str) -> None:
+def test_mistakes_in_flags_are_named(user: Playground, flags: list[str], named: str):
     code, message = command("analyze", [str(user.model), *(flag.format(held=user.held) for flag in flags)])
     assert code == 2
     assert named in message
@@ -192,7 +190,7 @@ def test_mistakes_in_flags_are_named(user: Playground, flags: list[str], named: 
 PROJECTIONS = [Candidate(f"layers.{n}.{name}", 64, 64, 64, 0.5) for n in range(4) for name in "abcd"]
 
 
-def test_budgets_are_read_or_refused() -> None:
+def test_budgets_are_read_or_refused():
     for text, parameters in {"0.5%": 50, "10%": 1_000, "250": 250, "1e3": 1_000, " 2_000 ": 2_000}.items():
         assert parse_budget(text, 10_000) == parameters
     refused = {
@@ -211,7 +209,7 @@ def test_budgets_are_read_or_refused() -> None:
 
 
 @pytest.mark.parametrize("step, multiple", [(1, 1), (2, 16)])
-def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int) -> None:
+def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int):
     chance = random.Random(step)
     for _ in range(100):
         shapes = [(chance.choice((16, 32, 56, 64)), chance.choice((16, 32, 56, 64))) for _ in range(14)]
@@ -222,12 +220,12 @@ def test_a_budget_is_never_exceeded_and_nearly_used_up(step: int, multiple: int)
         assert all(side % step == 0 and side <= max(shape) for side, shape in zip(sides.values(), shapes, strict=True))
 
 
-def test_a_small_budget_goes_to_the_best_layers() -> None:
+def test_a_small_budget_goes_to_the_best_layers():
     candidates = [Candidate(f"l{n}", 32, 32, 32, score) for n, score in enumerate((0.2, 0.9, 0.1, 0.8))]
     assert spend(candidates, 200) == {"l0": 0, "l1": 10, "l2": 0, "l3": 10}
 
 
-def test_the_same_numbers_give_the_same_sides_in_any_order() -> None:
+def test_the_same_numbers_give_the_same_sides_in_any_order():
     sides = spend(PROJECTIONS, 5_000, smallest=2)
     shuffled = random.Random(0).sample(PROJECTIONS, len(PROJECTIONS))
     assert spend(shuffled, 5_000, smallest=2) == sides
@@ -236,7 +234,7 @@ def test_the_same_numbers_give_the_same_sides_in_any_order() -> None:
     assert spend(noisy, 5_000, smallest=2) == sides
 
 
-def test_budgets_that_cannot_be() -> None:
+def test_budgets_that_cannot_be():
     with pytest.raises(UserError, match=r"trainable_budget: 63 .* too few .*, of side 11 on layers\.0\.a, has 121"):
         spend(PROJECTIONS, 63)
     with pytest.raises(UserError, match=r"trainable_budget: 65,537 .* more than the 16 layers can hold: 65,536"):
@@ -246,7 +244,7 @@ def test_budgets_that_cannot_be() -> None:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path):
     path = tmp_path / "targets.yaml"
     plan = TargetPlan("model", "abc", {"layers.0.q": 12, "layers.0.k": 0}, "by weights")
     plan.write(path)
@@ -273,7 +271,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
         ('format: 1\nfingerprint: f\nlayers: {"../a": 1}\n', "cannot be the name"),
     ],
 )
-def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str) -> None:
+def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str):
     path = tmp_path / "bad.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -290,7 +288,7 @@ def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str) -> None
         ({"model.layers.0.self_attn.q_prj": 8}, "Did you mean 'model.layers.0.self_attn.q_proj'?"),
     ],
 )
-def test_sides_that_do_not_fit_are_named(sides: dict[str, int], message: str) -> None:
+def test_sides_that_do_not_fit_are_named(sides: dict[str, int], message: str):
     with pytest.raises(UserError) as caught:
         inject(tiny_model(), with_sizes(MoRAConfig(rank=8), TargetPlan("m", "f", sides)))
     assert message in str(caught.value)
@@ -305,7 +303,7 @@ def trained_sides(out: Path) -> dict[str, int]:
     return {name: layer["operator"]["r_hat"] for name, layer in layers.items()}
 
 
-def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user: Playground, tmp_path: Path) -> None:
+def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user: Playground, tmp_path: Path):
     """Two ranks, of which only the first reads weights; a resumed run takes the plan from its checkpoint."""
     out = tmp_path / "planned"
     resumed = tmp_path / "resumed"
@@ -345,7 +343,7 @@ def job_that_reads_weights_on_the_first_rank(argv: list[str]) -> dict[str, Any]:
     return pretrain(parse(argv))
 
 
-def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_path: Path, out: Path):
     query = "model.layers.0.self_attn.q_proj"
     down = "model.layers.1.mlp.down_proj"
     path = tmp_path / "mine.yaml"
@@ -367,7 +365,7 @@ def test_an_edited_plan_is_honoured_and_another_refused(user: Playground, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_that_began_without_a_plan_gets_none(user: Playground, tmp_path: Path) -> None:
+def test_a_run_that_began_without_a_plan_gets_none(user: Playground, tmp_path: Path):
     config = MoRAConfig(rank=2)
     write_json_atomic(tmp_path / "trainer_state.json", vars(TrainerState(identity={"adapter": config.to_dict()})))
     loaded = LoadedBase(None, BaseCheckpoint.open(user.model), {})
@@ -375,7 +373,7 @@ def test_a_run_that_began_without_a_plan_gets_none(user: Playground, tmp_path: P
         plan_of_run(None, "3%", [], config, loaded, tmp_path / "out", tmp_path)
 
 
-def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path) -> None:
+def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path):
     opened = OpenModel.in_folder(user.model, ["q_proj", "down_proj"])
     plan = opened.plan_of_weights(MoRAConfig(rank=2), "1500")
     plan.write(tmp_path / "targets.yaml")

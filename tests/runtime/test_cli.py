@@ -85,7 +85,7 @@ KeyError | name | 1 | Traceback
 @pytest.mark.parametrize("kind, message, code, told", rows(ENDS))
 def test_the_code_and_the_message_of_each_end(
     capsys: pytest.CaptureFixture[str], pauses: list[float], kind: str, message: str, code: str, told: str
-) -> None:
+):
     assert code_of(KINDS[kind](parsed(message))) == int(code)
     text = capsys.readouterr().err
     assert told in text if text else told == "nothing"
@@ -96,7 +96,7 @@ def test_the_code_and_the_message_of_each_end(
 
 def test_other_ranks_hold_their_message_back_and_say_who_they_are(
     capsys: pytest.CaptureFixture[str], pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert code_of(UserError("mine")) == 2
@@ -108,7 +108,7 @@ def test_other_ranks_hold_their_message_back_and_say_who_they_are(
 
 def test_signals_have_their_own_effect_while_an_error_is_held_back(
     pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """The launcher ends a rank that only waits to repeat rank 0's message."""
     given_back: list[bool] = []
     monkeypatch.setattr(signals, "uninstall", lambda: given_back.append(True))
@@ -118,7 +118,7 @@ def test_signals_have_their_own_effect_while_an_error_is_held_back(
 
 def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
     capsys: pytest.CaptureFixture[str], pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """Python raises in the main thread when the collective has returned, which is when its failure is handled."""
 
     def uninstall() -> None:
@@ -132,7 +132,7 @@ def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
 
 def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
     pauses: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     monkeypatch.setattr(sys, "argv", ["mora-ds export", "--checkpoint", "out", "--output", "", "--device="])
     with pytest.raises(Left) as left:
         cli.run(lambda: pytest.fail("the program ran"))
@@ -142,5 +142,5 @@ def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
     assert "--device must not be empty" in told
 
 
-def test_columns_of_a_table_are_as_wide_as_their_longest_cell() -> None:
+def test_columns_of_a_table_are_as_wide_as_their_longest_cell():
     assert cli.table([["name", "n"], ["a", "1000"]]) == ["name     n", "   a  1000"]

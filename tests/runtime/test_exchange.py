@@ -27,7 +27,7 @@ def gathered() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_every_value_arrives_in_the_order_of_ranks(world: int) -> None:
+def test_every_value_arrives_in_the_order_of_ranks(world: int):
     results = run_ranks(world, gathered)
     assert [value["rank"] for value in results[0][0]] == list(range(world))
     assert [len(value["text"]) for value in results[0][0]] == [1 + 1000 * rank for rank in range(world)]
@@ -47,7 +47,7 @@ def counted() -> tuple[int, int, int]:
     return before, with_group, sockets()
 
 
-def test_ranks_are_connected_where_they_talk_and_not_before() -> None:
+def test_ranks_are_connected_where_they_talk_and_not_before():
     """Were gloo no longer told to wait (`exchange.new_group`), each of 8 ranks would have 7 connections more
     as soon as the group is made."""
     for before, with_group, after in run_ranks(8, counted):
@@ -77,7 +77,7 @@ def waiting(connected: bool) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_ranks_do_not_wait_for_one_that_has_ended(connected: bool) -> None:
+def test_ranks_do_not_wait_for_one_that_has_ended(connected: bool):
     """Also where they were never connected to it, so that no broken connection tells them."""
     pipes, processes = start_ranks(3, waiting, connected)
     try:

@@ -36,7 +36,7 @@ def unchanged_logger() -> Iterator[None]:
 )
 def test_rank_and_level_decide(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, level: str, out: str, err: str
-) -> None:
+):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for _ in range(2):  # set up again, as launch/pretrain.py does: no message may be printed twice
@@ -46,7 +46,7 @@ def test_rank_and_level_decide(
     assert capsys.readouterr() == (out, err)
 
 
-def test_a_library_user_gets_silence() -> None:
+def test_a_library_user_gets_silence():
     program = "import logging, mora_ds; logging.getLogger('mora_ds.train').warning('printed by nobody')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

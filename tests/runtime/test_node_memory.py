@@ -22,21 +22,21 @@ from mora_ds.runtime.node_memory import Offer, free_bytes, machine, node_members
 )
 def test_limits_are_those_of_a_group_and_of_all_around_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]
-) -> None:
+):
     (tmp_path / "cgroup").write_text(text)
     monkeypatch.setattr(node_memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
     assert node_memory._cgroup_folders() == [tmp_path / folder for folder in expected]
 
 
-def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch):
     memory = mock.Mock(total=900, free=20, available=50)
     monkeypatch.setattr(node_memory, "_cgroup_folders", list)
     monkeypatch.setattr(node_memory.psutil, "virtual_memory", lambda: memory)
     assert free_bytes() == (50, "available in memory")
 
 
-def test_processes_of_a_node_are_those_that_see_each_other() -> None:
+def test_processes_of_a_node_are_those_that_see_each_other():
     """Nodes begin at local rank 0. The second one is the first one's machine, as in tests, the third has containers."""
     facts = [(0, "a"), (1, "a"), (0, "a"), (1, "a"), (2, "a"), (0, "b"), (1, "c"), (2, "b")]
 
@@ -49,13 +49,13 @@ def test_processes_of_a_node_are_those_that_see_each_other() -> None:
     assert all(rank in members(rank) for rank in range(len(facts)))
 
 
-def test_a_machine_is_the_same_for_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_is_the_same_for_its_processes(monkeypatch: pytest.MonkeyPatch):
     assert machine() == machine()
     monkeypatch.setattr(node_memory, "_BOOT_ID", Path("/nowhere"))
     assert str(os.getpid()) in machine()[1], "else a process that cannot know takes part in nothing"
 
 
-def test_a_descriptor_that_means_another_file_is_not_mapped() -> None:
+def test_a_descriptor_that_means_another_file_is_not_mapped():
     """As that of a process which has ended, and whose number another one has."""
     offer = Offer.make(4096, "layout")
     os.ftruncate(offer.descriptor, 8192)
@@ -65,7 +65,7 @@ def test_a_descriptor_that_means_another_file_is_not_mapped() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
-def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path) -> None:
+def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path):
     """Pages at its ends hold other tensors, too. What this process has written to is lost with its page, and tells."""
     path = tmp_path / "numbers"
     page = mmap.PAGESIZE
@@ -79,7 +79,7 @@ def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
-def test_places_are_told_by_file_and_offset(tmp_path: Path) -> None:
+def test_places_are_told_by_file_and_offset(tmp_path: Path):
     path = tmp_path / "numbers"
     page = mmap.PAGESIZE
     path.write_bytes(bytes(2 * page))

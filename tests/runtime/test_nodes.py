@@ -25,7 +25,7 @@ def refused_on_two_nodes(argv: list[str], second_folder: str) -> tuple[str, str]
 
 
 @pytest.mark.parametrize("more", [(), ("--resume_from_checkpoint", "auto")], ids=["new", "resumed"])
-def test_both_nodes_and_the_folder_are_named(user: Playground, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_both_nodes_and_the_folder_are_named(user: Playground, tmp_path: Path, more: tuple[str, ...]):
     argv = user.flags(tmp_path / "first", *more)
     local = tmp_path / "other"
     local.mkdir()

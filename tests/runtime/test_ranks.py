@@ -60,7 +60,7 @@ def meetings(rank: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int) -> None:
+def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int):
     results = run_ranks(2, meetings, rank)
     where = "" if rank == 0 else "rank 1: "
     for name in ("same check", "user error first", "between checks", "nested", "shared work"):
@@ -86,7 +86,7 @@ def late(seconds: float) -> tuple[str, float]:
     return error_of(lambda: ranks.barrier("reading of the settings")), time.monotonic() - since
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_without_end() -> None:
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
     message, seconds = run_ranks(2, late, 1.0)[0]
     assert message.startswith("RunError: reading of the settings: not all ranks came within 1 s")
     assert "1" in message
@@ -98,10 +98,10 @@ def long_work() -> int:
     return Ranks.current(timeout_s=1.0).on_first("tokens", lambda: (time.sleep(2), 5)[1], long=True)
 
 
-def test_long_work_is_waited_for() -> None:
+def test_long_work_is_waited_for():
     assert run_ranks(2, long_work) == [5, 5]
 
 
-def test_ranks_are_named_in_ranges() -> None:
+def test_ranks_are_named_in_ranges():
     names = [_named(ranks) for ranks in ([3], [0, 1], [0, 1, 2, 3, 6], [1, 3, 5])]
     assert names == ["rank 3", "ranks 0-1", "ranks 0-3, 6", "ranks 1, 3, 5"]

@@ -34,7 +34,7 @@ def watch(leaving: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     return stand_in
 
 
-def test_a_rank_with_nothing_to_save_is_given_some_seconds(watch: Any) -> None:
+def test_a_rank_with_nothing_to_save_is_given_some_seconds(watch: Any):
     watch.defers = False
     watch._check()
     watch.since -= signals._PATIENCE_S

@@ -73,7 +73,7 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     user: Playground, whole: Path, out: Path, number: int, rank: int, method: str, step: int, saved: int
-) -> None:
+):
     told = run_ranks(2, signalled_job, user.flags(out, *MERGING), number, rank, method, step)
     assert told[0] == told[1]
     assert f"stopped at step {saved}" in told[0]
@@ -83,7 +83,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
     assert_same_run(out, whole)
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, out: Path) -> None:
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, out: Path):
     flags = user.flags(out, *MERGING, *AUTO)
     told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
     assert "before the first step" in told[0]
@@ -148,7 +148,7 @@ def ready(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number: signal.Signals) -> None:
+def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number: signal.Signals):
     process = ready(script("starting"))
     process.send_signal(number)
     _, told = process.communicate(timeout=5)
@@ -157,7 +157,7 @@ def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number: signal.S
     assert "nothing to save" in told
 
 
-def test_sigint_again_ends_a_process_whatever_it_does() -> None:
+def test_sigint_again_ends_a_process_whatever_it_does():
     process = ready(script("stuck"))
     for _ in range(2):  # the terminal's, and the same once more from torchrun
         process.send_signal(signal.SIGINT)
@@ -170,7 +170,7 @@ def test_sigint_again_ends_a_process_whatever_it_does() -> None:
     assert "at once" in told
 
 
-def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint() -> None:
+def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint():
     process = ready(script("patient"))
     assert process.stdout is not None
     process.stdout.close()
@@ -178,7 +178,7 @@ def test_a_log_reader_that_ctrl_c_has_ended_too_does_not_fail_the_checkpoint() -
     assert process.wait(timeout=10) == 0, process.stderr and process.stderr.read()
 
 
-def test_the_end_of_a_pool_is_no_request_to_stop() -> None:
+def test_the_end_of_a_pool_is_no_request_to_stop():
     out, told = script("pooled").communicate(timeout=20)
     assert out == "requested False\n", told
 
@@ -224,7 +224,7 @@ def gone_within(ranks: list[int], seconds: float) -> bool:
     return True
 
 
-def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, out: Path) -> None:
+def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, out: Path):
     process, log, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)
     seen = rows(out)[-1]["step"]
@@ -243,7 +243,7 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
         pytest.param(signal.SIGKILL, False, id="SIGKILL to the launcher", marks=pytest.mark.heavy),
     ],
 )
-def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, number: int, group: bool) -> None:
+def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, number: int, group: bool):
     """Ctrl-C and SIGTERM to all processes; SIGKILL to the parent of the ranks alone."""
     process, log, ranks = start()
     os.kill(-process.pid if group else psutil.Process(ranks[0]).ppid(), number)
@@ -254,7 +254,7 @@ def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, nu
 
 
 @pytest.mark.heavy
-def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
+def test_a_killed_rank_takes_the_job_down(start: Any):
     process, log, ranks = start()
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
@@ -264,9 +264,7 @@ def test_a_killed_rank_takes_the_job_down(start: Any) -> None:
 
 
 @pytest.mark.heavy
-def test_torchrun_starts_a_run_again_that_has_lost_a_rank(
-    user: Playground, whole: Path, tmp_path: Path, out: Path
-) -> None:
+def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user: Playground, whole: Path, tmp_path: Path, out: Path):
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for each start. In the one that
     torch 2.13 shares by default, processes which are started again find the addresses of the dead ones."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
@@ -309,7 +307,7 @@ cli.run(main, restartable=True)
 
 
 @pytest.mark.heavy
-def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path) -> None:
+def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path):
     script = tmp_path / "pretrain.py"
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
     process, log, _ = start(script=script, past="")
@@ -331,7 +329,7 @@ time.sleep(60)
 """
 
 
-def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: Path) -> None:
+def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: Path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     ready(holder)
     with pytest.raises(UserError, match="another run is writing to it"):

@@ -20,18 +20,18 @@ def mean_shares(user: Playground, folder: Path, rank: int) -> dict[str, float]:
     return {span: float(cell.rstrip("%")) for span, cell in rows}
 
 
-def test_a_span_as_large_as_the_weight_holds_everything(user: Playground, tmp_path: Path) -> None:
+def test_a_span_as_large_as_the_weight_holds_everything(user: Playground, tmp_path: Path):
     shares = mean_shares(user, tmp_path, rank=10_000)
     for span in ("MoRA, rotate", "LoRA at its start", "best of LoRA's rank"):
         assert shares[span] == pytest.approx(100, abs=0.1), span
 
 
-def test_a_smaller_span_holds_less_and_the_best_one_most(user: Playground, tmp_path: Path) -> None:
+def test_a_smaller_span_holds_less_and_the_best_one_most(user: Playground, tmp_path: Path):
     shares = mean_shares(user, tmp_path, rank=2)
     assert 0 < shares["MoRA, rotate"] < 60
     assert shares["LoRA at its start"] < shares["LoRA, A turned to the gradient"] <= shares["best of LoRA's rank"] < 100
 
 
-def test_a_text_that_is_too_short_is_told(user: Playground, tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_told(user: Playground, tmp_path: Path):
     with pytest.raises(UserError, match=r"--documents: .* at least 12 tokens"):
         call("bench/energy", "--base", user.model, "--new", user.train, *TOY, "--documents", 10_000)

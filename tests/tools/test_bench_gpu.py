@@ -38,23 +38,23 @@ def check(results: dict[str, Any], waits: str) -> None:
     assert results["resume"] == [["3", "same"]]
 
 
-def test_it_names_every_question() -> None:
+def test_it_names_every_question():
     assert set(tool("bench/gpu").QUESTIONS) == set(QUESTIONS)
 
 
-def test_every_question_runs_at_toy_size(tmp_path: Path) -> None:
+def test_every_question_runs_at_toy_size(tmp_path: Path):
     (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
     check(tables, "only a GPU can say")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_question_runs_on_a_gpu(tmp_path: Path) -> None:
+def test_every_question_runs_on_a_gpu(tmp_path: Path):
     (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
     check(tables, "0")
 
 
-def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.MonkeyPatch):
     """With a stand-in for what torch does on CUDA."""
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -69,14 +69,14 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("asked, accelerator", [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")])
 def test_gpu_tests_alone_take_the_accelerator_that_is_there(
     asked: str, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     monkeypatch.delenv("DS_ACCELERATOR")
     conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=asked)))  # type: ignore[arg-type]
     assert os.environ.get("DS_ACCELERATOR") == accelerator
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]):
     call("bench/gpu", "ceilings")
     assert capsys.readouterr().out.startswith("no GPU here")
     assert not torch.cuda.is_available()

@@ -20,7 +20,7 @@ def found(tmp_path: Path) -> dict[str, list[list[str]]]:
     return tables
 
 
-def test_every_layer_has_a_row(tmp_path: Path) -> None:
+def test_every_layer_has_a_row(tmp_path: Path):
     titles, *rows = found(tmp_path)["layers"]
     assert [row[:2] for row in rows] == [["12 x 8, 5, float32", name] for name in ("rotate r=1", "share r=2")]
     assert all(len(row) == len(titles) for row in rows)

@@ -33,7 +33,7 @@ BAD = (
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_flags_are_named_before_anything_runs(tmp_path: Path, flags: list[str], message: str) -> None:
+def test_bad_flags_are_named_before_anything_runs(tmp_path: Path, flags: list[str], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
         call("bench/learning", "--work", tmp_path / "work", *flags)
     assert not (tmp_path / "work").exists()
@@ -43,7 +43,7 @@ def test_bad_flags_are_named_before_anything_runs(tmp_path: Path, flags: list[st
     "method, message",
     [("{rates: []}", "positive rates"), ("{rates: [1], replay: 1.5}", "a share"), ("{rates: [1], cycle: 2}", "cycle")],
 )
-def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, message: str) -> None:
+def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, message: str):
     path = tmp_path / "methods.yaml"
     path.write_text(f"settings: {{}}\nmethods: {{own: {method}}}\n")
     with pytest.raises(UserError, match=f"methods.yaml.*{message}"):
@@ -51,7 +51,7 @@ def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, mess
 
 
 @pytest.mark.parametrize("path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem)
-def test_every_method_is_one_that_the_training_program_takes(user: Playground, path: Path) -> None:
+def test_every_method_is_one_that_the_training_program_takes(user: Playground, path: Path):
     methods = Methods.read(path)
     files = {"model_name_or_path": user.model, "train_files": [user.train], "eval_files": [user.held]}
     for method in methods.methods.values():
@@ -61,7 +61,7 @@ def test_every_method_is_one_that_the_training_program_takes(user: Playground, p
             )
 
 
-def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best() -> None:
+def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best():
     bench = tool("bench/learning")
     rows = [
         bench.Row("lora", 8, 1e-3, 10, new={1: 250.0, 2: 252.0}, old={1: 90.0, 2: 90.0}),
@@ -107,7 +107,7 @@ def texts(user: Playground) -> list[object]:
 FLAGS = ["--steps", 40, "--seeds", 2, "--sweep_seeds", 1]
 
 
-def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]) -> None:
+def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]):
     flags = [*texts(user), "--work", tmp_path / "work", "--json", tmp_path / "all.json", *FLAGS]
     flags += ["--methods", "lora@0.003", "lora@0.01", "lora@0.03", "relora@0.01"]
     call("bench/learning", *flags)
@@ -130,9 +130,7 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
 
 
-def test_a_table_grows_by_the_runs_of_an_earlier_one(
-    user: Playground, tmp_path: Path, ran: list[dict[str, Any]]
-) -> None:
+def test_a_table_grows_by_the_runs_of_an_earlier_one(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]):
     first = tmp_path / "first.json"
     second = tmp_path / "second.json"
     call("bench/learning", *texts(user), *FLAGS, "--work", tmp_path / "one", "--methods", "lora", "--json", first)
@@ -156,9 +154,7 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(
     assert len(ran) == 8
 
 
-def test_ranks_and_scores_of_tasks_are_in_one_table(
-    user: Playground, tmp_path: Path, ran: list[dict[str, Any]]
-) -> None:
+def test_ranks_and_scores_of_tasks_are_in_one_table(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]):
     quiz = tmp_path / "quiz.yaml"
     flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--tasks", quiz, "--json", tmp_path / "all.json"]
     call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")

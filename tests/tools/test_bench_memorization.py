@@ -20,7 +20,7 @@ def bench(*flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(TOOL), *map(str, flags)], capture_output=True, text=True)
 
 
-def test_bad_flags_are_named_before_anything_runs(tmp_path: Path) -> None:
+def test_bad_flags_are_named_before_anything_runs(tmp_path: Path):
     for flags, message in (
         (("--methods", "loar"), "Did you mean 'lora'?"),
         (("--batch", 7, "--micro_batch", 2), "--batch 7 is no multiple"),
@@ -48,7 +48,7 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
 
 
 @pytest.mark.heavy
-def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground) -> None:
+def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     results, told = learned_by_heart(tmp_path, user, "--seeds", 1, "--rates", 1e-2)
     named = {result["method"]: result for result in results}

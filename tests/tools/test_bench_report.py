@@ -12,7 +12,7 @@ from tools.bench.report import Report, bench_parser
 
 def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     flags = ["--rows", "2", "--json", str(tmp_path / "new" / "bench.json")]
     monkeypatch.setattr("sys.argv", [str(plans.ROOT / "tools" / "bench" / "loss.py"), *flags])
     report = Report(bench_parser("Rows.").parse_known_args()[0])
@@ -36,7 +36,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     assert page.endswith("\n\nText.")
 
 
-def test_without_json_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_json_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Report(argparse.Namespace(json=None)).write()
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from tools.bench.measuring import llama_config
 
 
 @pytest.mark.heavy
-def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
     out = tmp_path / "found.json"
     argv = [

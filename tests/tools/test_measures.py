@@ -30,7 +30,7 @@ class Other:
 '''
 
 
-def test_measures_of_a_module(tmp_path: Path) -> None:
+def test_measures_of_a_module(tmp_path: Path):
     (tmp_path / "module.py").write_text(SOURCE, encoding="utf-8")
     measures = measure(tmp_path)
     # Module; def, its arguments and two arg; the assignment with a tuple of two names, and a tuple of a sum (4) and a
@@ -43,6 +43,6 @@ def test_measures_of_a_module(tmp_path: Path) -> None:
     assert measures["comment lines in 1,000 lines"] == 1 / 4 * 1000
 
 
-def test_flags_are_the_fields_of_documented_classes(tmp_path: Path) -> None:
+def test_flags_are_the_fields_of_documented_classes(tmp_path: Path):
     (tmp_path / "settings.py").write_text(SETTINGS, encoding="utf-8")
     assert count_flags(tmp_path) == 2

@@ -59,7 +59,7 @@ def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_ranks_with_different_settings(user: Playground, out: Path) -> None:
+def test_ranks_with_different_settings(user: Playground, out: Path):
     cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more.split())] for more, *_ in rows(DIFFERENT)]
     results = run_ranks(2, refused_each, cases)
     for (more, *phrases), *ranks in zip(rows(DIFFERENT), *results, strict=True):
@@ -76,7 +76,7 @@ def other_version(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_ranks_with_different_packages(user: Playground, tmp_path: Path) -> None:
+def test_ranks_with_different_packages(user: Playground, tmp_path: Path):
     for kind, message in run_ranks(2, other_version, user.flags(tmp_path / "out")):
         assert kind == "UserError"
         assert "version of safetensors: " in message
@@ -90,7 +90,7 @@ def refused_in(folders: list[str], argv: list[str]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_relative_model_folder_that_one_node_does_not_have(user: Playground, tmp_path: Path, missing: int) -> None:
+def test_a_relative_model_folder_that_one_node_does_not_have(user: Playground, tmp_path: Path, missing: int):
     """There the name is taken for one of the Hub's."""
     folders = [str(user.root), str(user.root)]
     folders[missing] = str(tmp_path)
@@ -108,7 +108,7 @@ def refused_on_its_node(argv: list[list[str]]) -> tuple[str, str]:
     return refused(argv[dist.get_rank()])
 
 
-def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path, out: Path):
     changed_text = tmp_path / "train.jsonl"
     changed_text.write_text(user.train.read_text().replace("def", "fed"))
     argv = [user.flags(out), user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache")]
@@ -187,7 +187,7 @@ def assert_all_fail_at_each(world: int, argv: list[str], healthy: Path, failing:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int) -> None:
+def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int):
     argv = user.flags(tmp_path / "out", *MERGES)
     names = run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *MERGES))[0] if failing else [""] * 20
     assert len(names) >= 20
@@ -200,7 +200,7 @@ AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3,
 
 @pytest.mark.heavy
 @AT_EACH
-def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
+def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int):
     block = {"targets": "auto", "trainable_budget": "3%"}
     argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, **block)
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
@@ -209,7 +209,7 @@ def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, f
 
 @pytest.mark.heavy
 @AT_EACH
-def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
+def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Path, world: int, failing: int):
     argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint", "auto")
     run(world, [*argv, "--max_steps", "3"])
     shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
@@ -218,7 +218,7 @@ def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Pa
 
 @pytest.mark.heavy
 @AT_EACH
-def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, world: int, failing: int) -> None:
+def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, world: int, failing: int):
     mix = write_mixture(user, tmp_path / "mix.yaml", "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n")
     argv = mixture_flags(user, tmp_path / "out", mix, *MERGES)
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)

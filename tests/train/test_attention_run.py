@@ -44,21 +44,19 @@ def attention_in(out: Path) -> str:
     return str(TrainerState.read(out / "checkpoints" / "latest").identity["attention"])
 
 
-def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(
-    by_documents: Path, dense: Path
-) -> None:
+def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(by_documents: Path, dense: Path):
     assert attention_in(by_documents) == "documents"
     assert attention_in(dense) == "dense"
     assert_close_losses(by_documents, dense)
 
 
-def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path, tmp_path: Path) -> None:
+def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path, tmp_path: Path):
     checkpoint = dense / "checkpoints" / "step-000004"
     flags = user.flags(tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint))
     assert "attention (--attn_implementation): 'dense' there, 'documents' here" in refusal(flags)
 
 
-def test_dense_attention_is_what_it_was_to_the_bit() -> None:
+def test_dense_attention_is_what_it_was_to_the_bit():
     """The model is given what transformers reads, and nothing of it is replaced."""
     batch = batch_of(4)
     one = tiny_model("mistral")
@@ -95,7 +93,7 @@ mamba | auto | none
 
 
 @pytest.mark.parametrize("kind, asked_for, runs", rows(CHOSEN))
-def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str) -> None:
+def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str):
     implementation = implementation_of(ModelArguments(attn_implementation=asked_for), config_of(kind))
     assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
 
@@ -104,7 +102,7 @@ def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str) 
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
+def test_a_leak_at_one_batch_size_is_found(rows: int):
     """A stand-in for FlashAttention without bounds, which takes rows for packed ones where there is a single row."""
     model: Any = tiny_model("llama").eval()
     for parameter in model.parameters():
@@ -132,7 +130,7 @@ def test_a_leak_at_one_batch_size_is_found(rows: int) -> None:
         ("mamba", {}, "rows): give --no_document_mask"),
     ],
 )
-def test_only_given_flags_that_would_help_are_to_be_left_out(kind: str, flags: dict[str, str], advice: str) -> None:
+def test_only_given_flags_that_would_help_are_to_be_left_out(kind: str, flags: dict[str, str], advice: str):
     model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
     start = SimpleNamespace(hooks=Hooks())
     job: Any = SimpleNamespace(
@@ -160,7 +158,7 @@ def with_sinks() -> Any:
     return model.eval()
 
 
-def test_attention_sinks_by_documents() -> None:
+def test_attention_sinks_by_documents():
     """GPT-OSS, which takes no mask from the positions: its documents in one row are what each is alone."""
     with pytest.raises(UserError, match="--no_document_mask"):
         check_attention(with_sinks(), (1, 4), document_mask=True)
@@ -188,6 +186,6 @@ def with_lost_window() -> Any:
     return model
 
 
-def test_a_window_that_does_not_reach_attention_is_noticed() -> None:
+def test_a_window_that_does_not_reach_attention_is_noticed():
     with pytest.raises(UserError, match="its attention does not receive: give --attn_implementation sdpa"):
         check_attention(with_lost_window(), (1,), document_mask=False)

@@ -48,7 +48,7 @@ def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
     return summary, sum(ring.copied for ring in rings)
 
 
-def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> None:
+def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground):
     """Two merges; stopped right after the first one, and resumed with the base on the device."""
     more = ("--gradient_checkpointing", "--bf16")
     run(1, deep(user, "resident", *more))
@@ -75,7 +75,7 @@ def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground) -> No
     ],
     ids=lambda more: " ".join(map(str, more)),
 )
-def test_more_runs(user: Playground, more: tuple[Any, ...]) -> None:
+def test_more_runs(user: Playground, more: tuple[Any, ...]):
     """On two ranks; the streamed run begins with its base on the device."""
     name = "-".join(map(str, more)).replace("-", "")
     run(2, deep(user, f"{name}-resident", *more))
@@ -86,7 +86,7 @@ def test_more_runs(user: Playground, more: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.heavy
-def test_domains_work(user: Playground) -> None:
+def test_domains_work(user: Playground):
     sources = [f"a={user.train}:1", f"b={user.other}:1"]
     for out, more in (("domains", ()), ("domains-streamed", HOST)):
         argv = deep(user, out, "--train_files", *sources, *more)
@@ -102,7 +102,7 @@ def without_memory(argv: list[str]) -> tuple[str, str]:
         return refused(argv)
 
 
-def test_too_little_host_memory_is_said_before_anything_is_loaded(user: Playground) -> None:
+def test_too_little_host_memory_is_said_before_anything_is_loaded(user: Playground):
     kind, message = run_ranks(1, without_memory, deep(user, "none", *HOST))[0]
     assert kind == "UserError"
     assert "0.01 MB are available" in message
@@ -125,7 +125,7 @@ def settled(argv: list[str], memory: float) -> str:
         return settle_base_device(arguments, config, ds_config, Ranks.current()).training.base_device
 
 
-def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground) -> None:
+def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground):
     argv = deep(user, "auto")
     assert run_ranks(1, settled, argv, 80e9)[0] == BaseDevice.DEVICE.value
     assert run_ranks(1, settled, argv, 1e5)[0] == BaseDevice.HOST.value
@@ -136,11 +136,11 @@ def unplannable(argv: list[str]) -> str:
         return settled(argv, 1e5)
 
 
-def test_a_model_that_cannot_be_planned_stays_on_the_device(user: Playground) -> None:
+def test_a_model_that_cannot_be_planned_stays_on_the_device(user: Playground):
     assert run_ranks(1, unplannable, deep(user, "auto"))[0] == BaseDevice.DEVICE.value
 
 
-def test_a_dry_run_plans_both(user: Playground) -> None:
+def test_a_dry_run_plans_both(user: Playground):
     resident, streamed = (planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST))
     assert resident.memory.host_base == 0 < streamed.memory.host_base
     assert streamed.memory.base == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers

@@ -48,7 +48,7 @@ def copied_user(user: Playground, tmp_path: Path) -> Playground:
 @pytest.mark.parametrize("word", [0x3C000000, 0x7FC00000], ids=["small numbers", "NaN"])
 def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
     user: Playground, copied_user: Playground, out: Path, word: int
-) -> None:
+):
     argv = copied_user.flags(out, "--save_steps", 2, "--eval_steps", 0, "--merge_every", 5, "--restart_warmup_steps", 1)
     for message in messages_of(copied_user, argv, partial(overwrite, word=word)):
         assert f"Last good checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
@@ -59,7 +59,7 @@ def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
         assert run(2, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 
-def test_a_base_that_is_cut_off_is_found_before_it_is_read(copied_user: Playground, out: Path) -> None:
+def test_a_base_that_is_cut_off_is_found_before_it_is_read(copied_user: Playground, out: Path):
     """When a checkpoint is due: to go on would be a bus error."""
     argv = copied_user.flags(out, "--save_steps", 3, "--eval_steps", 0)
     assert len(messages_of(copied_user, argv, partial(os.truncate, length=1000))) == 2

@@ -91,7 +91,7 @@ def ranks_and_whole(
 )
 def test_a_failed_evaluation_does_not_end_the_run(
     user: Playground, tmp_path: Path, ranks_and_whole: tuple[int, Path], out: Path, target: type, calls: tuple[int, ...]
-) -> None:
+):
     ranks, whole = ranks_and_whole
     error = RuntimeError("no evaluation today")
     of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if target is TaskSuite else ()
@@ -115,7 +115,7 @@ def without_room_for_traces(argv: list[str]) -> tuple[str, str]:
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(
     user: Playground, ranks_and_whole: tuple[int, Path], out: Path
-) -> None:
+):
     ranks, whole = ranks_and_whole
     for kind, message in run_ranks(ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile", 1)):
         assert kind == "FailedBeside"
@@ -131,7 +131,7 @@ def interrupted(argv: list[str], error: Exception) -> None:
         interrupted_job(argv, 3)
 
 
-def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: Playground, out: Path) -> None:
+def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: Playground, out: Path):
     """That after step 1, whose model a checkpoint does not hold; that after step 2 is made by the resumed run."""
     argv = user.flags(out, *FLAGS, "--resume_from_checkpoint", "auto")
     error = RuntimeError("no evaluation today")
@@ -164,7 +164,7 @@ def ends_of_runs(argvs: list[list[str]], failures: list[tuple[type, str, BaseExc
     ]
 
 
-def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Playground, tmp_path: Path) -> None:
+def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Playground, tmp_path: Path):
     """An evaluation fails beside the run. What the run cannot do without ends it, --save_steps after a checkpoint at
     most."""
     targets = {target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)}
@@ -188,13 +188,13 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Play
     assert list(zip(kinds, newest, strict=True)) == [(kind, int(step)) for *_, kind, step in table]
 
 
-def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path) -> None:
+def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path):
     error = RuntimeError("no evaluation today")
     ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
     assert (kind, message) == ("RuntimeError", "no evaluation today")
 
 
-def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_path: Path) -> None:
+def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_path: Path):
     """The checkpoint of its step holds that model: the one before is named, which --save_total_limit has left."""
     error = NotFinite("the loss is nan")
     argv = user.flags(tmp_path, *FLAGS, "--save_total_limit", 1, "--resume_from_checkpoint", "auto")
@@ -213,9 +213,7 @@ def failing_upload(argv: list[str], error: BaseException) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)])
-def test_a_failed_upload_is_told_after_the_end(
-    user: Playground, tmp_path: Path, error: BaseException, ranks: int
-) -> None:
+def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path, error: BaseException, ranks: int):
     argv = user.flags(tmp_path, "--max_steps", 2, "--push_to_hub", "me/adapter", "--report_to", "none")
     for kind, message in run_ranks(ranks, failing_upload, argv, error):
         assert kind == "FailedBeside"
@@ -253,7 +251,7 @@ def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
     user: Playground, whole: Path, out: Path, target: type, method: str, call: int, step: int
-) -> None:
+):
     """And the run that resumes there does what was pending, once."""
     run_ranks(1, ended_within, user.flags(out, *DUE), target, method, call)
     assert TrainerState.read(out / "checkpoints" / "latest").step == step
@@ -281,7 +279,7 @@ def failing_tracker(argv: list[str]) -> tuple[str, str]:
         return ended(argv)
 
 
-def test_a_failed_tracker_is_told_on_every_rank(user: Playground, tmp_path: Path) -> None:
+def test_a_failed_tracker_is_told_on_every_rank(user: Playground, tmp_path: Path):
     argv = user.flags(tmp_path, "--max_steps", 2, "--report_to", "wandb")
     for kind, message in run_ranks(2, failing_tracker, argv):
         assert kind == "FailedBeside"

@@ -27,7 +27,7 @@ from tests.helpers.models import tiny_model, tokens
 from tests.helpers.tasks import task_files
 
 
-def test_what_layers_read_is_set_and_put_back_even_after_an_error() -> None:
+def test_what_layers_read_is_set_and_put_back_even_after_an_error():
     model = tiny_model("llama")
     inject(model, MoRAConfig(rank=4, dropout=0.5, domains=("new", "old")))
     model.train()
@@ -75,7 +75,7 @@ def kinds_of_passes(argv: list[str]) -> Counter[tuple[bool, bool, bool]]:
     return kinds
 
 
-def test_each_pass_of_a_run_sets_what_layers_read(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_each_pass_of_a_run_sets_what_layers_read(user: Playground, tmp_path: Path, out: Path):
     """Checks before the first step, evaluations, tasks, probes of saves and merges, and the recorded probe."""
     flags = (
         "--max_steps", 3, "--save_steps", 2, "--eval_steps", 1, "--merge_every", 2, "--restart_warmup_steps", 1,

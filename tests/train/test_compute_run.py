@@ -7,7 +7,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, printed
 
 
-def test_a_resume_with_micro_batches_of_another_size_says_that_paths_change(user: Playground, tmp_path: Path) -> None:
+def test_a_resume_with_micro_batches_of_another_size_says_that_paths_change(user: Playground, tmp_path: Path):
     """Two rows of 8 tokens take the weight where one takes the activations."""
     short = ("--seq_len", 8, "--max_steps", 2, "--save_steps", 1)
     (told,) = run_ranks(1, printed, user.flags(tmp_path, *short, "--log_level", "debug"))

@@ -16,7 +16,7 @@ RELORA = (
 )  # fmt: skip
 
 
-def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground, tmp_path: Path) -> None:
+def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground, tmp_path: Path):
     one = tmp_path / "1"
     two = tmp_path / "2"
     run(1, user.flags(one, *RELORA, "--per_device_train_batch_size", 4))
@@ -30,7 +30,7 @@ def test_relora_has_one_curve_for_1_and_2_ranks_and_is_exported(user: Playground
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_relora_interrupted_and_resumed_is_the_same_run(user: Playground, tmp_path: Path) -> None:
+def test_relora_interrupted_and_resumed_is_the_same_run(user: Playground, tmp_path: Path):
     """Right after a merge that is not saved yet, and in mid-cycle."""
     whole = tmp_path / "whole"
     resumed = tmp_path / "resumed"
@@ -42,7 +42,7 @@ def test_relora_interrupted_and_resumed_is_the_same_run(user: Playground, tmp_pa
 # -- nothing -----------------------------------------------------------------------------------------------------------
 
 
-def test_none_reports_the_base(user: Playground, tmp_path: Path) -> None:
+def test_none_reports_the_base(user: Playground, tmp_path: Path):
     expected = run(1, user.flags(tmp_path / "trained", "--max_steps", 2))["perplexity_before"]
     for ranks in (1, 2):
         bare = tmp_path / f"bare-{ranks}"

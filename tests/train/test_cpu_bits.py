@@ -32,7 +32,7 @@ print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
 """
 
 
-def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: Playground, tmp_path: Path) -> None:
+def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: Playground, tmp_path: Path):
     """Losses, checkpoints, merge ledger and merged model: no path is chosen by a time that was measured."""
     flags = ("--merge_every", 2, "--restart_warmup_steps", 1, "--export_merged", "true", "--train_embeddings", "true")
     run(2, user.flags(tmp_path / "idle", *flags))
@@ -48,9 +48,7 @@ def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: P
 
 
 @pytest.mark.heavy(seconds=12)
-def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(
-    user: Playground, tmp_path: Path
-) -> None:
+def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(user: Playground, tmp_path: Path):
     merges = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1)
     run(1, user.flags(tmp_path / "out", *merges))
     checkpoint = tmp_path / "out" / "checkpoints" / "latest"

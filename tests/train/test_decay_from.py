@@ -29,7 +29,7 @@ def parent(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(1, user, tmp_path_factory, *PARENT)
 
 
-def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, parent: Path, tmp_path: Path) -> None:
+def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, parent: Path, tmp_path: Path):
     """In its weights, and in what it has logged; ended in between and resumed by the same command."""
     whole = tmp_path / "whole"
     ratio = DECAY / (START + DECAY - WARMUP)
@@ -51,7 +51,7 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, 
     assert [row["step"] for row in rows(out) if "merge" in row] == [6]
 
 
-def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: Path) -> None:
+def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: Path):
     def told(checkpoint: Path, out: Path, *more: str | int) -> str:
         return refusal(user.flags(out, *STABLE, "--max_steps", DECAY, "--decay_from", str(checkpoint), *more))
 
@@ -66,14 +66,14 @@ def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: 
     assert "step of --decay_from: None there, 4 here" in message
 
 
-def test_a_run_with_another_schedule_has_no_stable_checkpoint(user: Playground, tmp_path: Path) -> None:
+def test_a_run_with_another_schedule_has_no_stable_checkpoint(user: Playground, tmp_path: Path):
     linear = tmp_path / "linear"
     run(1, user.flags(linear, "--max_steps", 4, "--save_steps", 2))
     flags = ("--lr_scheduler_type", "wsd", "--max_steps", 2, "--decay_from", linear / "checkpoints" / "step-000002")
     assert "its learning rate is not at the peak" in refusal(user.flags(tmp_path / "out", *map(str, flags)))
 
 
-def test_a_branch_of_a_constant_run_may_begin_at_its_end(user: Playground, tmp_path: Path) -> None:
+def test_a_branch_of_a_constant_run_may_begin_at_its_end(user: Playground, tmp_path: Path):
     constant = tmp_path / "constant"
     run(1, user.flags(constant, "--max_steps", 4, "--lr_scheduler_type", "constant"))
     flags = ("--lr_scheduler_type", "wsd", "--max_steps", 3, "--decay_from", constant / "checkpoints" / "latest")

@@ -24,7 +24,7 @@ def is_recipe(job: Arguments) -> bool:
     return choices[0]
 
 
-def test_the_demo_follows_the_default_recipe(tmp_path: Path) -> None:
+def test_the_demo_follows_the_default_recipe(tmp_path: Path):
     job = settings(tmp_path, "--max_steps", 60, "--merge_every", 20, "--embedding_learning_rate", 1e-3)
     assert is_recipe(job)
     assert job.training.max_steps == 60
@@ -44,10 +44,10 @@ def test_the_demo_follows_the_default_recipe(tmp_path: Path) -> None:
     ],
     ids=lambda flags: str(flags[0]),
 )
-def test_flags_that_the_recipe_does_not_suit_get_a_plain_demo(tmp_path: Path, flags: tuple[object, ...]) -> None:
+def test_flags_that_the_recipe_does_not_suit_get_a_plain_demo(tmp_path: Path, flags: tuple[object, ...]):
     assert not is_recipe(settings(tmp_path, *flags))
 
 
-def test_a_mistake_is_no_reason_for_a_plain_demo(tmp_path: Path) -> None:
+def test_a_mistake_is_no_reason_for_a_plain_demo(tmp_path: Path):
     with pytest.raises(UserError, match="--learning_rate"):
         settings(tmp_path, "--learning_rate", -1)

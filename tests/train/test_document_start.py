@@ -21,7 +21,7 @@ TOKEN = "</s>"
 START = ("--document_start", TOKEN)
 
 
-def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground) -> None:
+def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground):
     tokenizer = load_tokenizer(user.model)
     bos = tokenizer.bos_token_id
     end = tokenizer.eos_token_id
@@ -33,7 +33,7 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground) -> None:
             start_id(tokenizer, start)
 
 
-def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path) -> None:
+def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path):
     cache = tmp_path / "cache"
     run(1, user.flags(tmp_path / "files", *START, "--cache_dir", cache))
     for meta in cache.glob("*/meta.json"):
@@ -42,7 +42,7 @@ def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path
         assert set(tokens.tokens[starts].tolist()) == {2}
 
 
-def test_it_stands_once_before_a_document_of_several_parts(user: Playground) -> None:
+def test_it_stands_once_before_a_document_of_several_parts(user: Playground):
     """Which is read, and tokenised, in parts."""
     encoder = Encoder.of(load_tokenizer(user.model), "<s>")
     parts = [Document("def f(x):\n", ends=False), Document("    return x\n", begins=False)]
@@ -51,7 +51,7 @@ def test_it_stands_once_before_a_document_of_several_parts(user: Playground) -> 
     assert tokens[0] == encoder.start_id
 
 
-def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path) -> None:
+def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path):
     model = shutil.copytree(user.model, tmp_path / "model")
     content = read_json(model / "tokenizer.json")
     (model / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
@@ -62,7 +62,7 @@ def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path)
 
 
 @pytest.mark.parametrize("more", [("--streaming",), pytest.param((), marks=pytest.mark.heavy)])
-def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, ...]) -> None:
+def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, ...]):
     run(1, user.flags(out, *START, *more))
     resume = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--max_steps", 8)
     (kind, message), *_ = run_ranks(1, refused, resume)
@@ -72,7 +72,7 @@ def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, .
     assert len(losses(out)) == 8
 
 
-def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path) -> None:
+def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path):
     target = load_target(user.model)
     corpus = load_corpus([str(user.other)])
     scores = {

@@ -34,6 +34,6 @@ def first_steps(stages: list[int]) -> list[list[float]]:
     return [first_step(stage) for stage in stages]
 
 
-def test_matrices_and_embeddings_have_their_own_learning_rates_at_every_stage() -> None:
+def test_matrices_and_embeddings_have_their_own_learning_rates_at_every_stage():
     for moved in itertools.chain(*run_ranks(2, first_steps, [1, 2, 3])):
         assert moved == pytest.approx([RATE, RATE * SHARE], rel=2e-2)

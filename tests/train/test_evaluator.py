@@ -49,7 +49,7 @@ def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, None])
-def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int | None) -> None:
+def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int | None):
     """Every replica has equally many batches, and together exactly `limit` of them count, the first ones."""
     counts = [counted(index, replicas, limit) for index in range(replicas)]
     assert len({len(batches) for batches in counts}) == 1
@@ -58,7 +58,7 @@ def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int | 
     assert in_order == [True] * counted_batches + [False] * (len(in_order) - counted_batches)
 
 
-def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit() -> None:
+def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
     """A run that is asked to stop leaves an evaluation at the next batch."""
     told: list[str] = []
 
@@ -135,7 +135,7 @@ def at(evaluator: Any, step: int, nll: float, score: float = 0.5) -> None:
         evaluator.state.perplexity_before = before
 
 
-def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None:
+def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end():
     for tasks_steps, steps in ((4, [0, 4, 6]), (0, [0, 6])):
         evaluation = evaluator({}, tasks_steps=tasks_steps)
         for step in range(7):
@@ -144,7 +144,7 @@ def test_tasks_are_due_at_the_start_every_so_many_steps_and_at_the_end() -> None
         assert evaluation.log.rows[-1] == (6, {"quiz": {"acc": 0.5}})
 
 
-def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
+def test_what_is_logged_has_the_start_beside_it_and_is_kept():
     evaluation = evaluator({})
     at(evaluation, 0, 1.0)
     evaluation.state.evaluation_pending = True
@@ -157,7 +157,7 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept() -> None:
     assert evaluation.replica.read_as == ["domain of held", "domain of held"]
 
 
-def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     evaluation = evaluator({"held": 1.0})
     best_steps = []
@@ -170,7 +170,7 @@ def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.
     assert "step 3: the best" not in caplog.text
 
 
-def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
+def test_the_score_of_a_task_counts_where_it_is_evaluated():
     evaluation = evaluator({"held": 1.0, "quiz": 2.0}, {"quiz": 1.5})
     at(evaluation, 0, 1.0)
     for step in (2, 4):
@@ -183,7 +183,7 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated() -> None:
     assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
 
 
-def test_a_loss_that_is_no_number_is_named_with_its_set() -> None:
+def test_a_loss_that_is_no_number_is_named_with_its_set():
     evaluation = evaluator({})
     with pytest.raises(NotFinite, match="the loss on 'held' is nan after step 2"):
         at(evaluation, 2, math.nan)
@@ -191,7 +191,7 @@ def test_a_loss_that_is_no_number_is_named_with_its_set() -> None:
         at(evaluation, 0, math.inf)
 
 
-def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation() -> None:
+def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation():
     """It is made again when the run resumes, at the same step."""
     evaluation = evaluator({})
 

@@ -133,7 +133,7 @@ def export(root: Path, family: str) -> tuple[ExportReport, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, results: Any) -> None:
+def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, results: Any):
     root, ranks = results
     for result in (rank[family] for rank in ranks):
         assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result["norms"]
@@ -153,7 +153,7 @@ def loss_of(logits: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any) -> None:
+def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any):
     root, ranks = results
     report, exported = export(root, family)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any)
     assert tied == exported.config.tie_word_embeddings
 
 
-def test_what_else_was_trained_is_in_the_export(results: Any) -> None:
+def test_what_else_was_trained_is_in_the_export(results: Any):
     root, _ = results
     for family, settings in ALSO_TRAINED.items():
         original = AutoModelForCausalLM.from_pretrained(root / family / "model").state_dict()
@@ -183,13 +183,13 @@ def test_what_else_was_trained_is_in_the_export(results: Any) -> None:
         assert embedding <= changed if "train_embeddings" in settings else not embedding & changed, family
 
 
-def test_no_family_needs_a_converted_base(results: Any) -> None:
+def test_no_family_needs_a_converted_base(results: Any):
     """Files hold the live weights one to one, or experts that are put into one tensor: nothing is written twice."""
     _, ranks = results
     assert not [family for family, result in ranks[0].items() if result["own_base"]]
 
 
-def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path) -> None:
+def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path):
     write_model("gemma2", tmp_path)
     for wanted in ("sdpa", "spda", "flash_attention_2"):
         with pytest.raises(UserError, match=f"--attn_implementation {wanted}"):
@@ -213,7 +213,7 @@ def adapted(family: str, attention: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_of_no_family_see_each_other(family: str) -> None:
+def test_documents_of_no_family_see_each_other(family: str):
     """That the check finds a leak: test_attention_run.py."""
     has_sdpa = family not in NO_SDPA
     for attention in ("eager", "sdpa") if has_sdpa else ("eager",):

@@ -45,7 +45,7 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.heavy) for name in RUNS]
 )
-def test_the_host_waits_once_a_step(user: Playground, tmp_path: Path, name: str) -> None:
+def test_the_host_waits_once_a_step(user: Playground, tmp_path: Path, name: str):
     more = [str(flag).format(held=user.held) for flag in RUNS[name]]
     argv = user.flags(tmp_path, "--max_steps", 5, "--logging_steps", 100, "--eval_on_start", "false", *more)
     for steps in run_ranks(2, reads_of_steps, argv):

@@ -65,7 +65,7 @@ def settings(changes: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("changes, message", rows(NAMED))
-def test_an_input_within_the_output_is_named(home: Path, changes: str, message: str) -> None:
+def test_an_input_within_the_output_is_named(home: Path, changes: str, message: str):
     with untouched(home), pytest.raises(UserError) as refused:
         check_inputs(settings(parsed(changes)), Path("out"))
     assert message in str(refused.value)
@@ -83,7 +83,7 @@ def test_an_input_within_the_output_is_named(home: Path, changes: str, message: 
         {"train_files": ["looped"]},
     ],
 )
-def test_other_inputs_pass(home: Path, changes: dict[str, Any]) -> None:
+def test_other_inputs_pass(home: Path, changes: dict[str, Any]):
     """A file of another name than those of a run is safe in the output folder; a loop of links leads nowhere."""
     (home / "looped").mkdir()
     (home / "looped" / "a.txt").symlink_to("a.txt")
@@ -91,7 +91,7 @@ def test_other_inputs_pass(home: Path, changes: dict[str, Any]) -> None:
     check_inputs(settings(changes), Path("out"))
 
 
-def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path) -> None:
+def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path):
     (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {owns: []}\n")
     again = {"resume_from_checkpoint": "auto", "deepspeed": None}
     check_inputs(
@@ -102,7 +102,7 @@ def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path) -> None:
         check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))
 
 
-def test_every_setting_that_names_a_file_is_looked_at() -> None:
+def test_every_setting_that_names_a_file_is_looked_at():
     """Whoever adds one must decide whether it is an input."""
     groups = vars(settings({})).values()
     fields = {name for group in groups if dataclasses.is_dataclass(group) for name in vars(group)}

@@ -94,14 +94,12 @@ HEAVY = [pytest.param(*case, marks=pytest.mark.heavy(seconds=4)) for case in EVE
 
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
-def test_killed(
-    user: Playground, whole_of: Whole, tmp_path: Path, moment: str, who: str, ranks: int, precision: str
-) -> None:
+def test_killed(user: Playground, whole_of: Whole, tmp_path: Path, moment: str, who: str, ranks: int, precision: str):
     whole = whole_of(ranks, precision, MOMENTS[moment].more)
     kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
 
 
-def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, out: Path) -> None:
+def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, out: Path):
     """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
     whole = whole_of(2, "fp32", ())
     prepare(out, whole, Start.UNNAMED)

@@ -52,13 +52,13 @@ def rows_of(replica: int, replicas: int, micro_batches: int, size: int) -> list[
     return all_rows
 
 
-def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r() -> None:
+def test_micro_batch_m_of_replica_r_holds_the_rows_from_m_times_replicas_plus_r():
     assert rows_of(0, 2, 3, 2) == [[0, 1], [4, 5], [8, 9]]
     assert rows_of(1, 2, 3, 2) == [[2, 3], [6, 7], [10, 11]]
     assert rows_of(0, 1, 2, 3) == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
+def test_a_step_is_prepared_by_a_thread_and_taken_in_order():
     data = Data()
     batch_loader = loader(data)
     for step in range(3, 5):
@@ -74,7 +74,7 @@ def test_a_step_is_prepared_by_a_thread_and_taken_in_order() -> None:
     assert data.threads == [main, main, "mora_ds batches_0", "mora_ds batches_0"], "and nothing beyond the last step"
 
 
-def test_an_error_is_raised_when_its_batch_is_taken() -> None:
+def test_an_error_is_raised_when_its_batch_is_taken():
     batch_loader = loader(Data(fails_at=2))
     batch_loader.take(0)
     assert batch_loader.labels_ahead(1) == 2 * T
@@ -95,7 +95,7 @@ class Stream(StreamMixture):
         return self.data.batch(step, size, rows)
 
 
-def test_a_stream_shared_by_processes_is_read_by_the_main_thread() -> None:
+def test_a_stream_shared_by_processes_is_read_by_the_main_thread():
     for world, name in ((1, "mora_ds batches_0"), (2, threading.current_thread().name)):
         stream = Stream()
         batch_loader = loader(stream, 0, world)
@@ -105,7 +105,7 @@ def test_a_stream_shared_by_processes_is_read_by_the_main_thread() -> None:
         assert stream.data.threads[2:] == [name] * 2
 
 
-def test_counts_are_those_of_the_part_that_a_process_computes() -> None:
+def test_counts_are_those_of_the_part_that_a_process_computes():
     """Under sequence parallelism a process has some tokens of each row."""
     batch_loader = loader(Data())
     batch_loader.replica = Replica.__new__(Replica)

@@ -96,7 +96,7 @@ def _last_step(out: Path) -> int:
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
-def test_long_haul(tmp_path: Path, out: Path) -> None:
+def test_long_haul(tmp_path: Path, out: Path):
     user: Playground = playground(tmp_path / "user")
     whole = tmp_path / "whole"
 

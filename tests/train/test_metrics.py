@@ -35,7 +35,7 @@ def metrics(step: int, loss: float = 2.0, grad_norm: float = 0.5, bytes_gathered
     return StepMetrics(step, loss, 1e-3, grad_norm, 64 * step, 128.0, 64.0, 0.5, 2**30, bytes_gathered)
 
 
-def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
+def test_a_row_is_in_the_file_at_once(tmp_path: Path):
     """A kill loses none that was logged."""
     log = MetricsLog(tmp_path, 3, enabled=True)
     log.step(metrics(1))
@@ -49,7 +49,7 @@ def test_a_row_is_in_the_file_at_once(tmp_path: Path) -> None:
     assert [event.value for event in board.Scalars("2_evaluation/tasks/quiz/acc")] == [0.5]
 
 
-def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.MonkeyPatch):
     """Of every so many steps one is, and the last one always."""
     logged: list[StepMetrics] = []
     trainer: Any = Trainer.__new__(Trainer)
@@ -65,7 +65,7 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
     assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
 
 
-def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch):
     """With a stand-in for the allocator, which holds 5 bytes once its peak is restarted."""
     peaks = iter([7, 30, 12, 9, 20, 5, 5])
     restarts: list[bool] = []
@@ -83,7 +83,7 @@ def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPat
     assert memory.peak == 30
 
 
-def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
+def test_losses_are_summed_by_source_and_forgotten_with_the_step():
     losses = SourceLosses(["a", "b", "idle"])
     for _ in range(2):
         losses.reset()
@@ -100,7 +100,7 @@ def test_losses_are_summed_by_source_and_forgotten_with_the_step() -> None:
     assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}
 
 
-def test_the_line_for_humans() -> None:
+def test_the_line_for_humans():
     line = metrics(7).line(100, 0.5)
     phrases = ("step   7/100", "loss 2.0000", "ppl 7.39", "lr 1.00e-03", "128 tok/s", "1.00 GiB", "gathered 1.00 MB")
     assert all(phrase in line for phrase in phrases), line
@@ -108,7 +108,7 @@ def test_the_line_for_humans() -> None:
     assert "gathered" not in metrics(7, bytes_gathered=0).line(100, 0.5)
 
 
-def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+def test_what_is_no_number_is_null(tmp_path: Path):
     """NaN and Infinity are no JSON, and a perplexity may well overflow."""
     assert perplexity(800.0) == math.inf
     log = MetricsLog(tmp_path, 1, enabled=True)
@@ -127,7 +127,7 @@ def write_rows(path: Path, steps: list[int], tail: str = "") -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail, encoding="utf-8")
 
 
-def test_a_resumed_file_reads_as_one(tmp_path: Path) -> None:
+def test_a_resumed_file_reads_as_one(tmp_path: Path):
     write_rows(tmp_path / "metrics.jsonl", [0, 1, 2, 2, 3, 4], tail='{"step": 5, "lo')
     log = MetricsLog(tmp_path, 9, enabled=True, start_step=2)
     log.step(metrics(3))
@@ -135,7 +135,7 @@ def test_a_resumed_file_reads_as_one(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 2, 3]
 
 
-def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path) -> None:
+def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path):
     write_rows(tmp_path / "metrics.jsonl", [0, 1, 2])
     log = MetricsLog(tmp_path, 9, enabled=True)
     log.evaluation(0, {"held": 3.0})
@@ -143,7 +143,7 @@ def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path) 
     assert rows(tmp_path) == [{"step": 0, "eval": {"held": 3.0}}]
 
 
-def test_tensorboard_has_once_what_was_pending_at_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_has_once_what_was_pending_at_a_resume(tmp_path: Path):
     for start in (0, 2):
         log = MetricsLog(tmp_path, 9, True, start, pending=["merge", "eval"] if start else [])
         for step in range(start + 1, 3):
@@ -156,7 +156,7 @@ def test_tensorboard_has_once_what_was_pending_at_a_resume(tmp_path: Path) -> No
     assert {tag: [event.step for event in board.Scalars(tag)] for tag in steps} == steps
 
 
-def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path):
     for start, stop, loss in ((0, 4, 2.0), (2, 5, 1.0)):  # interrupted at 4, resumed from a checkpoint at 2
         log = MetricsLog(tmp_path, 9, enabled=True, start_step=start)
         for step in range(start + 1, stop + 1):
@@ -196,7 +196,7 @@ class Recorder:
 
 def test_trackers_get_every_number_in_the_unit_of_its_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+):
     bars: list[Recorder] = []
     monkeypatch.setattr(metrics_module, "tqdm", lambda **options: bars.append(Recorder(**options)) or bars[-1])
     one = Recorder()
@@ -233,7 +233,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(
         assert line in caplog.messages
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path):
     log = MetricsLog(tmp_path, 3, enabled=False, report_to=lambda _: pytest.fail("no tracker is started"))
     log.step(metrics(1))
     log.evaluation(1, {})
@@ -247,7 +247,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_in_tensorboards_thread_is_the_error_of_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
-) -> None:
+):
     log = MetricsLog(tmp_path, 100, enabled=True)
 
     def write(self: object, *data: bytes) -> None:

@@ -64,7 +64,7 @@ def forget(folder: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", [*NAMES, ".overwritten", ".deleting"])
-def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, overwrite: bool):
     put(tmp_path, name, "seed: 1")
     with untouched(tmp_path), pytest.raises(UserError, match=name) as refused:
         reserve(tmp_path).prepare(overwrite, not overwrite)
@@ -72,7 +72,7 @@ def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, o
     assert "move it away" in str(refused.value)
 
 
-def test_other_files_do_not_matter_and_stay(tmp_path: Path) -> None:
+def test_other_files_do_not_matter_and_stay(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".writable").write_text("mine")
     with untouched(tmp_path):
@@ -81,14 +81,14 @@ def test_other_files_do_not_matter_and_stay(tmp_path: Path) -> None:
         give_up(tmp_path)
 
 
-def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path) -> None:
+def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path):
     with untouched(tmp_path):
         reserve(tmp_path / "a" / "b").prepare(False, True)
         give_up(tmp_path / "a" / "b")
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overwrite: bool) -> None:
+def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overwrite: bool):
     """A resumed run may have written the files of its start-up again, an overwriting one all of them."""
     out = a_run(tmp_path / "out", "tokenizer", "targets.yaml")
     with untouched(out):
@@ -101,7 +101,7 @@ def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overw
         give_up(out)
 
 
-def test_overwriting_removes_what_the_run_has_made(tmp_path: Path) -> None:
+def test_overwriting_removes_what_the_run_has_made(tmp_path: Path):
     out = a_run(tmp_path / "out", "tokenizer")
     put(out, "notes.txt", "mine")
     reservation = reserve(out)
@@ -113,7 +113,7 @@ def test_overwriting_removes_what_the_run_has_made(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["base", "tokenizer", "targets.yaml"])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, name: str, overwrite: bool):
     out = a_run(tmp_path / "out")
     put(out, name, "mine")
     with untouched(out), pytest.raises(UserError, match=f"{name}, which the run there has not made"):
@@ -129,7 +129,7 @@ def killed(folder: Path, work: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overwrite: bool) -> None:
+def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overwrite: bool):
     out = a_run(tmp_path / "out", "tokenizer")
     put(out, "merged", "the user's, made from a checkpoint of a run that exports nothing")
     before = snapshot(out)
@@ -143,7 +143,7 @@ def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overw
     assert snapshot(out) == before
 
 
-def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path) -> None:
+def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
 
     def start() -> None:
@@ -166,9 +166,7 @@ def orphan(folder: Path, seconds: float) -> int:
     os._exit(0)
 
 
-def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Rank 0's lock has gone with it; another one may still be writing its shard."""
     out = a_run(tmp_path / "out")
     child = orphan(out, 2)
@@ -181,7 +179,7 @@ def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(
     give_up(out)
 
 
-def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path) -> None:
+def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path):
     out = a_run(tmp_path / "out")
     join(out)
     join(out)
@@ -191,7 +189,7 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]])
-def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: Path, files: list[str]) -> None:
+def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: Path, files: list[str]):
     out = a_run(tmp_path / "out")
     for file in files:
         put(out / "merged", file, "{}")
@@ -213,7 +211,7 @@ class Alone:
     agree = on_first
 
 
-def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path: Path) -> None:
+def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path: Path):
     run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone())
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger" / ".ledger.json.partial").write_text("")
@@ -224,7 +222,7 @@ def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])
-def test_models_are_replaced(tmp_path: Path, files: list[str]) -> None:
+def test_models_are_replaced(tmp_path: Path, files: list[str]):
     for file in files:
         put(tmp_path / "merged", file, "{}")
     check_merged(tmp_path / "merged")

@@ -36,7 +36,7 @@ def pickled(user: Playground) -> Path:
     return folder
 
 
-def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path, tmp_path: Path) -> None:
+def test_what_is_the_users_is_refused_and_named(user: Playground, pickled: Path, tmp_path: Path):
     """H1: a pickled model in OUT/base. H2: OUT/tokenizer, OUT/ledger and OUT/metrics.jsonl without a run."""
     for name in ("tokenizer/tokenizer.json", "ledger/notes.txt", "metrics.jsonl"):
         path = tmp_path / name.partition("/")[0].partition(".")[0] / name
@@ -68,9 +68,7 @@ def run_privately(argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-def test_all_files_have_the_mode_that_the_umask_asks_for(
-    user: Playground, pickled: Path, tmp_path: Path, out: Path
-) -> None:
+def test_all_files_have_the_mode_that_the_umask_asks_for(user: Playground, pickled: Path, tmp_path: Path, out: Path):
     """Base, checkpoints, merged model and token cache included; no secret of DeepSpeed's file is in any of them."""
     cache = tmp_path / "cache"
     secret = {**read_json(ZERO3), "comet": {"enabled": False, "api_key": "s3cret"}}
@@ -104,7 +102,7 @@ def shared_lock(argv: list[str]) -> bool:
     return status == 7
 
 
-def test_every_rank_holds_the_folder_while_it_may_write(user: Playground, tmp_path: Path) -> None:
+def test_every_rank_holds_the_folder_while_it_may_write(user: Playground, tmp_path: Path):
     assert run_ranks(2, shared_lock, user.flags(tmp_path / "out")) == [True, True]
 
 
@@ -133,7 +131,7 @@ def demos_refused(cases: list[list[str]]) -> list[str]:
     return [demo_refused(argv) for argv in cases]
 
 
-def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path) -> None:
+def test_a_demo_that_is_refused_leaves_its_folder_as_it_was(tmp_path: Path):
     (tmp_path / "new").mkdir()
     (tmp_path / "mine" / "demo").mkdir(parents=True)
     (tmp_path / "mine" / "demo" / "notes.txt").write_text("mine")

@@ -55,7 +55,7 @@ def assert_close_evals(one: Path, reference: Path) -> None:
 # -- one curve -----------------------------------------------------------------------------------------------------
 
 
-def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Playground, tmp_path: Path) -> None:
+def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Playground, tmp_path: Path):
     """12 sequences a step, shared out in four ways, with two merges, embeddings and norms trained too."""
     more = (*MERGING, "--train_embeddings", "true", "--train_norms", "true", "--learning_rate", "5e-3")
     shares = [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 4, 1)]
@@ -77,7 +77,7 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
             assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
-def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> None:
+def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path):
     run(1, user.flags(tmp_path / "on"))
     run(1, user.flags(tmp_path / "off", "--no_document_mask"))
     assert not torch.equal(losses(tmp_path / "on"), losses(tmp_path / "off"))
@@ -86,7 +86,7 @@ def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path) -> No
 # -- the control ---------------------------------------------------------------------------------------------------
 
 
-def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_path: Path) -> None:
+def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_path: Path):
     more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
     one = tmp_path / "one"
     two = tmp_path / "two"
@@ -115,7 +115,7 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
 # -- where text and model come from --------------------------------------------------------------------------------
 
 
-def test_the_same_documents_in_another_format_give_the_same_run(user: Playground, tmp_path: Path) -> None:
+def test_the_same_documents_in_another_format_give_the_same_run(user: Playground, tmp_path: Path):
     """Other formats give the same documents: tests/data/test_readers.py."""
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -125,7 +125,7 @@ def test_the_same_documents_in_another_format_give_the_same_run(user: Playground
     assert torch.equal(losses(tmp_path / "parquet"), losses(tmp_path / "jsonl"))
 
 
-def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path, out: Path):
     config = str(REPOSITORY / "configs" / "models" / "tiny_llama.json")
     fresh = ["--model_config", config, "--train_tokenizer_vocab", "420"]
     argv = user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
@@ -144,14 +144,14 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, 
     assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
 
 
-def test_a_sentencepiece_file_as_tokenizer(user: Playground, out: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_file_as_tokenizer(user: Playground, out: Path, tmp_path: Path):
     path = train_sentencepiece(user.texts(), 380, tmp_path)
     run(1, user.flags(out, "--tokenizer_name", path, "--export_merged", "true"))
     exported = AutoTokenizer.from_pretrained(out / "merged")
     assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
 
 
-def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_path: Path) -> None:
+def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_path: Path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"# {name}\nimport os\n")
     files = ("--eval_files", tmp_path / "*.txt", f"both={tmp_path}/*.txt")
@@ -159,7 +159,7 @@ def test_a_pattern_of_evaluation_files_is_one_set_a_file(user: Playground, tmp_p
     assert list(summary["perplexity_after"]) == ["one", "two", "both"]
 
 
-def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path) -> None:
+def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path):
     """Every block once an epoch, rounded up to whole steps."""
     more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs", 1)
     one = run(1, user.flags(tmp_path / "one", *more))
@@ -172,7 +172,7 @@ def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path) -> None:
     [(1.0, 32, 1, 8), (0.5, 32, 1, 4), (0.5, 33, 1, 5), (1.1, 40, 1, 11), (1.1, 40, 2, 6), (0.01, 32, 1, 1)],
     ids=["whole", "half", "rounded up", "read as a decimal", "two ranks", "at least one"],
 )
-def test_parts_of_an_epoch(epochs: float, blocks: int, ranks: int, steps: int) -> None:
+def test_parts_of_an_epoch(epochs: float, blocks: int, ranks: int, steps: int):
     """1.1 times 10 is more than 11 in floating point, which must not cost a step."""
     training = TrainingArguments(max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4)
     assert _total_steps(training, SimpleNamespace(n_blocks=blocks), ranks, done=0) == steps
@@ -197,7 +197,7 @@ def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["zero1", "zero2", "offload", "checkpointing"],
 )
-def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any) -> None:
+def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any):
     run(2, user.flags(tmp_path / "out", *MERGING, *setting))
     assert_close_losses(tmp_path / "out", plain, rtol=2e-6)
     assert_close_evals(tmp_path / "out", plain)
@@ -206,7 +206,7 @@ def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_p
 @pytest.mark.parametrize(
     "stage", ["zero3", *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("zero1", "zero2"))]
 )
-def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: str) -> None:
+def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: str):
     run(2, user.flags(out, *MERGING, "--bf16", "true", "--deepspeed", REPOSITORY / "configs" / f"{stage}.json"))
     assert_close_losses(out, plain, rtol=0, atol=0.02)
     report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
@@ -214,7 +214,7 @@ def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: s
     assert report.comparison is not None
 
 
-def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path, out: Path):
     model = tiny_model(vocab_size=400, tie_word_embeddings=True)
     shutil.copytree(user.model, tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
@@ -259,7 +259,7 @@ def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
     assert not [line for line in own_lines if len(line) > 120]
 
 
-def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path) -> None:
+def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path):
     """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
     folder = tmp_path / "my work"
     shutil.copytree(user.model, folder / "a model")
@@ -296,7 +296,7 @@ def job_with_home(home: str, argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_path: Path) -> None:
+def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_path: Path):
     """As in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, tmp_path / "model")
     shutil.copy(user.train, tmp_path / "train.jsonl")
@@ -312,7 +312,7 @@ def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_pa
     assert not Path("~").exists()
 
 
-def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path) -> None:
+def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path):
     """Two runs start together on an empty cache; both end with the same losses."""
     argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
@@ -324,7 +324,7 @@ def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_p
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
 
 
-def test_summary_and_files_of_a_run(plain: Path) -> None:
+def test_summary_and_files_of_a_run(plain: Path):
     summary = read_json(plain / "summary.json")
     assert {
         "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
@@ -348,7 +348,7 @@ def job_of_a_node(argv: list[str]) -> dict[str, Any]:
     return job(argv)
 
 
-def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path) -> None:
+def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path):
     out = tmp_path / "nodes"
     one = tmp_path / "one"
     short = user.flags(out, *MERGING, "--save_steps", 4)

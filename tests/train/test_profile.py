@@ -31,9 +31,7 @@ def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(2, user, tmp_path_factory, *FLAGS)
 
 
-def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
-    user: Playground, out: Path, whole: Path
-) -> None:
+def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(user: Playground, out: Path, whole: Path):
     run(2, user.flags(out, *FLAGS, "--profile", 2))
     assert_same_run(out, whole)
     (trace,) = traces(out)
@@ -45,7 +43,7 @@ def test_rank_0_records_its_products_and_the_run_is_what_it_would_have_been(
 
 def test_a_run_that_ends_within_writes_what_there_is_and_a_resumed_one_records_anew(
     user: Playground, out: Path, whole: Path
-) -> None:
+):
     argv = user.flags(out, *FLAGS, "--profile", 5, "--resume_from_checkpoint", "auto")
     run_ranks(2, interrupted_job, argv, 3)
     run(2, argv)

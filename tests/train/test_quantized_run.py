@@ -105,9 +105,7 @@ def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int, dtype: 
 
 
 @pytest.mark.parametrize("file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)])
-def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(
-    tmp_path: Path, file_dtype: str
-) -> None:
+def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(tmp_path: Path, file_dtype: str):
     """In bf16, on a base whose files are in the same dtype or another: the same numbers, rounded."""
     write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base")
     results = run_ranks(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
@@ -148,7 +146,7 @@ def heavy(cases: list[tuple[AdapterConfig, int]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)])
-def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterConfig, stage: int) -> None:
+def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterConfig, stage: int):
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_ranks(1, loop_of, str(tmp_path), config, stage, 0)[0]
     for result in run_ranks(2, loop_of, str(tmp_path), config, stage, 0):
@@ -158,9 +156,7 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterCo
 
 @packed
 @pytest.mark.parametrize("config, stage", [(IN_4_BITS, 3), *heavy(LOOPS)])
-def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(
-    tmp_path: Path, config: AdapterConfig, stage: int
-) -> None:
+def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path: Path, config: AdapterConfig, stage: int):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what the run had."""
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_ranks(1, loop_of, str(tmp_path), config, stage, 3)[0]
@@ -210,7 +206,7 @@ def exact_export(out: Path, model: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     user: Playground, tmp_path: Path, out: Path, ranks: int, bits: int
-) -> None:
+):
     """The export knows nothing of few bits: originals and deltas, in fp32."""
     whole = tmp_path / "whole"
     flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
@@ -248,7 +244,7 @@ def plan_of(bits: int, compute: str) -> Plan:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pytest.MonkeyPatch, bits: int):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
     compute = "activation" if bits == 4 else "auto"  # nothing but index tables then outlives a layer's call
     small = plan_of(bits, compute)
@@ -283,7 +279,7 @@ def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pyt
         assert tables == pytest.approx(small.memory.tables, rel=0.3)
 
 
-def test_a_plan_counts_the_dense_weight() -> None:
+def test_a_plan_counts_the_dense_weight():
     """Of the largest layer, in 8 bits; few tokens, so that weights outweigh activations."""
     few = {bits: replace(work_of(bits), micro_batch=1, seq_len=2) for bits in (8, 16)}
     steps = {bits: measure_step(planned_model(work), work) for bits, work in few.items()}
@@ -292,7 +288,7 @@ def test_a_plan_counts_the_dense_weight() -> None:
     assert steps[8].saved == steps[16].saved
 
 
-def test_a_recommendation_knows_of_few_bits() -> None:
+def test_a_recommendation_knows_of_few_bits():
     zero3 = complete_ds_config({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}, [10])
     planners = {bits: Planner(work_of(bits), Cluster(2, memory=0.3e6), zero3) for bits in (16, 8, 4)}
     for bits, planner in planners.items():
@@ -306,7 +302,7 @@ def test_a_recommendation_knows_of_few_bits() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_dry_run_says_it(user: Playground, bits: int) -> None:
+def test_a_dry_run_says_it(user: Playground, bits: int):
     flags = ["--model_name_or_path", str(user.model), "--dry_run", "--mora_rank", "4", "--base_bits", str(bits)]
     validate(parse(flags))
     plan, _ = planned(parse(flags), world=2)
@@ -334,5 +330,5 @@ def refused_by_the_plugin(folder: Path, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_split_layers_and_another_base_are_refused(tmp_path: Path, bits: int) -> None:
+def test_split_layers_and_another_base_are_refused(tmp_path: Path, bits: int):
     run_ranks(1, refused_by_the_plugin, tmp_path, bits)

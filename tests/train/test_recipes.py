@@ -67,7 +67,7 @@ def model_config(size: str, folder: Path) -> Path:
 )
 def test_recipes_are_planned(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     """--dry_run on as many ranks as the recipe is for: of the right model, within the device that its plan names."""
     size = size_of(path)
     text = path.read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ def tier_rows() -> list[Any]:
 @pytest.mark.parametrize("flags", tier_rows())
 def test_experiments_are_planned(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+):
     """Every method at the size of tier A, on its 8 GPUs of 80 GB and with its batch."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.chdir(CONFIGS.parent)
@@ -128,14 +128,14 @@ def test_experiments_are_planned(
 
 
 @pytest.mark.parametrize("size", ["250m", "1b3"])
-def test_shapes_of_the_paper_have_their_sizes(size: str) -> None:
+def test_shapes_of_the_paper_have_their_sizes(size: str):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_model_config(CONFIGS / "models" / f"llama_{size}.json"))
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.01)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_batches_are_what_the_comments_say(path: Path) -> None:
+def test_batches_are_what_the_comments_say(path: Path):
     training = parse([str(path)]).training
     matched = BATCH.search(path.read_text(encoding="utf-8"))
     assert matched is not None

@@ -38,9 +38,7 @@ from tests.helpers.resume import (
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.heavy), 2])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    user: Playground, tmp_path: Path, out: Path, ranks: int
-) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, out: Path, ranks: int):
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true", "--per_device_train_batch_size", 4 // ranks)
     whole = tmp_path / "whole"
     run(ranks, user.flags(whole, *more))
@@ -63,7 +61,7 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, copied: Path, whole: Path, step: int) -> None:
+def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, copied: Path, whole: Path, step: int):
     """From before the first merge, with both merges done since, and from right after the second."""
     checkpoint = copied / "checkpoints" / f"step-{step:06d}"
     run_ranks(1, interrupted_job, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
@@ -81,7 +79,7 @@ def stopped_at_once(argv: list[str]) -> None:
         program.pretrain(parse(argv))
 
 
-def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user: Playground, copied: Path) -> None:
+def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user: Playground, copied: Path):
     """Its checkpoint is the one that `auto` goes on from, not the newest one of the branch."""
     checkpoint = copied / "checkpoints" / "step-000004"
     run_ranks(1, stopped_at_once, user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
@@ -96,7 +94,7 @@ def changes_told(argv: list[str]) -> str:
     return line.removeprefix(start)
 
 
-def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Path, tmp_path: Path) -> None:
+def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Path, tmp_path: Path):
     longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
     changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2,
                "--eval_files", f"short={user.other}", "--deepspeed", REPOSITORY / "configs" / "zero2.json")  # fmt: skip
@@ -111,7 +109,7 @@ def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Pa
     assert "changed since" not in told
 
 
-def test_a_resume_tells_what_was_edited_in_the_deepspeed_config(user: Playground, tmp_path: Path) -> None:
+def test_a_resume_tells_what_was_edited_in_the_deepspeed_config(user: Playground, tmp_path: Path):
     config = tmp_path / "ds.json"
     config.write_text((REPOSITORY / "configs" / "zero2.json").read_text())
     flags = user.flags(tmp_path / "out", "--deepspeed", config, "--save_steps", 1, "--resume_from_checkpoint", "auto")
@@ -123,14 +121,14 @@ def test_a_resume_tells_what_was_edited_in_the_deepspeed_config(user: Playground
     ]
 
 
-def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path) -> None:
+def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path):
     out = tmp_path / "elsewhere"
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
     assert torch.equal(losses(out), losses(whole)[6:])
 
 
-def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user: Playground, copied: Path) -> None:
+def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user: Playground, copied: Path):
     before = curve(copied)
     manifest = (copied / "checkpoints" / "latest" / "manifest.json").read_bytes()
     summary = run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
@@ -140,9 +138,7 @@ def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user: Play
     assert (copied / "merged" / "model.safetensors").is_file()
 
 
-def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
-    user: Playground, copied: Path, whole: Path
-) -> None:
+def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(user: Playground, copied: Path, whole: Path):
     longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
     assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, printed, longer)[0]
     assert torch.equal(losses(copied)[:9], losses(whole))
@@ -153,7 +149,7 @@ def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(
     assert "step-000012" in message
 
 
-def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path, out: Path) -> None:
+def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path, out: Path):
     """Also over what a run has left that was killed before its first checkpoint, merges included."""
     whole = tmp_path / "whole"
     more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
@@ -167,9 +163,7 @@ def differing(user: Playground, whole: Path, *more: Any) -> str:
     return refusal(user.flags(whole, *MERGING, "--resume_from_checkpoint", "latest", *more))
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
-    user: Playground, copied: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(user: Playground, copied: Path, tmp_path: Path):
     files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     message = differing(user, copied, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
     phrases = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
@@ -183,7 +177,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == files, "nothing was touched"
 
 
-def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path) -> None:
+def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path):
     flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 1)
     message = refusal(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message

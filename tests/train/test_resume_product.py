@@ -43,7 +43,7 @@ def is_supported(adapter: str, optimizer: str, **_: Any) -> bool:
 )
 def test_resumed_is_uninterrupted(
     user: Playground, tmp_path: Path, out: Path, adapter: str, optimizer: str, stage: int, offload: str, dtype: str
-) -> None:
+):
     more: list[Any] = ["--adapter", adapter, "--optimizer", optimizer, *LOOP, *(MERGES if adapter != "full" else ())]
     more += ["--deepspeed", ds_config(tmp_path, stage, offload), *([f"--{dtype}"] if dtype != "fp32" else [])]
     run(2, user.flags(tmp_path / "whole", *more))

@@ -172,7 +172,7 @@ def wrong_calls(folder: str) -> None:
             call(4)
 
 
-def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path):
     run_ranks(1, wrong_calls, str(tmp_path))
 
 
@@ -201,7 +201,7 @@ def scheduled(folder: str, name: str, stage: int, resume: str | None, last_step:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_scheduler_goes_on_where_it_was_saved(tmp_path: Path, stage: int) -> None:
+def test_a_scheduler_goes_on_where_it_was_saved(tmp_path: Path, stage: int):
     (whole,) = run_ranks(1, scheduled, str(tmp_path), "whole", stage, None, 4)
     run_ranks(1, scheduled, str(tmp_path), "out", stage, None, 3)
     (resumed,) = run_ranks(1, scheduled, str(tmp_path), "out", stage, "auto", 4)
@@ -209,7 +209,7 @@ def test_a_scheduler_goes_on_where_it_was_saved(tmp_path: Path, stage: int) -> N
     assert resumed == whole[2:]
 
 
-def test_a_scheduler_that_json_would_change_is_refused() -> None:
+def test_a_scheduler_that_json_would_change_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with pytest.raises(UserError, match="the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"):
         _scheduler_state(MultiStepLR(optimizer, [2, 4]))
@@ -236,11 +236,11 @@ def calls_within_a_step(folder: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int) -> None:
+def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int):
     run_ranks(1, calls_within_a_step, str(tmp_path), stage)
 
 
-def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path) -> None:
+def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path):
     model = tiny_model("llama")
     adapted = tiny_model("llama")
     mora_ds.inject(adapted, CONFIG)

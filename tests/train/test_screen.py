@@ -21,14 +21,14 @@ SUMMARY = {"steps": 1200, "tokens": 2_400_000}
     ],
     ids=["an adapter", "exported", "full training", "an evaluation"],
 )
-def test_the_last_lines_name_the_commands_that_work_now(flags: list[str], labels: list[str]) -> None:
+def test_the_last_lines_name_the_commands_that_work_now(flags: list[str], labels: list[str]):
     lines = closing(parse(["--output_dir", "runs/law", *flags]), SUMMARY, 3723.4)
     assert [line.split()[0] for line in lines] == labels
     assert lines[0].endswith("in 1:02:03")
     assert len({len(line) - len(line[12:].lstrip()) for line in lines}) == 1, "aligned"
 
 
-def test_the_next_commands_have_the_paths_of_the_run() -> None:
+def test_the_next_commands_have_the_paths_of_the_run():
     arguments = parse(["--output_dir", "runs/law"])
     lines = closing(arguments, SUMMARY, 1)
     assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
@@ -37,6 +37,6 @@ def test_the_next_commands_have_the_paths_of_the_run() -> None:
     assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
 
 
-def test_everything_that_is_trained_is_named() -> None:
+def test_everything_that_is_trained_is_named():
     adapter = parse(["--mora_rank", "4", "--train_new_embeddings", "--train_norms"]).adapter
     assert screen._trained(adapter) == "MoRA of rank 4, new rows of the embeddings, norms"

@@ -40,7 +40,7 @@ def slow_job(argv: list[str], rank: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("saving", [(), ("--async_save",)], ids=["waiting", "background"])
-def test_a_straggler_changes_nothing(user: Playground, tmp_path: Path, rank: int, saving: tuple[str, ...]) -> None:
+def test_a_straggler_changes_nothing(user: Playground, tmp_path: Path, rank: int, saving: tuple[str, ...]):
     whole = tmp_path / "whole"
     slow = tmp_path / "slow"
     run(3, user.flags(whole, *MERGING))

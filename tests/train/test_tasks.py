@@ -22,7 +22,7 @@ from tests.helpers.models import adapted_model
 from tests.helpers.tasks import task_files
 
 
-def test_results_become_costs() -> None:
+def test_results_become_costs():
     results = {
         "results": {
             "a": {"alias": "a", "acc,none": 0.25, "acc_stderr,none": 0.1, "other,none": 3.0, "sample_len": 4},
@@ -39,7 +39,7 @@ def test_results_become_costs() -> None:
         _results({"results": {"e": {"alias": "e"}}}, "e")
 
 
-def test_a_file_is_known_by_the_task_in_it(tmp_path: Path) -> None:
+def test_a_file_is_known_by_the_task_in_it(tmp_path: Path):
     files = task_files(tmp_path)
     assert task_names(["hellaswag", str(files["choices"])]) == ["hellaswag", "choices"]
     (tmp_path / "empty.yaml").write_text("a: 1\n", encoding="utf-8")
@@ -48,7 +48,7 @@ def test_a_file_is_known_by_the_task_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_a_task_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_task_that_is_missing_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="--eval_tasks no_such_task: the harness has no such task"):
         check_tasks(["no_such_task"])
     broken = task_files(tmp_path)["choices"]
@@ -59,7 +59,7 @@ def test_a_task_that_is_missing_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("domains", [False, True])
-def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, out: Path, domains: bool) -> None:
+def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, out: Path, domains: bool):
     """With domains it is the shared matrices' model, whatever the rows of the training batch before were."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -112,7 +112,7 @@ def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dic
 
 
 @pytest.mark.heavy
-def test_three_ranks_score_as_one_and_leave_random_states(user: Playground, tmp_path: Path) -> None:
+def test_three_ranks_score_as_one_and_leave_random_states(user: Playground, tmp_path: Path):
     files = [str(path) for path in task_files(tmp_path).values()]
     ((is_kept, alone),) = run_ranks(1, random_states_around_tasks, files, str(user.model))
     assert is_kept

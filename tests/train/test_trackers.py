@@ -69,7 +69,7 @@ def logged(folder: Path, start_step: int = 0) -> None:
     log.close()
 
 
-def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in: type[StandIn]) -> None:
+def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in: type[StandIn]):
     logged(tmp_path)
     logged(tmp_path, start_step=1)
     logged(tmp_path)
@@ -80,7 +80,7 @@ def test_a_resumed_run_continues_and_another_one_begins(tmp_path: Path, stand_in
 @pytest.mark.parametrize("content", ['{"wandb": "id', "[]", '{"wandb": {"id": 1}}', "\xff", ""])
 def test_damaged_names_of_runs_begin_new_ones(
     tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, content: str
-) -> None:
+):
     logged(tmp_path)
     path = tmp_path / "trackers" / "runs.json"
     path.write_text(content, encoding="latin-1")
@@ -94,7 +94,7 @@ def test_damaged_names_of_runs_begin_new_ones(
 @pytest.mark.parametrize("fails_at", range(5))
 def test_a_failing_service_is_reported_once(
     tmp_path: Path, stand_in: type[StandIn], caplog: pytest.LogCaptureFixture, fails_at: int, error: type
-) -> None:
+):
     stand_in.fails_at = fails_at
     stand_in.error = error
     with caplog.at_level(logging.WARNING, "mora_ds"):
@@ -110,7 +110,7 @@ def test_a_failing_service_is_reported_once(
 @pytest.mark.parametrize("start_step, names", [(0, {"mlflow": "id-0"}), (1, {"wandb": "id-0", "mlflow": "id-1"})])
 def test_a_service_that_cannot_start_loses_no_name_of_a_run(
     tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch, start_step: int, names: dict[str, str]
-) -> None:
+):
     working = type("Other", (stand_in,), {"made": []})
     monkeypatch.setitem(trackers._CLIENTS, "mlflow", working)
     path = tmp_path / "trackers" / "runs.json"
@@ -127,21 +127,21 @@ def test_a_service_that_cannot_start_loses_no_name_of_a_run(
     ]  # fmt: skip
 
 
-def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[StandIn]) -> None:
+def test_an_interrupt_is_not_a_failing_service(tmp_path: Path, stand_in: type[StandIn]):
     service = start_trackers(["wandb"], "run", CONFIG, tmp_path, 0)[0]
     stand_in.log = mock.Mock(side_effect=KeyboardInterrupt)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         service.log({"a": 1.0}, 1)
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     check_installed(["tensorboard", "none"])
     with pytest.raises(UserError, match=r"pip install 'mora_ds\[mlflow\]'"):
         check_installed(["mlflow"])
 
 
-def test_services_see_no_secrets() -> None:
+def test_services_see_no_secrets():
     deepspeed = {"comet": {"api_key": "secret"}, "bf16": {"enabled": True}}
     shown = shown_config({"seed": 1, "path": Path("x")}, {"deepspeed": deepspeed})
     assert "secret" not in json.dumps(shown)
@@ -163,7 +163,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, mock.MagicMock]:
 
 def test_services_are_called_as_their_packages_want_it(
     tmp_path: Path, packages: dict[str, mock.MagicMock], monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """And again when the run goes on: by the names that the services gave it, without what can be said only once."""
     wandb, mlflow = packages.values()
     for variable in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
@@ -210,9 +210,7 @@ def offline(argv: list[str], root: str) -> None:
 
 
 @pytest.mark.heavy
-def test_a_run_with_every_service_offline(
-    user: Playground, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_every_service_offline(user: Playground, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
     """A service that takes no call would end the run with an exit code of its own."""
     import mlflow
 

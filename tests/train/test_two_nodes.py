@@ -90,14 +90,14 @@ def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path) -> No
 @pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
 def test_two_nodes_are_one_run(
     user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path, out: Path, how: str
-) -> None:
+):
     finish(start(how, nodes, tmp_path, user.flags(out, *MORE)), tmp_path)
     assert_same_result(out, whole)
 
 
 def test_the_ssh_launcher_makes_one_run_of_two_nodes(
     user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path, out: Path
-) -> None:
+):
     """Everything of DeepSpeed's but the connection; a node gets what it needs to know from .deepspeed_env alone."""
     programs = remote_shell.install(tmp_path / "bin")
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n")
@@ -118,7 +118,7 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
 
 def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
     user: Playground, nodes: tuple[Node, Node], tmp_path: Path, out: Path
-) -> None:
+):
     flags = [*user.flags(out, *MORE), "--collective_timeout_s", "20", "--resume_from_checkpoint", "auto"]
     processes = start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", "5000"])
     wait_for(out / "checkpoints" / "step-000004", processes)
@@ -131,7 +131,7 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
 
 def test_nodes_with_disks_of_their_own_are_refused(
     user: Playground, nodes: tuple[Node, Node], tmp_path: Path, out: Path
-) -> None:
+):
     """The second node's folder of that name is another one."""
     out.mkdir()
     nodes[1].mount(out)

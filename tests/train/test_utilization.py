@@ -23,7 +23,7 @@ H100 = "NVIDIA H100 80GB HBM3"
         ("", True, "", None),
     ],
 )
-def test_utilization(card: str, bf16: bool, said: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_utilization(card: str, bf16: bool, said: str, peak: float | None, monkeypatch: pytest.MonkeyPatch):
     lines: list[str] = []
     monkeypatch.setattr(job_module, "card_name", lambda: card)
     monkeypatch.setattr(job_module.logger, "info", lines.append)
@@ -41,7 +41,7 @@ def test_utilization(card: str, bf16: bool, said: str, peak: float | None, monke
 
 
 @pytest.mark.parametrize("share", [0.4123, None])
-def test_a_step_is_logged_with_it_or_without(share: float | None) -> None:
+def test_a_step_is_logged_with_it_or_without(share: float | None):
     metrics = StepMetrics(1, 2.0, 1e-3, 1.0, 64, 128.0, 64.0, 0.5, 2**30, 0, share)
     assert metrics.row().get("mfu") == share
     assert ("mfu" in metrics.row()) == (share is not None)

@@ -46,7 +46,7 @@ def by_kernels(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
 
 @both_paths
 @by_kind
-def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute) -> None:
+def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute):
     for spec in specs():
         if spec.kind is kind:
             expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
@@ -56,7 +56,7 @@ def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute) -> No
 
 
 @both_paths
-def test_both_paths_of_no_tokens(path: Compute) -> None:
+def test_both_paths_of_no_tokens(path: Compute):
     """As an expert that is a module of its own gets them."""
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
@@ -70,7 +70,7 @@ def test_both_paths_of_no_tokens(path: Compute) -> None:
 
 @both_paths
 @by_kind
-def test_both_paths_in_bf16(kind: OperatorKind, path: Compute) -> None:
+def test_both_paths_in_bf16(kind: OperatorKind, path: Compute):
     for spec in [spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1][::5]:
         expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
         results = outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path))
@@ -79,7 +79,7 @@ def test_both_paths_in_bf16(kind: OperatorKind, path: Compute) -> None:
 
 
 @both_paths
-def test_a_model_in_fp32_computes_under_autocast(path: Compute) -> None:
+def test_a_model_in_fp32_computes_under_autocast(path: Compute):
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
     x, weight, square = (random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6)))
     tables = KernelTables(spec, CPU)
@@ -91,7 +91,7 @@ def test_a_model_in_fp32_computes_under_autocast(path: Compute) -> None:
 
 
 @by_kind
-def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind) -> None:
+def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind):
     for spec in specs():
         if spec.kind is kind:
             check_formed(spec)
@@ -110,7 +110,7 @@ def check_formed(spec: OperatorSpec) -> None:
     assert torch.equal(in_8_bits, effective_weight(spec, square, dequantised))
 
 
-def test_a_quantized_weight_has_the_product_of_its_dense_one() -> None:
+def test_a_quantized_weight_has_the_product_of_its_dense_one():
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
     tables = KernelTables(spec, CPU)
     small = Int8Weight(*quantize(random(12, 24)))
@@ -126,7 +126,7 @@ def test_a_quantized_weight_has_the_product_of_its_dense_one() -> None:
 # -- the layer --------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch: pytest.MonkeyPatch):
     """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain operations."""
     monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
@@ -177,7 +177,7 @@ def meta(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape, bias", [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)])
 def test_a_layer_starts_few_kernels_and_never_waits(
     shape: tuple[int, int], kind: OperatorKind, bias: bool, path: Compute
-) -> None:
+):
     d_in, d_out = shape
     spec = OperatorSpec(kind, d_in, d_out, 256, Grouping.PERMUTED, seed=1)
     x = meta(2, 2048, d_in).requires_grad_()

@@ -43,19 +43,19 @@ def interpret(start: int, step: int, interpreted: str = "1") -> int:
     return len(done.stdout.splitlines())
 
 
-def test_kernels_return_what_plain_torch_returns() -> None:
+def test_kernels_return_what_plain_torch_returns():
     assert interpret(SHORT // 2, SHORT) == len(list(specs())[SHORT // 2 :: SHORT])
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("start", range(SLICES))
-def test_every_operator_grouping_and_shape(start: int) -> None:
+def test_every_operator_grouping_and_shape(start: int):
     assert interpret(start, SLICES) == len(list(specs())[start::SLICES])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu() -> None:
+def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu():
     assert interpret(0, 1, interpreted="0") == len(list(specs()))
 
 
@@ -93,7 +93,7 @@ ROTATE = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, 336, Grouping.PERMUTED, 
     "spec, name", [(ROTATE, "fold"), (ROTATE, "unfold"), (ROTATE, "form"), (SHARE, "form"), (SHARE, "product")],
     ids=["rotate-fold", "rotate-unfold", "rotate-form", "share-form", "product"],
 )  # fmt: skip
-def test_machine_code(spec: OperatorSpec, name: str, capability: int) -> None:
+def test_machine_code(spec: OperatorSpec, name: str, capability: int):
     check_code(name, launches(spec, torch.bfloat16)[name], capability)
 
 
@@ -101,7 +101,7 @@ def test_machine_code(spec: OperatorSpec, name: str, capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)])
 @pytest.mark.parametrize("kind", list(OperatorKind))
-def test_machine_code_of_every_operator(kind: OperatorKind, shape: tuple[int, int], capability: int) -> None:
+def test_machine_code_of_every_operator(kind: OperatorKind, shape: tuple[int, int], capability: int):
     side = 272 if OPERATORS[kind].in_blocks else 1440
     spec = OperatorSpec(kind, *shape, side, Grouping.PERMUTED, seed=1)
     for name, launch in launches(spec, torch.bfloat16).items():
@@ -109,7 +109,7 @@ def test_machine_code_of_every_operator(kind: OperatorKind, shape: tuple[int, in
     check_code("form", launches(spec, torch.bfloat16, int8=True)["form"], capability)
 
 
-def test_a_spill_and_scattered_loads_are_noticed() -> None:
+def test_a_spill_and_scattered_loads_are_noticed():
     """The checks above fail for a kernel that holds too much, and for one that gathers from global memory."""
     fold = launches(ROTATE, torch.bfloat16)["fold"]
     with pytest.raises(AssertionError, match="single numbers"):

@@ -34,7 +34,7 @@ def one_by_one(total: torch.Tensor, updates: list[tuple[UpdateSpec, torch.Tensor
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
-def test_the_same_bits_as_forming_the_delta(kind: OperatorKind) -> None:
+def test_the_same_bits_as_forming_the_delta(kind: OperatorKind):
     generator = torch.Generator().manual_seed(0)
     checked = specs(kind)
     assert len(checked) >= 90
@@ -46,7 +46,7 @@ def test_the_same_bits_as_forming_the_delta(kind: OperatorKind) -> None:
         assert torch.equal(total, expected), spec
 
 
-def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_cycles_of_many_kinds_keep_their_order(monkeypatch: pytest.MonkeyPatch):
     """Also where the weight is processed in parts."""
     monkeypatch.setattr(mora, "_CHUNK", 100)
     generator = torch.Generator().manual_seed(1)

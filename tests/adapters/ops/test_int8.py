@@ -38,7 +38,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype) -> None:
+def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype):
     weight = matrix(400, 700, dtype)  # more than one piece of work
     values, scales = quantize(weight)
     assert Int8Weight(values, scales).largest_error == pytest.approx(float(scales.max()) / 2)
@@ -53,7 +53,7 @@ def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype) -
     assert (error <= scales.double().unsqueeze(1) * (0.5 + 1e-4)).all()
 
 
-def test_rows_of_zeros_and_numbers_that_cannot_be_held() -> None:
+def test_rows_of_zeros_and_numbers_that_cannot_be_held():
     weight = torch.zeros(3, 5)
     weight[1] = torch.tensor([1e-44, -1e-44, 0, 0, 0])  # 127 steps of it are below what fp32 knows
     values, scales = quantize(weight)
@@ -64,7 +64,7 @@ def test_rows_of_zeros_and_numbers_that_cannot_be_held() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_dense_is_the_product_rounded_once(dtype: torch.dtype) -> None:
+def test_dense_is_the_product_rounded_once(dtype: torch.dtype):
     values, scales = quantize(matrix(500, 1100))  # more than one piece of work
     expected = (values.float() * scales.unsqueeze(1)).to(dtype)
     assert torch.equal(dense(Int8Weight(values, scales), dtype), expected)
@@ -73,7 +73,7 @@ def test_dense_is_the_product_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(dense(Int8Weight(view, scales), dtype), expected)
 
 
-def test_bits_do_not_depend_on_threads_or_layout() -> None:
+def test_bits_do_not_depend_on_threads_or_layout():
     weight = matrix(300, 2000)
     first = quantize(weight)
     for part in (0, 1):
@@ -90,7 +90,7 @@ in_8_bits = partial(in_bits, bits=8)
 @pytest.mark.parametrize(
     "spec", [*list(specs())[::3], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
 )
-def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch):
     assert_computes_as_over_dense(spec, 8, [], monkeypatch, rtol=1e-11, atol=1e-10)
 
 
@@ -105,7 +105,7 @@ class Casting(nn.Module):
         return self.proj(x.to(self.proj.weight.dtype))
 
 
-def test_activations_are_not_cast_to_integers() -> None:
+def test_activations_are_not_cast_to_integers():
     for config in (MoRAConfig(rank=1, base_bits=8), LoRAConfig(rank=1, base_bits=8, dropout=0.5)):
         model = Casting()
         inject(model, config)
@@ -125,7 +125,7 @@ CONFIGS = {
 
 
 @pairwise({"config": list(CONFIGS), "checkpointing": [False, True], "bits": [8, 4]})
-def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bits: int) -> None:
+def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bits: int):
     """A forward saves as many bytes for backward as on a dense base; in 4 bits with merged cycles too."""
     if bits == 4:
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
@@ -151,7 +151,7 @@ def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bit
     assert live_bytes[bits] == live_bytes[16]
 
 
-def test_only_adapted_weights_are_int8() -> None:
+def test_only_adapted_weights_are_int8():
     model, small = model_in_few_bits(MoRAConfig(rank=4, base_bits=8))
     assert quantized_bytes(model) == small
     move_base(model, "cpu", torch.bfloat16)
@@ -166,7 +166,7 @@ def test_only_adapted_weights_are_int8() -> None:
 # -- merging ----------------------------------------------------------------------------------------------------------
 
 
-def test_many_merges_of_a_conv1d_are_one() -> None:
+def test_many_merges_of_a_conv1d_are_one():
     """The original plus all deltas, rounded once. (Of linear layers: tests/train/test_quantized_run.py.)"""
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, True, torch.float32)
@@ -182,7 +182,7 @@ def test_many_merges_of_a_conv1d_are_one() -> None:
 
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_norms_of_a_merge(bits: int, conv: bool) -> None:
+def test_norms_of_a_merge(bits: int, conv: bool):
     """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or bf16 keeps out of it."""
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.bfloat16)
@@ -204,7 +204,7 @@ def test_norms_of_a_merge(bits: int, conv: bool) -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_bits_that_there_are_not() -> None:
+def test_bits_that_there_are_not():
     for bits in (5, 0, 32):
         with pytest.raises(UserError, match=f"`base_bits` must be 8 or 4, or 16 .* got {bits}"):
             MoRAConfig(base_bits=bits)
@@ -212,7 +212,7 @@ def test_bits_that_there_are_not() -> None:
         assert config_from_dict(config.to_dict()) == config
 
 
-def test_weights_that_are_no_floating_numbers() -> None:
+def test_weights_that_are_no_floating_numbers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UserError, match=r"`base_bits` 8: 1.weight is torch.int8"):

@@ -36,7 +36,7 @@ def random_factors(spec: LoRASpec) -> torch.Tensor:
     return torch.randn(spec.rank, spec.d_in + spec.d_out, generator=torch.Generator().manual_seed(0))
 
 
-def test_update_and_delta_agree_with_the_formula() -> None:
+def test_update_and_delta_agree_with_the_formula():
     factors = random_factors(SPEC)
     down = factors[:, :12]
     up = factors[:, 12:].T
@@ -49,12 +49,12 @@ def test_update_and_delta_agree_with_the_formula() -> None:
     assert_close(lora_update(SPEC, factors, x), F.linear(x, expected))
 
 
-def test_delta_has_the_same_bits_for_every_number_of_threads() -> None:
+def test_delta_has_the_same_bits_for_every_number_of_threads():
     spec = LoRASpec(300, 200, 5, 10.0)
     assert_same_bits_for_every_number_of_threads(lambda: spec.delta_weight(random_factors(spec)))
 
 
-def test_a_cycle_starts_from_a_random_a_and_a_zero_b() -> None:
+def test_a_cycle_starts_from_a_random_a_and_a_zero_b():
     first = SPEC.first_value(seed=5)
     assert torch.equal(first, SPEC.first_value(seed=5))
     assert not torch.equal(first, SPEC.first_value(seed=6))
@@ -64,18 +64,18 @@ def test_a_cycle_starts_from_a_random_a_and_a_zero_b() -> None:
     assert not SPEC.delta_weight(first).any()
 
 
-def test_spec_survives_json() -> None:
+def test_spec_survives_json():
     assert spec_from_dict(SPEC.to_dict()) == SPEC
 
 
-def test_a_rank_beyond_the_shorter_side_is_reduced_and_noted() -> None:
+def test_a_rank_beyond_the_shorter_side_is_reduced_and_noted():
     report = inject(tiny_model("llama"), LoRAConfig(rank=20))
     cut = {row.name: row for row in report.rows}["k_proj"]
     assert cut.size == 16
     assert "more than the layer can use" in cut.note
 
 
-def test_gradients_are_those_of_the_two_matrices() -> None:
+def test_gradients_are_those_of_the_two_matrices():
     base = torch.nn.Linear(12, 7)
     layer = LoRALinear(base, SPEC, seed=3)
     factors = random_factors(SPEC)
@@ -128,7 +128,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
         *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
     ],
 )
-def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str) -> None:
+def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str):
     ranks = run_ranks(world, relora, str(tmp_path), stage, dtype, 4)
     ledger = Ledger.open(tmp_path / "out" / "ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
@@ -168,5 +168,5 @@ def set_everywhere() -> list[str]:
     return wrong
 
 
-def test_a_parameter_is_set_in_all_its_copies() -> None:
+def test_a_parameter_is_set_in_all_its_copies():
     assert run_ranks(2, set_everywhere) == [[], []]

@@ -63,7 +63,7 @@ def golden_cases() -> list[str]:
 
 
 @pytest.mark.parametrize("case", golden_cases())
-def test_reference_outputs_are_reproduced(case: str) -> None:
+def test_reference_outputs_are_reproduced(case: str):
     with safe_open(GOLDEN, "pt") as file:
         square, x, y, delta = (file.get_tensor(f"{case}.{name}") for name in ("M", "x", "y", "delta"))
     kind, grouping = REFERENCE_TYPES[int(case[4])]
@@ -77,14 +77,14 @@ def test_reference_outputs_are_reproduced(case: str) -> None:
 
 
 @pytest.mark.parametrize("blocks, r_hat", [(1, 2), (7, 2), (16, 256), (300, 38)])
-def test_sines_and_cosines_are_correctly_rounded(blocks: int, r_hat: int) -> None:
+def test_sines_and_cosines_are_correctly_rounded(blocks: int, r_hat: int):
     cos, sin = index_tables.rope_table(blocks, r_hat, torch.float32, torch.device("cpu"))
     angles = [[block * 10000 ** (-pair / (r_hat // 2)) for pair in range(r_hat // 2)] for block in range(blocks)]
     assert torch.equal(cos, torch.tensor([[math.cos(angle) for angle in row] for row in angles], dtype=torch.float32))
     assert torch.equal(sin, torch.tensor([[math.sin(angle) for angle in row] for row in angles], dtype=torch.float32))
 
 
-def test_golden_file_holds_every_type_of_the_reference() -> None:
+def test_golden_file_holds_every_type_of_the_reference():
     assert {int(case[4]) for case in golden_cases()} == set(REFERENCE_TYPES)
 
 
@@ -92,7 +92,7 @@ def test_golden_file_holds_every_type_of_the_reference() -> None:
 
 
 @every_operator
-def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
+def test_delta_weight_is_the_update(spec: OperatorSpec):
     square = random(spec.r_hat, spec.r_hat)
     x = random(2, 3, spec.d_in, seed=1)
     delta = delta_weight(spec, square)
@@ -105,7 +105,7 @@ def test_delta_weight_is_the_update(spec: OperatorSpec) -> None:
 
 
 @every_operator
-def test_adjoint(spec: OperatorSpec) -> None:
+def test_adjoint(spec: OperatorSpec):
     square = random(spec.r_hat, spec.r_hat)
     gradient = random(spec.d_out, spec.d_in, seed=1)
     left = (delta_weight(spec, square) * gradient).sum()
@@ -114,14 +114,14 @@ def test_adjoint(spec: OperatorSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", [spec for spec in specs() if OPERATORS[spec.kind].in_blocks], ids=spec_id)
-def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec) -> None:
+def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec):
     """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's down_proj)."""
     delta = delta_weight(spec, random(spec.r_hat, spec.r_hat))
     assert (delta.abs().sum(dim=0) > 0).all(), "an input never adapts"
     assert (delta.abs().sum(dim=1) > 0).all(), "an output never adapts"
 
 
-def test_truncate_and_decouple_by_hand() -> None:
+def test_truncate_and_decouple_by_hand():
     square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     truncate = delta_weight(OperatorSpec(OperatorKind.TRUNCATE, 3, 4, 2), square)
     assert truncate.tolist() == [[1, 2, 0], [3, 4, 0], [0, 0, 0], [0, 0, 0]]
@@ -165,7 +165,7 @@ def blocks_onto_few_outputs(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Ten
 )
 def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
     operator: Operator, sizes: tuple[int, int, int], grouping: Grouping, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     """It takes the name of one that is."""
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
@@ -207,7 +207,7 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
 
 
 @every_grouping
-def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, grouping: Grouping) -> None:
+def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, grouping: Grouping):
     """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
     index_tables.clear_tables()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
@@ -222,7 +222,7 @@ def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, groupi
     assert torch.isfinite(square.grad).all()
 
 
-def test_permutations_are_those_that_every_ledger_was_written_with() -> None:
+def test_permutations_are_those_that_every_ledger_was_written_with():
     """Literal values: a numpy that drew others would silently ruin every ledger on disk."""
     spec = OperatorSpec(OperatorKind.SHARE, 10, 6, 4, Grouping.PERMUTED, seed=12345)
     inputs, outputs = index_tables.draw_permutations(spec.seed, 10, 6)
@@ -233,13 +233,13 @@ def test_permutations_are_those_that_every_ledger_was_written_with() -> None:
     assert torch.equal(compress(spec, torch.arange(10.0))[0], torch.tensor([11.0, 13.0, 4.0, 24.0]))
 
 
-def test_permutation_seeds_are_those_that_every_ledger_was_written_with() -> None:
+def test_permutation_seeds_are_those_that_every_ledger_was_written_with():
     assert permutation_seed(42, "model.layers.0.mlp.up_proj", 0) == 1646010866
     assert permutation_seed(42, "model.layers.0.mlp.up_proj", 1) == 167467982
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
-def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
+def test_permuted_is_plain_between_two_permutations(kind: OperatorKind):
     permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
     plain = OperatorSpec(kind, 13, 9, 4, Grouping.PLAIN)
     square = random(4, 4)
@@ -251,7 +251,7 @@ def test_permuted_is_plain_between_two_permutations(kind: OperatorKind) -> None:
 # -- rank -------------------------------------------------------------------------------------------------------------
 
 
-def test_fresh_permutations_let_the_rank_grow() -> None:
+def test_fresh_permutations_let_the_rank_grow():
     total = torch.zeros(512, 512, dtype=torch.float64)
     ranks = []
     for cycle in range(5):
@@ -265,7 +265,7 @@ def test_fresh_permutations_let_the_rank_grow() -> None:
 # -- sizes, defaults, errors ------------------------------------------------------------------------------------------
 
 
-def test_square_size() -> None:
+def test_square_size():
     assert square_size(4096, 4096, 8, OperatorKind.SHARE) == 256
     assert square_size(4096, 11008, 8, OperatorKind.SHARE) == 336  # of 347.6, which the reference rounds to 348
     assert square_size(4096, 11008, 8, OperatorKind.SHARE, multiple=8) == 344
@@ -279,7 +279,7 @@ def test_square_size() -> None:
 
 @pytest.mark.parametrize("smallest", [1, 2])
 @pytest.mark.parametrize("multiple", [1, 2, 8, 16])
-def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int) -> None:
+def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int):
     sides = [round_side(side, multiple, smallest) for side in range(200)]
     assert sides == sorted(sides)
     assert all(rounded <= side for side, rounded in enumerate(sides))
@@ -290,12 +290,12 @@ def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -1])
-def test_a_rank_below_one_is_refused(rank: int) -> None:
+def test_a_rank_below_one_is_refused(rank: int):
     with pytest.raises(UserError, match="`rank` must be at least 1"):
         square_size(8, 8, rank, OperatorKind.SHARE)
 
 
-def test_default_kind_is_the_papers() -> None:
+def test_default_kind_is_the_papers():
     assert [default_kind(rank) for rank in (1, 8, 63)] == [OperatorKind.ROTATE] * 3
     assert [default_kind(rank) for rank in (64, 128, 256)] == [OperatorKind.SHARE] * 3
 
@@ -313,12 +313,12 @@ NO_OPERATORS = """
 
 
 @pytest.mark.parametrize("changes, message", rows(NO_OPERATORS))
-def test_specs_that_are_no_operator(changes: str, message: str) -> None:
+def test_specs_that_are_no_operator(changes: str, message: str):
     with pytest.raises(UserError, match=message):
         spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **parsed(changes)})
 
 
 @every_grouping
-def test_specs_survive_json(kind: OperatorKind, grouping: Grouping) -> None:
+def test_specs_survive_json(kind: OperatorKind, grouping: Grouping):
     spec = OperatorSpec(kind, 8, 6, 4, grouping, seed=9)
     assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
