@@ -4,6 +4,8 @@ The environment is set before any test imports torch: one thread a process (the 
 CPU accelerator unless GPU tests are asked for, nothing from the network.
 """
 
+from __future__ import annotations
+
 import collections
 import gc
 import os
