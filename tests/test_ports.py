@@ -1,7 +1,6 @@
 """The ports by which ranks of a test find each other: no two tests at a time get the same one."""
 
 import socket
-from datetime import timedelta
 
 import pytest
 from torch.distributed import TCPStore
@@ -13,6 +12,6 @@ def test_a_port_that_was_drawn_is_for_one_store():
     port = free_port()
     with socket.socket() as drawn_by_another, pytest.raises(OSError, match="in use"):
         drawn_by_another.bind(("", port))
-    store = TCPStore("127.0.0.1", port, 1, is_master=True, timeout=timedelta(seconds=10))
+    store = TCPStore("127.0.0.1", port, 1, is_master=True)
     store.set("key", "value")
     assert store.get("key") == b"value"

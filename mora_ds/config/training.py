@@ -178,8 +178,9 @@ class TrainingArguments:
     logging_steps: int = 1
     """Optimizer steps between log lines."""
     profile: int | None = None
-    """Record so many steps of rank 0, from the third one on, with torch's profiler: the trace in OUTPUT_DIR/profile
-    opens in ui.perfetto.dev and TensorBoard. A few are enough; they are slower, and a trace is large."""
+    """Record this number of steps of rank 0, from the third one on, with torch's profiler: the trace in
+    OUTPUT_DIR/profile opens in ui.perfetto.dev and TensorBoard. A few are enough; they are slower, and a trace is
+    large."""
     eval_steps: int = 0
     """Optimizer steps between evaluations; 0: at start and end only."""
     eval_on_start: bool = True

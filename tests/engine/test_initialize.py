@@ -135,7 +135,7 @@ def test_what_an_engine_is_not_made_of_is_refused():
     with pytest.raises(UserError, match="leave model_parameters out"):
         initialize(model=model, config=ds_config(3, 2, 1), model_parameters=list(model.parameters()))
     muon = {"type": "Muon", "params": {"lr": 0.1, "muon_lr": 0.1, "weight_decay": 0.0}}
-    with pytest.raises(UserError, match=r"--optimizer muon is for single MoRA matrices, and model\.layers.*use adamw"):
+    with pytest.raises(UserError, match=r"Muon is for single MoRA matrices, and model\.layers.*use AdamW"):
         initialize(model=experts, config=ds_config(3, 2, 1, optimizer=muon))
 
 
