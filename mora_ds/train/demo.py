@@ -22,6 +22,7 @@ from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOL
 from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
+from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, from_flat, with_flags
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
@@ -238,7 +239,8 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         engine_config(job.training, job.adapter.adapter, world)
 
     plain = with_flags(settings, user_settings)
-    if not arguments.research:
+    # The recipe's learning rates are those of MoRA matrices.
+    if not arguments.research and plain.adapter.adapter == AdapterKind.MORA.value:
         (text,) = paths.train_files("general")
         job = with_flags(
             {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]},
