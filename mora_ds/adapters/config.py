@@ -74,6 +74,8 @@ class AdapterConfig:
     """Seed of what is drawn in each cycle (permutations, LoRA's A), hashed with the layer's name and the cycle."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_modules, set | frozenset):  # as in PEFT's configs
+            object.__setattr__(self, "target_modules", sorted(self.target_modules))
         refuse(wrong_types(self))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         refuse(self._complaints())

@@ -18,5 +18,5 @@ def flattened(content: Mapping[str, Any], prefix: str = "", separator: str = "."
 
 
 def different_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys, sorted, that have another value in each, or that only one of them has."""
+    """The keys, sorted, that have another value in each; one that is missing has the value None."""
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))

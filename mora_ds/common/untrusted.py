@@ -327,6 +327,8 @@ def expanded(path: str | Path, flag: str = "") -> Path:
         return place
     except OSError as error:  # a name that is too long, a loop of links, a folder that may not be entered
         raise UserError(f"{flag} {path}: {error.strerror}".lstrip()) from error
+    except ValueError as error:  # a byte of zero
+        raise UserError(f"{flag} {path!r}: {error}".lstrip()) from error
     except RuntimeError:
         home = Path(path).parts[0]
         raise UserError(f"{flag} {path}: no home folder is known for {home}; write the path itself".lstrip()) from None

@@ -298,19 +298,20 @@ def updated_tensors(run: OpenedRun) -> Callable[[str, torch.dtype], Tensor]:
 
     def tensor_of(key: str, dtype: torch.dtype) -> Tensor:
         key_in_base = run.reference.keys.get(key, key)  # a target may store twice what is tied in the base
-        tensor = run.target.read(key)
         if key_in_base not in trained and key_in_base not in stored:
-            return tensor.to(dtype)
+            return run.target.read(key).to(dtype)
         rows = run.base.shape_dtype(key_in_base)[0][0]
         if key_in_base in stored:  # with the current cycle merged too, as the next merge would form it
             weight = stored[key_in_base]
             updated = weight.live(lambda name: run.target.read(name)[:rows], run.updates(weight.entry), dtype)
         elif run.is_onto:
             change = run.trained(trained[key_in_base], torch.float32) - run.base.read(key_in_base).float()
-            updated = (tensor[:rows].float() + change).to(dtype)
+            updated = (run.target.read(key)[:rows].float() + change).to(dtype)
         else:
             updated = run.trained(trained[key_in_base], dtype)
-        return torch.cat([updated, tensor[rows:].to(dtype)]) if len(tensor) > rows else updated
+        if run.target.shape_dtype(key)[0][0] == rows:
+            return updated
+        return torch.cat([updated, run.target.read(key)[rows:].to(dtype)])
 
     return tensor_of
 

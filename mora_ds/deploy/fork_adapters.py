@@ -71,6 +71,11 @@ def convert_fork(path: Path | str, output: Path | str, base_folder: Path | str |
         if len(shape) != 2:
             raise UserError(f"{path / WEIGHTS_FILE}: {base.folder} has no linear layer {module}")
         d_out, d_in = shape
+        if len(square) > max(d_in, d_out):
+            raise UserError(
+                f"{path / WEIGHTS_FILE}: a matrix of side {len(square)} is too large for {module} of {base.folder}, "
+                f"which has {d_in} inputs and {d_out} outputs"
+            )
         spec = OperatorSpec(kind, d_in, d_out, len(square), grouping)
         if spec.blocks_in > spec.blocks_out and kind is OperatorKind.ROTATE:
             raise UserError(

@@ -116,10 +116,15 @@ def _orthogonalise_factors(update: Tensor, d_in: int, steps: int, method: str) -
 
 def check_factors(config: DsConfig) -> None:
     """Raise `UserError` where Muon would take LoRA's factors, which are one parameter, for one matrix:
-    bf16_optimizer.py, `_prepare_muon_updates`, calls it without the number of columns."""
-    in_bf16_optimizer = config["zero_optimization"]["stage"] == 1 and compute_dtype(config) == "bfloat16"
-    if in_bf16_optimizer and ds_optimizer.uses_muon(config):
+    bf16_optimizer.py, `_prepare_muon_updates`, and stage_1_and_2.py, `get_flat_partition` of aligned parameters, call
+    it without the number of columns."""
+    if not ds_optimizer.uses_muon(config):
+        return
+    zero = config["zero_optimization"]
+    if zero["stage"] == 1 and compute_dtype(config) == "bfloat16":
         raise UserError("--optimizer muon with LoRA in bf16 needs ZeRO stage 2 or 3, and this is stage 1")
+    if zero.get("parameter_alignment"):
+        raise UserError("--optimizer muon with LoRA: leave zero_optimization.parameter_alignment out of the config")
 
 
 def repair_clipping(engine: Engine) -> None:

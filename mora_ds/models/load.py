@@ -72,7 +72,7 @@ def _local_folder(name: str) -> Path | None:
     """The folder `name`; None for a name that can only be one of the Hub's."""
     folder = expanded(name, MODEL_FLAG)
     is_model = (folder / "config.json").is_file()
-    if folder.suffix == ".gguf" or (any(folder.glob("*.gguf")) and not is_model):
+    if not is_model and ((folder.suffix == ".gguf" and folder.exists()) or any(folder.glob("*.gguf"))):
         raise UserError(f"{MODEL_FLAG} {name}: GGUF is not read: give the unquantized model that it was made of")
     if folder.is_dir():
         if not is_model:

@@ -315,6 +315,8 @@ class AdapterBank:
         Rows that differ in length are padded on the left, with `attention_mask` among the settings. Raises `UserError`
         for another number of adapters than rows, and for settings that compute several sequences of a row.
         """
+        if not isinstance(adapters, str) and len(adapters) != len(input_ids):
+            raise UserError(f"adapters are named for {len(adapters)} row(s), but the batch has {len(input_ids)}")
         with self.use(adapters):
             return self.model.generate(input_ids, **settings)
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,14 +65,18 @@ class Ranks:
     something (`exchange.new_group`)."""
     timeout_s: float
     """Seconds that ranks wait for each other at a check that is not `long`."""
+    _last_timeout_s: ClassVar[float | None] = None
 
     @classmethod
     def current(cls, timeout_s: float | None = None) -> Ranks:
         """Those of the running process group; `LOCAL_RANK` is set by deepspeed, torchrun and launch/slurm.sbatch.
 
-        `timeout_s` None: DEEPSPEED_TIMEOUT (minutes), or 30 minutes.
+        `timeout_s` None: as it was given last in this process; DEEPSPEED_TIMEOUT (minutes), or 30 minutes, where it
+        never was.
         """
-        seconds = 60 * float(os.environ.get("DEEPSPEED_TIMEOUT", "30")) if timeout_s is None else timeout_s
+        if timeout_s is not None:
+            cls._last_timeout_s = timeout_s
+        seconds = cls._last_timeout_s or 60 * float(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, _group(), seconds)
 

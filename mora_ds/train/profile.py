@@ -11,6 +11,9 @@ from mora_ds.common.errors import reason
 
 logger = logging.getLogger(__name__)
 
+LEFT_OUT = 2
+"""Steps before those that are recorded: DeepSpeed looks at the model in the first one, the profiler starts up in the
+second."""
 PROFILE = "profile"
 """The folder of traces in an output folder."""
 

@@ -148,8 +148,8 @@ class Run:
         keys = self._map(opened) if keys is None else dict(keys)
         fingerprint = opened.fingerprint(ranks=self.ranks)
         self.identity = run_identity(fingerprint, config, identity)
-        if resume is not None and state is not None:  # who has read its state has verified it
-            checkpoint: Path | None = Path(resume)
+        if isinstance(resume, Path) and state is not None:  # who has read its state has verified it
+            checkpoint: Path | None = resume
         else:
             checkpoint = self._checkpoint(resume, overwrite)
         if checkpoint is not None and state is None:

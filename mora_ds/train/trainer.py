@@ -51,7 +51,7 @@ from mora_ds.train.metrics import (
     SourceLosses,
     StepMetrics,
 )
-from mora_ds.train.profile import step_profiler
+from mora_ds.train.profile import LEFT_OUT, step_profiler
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,9 @@ class Trainer:
         for line in self.schedule.lines(state.step, state.merge_pending):
             logger.info(line)
         profiler = None
-        if self.training.profile is not None and self.ranks.is_first:
+        if self.training.profile is not None and self.total_steps - state.step <= LEFT_OUT:
+            logger.warning(f"--profile records nothing: it leaves {LEFT_OUT} steps out, and no more are left")
+        elif self.training.profile is not None and self.ranks.is_first:
             profiler = step_profiler(self.training.profile, state.step, self.job.start.folder, state.failures)
         with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:

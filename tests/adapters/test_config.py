@@ -69,3 +69,4 @@ def test_unknown_settings_get_a_hint():
         MoRAConfig.from_dict({"droput": 0.1})
     config = MoRAConfig(rank=128, target_modules=("q_proj",), train_norms=True)
     assert MoRAConfig.from_dict(config.to_dict()) == config
+    assert MoRAConfig(target_modules={"b", "a"}).target_modules == ("a", "b")  # type: ignore[arg-type]

@@ -231,4 +231,6 @@ def test_a_path_that_cannot_be_looked_at_is_named(tmp_path: Path):
     for path, reason in (("n" * 300, "File name too long"), (loop, "Too many levels of symbolic links")):
         with pytest.raises(UserError, match=f"^--x {path}: {reason}$"):
             untrusted.expanded(path, "--x")
+    with pytest.raises(UserError, match=r"--x .*null byte"):
+        untrusted.expanded("a\0b", "--x")
     assert untrusted.expanded("gone/x") == Path("gone/x")

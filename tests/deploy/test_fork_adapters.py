@@ -144,6 +144,8 @@ def test_what_is_more_than_matrices_is_refused(tmp_path: Path):
         name = module.replace("\\", "")
         save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(14, 14)}, path)
         assert_refused(fork, f"has no linear layer {module}")
+    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(64, 64)}, path)
+    assert_refused(fork, "a matrix of side 64 is too large for model.layers.0.self_attn.q_proj")
     save_file({}, path)
     assert_refused(fork, "holds no matrix")
     path.write_bytes(path.read_bytes()[:-1])

@@ -212,6 +212,10 @@ def test_where_factors_would_be_taken_for_one_matrix_they_are_refused():
     config = muon_config(1, ROWS, bf16={"enabled": True})
     with pytest.raises(UserError, match="in bf16 needs ZeRO stage 2 or 3"):
         initialize(model=small_model(lora=True), config=config)
+    aligned = muon_config(2, ROWS)
+    aligned["zero_optimization"]["parameter_alignment"] = True
+    with pytest.raises(UserError, match=r"leave zero_optimization\.parameter_alignment out"):
+        initialize(model=small_model(lora=True), config=aligned)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

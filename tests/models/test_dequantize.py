@@ -19,7 +19,7 @@ from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.dequantize import dequantize_fp8
-from mora_ds.models.load import resolve_folder
+from mora_ds.models.load import _local_folder, resolve_folder
 from tests.helpers.jobs import VOCABULARY, Playground, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
 from tests.helpers.resume import MERGING
@@ -174,3 +174,5 @@ def test_gguf_is_named(tmp_path: Path):
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
         with pytest.raises(UserError, match="GGUF is not read: give the unquantized model"):
             resolve_folder(str(name), alone())
+    (tmp_path / "config.json").write_text("{}")
+    assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"

@@ -150,10 +150,12 @@ def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench):
     for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
         alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
         assert torch.equal(generated[row, -8:], alone[0, -8:]), row
-    with pytest.raises(UserError, match=r"named for 2 row\(s\), but .* reads \(4, 7, 32\)"):
+    with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
         bank.generate(ids, adapters=["one", "three"])
     with pytest.raises(UserError, match=r"named for 4 row\(s\), but .* reads \(12, 7, 32\)"):
         bank.generate(ids, adapters=names, attention_mask=mask, num_beams=3, **settings)
+    with pytest.raises(UserError, match=r"named for 12 row\(s\), but the batch has 4"):
+        bank.generate(ids, adapters=3 * names, attention_mask=mask, num_beams=3, **settings)
 
 
 def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
