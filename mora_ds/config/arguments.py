@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import shipped
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
@@ -50,12 +51,17 @@ class Arguments:
 
     def schedule(self, total_steps: int, decay_start: int | None = None) -> Schedule:
         """The schedule of a run of `total_steps` optimizer steps. `decay_start`: how many of them come before a decay
-        that begins at a checkpoint (--decay_from). Raises `UserError` for contradicting settings."""
+        that begins at a checkpoint (--decay_from), after the warm-up. Raises `UserError` for contradicting settings."""
         training = self.training
-        adapter = self.adapter
         warmup_steps = training.first_warmup(total_steps)
         decay_ratio = training.decay_ratio
         if decay_start is not None:
+            if total_steps <= decay_start:
+                raise UserError(
+                    f"--decay_from: {total_steps} steps end before the decay, which begins after {decay_start}: raise "
+                    "--max_steps"
+                )
+            warmup_steps = min(warmup_steps, decay_start)  # the checkpoint is at the peak, whatever --warmup_steps says
             decay_ratio = (total_steps - decay_start) / (total_steps - warmup_steps)
         return Schedule(
             kind=schedule_kind(training.lr_scheduler_type),
@@ -64,8 +70,8 @@ class Arguments:
             warmup_steps=warmup_steps,
             min_ratio=training.min_lr_ratio,
             decay_ratio=decay_ratio,
-            merge_every=adapter.merge_every,
-            restart_warmup_steps=adapter.restart_warmup_steps,
+            merge_every=self.adapter.merge_every,
+            restart_warmup_steps=self.adapter.restart_warmup_steps,
         )
 
 

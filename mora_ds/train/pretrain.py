@@ -210,17 +210,23 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     reservation = reserve(folder)
     settle(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
+    state = None if checkpoint is None else TrainerState.read(checkpoint)
     branches = checkpoint is None and training.decay_from is not None
-    decay_start = None
+    decay_start = None if state is None else state.identity.get("decay_from")
     if training.decay_from is not None:
-        parent = expanded(training.decay_from, DECAY).resolve()  # gone, perhaps, once the branch has checkpoints
-        if not is_step_name(parent.name):
-            raise UserError(f"{DECAY} {training.decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500")
-        decay_start = step_of(parent)
-        checkpoint = checkpoint or resume_checkpoint(str(parent), root, DECAY)
-    state = None
+        parent = expanded(training.decay_from, DECAY)  # gone, perhaps, once the branch has checkpoints
+        # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a branch that resumes goes by its
+        # record. A name with another step than that on record is refused with what else differs (`check_identity`).
+        if is_step_name(parent.name) or not isinstance(decay_start, int):
+            parent = parent.resolve()
+            if not is_step_name(parent.name):
+                raise UserError(
+                    f"{DECAY} {training.decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
+                )
+            decay_start = step_of(parent)
+            checkpoint = checkpoint or resume_checkpoint(str(parent), root, DECAY)
     if checkpoint is not None:
-        state = TrainerState.read(checkpoint)
+        state = state or TrainerState.read(checkpoint)
         if branches:
             if not state.at_peak:
                 raise UserError(f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins")

@@ -3,6 +3,7 @@
 import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
+from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.ds_config import EngineSettings
@@ -30,6 +31,14 @@ def test_a_warmup_below_1_is_a_share_of_the_run():
     assert parse(["--warmup_steps", "1"]).schedule(1000).warmup_steps == 1
     schedule = parse(["--warmup_steps", "7", "--lr_scheduler_type", "constant_with_warmup"]).schedule(1000)
     assert (schedule.warmup_steps, schedule.kind) == (7, ScheduleKind.CONSTANT)
+
+
+def test_a_branch_decays_from_the_peak_whatever_its_warmup():
+    for warmup in ("15", "20", "0.9"):
+        schedule = parse(["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]).schedule(15, 10)
+        assert schedule.curve(14) == pytest.approx(schedule.peak / 5)
+    with pytest.raises(UserError, match="raise --max_steps"):
+        parse([]).schedule(10, 10)
 
 
 def test_a_run_that_asks_for_no_checkpoints_loses_500_steps_at_most():
