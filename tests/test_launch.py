@@ -81,7 +81,7 @@ def started(words: list[str]) -> tuple[Any, Arguments]:
     return options, parse(flags[1:] if options.module else flags)
 
 
-def check(options: Any, arguments: Arguments) -> None:
+def check(options: Any, arguments: Arguments):
     assert int(options.nnodes) == NODES
     assert int(options.nproc_per_node) == GPUS
     assert options.master_port == 29500

@@ -21,7 +21,7 @@ def plugin_code() -> str:
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Token rows as Hugging Face models take them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.rows = tokens(24)
 
     def __len__(self) -> int:

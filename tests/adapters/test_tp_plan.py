@@ -76,7 +76,7 @@ def test_shares_are_contiguous_and_differ_by_one_at_most():
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def split(model: nn.Module, degree: int = 2) -> None:
+def split(model: nn.Module, degree: int = 2):
     split_model(model, Topology(degree, 0, None))
 
 

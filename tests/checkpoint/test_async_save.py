@@ -42,7 +42,7 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     save = checkpoints.CheckpointWriter.save
     stepped, beside = threading.Event(), 0
 
-    def slowly(path: Path, content: Any) -> None:
+    def slowly(path: Path, content: Any):
         nonlocal beside
         beside += not stepped.is_set()
         if not stepped.wait(60):
@@ -55,7 +55,7 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
             stepped.clear()
         return save(writer, state, *args)
 
-    def step(trainer: Trainer) -> None:
+    def step(trainer: Trainer):
         stepped.set()
         after_step(trainer)
 
@@ -79,7 +79,7 @@ def faulty_job(argv: list[str], fault: Callable[[], None]) -> tuple[str, str]:
     write = shard_module.write_shard
     written = []
 
-    def write_or_fail(path: Path, content: Any) -> None:
+    def write_or_fail(path: Path, content: Any):
         written.append(path)
         if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
             fault()
@@ -91,11 +91,11 @@ def faulty_job(argv: list[str], fault: Callable[[], None]) -> tuple[str, str]:
     return kind, message
 
 
-def be_full() -> None:
+def be_full():
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def give_no_answer() -> None:
+def give_no_answer():
     threading.Event().wait()
 
 

@@ -38,7 +38,7 @@ def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path):
     export_merged(checkpoint, tmp_path / "merged", verify=True)
 
 
-def assert_refused(tool: Callable[[Path, Path], object], checkpoint: Path, made: Path, words: str) -> None:
+def assert_refused(tool: Callable[[Path, Path], object], checkpoint: Path, made: Path, words: str):
     """Words: a regular expression. The folder `made` is not written."""
     with pytest.raises(UserError, match=words):
         tool(checkpoint, made)
@@ -48,10 +48,10 @@ def assert_refused(tool: Callable[[Path, Path], object], checkpoint: Path, made:
 # -- names that become paths -------------------------------------------------------------------------------------------
 
 
-def rename_parameter(checkpoint: Path, name: str) -> None:
+def rename_parameter(checkpoint: Path, name: str):
     """model.norm.weight is called `name` in the shards."""
 
-    def change(content: dict[str, Any]) -> None:
+    def change(content: dict[str, Any]):
         group = content["groups"][0]
         group[name] = group.pop("model.norm.weight")
 
@@ -59,8 +59,8 @@ def rename_parameter(checkpoint: Path, name: str) -> None:
     reseal(checkpoint)
 
 
-def rename_key(checkpoint: Path, key: str) -> None:
-    def change(header: dict[str, Any]) -> None:
+def rename_key(checkpoint: Path, key: str):
+    def change(header: dict[str, Any]):
         header[f"0.{key}"] = header.pop("0.exp_avg")
 
     change_header(checkpoint / "engine" / SHARD, change)
@@ -78,7 +78,7 @@ def test_names_in_shards_are_those_of_files(checkpoint: Path, rename: Callable[[
 def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str):
     from mora_ds.common.files import _seal
 
-    def change(content: dict[str, Any]) -> None:
+    def change(content: dict[str, Any]):
         content["files"][name] = {"size": 1, "sha256": "a"}
         content["seal"] = _seal(content["files"])
 
@@ -166,7 +166,7 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path):
 
 
 def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path: Path):
-    def change(header: dict[str, Any]) -> None:
+    def change(header: dict[str, Any]):
         header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace('"d_in": 32', '"d_in": 16777216', 1)
 
     change_header(checkpoint / "ledger" / "cycle-00001.safetensors", change)
@@ -177,7 +177,7 @@ def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path:
 def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_path: Path):
     """Also where no base is read that would show it."""
 
-    def change(content: dict[str, Any]) -> None:
+    def change(content: dict[str, Any]):
         next(iter(content["layers"].values()))["operator"]["d_in"] = 2**24
 
     change_json(checkpoint / "adapter.json", change)

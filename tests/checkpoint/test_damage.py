@@ -78,11 +78,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
         assert not (out / "merged").exists()
 
 
-def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]):
     change_json(checkpoint / "manifest.json", change)
 
 
-def lose(checkpoint: Path, name: str) -> None:
+def lose(checkpoint: Path, name: str):
     """From the manifest and from the folder."""
     (checkpoint / name).unlink()
     edit(checkpoint, lambda content: content["files"].pop(name))
@@ -211,7 +211,7 @@ def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, golden:
 # -- the base --------------------------------------------------------------------------------------------------------
 
 
-def another_rope(path: Path) -> None:
+def another_rope(path: Path):
     """Valid JSON, the same weights, another model."""
     change_json(path, lambda content: content["rope_parameters"].update(rope_theta=12345.0))
 
@@ -254,7 +254,7 @@ def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path:
 def read_only() -> Iterator[Callable[[Path], None]]:
     mounted: list[Path] = []
 
-    def freeze(folder: Path) -> None:
+    def freeze(folder: Path):
         mount(folder, "--bind", str(folder))
         mounted.append(folder)
         mount(folder, "-o", "remount,bind,ro")
@@ -264,7 +264,7 @@ def read_only() -> Iterator[Callable[[Path], None]]:
         subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
-def fill(disk: Path, leave: int) -> None:
+def fill(disk: Path, leave: int):
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
 
 
@@ -309,7 +309,7 @@ def test_an_output_folder_that_cannot_be_written_to(user: Playground, out: Path,
 def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
     """A run during which the file system of a folder becomes read-only, after step 3. For `run_ranks`."""
 
-    def freeze(trainer: Trainer) -> None:
+    def freeze(trainer: Trainer):
         subprocess.run(["mount", "--bind", folder, folder], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 

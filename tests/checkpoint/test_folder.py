@@ -96,7 +96,7 @@ def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogC
     assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
 
 
-def busy(*_: object, **options: object) -> None:
+def busy(*_: object, **options: object):
     if not options.get("ignore_errors"):
         raise OSError(errno.EBUSY, "Device or resource busy")
 

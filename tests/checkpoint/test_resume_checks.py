@@ -146,7 +146,7 @@ def refused_operator(root: str) -> str:
     return str(caught.value)
 
 
-def other_seed(layers: dict[str, Any]) -> None:
+def other_seed(layers: dict[str, Any]):
     next(iter(layers.values()))["operator"]["seed"] += 1
 
 

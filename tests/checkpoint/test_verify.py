@@ -103,26 +103,26 @@ def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playg
 # -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
 
 
-def changed_tensor(folder: Path, value: float) -> None:
+def changed_tensor(folder: Path, value: float):
     path = folder / "adapter.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = value
     save_file(tensors, path)
 
 
-def another_tensor(folder: Path) -> None:
+def another_tensor(folder: Path):
     path = folder / "adapter.safetensors"
     save_file({**load_file(path), "another.weight": torch.ones(2)}, path)
     change_json(folder / "adapter.json", lambda adapter: adapter["trainables"].append("another.weight"))
 
 
-def changed_shard(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def changed_shard(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]):
     path = folder / "engine" / "rank-00001.safetensors"
     tensors = load_file(path)
     save_file({**tensors, name: change(tensors[name])}, path)
 
 
-def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]):
     path = folder / "engine" / "layouts.safetensors"
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()
@@ -172,7 +172,7 @@ def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], 
     assert told in wrong(checkpoint)
 
 
-def not_finite(ledger: Path) -> None:
+def not_finite(ledger: Path):
     path = ledger / "cycle-00001.safetensors"
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()

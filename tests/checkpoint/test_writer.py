@@ -64,15 +64,15 @@ def flushed_job(argv: list[str]) -> list[str]:
     rename = checkpoints._replace_folder
     link = checkpoints.files.replace_symlink
 
-    def fsync(descriptor: int) -> None:
+    def fsync(descriptor: int):
         flush(descriptor)
         events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    def replace_folder(beside: Path, final: Path) -> None:
+    def replace_folder(beside: Path, final: Path):
         rename(beside, final)
         events.append(f"{beside} -> {final.name}")
 
-    def replace_symlink(path: Path, target: str) -> None:
+    def replace_symlink(path: Path, target: str):
         events.append(f"{path} links")
         link(path, target)
 

@@ -16,14 +16,14 @@ START = ("--document_start", "</s>", "--held_out_share", "0.2", "--exclude_eval_
 
 @pytest.fixture
 def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def call(*argv: object) -> None:
+    def call(*argv: object):
         monkeypatch.setattr("sys.argv", ["mora-ds prepare-corpus", *map(str, argv)])
         prepare_corpus.main()
 
     return call
 
 
-def forbidden(*_: Any) -> None:
+def forbidden(*_: Any):
     raise AssertionError("tokenised although it was there")
 
 

@@ -14,7 +14,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import read_text
 
 
-def flip_byte(path: Path, position: int) -> None:
+def flip_byte(path: Path, position: int):
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
@@ -96,12 +96,12 @@ def recorded(patch: pytest.MonkeyPatch) -> list[str]:
     rename = os.rename
     replace = os.replace
 
-    def fsync(descriptor: int) -> None:
+    def fsync(descriptor: int):
         flush(descriptor)
         events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
 
     def moved(move: Any) -> Any:
-        def named(source: Path, target: Path) -> None:
+        def named(source: Path, target: Path):
             move(source, target)
             events.append(f"-> {target.name}")
 
@@ -207,8 +207,8 @@ def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert target.samefile(source)
         assert not list(tmp_path.glob(".*"))
 
-    def refuse(code: int) -> None:
-        def link(*names: object) -> None:
+    def refuse(code: int):
+        def link(*names: object):
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "link", link)
@@ -248,7 +248,7 @@ def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "late"
     waits = list[float]()
 
-    def sleep(seconds: float) -> None:
+    def sleep(seconds: float):
         waits.append(seconds)
         path.write_bytes(bytes(len(waits)))
 
@@ -327,7 +327,7 @@ def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path: Path):
 class InCloud:
     """A path of another library."""
 
-    def __init__(self, path: object) -> None:
+    def __init__(self, path: object):
         self.path = path
 
     def __fspath__(self) -> object:

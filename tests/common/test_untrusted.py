@@ -45,7 +45,7 @@ class Entry:
     sides: list[int] = field(default_factory=list)
     made: int = field(default=0, init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         if self.number == 13:
             raise UserError("13 is no number of an entry")
 

@@ -22,7 +22,7 @@ from tests.helpers.jobs import REPOSITORY, Playground, finished_run, launch, ref
 from tests.helpers.models import tiny_model
 
 
-def assert_user_errors(cases: list[list[str]], phrases: list[list[str]]) -> None:
+def assert_user_errors(cases: list[list[str]], phrases: list[list[str]]):
     """Each run of `cases` is refused with a message that has all of its `parts`."""
     results = run_ranks(1, refused_each, cases)[0]
     for argv, expected, (kind, message) in zip(cases, phrases, results, strict=True):

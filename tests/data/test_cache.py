@@ -47,8 +47,8 @@ def folders(cache_dir: Path) -> list[str]:
     return sorted(path.name for path in cache_dir.iterdir() if path.name != "index")
 
 
-def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: object) -> None:
+def forbid_building(monkeypatch: pytest.MonkeyPatch):
+    def build(*_: object):
         raise AssertionError("built although it was there")
 
     monkeypatch.setattr(cache, "_build", build)
@@ -169,7 +169,7 @@ def test_contents_order_and_settings_each_make_a_new_key(
     assert len(set(keys)) == len(keys) == len(folders(tmp_path / "cache"))
 
 
-def no_locks(*_: object) -> None:
+def no_locks(*_: object):
     raise OSError(95, "Operation not supported")
 
 
@@ -186,7 +186,7 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     cache_dir = tmp_path / "cache"
     with monkeypatch.context() as patch:
 
-        def killed(*_: object) -> None:
+        def killed(*_: object):
             raise KeyboardInterrupt
 
         patch.setattr(cache, "fsync_tree", killed)
@@ -222,7 +222,7 @@ def test_only_the_builder_builds_and_all_meet_at_the_barrier(
     cache_dir = tmp_path / "cache"
     arrivals = []
 
-    def builder_meanwhile() -> None:
+    def builder_meanwhile():
         assert not cache_dir.exists()
         build_cache(corpus, tokenizer, cache_dir, barrier=lambda: arrivals.append("builder"))
         forbid_building(monkeypatch)
@@ -253,7 +253,7 @@ def test_of_two_builders_at_once_the_first_wins(
     sync = cache.fsync_tree
     theirs = list[Any]()
 
-    def late(folder: Path) -> None:
+    def late(folder: Path):
         sync(folder)
         if not theirs:
             theirs.append(None)

@@ -172,7 +172,7 @@ def test_what_a_report_says():
 class Letters:
     """A tokenizer with a token a letter, which loses the letters of `lost`."""
 
-    def __init__(self, lost: str = "") -> None:
+    def __init__(self, lost: str = ""):
         self.lost = lost
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:

@@ -173,7 +173,7 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Pla
     assert "train.shuffle_buffer: 7 there, 8 here" in message
 
 
-def job_in_small_batches(argv: list[str]) -> None:
+def job_in_small_batches(argv: list[str]):
     """So that each rank tokenises some."""
     readers.BATCH_CHARACTERS = 2000
     job(argv)

@@ -28,7 +28,7 @@ from tests.helpers.streams import T, documents, source, taken, write
 class Broken:
     """A member that fails as disks and networks do, before record 5."""
 
-    def __init__(self, shard: Any, error: Exception) -> None:
+    def __init__(self, shard: Any, error: Exception):
         self.member = shard
         self.error = error
         self.label = shard.label
@@ -49,7 +49,7 @@ def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: 
 
 
 def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object):
         raise OSError(116, "Stale file handle")
 
     documents_of = DocumentStream("a", load_corpus(write(tmp_path / "shards", "jsonl", documents())))

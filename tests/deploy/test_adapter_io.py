@@ -44,7 +44,7 @@ def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Mak
         assert domains_of(model).names == ("law", "code")
 
 
-def rewritten(folder: Path, **changes: Any) -> None:
+def rewritten(folder: Path, **changes: Any):
     """adapter.json, and with `shape` also the shape of the norm, say something else."""
     opened = Adapter.open(folder)
     squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}

@@ -68,7 +68,7 @@ def by_hand(terms: Sequence[tuple[float, Path]]) -> dict[str, Tensor]:
     return total
 
 
-def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]):
     for key, tensor in tensors.items():
         assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
 

@@ -31,7 +31,7 @@ from tests.helpers.models import tiny_model
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"
 
 
-def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:
+def check(run: FakeRun, output: Path, dtype: torch.dtype):
     """The export, loaded by plain transformers, has every expected value bit for bit, in `dtype`."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     model, info = loaded
@@ -47,7 +47,7 @@ def check(run: FakeRun, output: Path, dtype: torch.dtype) -> None:
     assert len(changed) == len(run.adapter.layers)  # the live squares are in the export and not in the live weights
 
 
-def assert_refused(run: FakeRun, output: Path, words: str, error: type[Exception] = UserError) -> None:
+def assert_refused(run: FakeRun, output: Path, words: str, error: type[Exception] = UserError):
     """Words: a regular expression. Nothing is written."""
     with pytest.raises(error, match=words):
         export_merged(run.checkpoint, output)
@@ -184,13 +184,13 @@ def test_base_that_moved(tmp_path: Path):
 # -- damage and refusals ---------------------------------------------------------------------------------------------
 
 
-def flip_byte(path: Path) -> None:
+def flip_byte(path: Path):
     content = bytearray(path.read_bytes())
     content[-9] ^= 4
     path.write_bytes(content)
 
 
-def shorten(path: Path) -> None:
+def shorten(path: Path):
     os.truncate(path, path.stat().st_size - 30)
 
 

@@ -50,7 +50,7 @@ def decompress(kind: int, z: Tensor, d_out: int) -> Tensor:
 class Fork:
     """An adapter as the fork saves it, and the model that it was trained on."""
 
-    def __init__(self, folder: Path, kind: int, targets: tuple[str, ...], **settings: Any) -> None:
+    def __init__(self, folder: Path, kind: int, targets: tuple[str, ...], **settings: Any):
         self.path = folder / "fork"
         self.path.mkdir()
         self.model = tiny_model().eval()
@@ -77,7 +77,7 @@ class Fork:
 
         return add
 
-    def write(self, **changes: Any) -> None:
+    def write(self, **changes: Any):
         path = self.path / "adapter_config.json"
         known = json.loads(path.read_text()) if path.exists() else {"peft_type": "LORA", "fan_in_fan_out": False}
         path.write_text(json.dumps({**known, **changes}))
@@ -103,7 +103,7 @@ def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path: Path, kind: int
         assert (bare(tokens(2)).logits - expected).abs().max() > 1e-3
 
 
-def assert_refused(fork: Fork, words: str) -> None:
+def assert_refused(fork: Fork, words: str):
     output = fork.path.parent / "adapter"
     with pytest.raises(UserError, match=words):
         convert_fork(fork.path, output)

@@ -41,7 +41,7 @@ def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
         assert exist_ok
         return f"https://hub.test/{repo_id}"
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str):
         shutil.rmtree(folder / repo_id, ignore_errors=True)
         shutil.copytree(folder_path, folder / repo_id)
 
@@ -83,7 +83,7 @@ def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path):
     assert failed.value.__cause__ is None
 
 
-def uploading_job(folder: Path, argv: list[str]) -> None:
+def uploading_job(folder: Path, argv: list[str]):
     """A run that uploads. For `run_ranks`."""
     with uploads_to(folder):
         job(argv)

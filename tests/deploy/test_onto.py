@@ -37,7 +37,7 @@ MORE_TOKENS = 8
 class Update:
     """A run's update of a tiny model: two merged cycles, live matrices, and trained tensors."""
 
-    def __init__(self, folder: Path, family: str, product: bool, **changes: Any) -> None:
+    def __init__(self, folder: Path, family: str, product: bool, **changes: Any):
         """`product`: embeddings and head have a trained product of low rank, instead of trained embeddings."""
         self.folder = folder
         self.base = folder / "base"
@@ -88,7 +88,7 @@ def expected(update: Update, target: Any, scale: float = 1.0) -> dict[str, Tenso
     return total
 
 
-def check(model: Any, exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+def check(model: Any, exact: dict[str, Tensor], dtype: torch.dtype):
     """Each number is that of fp64, up to errors of sums in fp32, rounded to `dtype` once: at most half a step off."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert set(parameters) == set(exact)
@@ -213,7 +213,7 @@ def test_the_command_measures_what_it_would_write(pair: Update, user: Playground
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def assert_refused(update: Update, words: str, target: Path | None = None, **settings: Any) -> None:
+def assert_refused(update: Update, words: str, target: Path | None = None, **settings: Any):
     before = set(update.folder.iterdir())
     with pytest.raises(UserError, match=words):
         export_merged(update.checkpoint, update.folder / "merged", onto=target or update.folder / "target", **settings)
@@ -270,7 +270,7 @@ def test_the_base_itself_other_scales_and_logits_are_refused(pair: Update, tmp_p
 def test_an_export_that_ends_halfway_leaves_nothing(pair: Update, monkeypatch: pytest.MonkeyPatch):
     write = SafetensorsWriter.write
 
-    def full(self: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+    def full(self: SafetensorsWriter, name: str, tensor: Tensor):
         if "layers.1" in name:
             raise OSError(28, os.strerror(28))
         write(self, name, tensor)

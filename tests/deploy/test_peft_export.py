@@ -29,7 +29,7 @@ def loaded(base: Path, adapter: Path) -> Any:
     return model
 
 
-def close(one: torch.Tensor, another: torch.Tensor) -> None:
+def close(one: torch.Tensor, another: torch.Tensor):
     assert (one - another).abs().max() <= 1e-5 * max(1.0, another.abs().max().item())
 
 

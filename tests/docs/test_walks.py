@@ -85,7 +85,7 @@ def lines_that_run(argv: list[str]) -> dict[str, dict[str, int]]:
             ran[happening[-1]][file.removeprefix(package)].add(frame.f_lineno)
         return trace
 
-    def watch(owner: Any, name: str, title: str) -> None:
+    def watch(owner: Any, name: str, title: str):
         function = getattr(owner, name)
 
         @functools.wraps(function)

@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 class Late(Copies):
     """Copies when something waits for them; until then a buffer holds numbers that would be noticed."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.waiting: list[tuple[object, list[tuple[Tensor, Tensor]]]] = []
 
     def start(self, pairs: Any) -> Any:
@@ -51,13 +51,13 @@ class Late(Copies):
         self.waiting.append((ticket, pending))
         return ticket
 
-    def wait(self, ticket: Any) -> None:
+    def wait(self, ticket: Any):
         known = [queued for queued, _ in self.waiting]
         for _, pairs in self.waiting[: known.index(ticket) + 1]:  # a stream copies in order
             super().start(pairs)
         del self.waiting[: known.index(ticket) + 1]
 
-    def finish(self) -> None:
+    def finish(self):
         if self.waiting:
             self.wait(self.waiting[-1][0])
 
@@ -119,14 +119,14 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     return {"losses": losses, "values": values, "frozen": frozen, "sent": counter.base_bytes, "used": used}
 
 
-def change(model: Any) -> None:
+def change(model: Any):
     """As a merge does."""
     if ring := ring_of(model):
         ring.forget()
     layers = mora_layers(model)
     node = node_base_of(model)
 
-    def grow(_: str, layer: Any) -> None:
+    def grow(_: str, layer: Any):
         if base_bits_of(model) != 4:  # which no merge writes
             layer.form(layer.read().float() * 1.5, [])
 
@@ -136,7 +136,7 @@ def change(model: Any) -> None:
 class Seen:
     """Storages that hold the weights of linear layers within decoder layers while these run."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any):
         prefix = next(iter(find_decoder_layers(model))).rpartition(".")[0]
         self.layers = [layer for name, layer in mora_layers(model).items() if name.startswith(prefix)]
         self.storages: set[int] = set()
@@ -148,7 +148,7 @@ class Seen:
         for handle in handles:
             handle.remove()
 
-    def _note(self, layer: Any, *_: Any) -> None:
+    def _note(self, layer: Any, *_: Any):
         self.storages.add(layer.weight.untyped_storage().data_ptr())
 
 

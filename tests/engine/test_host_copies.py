@@ -17,7 +17,7 @@ PAGE = 4096
 class Memory:
     """A tensor of bytes at an address."""
 
-    def __init__(self, start: int, nbytes: int) -> None:
+    def __init__(self, start: int, nbytes: int):
         self.start = start
         self.nbytes = nbytes
 
@@ -64,7 +64,7 @@ def test_a_cpu_copies_at_once():
 class Cuda:
     """Stands for `torch.cuda`: what is called, in order. `answer`: of cudaHostRegister."""
 
-    def __init__(self, answer: int = 0) -> None:
+    def __init__(self, answer: int = 0):
         self.calls = list[Any]()
         self.answer = answer
         self.current = "arithmetic"
@@ -106,10 +106,10 @@ class Cuda:
 
 
 class Target:
-    def __init__(self, cuda: Cuda) -> None:
+    def __init__(self, cuda: Cuda):
         self.cuda = cuda
 
-    def copy_(self, source: Any, non_blocking: bool) -> None:
+    def copy_(self, source: Any, non_blocking: bool):
         self.cuda.calls.append((self.cuda.current, "copy", source, non_blocking))
 
 

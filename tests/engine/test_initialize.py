@@ -82,7 +82,7 @@ def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: py
     """On one node of several: the others would wait for it to join until --collective_timeout_s."""
     joined: list[bool] = []
 
-    def refused() -> None:
+    def refused():
         raise UserError("install gcc")
 
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():

@@ -16,19 +16,19 @@ from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
 
 
 class Coordinator:
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls = list[Any]()
 
-    def trace_prologue(self, module: Any) -> None:
+    def trace_prologue(self, module: Any):
         self.calls.append("trace")
 
     def is_record_trace(self) -> bool:
         return False
 
-    def fetch_sub_module(self, module: Any, forward: bool) -> None:
+    def fetch_sub_module(self, module: Any, forward: bool):
         self.calls.append(("fetch", forward))
 
-    def release_sub_module(self, module: Any, forward: bool) -> None:
+    def release_sub_module(self, module: Any, forward: bool):
         self.calls.append(("release", forward))
 
 

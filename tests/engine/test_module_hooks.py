@@ -110,11 +110,11 @@ def held_at_once(setting: str) -> list[set[str]]:
     def gathered() -> set[str]:
         return {name for name, matrix in matrices.items() if matrix.ds_status.name == "AVAILABLE"}
 
-    def note(module: nn.Module) -> None:
+    def note(module: nn.Module):
         assert any(layers[name] is module for name in gathered())
         gathered_layers.append({name.split(".")[2] for name in gathered()})
 
-    def note_all(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+    def note_all(module: nn.Module, _: Any, output: torch.Tensor):
         note(module)
         if output.requires_grad:
             output.register_hook(lambda _: note(module))
@@ -138,13 +138,13 @@ def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str):
 class Recorder:
     """In place of a layer's gathers: what happens in backward."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls: list[str] = []
 
-    def fetch(self, forward: bool) -> None:
+    def fetch(self, forward: bool):
         self.calls.append(f"fetch {forward}")
 
-    def release(self, forward: bool) -> None:
+    def release(self, forward: bool):
         self.calls.append(f"release {forward}")
 
 

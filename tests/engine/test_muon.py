@@ -82,7 +82,7 @@ def orthogonal_factors(factors: Tensor, d_in: int) -> Tensor:
     return torch.cat([orthogonal(down), orthogonal(up) * (up.shape[1] / len(up)) ** 0.5], dim=1)
 
 
-def without_half_precision() -> None:
+def without_half_precision():
     """DeepSpeed iterates in fp16 where the machine has it: 0.05 learning rates of rounding in three steps, in which a
     real difference might hide. In fp32 equality can be asked for."""
     from deepspeed.runtime.zero.muon import original_muon
@@ -171,7 +171,7 @@ def worst(tensors: list[Tensor], expected: list[Any], unit: float) -> float:
     return max(difference.abs().max().item() for difference in differences) / unit
 
 
-def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
+def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float):
     """A step moves a matrix by one learning rate: an update that is clipped itself, or orthogonalised in parts, is off
     by more than that."""
     for rank in ranks:
@@ -244,7 +244,7 @@ def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
     orthogonalise = engine.optimizer._muon_update_sub_group
     sizes = []
 
-    def counted(group: int, items: list[Any], dtype: torch.dtype) -> None:
+    def counted(group: int, items: list[Any], dtype: torch.dtype):
         sizes.append(len(items))
         orthogonalise(group, items, dtype)
 

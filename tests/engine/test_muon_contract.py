@@ -41,7 +41,7 @@ def test_the_number_of_heads_reaches_the_function_that_is_replaced():
 class Small(nn.Module):
     """A matrix that two processes cannot share evenly, and another parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.square = nn.Parameter(torch.randn(5, 5))
@@ -71,7 +71,7 @@ def plain_engine(stage: int, **zero_settings: Any) -> Any:
     return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
 
 
-def one_step(engine: Any) -> None:
+def one_step(engine: Any):
     engine.backward(engine(torch.linspace(-1, 1, 20).view(4, 5)))
     engine.step()
 

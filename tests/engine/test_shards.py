@@ -65,7 +65,7 @@ def shards_of(folder: Path, common: Layout, shards: list[list[list[Extent]]]) ->
     return EngineShards.of(folder, common, rows)
 
 
-def write(folder: Path, *files: dict[str, Tensor], **more: Any) -> None:
+def write(folder: Path, *files: dict[str, Tensor], **more: Any):
     """The shards of both ranks and their table."""
     folder.mkdir(exist_ok=True)
     for rank, content in enumerate(files or (contents(0), contents(1))):

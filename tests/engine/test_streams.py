@@ -21,16 +21,16 @@ CALLS: list[str] = []
 class Stream:
     """A stream, or an event on one."""
 
-    def __init__(self, *_: Any, name: str = "reductions", **__: Any) -> None:
+    def __init__(self, *_: Any, name: str = "reductions", **__: Any):
         self.name = name
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         CALLS.append(f"the host waits for {self.name}")
 
-    def wait_stream(self, stream: Stream) -> None:
+    def wait_stream(self, stream: Stream):
         CALLS.append(f"{self.name} wait for {stream.name}")
 
-    def record(self) -> None:
+    def record(self):
         pass
 
     def query(self) -> bool:

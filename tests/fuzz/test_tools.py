@@ -19,7 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
     return subjects(tmp_path_factory.mktemp("subjects"))
 
 
-def check(made: list[Subject], seeds: range, scratch: Path) -> None:
+def check(made: list[Subject], seeds: range, scratch: Path):
     failures = fuzz(made, seeds, scratch)
     assert not failures, json.dumps(failures[:5], indent=1)
 

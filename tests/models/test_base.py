@@ -94,13 +94,13 @@ def test_pickled_weights_lead_to_an_own_base(tmp_path: Path):
     verify_against_model(base, mapping_of(model, base), parameters(model), parameters(model))
 
 
-def overwritten(path: Path) -> None:
+def overwritten(path: Path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 0x40
     path.write_bytes(content)
 
 
-def replaced(path: Path) -> None:
+def replaced(path: Path):
     content = path.read_bytes()
     status = path.stat()
     path.unlink()
@@ -108,7 +108,7 @@ def replaced(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def shortened(path: Path) -> None:
+def shortened(path: Path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -217,7 +217,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path):
     before = write_own_base(tiny_model(), folder).fingerprint()
 
     class Tokenizer:
-        def save_pretrained(self, _: Path) -> None:
+        def save_pretrained(self, _: Path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(RunError, match="full"):

@@ -194,7 +194,7 @@ def test_short_documents_are_padded_by_a_quarter_at_most():
 class Largest(TorchDispatchMode):
     """Numbers in the largest tensor that is made while it is entered, backward included."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.numbers = 0
 

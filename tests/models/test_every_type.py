@@ -52,7 +52,7 @@ def small_models() -> Iterator[tuple[str, Any]]:
         yield kind, model
 
 
-def check_merged(model: Any) -> None:
+def check_merged(model: Any):
     """Adapted layers whose matrices get a gradient compute what the model with the updates in its weights computes."""
     adapted = copy.deepcopy(model)
     inject(adapted, MoRAConfig(rank=4))
@@ -70,7 +70,7 @@ def check_merged(model: Any) -> None:
     assert apart < 1e-4, f"merged is {apart:.1e} from live"
 
 
-def check_cast(model: Any, folder: Path) -> None:
+def check_cast(model: Any, folder: Path):
     """Cast on its way to the device or at load: the same tensors and config."""
     model.half().save_pretrained(folder)
     late, early = (loaded_model(folder, torch.bfloat16, cast) for cast in (False, True))

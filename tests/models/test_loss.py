@@ -73,7 +73,7 @@ def gradients(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str
     return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]):
     assert_close(results[0], expected[0], rtol=1e-6, atol=0)
     assert results[1].keys() == expected[1].keys()
     for name, right in expected[1].items():
@@ -225,7 +225,7 @@ class _Engine:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any):
         self.module = model
         self.train = model.train
         self.eval = model.eval
@@ -300,7 +300,7 @@ def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user
 KEPT = ("--max_steps", 6, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
 
 
-def whole(argv: list[str], step: int | None = None) -> None:
+def whole(argv: list[str], step: int | None = None):
     """A run with whole logits, stopped after `step` where one is given. For `run_ranks`."""
     pretrain.is_frozen = lambda head: False  # type: ignore[assignment]  # in this forked rank alone
     job(argv) if step is None else interrupted_job(argv, step)

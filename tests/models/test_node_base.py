@@ -154,7 +154,7 @@ def faults() -> dict[str, str]:
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
 
-    def fail(name: str, item: None) -> None:
+    def fail(name: str, item: None):
         raise RunError(f"no room for {name}")
 
     items = [(name, None) for name in node.layers(model)]
@@ -210,7 +210,7 @@ def test_too_little_memory_for_merges_is_told_at_the_start(user: Playground, tmp
     assert "0.000 GB are left by the memory limit of the job" in message
 
 
-def interrupted_with_private_bases(argv: list[str], step: int) -> None:
+def interrupted_with_private_bases(argv: list[str], step: int):
     """A run on processes that cannot share memory, which stops dead after `step`."""
     with mock.patch.object(Offer, "make", side_effect=OSError("no memory to share")):
         interrupted_job(argv, step)

@@ -36,7 +36,7 @@ def test_the_core(world: int, degree: int):
     compare(world, degree, CORE if world == degree == 2 else CORE[:2])
 
 
-def compare(world: int, degree: int, cases: list[Case]) -> None:
+def compare(world: int, degree: int, cases: list[Case]):
     ranks = run_ranks(world, split_runs, cases, degree, timeout_s=max(240, 40 * len(cases)))
     for index, case in enumerate(cases):
         expected = plain_run(case)

@@ -89,7 +89,7 @@ def test_so_in_every_precision(case: Case, tmp_path: Path):
     compare(case, list(PRECISIONS), tmp_path)
 
 
-def compare(case: Case, dtypes: list[str], folder: Path) -> None:
+def compare(case: Case, dtypes: list[str], folder: Path):
     alone, *_ = run_ranks(1, trained, case, dtypes, 1, str(folder / "alone"))
     ranks = run_ranks(2, trained, case, dtypes, 2, str(folder / "split"))
     for dtype, expected in alone.items():

@@ -134,7 +134,7 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     return results
 
 
-def add_deltas(model: Any, whole: Callable[[Any], Tensor]) -> None:
+def add_deltas(model: Any, whole: Callable[[Any], Tensor]):
     for layer in mora_layers(model).values():
         delta = delta_weight(layer.spec, whole(layer.square))
         layer.weight += delta.T if layer.transposed else delta
@@ -144,7 +144,7 @@ def split_runs(cases: list[Case], size: int) -> list[dict[str, Any]]:
     return [split_run(case, size) for case in cases]
 
 
-def assert_equal_runs(cases: list[Case], ranks: int, size: int) -> None:
+def assert_equal_runs(cases: list[Case], ranks: int, size: int):
     results = run_ranks(ranks, split_runs, cases, size, timeout_s=max(240, 40 * len(cases)))
     for index, case in enumerate(cases):
         expected = plain_run(case)
@@ -153,7 +153,7 @@ def assert_equal_runs(cases: list[Case], ranks: int, size: int) -> None:
             assert_equal_run(actual, expected, case)
 
 
-def assert_equal_run(results: dict[str, Any], expected: dict[str, Any], case: Case) -> None:
+def assert_equal_run(results: dict[str, Any], expected: dict[str, Any], case: Case):
     assert results["losses"] == pytest.approx(expected["losses"], rel=1e-6), case
     assert results["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
     for what, tolerance in (("gradients", 1e-5), ("values", 2e-5), ("base", 1e-5)):

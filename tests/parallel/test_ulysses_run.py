@@ -35,7 +35,7 @@ def one(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6) -> None:
+def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6):
     points = curve(out)
     wanted = curve(expected)
     assert len(points) == len(wanted)
@@ -43,7 +43,7 @@ def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6) -> None:
         assert_close(mine, theirs, rel)
 
 
-def assert_close(results: dict[str, Any], wanted: dict[str, Any], rel: float) -> None:
+def assert_close(results: dict[str, Any], wanted: dict[str, Any], rel: float):
     assert results.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, dict):

@@ -32,7 +32,7 @@ def layers(model: Any) -> dict[str, MoraLinear]:
     return {name: module for name, module in inner.named_modules() if isinstance(module, MoraLinear)}
 
 
-def fill(model: Any, adapter: str, seed: int) -> None:
+def fill(model: Any, adapter: str, seed: int):
     """Matrices that are not zero."""
     for index, layer in enumerate(layers(model).values()):
         square = layer.mora_square[adapter]

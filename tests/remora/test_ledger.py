@@ -27,7 +27,7 @@ from tests.helpers.tables import rows
 BASE = "f" * 64
 
 
-def append(ledger: Ledger, modules: tuple[str, ...] = ("a.q", "a.v")) -> None:
+def append(ledger: Ledger, modules: tuple[str, ...] = ("a.q", "a.v")):
     layers = layers_of(ledger.cycles, modules)
     ledger.append(100 * (ledger.cycles + 1), layers, squares_for(layers, ledger.cycles).items())
 
@@ -98,14 +98,14 @@ def test_what_belongs_to_no_ledger_is_named(folder: Path):
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def flip(folder: Path) -> None:
+def flip(folder: Path):
     path = folder / "cycle-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 16
     path.write_bytes(content)
 
 
-def exchange(folder: Path) -> None:
+def exchange(folder: Path):
     first, second = (folder / f"cycle-0000{i}.safetensors" for i in (0, 2))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -205,7 +205,7 @@ def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pyt
     ledger = Ledger.open(folder)
     before = state(Ledger.open(folder))
 
-    def kill(*_: Any) -> None:
+    def kill(*_: Any):
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -271,7 +271,7 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder: Path, tmp_path: Path
     another = Ledger.create(tmp_path / "other", BASE)
     append(another, ("c.q",))
 
-    def kill(source: Path, target: Path) -> None:
+    def kill(source: Path, target: Path):
         files.link_or_copy(source, target)
         raise Killed
 

@@ -65,7 +65,7 @@ def one_merge_each(folder: str) -> dict[str, dict[str, Any]]:
     return {dtype: merging_run(f"{folder}/{dtype}", dtype, 1) for dtype in ("float32", "bfloat16")}
 
 
-def check_rounding(results: dict[str, Any], folder: Path) -> None:
+def check_rounding(results: dict[str, Any], folder: Path):
     """What bf16 does not take up of a merge."""
     (report,), base, ledger = results["reports"], BaseCheckpoint.open(folder / "base"), Ledger.open(folder / "ledger")
     deltas = check_norms(report, base, ledger)

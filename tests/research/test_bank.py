@@ -40,7 +40,7 @@ class Bench:
     def open(self, **settings: Any) -> AdapterBank:
         return AdapterBank.open(self.folder / "base", self.folder / "bank", **settings)
 
-    def add(self, name: str, config: Any, cycles: int = 0, **more: Any) -> None:
+    def add(self, name: str, config: Any, cycles: int = 0, **more: Any):
         self.updates[name] = self.maker.write(self.folder / "bank" / name, config, cycles, **more)
 
     def merged(self, name: str | None) -> Any:
@@ -62,7 +62,7 @@ def logits(model: Any, ids: Tensor, **more: Any) -> Tensor:
     return model(input_ids=ids, use_cache=False, **more).logits
 
 
-def check_rows(bench: Bench, bank: AdapterBank, names: list[str | None], ids: Tensor) -> None:
+def check_rows(bench: Bench, bank: AdapterBank, names: list[str | None], ids: Tensor):
     """Each row is its adapter's, and no two adapters' are alike."""
     with bank.use(names):
         mixed = logits(bank.model, ids)

@@ -115,7 +115,7 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: st
         assert shared[name].abs().max() > 1e-3
 
 
-def assert_close(gradient: Any, expected: torch.Tensor, domain: int | None = None) -> None:
+def assert_close(gradient: Any, expected: torch.Tensor, domain: int | None = None):
     """To within a few millionths of the largest element. `domain`: the index of the one that is meant."""
     if domain is not None:
         gradient = gradient[domain]
@@ -161,7 +161,7 @@ class Wrapped:
 
     device = "cpu"
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any):
         self.module = module
         self.eval = module.eval
         self.train = module.train
@@ -191,7 +191,7 @@ def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path):
     maker.write(tmp_path / "other", MoRAConfig(rank=4), domains=("cooking",))
     maker.write(tmp_path / "norm", MoRAConfig(rank=4), trained={"model.norm.weight": torch.ones(32)})
 
-    def open_for(freeze: str, name: str, names: tuple[str, ...] = NAMES) -> None:
+    def open_for(freeze: str, name: str, names: tuple[str, ...] = NAMES):
         model = model_with_mora(domains=names, freeze=freeze)
         open_initial(tmp_path / name, model, maker.reference.fingerprint)
 
@@ -278,7 +278,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert "['new', 'old'] there, ['new', 'older'] here" in message
 
 
-def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path) -> None:
+def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"`domain`: name a domain; there are the domains new, old, and shared"):
         export_merged(out, tmp_path / "never")
     with pytest.raises(UserError, match=r"`domain` nwe: there are the domains new, old.* Did you mean 'new'"):

@@ -22,7 +22,7 @@ class Left(BaseException):
 def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """How long each error was held back."""
 
-    def leave(code: int) -> None:
+    def leave(code: int):
         raise Left(code)
 
     waits: list[float] = []
@@ -38,7 +38,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def code_of(error: BaseException) -> Any:
-    def main() -> None:
+    def main():
         raise error
 
     with pytest.raises(Left) as left:
@@ -121,7 +121,7 @@ def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
 ):
     """Python raises in the main thread when the collective has returned, which is when its failure is handled."""
 
-    def uninstall() -> None:
+    def uninstall():
         raise Stopped("stopped by SIGTERM with nothing to save")
 
     monkeypatch.setattr(signals, "uninstall", uninstall)

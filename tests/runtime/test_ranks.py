@@ -12,7 +12,7 @@ from mora_ds.runtime.ranks import Ranks, _named
 from tests.helpers.gloo import run_ranks
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception):
     raise error
 
 
@@ -30,7 +30,7 @@ def meetings(rank: int) -> dict[str, str]:
     is_odd = dist.get_rank() == rank
     odd = f"of rank {rank}"
 
-    def between() -> None:
+    def between():
         try:
             if is_odd:
                 raise UserError(odd)
@@ -39,7 +39,7 @@ def meetings(rank: int) -> dict[str, str]:
             ranks.leave(error)
             raise
 
-    def nested() -> None:
+    def nested():
         """A check inside of a check, as the token cache has."""
         ranks.agree("outer", lambda: fail(UserError(odd)) if is_odd else ranks.barrier("inner"))
 

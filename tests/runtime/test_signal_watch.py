@@ -14,8 +14,8 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def leaving(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(code: int) -> None:
+def leaving(monkeypatch: pytest.MonkeyPatch):
+    def leave(code: int):
         raise Left(code)
 
     monkeypatch.setattr(signals.os, "_exit", leave)

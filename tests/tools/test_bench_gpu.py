@@ -24,7 +24,7 @@ def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, l
     return {question: content["tables"][question][1:] for question, content in contents.items()}
 
 
-def check(results: dict[str, Any], waits: str) -> None:
+def check(results: dict[str, Any], waits: str):
     for name, dtype, _, *errors, merge in results["operators"]:
         assert merge == "same bits", name
         assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)

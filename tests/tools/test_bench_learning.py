@@ -85,7 +85,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The settings of all runs. The runs are pretended: 0.01 is the best learning rate."""
     ran: list[dict[str, Any]] = []
 
-    def pretend(settings: dict[str, Any], log: Path) -> None:
+    def pretend(settings: dict[str, Any], log: Path):
         folder = Path(settings["output_dir"])
         folder.mkdir()
         ran.append(settings)
@@ -145,7 +145,7 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(user: Playground, tmp_path:
     runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
     assert runs[:5] == [("lora", 3e-3, 1), ("lora", 1e-2, 1), ("lora", 1e-2, 2), ("lora", 1e-2, 3), ("lora", 3e-2, 1)]
 
-    def refused(message: str, *flags: object, **changes: Path) -> None:
+    def refused(message: str, *flags: object, **changes: Path):
         with pytest.raises(UserError, match=f"--with .*first.json: {re.escape(message)}"):
             call("bench/learning", *texts(replace(user, **changes)), *more, "--methods", "none", *flags)
 

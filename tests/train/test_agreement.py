@@ -145,7 +145,7 @@ def checks_of(argv: list[str]) -> list[str]:
     """The checks of a start, in order; nothing is trained."""
     names: list[str] = []
 
-    def begin(*_: Any) -> None:
+    def begin(*_: Any):
         raise Begun
 
     with before_meetings(lambda number, check: names.append(str(check))), pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,7 @@ def walk(argv: list[str], numbers: list[int], failing: int) -> list[tuple[str, s
     """The errors of this rank where rank `failing` fails before the check of each number."""
 
     def act_at(wanted: int) -> Callable[[int, str | None], None]:
-        def act(number: int, check: str | None) -> None:
+        def act(number: int, check: str | None):
             if dist.get_rank() == failing and number == wanted:
                 raise UserError(f"injected before {number}")
 
@@ -172,14 +172,14 @@ def walk(argv: list[str], numbers: list[int], failing: int) -> list[tuple[str, s
     return results
 
 
-def assert_all_fail(world: int, argv: list[str], numbers: list[int], failing: int) -> None:
+def assert_all_fail(world: int, argv: list[str], numbers: list[int], failing: int):
     results = run_ranks(world, walk, argv, numbers, failing, timeout_s=900)
     where = "" if failing == 0 else f"rank {failing}: "
     for result in results:
         assert result == [("UserError", f"{where}injected before {number}") for number in numbers]
 
 
-def assert_all_fail_at_each(world: int, argv: list[str], healthy: Path, failing: int) -> None:
+def assert_all_fail_at_each(world: int, argv: list[str], healthy: Path, failing: int):
     """At each check that the same start, in the folder `healthy`, comes to."""
     names = run_ranks(world, checks_of, [*argv, "--output_dir", str(healthy)])[0]
     assert len(names) >= 20

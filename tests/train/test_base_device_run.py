@@ -39,7 +39,7 @@ def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
     rings: list[BaseRing] = []
     original = BaseRing.__init__
 
-    def noted(ring: BaseRing, *args: Any) -> None:
+    def noted(ring: BaseRing, *args: Any):
         original(ring, *args)
         rings.append(ring)
 

@@ -22,7 +22,7 @@ def disturbed_job(argv: list[str], model: Path, change: Callable[[Path], object]
     return refused(argv)
 
 
-def overwrite(weights: Path, word: int) -> None:
+def overwrite(weights: Path, word: int):
     """The last 4,096 numbers become `word`."""
     with weights.open("r+b") as file:
         file.seek(-4096 * 4, 2)

@@ -125,7 +125,7 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
     assert last_state(out).finished
 
 
-def interrupted(argv: list[str], error: Exception) -> None:
+def interrupted(argv: list[str], error: Exception):
     """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step 3. For `run_ranks`."""
     with mock.patch.object(Evaluator, "evaluate", side_effect=[{}, error, error, error]):
         interrupted_job(argv, 3)
@@ -221,7 +221,7 @@ def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path,
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 
-def ended_within(argv: list[str], target: type, method: str, call: int) -> None:
+def ended_within(argv: list[str], target: type, method: str, call: int):
     """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
     with failing_calls(target, method, KeyboardInterrupt(), (call,)), pytest.raises(KeyboardInterrupt):
         program.pretrain(parse(argv))
@@ -264,10 +264,10 @@ class Broken:
 
     run_id = "id"
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any):
         return None
 
-    def log(self, *arguments: Any) -> None:
+    def log(self, *arguments: Any):
         raise OSError("the service is gone")
 
     summary = close = log

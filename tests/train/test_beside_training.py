@@ -58,11 +58,11 @@ def kinds_of_passes(argv: list[str]) -> Counter[tuple[bool, bool, bool]]:
     kinds: Counter[tuple[bool, bool, bool]] = Counter()
     real = ResearchHooks.injected
 
-    def injected(hooks: ResearchHooks, model: nn.Module, config: Any) -> None:
+    def injected(hooks: ResearchHooks, model: nn.Module, config: Any):
         real(hooks, model, config)
         hooks.domains.set(["new"] * 7)
 
-    def note(module: nn.Module, inputs: object) -> None:
+    def note(module: nn.Module, inputs: object):
         if isinstance(module, LlamaForCausalLM):
             domains = domains_of(module)
             is_reset = domains._choice is None or domains._same_for_all

@@ -78,13 +78,13 @@ def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
 class Log:
     """What an evaluation logs, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.rows: list[Any] = []
 
-    def evaluation(self, step: int, perplexities: dict[str, float], before: dict[str, float]) -> None:
+    def evaluation(self, step: int, perplexities: dict[str, float], before: dict[str, float]):
         self.rows.append((step, dict(perplexities), dict(before)))
 
-    def tasks(self, step: int, results: dict[str, dict[str, float]]) -> None:
+    def tasks(self, step: int, results: dict[str, dict[str, float]]):
         self.rows.append((step, results))
 
 
@@ -98,7 +98,7 @@ class Reading(Hooks):
 class Model:
     """Stands for the replica, whose mean loss is `nll`, and for the tasks, whose score is `score`."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.nll = 1.0
         self.score = 0.5
         self.read_as: list[str | None] = []
@@ -126,7 +126,7 @@ def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None,
     return evaluation
 
 
-def at(evaluator: Any, step: int, nll: float, score: float = 0.5) -> None:
+def at(evaluator: Any, step: int, nll: float, score: float = 0.5):
     evaluator.state.step = step
     evaluator.replica.nll = nll
     evaluator.replica.score = score
@@ -195,7 +195,7 @@ def test_a_run_that_leaves_before_its_tasks_has_logged_nothing_of_the_evaluation
     """It is made again when the run resumes, at the same step."""
     evaluation = evaluator({})
 
-    def leave() -> None:
+    def leave():
         raise Stopped("stopped")
 
     evaluation.state.evaluation_pending = True

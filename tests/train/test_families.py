@@ -54,7 +54,7 @@ def adapter(family: str) -> MoRAConfig:
     return MoRAConfig(rank=4, operator=operator, target_modules=targets, **ALSO_TRAINED.get(family, {}))
 
 
-def write_model(family: str, folder: Path) -> None:
+def write_model(family: str, folder: Path):
     """With norms and biases that are not at the ones and zeros they start from."""
     model = tiny_model(family)
     for parameter in model.parameters():

@@ -29,7 +29,7 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
     counts: list[dict[str, int]] = []
     original = Trainer.train_step
 
-    def step(trainer: Trainer) -> None:
+    def step(trainer: Trainer):
         if trainer.state.step == 0:
             original(trainer)
             return

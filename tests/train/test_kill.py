@@ -39,7 +39,7 @@ def whole_of(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Whol
     return whole
 
 
-def prepare(out: Path, whole: Path, start: Start) -> None:
+def prepare(out: Path, whole: Path, start: Start):
     if start in (Start.FINISHED, Start.UNNAMED):
         shutil.copytree(whole, out, symlinks=True)
     if start is Start.UNNAMED:
@@ -57,7 +57,7 @@ def prepare(out: Path, whole: Path, start: Start) -> None:
 
 def kill_and_run_again(
     user: Playground, tmp_path: Path, whole: Path, moment: str, victims: list[int], ranks: int, precision: str
-) -> None:
+):
     out = tmp_path / "out"
     cache = tmp_path / "cache"
     start = MOMENTS[moment].start

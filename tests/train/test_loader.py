@@ -17,7 +17,7 @@ T = 4
 class Data:
     """Rows whose tokens are the numbers of their samples; `fails_at` a batch."""
 
-    def __init__(self, fails_at: int = -1) -> None:
+    def __init__(self, fails_at: int = -1):
         self.fails_at, self.threads = fails_at, list[str]()
 
     def batch(self, step: int, size: int, rows: slice) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def test_an_error_is_raised_when_its_batch_is_taken():
 class Stream(StreamMixture):
     """A stream that processes read together is read by the main thread, after the work of a step is queued."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.names, self.data = ["one"], Data()
 
     def batch(self, step: int, size: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:

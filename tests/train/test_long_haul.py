@@ -38,7 +38,7 @@ def watched_job(argv: list[str]) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
     after_step = Trainer._after_step
 
-    def look(trainer: Trainer) -> None:
+    def look(trainer: Trainer):
         after_step(trainer)
         if trainer.state.step % LOOK_EVERY == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -50,7 +50,7 @@ def watched_job(argv: list[str]) -> list[tuple[int, int, int]]:
     return seen
 
 
-def assert_flat(seen: list[tuple[int, int, int]], rank: int) -> None:
+def assert_flat(seen: list[tuple[int, int, int]], rank: int):
     """The last tenth against the second one, when every buffer has its size: the most memory, and the fewest
     descriptors, as another thread may have a file open at the moment of a look."""
     tenth = len(seen) // 10

@@ -123,7 +123,7 @@ def test_what_is_no_number_is_null(tmp_path: Path):
     assert plain_json({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
 
 
-def write_rows(path: Path, steps: list[int], tail: str = "") -> None:
+def write_rows(path: Path, steps: list[int], tail: str = ""):
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail, encoding="utf-8")
 
 
@@ -177,20 +177,20 @@ def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path):
 class Recorder:
     """A tracker, and a progress bar, that remember what they were given."""
 
-    def __init__(self, initial: int = 0, **_: object) -> None:
+    def __init__(self, initial: int = 0, **_: object):
         self.began_at = self.n = initial
         self.calls: list[Any] = []
 
-    def log(self, numbers: Any, step: int) -> None:
+    def log(self, numbers: Any, step: int):
         self.calls.append((dict(numbers), step))
 
-    def summary(self, facts: Any) -> None:
+    def summary(self, facts: Any):
         self.calls.append(facts)
 
-    def update(self, steps: int) -> None:
+    def update(self, steps: int):
         self.n += steps
 
-    def close(self) -> None:
+    def close(self):
         self.calls.append("closed")
 
 
@@ -250,7 +250,7 @@ def test_a_full_disk_in_tensorboards_thread_is_the_error_of_a_full_disk(
 ):
     log = MetricsLog(tmp_path, 100, enabled=True)
 
-    def write(self: object, *data: bytes) -> None:
+    def write(self: object, *data: bytes):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for method in ("write", "flush"):

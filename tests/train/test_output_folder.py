@@ -41,7 +41,7 @@ def a_run(folder: Path, *more: str) -> Path:
     return folder
 
 
-def prepared(folder: Path, overwrite: bool, resume: bool, exports: bool = False) -> None:
+def prepared(folder: Path, overwrite: bool, resume: bool, exports: bool = False):
     """A start-up that is given up where it is refused."""
     try:
         reserve(folder).prepare(overwrite, resume, exports)
@@ -50,13 +50,13 @@ def prepared(folder: Path, overwrite: bool, resume: bool, exports: bool = False)
         raise
 
 
-def put(folder: Path, name: str, text: str) -> None:
+def put(folder: Path, name: str, text: str):
     path = folder / name / "file" if name in FOLDERS else folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
-def forget(folder: Path) -> None:
+def forget(folder: Path):
     """As if the process had ended."""
     output_folder._open.pop(folder.resolve(), None)
     output_folder._locks.pop(folder.resolve(), None)
@@ -120,7 +120,7 @@ def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, na
         prepared(out, overwrite, not overwrite)
 
 
-def killed(folder: Path, work: Callable[[], None]) -> None:
+def killed(folder: Path, work: Callable[[], None]):
     """A start-up that ends there without a word, and the next one's repair."""
     work()
     forget(folder)
@@ -134,7 +134,7 @@ def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overw
     put(out, "merged", "the user's, made from a checkpoint of a run that exports nothing")
     before = snapshot(out)
 
-    def start() -> None:
+    def start():
         reserve(out).prepare(overwrite, not overwrite)
         (out / "tokenizer" / "file").unlink(missing_ok=True)
         put(out, "tokenizer", "new")
@@ -146,7 +146,7 @@ def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overw
 def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
 
-    def start() -> None:
+    def start():
         reserve(tmp_path).prepare(False, True)
         put(tmp_path, "base", "new")
 

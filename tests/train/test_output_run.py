@@ -112,12 +112,12 @@ def test_every_rank_holds_the_folder_while_it_may_write(user: Playground, tmp_pa
 def demo_refused(argv: list[str]) -> str:
     """The message with which the demo is refused at the start of its main job. For `run_ranks`."""
 
-    def write_inputs(paths: demo.DemoPaths, seed: int) -> None:
+    def write_inputs(paths: demo.DemoPaths, seed: int):
         for folder in (paths.corpus, paths.warm):
             folder.mkdir(parents=True)
             (folder / "file").write_text("new")
 
-    def refuse(arguments: Any) -> None:
+    def refuse(arguments: Any):
         raise UserError("--eval_files: no file")
 
     demo.write_inputs = write_inputs

@@ -46,7 +46,7 @@ def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:
     return [(row["step"], row["eval"]) for row in rows(out) if "eval" in row]
 
 
-def assert_close_evals(one: Path, reference: Path) -> None:
+def assert_close_evals(one: Path, reference: Path):
     for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(reference), strict=True):
         assert step == expected_step
         assert perplexity == pytest.approx(expected, rel=1e-5)
@@ -233,7 +233,7 @@ def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Pa
 # -- as users call it ----------------------------------------------------------------------------------------------
 
 
-def assert_fit_for_reading(done: subprocess.CompletedProcess[str]) -> None:
+def assert_fit_for_reading(done: subprocess.CompletedProcess[str]):
     """The run of the recipe below: what a person reads before its first step and after its last, no bar in a file, and
     no line that a terminal would break."""
     before, _, after = done.stdout.partition("step 4/4")

@@ -67,7 +67,7 @@ def quantized(model: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 # -- merges in loops of a user's own ----------------------------------------------------------------------------------
 
 
-def assert_rounded_once(layers: dict[str, tuple[Tensor, Tensor]], base: BaseCheckpoint, ledger: Ledger | None) -> None:
+def assert_rounded_once(layers: dict[str, tuple[Tensor, Tensor]], base: BaseCheckpoint, ledger: Ledger | None):
     for name, (values, scales) in layers.items():
         updates = [] if ledger is None else ledger.squares_of(name)
         exact = quantize(live_weight(base.read(f"{name}.weight"), updates, False, torch.float32))
@@ -313,7 +313,7 @@ def test_a_dry_run_says_it(user: Playground, bits: int):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def refused_by_the_plugin(folder: Path, bits: int) -> None:
+def refused_by_the_plugin(folder: Path, bits: int):
     """For `run_ranks`."""
     config = replace(SHARE, base_bits=bits)
     models = [tiny_model("llama"), tiny_model("llama")]

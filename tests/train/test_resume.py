@@ -73,7 +73,7 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, copied: Path
     assert_same_run(copied, whole)
 
 
-def stopped_at_once(argv: list[str]) -> None:
+def stopped_at_once(argv: list[str]):
     """A run that is asked to stop from the start. For `run_ranks`."""
     with mock.patch.object(signals, "requested", lambda: True), pytest.raises(Stopped):
         program.pretrain(parse(argv))

@@ -127,7 +127,7 @@ Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausa
 """
 
 
-def assert_refused(calls: str, scope: Any, **objects: Any) -> None:
+def assert_refused(calls: str, scope: Any, **objects: Any):
     """Of each row's function, found in `scope`, with its arguments: the message begins so. An argument that is the name
     of one of `objects` is that one."""
     for function, settings, message in rows(calls):
@@ -153,12 +153,12 @@ def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
     return engine, run
 
 
-def micro_step(engine: Any, seed: int) -> None:
+def micro_step(engine: Any, seed: int):
     engine.backward(causal_loss(engine, tokens(2, seed=seed)))
     engine.step()
 
 
-def wrong_calls(folder: str) -> None:
+def wrong_calls(folder: str):
     engine, run = started(folder, 3)
     with untouched(Path("out")):
         scope = SimpleNamespace(merge=run.merge, save=run.save, Run=mora_ds.Run, initialize=mora_ds.initialize)
@@ -215,7 +215,7 @@ def test_a_scheduler_that_json_would_change_is_refused():
         _scheduler_state(MultiStepLR(optimizer, [2, 4]))
 
 
-def calls_within_a_step(folder: str, stage: int) -> None:
+def calls_within_a_step(folder: str, stage: int):
     engine, run = started(folder, stage)
     with untouched(Path("out")):
         for number in range(2):

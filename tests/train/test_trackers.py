@@ -31,24 +31,24 @@ class StandIn:
     fails_at = 10**9
     error: type = ConnectionError
 
-    def __init__(self, run_name: str, config: dict[str, Any], folder: Path, run_id: str | None) -> None:
+    def __init__(self, run_name: str, config: dict[str, Any], folder: Path, run_id: str | None):
         self.calls: list[Any] = []
         self.run_id = run_id or f"id-{len(self.made)}"
         self.made.append(self)
         self._note(("start", run_name, run_id))
 
-    def _note(self, call: Any) -> None:
+    def _note(self, call: Any):
         if len(self.calls) >= self.fails_at:
             raise self.error("no route to host")
         self.calls.append(call)
 
-    def log(self, numbers: dict[str, float], step: int) -> None:
+    def log(self, numbers: dict[str, float], step: int):
         self._note((step, numbers))
 
-    def summary(self, facts: dict[str, Any]) -> None:
+    def summary(self, facts: dict[str, Any]):
         self._note(facts)
 
-    def close(self) -> None:
+    def close(self):
         self._note("close")
 
 
@@ -59,7 +59,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     return service
 
 
-def logged(folder: Path, start_step: int = 0) -> None:
+def logged(folder: Path, start_step: int = 0):
     """What a run reports after one step and a merge."""
     trackers = partial(start_trackers, ["wandb"], "run", CONFIG, folder)
     log = MetricsLog(folder, 9, True, start_step, trackers)
@@ -201,7 +201,7 @@ def test_services_are_called_as_their_packages_want_it(
     assert known == {"wandb": "w1", "mlflow": "m1"}
 
 
-def offline(argv: list[str], root: str) -> None:
+def offline(argv: list[str], root: str):
     """A run with every service, offline, on this rank."""
     os.environ.update(WANDB_MODE="offline", MLFLOW_TRACKING_URI=f"file:{root}/mlflow")
     os.environ.update(WANDB_PROJECT="tests", WANDB_TAGS="tiny", MLFLOW_EXPERIMENT_NAME="tests")

@@ -73,11 +73,11 @@ def codes_of(processes: list[subprocess.Popen[str]], folder: Path, within_s: flo
         pytest.fail(f"a node goes on after {within_s} s:\n{told(folder)}")
 
 
-def finish(processes: list[subprocess.Popen[str]], folder: Path) -> None:
+def finish(processes: list[subprocess.Popen[str]], folder: Path):
     assert codes_of(processes, folder, within_s=200) == [0, 0], told(folder)
 
 
-def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path) -> None:
+def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path):
     """A run that has lost a node must not wait for its half hour."""
     began = time.monotonic()
     codes = codes_of(processes, folder, within_s=90)

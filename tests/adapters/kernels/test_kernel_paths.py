@@ -97,7 +97,7 @@ def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind):
             check_formed(spec)
 
 
-def check_formed(spec: OperatorSpec) -> None:
+def check_formed(spec: OperatorSpec):
     square = random(spec.r_hat, spec.r_hat).float()
     weight = random(spec.d_out, spec.d_in, seed=1).float()
     formed = form_weight(weight, square, KernelTables(spec, CPU))
@@ -157,7 +157,7 @@ def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeyp
 class Kernels(TorchDispatchMode):
     """Counts the operations that start a kernel: all but views and allocations."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.started: Counter[str] = Counter()
 

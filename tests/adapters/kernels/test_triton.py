@@ -62,7 +62,7 @@ def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu():
 # -- machine code -----------------------------------------------------------------------------------------------------
 
 
-def check_code(name: str, launch: Launch, capability: int) -> None:
+def check_code(name: str, launch: Launch, capability: int):
     code = compile_launch(launch, capability)
     threads = 32 * launch.options["num_warps"]
     assert code.stack == code.local == 0, f"{name} spills registers: {code.stack} bytes"

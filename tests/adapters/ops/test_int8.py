@@ -97,7 +97,7 @@ def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pyte
 class Casting(nn.Module):
     """Casts its input to the dtype of a weight, as Falcon Mamba's head does."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.proj = nn.Linear(8, 8)
 
