@@ -85,7 +85,7 @@ EFFECTS = (
         "decay_ratio",
     ),
     Effect(
-        "a model that is named (--model_name_or_path)",
+        "a model that is named (--model_name_or_path, --model_config)",
         lambda run: run.model.is_named,
         "rope_scaling",
     ),

@@ -10,6 +10,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import Arguments, dump, from_flat, parse
 from mora_ds.config.effects import EFFECTS, idle_settings
 from mora_ds.config.validate import validate
+from tests.helpers.tables import rows
 
 RUN = ("--model_name_or_path", "m", "--train_files", "a.txt")
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
@@ -67,6 +68,7 @@ max_eval_batches: 3             | held_out_share: 0.1
 shuffle_buffer: 5               | streaming: true, max_steps: 9
 best_by: ["b:1"]                | eval_files: [b.txt], eval_steps: 2
 eval_tasks_steps: 2             | eval_tasks: [hellaswag], eval_steps: 2
+rope_scaling: '{"rope_type": "linear", "factor": 2}' | model_name_or_path: null, model_config: c.json, tokenizer_name: t
 """
 
 
@@ -104,16 +106,21 @@ def test_a_setting_with_an_effect_is_taken(setting: str, beside: str):
     validate(arguments_of(setting, beside))
 
 
-def test_the_message_says_what_the_setting_is_for():
-    with pytest.raises(UserError) as refusal:
-        validate(parse([*RUN, "--lora_alpha", "16"]))
-    assert str(refusal.value) == ("--lora_alpha is for LoRA (--adapter lora), and has no effect here: leave it out")
+MESSAGES = """
+--model_name_or_path m --train_files a.txt --lora_alpha 16 | --lora_alpha is for LoRA (--adapter lora), \
+and has no effect here: leave it out
+--rope_scaling {"rope_type":"linear","factor":2} | --rope_scaling is for a model that is named \
+(--model_name_or_path, --model_config), and has no effect here: leave it out
+# a mistake in the value comes first
+--model_name_or_path m --train_files a.txt --decay_ratio -1 | --decay_ratio must be above 0 and at most 1, got -1.0
+"""
 
 
-def test_mistakes_in_values_come_first():
+@pytest.mark.parametrize("flags, message", rows(MESSAGES))
+def test_the_message_says_what_a_setting_is_for(flags: str, message: str):
     with pytest.raises(UserError) as refusal:
-        validate(parse([*RUN, "--decay_ratio", "-1"]))
-    assert str(refusal.value) == "--decay_ratio must be above 0 and at most 1, got -1.0"
+        validate(parse(flags.split()))
+    assert str(refusal.value) == message
 
 
 def test_flags_may_leave_keys_of_a_recipe_without_effect():
