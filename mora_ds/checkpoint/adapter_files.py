@@ -48,6 +48,7 @@ from mora_ds.common.files import (
 )
 from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
+from mora_ds.models.rope import check_changes
 from mora_ds.models.tensor_files import (
     Tensors,
     compute_dtype,
@@ -313,6 +314,10 @@ class BaseReference:
     """Compute dtype that the base is cast to when it is loaded."""
     config_changes: JsonObject = field(default_factory=dict)
     """Settings of the text config that the live model has, and not the base's config.json (`models.rope`)."""
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` as `check_changes` does: what is refused when it is read is not written either."""
+        check_changes(self.config_changes)
 
     def write(self, folder: Path) -> None:
         """Writes base.json atomically."""

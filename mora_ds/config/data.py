@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, refusal, wrong_values
+from mora_ds.common.rope import rope_settings
 from mora_ds.config.flags import documented
-from mora_ds.config.rope import rope_settings
 
 
 @dataclass(frozen=True)

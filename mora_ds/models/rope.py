@@ -11,18 +11,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mora_ds.common.errors import UserError, reason
+from mora_ds.common.errors import COUNT, UserError, reason
+from mora_ds.common.rope import FLAG, check_settings
+from mora_ds.common.untrusted import shown, typed
 
-FLAG = "--rope_scaling"
 _PARAMETERS = "rope_parameters"
 _LONGEST = "max_position_embeddings"
 _ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """{name: value} of the text config of a model that is to compute with `settings` (`config.rope.rope_settings`).
+    """{name: value} of the text config of a model that is to compute with `settings` (`common.rope.rope_settings`).
 
     Raises `UserError` for a model without rotary embeddings, and for one whose kinds of layers have their own.
     """
@@ -41,8 +42,7 @@ def rope_changes(config: Any, settings: Mapping[str, Any] | None) -> dict[str, A
 
 def changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """`config` itself, in which the text config has the `changes`."""
-    for name, value in changes.items():
-        setattr(config.get_text_config(), name, copy.deepcopy(value))
+    config.get_text_config().update(copy.deepcopy(changes))
     return config
 
 
@@ -78,10 +78,23 @@ def changes_of(config: Any, folder: Path) -> dict[str, Any]:
     return {name: live[name] for name in (_PARAMETERS, _LONGEST) if live.get(name) != stored.get(name)}
 
 
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Raise `UserError` for anything that `rope_changes` cannot have returned: a base.json may come from anybody, and
+    must not set other attributes of a config, such as auto_map, which names code."""
+    for name, value in changes.items():
+        where = f"config_changes: {name}"
+        if name == _PARAMETERS:
+            check_settings(value, where, is_of_config=True)
+        elif name == _LONGEST:
+            typed(Annotated[int, COUNT], value, where)
+        else:
+            raise UserError(f"config_changes: unknown key {shown(name)}")
+
+
 def change_file(content: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Make the `changes` in the `content` of a base's config.json."""
     text = content.get("text_config", content)
     text.update(changes)
-    if _PARAMETERS in changes:  # under the names of transformers 4 too, which servers read
-        text["rope_scaling"] = changes[_PARAMETERS]
-        text["rope_theta"] = changes[_PARAMETERS]["rope_theta"]
+    if parameters := changes.get(_PARAMETERS):  # under the names of transformers 4 too, which servers read
+        text["rope_scaling"] = parameters
+        text["rope_theta"] = parameters["rope_theta"]

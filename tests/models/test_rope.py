@@ -14,7 +14,7 @@ import mora_ds
 from mora_ds.checkpoint.adapter_files import BaseReference
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_json_atomic
-from mora_ds.config.rope import rope_settings
+from mora_ds.common.rope import rope_settings
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models import rope
@@ -22,6 +22,7 @@ from mora_ds.models.load import folder_config, load_model
 from tests.helpers.jobs import Playground, assert_close_losses, losses, refusal, run
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.resume import MERGING
+from tests.helpers.tables import rows
 
 YARN = '{"rope_type": "yarn", "factor": 4.0}'
 SETTINGS = {
@@ -55,6 +56,7 @@ def test_logits_are_those_of_transformers_own_model(family: str, text: str, long
     assert torch.equal(model(ids).logits, theirs(ids).logits)
     assert not torch.equal(model(ids).logits, plain(ids).logits)
     assert rope.longest_row(model.config) == longest
+    assert rope.changes_of(model.config, tmp_path) == changes  # none of which a reader of base.json refuses
 
 
 def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path: Path):
@@ -68,15 +70,19 @@ def test_a_config_that_is_changed_after_loading_changes_nothing(tmp_path: Path):
     assert not torch.equal(model.model.rotary_emb.inv_freq, before)
 
 
-@pytest.mark.parametrize("family, words", [
-    ("gpt2", "a gpt2 model has no rotary embeddings that are one for all layers"),
-    ("gemma3_text", "a gemma3_text model has no rotary embeddings that are one for all layers"),
-    ("phi3", "a phi3 model cannot have these: `rope_parameters`'s type field must be one of ['longrope'], got yarn"),
-])  # fmt: skip
+OF_OTHERS = """
+gpt2 | --rope_scaling: a gpt2 model has no rotary embeddings that are one for all layers
+gemma3_text | --rope_scaling: a gemma3_text model has no rotary embeddings that are one for all layers
+phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type field must be one of
+"""
+
+
+@pytest.mark.parametrize("family, words", rows(OF_OTHERS))
 def test_a_family_that_ignores_it_is_named(user: Playground, tmp_path: Path, family: str, words: str):
     tiny_model(family).save_pretrained(tmp_path / family)
-    flags = ("--model_name_or_path", tmp_path / family, "--tokenizer_name", user.model, "--rope_scaling", YARN)
-    assert f"--rope_scaling: {words}" in refusal(user.flags(tmp_path / "out", *map(str, flags)))
+    model = str(tmp_path / family)
+    flags = ("--model_name_or_path", model, "--tokenizer_name", str(user.model), "--rope_scaling", YARN)
+    assert words in refusal(user.flags(tmp_path / "out", *flags))
 
 
 @pytest.mark.parametrize("form", ["of transformers 5", "of transformers 4"])
@@ -144,24 +150,27 @@ def test_rows_that_are_split_over_ranks_are_scaled_alike(user: Playground, tmp_p
     assert_close_losses(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"rope_type": "yarm", "factor": 2}', "unknown rope_type in --rope_scaling 'yarm'; known: default, linear"),
-    ("[1]", "unknown rope_type in --rope_scaling"),
-    ("{", "--rope_scaling is damaged"),
-    ('{"factor": 2}', "unknown rope_type in --rope_scaling 'None'"),
-    ('{"rope_type": "yarn"}', "--rope_scaling: rope_type yarn needs the key factor"),
-    ('{"rope_type": "default"}', "--rope_scaling: rope_type default needs the key rope_theta"),
-    ('{"rope_type": "llama3", "factor": 2, "high_freq_factor": 4}', "llama3 needs the key low_freq_factor"),
-    ('{"rope_type": "linear", "factor": 2, "beta_fast": 1}', "rope_type linear has no key 'beta_fast'"),
-    ('{"rope_type": "yarn", "factor": 2, "beta_fats": 1}', "no key 'beta_fats'. Did you mean 'beta_fast'?"),
-    ('{"rope_type": "linear", "factor": 0.5}', "--rope_scaling: factor must be at least 1, got 0.5"),
-    ('{"rope_type": "linear", "factor": NaN}', "--rope_scaling: factor must be at least 1"),
-    ('{"rope_type": "linear", "factor": true}', "--rope_scaling: factor must be a number, got True"),
-    ('{"rope_type": "linear", "factor": 2, "rope_theta": -1}', "--rope_scaling: rope_theta must be above 0"),
-    ('{"rope_type": "yarn", "factor": 2, "truncate": 1}', "--rope_scaling: truncate must be true or false"),
-    ('{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2.5}', "must be a whole number, got 2.5"),
-    ('{"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4}', "must be above low_freq"),
-])  # fmt: skip
+MISTAKES = """
+{"rope_type": "yarm", "factor": 2} | --rope_scaling: unknown rope_type 'yarm'; known: default, linear
+[1] | --rope_scaling: unknown rope_type '[1]'
+{ | --rope_scaling is damaged
+{"factor": 2} | --rope_scaling: unknown rope_type 'None'
+{"rope_type": "yarn"} | --rope_scaling: rope_type yarn needs the key factor
+{"rope_type": "default"} | --rope_scaling: rope_type default needs the key rope_theta
+{"rope_type": "llama3", "factor": 2, "high_freq_factor": 4} | llama3 needs the key low_freq_factor
+{"rope_type": "linear", "factor": 2, "beta_fast": 1} | rope_type linear has no key 'beta_fast'
+{"rope_type": "yarn", "factor": 2, "beta_fats": 1} | no key 'beta_fats'. Did you mean 'beta_fast'?
+{"rope_type": "linear", "factor": 0.5} | --rope_scaling: factor must be at least 1, got 0.5
+{"rope_type": "linear", "factor": NaN} | --rope_scaling: factor must be at least 1
+{"rope_type": "linear", "factor": true} | --rope_scaling: factor must be a number, got True
+{"rope_type": "linear", "factor": 2, "rope_theta": -1} | --rope_scaling: rope_theta must be above 0
+{"rope_type": "yarn", "factor": 2, "truncate": 1} | --rope_scaling: truncate must be true or false
+{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 2.5} | must be a whole number, got 2.5
+{"rope_type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 4} | must be above low_freq
+"""
+
+
+@pytest.mark.parametrize("text, words", rows(MISTAKES))
 def test_mistakes_are_named(text: str, words: str):
     with pytest.raises(UserError) as error:
         rope_settings(text)

@@ -1,11 +1,11 @@
-"""--rope_scaling: rotary position embeddings other than those of the model's config.json, by transformers' own keys."""
+"""Settings of rotary position embeddings by transformers' own keys: of --rope_scaling, and of a config."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from mora_ds.common.errors import COUNT, POSITIVE, Bounds, UserError, nearest, unknown
-from mora_ds.common.untrusted import plain_json, typed
+from mora_ds.common.untrusted import plain_json, shown, typed
 
 FLAG = "--rope_scaling"
 
@@ -33,21 +33,29 @@ _HINTS: dict[str, Any] = {
 
 
 def rope_settings(text: str) -> dict[str, Any]:
-    """The keys in the JSON `text`. Raises `UserError` for a type that is not known, and for keys that it does not have,
-    lacks, or has other values of."""
+    """The keys in the JSON `text` of --rope_scaling. Raises `UserError` as `check_settings` does."""
     settings = plain_json(text, FLAG)
-    kind = str(settings.get("rope_type")) if isinstance(settings, dict) else text
+    check_settings(settings, FLAG)
+    return dict(settings)
+
+
+def check_settings(settings: Any, where: str, *, is_of_config: bool = False) -> None:
+    """Raise `UserError`, after the words `where`, for a rope_type that is not known, and for keys that it does not
+    have, lacks, or has other values of. `is_of_config`: they are all that a model's config says, rope_theta too."""
+    kind = str(settings.get("rope_type") if isinstance(settings, dict) else settings)[:99]
     if kind not in _KEYS:
-        raise UserError(unknown(f"rope_type in {FLAG}", kind, _KEYS))
+        raise UserError(f"{where}: {unknown('rope_type', kind, _KEYS)}")
     known = {"rope_type", "rope_theta", *_KEYS[kind]}
     needed = known & _NEEDED or {"rope_theta"}
+    if is_of_config:
+        known.add("partial_rotary_factor")  # which --rope_scaling leaves as it is
+        needed.add("rope_theta")
     if missing := sorted(needed - settings.keys()):
-        raise UserError(f"{FLAG}: rope_type {kind} needs the key {missing[0]}")
+        raise UserError(f"{where}: rope_type {kind} needs the key {missing[0]}")
     for key, value in settings.items():
         if key not in known:
-            raise UserError(f"{FLAG}: rope_type {kind} has no key {key!r}.{nearest(key, known)}")
+            raise UserError(f"{where}: rope_type {kind} has no key {shown(key)}.{nearest(key, known)}")
         if key != "rope_type":
-            typed(_HINTS.get(key, _POSITIVE), value, f"{FLAG}: {key}")
+            typed(_HINTS.get(key, _POSITIVE), value, f"{where}: {key}")
     if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:
-        raise UserError(f"{FLAG}: high_freq_factor must be above low_freq_factor")
-    return dict(settings)
+        raise UserError(f"{where}: high_freq_factor must be above low_freq_factor")
