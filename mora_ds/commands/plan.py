@@ -21,7 +21,7 @@ from mora_ds.config.arguments import Arguments, parse
 from mora_ds.config.validate import validate
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import resolve_ds_config
-from mora_ds.models.load import named_config
+from mora_ds.models.load import named_config, set_rope
 from mora_ds.planning.plan import Cluster, Planner, place_base, recommend
 from mora_ds.planning.report import as_json, report
 from mora_ds.runtime.cli import command_parser
@@ -133,6 +133,7 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     model = arguments.model
     training = arguments.training
     config = named_config(shipped(options.model), model.trust_remote_code, "--model")
+    set_rope(config, model.rope, model.trust_remote_code)
     file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
     replicas = options.gpus // training.ranks_per_replica
     ds_config = resolve_ds_config(file, training.engine_settings(), max(1, replicas))

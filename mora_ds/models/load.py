@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError, reason
+from mora_ds.common.rope import FLAG as ROPE
 from mora_ds.common.untrusted import expanded, parse_json
 from mora_ds.models.base import (
     MODEL_FLAG,
@@ -33,7 +34,7 @@ from mora_ds.models.base import (
     verify_against_model,
     write_own_base,
 )
-from mora_ds.models.rope import changed
+from mora_ds.models.rope import changed, check_used, rope_changes
 from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
 
@@ -259,6 +260,18 @@ def make_model(config: Any, where: str, **options: Any) -> Any:
         if attention is not None and _is_of_attention(error):
             where = f"--attn_implementation {attention}"
         raise UserError(f"{where}: no model can be made of this config: {reason(error)}") from error
+
+
+def set_rope(config: Any, settings: Mapping[str, Any] | None, trust_remote_code: bool) -> None:
+    """Change `config` as the `settings` of --rope_scaling say.
+
+    Raises `UserError` where a model of it does not compute with them.
+    """
+    if settings is not None:
+        changed(config, rope_changes(config, settings))
+        with torch.device("meta"):
+            sketch = make_model(config, ROPE, trust_remote_code=trust_remote_code)
+        check_used(sketch, settings["rope_type"])
 
 
 def load_model(

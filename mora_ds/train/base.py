@@ -27,12 +27,11 @@ from mora_ds.models.load import (
     create_base,
     folder_config,
     load_base,
-    make_model,
     read_model_config,
     resolve_folder,
+    set_rope,
 )
-from mora_ds.models.rope import FLAG as ROPE
-from mora_ds.models.rope import changed, check_used, rope_changes
+from mora_ds.models.rope import rope_changes
 from mora_ds.planning.plan import Planner, place_base
 from mora_ds.planning.report import size_text, verdict
 from mora_ds.runtime.node_memory import free_bytes
@@ -55,11 +54,7 @@ def find_model(model: ModelArguments, start: Start) -> tuple[Path | None, Any]:
         config = folder_config(folder, model.trust_remote_code)
     if is_quantized(config):
         del config.quantization_config  # what is computed with is not
-    if model.rope is not None:
-        changed(config, rope_changes(config, model.rope))
-        with torch.device("meta"):
-            sketch = make_model(config, ROPE, trust_remote_code=model.trust_remote_code)
-        check_used(sketch, model.rope["rope_type"])
+    set_rope(config, model.rope, model.trust_remote_code)
     start.ranks.same("the model", {"config.json (digest)": config_digest(config)})
     return folder, config
 

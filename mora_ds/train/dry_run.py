@@ -25,8 +25,7 @@ from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.models.attention import NAME
 from mora_ds.models.base import MODEL_FLAG
-from mora_ds.models.load import named_config
-from mora_ds.models.rope import changed, rope_changes
+from mora_ds.models.load import named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
@@ -57,7 +56,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     check_precision(model, compute_dtype(ds_config))
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
-    changed(config, rope_changes(config, model.rope))
+    set_rope(config, model.rope, model.trust_remote_code)
     planner = planner_of(arguments, config, ds_config, world)
     base_device = BaseDevice(training.base_device)
     if base_device is not BaseDevice.AUTO or not device.is_cpu():

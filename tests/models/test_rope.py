@@ -23,6 +23,7 @@ from tests.helpers.jobs import Playground, assert_close_losses, losses, refusal,
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.resume import MERGING
 from tests.helpers.tables import rows
+from tests.helpers.tools import call
 
 YARN = '{"rope_type": "yarn", "factor": 4.0}'
 SETTINGS = {
@@ -79,10 +80,14 @@ phi3 | --rope_scaling: a phi3 model cannot have these: `rope_parameters`'s type 
 
 @pytest.mark.parametrize("family, words", rows(OF_OTHERS))
 def test_a_family_that_ignores_it_is_named(user: Playground, tmp_path: Path, family: str, words: str):
+    """By the run, its dry run and its plan."""
     tiny_model(family).save_pretrained(tmp_path / family)
     model = str(tmp_path / family)
     flags = ("--model_name_or_path", model, "--tokenizer_name", str(user.model), "--rope_scaling", YARN)
-    assert words in refusal(user.flags(tmp_path / "out", *flags))
+    for more in ((), ("--dry_run",)):
+        assert words in refusal(user.flags(tmp_path / "out", *flags, *more))
+    with pytest.raises(UserError, match=words):
+        call("plan", "--model", model, "--gpus", 8, "--rope_scaling", YARN)
 
 
 @pytest.mark.parametrize("form", ["of transformers 5", "of transformers 4"])
