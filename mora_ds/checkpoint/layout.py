@@ -318,8 +318,8 @@ def resume_checkpoint(wanted: str, root: Path, flag: str = RESUME) -> Path | Non
         raise UserError(f"{flag} {wanted}: no checkpoint at {folder}")
     if damage := problems(folder):
         raise UserError(
-            f"{flag} {wanted}: {folder} is damaged: {'; '.join(damage)}. "
-            f"{flag} {AUTO} takes the newest one that is intact"
+            f"{flag} {wanted}: {folder} is damaged: {'; '.join(damage)}. Give an intact one; {RESUME} {AUTO} takes the "
+            "newest one of its run"
         )
     return folder
 

@@ -230,7 +230,14 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
         if branches:
             if not state.at_peak:
                 raise UserError(f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins")
+            if checkpoint.parent == root.resolve():
+                raise UserError(f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own")
             state.identity["decay_from"] = decay_start  # what the branch's own checkpoints have, and the parent's not
+            # What happened beside the parent, its end and its best checkpoint are not the branch's.
+            state.failures = []
+            state.finished = False
+            state.best_step = 0
+            state.best_score = None
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
     is_own = checkpoint is not None and checkpoint.parent == root.resolve() and not branches
     continues = wanted == AUTO or is_own

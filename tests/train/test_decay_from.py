@@ -66,7 +66,8 @@ def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: 
     with untouched(parent):
         assert "its learning rate is not at the peak" in told(checkpoints / "step-000010")
         assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(parent)
-        assert "holds another run: choose another folder" in told(stable, "--output_dir", str(parent))
+        message = told(stable, "--output_dir", str(parent), "--overwrite_output_dir")
+        assert "lies in --output_dir: give the branch a folder of its own" in message
         assert "no checkpoint at" in told(checkpoints / "step-000005")
     out = shutil.copytree(parent, tmp_path / "copied", symlinks=True)
     message = told(stable, "--output_dir", str(out), "--resume_from_checkpoint", "auto")
