@@ -240,7 +240,12 @@ def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_sav
     run_ranks(1, calls_within_a_step, str(tmp_path), stage)
 
 
-def test_arguments_of_a_wrong_type_are_named_as_arguments(tmp_path: Path):
+def test_arguments_of_a_wrong_type_are_named_as_arguments(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))  # no run has written an `out` there
     model = tiny_model("llama")
     adapted = tiny_model("llama")
     mora_ds.inject(adapted, CONFIG)
