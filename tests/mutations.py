@@ -265,7 +265,7 @@ train/loader.py | parallel/test_tensor_parallel_run.py parallel/test_ulysses_che
 
 # the folder of a checkpoint is not flushed before its name
 checkpoint/writer.py | checkpoint/test_writer.py
--        files.fsync_tree(beside)
+-        files.fsync_folders(beside)
 -
 +
 

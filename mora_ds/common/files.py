@@ -82,6 +82,12 @@ def fsync_tree(folder: Path) -> None:
     fsync(folder)
 
 
+def fsync_folders(folder: Path) -> None:
+    """`fsync` for `folder` and every folder under it, whose files are flushed already: their names then survive too."""
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        fsync(path)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields the path of a temporary file. It replaces `path` if the block succeeds, and is deleted otherwise."""
