@@ -19,7 +19,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.fork_adapters import read_fork
 from mora_ds.deploy.hub import check_repository, push_folder
 from mora_ds.models.tensor_files import COMPUTE_DTYPES
-from mora_ds.runtime.cli import command_parser
+from mora_ds.runtime.cli import command_parser, shared_flags
 
 
 @named_as_flags(
@@ -58,14 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--base", type=Path, help="where the base model lies now, if it was moved")
+    shared_flags(parser, "--base", "--domain", "--trust_remote_code")
     parser.add_argument(
         "--onto", type=Path, metavar="DIR",
         help="add the update to this model of the base's shapes, such as an instruct model, instead of to the base",
     )  # fmt: skip
-    parser.add_argument(
-        "--domain", metavar="NAME", help="for a run with domain adapters: the domain to merge, or 'shared' for none"
-    )
     parser.add_argument(
         "--delta_scale", type=float, default=1.0, metavar="S",
         help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
@@ -78,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="let --verify run code of the model's own")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that stands at --output")
     parser.add_argument(
         "--push_to_hub", metavar="REPO", help="also upload it to this repository of the Hub, a new one being private"

@@ -1,6 +1,7 @@
 """The documentation is written in the field's words: the project's old jargon does not come back."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def written_by_hand(text: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_has_none_of_the_banned_words(page):  # type: ignore[no-untyped-def]
+def test_a_page_has_none_of_the_banned_words(page: Path):
     text = written_by_hand(prose(page))
     problems = [
         f"{match[0]!r} in {text[max(0, match.start() - 40) : match.end() + 20]!r}: say {better}"
