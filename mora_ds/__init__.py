@@ -10,8 +10,6 @@
 They are imported at first use, so that `import mora_ds` is fast.
 """
 
-from __future__ import annotations
-
 import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

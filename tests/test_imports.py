@@ -3,8 +3,6 @@
 A package may import the packages that the table names for it, its own modules, and `COMMON`; nothing else of mora_ds.
 """
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Names of domains, and which of their MoRA matrices are trained: what the adapter's config says of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from enum import Enum
 

@@ -6,8 +6,6 @@ inject(model, MoRAConfig(rank=8))
   3. a report: shapes, sizes, trainable and total parameters
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping

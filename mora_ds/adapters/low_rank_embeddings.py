@@ -8,8 +8,6 @@
 A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.low_rank`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -7,8 +7,6 @@
 A checkpoint has it among the other trained parameters (modules_to_save), as `<module>.new_rows`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

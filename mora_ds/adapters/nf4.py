@@ -11,8 +11,6 @@ four times the memory of the 4 bits.
     dense                        W4 + the terms' deltas, summed in fp32 and rounded once, as a merge into a dense base
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

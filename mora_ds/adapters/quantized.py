@@ -1,7 +1,5 @@
 """Layers whose frozen weight is held in 8 or 4 bits: which they are, and the bytes of them and of their merges."""
 
-from __future__ import annotations
-
 import math
 
 from torch import nn

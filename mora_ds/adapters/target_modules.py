@@ -5,8 +5,6 @@ A pattern reaches the experts of a mixture only where it names them (`names_expe
 the same in a model with experts as in one without.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NoReturn
 

@@ -1,7 +1,5 @@
 """Patterns of --target_modules: names, globs and regular expressions. Imports no model."""
 
-from __future__ import annotations
-
 import fnmatch
 import re
 

@@ -8,8 +8,6 @@ A block (attention, MLP) is split completely or not at all. The plan depends on 
 the same on all ranks, as ranks with different plans would wait for each other in collectives.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass

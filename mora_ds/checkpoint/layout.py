@@ -11,8 +11,6 @@ Files in ledger/ are named in `remora.ledger`, the manifest in `files`, files in
 Needs neither DeepSpeed nor other processes. `writer` writes and loads checkpoints, `verify` checks them in depth.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -13,8 +13,6 @@ another base is a mistake in the command. An adapter that was made out of a chec
 shards, is checked as far as it goes.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@
 Exit code 2: an error that you can correct in the command or the files; 1: a full disk.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

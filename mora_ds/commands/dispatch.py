@@ -3,8 +3,6 @@
 A command's module is imported when the command is called, so that the list of commands is there at once.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ multiplied by --delta_scale if asked to. Every document is scored completely and
 comparable between models with different tokenizers; perplexities are not.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

@@ -6,8 +6,6 @@ The tokens come from a SentencePiece model trained on the corpus. Existing token
 `extended` with --train_new_embeddings, or with --train_embeddings (and, for an untied head, --train_head).
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

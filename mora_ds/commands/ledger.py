@@ -6,8 +6,6 @@
 `mora-ds verify` checks them. Exit code 2: an error that you can correct in the command; 1: damaged files, a full disk.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

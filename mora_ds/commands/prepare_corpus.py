@@ -6,8 +6,6 @@ Takes the settings of `mora-ds pretrain` and fills the token cache that --cache_
 tokenizer, text and --cache_dir finds the tokens there, however many processes it has.
 """
 
-from __future__ import annotations
-
 import sys
 
 from mora_ds.common.errors import UserError

@@ -7,8 +7,6 @@ Without copying, a path that begins with configs/ means the package's own file w
 mora-ds pretrain configs/recipes/continual.yaml --deepspeed configs/zero3.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from itertools import takewhile

@@ -6,8 +6,6 @@
 Exit code 1 when a checkpoint is damaged, 2 for an error that you can correct in the command.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -5,8 +5,6 @@ all other errors. Classes of settings have a method `problems()` that lists what
 each.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

@@ -5,8 +5,6 @@
 Whenever the process is killed, a reader finds the complete old content or the complete new one.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

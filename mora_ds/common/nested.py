@@ -1,7 +1,5 @@
 """Nested mappings as flat ones, whose names are paths."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

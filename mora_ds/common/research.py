@@ -1,7 +1,5 @@
 """The only door to `mora_ds.research`, whose modules nothing else imports."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

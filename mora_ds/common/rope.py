@@ -1,7 +1,5 @@
 """Settings of rotary position embeddings by transformers' own keys: of --rope_scaling, and of a config."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from mora_ds.common.errors import COUNT, POSITIVE, Bounds, UserError, nearest, unknown

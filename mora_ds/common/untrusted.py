@@ -11,8 +11,6 @@
 All of them raise `UserError`, whose text begins with `where`: the file, and the place in it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Settings of the adapter: what is trained, and when it is merged."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum

@@ -6,8 +6,6 @@
 Flag names are Hugging Face's where it has one. `dump` writes what `parse` reads: the `run.yaml` of a run is a recipe.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Settings of the model, its tokenizer and the text."""
 
-from __future__ import annotations
-
 import glob
 from collections import Counter
 from collections.abc import Iterator

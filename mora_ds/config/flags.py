@@ -7,8 +7,6 @@ names as keys; flags win over it. Nothing unknown passes: an unknown key or flag
 in a file are all `UserError`, with the nearest known name.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses

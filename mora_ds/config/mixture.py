@@ -6,8 +6,6 @@
 --replay general:0.05                                           the same for a source that is named already
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

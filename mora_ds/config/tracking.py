@@ -1,7 +1,5 @@
 """The names of trackers, and what --report_to may ask for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from mora_ds.common.errors import unknown

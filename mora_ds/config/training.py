@@ -1,7 +1,5 @@
 """Settings of the run itself: batches, optimizer, precision, evaluation, saving."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

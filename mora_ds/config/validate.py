@@ -7,8 +7,6 @@
 Files, tokenizers and models are checked where they are read; DeepSpeed's JSON file by `engine/ds_config.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from mora_ds.common import research

@@ -6,8 +6,6 @@
 Nothing is copied: the only thing written from a corpus is its token cache.
 """
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

@@ -10,8 +10,6 @@ evaluated on and never trained on, and paragraphs of held-out prose are removed 
 The same Python version gives the same bytes.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

@@ -8,8 +8,6 @@
 Old merges come first and text is only ever joined further: each new token stands for two or more old ones.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ source, file, run and process.
     --exclude_eval_documents        documents of --eval_files are not trained on
 """
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 <cache_dir>/index/<hash of path, size and time>.json    the result, valid as long as the file does not change
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

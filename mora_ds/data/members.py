@@ -4,8 +4,6 @@ A member knows the hash of its contents and reads its own documents one at a tim
 pickled to worker processes.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from abc import ABC, abstractmethod

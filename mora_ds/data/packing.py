@@ -11,8 +11,6 @@ Every token but the very first is predicted once an epoch. (With the document ma
 not predicted, as nothing before it belongs to the document.) No rank needs to know how many others there are.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache

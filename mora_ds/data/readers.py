@@ -9,8 +9,6 @@ No more than one chunk, line or record batch is in memory at a time. A line cann
 limit, `LINE_BYTES`.
 """
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import io

@@ -13,8 +13,6 @@ Documents are plain text: "</s>" in a document is four characters, as in Sentenc
 (SentencePiece calls the entries of a vocabulary pieces; so do the fields of its protocol buffers.)
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterable, Iterator

@@ -6,8 +6,6 @@ Only a few batches of documents are read ahead. The saved state is the position 
 still needed, and how many of its tokens are not; on resuming that document is tokenised again.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Applies a function to a stream of items in several processes: results in order, few items in flight at a time."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import deque

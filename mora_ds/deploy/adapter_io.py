@@ -8,8 +8,6 @@ The model keeps its MoRA matrices: it can be run, trained on (`mora_ds.initializ
 a plain model instead. `load_adapter` takes a checkpoint as well as what `export_adapter` made of it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import replace

@@ -11,8 +11,6 @@ With `onto` the model is another one of the base's shapes, such as an instruct m
 One tensor is in memory at a time, whatever the size of the model; neither a GPU nor DeepSpeed is needed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@ mora_ds with a grouping that never changes, and the matrix lora_A without a scal
 outputs, type 6 computes blocks that no output takes; that is refused, as is all that is more than matrices.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no flag takes
 log or in a message. A repository that does not exist is made, private.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

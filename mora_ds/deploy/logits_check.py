@@ -14,8 +14,6 @@ A run with --base_bits 8 or 4 (`ops.int8`, `adapters.nf4`) rounded its frozen we
 loaded export is given the same rounding, and then has to agree as one of a dense base.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

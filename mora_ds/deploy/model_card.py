@@ -1,7 +1,5 @@
 """README.md of an exported model: the facts of its run, in a table."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable

@@ -7,8 +7,6 @@
 All of it is compared before anything is written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

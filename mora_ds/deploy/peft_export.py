@@ -10,8 +10,6 @@ Factors of several cycles are concatenated, up to the layer's shorter side. Trai
 PEFT's `modules_to_save`. Formats: peft 0.21, `peft/tuners/lora/config.py` and `peft/utils/save_and_load.py`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

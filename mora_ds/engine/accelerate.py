@@ -4,8 +4,6 @@ Written against accelerate 1.15, transformers 5.24 and DeepSpeed 0.19.8; tests/h
 moves what is used here.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

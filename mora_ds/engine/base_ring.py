@@ -14,8 +14,6 @@ With N buffers a micro-batch copies L - N layers in each direction, the fewest p
 there, and forward the first N.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial

@@ -1,7 +1,5 @@
 """The device of this process, from DeepSpeed's accelerator, and where the base of a run is (--base_device)."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sysconfig

@@ -10,8 +10,6 @@
 Facts about DeepSpeed are those of 0.19.8: runtime/config.py, runtime/zero/config.py, runtime/engine.py.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

@@ -3,8 +3,6 @@
 DeepSpeed ignores an unknown top-level key without a message; a test looks for ours in the source of the installed one.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any, TypeAlias
 

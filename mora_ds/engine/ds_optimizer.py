@@ -8,8 +8,6 @@ other trained parameters.
 Facts about DeepSpeed are those of 0.19.8: runtime/engine.py, `_configure_basic_optimizer`, `_muon_param_groups`.
 """
 
-from __future__ import annotations
-
 import json
 from enum import Enum
 

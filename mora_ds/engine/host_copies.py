@@ -11,8 +11,6 @@ On a CPU a copy is made when it starts: one device computes and copies in turn. 
 of copies is tested with twins that copy as early and as late as these promises permit.
 """
 
-from __future__ import annotations
-
 import mmap
 import resource
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ move and cast the base (once per tied tensor) -> compare it between the processe
 other trained parameters in group 1 -> deepspeed.initialize -> repair DeepSpeed's faults
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

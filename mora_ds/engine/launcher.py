@@ -3,8 +3,6 @@
 Facts about DeepSpeed are those of 0.19.8: deepspeed/launcher/runner.py, `parse_args` and `main`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

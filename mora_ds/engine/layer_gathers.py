@@ -15,8 +15,6 @@ Not used: decoder layers as DeepSpeed's leaf modules (deepspeed/utils/z3_leaf_mo
 in a full backward hook, which runs too early where its input needs no gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

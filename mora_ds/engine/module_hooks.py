@@ -6,8 +6,6 @@ none, and persistent parameters (`stage3_param_persistence_threshold`), such as 
 every process between two steps. Without these hooks a step computes the same numbers with less work of the host.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus

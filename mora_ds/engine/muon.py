@@ -10,8 +10,6 @@ What DeepSpeed does right (tests/engine/test_muon.py): every update is orthogona
 optimizer step, from the gradient summed over micro-batches and processes, and is the same on every process.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

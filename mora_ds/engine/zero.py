@@ -11,8 +11,6 @@ besides is in `muon`. The frozen base never appears here: it is made of buffers,
 Written against DeepSpeed 0.19.8; tests/engine/test_zero_contract.py names each symbol that an upgrade has moved.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager

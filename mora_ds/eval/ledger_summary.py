@@ -1,7 +1,5 @@
 """Norms of each cycle in a merge ledger, one line a cycle. `mora-ds spectrum` has its ranks and singular values."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable

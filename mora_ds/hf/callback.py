@@ -1,7 +1,5 @@
 """When a Trainer merges, and what a merge does to its learning rate."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """What of `TrainingArguments` and of the Trainer's own arguments cannot be honoured, and what is filled in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -12,8 +12,6 @@ Methods with an underscore are transformers' own (trainer.py, 5.24); tests/hf/te
 renames one.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

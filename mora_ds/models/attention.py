@@ -5,8 +5,6 @@ use_documents(model)                 from here on it does; `attends_by_documents
 model_inputs(model, batch)           keyword arguments of a pass, with the batch's documents where attention reads them
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ weights_of_layers(model)    name of a layer -> (name -> frozen tensor)
 stored_bytes(tensors)       bytes of a buffer for them; `offsets` says where each lies in it
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

@@ -7,8 +7,6 @@ What is written holds the weights in the run's dtype, each rounded once; merges 
 beside it says of which files it is, so that a resumed run makes it again only where they are others.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -17,8 +17,6 @@ it they are read from the positions, and where a model hands down neither, a row
 or a cache, attention is transformers' own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial

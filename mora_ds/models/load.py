@@ -5,8 +5,6 @@ hold the live tensors one to one (pickled weights, tensors fused at load, a mode
 with the live names, to a folder of the run.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -17,8 +17,6 @@ scaled, so that a trained head gets another gradient than the rest; torch's `lin
 weight, which ZeRO-3 has not gathered, and does not support capped or scaled logits.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

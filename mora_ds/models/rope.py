@@ -6,8 +6,6 @@ From transformers 5 on a model computes its frequencies when it is made, and nev
 changes go into base.json, since the base's own config.json stays as it is: exports and `load_adapter` make them again.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 keys of the base -> layout_of (shapes only) -> write_shards (one tensor in memory) -> write_companions
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping

@@ -12,8 +12,6 @@ key, value and then all of that, and returns their gradients; `heads_first` puts
 size, and is its own inverse.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

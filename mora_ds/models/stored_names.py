@@ -7,8 +7,6 @@ A key of a stack has * for the number of the expert, and several patterns joined
 other: "layers.0.experts.*.w1.weight + layers.0.experts.*.w3.weight".
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container, Iterable, Iterator
 from typing import Any

@@ -6,8 +6,6 @@ singular values that are close together. The sign of a pair is arbitrary: the la
 positive. Seeds are hashes of names, so that one machine computes the same bits again.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

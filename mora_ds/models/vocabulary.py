@@ -7,8 +7,6 @@ The row of a new token is the mean of the rows of the tokens that it replaces. R
 64, are the mean of all old rows.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Callers give what they know; the defaults mean "nothing wrong". Limits that depe
 `adapters/tp_plan.py` and `parallel/ulysses_checks.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from mora_ds.common.errors import UserError, refuse

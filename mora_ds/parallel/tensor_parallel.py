@@ -13,8 +13,6 @@ No weight of the base is copied, gathered or reduced. For M's gradient a layer s
 among the layers of a block, or the folded input where that is smaller.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 `train/preflight.py` then compares a split row of the model itself to the complete row.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from mora_ds.common.errors import UserError

@@ -1,7 +1,5 @@
 """`MoraConfig`: the settings of an adapter in PEFT's form, which adapter_config.json holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from peft import PeftConfig

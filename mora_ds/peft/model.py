@@ -3,8 +3,6 @@
 Written against PEFT 0.21 (peft/tuners/tuners_utils.py); tests/peft fails where an upgrade moves what is overridden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

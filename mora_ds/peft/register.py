@@ -4,8 +4,6 @@
 added first. It is no other project's: a MoRA that PEFT may get itself would be called MORA.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from peft.utils import PeftType, register_peft_method

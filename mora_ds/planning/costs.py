@@ -7,8 +7,6 @@ tensors, `wire` what each rank of a ring sends: (k-1)/k of an all-gather or a re
 all-reduce. What ZeRO gathers and reduces among the groups is counted by `memory`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum

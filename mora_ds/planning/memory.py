@@ -13,8 +13,6 @@ partitioned_param_coordinator.py (`fetch_sub_module`, `release_sub_module`), wit
 modules in it (`engine.layer_gathers`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ same storages as on any device. Two things are replaced there: attention, which 
 matrices (`fused_attention`), and branches that depend on data (`MemoryMeter.answer`).
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ Counted is what the model's definition asks for, forward and backward, without w
     causal attention over complete rows         2 products with half of the row's tokens in forward, 4 in backward
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -10,8 +10,6 @@ At a gradient-accumulation boundary, on all ranks, layer by layer in the same or
     M, its masters and its moments to zero; the next cycle's grouping (LoRA: a fresh A)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any

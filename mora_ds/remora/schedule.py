@@ -16,8 +16,6 @@ All merges are known in advance, but a run that resumes with another length keep
 always is the list of past merges, the numbers of optimizer steps done at each, ascending.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ A linear layer is one tensor. The experts of a layer may be a tensor each, or tw
 other: then the update of an expert belongs to its parts together, and each takes its rows of the sum.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ The shared matrices are taken as they are, those of domains by the domain's name
 earlier run must have the same base, layers and operators, and no merged cycle: what is merged is part of its base.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

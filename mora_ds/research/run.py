@@ -1,7 +1,5 @@
 """The hooks of a run whose recipe has a block `research:` (`train.hooks`)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The block `research:` of a recipe: its settings, and every check of them that needs no file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints

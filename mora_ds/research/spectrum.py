@@ -7,8 +7,6 @@ delta is formed, (d_out, d_in) in float64, and decomposed: for wide layers, sele
 --device cuda. Exit code 2: an error that you can correct.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Sequence

@@ -14,8 +14,6 @@ Beyond it the leading `LEADING` are computed (`torch.svd_lowrank`, fp32: randomi
 1536 x 1536: 1% for a Gaussian weight, 8% for one whose values fall as i^(-1/2).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ failed), 75 (stopped), 1 (failure).
 Rank 0 prints the error message, once; a rank that fails because another one has ended prints one line that says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import faulthandler
 import logging

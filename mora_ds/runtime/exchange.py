@@ -6,8 +6,6 @@ A gather in which rank 0 receives from every rank needs N - 1 connections there,
 after the other (both are what gloo has).
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 from datetime import timedelta

@@ -7,8 +7,6 @@ Modules log with `logging.getLogger(__name__)`. A program that only imports mora
 nothing: `mora_ds/__init__.py` gives the logger a NullHandler.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

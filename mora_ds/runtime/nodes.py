@@ -3,8 +3,6 @@
 Every rank writes its part of a checkpoint there, and reads what rank 0 has made: tokenizer, base.
 """
 
-from __future__ import annotations
-
 import platform
 import time
 from pathlib import Path

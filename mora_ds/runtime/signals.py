@@ -11,8 +11,6 @@ A thread notices the requests: Python runs its own handlers between bytecodes on
 collective executes none. `signal.set_wakeup_fd` wakes the thread at once.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

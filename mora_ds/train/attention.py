@@ -1,8 +1,6 @@
 """Which attention a run computes with. It follows from the settings and the model's config, so that a resume finds the
 same."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mora_ds.common.errors import UserError

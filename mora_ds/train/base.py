@@ -1,8 +1,6 @@
 """The base model of a run: which folder it comes from, its config, whether it is on the device or in host memory, and
 its complete weights on this process."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import replace

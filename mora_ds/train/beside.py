@@ -1,7 +1,5 @@
 """Forward passes of a run that are not training's: evaluations, tasks, probes, and the checks before the first step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any

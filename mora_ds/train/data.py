@@ -1,7 +1,5 @@
 """The data of a run: files -> tokenizer -> token caches or streams -> packed training data and evaluation sets."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

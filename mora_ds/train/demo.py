@@ -7,8 +7,6 @@ prose (language reference, docstrings) + code (the standard library)      writte
 -> a table: what was learned, what was forgotten, what was communicated; a text sampled from the merged model
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -3,8 +3,6 @@
 Every process may call it, and needs no other; rank 0 prints. It reads no weights and no text and writes no file.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path

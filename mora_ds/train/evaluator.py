@@ -1,7 +1,5 @@
 """Evaluation during a run: the perplexity of every evaluation set, the best checkpoint, and forgetting."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Iterator

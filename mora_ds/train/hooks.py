@@ -5,8 +5,6 @@ term              a term that is added to the loss
 rows, domain_of   what layers compute besides their MoRA matrix: it may depend on the source of a row
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run reads, and that none of it lies where the run writes or deletes."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Iterator

@@ -6,8 +6,6 @@
 --adapter none         nothing; the base is only evaluated
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from dataclasses import replace

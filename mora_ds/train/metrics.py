@@ -1,7 +1,5 @@
 """What a run reports: step lines and a progress bar (rank 0), `metrics.jsonl`, and the curves of trackers."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -8,8 +8,6 @@ A run owns only what it has made. Names that a run uses must not be there withou
 with both, the next start undoes one that was killed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

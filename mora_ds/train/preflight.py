@@ -8,8 +8,6 @@ sequence parallelism    do split rows give the logits of complete rows?         
 What a model does is measured, not looked up in a list of architectures. No check draws from torch's global generator.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from typing import Any

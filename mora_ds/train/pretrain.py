@@ -6,8 +6,6 @@
 What the user can get wrong is found in this order, cheapest first; no step is trained before all of it is checked.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator

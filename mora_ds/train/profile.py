@@ -1,7 +1,5 @@
 """torch's profiler over some steps of a run (--profile), as a trace that Perfetto and TensorBoard open."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

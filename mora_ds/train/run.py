@@ -7,8 +7,6 @@ run.save(step)         out/checkpoints/step-N, from which export_merged makes a 
 `FullRun` is the same for full training, which has neither base nor merges.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`run.yaml`: the settings of a run, the versions that it ran with, and the mark that the folder is a run's."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version

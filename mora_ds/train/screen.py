@@ -1,7 +1,5 @@
 """What a person reads of a run before its first step and after its last one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

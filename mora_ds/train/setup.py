@@ -5,8 +5,6 @@ its DeepSpeed config, and what it starts from.
 `deepspeed --no_ssh`, torchrun and Slurm give each node a command line of its own.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The tokenizer of a run: the model's, a named one, or one that the run trains once on its corpus."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

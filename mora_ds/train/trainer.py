@@ -8,8 +8,6 @@ The host waits for the device once a step, for one small all-reduce: the loss, s
 of the next batch, by which its losses are divided.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

@@ -18,8 +18,6 @@ training that is closed; `--json FILE` keeps all runs with their curves, of whic
 --output FOLDER` draws the curves.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

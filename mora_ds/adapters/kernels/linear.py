@@ -13,8 +13,6 @@ and blocks, summed in fp32 and rounded once. g is collected by output blocks; wh
 each of these reads them in turn.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

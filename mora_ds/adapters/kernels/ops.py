@@ -19,8 +19,6 @@ CUDA runs `triton_ops`, all other devices `plain`; so do meta tensors, for which
 as on CUDA.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

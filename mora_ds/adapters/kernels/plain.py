@@ -4,8 +4,6 @@ Sums are made in fp32 (fp64 for fp64), term after term in the order of the table
 Shape legend: `tables`.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

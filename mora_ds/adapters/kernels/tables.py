@@ -4,8 +4,6 @@ Shape legend:  D = d_in, O = d_out, R = r_hat, N = input blocks (1 for truncate 
 P = blocks of collected outputs, at most N: input block b reads block b mod P.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

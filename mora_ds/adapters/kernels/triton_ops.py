@@ -13,8 +13,6 @@ Products and sums are not fused into one rounding (`enable_fp_fusion`), so that 
 # mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
 # The kernels have no types: triton reads their arguments' annotations as its own.
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any

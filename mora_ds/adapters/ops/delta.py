@@ -7,8 +7,6 @@
 Every sum adds the same two numbers as `total + spec.delta_weight(value)`, so the bits are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -3,8 +3,6 @@
 Shape legend:  D = inputs, R = r_hat, N = blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -9,8 +9,6 @@ rows. Only the gradients that are wanted are computed, and a frozen stack saves 
 is formed for every product, in forward and in backward (`ops.frozen`).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

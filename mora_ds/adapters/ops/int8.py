@@ -11,8 +11,6 @@ The scheme is theirs (symmetric, one scale an output), so that another kernel co
 All results come from separate elementwise operations, so that every device and number of threads gives the same bits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -24,8 +24,6 @@ first shuffled by permutations drawn from `seed`: ReMoRA changes the seed every 
 update grow.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum

@@ -8,8 +8,6 @@ Shape legend:  E = experts, O = d_out, D = d_in, R = r_hat.
     delta_weight  (E, R, R) -> (E, O, D)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar

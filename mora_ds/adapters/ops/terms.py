@@ -8,8 +8,6 @@ current cycle's matrix costs, without that one's gradient; over the weight (`del
 Shape legend:  O = d_out, D = d_in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor

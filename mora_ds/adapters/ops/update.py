@@ -1,7 +1,5 @@
 """Any spec from its dictionary."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
