@@ -33,8 +33,7 @@ def validate(arguments: Arguments) -> None:
     adapter = arguments.adapter
     data = arguments.data
     training = arguments.training
-    has_length = training.max_steps > 0 and training.decay_from is None  # a branch is past its warm-up
-    steps = training.max_steps if has_length else _UNKNOWN_LENGTH
+    steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
     refuse(
         [
             *model.problems(),
