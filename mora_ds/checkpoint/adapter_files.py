@@ -46,16 +46,16 @@ from mora_ds.common.files import (
     verify_manifest,
     write_json_atomic,
 )
-from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
-from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
-from mora_ds.models.rope import check_changes
-from mora_ds.models.tensor_files import (
+from mora_ds.common.tensor_files import (
     Tensors,
     compute_dtype,
     open_safetensors,
     shape_dtype,
     write_safetensors_atomic,
 )
+from mora_ds.common.untrusted import AnyPath, Count, FileName, entry, typed
+from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
+from mora_ds.models.rope import check_changes
 from mora_ds.remora.ledger import (
     LayerEntry,
     Ledger,

@@ -41,10 +41,10 @@ from mora_ds.checkpoint.layout import (
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, UserError, refuse
 from mora_ds.common.files import MANIFEST, listed_files, verify_manifest
+from mora_ds.common.tensor_files import open_safetensors
 from mora_ds.common.untrusted import expanded, shown
 from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.tensor_files import open_safetensors
 from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from typing import Any
 from mora_ds.commands.export import average_flag
 from mora_ds.common.errors import COUNT, UserError, named_as_flags, refuse, wrong_values
 from mora_ds.common.files import write_json_atomic
+from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.data import AUTO, Corpus, load_corpus
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.eval.perplexity import (
@@ -28,7 +29,6 @@ from mora_ds.eval.perplexity import (
     load_target,
     named_sets,
 )
-from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
 
 

@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
+from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.fork_adapters import read_fork
 from mora_ds.deploy.hub import check_repository, push_folder
-from mora_ds.models.tensor_files import COMPUTE_DTYPES
 from mora_ds.runtime.cli import command_parser, shared_flags
 
 

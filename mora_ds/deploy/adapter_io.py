@@ -29,8 +29,8 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import as_path, atomic_folder, copy_folder, require_new, write_manifest
+from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.models.load import load_model
-from mora_ds.models.tensor_files import compute_dtype
 
 
 def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:

@@ -46,9 +46,9 @@ from mora_ds.common.files import (
     require_new,
     write_json_atomic,
 )
+from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.adapter_io import complete
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 COMBINED = "combined_from"

@@ -31,6 +31,7 @@ from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
 from mora_ds.common.errors import POSITIVE, RunError, UserError, require_type
 from mora_ds.common.files import as_path, atomic_folder, require_place
+from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.deploy.combine import Mix, mixed
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
@@ -39,7 +40,6 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, load_model
 from mora_ds.models.save import Layout, layout_of, write_companions, write_shards
 from mora_ds.models.stored_names import is_stack
-from mora_ds.models.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
 

@@ -24,11 +24,11 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_a
 from mora_ds.checkpoint.layout import LEDGER_FOLDER
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import as_path, atomic_folder, read_json, require_new, write_manifest
+from mora_ds.common.tensor_files import dtype_name, open_safetensors
 from mora_ds.common.untrusted import Count, entry
 from mora_ds.deploy.peft_export import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config, make_model
-from mora_ds.models.tensor_files import dtype_name, open_safetensors
 from mora_ds.remora.ledger import LayerEntry, Ledger
 
 TYPES = {

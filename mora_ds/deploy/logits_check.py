@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.models.tensor_files import compute_dtype, open_safetensors
+from mora_ds.common.tensor_files import compute_dtype, open_safetensors
 
 FP32_TOLERANCE = 1e-5
 

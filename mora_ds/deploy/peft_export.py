@@ -27,10 +27,10 @@ from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import find_adapter
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
+from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.export import OpenedRun, open_run
 from mora_ds.deploy.model_card import card
 from mora_ds.models.svd import leading_vectors
-from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.ledger import LayerEntry
 
 CONFIG_FILE = "adapter_config.json"

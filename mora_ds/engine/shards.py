@@ -41,6 +41,7 @@ from torch import Tensor
 from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
 from mora_ds.common.nested import different_keys
+from mora_ds.common.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
 from mora_ds.common.untrusted import (
     MAX_SIDE,
     FileName,
@@ -51,7 +52,6 @@ from mora_ds.common.untrusted import (
 )
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
-from mora_ds.models.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
 from mora_ds.parallel.topology import share_of
 
 INDEX_FILE = "layouts.safetensors"

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
+from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import AUTO, IGNORED, NOTHING, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
 from mora_ds.deploy.adapter_io import load_adapter
@@ -36,7 +37,6 @@ from mora_ds.models.attention import model_inputs, prefer_documents
 from mora_ds.models.load import load_model
 from mora_ds.models.loss import perplexity
 from mora_ds.models.rope import longest_row
-from mora_ds.models.tensor_files import compute_dtype
 
 DEFAULT_WINDOW = 1024
 

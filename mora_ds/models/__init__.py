@@ -4,7 +4,6 @@ base            `BaseCheckpoint`: the original weights on disk, their fingerprin
 node_base       `NodeBase`: the frozen base that the processes of a node share, and who writes which layer
 load            Hub name or folder -> live model; configs
 save            writes a model folder tensor by tensor
-tensor_files    safetensors files, written and read one tensor at a time
 loss            the loss of a batch, optionally in chunks of tokens
 vocabulary      adds rows to embeddings and head for new tokens
 svd             leading singular vectors of a matrix

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import atomic_folder, read_json, stamp
+from mora_ds.common.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
 from mora_ds.common.untrusted import FileName, expanded, typed
 from mora_ds.models.stored_names import is_stack, members_of, renamed_keys, stacked_files
-from mora_ds.models.tensor_files import dtype_name, open_safetensors, shape_dtype, tensor_nbytes
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, read_json, write_json_atomic
+from mora_ds.common.tensor_files import dtype_name
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
 from mora_ds.models.save import Layout, write_companions, write_shards
-from mora_ds.models.tensor_files import dtype_name
 from mora_ds.runtime.ranks import Ranks
 
 RECORD = "dequantized.json"

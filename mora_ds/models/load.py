@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError, reason
 from mora_ds.common.rope import FLAG as ROPE
+from mora_ds.common.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.common.untrusted import expanded, parse_json
 from mora_ds.models.base import (
     MODEL_FLAG,
@@ -33,7 +34,6 @@ from mora_ds.models.base import (
     write_own_base,
 )
 from mora_ds.models.rope import changed, check_used, rope_changes
-from mora_ds.models.tensor_files import COMPUTE_DTYPES, dtype_name
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_json_atomic
+from mora_ds.common.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
 from mora_ds.models.base import INDEX_FILE, BaseCheckpoint
 from mora_ds.models.rope import change_file
-from mora_ds.models.tensor_files import SafetensorsWriter, dtype_name, tensor_nbytes
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Key -> shape and dtype."""

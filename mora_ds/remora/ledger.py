@@ -41,8 +41,8 @@ from mora_ds.common.files import (
     sha256_file,
     write_json_atomic,
 )
+from mora_ds.common.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 from mora_ds.common.untrusted import Count, FileName, entry, plain_json, shown, typed
-from mora_ds.models.tensor_files import SafetensorsWriter, open_safetensors, shape_dtype
 
 LEDGER_FILE = "ledger.json"
 

@@ -40,12 +40,12 @@ from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_PARTS, adapter_folde
 from mora_ds.commands.evaluate import TITLES, check_scoring, read_sets, score_cells, scoring_flags
 from mora_ds.common.errors import UserError, nearest
 from mora_ds.common.files import write_json_atomic
+from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import load_tokenizer
 from mora_ds.eval.perplexity import Score, Target, Windows, evaluate_sets
 from mora_ds.models.attention import prefer_documents
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import load_model
-from mora_ds.models.tensor_files import compute_dtype
 from mora_ds.runtime.cli import command_parser, table
 
 BASE = "(base)"

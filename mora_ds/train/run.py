@@ -58,6 +58,7 @@ from mora_ds.checkpoint.writer import CheckpointWriter, load_checkpoint
 from mora_ds.common.errors import UserError, whole_number
 from mora_ds.common.files import JsonObject, as_path, copy_folder
 from mora_ds.common.nested import different_keys
+from mora_ds.common.tensor_files import Tensors, dtype_name, write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
@@ -70,7 +71,6 @@ from mora_ds.models.base import (
 )
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.rope import changes_of
-from mora_ds.models.tensor_files import Tensors, dtype_name, write_safetensors_atomic
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.runtime.nodes import check_shared

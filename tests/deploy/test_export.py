@@ -19,9 +19,9 @@ from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_a
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json
+from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed
 from tests.helpers.exports import FakeRun, fake_run

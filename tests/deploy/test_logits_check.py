@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.tensor_files import write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.logits_check import _compare, compare_logits
-from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.remora import stored_weights
 from tests.helpers.exports import fake_run
 from tests.helpers.models import with_own_code

@@ -16,12 +16,12 @@ from mora_ds.adapters.inject import inject, set_cycle
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import read_json
+from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.data import load_corpus
 from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.tensor_files import SafetensorsWriter
 from mora_ds.remora.merge import layer_entries
 from tests.helpers.adapters import Maker
 from tests.helpers.exports import contents

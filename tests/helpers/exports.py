@@ -18,8 +18,8 @@ from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, permutation_seed
 from mora_ds.checkpoint.adapter_files import AdapterFile, read_adapter
 from mora_ds.common import files
+from mora_ds.common.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.tensor_files import COMPUTE_DTYPES, write_safetensors_atomic
 from mora_ds.remora.ledger import LayerEntry
 from tests.helpers.adapters import Maker, summed
 from tests.helpers.models import tiny_model, tokens

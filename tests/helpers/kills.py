@@ -220,7 +220,7 @@ matrices_are_gathered | all | nothing | .train.run.Run._gather 3 | before .engin
 engine_shard_half_written | all | nothing | .checkpoint.writer.CheckpointWriter.save 3 | half a shard
 after_the_shards | all | nothing | - | before .checkpoint.writer._Share.of 3
 adapter_half_written | first | nothing | .train.run.write_adapter 3 | \
-after .models.tensor_files.SafetensorsWriter.write 4
+after .common.tensor_files.SafetensorsWriter.write 4
 ledger_half_copied | first | nothing | .remora.ledger.Ledger.copy_to 5 | before .remora.ledger.link_or_copy 2
 before_the_manifest | first | nothing | - | before .common.files.write_manifest 3
 before_the_rename | first | nothing | - | before .checkpoint.writer._replace_folder 3
@@ -236,14 +236,14 @@ base_half_copied_to_the_memory_of_the_node | all | nothing | - | after .models.n
 a_layer_half_written | all | nothing | .remora.merge.ReMoRA.merge 2 | half a layer
 some_layers_merged | all | nothing | .remora.merge.ReMoRA.merge 2 | after .adapters.layer.AdaptedLinear.merge 3
 cycle_half_written | first | nothing | .remora.ledger._write_cycle 2 | \
-after .models.tensor_files.SafetensorsWriter.write 5
+after .common.tensor_files.SafetensorsWriter.write 5
 cycle_not_in_the_ledger | first | nothing | - | cycle without its line
 before_the_reset | all | nothing | - | before .remora.merge.ReMoRA._start_cycle 2
 right_after_a_merge | all | nothing | - | after .remora.merge.ReMoRA.merge 2
 # the end
 before_the_summary | first | nothing | - | before .train.pretrain.write_json_atomic 1
 export_half_written | first | nothing | .deploy.export.write_shards 1 | \
-after .models.tensor_files.SafetensorsWriter.write 5
+after .common.tensor_files.SafetensorsWriter.write 5
 export_set_aside | first | finished | .deploy.export.write_companions 1 | before os.rename 2
 export_replaced | first | finished | .deploy.export.write_companions 1 | after os.rename 2
 # the beginning

@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
-from mora_ds.models.base import BaseCheckpoint
-from mora_ds.models.save import layout_of, write_companions, write_shards
-from mora_ds.models.tensor_files import (
+from mora_ds.common.tensor_files import (
     CODES,
     SafetensorsWriter,
     open_safetensors,
@@ -22,6 +20,8 @@ from mora_ds.models.tensor_files import (
     tensor_nbytes,
     write_safetensors_atomic,
 )
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.save import layout_of, write_companions, write_shards
 
 # -- shards ------------------------------------------------------------------------------------------------------------
 

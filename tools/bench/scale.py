@@ -37,13 +37,13 @@ from mora_ds.adapters.inject import mora_layers
 from mora_ds.checkpoint.layout import ENGINE_TAG, RNG_FILE
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
+from mora_ds.common.tensor_files import write_safetensors_atomic
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
 from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.initialize import initialize_full
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.shards import NAME, NUMEL, OFFSET, RANK, START, EngineShards, RankShard, _layout
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.models.tensor_files import write_safetensors_atomic
 from mora_ds.planning.step import Work, planned_model
 from mora_ds.runtime import cli
 from mora_ds.runtime.ranks import Ranks
