@@ -6,6 +6,8 @@ import gc
 
 import tests.conftest  # noqa: F401  (environment first)
 import mora_ds.train.pretrain  # noqa: F401  (and DeepSpeed)
+import deepspeed.module_inject.auto_ep_layer  # this and the next: what every engine imports as it is made
+import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import transformers.models.llama.modeling_llama  # noqa: F401
 from mora_ds.engine.muon import load_kernels
