@@ -5,9 +5,7 @@ from collections.abc import Iterator, Sequence
 from mora_ds.common.errors import unknown
 
 NONE = "none"
-EXTRAS = ("wandb", "mlflow")
-"""Trackers whose package is an extra of the same name."""
-KNOWN = ("tensorboard", *EXTRAS, NONE)
+KNOWN = ("tensorboard", "wandb", NONE)
 
 
 def tracker_problems(names: Sequence[str]) -> Iterator[str]:

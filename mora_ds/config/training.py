@@ -169,7 +169,7 @@ class TrainingArguments:
     with debug they print everything too. Debug adds the adapted layers and how they are computed;
     `mora-ds pretrain` with debug or info given in the command also shows what DeepSpeed's launcher prints."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where the curves go besides metrics.jsonl: tensorboard, wandb, mlflow, or none."""
+    """Where the curves go besides metrics.jsonl: tensorboard, wandb, or none."""
     logging_steps: int = 1
     """Optimizer steps between log lines."""
     profile: int | None = None

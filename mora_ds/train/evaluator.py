@@ -79,7 +79,10 @@ class Evaluator:
         state = self.state
         results = tasks.evaluate()
         costs = {name: result.cost for name, result in results.items()}
-        self.log.tasks(state.step, {name: result.metrics for name, result in results.items()})
+        self.log.record("tasks", state.step, {name: result.metrics for name, result in results.items()})
+        for name, result in results.items():
+            values = "  ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
+            logger.info(f"step {state.step}  {name}  {values}")
         if state.step == 0:
             state.task_costs_before = costs
         state.task_costs_last = costs

@@ -33,7 +33,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import disk_errors, link_or_copy
 from mora_ds.train.profile import PROFILE
 from mora_ds.train.run_file import holds_run, owned_by_run
-from mora_ds.train.trackers import TRACKERS
+from mora_ds.train.trackers import WANDB
 
 ASIDE = ".overwritten"
 DELETING = ".deleting"
@@ -50,7 +50,7 @@ TENSORBOARD = "tensorboard"
 DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
-    TOKENIZER_FOLDER, TARGETS, TRACKERS, PROFILE, DEMO,
+    TOKENIZER_FOLDER, TARGETS, WANDB, PROFILE, DEMO,
 )  # fmt: skip
 """Everything that a run writes."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
+from mora_ds.config.tracking import NONE
 from mora_ds.config.training import TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture, TrainData
@@ -68,7 +68,7 @@ from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import Start, engine_config, start_processes, start_up
 from mora_ds.train.tasks import check_tasks, task_names
-from mora_ds.train.trackers import check_installed, shown_config, start_trackers
+from mora_ds.train.trackers import Tracker, check_installed
 from mora_ds.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _steps(job: Job, schedule: Schedule) -> int:
 
 
 def _facts(job: Job) -> JsonObject:
-    """What run.yaml and the trackers tell of a run besides its settings."""
+    """What run.yaml tells of a run besides its settings."""
     return {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
 
 
@@ -253,13 +253,10 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         "tasks": state.evaluation_pending,
     }
     pending = [kind for kind, is_pending in kinds.items() if is_pending]
-    trackers = partial(
-        start_trackers,
-        arguments.training.report_to,
-        folder.resolve().name,
-        shown_config(dump(arguments), _facts(job)),
-        folder,
-    )
+    trackers = []
+    if ranks.is_first:
+        names = [name for name in arguments.training.report_to if name != NONE]
+        trackers = [Tracker(name, folder, dump(arguments), state.step) for name in names]
     log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:
         logger.info(_resumed(job.start.checkpoint, state, steps))
@@ -275,7 +272,6 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     summary = _summary(job, trainer)
     if ranks.is_first and not (was_finished and (folder / SUMMARY_FILE).exists()):
         write_json_atomic(folder / SUMMARY_FILE, summary)
-    log.summary(summary)
     if arguments.training.export_merged:
         assert trainer.last_checkpoint is not None, "a run ends with a checkpoint"
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
@@ -283,7 +279,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     log.close()
     failures = [
         *state.failures,
-        *(f"--report_to {name}" for name in log.failed_trackers),
+        *(f"--report_to {tracker.name}" for tracker in trackers if tracker.has_failed),
     ]
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None

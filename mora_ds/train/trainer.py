@@ -30,7 +30,7 @@ from mora_ds.data import StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
-from mora_ds.models.loss import row_nll, token_nll
+from mora_ds.models.loss import perplexity, row_nll, token_nll
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime import signals
 from mora_ds.train.evaluator import Evaluator
@@ -47,7 +47,6 @@ from mora_ds.train.metrics import (
     MetricsLog,
     PhaseMemory,
     SourceLosses,
-    StepMetrics,
 )
 from mora_ds.train.profile import LEFT_OUT, step_profiler
 
@@ -226,7 +225,6 @@ class Trainer:
         require_finite(mean_loss, f"the loss is {mean_loss} at step {step}", step)
         if self._is_logged(step):
             self._log_step(mean_loss, learning_rate, time.perf_counter() - started, source_sums)
-        self.log.advance(step)
         self._after_step()
 
     def _sources(self, micro_batch: MicroBatch) -> list[str]:
@@ -275,21 +273,22 @@ class Trainer:
         """Log the step just done. `source_sums`: losses, then labels, of the sources of a mixture."""
         step = self.state.step
         tokens = self.rows_per_step * self.train_data.seq_len
-        self.log.step(
-            StepMetrics(
-                step=step,
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=zero.gradient_norm(self.engine),
-                tokens=self.state.tokens,
-                tokens_per_s=tokens / seconds,
-                tokens_per_s_per_rank=tokens / seconds / self.replica.world,
-                step_time_s=seconds,
-                peak_memory_bytes=self.memory.peak,
-                bytes_gathered=self.bytes_gathered_per_step,
-                mfu=self.job.utilization(tokens / seconds),
-            )
-        )
+        row = {
+            "step": step,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "learning_rate": learning_rate,
+            "grad_norm": zero.gradient_norm(self.engine),
+            "tokens": self.state.tokens,
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "peak_memory_bytes": self.memory.peak,
+            "bytes_gathered": self.bytes_gathered_per_step,
+        }
+        utilization = self.job.utilization(tokens / seconds)
+        if utilization is not None:
+            row["mfu"] = utilization
+        self.log.step(row)
         if self._mixture is not None:
             source_tokens = self._mixture.tokens(step)
             self.log.record("sources", step, self._source_losses.facts(source_sums, source_tokens))

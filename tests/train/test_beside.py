@@ -259,23 +259,10 @@ def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
     assert_same_run(out, whole)
 
 
-class Broken:
-    """A service whose every call fails."""
-
-    run_id = "id"
-
-    def __init__(self, *arguments: Any):
-        return None
-
-    def log(self, *arguments: Any):
-        raise OSError("the service is gone")
-
-    summary = close = log
-
-
 def failing_tracker(argv: list[str]) -> tuple[str, str]:
     """`ended` of a run whose tracker fails. For `run_ranks`."""
-    with mock.patch.dict(trackers._CLIENTS, {"wandb": Broken}), mock.patch.object(program, "check_installed"):
+    broken = mock.Mock(side_effect=OSError("the service is gone"))
+    with mock.patch.object(trackers, "_start_wandb", broken), mock.patch.object(program, "check_installed"):
         return ended(argv)
 
 

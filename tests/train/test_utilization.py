@@ -8,7 +8,6 @@ import pytest
 from mora_ds.planning.utilization import token_flops
 from mora_ds.train import job as job_module
 from mora_ds.train.job import Job
-from mora_ds.train.metrics import StepMetrics
 from tests.helpers.models import tiny_model
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -38,11 +37,3 @@ def test_utilization(card: str, bf16: bool, said: str, peak: float | None, monke
     assert share == (None if peak is None else pytest.approx(1e9 * token_flops(model, 64) / 4 / peak))
     assert "".join(lines).endswith(said)
     assert bool(lines) == bool(card)
-
-
-@pytest.mark.parametrize("share", [0.4123, None])
-def test_a_step_is_logged_with_it_or_without(share: float | None):
-    metrics = StepMetrics(1, 2.0, 1e-3, 1.0, 64, 128.0, 64.0, 0.5, 2**30, 0, share)
-    assert metrics.row().get("mfu") == share
-    assert ("mfu" in metrics.row()) == (share is not None)
-    assert ("tok/s  MFU 41.2%  1.00 GiB" in metrics.line(2, 1.0)) == (share is not None)
