@@ -4,8 +4,8 @@
     mora-ds plan RECIPE.yaml --model MODEL --gpus 64
 
 The recipe and all flags that are not named here are those of `mora-ds pretrain`. Without --micro_batch it recommends a
-micro-batch size, gradient checkpointing, and the tensor and sequence parallel sizes; with it, it plans the given
-settings. Where the base does not fit it plans --base_device host.
+micro-batch size, with gradient checkpointing where nothing fits without; with it, it plans the given settings. Where
+the base does not fit it plans --base_device host. Without --bf16 and --fp16 the run computes in bf16.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _OF_PLANS = {"__per_device_train_batch_size": "--micro_batch", "__model_config":
 
 def main() -> None:
     options, settings = _parser().parse_known_args()
-    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch", "accumulation", "rows")
+    counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
     refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
     planner = _planner(options, arguments)
@@ -44,7 +44,7 @@ def main() -> None:
         devices = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
         for where in devices if device is BaseDevice.AUTO else [device]:
             planner = place_base(planner, where)
-            if chosen := recommend(planner, options.rows):
+            if chosen := recommend(planner):
                 break
     else:
         planner = place_base(planner, device)
@@ -80,24 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus_per_node", type=int, default=8, help="processes of a node")
     parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
     parser.add_argument(
-        "--dtype",
-        choices=["bf16", "fp16", "fp32"],
-        help="precision. Default: the recipe's, or bf16.",
-    )
-    parser.add_argument(
         "--micro_batch",
         type=int,
         help="sequences per micro-batch and process; default: recommended",
-    )
-    parser.add_argument(
-        "--accumulation",
-        type=int,
-        help="micro-batches per optimizer step. Default: the recipe's",
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        help="upper limit of sequences per micro-batch over all processes",
     )
     parser.add_argument(
         "--json",
@@ -114,10 +99,6 @@ def _arguments(options: argparse.Namespace, settings: Sequence[str]) -> Argument
             raise UserError(f"{word.split('=')[0]} is for training: a plan takes {planned_flag}")
     flags = ["--model_name_or_path", shipped(options.model), "--dry_run"]
     flags += ["--per_device_train_batch_size", str(options.micro_batch or 1)]
-    if options.dtype is not None:
-        flags += ["--bf16", str(options.dtype == "bf16"), "--fp16", str(options.dtype == "fp16")]
-    if options.accumulation is not None:
-        flags += ["--gradient_accumulation_steps", str(options.accumulation)]
     arguments = parse([*settings, *flags])
     model = replace(arguments.model, model_config=None)  # --model stands in the place of the recipe's
     training = arguments.training

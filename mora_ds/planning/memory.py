@@ -132,9 +132,6 @@ class RankMemory:
     """The most trained parameters that are gathered at the same time."""
     activations: int
     """Saved for backward at the end of forward, logits and loss included."""
-    logits: int
-    """The logits of a micro-batch in the compute dtype; part of the activations. 0 with a frozen head, whose loss is
-    computed in chunks."""
     forward_backward: int
     """Peak of forward and backward, on top of static memory."""
     optimizer_step: int
@@ -176,7 +173,6 @@ class RankMemory:
 def rank_memory(
     base_bytes: int,
     merge: int,
-    logits: int,
     step: StepMemory,
     trained: Trained,
     gathered: Gathers,
@@ -184,59 +180,53 @@ def rank_memory(
 ) -> RankMemory:
     """The memory of a rank. `base_bytes`, `merge`: from the model; `gathered`: of one micro-batch, without persistent
     parameters; `streamed`: the part of the base that stays in host memory."""
-    buffers, host_base = (0, 0) if streamed is None else (streamed.on_device, streamed.total)
-    shard = trained.shard
-    total = trained.total
     itemsize = trained.bytes_each
-    persistent = sum(trained.persistent)
-    masters, moments, gradients = _optimizer_bytes(trained)
-    host = masters + moments + gradients if trained.offloads else 0
-    if trained.offloads:
-        masters = moments = gradients = 0
-    squares = (shard if trained.stage == 3 else total) * itemsize
-    bucket, reduced = _bucket_bytes(trained)
-    unsharded = (gathered.most_at_once + persistent) * itemsize if trained.ranks > 1 and trained.stage == 3 else 0
+    weights = trained.shard if trained.stage == 3 else trained.total
+    persistent = sum(trained.persistent) * itemsize
+    unsharded = gathered.most_at_once * itemsize + persistent
     # An all-gather has an output buffer until it is split up: early in forward, unless backward gathers again.
-    gathers_again = gathered.elements > total - persistent
-    output_buffer = gathered.largest_call * itemsize if unsharded and gathers_again else 0
-    stays = persistent * itemsize if trained.ranks > 1 else 0
-    largest = max(trained.numels, default=0) * FP32
-    step_needs = 0 if trained.offloads else (2 + trained.on_cpu) * shard * FP32
+    gathers_again = gathered.elements > trained.total - sum(trained.persistent)
+    output_buffer = gathered.largest_call * itemsize if gathers_again else 0
+    states = _optimizer_bytes(trained)
+    on_device = dict.fromkeys(states, 0) if trained.offloads else states
+    temporary = 0 if trained.offloads else (2 + trained.on_cpu) * trained.shard * FP32
     if trained.muon and trained.stage == 3:
-        step_needs += _muon_bytes(trained)
+        temporary += _muon_bytes(trained)
+    largest = max(trained.numels, default=0) * FP32
+    host_base = 0 if streamed is None else streamed.total
+    buffers = 0 if streamed is None else streamed.on_device
     return RankMemory(
         base=base_bytes - host_base + buffers,
         tables=step.tables,
-        squares=squares,
-        masters=masters,
-        moments=moments,
-        gradients=gradients,
-        bucket=bucket,
+        squares=weights * itemsize,
+        **on_device,
+        bucket=trained.zero["reduce_bucket_size"] * itemsize,
         gathered=unsharded,
         activations=step.saved,
-        logits=logits,
-        forward_backward=unsharded + output_buffer + max(step.peak, reduced),
-        optimizer_step=max(stays, step_needs),
-        merge=merge + 2 * largest + stays if merge else 0,
-        save=2 * largest + stays,
-        host_optimizer=host,
-        host_save=total * FP32,
+        forward_backward=unsharded + output_buffer + max(step.peak, _reduction_bytes(trained)),
+        optimizer_step=max(persistent, temporary),
+        merge=merge + 2 * largest + persistent if merge else 0,
+        save=2 * largest + persistent,
+        host_optimizer=sum(states.values()) - sum(on_device.values()),
+        host_save=trained.total * FP32,
         base_buffers=buffers,
         host_base=host_base,
     )
 
 
-def _optimizer_bytes(trained: Trained) -> tuple[int, int, int]:
-    """(master weights, moments, gradients). ZeRO has master weights even in fp32: stage3.py compares a torch.device
+def _optimizer_bytes(trained: Trained) -> dict[str, int]:
+    """Master weights, moments and gradients. ZeRO has master weights even in fp32: stage3.py compares a torch.device
     with its name, and so never uses the parameters as their own master weights."""
     shard = trained.shard
-    stage = trained.stage
-    masters = shard * FP32
     squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
-    moments = round((squares if trained.muon else 2 * squares) * FP32 + 2 * (shard - squares) * FP32)
-    dtype = str((trained.ds_config.get("data_types") or {}).get("grad_accum_dtype"))
-    accumulated = {"fp16": 2, "bf16": 2}.get(dtype, FP32)
-    return masters, moments, (trained.total if stage == 1 else shard) * accumulated
+    without_second_moment = squares if trained.muon else 0
+    data_types = trained.ds_config.get("data_types") or {}
+    accumulated = 2 if data_types.get("grad_accum_dtype") in ("fp16", "bf16") else FP32
+    return {
+        "masters": shard * FP32,
+        "moments": round((2 * shard - without_second_moment) * FP32),
+        "gradients": (trained.total if trained.stage == 1 else shard) * accumulated,
+    }
 
 
 def _muon_bytes(trained: Trained) -> int:
@@ -246,14 +236,14 @@ def _muon_bytes(trained: Trained) -> int:
     return 2 * FP32 * min(chunk, sum(matrices))
 
 
-def _bucket_bytes(trained: Trained) -> tuple[int, int]:
-    """(the gradient bucket, and what reducing a full one takes: the shards in order, and this rank's in fp32)."""
-    size = trained.zero["reduce_bucket_size"]
-    filled = min(size, trained.total)
+def _reduction_bytes(trained: Trained) -> int:
+    """What reducing a full gradient bucket takes: the shards in order, and under ZeRO-3 this rank's in fp32."""
+    filled = min(trained.zero["reduce_bucket_size"], trained.total)
     if trained.stage != 3:
-        return size * trained.bytes_each, filled * trained.bytes_each
-    shard = filled // trained.ranks * FP32 if trained.bytes_each < FP32 else 0
-    return size * trained.bytes_each, (filled * trained.bytes_each if trained.ranks > 1 else 0) + shard
+        return filled * trained.bytes_each
+    in_order = filled * trained.bytes_each if trained.ranks > 1 else 0
+    in_fp32 = filled // trained.ranks * FP32 if trained.bytes_each < FP32 else 0
+    return in_order + in_fp32
 
 
 def all_gather_volume(trained: Trained, gathered: Gathers, accumulation: int) -> int:

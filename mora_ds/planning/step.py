@@ -59,11 +59,6 @@ class Work:
     """Whether the decoder layers' frozen weights are in host memory (--base_device host)."""
 
     @property
-    def base_bits(self) -> int | None:
-        """None where nothing is frozen."""
-        return None if self.adapter is None else self.adapter.base_bits
-
-    @property
     def tokens(self) -> int:
         """Tokens that a rank computes; with tensor parallelism, a group together."""
         return self.micro_batch * self.seq_len // self.sequence_parallel
@@ -71,19 +66,6 @@ class Work:
     @property
     def layers(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
-
-    @property
-    def heads(self) -> int:
-        return int(getattr(self.config.get_text_config(), "num_attention_heads", None) or 1)
-
-    @property
-    def key_value_heads(self) -> int:
-        return int(getattr(self.config.get_text_config(), "num_key_value_heads", None) or self.heads)
-
-    @property
-    def head_dim(self) -> int:
-        text = self.config.get_text_config()
-        return int(getattr(text, "head_dim", None) or text.hidden_size // self.heads)
 
 
 @dataclass(frozen=True)
@@ -250,14 +232,10 @@ class Streamed:
         return self.buffers * self.slot
 
     @property
-    def forward(self) -> int:
-        """Bytes copied in a forward pass. The first layers are there already, from the end of the last backward."""
-        return sum(self.layers[self.buffers :])
-
-    @property
-    def backward(self) -> int:
-        """Bytes copied in a backward pass, where the last layers are there."""
-        return sum(self.layers[: -self.buffers])
+    def copied(self) -> int:
+        """Bytes copied in a micro-batch, forward and backward. The layers with which a pass begins are there already,
+        from the end of the other pass."""
+        return sum(self.layers[self.buffers :]) + sum(self.layers[: -self.buffers])
 
 
 def other_buffer_bytes(model: nn.Module) -> int:

@@ -1,33 +1,12 @@
-"""The arithmetic of plans, with figures counted by hand: bytes of Ulysses, and those under every ZeRO stage."""
+"""The arithmetic of plans, with figures counted by hand: bytes under every ZeRO stage."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
-from mora_ds.adapters.config import MoRAConfig
 from mora_ds.planning.memory import Gathers, Trained, all_gather_volume, gathers, rank_memory, reduced_bytes
-from mora_ds.planning.plan import ulysses_bytes
-from mora_ds.planning.step import StepMemory, Work
-
-CONFIG = AutoConfig.for_model(
-    "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, vocab_size=100,
-)  # fmt: skip
-WORK = Work(CONFIG, MoRAConfig(rank=4), seq_len=32, micro_batch=2)
-
-
-def test_ulysses_exchanges_queries_keys_values_and_outputs():
-    """Too few keys and values are repeated; gradient checkpointing exchanges once more."""
-    two = replace(WORK, sequence_parallel=2)
-    a_token = 2 * 8 * (4 + 2)
-    assert ulysses_bytes(two) == 2 * 3 * 32 * a_token * 2 / 2
-    assert ulysses_bytes(replace(two, checkpointing=True)) == 1.5 * ulysses_bytes(two)
-    assert ulysses_bytes(replace(WORK, sequence_parallel=4)) == 2 * 3 * 16 * (2 * 8 * (4 + 4)) * 2 * 3 / 4
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
+from mora_ds.planning.step import StepMemory
 
 STEP = StepMemory(saved=300, peak=500, tables=20)
 GATHERED = Gathers(200, 90, 40)
@@ -56,7 +35,7 @@ def trained(stage: int, **changes: Any) -> Trained:
 def test_what_a_rank_holds_at_each_stage(
     stage: int, squares: int, masters: int, moments: int, gradients: int, bucket: int
 ):
-    memory = rank_memory(1000, 70, 0, STEP, trained(stage), GATHERED)
+    memory = rank_memory(1000, 70, STEP, trained(stage), GATHERED if stage == 3 else Gathers())
     sizes = (memory.squares, memory.masters, memory.moments, memory.gradients, memory.bucket)
     assert sizes == (squares, masters, moments, gradients, bucket)
     assert memory.static == 1000 + 20 + sum(sizes)
@@ -72,25 +51,25 @@ def test_what_a_rank_holds_at_each_stage(
 
 
 def test_where_else_states_of_the_optimizer_are():
-    memory = rank_memory(0, 0, 0, STEP, trained(2, zero={"offload_optimizer": {"device": "cpu"}}), GATHERED)
+    memory = rank_memory(0, 0, STEP, trained(2, zero={"offload_optimizer": {"device": "cpu"}}), GATHERED)
     assert (memory.masters, memory.moments, memory.gradients, memory.optimizer_step) == (0, 0, 0, 0)
     assert memory.host_optimizer == 172 + 344 + 172
     assert memory.merge == 0
     half = trained(2, config={"data_types": {"grad_accum_dtype": "bf16"}})
-    assert rank_memory(0, 0, 0, STEP, half, GATHERED).gradients == 86
-    assert rank_memory(0, 0, 0, STEP, trained(2, on_cpu=True), GATHERED).optimizer_step == 3 * 4 * 43
+    assert rank_memory(0, 0, STEP, half, GATHERED).gradients == 86
+    assert rank_memory(0, 0, STEP, trained(2, on_cpu=True), GATHERED).optimizer_step == 3 * 4 * 43
 
 
 def test_muon_has_one_moment_of_a_matrix_and_gathers_some_at_a_time():
-    memory = rank_memory(0, 0, 0, STEP, trained(3, muon=True), GATHERED)
+    memory = rank_memory(0, 0, STEP, trained(3, muon=True), GATHERED)
     share = 44 * 162 / 169
     assert memory.moments == round(4 * share + 8 * (44 - share))
-    assert memory.optimizer_step > rank_memory(0, 0, 0, STEP, trained(3), GATHERED).optimizer_step
+    assert memory.optimizer_step > rank_memory(0, 0, STEP, trained(3), GATHERED).optimizer_step
 
 
 def test_reducing_a_full_bucket_may_be_the_peak():
     small = replace(STEP, peak=10)
-    peaks = {stage: rank_memory(0, 0, 0, small, trained(stage), Gathers()) for stage in (1, 2, 3)}
+    peaks = {stage: rank_memory(0, 0, small, trained(stage), Gathers()) for stage in (1, 2, 3)}
     assert peaks[1].forward_backward == peaks[2].forward_backward == 2 * 50
     assert peaks[3].forward_backward == 14 + 2 * 50 + 4 * 12, "this rank's part in fp32 too"
 

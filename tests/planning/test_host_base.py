@@ -31,7 +31,6 @@ def test_a_base_in_host_memory_leaves_a_device_two_layers_of_it():
     plan = recommend(placed)
     assert plan is not None
     assert plan.fits
-    assert plan.work.tensor_parallel == 1
     memory = plan.memory
     resident = small.plan().memory
     assert memory.base - memory.base_buffers + memory.host_base == resident.base

@@ -283,13 +283,10 @@ def test_a_recommendation_fits_and_the_next_size_does_not():
     assert not gpu_planner.plan(micro_batch=2 * plan.work.micro_batch, checkpointing=plan.work.checkpointing).fits
 
 
-def test_little_memory_takes_checkpointing_and_less_takes_groups():
+def test_little_memory_takes_checkpointing():
     checkpointed = recommend(planner(Cluster(8, memory=4.4e9)))
     assert checkpointed is not None
     assert checkpointed.work.checkpointing
-    shared = recommend(planner(Cluster(8, memory=4.4e9)), rows=4)
-    assert shared is not None
-    assert shared.work.tensor_parallel * shared.work.sequence_parallel == 2
 
 
 def test_a_base_that_does_not_fit_is_said_to():
