@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from mora_ds.adapters.domain_names import Freeze, domain_complaints
+from mora_ds.adapters.domain_names import domain_complaints
 from mora_ds.adapters.ops.index_tables import OPERATORS, square_size
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LORA, LoRASpec
@@ -217,9 +217,6 @@ class MoRAConfig(AdapterConfig):
     domains: tuple[str, ...] = ()
     """Names of the domains; in every layer each has its own MoRA matrix, added to the shared one."""
 
-    freeze: str = Freeze.NONE.value
-    """shared or domains: these matrices are not trained; none: all are trained."""
-
     def __post_init__(self) -> None:
         sizes = self.layer_sizes.items() if isinstance(self.layer_sizes, Mapping) else self.layer_sizes
         try:
@@ -236,7 +233,7 @@ class MoRAConfig(AdapterConfig):
         for name, size in odd[:1]:
             even = ", and even for rotate" if self.step == 2 else ""
             yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
-        yield from domain_complaints(self.domains, self.freeze)
+        yield from domain_complaints(self.domains)
         if self.operator in REMOVED_OPERATORS:
             yield f"`operator` {self.operator} {REMOVED_OPERATORS[self.operator]}"
             return

@@ -1,25 +1,16 @@
-"""Names of domains, and which of their MoRA matrices are trained: what the adapter's config says of them."""
+"""Names of domains: what the adapter's config says of them."""
 
 from collections.abc import Iterator, Sequence
-from enum import Enum
 
-from mora_ds.common.errors import refusal, unknown
+from mora_ds.common.errors import refusal
 from mora_ds.common.untrusted import file_name
 
 SHARED = "shared"
 """Names the MoRA matrix that all domains share where a domain is asked for, so that no domain may have this name."""
 
 
-class Freeze(str, Enum):
-    """Which MoRA matrices are not trained in a run with domains."""
-
-    NONE = "none"
-    SHARED = "shared"
-    DOMAINS = "domains"
-
-
-def domain_complaints(domains: Sequence[str], freeze: str) -> Iterator[str]:
-    """One message for each field of `MoRAConfig` on domains that is wrong."""
+def domain_complaints(domains: Sequence[str]) -> Iterator[str]:
+    """One message for each thing that is wrong with the names."""
     if len(set(domains)) < len(domains) or SHARED in domains:
         yield (
             f"research.domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA "
@@ -27,8 +18,3 @@ def domain_complaints(domains: Sequence[str], freeze: str) -> Iterator[str]:
         )
     if unfit := [name for name in domains if refusal(file_name, name, "")]:
         yield f"research.domain_adapters: {unfit[0]!r} cannot be a domain's name, which is also the name of a folder"
-    kinds = [kind.value for kind in Freeze]
-    if freeze not in kinds:
-        yield unknown("research.freeze", freeze, kinds)
-    elif freeze != Freeze.NONE.value and not domains:
-        yield f"research.freeze {freeze} is for research.domain_adapters"

@@ -10,14 +10,13 @@ Shape legend:  K = domains, B = rows, D = d_in, O = d_out, R = r_hat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.domain_names import Freeze
 from mora_ds.adapters.layer import AdaptedLinear, MoRALinear
 from mora_ds.adapters.ops.frozen import check_floating, frozen_linear
 from mora_ds.adapters.ops.linear import Compute
@@ -38,7 +37,7 @@ OWN = "domain_squares"
 class DomainLinear(MoRALinear):
     """`MoRALinear` with a second tensor, `domain_squares` (K, r_hat, r_hat): a matrix for each domain."""
 
-    domain_squares: Tensor
+    domain_squares: nn.Parameter
     own_spec: OperatorSpec
     """The spec of `domain_squares`; `spec` is that of the shared matrix, which changes with every merge."""
 
@@ -48,25 +47,13 @@ class DomainLinear(MoRALinear):
         spec: OperatorSpec,
         domains: Domains,
         dropout: float = 0.0,
-        freeze: Freeze = Freeze.NONE,
     ) -> None:
-        """All matrices are zero at first. Those that `freeze` excludes from training are fp32 buffers, which DeepSpeed
-        does not partition."""
+        """All matrices are zero at first."""
         super().__init__(base, spec, dropout, Compute.ACTIVATION)
         self.domains = domains
         self.own_spec = spec
         squares = self.square.data.new_zeros(len(domains.names), *self.square.shape)
         self.register_parameter(OWN, nn.Parameter(squares))
-        if freeze is not Freeze.NONE:
-            name = "square" if freeze is Freeze.SHARED else OWN
-            value = self._parameters.pop(name)
-            assert value is not None
-            self.register_buffer(name, value.data.float(), persistent=False)
-            self.frozen_values = (name,)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters(recurse=False)).dtype
 
     def operators(self) -> tuple[OperatorSpec, ...]:
         return self.spec, self.own_spec
@@ -101,29 +88,16 @@ def domains_of(model: nn.Module) -> Domains:
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 
-def frozen_values(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> shared matrix or `domain_squares`, fp32, where they are not trained."""
-    layers = domain_layers(model).items()
-    return {f"{name}.{value}": layer.get_buffer(value) for name, layer in layers for value in layer.frozen_values}
-
-
 def set_values(
     layer: AdaptedLinear,
     square: Tensor,
     domain_squares: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    """Sets a layer's matrices from fp32 tensors: trained ones in `dtype`, frozen ones in fp32. Not after `initialize`,
-    when DeepSpeed holds them."""
+    """Sets a layer's matrices from fp32 tensors. Not after `initialize`, when DeepSpeed holds them."""
     for name, value in {layer.spec.value_name: square, OWN: domain_squares}.items():
         if value is not None:
-            getattr(layer, name).data = value.to(torch.float32 if name in layer.frozen_values else dtype)
-
-
-def restore_frozen(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Sets the matrices that are not trained from fp32 tensors, by their names in the model."""
-    for name, value in frozen_values(model).items():
-        value.copy_(values[name])
+            getattr(layer, name).data = value.to(dtype)
 
 
 class Domains:

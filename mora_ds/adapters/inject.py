@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRAConfig
-from mora_ds.adapters.domain_names import Freeze
-from mora_ds.adapters.domains import DomainLinear, Domains, frozen_values
+from mora_ds.adapters.domains import DomainLinear, Domains
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
 from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape, mora_layers
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
@@ -147,7 +146,6 @@ def inject(
         train_low_rank(model, config.embedding_rank, config.seed)
     layers = list(mora_layers(model).values())
     values = sum(value.numel() for layer in layers for value in layer.parameters(recurse=False))
-    frozen = sum(value.numel() for value in frozen_values(model).values())
     other_trainable = sum(parameter.numel() for parameter in model.parameters()) - values
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     return InjectionReport(
@@ -156,7 +154,7 @@ def inject(
         values=layers[0].spec.values_title,
         square_params=values,
         other_trainable_params=other_trainable,
-        total_params=total + values + frozen,
+        total_params=total + values,
         left_out=_matrices_left_out(model) if all_linear else {},
     )
 
@@ -252,8 +250,6 @@ def move_base(
             where = "cpu" if name in on_host else device
             moved[id(tensor)] = tensor.to(where, dtype if casts else tensor.dtype)
         _set_buffer(model, name, moved[id(tensor)])
-    for name, tensor in frozen_values(model).items():
-        _set_buffer(model, name, tensor.to(device))
 
 
 def put_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -314,7 +310,7 @@ def _freeze_to_buffers(model: nn.Module, trained: set[int]) -> None:
         prefix = f"{path}." if path else ""
         if isinstance(module, AdaptedLinear):
             buffer_names = {name for name, tensor in module.named_buffers(recurse=False) if tensor is not None}
-            names |= {prefix + name for name in buffer_names - {*module.frozen_values}}
+            names |= {prefix + name for name in buffer_names}
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is None or id(parameter) in trained:
@@ -390,12 +386,6 @@ def layer_for(
         assert isinstance(spec, StackSpec)
         return MoRAExperts(base, spec, config.dropout)
     if domains is not None and isinstance(config, MoRAConfig):
-        return DomainLinear(
-            base,
-            operator_of(spec, name),
-            domains,
-            config.dropout,
-            Freeze(config.freeze),
-        )
+        return DomainLinear(base, operator_of(spec, name), domains, config.dropout)
     compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
     return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))

@@ -134,8 +134,6 @@ class AdaptedLinear(nn.Module):
         """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
         self.style = Style.WHOLE
         """How tensor parallelism can split the layer, at any degree."""
-        self.frozen_values: tuple[str, ...] = ()
-        """Names of the adapter's tensors that are not trained: buffers in fp32."""
         self.merged: tuple[Term, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them up."""
         self._merged_tables: tuple[object, ...] = ()
@@ -151,7 +149,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def value(self) -> nn.Parameter:
-        """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out); a buffer where it is frozen."""
+        """M (r_hat, r_hat), or LoRA's factors (rank, d_in + d_out)."""
         value: nn.Parameter = getattr(self, self.spec.value_name)
         return value
 
@@ -278,12 +276,11 @@ class AdaptedLinear(nn.Module):
         return weight.mT if self.transposed else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        """Moves but does not cast scales and frozen values: `module.to(bf16)` would round the scales, and with them
-        every weight. Casts the terms of merged cycles, as it casts the matrix."""
-        uncast = {name: self._buffers[name] for name in ("weight_scales", *self.frozen_values)}
+        """Moves but does not cast scales: `module.to(bf16)` would round them, and with them every weight. Casts the
+        terms of merged cycles, as it casts the matrix."""
+        scales = self.weight_scales
         super()._apply(fn, recurse)
-        for name, tensor in uncast.items():
-            self._buffers[name] = None if tensor is None else tensor.to(self.device)
+        self.weight_scales = None if scales is None else scales.to(self.device)
         self.merged = tuple((spec, fn(value)) for spec, value in self.merged)
         self._hold_merged_tables()
         return self

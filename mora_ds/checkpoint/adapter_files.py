@@ -73,23 +73,17 @@ class DomainSquares:
     """The domains, in the order of their matrices."""
     operators: Mapping[str, OperatorSpec]
     """Module name -> operator of its matrices. They are not merged during a run and keep the operator of cycle 0."""
-    frozen: tuple[str, ...] = ()
-    """Names of the tensors that are not trained, of the shared matrices or those of domains."""
 
     def to_dict(self) -> JsonObject:
         operators = {name: spec.to_dict() for name, spec in self.operators.items()}
-        return {
-            "names": list(self.names),
-            "operators": operators,
-            "frozen": list(self.frozen),
-        }
+        return {"names": list(self.names), "operators": operators}
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> DomainSquares:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Domains, values, "domains")
         operators = {name: operator_of(spec_from_dict(spec), name) for name, spec in known.operators.items()}
-        return cls(known.names, operators, known.frozen)
+        return cls(known.names, operators)
 
     def tensor(self, module: str) -> str:
         """The name of a layer's matrices in safetensors files."""
@@ -112,7 +106,6 @@ class _Domains:
 
     names: tuple[FileName, ...]
     operators: dict[FileName, JsonObject]
-    frozen: tuple[FileName, ...]
 
 
 def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) -> str | None:

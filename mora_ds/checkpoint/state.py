@@ -119,13 +119,11 @@ _LABELS = {
     "adapter.dropout": "--mora_dropout",
     "alignment": "research.alignment_weight, alignment_rank (None: no alignment loss)",
     "adapter.layer_sizes": "research.targets",
-    "trainable_budget": "research.trainable_budget",
     "adapter.alpha": "--lora_alpha",
     "adapter.segments": "--tp_grouping",
     "adapter.embedding_rank": "--train_embedding_rank",
     "adapter.base_bits": "--base_bits",
     "adapter.domains": "research.domain_adapters",
-    "adapter.freeze": "research.freeze",
     "global_batch_size": "sequences a step (--per_device_train_batch_size, --gradient_accumulation_steps, ranks)",
     "dtype": "compute dtype (--bf16, --fp16)",
     "attention": "attention (--attn_implementation)",
@@ -144,5 +142,8 @@ def _label(key: str) -> str:
     setting, _, name = key.partition("mixture.")[2].partition(".")
     if name:
         return f"{_LABELS[f'mixture.{setting}']}, {name}"
+    layer = key.removeprefix("adapter.layer_sizes.")
+    if layer != key:
+        return f"{_LABELS['adapter.layer_sizes']}, {layer}"
     plain = key.removeprefix("adapter.")
     return f"--{plain}" if plain in _FLAGS else _LABELS.get(key, key)

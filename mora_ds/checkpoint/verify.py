@@ -249,8 +249,6 @@ def _agreement(folder: Path) -> Iterator[str]:
     adapter = read_adapter(folder)
     shards = EngineShards.open(folder / ENGINE_TAG)
     tensors = dict(AdapterTensors(folder, adapter).items())
-    for name in () if adapter.domains is None else adapter.domains.frozen:
-        del tensors[name]  # no shard holds it: it is not trained
     if different := sorted(set(tensors) ^ set(shards.shapes)):
         raise UserError(f"{path} and the shards do not hold the same tensors, e.g. {different[0]}")
     refuse(

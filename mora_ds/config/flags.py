@@ -69,18 +69,18 @@ REMOVED: dict[str, str] = {
     "decay_from": "was removed: in another --output_dir a run decays with --resume_from_checkpoint CHECKPOINT and "
     "--lr_scheduler_type warmup_stable_decay",
     "domain_adapters": _RESEARCH,
-    "eval_domains": _RESEARCH,
+    "eval_domains": "was removed: an evaluation set with a domain's name is read as that domain's",
     "eval_tasks_limit": "was removed, as scores on a part of a task compare with no others: a FILE.yaml of "
     "--eval_tasks may name a smaller split",
     "expert_rank": "was removed: an expert's rank is --mora_rank divided by the number of experts that compute a token",
-    "freeze": _RESEARCH,
+    "freeze": "was removed: a run with domains trains all of its MoRA matrices",
     "full_rank_learning_rate": _TWO_RUNS,
     "full_rank_steps": _TWO_RUNS,
     "gradient_checkpointing_reentrant": "was removed: --gradient_checkpointing uses PyTorch's other kind",
     "heartbeat_timeout_s": "was removed: torchrun and the cluster's scheduler watch processes, and "
     "--collective_timeout_s ends a rank that waits for one that is gone",
     "hold_weights": "was removed: --compute chooses between activation and weight",
-    "init_adapter": _RESEARCH + "; a LoRA of PEFT is merged into its base with PEFT, and that model adapted",
+    "init_adapter": "was removed: a LoRA of PEFT is merged into its base with PEFT, and that model adapted",
     "liger": "was removed, since nobody has measured it here",
     "lora_rank": "was removed: --mora_rank is the rank of --adapter lora too",
     "merge_at_end": "was removed: exports add the MoRA matrices that are not merged yet",
@@ -106,7 +106,7 @@ REMOVED: dict[str, str] = {
     "tp_segments": "was removed: --tp_grouping aligned has 8 segments",
     "train_embedding_rows": "was removed: --train_embedding_rank learns more with fewer parameters",
     "train_tokenizer_type": "was removed: the tokenizer is trained as BPE",
-    "trainable_budget": _RESEARCH,
+    "trainable_budget": "was removed: mora-ds analyze --trainable_budget writes a plan of targets",
     "warmup_ratio": "was removed: --warmup_steps below 1 is a share of the run",
 }
 """Setting that a version before 0.3.0 had -> what to do instead, to be read after its name."""

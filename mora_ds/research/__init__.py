@@ -1,10 +1,9 @@
 """What papers on MoRA and ReMoRA name and our measurements do not recommend, or few use.
 
 settings, run     the block `research:` of a recipe, and the hooks of a run that has one (`train.hooks`)
-weights           singular values, ranks and energy of frozen weights; analyze: `mora-ds analyze`
+analyze           ranks of frozen weights, and plans under a budget (`mora-ds analyze`)
 targets           plans of which layers get a MoRA matrix, and of what side
 alignment         a term of the loss: how much of an update lies in the weight's leading subspaces
-init_adapter      MoRA matrices of an earlier run with domains to start from
 bank              many adapters of one base, each row of a batch with its own (`mora-ds evaluate-adapters`)
 spectrum          singular values and ranks of merged updates (`mora-ds spectrum`)
 

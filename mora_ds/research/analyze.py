@@ -1,115 +1,64 @@
-"""Analyse the weights of a model layer by layer, and plan which layers to adapt under a budget.
+"""Measure the ranks of a model's weights, and plan which layers to adapt under a budget.
 
-    mora-ds analyze MODEL --json weights.json
-    mora-ds analyze MODEL --probe 'domain/*.jsonl' --trainable_budget 0.5% --write targets.yaml
+    mora-ds analyze MODEL
+    mora-ds analyze MODEL --trainable_budget 0.5% --write targets.yaml
 
-The first command reads the weights only, one at a time. With --probe, the gradients of a few batches are measured too:
-|dL/dM| at M = 0, for the chosen operator and rank, the root of the mean over batches of the squared Frobenius norm of a
-batch's gradient (its loss being the mean over tokens). --write writes the plan for `research.targets`, by the scores of
-the probe if there is one, else by those of the weights. Exit code 2: an error that you can correct in the command.
+Of singular values s_1 >= s_2 >= ... of a weight, with its energy |W|^2 = sum of s_i^2:
+
+    stable rank      |W|^2 / s_1^2
+    effective rank   exp(-sum of p_i log p_i), p_i = s_i^2 / |W|^2: the entropy of the shares of energy
+
+A plan divides the budget in proportion to how much of its rank a weight uses:
+
+    score     of a layer: effective rank / shorter side
+    r_hat^2   = factor * score * (d_in + d_out)      MoRA's own size, r_hat^2 = rank * (d_in + d_out), with a rank in
+                                                     proportion to the score; the factor uses the budget up
+
+A layer gets a matrix if its rank factor * score is 1 or more, so that a small budget goes to the layers of the highest
+scores. Exit code 2: an error that you can correct in the command.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mora_ds.adapters.config import ALL_LINEAR, MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.common.errors import COUNT, Bounds, RunError, UserError, refuse, wrong_values
-from mora_ds.common.files import write_json_atomic
-from mora_ds.config.adapter import AdapterArguments
-from mora_ds.data import Document, load_corpus
-from mora_ds.eval.perplexity import load_target
-from mora_ds.models.rope import longest_row
-from mora_ds.research.targets import OpenModel, parse_budget
-from mora_ds.research.weights import LEADING, WeightMeasures, analyse
-from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
+from mora_ds.adapters.config import ALL_LINEAR
+from mora_ds.adapters.inject import count_parameters
+from mora_ds.adapters.layer import ExpertStack
+from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE, round_side
+from mora_ds.adapters.target_modules import match_targets
+from mora_ds.common.errors import RunError, UserError, named_as_flags
+from mora_ds.models.base import BaseCheckpoint, map_model
+from mora_ds.models.load import folder_config
+from mora_ds.planning.step import Work, planned_model
+from mora_ds.research.targets import TargetPlan
+from mora_ds.runtime.cli import check_writable, command_parser, shared_flags, table
 
-FLAG = "--probe"
+_EVEN = 2
+"""Every side is a multiple of it, as rotate needs."""
 
 
+@named_as_flags("target_modules")
 def main() -> None:
     options = _parser().parse_args()
-    settings = AdapterArguments(
-        mora_rank=options.mora_rank,
-        operator=options.operator,
-        target_modules=options.target_modules,
-    )
-    refuse(settings.problems())
-    config = settings.mora_config(MoRAConfig.seed)
-    _check(options)
-    opened = OpenModel.in_folder(
-        options.model,
-        options.target_modules,
-        options.trust_remote_code,
-    )
-    if options.write:  # before the long part
-        opened.check_budget(config, options.trainable_budget)
-    gradients = _probe(options, config) if options.probe else {}
-    weights = list(analyse(opened.base, opened.weights, options.device))
-    print("\n".join(report_lines(weights, gradients)))
-    if options.json:
-        layers: list[dict[str, Any]] = []
-        for measures in weights:
-            gradient = gradients.get(measures.module)
-            layers.append(measures.to_dict() | ({} if gradient is None else {"gradient": gradient.to_dict()}))
-        write_json_atomic(options.json, {"format": 1, "model": str(options.model), "layers": layers})
-    if options.write:
-        if gradients:
-            scores = {module: gradient.score for module, gradient in gradients.items()}
-        else:
-            scores = {measures.module: measures.score for measures in weights}
-        plan = opened.plan(
-            scores,
-            "probe" if gradients else "weights",
-            config,
-            options.trainable_budget,
-        )
-        plan.write(options.write)
-        print(f"{plan}\nwrote {options.write}: research.targets of a recipe takes it")
-
-
-def _check(options: argparse.Namespace) -> None:
-    for flag in ("json", "write"):
-        check_writable(f"--{flag}", getattr(options, flag))
+    check_writable("--write", options.write)
     if (options.write is None) != (options.trainable_budget is None):
         raise UserError("--trainable_budget and --write belong together: a plan is made under a budget, and written")
-    if options.trainable_budget is not None:
-        parse_budget(options.trainable_budget)
-    refuse(wrong_values(options, {"probe_batches": COUNT, "seq_len": Bounds(least=2)}))
-    check_device(options.device)
-
-
-def _probe(options: argparse.Namespace, config: MoRAConfig) -> dict[str, GradientMeasures]:
-    corpus = load_corpus(options.probe, text_column=options.text_column, flag=FLAG)
-    target = load_target(
-        options.model,
-        None,
-        "float32",
-        options.device,
-        options.trust_remote_code,
-    )
-    longest = longest_row(target.model.config) or options.seq_len
-    if options.seq_len > longest:
-        raise UserError(f"--seq_len {options.seq_len} is longer than the model's {longest} positions")
-    batches = token_batches(
-        corpus,
-        target.tokenizer,
-        options.seq_len,
-        options.probe_batches,
-    )
-    print(f"probe: {sum(ids.numel() for ids in batches):,} tokens in {len(batches)} batch(es), {config.title}")
-    return probe(target.model, config, batches)
+    base = BaseCheckpoint.open(options.model, "MODEL")
+    keys, parameters = layers_of(base, options.target_modules, options.trust_remote_code)
+    budget = None if options.write is None else parse_budget(options.trainable_budget, parameters)
+    weights = [measure(name, base.read(key)) for name, key in keys.items()]
+    print("\n".join(report_lines(weights)))
+    if budget is not None:
+        plan = TargetPlan(base.fingerprint(), spend(weights, budget))
+        plan.write(options.write)
+        trained = sum(side**2 for side in plan.layers.values())
+        print(f"wrote {options.write}: {trained:,} parameters; research.targets of a recipe takes it")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,27 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         help="which layers, as in training",
     )
     parser.add_argument(
-        "--probe",
-        nargs="+",
-        metavar="FILES",
-        help="text whose gradients are measured",
-    )
-    parser.add_argument(
-        "--probe_batches",
-        type=int,
-        default=8,
-        help="how many batches of it, of a sequence each",
-    )
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument(
-        "--mora_rank", type=int, default=8, help="rank of the adapter that is probed; it decides the operator"
-    )
-    parser.add_argument(
-        "--operator",
-        default="auto",
-        help="operator of the plan and the probe",
-    )
-    parser.add_argument(
         "--trainable_budget", help="trainable parameters: a share of the model's, such as 0.5%%, or a number"
     )
     parser.add_argument(
@@ -156,100 +84,125 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the plan for research.targets of a recipe",
     )
-    shared_flags(parser, "--json", "--device", "--text_column", "--trust_remote_code")
+    shared_flags(parser, "--trust_remote_code")
     return parser
 
 
-# -- the probe ---------------------------------------------------------------------------------------------------------
+def layers_of(
+    base: BaseCheckpoint,
+    patterns: Sequence[str],
+    trust_remote_code: bool = False,
+) -> tuple[dict[str, str], int]:
+    """({layer: key of its weight}, parameters of the complete model) of a Hugging Face folder; no weight is read.
+    `patterns`: --target_modules. Raises `UserError` where the files do not hold the model's weights one to one."""
+    config = folder_config(base.folder, trust_remote_code, "MODEL")
+    model = planned_model(Work(config, None, seq_len=1, trust_remote_code=trust_remote_code))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    keys = map_model(base, model, names)
+    layers = match_targets(model, tuple(patterns))
+    for name, module in layers.items():
+        if isinstance(module, ExpertStack):
+            raise UserError(f"--target_modules includes {name}, experts, whose ranks no plan chooses: leave them out")
+    return {name: keys[f"{name}.weight"] for name in layers}, count_parameters(model)
+
+
+# -- a weight ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class GradientMeasures:
-    """The gradient of one layer's MoRA matrix."""
+class WeightMeasures:
+    """The singular values of a layer's weight in a few numbers."""
 
-    r_hat: int
+    layer: str
+    shape: tuple[int, ...]
+    """Its sides, (d_out, d_in) or transposed."""
     norm: float
-    """|dL/dM| at M = 0."""
+    """Frobenius norm."""
+    stable_rank: float
+    effective_rank: float
 
     @property
     def score(self) -> float:
-        """Root mean square of the entries of dL/dM: the decrease of the loss, to first order, for each parameter that
-        Adam changes by one unit."""
-        return self.norm / self.r_hat
+        """Effective rank / shorter side, 0 to 1: the share of its directions that the layer uses."""
+        return self.effective_rank / min(self.shape)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "score": self.score}
-
-
-def probe(model: Any, config: MoRAConfig, batches: Sequence[Tensor]) -> dict[str, GradientMeasures]:
-    """Module name -> the measures of every layer that `config` adapts. `batches`: (rows, T) token ids each.
-
-    `model`: of transformers, without adapters; afterwards it has MoRA matrices of zeros. Peak memory in addition to
-    the model: what a training step saves. Raises `RunError` for a gradient that is not finite.
-    """
-    inject(model, config)
-    model.eval()  # no dropout: the same on every call
-    layers = mora_layers(model)
-    energies = dict.fromkeys(layers, 0.0)
-    for ids in batches:
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        labels = ids.to(logits.device)[:, 1:].flatten()
-        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels).backward()
-        for name, layer in layers.items():
-            if layer.value.grad is not None:  # None where no token has reached the layer
-                energies[name] += torch.linalg.vector_norm(layer.value.grad, dtype=torch.float64).item() ** 2
-        model.zero_grad(set_to_none=True)
-    for name, energy in energies.items():
-        if not math.isfinite(energy):
-            raise RunError(f"{name}: its gradient is not finite")
-    return {
-        name: GradientMeasures(layer.value.shape[0], math.sqrt(energies[name] / len(batches)))
-        for name, layer in layers.items()
-    }
+    def side(self, factor: float) -> int:
+        """The side of the layer's matrix by the rule with this factor, rounded down; 0 for a rank below 1."""
+        rank = factor * self.score
+        if rank < 1:
+            return 0
+        largest = max(self.shape)
+        side = math.isqrt(int(min(rank, largest) * sum(self.shape)))
+        return round_side(min(side, largest), R_HAT_MULTIPLE, _EVEN)
 
 
-def token_batches(documents: Iterable[Document], tokenizer: Any, seq_len: int, count: int) -> list[Tensor]:
-    """At most `count` batches (1, seq_len) of the first documents' tokens, with end-of-text between documents.
-
-    Text of fewer than `seq_len` tokens gives one batch of a shorter row. Raises `UserError` for fewer than two
-    tokens.
-    """
-    ids = torch.tensor(list(islice(_tokens(documents, tokenizer), count * seq_len)), dtype=torch.long)
-    if len(ids) < 2:
-        raise UserError(f"{FLAG}: there are fewer than two tokens in it")
-    if len(ids) < seq_len:
-        return [ids.unsqueeze(0)]
-    return list(ids[: len(ids) // seq_len * seq_len].view(-1, 1, seq_len))
-
-
-def _tokens(documents: Iterable[Document], tokenizer: Any) -> Iterator[int]:
-    is_first = True
-    end = tokenizer.eos_token_id
-    for document in documents:
-        if document.begins and not is_first and end is not None:
-            yield end
-        is_first = False
-        yield from tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+@torch.no_grad()
+def measure(layer: str, weight: Tensor) -> WeightMeasures:
+    """The measures of one weight, (d_out, d_in) or transposed, which has the same singular values. Raises `RunError`
+    for one that is not finite."""
+    if not weight.isfinite().all():
+        raise RunError(f"{layer}.weight is not finite")
+    matrix = weight.double()
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    # The eigenvalues of W W^T are the energies s_i^2. Squaring loses those of tiny values, which count for nothing
+    # here, and takes a fraction of the time of a singular value decomposition.
+    energies = torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0)
+    energy = energies.sum().item()
+    stable_rank = 0.0
+    effective_rank = 0.0
+    if energy:
+        stable_rank = energy / energies[-1].item()
+        effective_rank = torch.special.entr(energies / energy).sum().exp().item()
+    return WeightMeasures(layer, tuple(weight.shape), math.sqrt(energy), stable_rank, effective_rank)
 
 
-# -- the report --------------------------------------------------------------------------------------------------------
-
-
-def report_lines(weights: Sequence[WeightMeasures], gradients: Mapping[str, GradientMeasures]) -> list[str]:
-    """A table of every layer. `gradients`: by module; empty without a probe."""
-    rows = [["layer", "d_in", "d_out", "norm", "s_1", "stable", "effective", "of full"]]
-    if gradients:
-        rows[0].append("|dL/dM|")
+def report_lines(weights: Sequence[WeightMeasures]) -> list[str]:
+    """A table of every layer."""
+    rows = [["layer", "shape", "norm", "stable", "effective", "of full"]]
     for measures in weights:
-        row = [measures.module + ("*" if measures.is_estimated else ""), str(measures.d_in), str(measures.d_out)]
-        row += [f"{measures.norm:.3e}", f"{measures.largest:.3e}"]
-        row += [f"{measures.stable_rank:.1f}", f"{measures.effective_rank:.1f}", f"{measures.score:.1%}"]
-        if gradients:
-            row.append(f"{gradients[measures.module].norm:.3e}")
-        rows.append(row)
+        shape = " x ".join(map(str, measures.shape))
+        ranks = [f"{measures.stable_rank:.1f}", f"{measures.effective_rank:.1f}", f"{measures.score:.1%}"]
+        rows.append([measures.layer, shape, f"{measures.norm:.3e}", *ranks])
     legend = "stable: |W|^2 / s_1^2; effective: exp of the entropy of s_i^2 / |W|^2, and as a share of the shorter side"
-    if any(measures.is_estimated for measures in weights):
-        legend += f"; *: estimated from the leading {LEADING} values and the norm"
-    if gradients:
-        legend += "; |dL/dM|: norm of the gradient at M = 0, root mean square over batches"
     return [*table(rows), legend]
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+
+
+def parse_budget(text: str, parameters: int) -> int:
+    """The number of parameters that "0.5%" (of the model's `parameters`) or "250000" stands for. Raises `UserError`
+    where it is no budget."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(f"--trainable_budget must be like 0.5% or 250000, got {text!r}")
+    return int(number * parameters / 100 if text.endswith("%") else number)
+
+
+def spend(weights: Sequence[WeightMeasures], budget: int) -> dict[str, int]:
+    """Layer -> side (0: no matrix), in the order of `weights`; the sum of squares is at most the budget. Raises
+    `UserError` for a budget that is too small for one matrix."""
+
+    def cost(factor: float) -> int:
+        return sum(measures.side(factor) ** 2 for measures in weights)
+
+    # Bisection: the cost never falls as the factor grows.
+    low = 0.0
+    high = 1.0
+    while cost(high) <= budget and high < 1e12:
+        low = high
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        if cost(middle) <= budget:
+            low = middle
+        else:
+            high = middle
+    sides = {measures.layer: measures.side(low) for measures in weights}
+    if not any(sides.values()):
+        raise UserError(f"--trainable_budget: {budget:,} parameters are too few for one MoRA matrix")
+    return sides

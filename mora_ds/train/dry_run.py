@@ -59,10 +59,7 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     base_device = BaseDevice(training.base_device)
     if base_device is not BaseDevice.AUTO or not device.is_cpu():
         planner = place_base(planner, base_device)
-    layers = _layer_lines(planner.work)
-    model = planned_model(replace(planner.work, adapter=None, tensor_parallel=1))
-    layers += hooks_of(arguments).dry_lines(model, planner.work.adapter)
-    return planner.plan(), layers
+    return planner.plan(), _layer_lines(planner.work)
 
 
 def _model_of(arguments: Arguments) -> tuple[str, str]:
@@ -107,7 +104,7 @@ def _adapter_config(arguments: Arguments, model: str) -> AdapterConfig | None:
     if adapter.adapter == AdapterKind.FULL.value:
         return None
     config = adapter.config(arguments.training.seed)
-    config = hooks_of(arguments).dry_plan(config, model, arguments.model.trust_remote_code)
+    config = hooks_of(arguments).dry_plan(config)
     if not adapter.train_new_embeddings:
         return config
     path = expanded(model, MODEL_FLAG)

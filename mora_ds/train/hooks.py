@@ -7,7 +7,6 @@ rows, domain_of   what layers compute besides their MoRA matrix: it may depend o
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -46,25 +45,14 @@ class Hooks:
     def read_files(self, ranks: Ranks) -> None:
         """Read what may lie in the output folder, before that is touched. Collective. Raises `UserError`."""
 
-    def plan(
-        self,
-        config: AdapterConfig,
-        loaded: LoadedBase,
-        folder: Path,
-        checkpoint: Path | None,
-        ranks: Ranks,
-    ) -> AdapterConfig:
+    def plan(self, config: AdapterConfig, loaded: LoadedBase, ranks: Ranks) -> AdapterConfig:
         """The adapter's config with its plan of targets, and with what layers compute besides their MoRA matrix.
         Collective. Raises `UserError`."""
         return config
 
-    def dry_plan(self, config: AdapterConfig, model: str, trust_remote_code: bool) -> AdapterConfig:
-        """`plan` of a dry run, which reads no weights that it can do without. `model`: folder, Hub name or config."""
+    def dry_plan(self, config: AdapterConfig) -> AdapterConfig:
+        """`plan` of a dry run, which reads no weights."""
         return config
-
-    def dry_lines(self, model: nn.Module, config: AdapterConfig | None) -> list[str]:
-        """Further lines of a dry run. `model`: on the meta device, before injection."""
-        return []
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with its checkpoint for its loss to be the same function."""
@@ -77,18 +65,6 @@ class Hooks:
         """Surrounds forward and backward of a micro-batch whose rows come from these sources of the mixture; without a
         mixture there are none. Every other forward pass is one `beside_training`."""
         return nullcontext()
-
-    def check_sets(self, sets: Sequence[str]) -> None:
-        """Raise `UserError` for a setting that names an evaluation set which is not among these."""
-
-    def check_files(self, ranks: Ranks) -> None:
-        """Raise `UserError` for files that a new run starts from and that ranks do not share. Collective."""
-
-    def fit(self, model: nn.Module, fingerprint: str, ranks: Ranks) -> None:
-        """Raise `UserError` where what a new run starts from is not for the injected model. Collective."""
-
-    def begin(self, engine: Any) -> None:
-        """The engine of a new run is there: put what it starts from into it. Collective."""
 
     def check(self, engine: Any, ids: Tensor) -> None:
         """A check of the live model before the first step, by a forward pass of `ids` (3, T). Collective. Raises

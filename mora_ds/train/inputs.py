@@ -12,11 +12,11 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.train.hooks import hooks_of
-from mora_ds.train.output_folder import DEMO, NAMES, TARGETS, is_reserved
+from mora_ds.train.output_folder import DEMO, NAMES, is_reserved
 from mora_ds.train.run_file import holds_run
 from mora_ds.train.tasks import is_task_file
 
-_READABLE = (BASE_FOLDER, TARGETS, DEMO)
+_READABLE = (BASE_FOLDER, DEMO)
 """What a resumed run has made and will not replace."""
 
 

@@ -137,8 +137,6 @@ class Job:
         fingerprint = base.fingerprint(ranks=start.ranks)
         common = self._common_identity()
         self._check_checkpoint(run_identity(fingerprint, self.config, common))
-        if start.checkpoint is None:
-            start.hooks.fit(self.loaded.model, fingerprint, start.ranks)
         degree = training.tensor_parallel_size
         start.ranks.barrier("start of the engine")
         self.engine, *_ = initialize(
@@ -172,8 +170,6 @@ class Job:
         self.state = self.run.state
         self._log_paths(self.micro_batch_tokens, self.state.micro_batch_tokens)
         self.state.micro_batch_tokens = self.micro_batch_tokens
-        if start.checkpoint is None:
-            start.hooks.begin(self.engine)
 
     # -- their steps ---------------------------------------------------------------------------------------------------
 
@@ -215,11 +211,10 @@ class Job:
         """The adapter's config with what the hooks add to it."""
         arguments = self.arguments
         loaded = self.loaded
-        start = self.start
         config = arguments.adapter.config(arguments.training.seed)
         if arguments.adapter.train_new_embeddings:
             config = replace(config, new_rows_from=first_new_row(loaded.base.folder))
-        return start.hooks.plan(config, loaded, start.folder, start.checkpoint, start.ranks)
+        return self.start.hooks.plan(config, loaded, self.start.ranks)
 
     def utilization(self, tokens_per_s: float) -> float | None:
         """The share of its GPUs' peak that a run of so many tokens a second uses; None where the peak is not known."""

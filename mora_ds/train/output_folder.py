@@ -45,15 +45,14 @@ ends with its process, however that ends."""
 _ORPHANS_S = 60.0
 """How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at their next
 collective, which is at the end of a step."""
-TARGETS = "targets.yaml"
 TENSORBOARD = "tensorboard"
 DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,
-    TOKENIZER_FOLDER, TARGETS, WANDB, PROFILE, DEMO,
+    TOKENIZER_FOLDER, WANDB, PROFILE, DEMO,
 )  # fmt: skip
 """Everything that a run writes."""
-_AT_START = (BASE_FOLDER, TOKENIZER_FOLDER, TARGETS)
+_AT_START = (BASE_FOLDER, TOKENIZER_FOLDER)
 """What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
 and the merge ledger."""
 

@@ -108,15 +108,12 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks) as start:
-        if start.checkpoint is None:
-            start.hooks.check_files(ranks)
         folder, config = find_model(model, start)
         check_config(config, training.sequence_parallel_size, model.implementation)
         arguments = settle_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, start)
         _check_evaluation_sets(arguments, data)
-        start.hooks.check_sets(list(data.evaluation))
         cast = adapter.is_control or adapter.base_bits != AS_LOADED  # else `initialize` casts, on the device
         loaded = prepare_base(model, training, folder, data.tokenizer, dtype, start, cast)
         if reason := why_dense(config, model.implementation):

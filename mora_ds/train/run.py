@@ -16,14 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.domains import (
     domain_layers,
     domains_of,
-    frozen_values,
-    restore_frozen,
 )
 from mora_ds.adapters.inject import (
     base_weights,
@@ -37,7 +35,6 @@ from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
-    AdapterTensors,
     BaseReference,
     DomainSquares,
     logits_name,
@@ -263,16 +260,16 @@ class Run:
         model = self.engine.module
         layers = mora_layers(model)
         domains = domain_layers(model)
-        squares = self._on_first((name, layer.unshard(self._full(layer.value))) for name, layer in layers.items())
+        squares = self._on_first((name, layer.unshard(zero.full_fp32(layer.value))) for name, layer in layers.items())
         adapted = value_names(model)  # what is left: trained embeddings, norms, head, each tied one by its first name
         beside = [(name, value) for name, value in model.named_parameters() if name not in adapted]
-        trained = self._on_first((name, self._full(value)) for name, value in beside)
-        domain_squares = self._on_first((name, self._full(layer.domain_squares)) for name, layer in domains.items())
+        trained = self._on_first((name, zero.full_fp32(value)) for name, value in beside)
+        domain_squares = self._on_first((name, zero.full_fp32(layer.domain_squares)) for name, layer in domains.items())
         probe = self._probe()
         of_domains = None
         if domains:
             operators = {name: layer.own_spec for name, layer in domains.items()}
-            of_domains = DomainSquares(domains_of(model).names, operators, tuple(frozen_values(model)))
+            of_domains = DomainSquares(domains_of(model).names, operators)
         adapter = AdapterFile(
             layers=layer_entries(model),
             config=self.remora.config,
@@ -296,10 +293,6 @@ class Run:
             write_safetensors_atomic(folder / PROBE_FILE, probe, {"dtype": self._reference.dtype})
 
         return write
-
-    def _full(self, value: Tensor) -> Tensor:
-        """The unsharded fp32 master of a trained tensor. One that is frozen is a buffer, complete and fp32 already."""
-        return zero.full_fp32(value) if isinstance(value, nn.Parameter) else value
 
     def _on_first(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
         """Copies of the tensors in host memory, on rank 0; the other ranks only take part in making each."""
@@ -329,8 +322,6 @@ class Run:
                 f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
             )
         load_checkpoint(checkpoint, self.engine, self.state)
-        if frozen_values(model):
-            restore_frozen(model, dict(AdapterTensors(checkpoint, adapter).items()))
         scheduler = self.engine.lr_scheduler
         if scheduler is not None and self.state.scheduler is not None:
             scheduler.load_state_dict(self.state.scheduler)

@@ -12,8 +12,7 @@ from tests.helpers.tables import parsed, rows
 
 PROBLEMS = """
 mora | {rank: 0, dropout: 1.0, operator: rotat, grouping: permutted} | rank dropout operator grouping
-mora | {target_modules: [], compute: fast, base_bits: 5, freeze: shared} \
-| target_modules base_bits research.freeze compute
+mora | {target_modules: [], compute: fast, base_bits: 5} | target_modules base_bits compute
 mora | {operator: rotate, grouping: alternate, segments: 2} | grouping segments
 # auto: rotate
 mora | {rank: 8, grouping: strided} | grouping

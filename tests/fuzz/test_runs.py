@@ -22,8 +22,8 @@ CASES = 70
 """Of a commit: about 200 runs, and 30 resumes."""
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
-ELSEWHERE = {"local_rank", "push_to_hub", "model_config", "dataset_name", "research.init_adapter"}
-"""What a launcher sets, what needs a network, another kind of model, of text, and an earlier run."""
+ELSEWHERE = {"local_rank", "push_to_hub", "model_config", "dataset_name", "research.targets"}
+"""What a launcher sets, what needs a network, another kind of model, of text, and a plan."""
 
 
 def test_every_setting_is_tried():

@@ -10,53 +10,20 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
-from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.adapters.ops.spec import OperatorKind
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.config.arguments import parse
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.load import LoadedBase
-from mora_ds.research.alignment import (
-    FLOOR,
-    Alignment,
-    Leading,
-    aligned_layers,
-    delta_energy,
-    factor_bytes,
-    factors_of,
-    leading_of_base,
-)
+from mora_ds.research.alignment import FLOOR, Alignment, Leading, leading_of_base
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.dry_run import planned
 from tests.helpers.jobs import Playground, curve, refusal, research, rows, run
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
-from tests.helpers.operators import random, spec_id, specs
+from tests.helpers.operators import random
 from tests.helpers.resume import assert_close_runs
 
 ALONE = Ranks(0, 1, 0, None, timeout_s=60)
 EVERY = [kind.value for kind in OperatorKind]
-SEGMENTED = [OperatorSpec(OperatorKind.SHARE, 20, 14, 6, Grouping.STRIDED, in_segments=2),
-             OperatorSpec(OperatorKind.SHARE, 14, 21, 7, Grouping.PERMUTED, seed=3, out_segments=3)]  # fmt: skip
-
-
-@pytest.mark.parametrize("spec", [*list(specs())[::4], *SEGMENTED], ids=spec_id)
-def test_the_share_is_that_of_the_full_delta(spec: OperatorSpec):
-    weight = random(spec.d_out, spec.d_in, seed=5)
-    square = random(spec.r_hat, spec.r_hat)
-    rank = min(3, spec.d_in, spec.d_out)
-    left, _, right = torch.linalg.svd(weight, full_matrices=False)
-    left = left[:, :rank].T
-    right = right[:rank]
-    leading = Leading(left, right, weight.norm().item())
-    factors = factors_of(spec, leading, torch.device("cpu"), torch.float64)
-    delta = spec.delta_weight(square)
-    energy = delta.square().sum()
-    share = (left @ delta @ right.T).square().sum() / (energy + (FLOOR * weight.norm()) ** 2)
-    assert_close(delta_energy(spec, square), energy, rtol=1e-8, atol=0)
-    assert_close(factors.share(square), share, rtol=1e-8, atol=1e-12)
-    assert 0 <= share <= 1
-    assert factors.left.shape == (rank, spec.blocks, spec.r_hat) == factors.right.shape
 
 
 def test_leading_directions_are_those_of_the_weight(tmp_path: Path):
@@ -70,15 +37,15 @@ def test_leading_directions_are_those_of_the_weight(tmp_path: Path):
     assert directions.norm == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
-def test_a_weight_that_is_not_finite_and_experts_are_refused(tmp_path: Path):
+def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path: Path):
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[1, 2] = float("nan")
     base = BaseCheckpoint.open(write_own_base(model, tmp_path / "base").folder)
     loaded = LoadedBase(model, base, {name: name for name, _ in model.named_parameters()})
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight has NaN or infinite values"):
         leading_of_base(MoRAConfig(), loaded, 4, ALONE)
-    with pytest.raises(UserError, match=r"experts, which research\.alignment_weight does not align"):
-        aligned_layers(tiny_model("mixtral"), MoRAConfig(target_modules=("experts",)), 4)
+    with pytest.raises(UserError, match=r"alignment_rank 17: model\.layers\.0\.self_attn\.k_proj has 16 singular"):
+        leading_of_base(MoRAConfig(), loaded, 17, ALONE)
 
 
 # -- on a model --------------------------------------------------------------------------------------------------------
@@ -136,8 +103,6 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
         for square, first, second, aligned in zip(squares, *plain, of_share, strict=True):
             expected = (first + second) / 2 - 0.7 * aligned
             assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
-    numbers = sum(factors.left.numel() + factors.right.numel() for _, factors in alignment._factors.values())
-    assert factor_bytes(model, 4) == 4 * numbers
 
 
 def test_it_is_silent_where_nothing_is_trained(tmp_path: Path):
@@ -153,18 +118,6 @@ def test_it_is_silent_where_nothing_is_trained(tmp_path: Path):
     assert not alignment._shares, "nobody wants its loss"
     with pytest.raises(RunError, match="in training mode"):
         alignment.loss()
-    layer: Any = next(iter(mora_layers(model).values()))
-    layer.split = object()
-    with pytest.raises(RunError, match=r"tensor parallelism splits model\.layers\.0\.self_attn\.q_proj"):
-        next(iter(layer._forward_hooks.values()))(layer, (), torch.zeros(1))
-
-
-def test_a_dry_run_tells_what_the_factors_take(user: Playground, tmp_path: Path):
-    flags = user.flags("out", "--dry_run", "--operator", "rotate")
-    _, told = planned(parse(research(flags, tmp_path, alignment_weight=1.0)), world=2)
-    assert "MB of factors on each rank" in told[-1]
-    with pytest.raises(UserError, match=r"research\.alignment_rank 17"):
-        planned(parse(research(flags, tmp_path, alignment_weight=1.0, alignment_rank=17)), world=2)
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,10 @@
-"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete runs, frozen matrices."""
+"""A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete runs."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from torch import nn
@@ -26,23 +23,18 @@ from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import load_target
 from mora_ds.models.loss import chunk_loss
-from mora_ds.research.init_adapter import open_initial
 from mora_ds.research.run import ResearchHooks
 from mora_ds.train.run_file import RUN_FILE
-from tests.helpers.adapters import Maker
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
     Playground,
-    assert_close_losses,
-    printed,
     refusal,
-    refused,
     research,
     run,
 )
 from tests.helpers.mixtures import mixture_flags, write_mixture
-from tests.helpers.models import model_with_mora, tiny_model, tokens
+from tests.helpers.models import tiny_model, tokens
 from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_close_runs, interrupted_job
 from tests.helpers.tables import parsed, rows
@@ -184,39 +176,6 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused():
         hooks.check(Wrapped(model), tokens(3, 8))
 
 
-def test_squares_that_a_run_cannot_start_from_are_refused(tmp_path: Path):
-    """Those of a run that trained other parameters too, and domains whose matrices would stay at zero."""
-    maker = Maker(tiny_model("llama"), tmp_path / "base")
-    maker.write(tmp_path / "plain", MoRAConfig(rank=4))
-    maker.write(tmp_path / "other", MoRAConfig(rank=4), domains=("cooking",))
-    maker.write(tmp_path / "norm", MoRAConfig(rank=4), trained={"model.norm.weight": torch.ones(32)})
-
-    def open_for(freeze: str, name: str, names: tuple[str, ...] = NAMES):
-        model = model_with_mora(domains=names, freeze=freeze)
-        open_initial(tmp_path / name, model, maker.reference.fingerprint)
-
-    open_for("shared", "plain")
-    open_for("domains", "other", ("law", "cooking"))
-    with pytest.raises(UserError, match=r"research.init_adapter .*norm: that run also trained model.norm.weight"):
-        open_for("none", "norm")
-    for name, there in (("plain", "no domains"), ("other", "those of cooking")):
-        with pytest.raises(UserError, match=f"matrices of law, code, news, prose at zero: that run has {there}"):
-            open_for("domains", name)
-
-
-@pytest.mark.parametrize("freeze, gone", [("shared", "square"), ("domains", "domain_squares")])
-def test_frozen_squares_act_and_are_no_parameters(freeze: str, gone: str):
-    free = domain_model("rotate")
-    ids = tokens(len(ROWS), 12)
-    model = domain_model("rotate", freeze=freeze)
-    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-    assert names == {"square", "domain_squares"} - {gone}
-    domains_of(free).set(ROWS)
-    domains_of(model).set(ROWS)
-    assert torch.equal(row_losses(free, ids), row_losses(model, ids))
-    assert getattr(next(iter(domain_layers(model.to(torch.bfloat16)).values())), gone).dtype is torch.float32
-
-
 # -- complete runs -----------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +184,7 @@ def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings:
     flags = mixture_flags(user, out, mix, *more)
     folder = mix.parent / f"recipe-{len(list(mix.parent.glob('recipe-*')))}"
     folder.mkdir()
-    return research(flags, folder, **{"domain_adapters": True, "eval_domains": ["held=old"], **settings})
+    return research(flags, folder, domain_adapters=True, **settings)
 
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
@@ -235,15 +194,15 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every domain's model is live."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"
-    flags = (*MERGING, "--eval_files", *(f"{name}={user.held}" for name in ("old", "other", "plain")))
-    summary = run(2, domain_flags(user, whole, mix, *flags, eval_domains=["other=old"]))
+    flags = (*MERGING, "--eval_files", *(f"{name}={user.held}" for name in ("old", "plain")))
+    summary = run(2, domain_flags(user, whole, mix, *flags))
     assert summary["merges"] == 1
     block = yaml.safe_load((whole / RUN_FILE).read_text())["research"]
-    assert block == {"domain_adapters": True, "eval_domains": ["other=old"]}, "run.yaml repeats the block"
+    assert block == {"domain_adapters": True}, "run.yaml repeats the block"
     after = summary["perplexity_after"]
-    assert after["old"] == after["other"] != after["plain"], "one text, read with two domains and with none"
+    assert after["old"] != after["plain"], "one text, read with a domain and with none"
     resume = (*flags, "--resume_from_checkpoint", "auto")
-    argv = domain_flags(user, out, mix, *resume, eval_domains=["other=old"])
+    argv = domain_flags(user, out, mix, *resume)
     run_ranks(1, interrupted_job, [*argv, "--per_device_train_batch_size", "4"], 5)
     run(2, argv)
     assert_close_runs(out, whole)
@@ -271,9 +230,8 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert "| domain | old |" in (tmp_path / "old" / "README.md").read_text()
     assert_choices_are_named(user, whole, tmp_path)
 
-    assert "1 merged cycle(s)" in refusal(domain_flags(user, tmp_path / "new", mix, init_adapter=whole))
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
-    message = refusal(domain_flags(user, out, mix, *resume, eval_domains=["plain=new"]), ranks=2)
+    message = refusal(domain_flags(user, out, mix, *resume), ranks=2)
     assert "research.domain_adapters" in message
     assert "['new', 'old'] there, ['new', 'older'] here" in message
 
@@ -292,75 +250,17 @@ def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("freeze", ["shared", pytest.param("domains", marks=pytest.mark.heavy)])
-def test_frozen_matrices_stay_as_they_are(user: Playground, tmp_path: Path, out: Path, freeze: str):
-    """Taken from an earlier run; saved, resumed and exported bit for bit as they were."""
-    mix = write_mixture(user, tmp_path / "mix.yaml")
-    first = tmp_path / "first"
-    whole = tmp_path / "whole"
-    run(1, domain_flags(user, first, mix, "--max_steps", 2))
-    mix.write_text(mix.read_text() + f"  fresh: {{files: '{user.other}', weight: 0.5}}\n")
-    block = {"freeze": freeze, "init_adapter": first}
-    more = ("--save_steps", 2, "--max_steps", 4, "--no_eval_on_start")
-    told = run_ranks(1, printed, domain_flags(user, whole, mix, *more, **block))[0]
-    assert "the shared ones, new, old; fresh: from zero" in told
-    assert "held: old, short: shared" in told
-    argv = domain_flags(user, out, mix, *more, "--resume_from_checkpoint", "auto", **block)
-    run_ranks(2, interrupted_job, [*argv, "--per_device_train_batch_size", "1"], 3)
-    run(1, argv)
-    before, after = (load_file(folder / "checkpoints/latest/adapter.safetensors") for folder in (first, out))
-    for name, tensor in before.items():
-        is_of_domains = name.endswith("domain_squares")
-        now = after[name][:2] if is_of_domains else after[name]
-        assert torch.equal(now, tensor) is ((freeze == "domains") is is_of_domains), name
-    assert_close_losses(out, whole)
-    assert_good(out)
-    export_merged(out, tmp_path / "merged", verify=True, domain="fresh")
-
-    never = tmp_path / "never"
-    assert "no evaluation set is called 'hled'" in refusal(domain_flags(user, never, mix, eval_domains=["hled=old"]))
-    flags = domain_flags(user, never, mix, "--mora_rank", 3, init_adapter=first)
-    assert "means something else there (--mora_rank" in refusal(flags)
-    assert "is neither an adapter" in refusal(domain_flags(user, never, mix, init_adapter=tmp_path / "nowhere"))
-    for rank in range(2):
-        copy_of = tmp_path / f"rank{rank}" / "earlier"
-        shutil.copytree(first / "checkpoints/latest", copy_of)
-        (copy_of / "manifest.json").unlink()
-    tensors = bytearray((copy_of / "adapter.safetensors").read_bytes())
-    tensors[-1] ^= 1
-    (copy_of / "adapter.safetensors").write_bytes(tensors)
-    for kind, message in run_ranks(2, refused_here, domain_flags(user, never, mix, init_adapter="earlier"), tmp_path):
-        assert kind == "UserError"
-        assert "research.init_adapter: not the same on all ranks" in message
-    assert not (never / "checkpoints").exists()
-
-
-def refused_here(argv: list[str], folder: Path) -> tuple[str, str]:
-    """`refused`, in a working directory of each rank's own, as where another node does not see the folder."""
-    os.chdir(folder / f"rank{dist.get_rank()}")
-    return refused(argv)
-
-
 WRONG = """
 {train_files: [x.txt]} | needs several named sources
 {adapter: lora} | research.domain_adapters is for MoRA matrices, and --adapter is lora
 {adapter: full} | research.domain_adapters is for MoRA matrices, and --adapter is full
 {compute: weight} | --compute weight forms one weight for all rows
-{targets: auto, trainable_budget: 1%} | research.trainable_budget counts one MoRA matrix a layer
 {alignment_weight: 0.1} | research.alignment_weight aligns one update a layer
 {tensor_parallel_size: 2} | leave --tensor_parallel_size at 1
 {train_files: ["shared=x:1", "b=y:1"]} | 'shared' stands for the shared MoRA matrix
 {train_files: ["..=x:1", "b=y:1"]} | '..' cannot be a domain's name
-{eval_domains: [held=lwa]} | there is no domain 'lwa'
-{eval_domains: [held=a, held=b]} | research.eval_domains: held is given twice
-{eval_domains: [held]} | research.eval_domains held: must be SET=DOMAIN
-{freeze: all} | 'all'; known: none, shared, domains
-{freeze: shared, merge_every: 3} | a merge would merge the shared matrices
-{freeze: domains} | research.freeze domains keeps the domains' MoRA matrices at zero
-{freeze: shared, optimizer: muon} | --optimizer muon trains the shared matrices
-{domain_adapters: false, freeze: shared} | research.freeze is for research.domain_adapters
 """
-RESEARCH = ("domain_adapters", "freeze", "eval_domains", "targets", "trainable_budget", "alignment_weight")
+RESEARCH = ("domain_adapters", "alignment_weight")
 
 
 @pytest.mark.parametrize("changes, message", rows(WRONG))
@@ -381,6 +281,7 @@ BLOCKS = """
 {domain_adaptors: true} | unknown key 'research.domain_adaptors'. Did you mean 'domain_adapters'?
 {domain_adapters: 1} | research.domain_adapters must be true or false, got 1
 {alignment_rank: many} | research.alignment_rank must be a whole number
+{freeze: shared} | unknown key 'research.freeze'
 [targets] | research must be `key: value` lines
 """
 
@@ -396,12 +297,10 @@ def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, messag
 
 
 def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
-    block = {"domain_adapters": True, "eval_domains": ["general=law", "code=shared"]}
-    hooks = ResearchHooks(from_flat({"train_files": ["code=x:1", "law=y:1"], "research": block}))
-    hooks.check_sets(["law", "held_out_code", "held_out", "general", "code"])
-    assert hooks.read_as == {
-        "law": "law", "held_out_code": "code", "held_out": None, "general": "law", "code": None,
-    }  # fmt: skip
+    hooks = ResearchHooks(from_flat({"research": {"domain_adapters": True}}))
+    hooks.injected(domain_model("rotate"), MoRAConfig())
+    expected = {"law": "law", "held_out_code": "code", "held_out": None, "general": None}
+    assert {name: hooks.domain_of(name) for name in expected} == expected
 
 
 WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {

@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
+from mora_ds.models.base import BaseCheckpoint
+from mora_ds.research.targets import TargetPlan
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import pretrain, setup
 from tests.helpers.gloo import run_ranks
@@ -201,8 +203,9 @@ AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3,
 @pytest.mark.heavy
 @AT_EACH
 def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int):
-    block = {"targets": "auto", "trainable_budget": "3%"}
-    argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, **block)
+    plan = tmp_path / "targets.yaml"
+    TargetPlan(BaseCheckpoint.open(user.model).fingerprint(), {"model.layers.0.mlp.up_proj": 8}).write(plan)
+    argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, targets=plan, alignment_weight=0.1)
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
     assert not (tmp_path / "out").exists()
 

@@ -32,8 +32,7 @@ NAMED = """
 {eval_files: [held=out/ledger/a.txt]} | --eval_files out/ledger/a.txt
 {eval_tasks: [piqa, out/ledger/task.yaml]} | --eval_tasks out/ledger/task.yaml
 {cache_dir: out/checkpoints/tokens} | --cache_dir out/checkpoints/tokens
-{research: {init_adapter: out/checkpoints/latest}} | research.init_adapter
-{research: {targets: out/targets.yaml}} | research.targets out/targets.yaml
+{research: {targets: out/ledger/a.txt}} | research.targets out/ledger/a.txt
 {deepspeed: out/base/ds.json} | --deepspeed out/base/ds.json
 """
 
@@ -44,7 +43,7 @@ MIXTURE = "sources: {a: {files: [out/ledger/a.txt]}}\n"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: an output folder with all that the cases name, and other names that lead into it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("base/pytorch_model.bin", "ledger/a.txt", "tokenizer/tokenizer.json", "metrics.jsonl", "targets.yaml"):
+    for name in ("base/pytorch_model.bin", "ledger/a.txt", "tokenizer/tokenizer.json", "metrics.jsonl"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("mine")
     for name in ("mix.yaml", "out/demo/mix.yaml"):
@@ -78,7 +77,7 @@ def test_an_input_within_the_output_is_named(home: Path, changes: str, message: 
         {},
         {"train_files": ["out/corpus.txt"]},
         {"cache_dir": "out/cache"},
-        {"research": {"targets": "auto"}},
+        {"research": {"targets": "out/plan.yaml"}},
         {"train_files": ["no*"]},
         {"train_files": ["looped"]},
     ],
@@ -91,12 +90,10 @@ def test_other_inputs_pass(home: Path, changes: dict[str, Any]):
     check_inputs(settings(changes), Path("out"))
 
 
-def test_a_resumed_run_may_read_its_base_and_its_plan(home: Path):
+def test_a_resumed_run_may_read_its_base(home: Path):
     (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {owns: []}\n")
     again = {"resume_from_checkpoint": "auto", "deepspeed": None}
-    check_inputs(
-        settings({"model_name_or_path": "out/base", "research": {"targets": "out/targets.yaml"}, **again}), Path("out")
-    )
+    check_inputs(settings({"model_name_or_path": "out/base", **again}), Path("out"))
     check_inputs(settings({"train_files": ["out/demo/text.txt"], **again}), Path("out"))
     with pytest.raises(UserError, match="--tokenizer_name"):
         check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))

@@ -90,14 +90,13 @@ def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overwrite: bool):
     """A resumed run may have written the files of its start-up again, an overwriting one all of them."""
-    out = a_run(tmp_path / "out", "tokenizer", "targets.yaml")
+    out = a_run(tmp_path / "out", "tokenizer")
     with untouched(out):
         reserve(out).prepare(overwrite, not overwrite)
         for name in ("tokenizer", "ledger", "base"):
             if (out / name / "file").exists():
                 (out / name / "file").unlink()
             put(out, name, "new")
-        (out / "targets.yaml").unlink(missing_ok=True)
         give_up(out)
 
 
@@ -111,7 +110,7 @@ def test_overwriting_removes_what_the_run_has_made(tmp_path: Path):
     forget(out)
 
 
-@pytest.mark.parametrize("name", ["base", "tokenizer", "targets.yaml"])
+@pytest.mark.parametrize("name", ["base", "tokenizer"])
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, name: str, overwrite: bool):
     out = a_run(tmp_path / "out")
