@@ -198,14 +198,14 @@ def _shards(folder: Path) -> Iterator[str]:
         raise UserError(f"{shards.folder} was written by {saved} ranks, {STATE_FILE} says {world}")
     problems = []
     keys: set[str] = set()
-    for name in shards.shapes:
+    for name in shards.layout.shapes:
         moments, _ = shards.state(name)  # raises where the ranks do not agree
         for key in (MASTER, *moments):
             keys.add(key)
             if not torch.isfinite(shards.read(name, key)).all():
                 problems.append(f"{shards.folder}: {key} of {name} is not finite")
     refuse(problems)
-    what = f"{len(shards.shapes)} tensors ({', '.join(sorted(keys))})"
+    what = f"{len(shards.layout.shapes)} tensors ({', '.join(sorted(keys))})"
     yield f"shards: {len(shards.files)} file(s) of {saved} rank(s), ZeRO {shards.layout.stage}, {what}"
 
 
@@ -249,7 +249,7 @@ def _agreement(folder: Path) -> Iterator[str]:
     adapter = read_adapter(folder)
     shards = EngineShards.open(folder / ENGINE_TAG)
     tensors = dict(AdapterTensors(folder, adapter).items())
-    if different := sorted(set(tensors) ^ set(shards.shapes)):
+    if different := sorted(set(tensors) ^ set(shards.layout.shapes)):
         raise UserError(f"{path} and the shards do not hold the same tensors, e.g. {different[0]}")
     refuse(
         f"{path}: {name} is not what the shards hold"

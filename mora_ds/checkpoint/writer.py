@@ -208,10 +208,7 @@ def load_checkpoint(folder: Path, engine: zero.Engine, state: TrainerState) -> N
     ranks = Ranks.current()
     engine_folder = folder / ENGINE_TAG
     saved = ranks.on_first("layouts of the checkpoint", lambda: EngineShards.open(engine_folder), long=True)
-    shards.restore(
-        engine,
-        replace(saved, folder=engine_folder, rank=min(ranks.rank, len(saved.files) - 1)),
-    )
+    shards.restore(engine, replace(saved, folder=engine_folder))
     _load_rng(folder, dist.get_rank(), state)
     state.world_size = dist.get_world_size()
 

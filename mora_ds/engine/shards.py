@@ -10,8 +10,8 @@
                                   keeps for it: moments of its length, counts without a dimension
 
 Masters and moments go by `OptimizerView.flats`: which extent of which parameter lies where in the tensors that the
-optimizer steps on. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py fails where an upgrade lays
-something out in another way.
+optimizer steps on. The files hold each element once. Written against DeepSpeed 0.19.8; tests/checkpoint/test_elastic.py
+fails where an upgrade lays something out in another way.
 
 Not used: DeepSpeed's own `save_checkpoint`, which writes pickles that serve the same number of processes only; and
 torch.distributed.checkpoint (tried with torch 2.13). With a planner of its own that restores the shards of 2 ranks on 3
@@ -42,14 +42,7 @@ from mora_ds.common.errors import Bounds, UserError
 from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
-from mora_ds.common.untrusted import (
-    MAX_SIDE,
-    FileName,
-    Processes,
-    plain_json,
-    shown,
-    typed,
-)
+from mora_ds.common.untrusted import MAX_SIDE, Count, FileName, Processes, plain_json, shown, typed
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
 from mora_ds.parallel.topology import share_of
@@ -60,8 +53,6 @@ MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
 NUMBERS = (torch.int64, torch.float64)
 """Dtypes of values without a dimension that were plain numbers, and no tensors, when they were written."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Safetensors' names of the dtypes that masters and moments may have."""
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
@@ -95,15 +86,16 @@ class Layout:
     """Class name of the torch optimizer, such as AdamW."""
     groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
-    settings: list[JsonObject]
-    """For each parameter group: learning rate, betas and so on; for some optimizers the step count."""
+    steps: list[Count | None]
+    """For each parameter group the step count with which FusedAdam starts the state of a new master; others have
+    none."""
     counters: dict[str, int]
     scaler: dict[str, float]
     """State of fp16's loss scaler."""
     transposed: list[str]
     """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> complete shape, in the order in which the table counts the parameters."""
         return {name: tuple(shape) for group in self.groups for name, shape in group.items()}
@@ -121,41 +113,20 @@ class RankShard(NamedTuple):
     file: str
     extents: np.ndarray
     """(P, 6) int64"""
-    moments: np.ndarray
-    """(Q, 6) int64 of the optimizer's state."""
     layout: str
     """A digest of the rank's `Layout`, which must be that of all."""
 
     @classmethod
-    def of(
-        cls,
-        layout: Layout,
-        rank: int,
-        file: str,
-        flats: list[list[Extent]],
-        moments: list[list[Extent]],
-    ) -> RankShard:
-        """`flats`: the extents in each flat tensor; `moments`: those in its optimizer state, which are not always the
-        same (see `zero.Flat`)."""
-        number = {name: index for index, name in enumerate(layout.shapes)}
-
-        def rows(tensors: list[list[Extent]]) -> np.ndarray:
-            numbers = [
-                (
-                    number[extent.name],
-                    extent.start,
-                    extent.numel,
-                    rank,
-                    index,
-                    extent.offset,
-                )
-                for index, extents in enumerate(tensors)
-                for extent in extents
-            ]
-            return np.array(numbers, np.int64).reshape(-1, 6)
-
+    def of(cls, layout: Layout, rank: int, file: str, flats: list[list[Extent]]) -> RankShard:
+        """`flats`: the extents in each flat tensor."""
+        number_of = {name: number for number, name in enumerate(layout.shapes)}
+        rows = [
+            (number_of[extent.name], extent.start, extent.numel, rank, flat, extent.offset)
+            for flat, extents in enumerate(flats)
+            for extent in extents
+        ]
         digest = hashlib.sha256(json.dumps(asdict(layout), sort_keys=True).encode()).hexdigest()
-        return cls(rank, file, rows(flats), rows(moments), digest)
+        return cls(rank, file, np.array(rows, np.int64).reshape(-1, 6), digest)
 
 
 State = tuple[list[str], dict[str, Any]]
@@ -176,12 +147,7 @@ class EngineShards:
     files: list[str]
     """The file of every rank."""
     extents: np.ndarray
-    """(P, 6) int64 rows of the masters, by name and then by start."""
-    moments: np.ndarray
-    """(Q, 6) int64 rows of the optimizer's state. Where they are those of `extents` it is the same array, and the file
-    has it once."""
-    rank: int = 0
-    """The writer whose file is read first, where several hold the same elements."""
+    """(P, 6) int64 rows, by name and then by start."""
     _shards: dict[int, _Shard] = field(init=False, default_factory=dict)
     """The files that were read, by the ranks that wrote them."""
 
@@ -189,11 +155,7 @@ class EngineShards:
     def of(cls, folder: Path, layout: Layout, shards: list[RankShard]) -> EngineShards:
         """From the shards of all ranks, in their order."""
         rows = np.concatenate([shard.extents for shard in shards])
-        rows_of_moments = np.concatenate([shard.moments for shard in shards])
-        extents = _sorted(rows)
-        # Of thousands of ranks the sort takes longest, and both are mostly the same.
-        moments = extents if np.array_equal(rows_of_moments, rows) else _sorted(rows_of_moments)
-        return cls(folder, layout, [shard.file for shard in shards], extents, moments)
+        return cls(folder, layout, [shard.file for shard in shards], _sorted(rows))
 
     @classmethod
     def open(cls, folder: Path) -> EngineShards:
@@ -207,48 +169,33 @@ class EngineShards:
             content.pop("format")
             files = typed(list[FileName], content.pop("files"), f"{path}: files")
             layout: Layout = typed(Layout, content, path)
-            tables = {name: _table(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118  (no mapping)
-            extents = tables["extents"]
-            moments = tables.get("moments", extents)
+            table = handle.get_tensor("extents")
+        if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != 6:
+            raise UserError(f"{path} is damaged: its table has the shape {tuple(table.shape)} and is {table.dtype}")
         if len(files) != layout.world_size:
             raise UserError(f"{path}: it lists {len(files)} files of {layout.world_size} ranks")
-        shards = cls(folder, layout, files, extents, moments)
+        shards = cls(folder, layout, files, _sorted(table.numpy()))
         shards._check_whole()
         return shards
 
     def write_table(self) -> None:
         """Write layouts.safetensors atomically. Raises `RunError` on a full disk."""
         content = {"format": FORMAT, **asdict(self.layout), "files": self.files}
-        tables = {"extents": torch.from_numpy(self.extents)}
-        if self.moments is not self.extents:
-            tables["moments"] = torch.from_numpy(self.moments)
-        write_safetensors_atomic(self.folder / INDEX_FILE, tables, {"layout": json.dumps(content)})
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> complete shape."""
-        return self.layout.shapes
+        table = {"extents": torch.from_numpy(self.extents)}
+        write_safetensors_atomic(self.folder / INDEX_FILE, table, {"layout": json.dumps(content)})
 
     def state(self, name: str, start: int = 0, numel: int | None = None) -> State:
         """What the optimizer keeps of elements of a parameter: the keys of values for every element, such as exp_avg,
-        and the other values by their keys, such as step. Raises `UserError` where shards differ in the latter."""
-        row = self._rows(name, False, start, numel)[0]
-        moments, _ = self._shard(int(row[RANK])).state(int(row[FLAT]))
-        first: dict[str, Any] | None = None
-        for row in self._rows(name, True, start, numel):
+        and the other values by their keys, such as step. Raises `UserError` where shards differ."""
+        first: State | None = None
+        for row in self._holding(name, start, numel):
             shard = self._shard(int(row[RANK]))
-            _, counts = shard.state(int(row[FLAT]))
-            if first is not None and counts != first:
-                raise UserError(f"{shard.path}: {name} has {shown(counts)}, another rank's shard {shown(first)}")
-            first = counts
-        return moments, first or {}
-
-    def group_step(self, group: int) -> int | None:
-        """The step count in a parameter group, with which FusedAdam starts the state of a new master; others have none.
-        Raises `UserError` for one that is no number."""
-        step = self.layout.settings[group].get("step") if group < len(self.layout.settings) else None
-        with malformed(self.folder / INDEX_FILE):
-            return None if step is None else int(step)
+            state = shard.state(int(row[FLAT]))
+            if first is not None and state != first:
+                raise UserError(f"{shard.path}: {name} has {shown(state)}, another rank's shard {shown(first)}")
+            first = state
+        assert first is not None, "every parameter has an extent"
+        return first
 
     def read(
         self,
@@ -260,74 +207,57 @@ class EngineShards:
     ) -> Tensor:
         """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.
         `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
-        if name not in self.shapes:
-            raise UserError(f"{self.folder}: the shards do not hold {name}")
-        end = math.prod(self.shapes[name]) if numel is None else start + numel
+        shape = self.layout.shapes[name]
+        end = math.prod(shape) if numel is None else start + numel
         if (name in self.layout.transposed) is not transposed:
-            turned = self.read(name, key, transposed=not transposed).view(self.shapes[name])
+            turned = self.read(name, key, transposed=not transposed).view(shape)
             return turned.T.flatten()[start:end].clone()
-        rows = self._rows(name, key == MASTER, start, numel)
-        complete = rows[(rows[:, START] <= start) & (rows[:, START] + rows[:, NUMEL] >= end)]
-        whole: Tensor | None = None
-        # No file is opened that is not needed: the preferred rank's alone, where that holds everything.
-        for _, begin, size, rank, flat, offset in (complete[:1] if len(complete) else rows).tolist():
-            shard = self._shard(rank)
+        pieces = []
+        for _, begin, size, rank, flat, offset in self._holding(name, start, numel).tolist():
             first = max(start, begin)
-            last = max(first, min(end, begin + size))
-            values = shard.read(flat, key, offset + first - begin, offset + last - begin)
-            if values is None:
-                raise UserError(f"{shard.path} has no {key} of {name}")
-            if len(values) < last - first:
-                raise UserError(f"{shard.path} is incomplete: {key} of {name}")
-            if whole is None:
-                whole = torch.empty(end - start, dtype=values.dtype)
-            whole[first - start : last - start] = values
-        assert whole is not None, "every parameter has an extent"
-        return whole
+            stop = min(end, begin + size)
+            pieces.append(self._shard(rank).read(flat, key, offset + first - begin, offset + stop - begin))
+        return torch.cat(pieces)
 
     def whole(self, name: str, key: str) -> Tensor:
         """A complete master or moment in the parameter's shape."""
-        return self.read(name, key).view(self.shapes[name])
+        return self.read(name, key).view(self.layout.shapes[name])
 
     def _shard(self, rank: int) -> _Shard:
         if rank not in self._shards:
             self._shards[rank] = _Shard(self.folder / self.files[rank])
         return self._shards[rank]
 
-    def _rows(self, name: str, is_master: bool, start: int, numel: int | None) -> np.ndarray:
-        """The rows of the table that hold any of `numel` elements from `start` on (of none: that hold the first one),
-        those of the preferred rank first."""
-        table = self.extents if is_master else self.moments
-        number = self._numbers[name]
-        first, stop = np.searchsorted(table[:, NAME], (number, number + 1))
-        rows = table[first:stop]
-        end = math.prod(self.shapes[name]) if numel is None else start + max(numel, 1)
-        rows = rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
-        return rows[np.argsort(rows[:, RANK] != self.rank, kind="stable")]
+    def _holding(self, name: str, start: int, numel: int | None) -> np.ndarray:
+        """The rows of the table that hold any of `numel` elements from `start` on; of none: that hold the first one."""
+        rows = self._rows[name]
+        end = math.prod(self.layout.shapes[name]) if numel is None else start + max(numel, 1)
+        return rows[(rows[:, START] < end) & (rows[:, START] + rows[:, NUMEL] > start)]
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """Parameter name -> its number in the tables."""
-        return {name: number for number, name in enumerate(self.shapes)}
+    def _rows(self) -> dict[str, np.ndarray]:
+        """Parameter name -> its rows of the table."""
+        names = self.layout.shapes
+        first_rows = np.searchsorted(self.extents[:, NAME], np.arange(1, len(names)))
+        return dict(zip(names, np.split(self.extents, first_rows), strict=True))
 
     def _check_whole(self) -> None:
         """Raises `UserError` unless the files are large enough for the parameters, and hold every element of each."""
         listed = set(self.files)
         entries = [entry for entry in os.scandir(self.folder) if entry.name in listed and entry.is_file()]
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        shapes = self.layout.shapes
+        sizes = [math.prod(shape) for shape in shapes.values()]
         if sum(sizes) > sum(entry.stat().st_size for entry in entries):
             path = self.folder / INDEX_FILE
             raise UserError(f"{path} lists parameters of more elements than the shards have bytes")
-        tables = {"": self.extents}
-        if self.moments is not self.extents:
-            tables["the optimizer's state of "] = self.moments
-        for what, rows in tables.items():
-            names = rows[:, NAME]
-            if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
-                raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
-            if (faulty := _first_hole(rows, np.array(sizes, np.int64), len(self.files), once=not what)) is not None:
-                once = "" if what else ", and each element once"
-                raise UserError(f"{self.folder}: the shards do not hold all of {what}{list(self.shapes)[faulty]}{once}")
+        names = self.extents[:, NAME]
+        if len(names) and not 0 <= names.min() <= names.max() < len(sizes):
+            raise UserError(f"{self.folder}: a shard holds a parameter that no parameter group lists")
+        faulty = _first_hole(self.extents, np.array(sizes, np.int64), len(self.files))
+        if faulty is not None:
+            raise UserError(
+                f"{self.folder}: the shards do not hold all of {list(shapes)[faulty]}, and each element once"
+            )
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:
@@ -335,15 +265,8 @@ def _sorted(rows: np.ndarray) -> np.ndarray:
     return rows[np.lexsort((rows[:, RANK], rows[:, START], rows[:, NAME]))]
 
 
-def _table(tensor: Tensor) -> np.ndarray:
-    """Raises ValueError for another shape or dtype than that of a written table."""
-    if tensor.dtype != torch.int64 or tensor.dim() != 2 or tensor.shape[1] != 6:
-        raise ValueError(f"a table of shape {tuple(tensor.shape)} {tensor.dtype}")
-    return _sorted(tensor.numpy())
-
-
-def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> int | None:
-    """The index of the first parameter with an extent missing, out of bounds or (`once`) held twice; None for none."""
+def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
+    """The index of the first parameter with an extent missing, out of bounds or held twice; None for none."""
     name = rows[:, NAME]
     start = rows[:, START]
     numel = rows[:, NUMEL]
@@ -356,7 +279,7 @@ def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> 
     first = begins[name] + start
     reached = np.concatenate([[0], np.maximum.accumulate(first + numel)])
     first = np.concatenate([first, [begins[-1]]])
-    holes = reached != first if once else reached < first
+    holes = reached != first
     if not holes.any():
         return None
     where = holes.argmax()
@@ -365,29 +288,18 @@ def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int, once: bool) -> 
 
 
 class _Shard:
-    """The file of one rank, opened when it is first read."""
+    """The file of one rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @cached_property
-    def _handle(self) -> Any:
-        return open_safetensors(self.path)
-
-    @cached_property
-    def _shapes(self) -> dict[int, dict[str, list[int]]]:
+        self._handle = open_safetensors(path)
+        self._shapes: dict[int, dict[str, list[int]]] = {}
         """Number of a flat tensor -> key of its master and of its state -> shape."""
-        shapes: dict[int, dict[str, list[int]]] = {}
         for name in self._handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-            with malformed(self.path):
+            with malformed(path):
                 number, _, key = name.partition(".")
                 typed(FileName, key, "a key of the optimizer's state")
-                tensor = self._handle.get_slice(name)
-                shape = tensor.get_shape()
-                if shape and tensor.get_dtype() not in FLOATS:
-                    raise UserError(f"{name} has dtype {tensor.get_dtype()}, which is none of {', '.join(FLOATS)}")
-                shapes.setdefault(int(number), {})[key] = shape
-        return shapes
+                self._shapes.setdefault(int(number), {})[key] = self._handle.get_slice(name).get_shape()
 
     def state(self, flat: int) -> State:
         """As `EngineShards.state`, of a flat tensor. A count is the tensor, or the number, that it was when written."""
@@ -401,11 +313,13 @@ class _Shard:
                 moments.append(key)
         return moments, counts
 
-    def read(self, flat: int, key: str, start: int, stop: int) -> Tensor | None:
-        """Elements [start, stop) of a master or moment; fewer where it ends earlier, None where there is none."""
-        if len(self._shapes.get(flat, {}).get(key, ())) != 1:
-            return None
-        return self._handle.get_slice(_tensor_name(flat, key))[start:stop]
+    def read(self, flat: int, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a master or moment. Raises `UserError` where the file does not hold them."""
+        name = _tensor_name(flat, key)
+        shape = self._shapes.get(flat, {}).get(key, [])
+        if len(shape) != 1 or shape[0] < stop:
+            raise UserError(f"{self.path} is incomplete: it does not hold the elements {start} to {stop} of {name}")
+        return self._handle.get_slice(name)[start:stop]
 
 
 def _tensor_name(flat: int, key: str) -> str:
@@ -470,19 +384,16 @@ def _layout(engine: zero.Engine) -> Layout:
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
         groups=[{parameter.name: list(parameter.shape) for parameter in group} for group in groups],
-        settings=[_plain(group) for group in engine.basic_optimizer.param_groups],
+        steps=[_step_of(group) for group in engine.basic_optimizer.param_groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
         transposed=sorted(parameter.name for parameter in parameters.values() if parameter.is_transposed),
     )
 
 
-def _plain(group: JsonObject) -> JsonObject:
-    """The settings of a parameter group that JSON can hold."""
-    values = {
-        key: value.item() if isinstance(value, Tensor) and not value.dim() else value for key, value in group.items()
-    }
-    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, tuple, type(None)))}
+def _step_of(group: JsonObject) -> int | None:
+    """The step count in the settings of a parameter group."""
+    return int(group["step"]) if "step" in group else None
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -490,31 +401,34 @@ def _plain(group: JsonObject) -> JsonObject:
 
 def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     """(what all ranks have in common, where the extents of this rank lie in its file, that file's tensors). The tensors
-    are the engine's own, not copies."""
+    are the engine's own, but for Muon's momentum."""
     layout = _layout(engine)
     flats = list(view_of(engine).flats())
     tensors: Tensors = {}
     for number, flat in enumerate(flats):
         tensors[_tensor_name(number, MASTER)] = flat.master.detach().view(-1)
         for key in sorted(flat.state):  # whatever order they were set in: the same state is the same file
-            tensors[_tensor_name(number, key)] = _as_tensor(flat.state[key])
+            tensors[_tensor_name(number, key)] = _as_saved(flat, flat.state[key])
     saved = {key: parameter for key, parameter in _parameters(engine).items() if parameter.is_saved}
-    masters = [_extents(flat.spans, saved) for flat in flats]
-    moments = [_extents(flat.state_spans, saved) for flat in flats]
-    file = f"rank-{dist.get_rank():05d}.safetensors"
-    return (
-        layout,
-        RankShard.of(layout, dist.get_rank(), file, masters, moments),
-        tensors,
-    )
+    extents = [_extents(flat.spans, saved) for flat in flats]
+    rank = dist.get_rank()
+    return layout, RankShard.of(layout, rank, f"rank-{rank:05d}.safetensors", extents), tensors
 
 
-def _as_tensor(value: Any) -> Tensor:
-    """Moments flat, step counts without a dimension; plain numbers in a dtype by which a reader knows them."""
-    if isinstance(value, Tensor):
+def _as_saved(flat: Flat, value: Any) -> Tensor:
+    """A value of the optimizer's state, as the file has it: moments flat and as long as the master; step counts without
+    a dimension, plain numbers in a dtype by which a reader knows them."""
+    if not isinstance(value, Tensor):
+        whole_number, fraction = NUMBERS
+        return torch.tensor(value, dtype=whole_number if isinstance(value, int) else fraction)
+    if not value.dim() or flat.state_spans is flat.spans:
         return value.detach().view(-1) if value.dim() else value.detach()
-    whole, fraction = NUMBERS
-    return torch.tensor(value, dtype=whole if isinstance(value, int) else fraction)
+    # Muon's momentum holds its matrices whole: other ranks save what they have of them in their masters.
+    moments = value.new_zeros(flat.master.numel())
+    for whole, span in zip(flat.state_spans, flat.spans, strict=True):
+        first = whole.offset + span.start
+        moments[span.offset : span.offset + span.numel] = value[first : first + span.numel]
+    return moments
 
 
 def write_shard(path: Path, tensors: Tensors) -> None:
@@ -541,11 +455,10 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
         is_fused = groups[flat.group].get("fused")
         _restore_flat(flat, parameters, shards, flat.master.device if is_fused else "cpu")
     view.write_copies()
-    for group in range(len(groups)):
-        step = shards.group_step(group)
-        if step is not None:
-            view.set_step(group, step)
     with malformed(shards.folder / INDEX_FILE):
+        for group, step in enumerate(shards.layout.steps):
+            if step is not None:
+                view.set_step(group, step)
         for name in COUNTERS:
             setattr(engine, name, shards.layout.counters[name])
     for name, number in shards.layout.scaler.items():
@@ -555,12 +468,13 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
 
 def _check(engine: zero.Engine, parameters: dict[int, _Parameter], shards: EngineShards) -> None:
     here = {parameter.name: parameter.shape for parameter in parameters.values()}
-    different = different_keys(here, shards.shapes)
+    there = shards.layout.shapes
+    different = different_keys(here, there)
     if different:
         name = different[0]
         raise UserError(
             f"{shards.folder} does not fit this model in {len(different)} parameters, e.g. {name}: "
-            f"{shards.shapes.get(name, 'none')} there, {here.get(name, 'none')} here"
+            f"{there.get(name, 'none')} there, {here.get(name, 'none')} here"
         )
     mine = type(engine.basic_optimizer).__name__
     theirs = shards.layout.optimizer
@@ -604,11 +518,8 @@ def _restore_flat(
             )
     for key in set(flat.state) - {*keys, *counts}:
         del flat.state[key]
-    for key, value in counts.items():
-        old = flat.state.get(key)
-        if isinstance(value, Tensor):
-            value = value.item() if isinstance(old, int) else value.to(getattr(old, "device", device))
-        flat.state[key] = value
+    for key, count in counts.items():
+        flat.state[key] = count.to(device) if isinstance(count, Tensor) else count
     for key in keys:
         if not isinstance(flat.state.get(key), Tensor):
             dtype = shards.read(first.name, key, first.start, 0).dtype

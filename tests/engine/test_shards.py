@@ -4,7 +4,6 @@ Those that engines write, in several processes: tests/checkpoint/test_elastic.py
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,14 @@ def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
         "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
         "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}], "transposed": [],
-        "settings": [{"lr": 0.1}, {"lr": 0.2, "step": 7.0}],
+        "steps": [None, 7],
     }  # fmt: skip
     return Layout(**{**facts, **more})
 
 
 def shards_of(folder: Path, common: Layout, shards: list[list[list[Extent]]]) -> EngineShards:
     """Those of ranks with these extents."""
-    rows = [RankShard.of(common, n, f"{n}.st", flats, flats) for n, flats in enumerate(shards)]
+    rows = [RankShard.of(common, n, f"{n}.st", flats) for n, flats in enumerate(shards)]
     return EngineShards.of(folder, common, rows)
 
 
@@ -76,7 +75,7 @@ def write(folder: Path, *files: dict[str, Tensor], **more: Any):
 def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
     write(tmp_path)
     shards = EngineShards.open(tmp_path)
-    assert shards.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
+    assert shards.layout.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
     assert shards.files == ["0.st", "1.st"]
     for name, values in VALUES.items():
         for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
@@ -88,7 +87,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
                 assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
-    assert [shards.group_step(group) for group in range(3)] == [None, 7, None]
+    assert shards.layout.steps == [None, 7]
 
 
 def test_a_transpose_is_read_both_ways(tmp_path: Path):
@@ -100,22 +99,6 @@ def test_a_transpose_is_read_both_ways(tmp_path: Path):
         assert shards.read(name, MASTER, 1, 2, transposed=stored).tolist() == VALUES[name][1:3].tolist()
         assert shards.read(name, MASTER, 1, 2, transposed=opposite).tolist() == turned[1:3].tolist()
         assert shards.read(name, MASTER, 1, transposed=opposite).tolist() == turned[1:].tolist()
-
-
-def test_of_two_ranks_that_hold_the_same_the_preferred_ones_file_alone_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """As a run's own ranks do where each holds a momentum whole: Muon's."""
-    flats = [[Extent("a", 0, 12, 0)]]
-    for rank in range(2):
-        save_file({"0.exp_avg": torch.full((12,), float(rank))}, tmp_path / f"{rank}.st")
-    of_both = shards_of(tmp_path, layout(), [flats, flats])
-    opened = list[str]()
-    open_file = shard_module.open_safetensors
-    monkeypatch.setattr(shard_module, "open_safetensors", lambda path: opened.append(path.name) or open_file(path))
-    for rank in range(2):
-        assert replace(of_both, rank=rank).read("a", "exp_avg", 1, 2).tolist() == [rank] * 2
-    assert opened == ["0.st", "1.st"]
 
 
 def one_flat_each(folder: Path) -> EngineShards:
@@ -157,33 +140,31 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path):
         write(tmp_path, contents(0), content)
         return EngineShards.open(tmp_path)
 
-    with pytest.raises(UserError, match="the shards do not hold d"):
-        broken().read("d", MASTER)
     shards = broken("exp_avg")
-    with pytest.raises(UserError, match=r"1.st has no exp_avg of a"):
+    with pytest.raises(UserError, match=r"1.st is incomplete: .* elements 8 to 13 of 0.exp_avg"):
         shards.read("a", "exp_avg")
     assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
-    assert shards.state("a")[0] == ["exp_avg", "exp_avg_sq"]
+    assert shards.state("a", 0, 7)[0] == ["exp_avg", "exp_avg_sq"]
     assert shards.state("a", 7, 1)[0] == ["exp_avg_sq"]
-    with pytest.raises(UserError, match=r"1.st has no master of b"):
+    with pytest.raises(UserError, match=r"1.st: a has \(\['exp_avg_sq'\], {'step': 3}\), another rank's shard"):
+        shards.state("a")
+    with pytest.raises(UserError, match=r"1.st is incomplete: .* of 0.master"):
         broken("master").read("b", MASTER)
     shards = broken(master=torch.zeros(12))
-    with pytest.raises(UserError, match=r"1.st is incomplete: master of a"):
+    with pytest.raises(UserError, match=r"1.st is incomplete: .* elements 8 to 13 of 0.master"):
         shards.read("a", MASTER)
     assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0]
     assert shards.read("c", MASTER, 3, 1).tolist() == [303]
-    with pytest.raises(UserError, match=r"1.st: 0.exp_avg has dtype I8, which is none of F64, F32, F16, BF16"):
-        broken(exp_avg=torch.ones(16, dtype=torch.int8)).read("b", "exp_avg")
     shards = broken(step=torch.tensor(4))
-    with pytest.raises(UserError, match=r"1.st: a has {'step': 4}, another rank's shard {'step': 3}"):
+    with pytest.raises(UserError, match=r"1.st: a has .*{'step': 4}\), another rank's shard .*{'step': 3}"):
         shards.state("a")
     assert shards.state("a", 0, 7)[1] == {"step": 3}
     assert shards.state("a", 7, 2)[1] == {"step": 4}
-    with pytest.raises(UserError, match=r"1.st: a has {}, another rank's shard {'step': 3}"):
+    with pytest.raises(UserError, match=r"1.st: a has .*{}\), another rank's shard .*{'step': 3}"):
         broken("step").state("a")
-    write(tmp_path, settings=[{"step": "many"}])
-    with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*many"):
-        EngineShards.open(tmp_path).group_step(0)
+    write(tmp_path, steps=["many"])
+    with pytest.raises(UserError, match=r"layouts.safetensors: .*steps.*many"):
+        EngineShards.open(tmp_path)
     write(tmp_path, groups=[SHAPES])
     with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*index out of range"):
         restored(EngineShards.open(tmp_path), [])
@@ -235,8 +216,6 @@ def test_padding_alone_has_the_state_of_its_group(tmp_path: Path):
 def test_a_count_keeps_its_kind(tmp_path: Path):
     write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
     shards = EngineShards.open(tmp_path)
-    assert restored(shards, [("b", 0, 5, 0)], step=0).state["step"] == 3
-    assert type(restored(shards, [("b", 0, 5, 0)], step=0).state["step"]) is float
     assert isinstance(restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor)
     assert restored(shards, [("b", 0, 5, 0)]).state["step"].device.type == "cpu"
     assert restored(shards, [("b", 0, 5, 0)], "meta").state["step"].device.type == "meta"
@@ -246,18 +225,3 @@ def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path):
     write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
     with pytest.raises(UserError, match="a and c are one tensor here, with different state there"):
         restored(EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)])
-
-
-# -- what is written ---------------------------------------------------------------------------------------------------
-
-
-def test_settings_of_a_group_are_those_that_json_holds():
-    group = {
-        "lr": torch.tensor(0.5),
-        "betas": (0.9, 0.95),
-        "params": [1],
-        "fused": None,
-        "flag": True,
-        "many": torch.ones(2),
-    }
-    assert shard_module._plain(group) == {"lr": 0.5, "betas": (0.9, 0.95), "fused": None, "flag": True}

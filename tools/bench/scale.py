@@ -281,12 +281,7 @@ def _shard_of(template: RankShard, one: OneRank, rank: int, sizes: np.ndarray, s
         rows[:, NUMEL] = np.minimum(begins + sizes, (rank + 1) * share) - start
         rows[:, OFFSET] = start - rank * share
     rows = rows[rows[:, NUMEL] > 0]
-    return template._replace(
-        rank=rank,
-        file=_renamed(template.file, one.rank, rank),
-        extents=rows,
-        moments=rows,
-    )
+    return template._replace(rank=rank, file=_renamed(template.file, one.rank, rank), extents=rows)
 
 
 def _start_and_merge(one: OneRank, folder: Path, base_folder: Path, rank: int) -> dict[str, Spent]:
