@@ -428,12 +428,6 @@ checkpoint/layout.py | checkpoint/test_folder.py
 -return _STEP_NAME.fullmatch(name) is not None
 +return _STEP_NAME.match(name) is not None
 
-# second copies of a matrix survive its reset
-engine/zero.py | engine/test_second_copies.py
--        parameter.ds_secondary_tensor = None
--
-+
-
 # a JSON line takes many times its size
 data/readers.py | data/test_corpus.py
 -        return parse_json(line.decode())

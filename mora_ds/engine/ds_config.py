@@ -238,15 +238,12 @@ def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: in
     (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at each gather of several parameters
     (runtime/zero/partition_parameters.py, `AllGatherCoalescedHandle.wait`). An all-reduce in place of the first sends
     twice the bytes, gathers of single parameters in place of the second are more calls. Both are chosen from
-    `FEW_SLICES` on, unless the bytes take longer than the loops. What the config says itself stays, and so does the
-    reduce-scatter of gradients that ZeRO++ quantizes, which needs it (runtime/zero/stage3.py, `__init__`).
+    `FEW_SLICES` on, unless the bytes take longer than the loops. What the config says itself stays.
     """
     zero = ds_config["zero_optimization"]
     slices = len(trainable_numels) * ranks
     added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
     flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
-    if zero.get("zero_quantized_gradients"):
-        del flat["reduce_scatter"]
     chosen = {key: value for key, value in flat.items() if key not in zero}
     if zero["stage"] != 3 or slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
         return ""

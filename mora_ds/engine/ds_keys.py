@@ -97,6 +97,8 @@ OTHER_SECTIONS = _words(
 
 _BASE_IS_UNSHARDED = "the frozen base is no parameter of DeepSpeed's here: every process holds all of it"
 
+_ZERO_PLUS_PLUS = "ZeRO++ is for bases that ZeRO shards; here only the MoRA matrices are, which must not be rounded"
+
 _MASTER = "the masters of the MoRA matrices and Adam's moments must stay in fp32"
 
 REFUSED: dict[str, str] = {
@@ -118,6 +120,9 @@ REFUSED: dict[str, str] = {
     "zero_optimization.cpu_offload_param": f"{_BASE_IS_UNSHARDED}, and the MoRA matrices are small",
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.offload_optimizer.super_offload": "it steps in a process whose Adam's state no merge can reset",
+    "zero_optimization.zero_hpz_partition_size": _ZERO_PLUS_PLUS,
+    "zero_optimization.zero_quantized_weights": _ZERO_PLUS_PLUS,
+    "zero_optimization.zero_quantized_gradients": _ZERO_PLUS_PLUS,
     "zero_optimization.zenflow": "it keeps Adam's state where a merge cannot reset it",
     "zero_optimization.round_robin_gradients": "it puts the masters in another order than a merge reads them in",
     "optimizer.params.adam_lr": 'with Muon, "lr" is the learning rate of AdamW and "muon_lr" that of the MoRA matrices',
@@ -130,7 +135,6 @@ REFUSED: dict[str, str] = {
 
 REFUSED_WITH_MUON: dict[str, str] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": "a resumed run would start with the momentum at zero",
-    "zero_optimization.zero_quantized_gradients": "stage 3 refuses it",
 }
 """Settings that are refused with Muon, likewise."""
 

@@ -124,6 +124,8 @@ def _muon(config: DsConfig) -> list[str]:
                 "Muon's momentum is kept in that dtype at stage 3",
             ),
         )
+    if at(zero, "offload_optimizer.device") not in (None, "none"):
+        problems.append("zero_optimization.offload_optimizer is for AdamW: Muon keeps a single momentum")
     method = at(config, "optimizer.params.ns_method")
     if method not in (None, "gram", "standard"):
         problems.append(f'optimizer.params.ns_method must be "gram" or "standard", got {json.dumps(method)}')

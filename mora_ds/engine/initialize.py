@@ -19,7 +19,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from mora_ds.adapters.inject import (
@@ -46,7 +45,7 @@ from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.zero import view_of
 from mora_ds.models.base import tensor_checksum
 from mora_ds.models.node_base import share_base
-from mora_ds.parallel.limits import TENSOR, check_tensor_parallel
+from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime.node_memory import Sharing
@@ -134,7 +133,6 @@ def initialize(
     _check_muon(model, settings)
     check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)
     start_distributed()
-    check_second_copies(settings, dist.get_world_size(), degree)
     if chosen := avoid_slices(settings, numels, dist.get_world_size() // degree):
         logger.info(chosen)
     if degree > 1:
@@ -176,12 +174,7 @@ def initialize_full(*, model: nn.Module, config: DsConfig) -> tuple[Any, ...]:
 
 
 def _deepspeed_engine(**arguments: Any) -> tuple[Any, ...]:
-    """`deepspeed.initialize`, without what is wrong with it for a second engine, and with what it leaves undone.
-
-    DeepSpeed makes the groups for hpZ once and refuses another engine (groups.py, `_create_zero_param_parallel_group`);
-    the demo makes two, one after the other.
-    """
-    process_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    """`deepspeed.initialize`, with what it leaves undone."""
     muon.load_kernels()
     returned = deepspeed.initialize(**arguments)
     view_of(returned[0]).repair()
@@ -240,25 +233,6 @@ def check_splittable(
         base_bits=base_bits,
         streams_base=base_on_host,
     )
-
-
-def check_second_copies(config: DsConfig, world: int, degree: int) -> None:
-    """Raises `UserError` for a resolved DeepSpeed config whose second copies of the shards (ZeRO++'s hpZ) cannot be
-    made by `world` processes, with a tensor-parallel `degree`. DeepSpeed ignores the key below stage 3."""
-    zero_settings = config["zero_optimization"]
-    size = zero_settings.get("zero_hpz_partition_size", 1)
-    if size <= 1:
-        return
-    where = f"zero_optimization.zero_hpz_partition_size = {size} in --deepspeed"
-    if zero_settings["stage"] != 3:
-        raise UserError(f"{where} is for stage 3, and the stage is {zero_settings['stage']}; drop the key")
-    if degree > 1:
-        raise UserError(
-            f"{where} cannot be used with {TENSOR} {degree}: DeepSpeed would gather the shards of the ranks that split "
-            "a matrix; drop the key"
-        )
-    if size > world or world % size:
-        raise UserError(f"{where} must divide the number of processes, which is {world}: drop the key, or change it")
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

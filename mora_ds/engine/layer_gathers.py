@@ -86,8 +86,7 @@ def _needs_gradient(leaf: Any) -> bool:
 
 def free_quickly(parameter: Any) -> None:
     """Gives a sharded parameter a `partition` that frees the gathered tensor at once, and calls DeepSpeed's for all
-    else (partition_parameters.py, `_partition_param`), which formats messages that nobody reads. Not with second copies
-    (hpZ), which DeepSpeed makes there."""
+    else (partition_parameters.py, `_partition_param`), which formats messages that nobody reads."""
     partition = parameter.partition
 
     def free(

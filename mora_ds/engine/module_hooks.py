@@ -51,7 +51,7 @@ def _gather_by_layer(root: nn.Module, offload: Any) -> list[nn.Module]:
         if sharded := [parameter for parameter in layer.parameters() if not parameter.ds_persist]:  # type: ignore[attr-defined]
             LayerGathers(offload.param_coordinator, layer, sharded)
             layers.append(layer)
-            for parameter in sharded if offload.zero_param_parallel_group is None else ():
+            for parameter in sharded:
                 free_quickly(parameter)
     return layers
 

@@ -133,14 +133,12 @@ def repair_clipping(engine: Engine) -> None:
     by a factor that grows with the number of layers, and the norm that is logged would be the update's. In
     BF16_Optimizer the order is right.
 
-    fp16: without offload the momentum would be that of gradients times the loss scale, whatever that is at the time;
+    fp16: the momentum would be that of gradients times the loss scale, whatever that is at the time;
     here Muon gets them unscaled. Stages 1 and 2: the momentum follows the gradient's dtype, here always fp32.
     """
     view = view_of(engine)
     if isinstance(view, Stage3View):
         _repair_stage_3(engine.optimizer, engine.gradient_clipping())
-    elif isinstance(view, ZeroView) and engine.optimizer.cpu_offload:
-        _repair_stages_1_and_2_offloaded(engine.optimizer, engine.gradient_clipping())
     elif isinstance(view, ZeroView):
         _repair_stages_1_and_2(engine.optimizer, engine.gradient_clipping())
 
@@ -166,13 +164,8 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
         if factor is None:
             return
         for index, uses_muon in enumerate(optimizer.sub_groups_using_muon):
-            if optimizer.offload_optimizer:  # there Muon takes the loss scale off by itself
-                _scale([optimizer.fp32_partitioned_groups_flat[index].grad], factor)
-            else:
-                _scale(
-                    optimizer.averaged_gradients[index],
-                    factor / (optimizer.loss_scale if uses_muon else 1.0),
-                )
+            scale = optimizer.loss_scale if uses_muon else 1.0
+            _scale(optimizer.averaged_gradients[index], factor / scale)
         bucket = optimizer.reduce_bucket_size
         optimizer.reduce_bucket_size = chunk
         try:
@@ -233,27 +226,6 @@ def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:
 
     optimizer.get_flat_partition = postpone
     optimizer.scaled_global_norm = clip_and_orthogonalise
-
-
-def _repair_stages_1_and_2_offloaded(optimizer: Any, limit: float) -> None:
-    """Wrap what `step` calls in turn: `_apply_muon_updates_cpu_offload`, then `scaled_global_norm`."""
-    orthogonalise = optimizer._apply_muon_updates_cpu_offload
-    find_norm = optimizer.scaled_global_norm
-    norms: list[Tensor] = []
-
-    def clip_and_orthogonalise() -> None:
-        optimizer.clip_grad = 0.0
-        norms[:] = [find_norm()]
-        factor = _factor(norms, optimizer.loss_scale, limit)
-        if factor is not None:
-            _scale(
-                [master.grad for master in optimizer.single_partition_of_fp32_groups],
-                factor,
-            )
-            orthogonalise()
-
-    optimizer._apply_muon_updates_cpu_offload = clip_and_orthogonalise
-    optimizer.scaled_global_norm = lambda *args, **kwargs: norms[0]
 
 
 def _factor(scaled_norms: list[Any], loss_scale: float, limit: float) -> float | None:

@@ -250,19 +250,14 @@ class Stage3View(OptimizerView):
         for flat in self.flats():
             for span in flat.spans:
                 self._shard(span.parameter)[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
-        self.optimizer.checkpoint_event_epilogue()  # drops second copies, gathers the persistent parameters again
+        self.optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
 
     def zero_copy(self, parameter: nn.Parameter) -> None:
         self._shard(parameter).zero_()
         parameter.data.zero_()  # empty, unless still gathered
 
     def _shard(self, parameter: Any) -> Tensor:
-        """This process's shard of a parameter in the compute dtype, flat and padded, to be overwritten.
-
-        Under ZeRO++ (zero_hpz_partition_size) a group of processes holds a second copy, from which all-gathers read
-        until the next step. Without it they read the shards and make it anew (partition_parameters.py,
-        `_partition_param_sec`; stage3.py, `invalidate_secondary_tensor`): so it is dropped here."""
-        parameter.ds_secondary_tensor = None
+        """This process's shard of a parameter in the compute dtype, flat and padded, to be overwritten."""
         return parameter.ds_tensor.data.view(-1)
 
     @torch.no_grad()
@@ -327,10 +322,9 @@ class ZeroView(_MappedView):
         return self.optimizer.bit16_groups
 
     def _state_spans(self, group: int, spans: list[Span]) -> list[Span]:
-        """Muon's momentum (`_muon_momentum_buffer`) holds every matrix unsharded of which any part is this process's;
-        with offload it is cut like the master (`_apply_muon_updates_cpu_offload`)."""
+        """Muon's momentum (`_muon_momentum_buffer`) holds every matrix whole of which any part is this process's."""
         matrices = self.optimizer.params_in_partition[group]
-        if self.optimizer.cpu_offload or not (matrices and self.optimizer._is_muon_group(matrices)):
+        if not (matrices and self.optimizer._is_muon_group(matrices)):
             return spans
         offsets = accumulate((matrix.numel() for matrix in matrices), initial=0)
         return [Span(matrix, 0, matrix.numel(), offset) for matrix, offset in zip(matrices, offsets, strict=False)]

@@ -31,7 +31,6 @@ from mora_ds.engine.ds_config import compute_dtype, load_ds_config, resolve_ds_c
 from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import (
     check_compute_dtype,
-    check_second_copies,
     check_splittable,
     start_distributed,
 )
@@ -145,7 +144,6 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     check_splittable(config, training.tensor_parallel_size)
     if adapter == AdapterKind.LORA.value:
         check_factors(config)
-    check_second_copies(config, world, training.tensor_parallel_size)
     if training.sequence_parallel_size > 1:
         config.pop("train_batch_size")  # checked above; DeepSpeed, which knows no groups, would count each rank's rows
     return config

@@ -236,8 +236,7 @@ stray | 'stray'
 --deepspeed {bad}/ds/stage.json | stage.json: zero_optimization.stage must be 1, 2 or 3
 --deepspeed {bad}/ds/device.json | device.json: offload_optimizer.device | "disk"
 --deepspeed {bad}/ds/nvme.json | offload_optimizer.device = "nvme" | use "cpu"
---deepspeed {bad}/ds/hpz.json | hpz.json | zero_hpz_partition_size
---deepspeed {bad}/ds/hpz_4.json | zero_hpz_partition_size = 4 in --deepspeed must divide the number of processes
+--deepspeed {bad}/ds/hpz.json | hpz.json: "zero_optimization.zero_hpz_partition_size" cannot be used: ZeRO++
 --deepspeed {bad}/ds/activation.json | activation.json: "activation_checkpointing" must be an object | 7
 --deepspeed {bad}/ds/flops.json | flops.json: "flops_profiler" must be an object
 --deepspeed {bad}/ds/comms.json | comms.json | enabled | often

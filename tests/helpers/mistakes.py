@@ -67,8 +67,7 @@ bucket | {"zero_optimization": {"stage": 3, "reduce_bucket_size": "large"}}
 stage | {"zero_optimization": {"stage": "3"}}
 device | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "disk"}}}
 nvme | {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}}}
-hpz | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "two"}}
-hpz_4 | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+hpz | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 activation | {"activation_checkpointing": 7}
 flops | {"flops_profiler": "on"}
 comms | {"comms_logger": {"enabled": "often"}}

@@ -26,9 +26,9 @@ def ds_config(folder: Path, stage: int, offload: str) -> Path:
     return path
 
 
-def is_supported(adapter: str, optimizer: str, **_: Any) -> bool:
-    """Muon is for MoRA matrices."""
-    return optimizer != "muon" or adapter == "mora"
+def is_supported(adapter: str, optimizer: str, offload: str, **_: Any) -> bool:
+    """Muon is for MoRA matrices, with its momentum on the device."""
+    return optimizer != "muon" or (adapter == "mora" and offload == "none")
 
 
 @pairwise(
