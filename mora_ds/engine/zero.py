@@ -12,7 +12,7 @@ Written against DeepSpeed 0.19.8; tests/engine/test_zero_contract.py names each 
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -25,11 +25,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from mora_ds.common.errors import RunError
@@ -75,22 +71,25 @@ def full_fp32(parameter: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def set_fp32(engine: Engine, parameter: nn.Parameter, value: Tensor) -> None:
-    """Set one trainable parameter to `value` (unsharded, the same on every process): its fp32 master and every
-    low-precision copy. Its optimizer state stays. Not collective."""
-    value = value.to(engine.device, torch.float32)
-    view_of(engine).set_master(parameter, value)
-    if parameter.numel():  # empty under ZeRO-3, unless still gathered
-        parameter.copy_(value)
+def set_fp32(engine: Engine, values: Mapping[nn.Parameter, Tensor]) -> None:
+    """Set trained parameters to these values (unsharded, the same on every process): their fp32 masters and every
+    low-precision copy. Their optimizer state stays. Collective."""
+    view = view_of(engine)
+    for flat in view.flats():
+        for span in flat.spans:
+            if span.parameter in values:
+                elements = values[span.parameter].flatten()[span.start : span.start + span.numel]
+                flat.master.narrow(0, span.offset, span.numel).copy_(elements)
+    view.write_copies()
 
 
 @torch.no_grad()
-def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter]) -> None:
-    """Zero the fp32 masters of a parameter group, every low-precision copy of them, and its optimizer state.
+def reset_group(engine: Engine, group: int) -> None:
+    """Zero the fp32 masters of a parameter group with every low-precision copy, and its optimizer state. Collective.
 
-    `parameters` are all parameters of the group. All copies must go: a master that is left brings the old value back at
-    the next step, a low-precision copy that is left acts for one step more. So must the step counts: with the old one
-    Adam's first update would be 2.94 times too large.
+    All copies must go: a master that is left brings the old value back at the next step, a low-precision copy that is
+    left acts for one step more. So must the step counts: with the old one Adam's first update would be 2.94 times too
+    large.
     """
     view = view_of(engine)
     for flat in view.flats(group):
@@ -101,8 +100,7 @@ def reset_group(engine: Engine, group: int, parameters: Iterable[nn.Parameter]) 
             else:  # the step count of DeepSpeed's own Adam
                 flat.state[key] = type(value)(0)
     view.set_step(group, 0)
-    for parameter in parameters:
-        view.zero_copy(parameter)
+    view.write_copies()
 
 
 def set_learning_rate(engine: Engine, learning_rate: float, factor: float = 1.0) -> None:
@@ -176,17 +174,9 @@ class OptimizerView:
         del group
         return spans
 
-    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set one parameter's master, and its low-precision shard, to an unsharded fp32 `value`."""
-        raise NotImplementedError
-
     def write_copies(self) -> None:
         """Set what forward reads of all parameters from the masters, rounded as a step rounds them. Collective."""
         raise NotImplementedError
-
-    def zero_copy(self, parameter: nn.Parameter) -> None:
-        """Zero what forward reads of a parameter on this process."""
-        parameter.data.zero_()
 
     def set_step(self, group: int, step: int) -> None:
         """Set the step count that a parameter group may have beside those in the state of its masters: FusedAdam starts
@@ -237,28 +227,13 @@ class Stage3View(OptimizerView):
         )
         return Span(parameter, start, min(size, parameter.ds_numel - start), offset)
 
-    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        shard = self._shard(parameter)
-        span = self._span(parameter, 0)
-        values = value.flatten()[span.start : span.start + span.numel]
-        values = nn.functional.pad(values, (0, shard.numel() - span.numel))
-        safe_set_local_fp32_param(parameter, values)
-        shard.copy_(values)
-
     def write_copies(self) -> None:
         self.optimizer.checkpoint_event_prologue()  # shards what is still gathered
         for flat in self.flats():
             for span in flat.spans:
-                self._shard(span.parameter)[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
+                shard = span.parameter.ds_tensor.data.view(-1)
+                shard[: span.numel].copy_(flat.master.narrow(0, span.offset, span.numel))
         self.optimizer.checkpoint_event_epilogue()  # gathers the persistent parameters again
-
-    def zero_copy(self, parameter: nn.Parameter) -> None:
-        self._shard(parameter).zero_()
-        parameter.data.zero_()  # empty, unless still gathered
-
-    def _shard(self, parameter: Any) -> Tensor:
-        """This process's shard of a parameter in the compute dtype, flat and padded, to be overwritten."""
-        return parameter.ds_tensor.data.view(-1)
 
     @torch.no_grad()
     def repair(self) -> None:
@@ -308,9 +283,6 @@ class _MappedView(OptimizerView):
 
     def write_copies(self) -> None:
         self.optimizer.update_lp_params()
-
-    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        safe_set_full_fp32_param(parameter, value)
 
 
 class ZeroView(_MappedView):

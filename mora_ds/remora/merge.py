@@ -226,9 +226,12 @@ class ReMoRA:
     def _start_cycle(self, cycle: int) -> None:
         """Zero the matrices with their masters and optimizer state, and set the operators of the cycle."""
         layers = mora_layers(self.engine.module)
-        zero.reset_group(self.engine, 0, [layer.value for layer in layers.values()])
+        zero.reset_group(self.engine, 0)
         set_cycle(self.engine.module, self.config, cycle)
+        first_values = {}
         for name, layer in layers.items():
             first = layer.spec.first_value(self.config.first_seed(name, cycle))
             if first.any():  # LoRA's A
-                zero.set_fp32(self.engine, layer.value, layer.shard(first))
+                first_values[layer.value] = layer.shard(first)
+        if first_values:
+            zero.set_fp32(self.engine, first_values)

@@ -30,7 +30,7 @@ def trained(combination: Combination) -> Any:
     for number in range(3):
         one_step(engine)
         if number == 0:
-            zero.reset_group(engine, 1, [engine.module.second])
+            zero.reset_group(engine, 1)
     return engine
 
 

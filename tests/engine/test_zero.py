@@ -67,9 +67,9 @@ def set_and_reset() -> list[float]:
     engine, *_ = initialize(model=model, config=config)
     assert isinstance(engine.optimizer, BF16_Optimizer), "else this tests another one"
     squares = [layer.square for layer in mora_layers(model).values()]
-    zero.set_fp32(engine, squares[0], torch.ones(squares[0].shape))
+    zero.set_fp32(engine, {squares[0]: torch.ones(squares[0].shape)})
     was_set = squares[0].float().unique().tolist()
-    zero.reset_group(engine, 0, squares)
+    zero.reset_group(engine, 0)
     return was_set + squares[0].float().unique().tolist()
 
 

@@ -101,7 +101,7 @@ def merge_by_hand(engine: zero.Engine) -> None:
         layers[name].weight += delta_weight(layers[name].spec, square)
 
     node.form(model, [(name, squares[name]) for name in node.layers(model)], add)
-    zero.reset_group(engine, 0, [layer.square for layer in layers.values()])
+    zero.reset_group(engine, 0)
 
 
 class CountedBelow(TorchDispatchMode):

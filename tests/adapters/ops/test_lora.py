@@ -159,7 +159,7 @@ def set_everywhere() -> list[str]:
             engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1, **half))
             for layer in mora_layers(model).values():
                 whole = random_factors(layer.spec)
-                zero.set_fp32(engine, layer.value, whole)
+                zero.set_fp32(engine, {layer.value: whole})
                 master = zero.full_fp32(layer.value)
                 with deepspeed.zero.GatheredParameters([layer.value], enabled=stage == 3):
                     low = layer.value.detach().clone()
