@@ -34,14 +34,14 @@ planning: adapters data models parallel engine
 checkpoint: adapters models runtime engine remora
 config: adapters parallel runtime engine remora
 deploy: adapters models remora checkpoint
-eval: adapters data models runtime remora checkpoint deploy
+eval: data models checkpoint deploy
 train: adapters data runtime parallel models engine remora planning checkpoint config deploy
 # A command stands above all that it calls: it reads flags, calls functions and prints what they return.
 commands: data runtime models engine planning checkpoint config deploy eval train
 __main__: commands
 hf: adapters checkpoint engine models remora runtime train
 peft: adapters
-research: adapters checkpoint commands config data engine eval models planning runtime train
+research: adapters checkpoint commands config data engine eval models planning remora runtime train
 """
 MAY_IMPORT = {package: set((others or "").split()) for package, others in yaml.safe_load(TABLE).items()}
 """Nothing may import research: `common/research.py` loads one of its modules by name, when it is asked for."""

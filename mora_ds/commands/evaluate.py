@@ -1,7 +1,7 @@
 """Measure perplexity and bits per byte of a Hugging Face model or a checkpoint on named texts.
 
     mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
-    mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json --lm_eval hellaswag arc_easy
+    mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json
     mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0 0.25 0.5 0.75 1
 
 A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are combined in memory, the update
@@ -25,7 +25,6 @@ from mora_ds.eval.perplexity import (
     Target,
     Windows,
     evaluate_sets,
-    harness,
     load_target,
     named_sets,
 )
@@ -35,8 +34,8 @@ from mora_ds.runtime.cli import check_device, check_writable, command_parser, sh
 def main() -> None:
     options = _parser().parse_args()
     check_scoring(options)
-    if not options.sets and not options.lm_eval:
-        raise UserError("nothing to evaluate on: give --sets NAME=PATH, or --lm_eval TASK")
+    if not options.sets:
+        raise UserError("nothing to evaluate on: give --sets NAME=PATH")
     content = _model(options, read_sets(options))
     if options.json is not None:
         write_json_atomic(options.json, {"model": str(options.model), **content})
@@ -91,14 +90,10 @@ def _scores(
     windows = Windows.of(target.model, options.window, options.stride, options.document_start)
     print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
     scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
-    if scores:
-        print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
-    tasks = harness(target, options.lm_eval, windows.window, options.batch_size) if options.lm_eval else {}
-    for task, metrics in tasks.items():
-        print(f"{task}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
+    print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
     return {
         "domain": options.domain, "window": windows.window, "stride": windows.stride,
-        "sets": {name: score.to_dict() for name, score in scores.items()}, "lm_eval": tasks,
+        "sets": {name: score.to_dict() for name, score in scores.items()},
     }  # fmt: skip
 
 
@@ -171,10 +166,4 @@ def _parser() -> argparse.ArgumentParser:
         help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",
     )  # fmt: skip
     average_flag(parser)
-    parser.add_argument(
-        "--lm_eval",
-        nargs="+",
-        metavar="TASK",
-        help="tasks of the lm-eval harness, where installed",
-    )
     return parser

@@ -1,6 +1,6 @@
 """Show or sum merge ledgers, which record the MoRA matrices of every merged cycle of a run.
 
-    mora-ds ledger show out                                      every cycle with its norms
+    mora-ds ledger show out                                      every cycle
     mora-ds ledger combine law medicine --weights 0.5 0.5 --output both      a weighted sum of runs of one base
 
 `mora-ds verify` checks them. Exit code 2: an error that you can correct in the command; 1: damaged files, a full disk.
@@ -9,18 +9,17 @@
 import argparse
 from pathlib import Path
 
-from mora_ds.checkpoint.layout import find_ledger
+from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import named_as_flags
 from mora_ds.deploy.combine import combine_adapters
-from mora_ds.eval.ledger_summary import show_lines
-from mora_ds.runtime.cli import add_action, command_parser, shared_flags
+from mora_ds.runtime.cli import add_action, command_parser, shared_flags, table
 
 
 @named_as_flags("output", "weights", "target_modules", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     if options.action == "show":
-        lines = show_lines(find_ledger(options.path).open())
+        lines = _cycles(find_ledger(options.path))
     else:
         lines = combine_adapters(
             options.path,
@@ -31,10 +30,23 @@ def main() -> None:
     print("\n".join(lines))
 
 
+def _cycles(location: LedgerLocation) -> list[str]:
+    """One line a cycle, below the base that they are of."""
+    ledger = location.open()
+    rows = [["cycle", "step", "layers", "operator", "MiB"]]
+    for record in ledger.records:
+        layers = ledger.layers(record.cycle)
+        operators = sorted({layer.operator.describe() for layer in layers.values()})
+        counts = [str(count) for count in (record.cycle, record.step, len(layers))]
+        rows.append([*counts, ", ".join(operators), f"{record.size / 2**20:.2f}"])
+    head = f"{ledger.folder}: {ledger.cycles} cycle(s) on the base {ledger.base_fingerprint[:16]}..."
+    return [head, *table(rows)]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="show|combine")
-    show = add_action(actions, "show", "list the cycles with their norms")
+    show = add_action(actions, "show", "list the cycles")
     show.add_argument(
         "path",
         type=Path,

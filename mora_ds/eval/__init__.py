@@ -1,5 +1,4 @@
-"""Evaluation: perplexity of models, and what the merges of a run have added.
+"""Evaluation of models.
 
 perplexity         perplexity and bits per byte of a model, a checkpoint or several adapters on named texts
-ledger_summary     norms and ranks of each cycle of a ledger
 """

@@ -57,16 +57,16 @@ class Target:
     """What the model was loaded from, for messages."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Score:
     """The result of a model on one set of texts."""
 
-    documents: int
-    tokens: int
+    documents: int = 0
+    tokens: int = 0
     """Scored tokens: all of the texts', without the start token."""
-    text_bytes: int
+    text_bytes: int = 0
     """UTF-8 bytes of the scored text."""
-    nats: float
+    nats: float = 0.0
     """Summed negative log-likelihood."""
 
     @property
@@ -191,13 +191,12 @@ def evaluate(
     max_documents: int | None = None,
 ) -> Score:
     """Scores every document of `corpus`, or its first `max_documents`. Raises `UserError` for texts without a token."""
-    count = _Counter(target.tokenizer, windows, max_documents)
-    nats = 0.0
-    for batch in _batches(count.windows(corpus), batch_size):
-        nats += _nats(target.model, batch)
-    if not count.tokens:
+    score = Score()
+    for batch in _batches(_windows(corpus, target.tokenizer, windows, max_documents, score), batch_size):
+        score.nats += _nats(target.model, batch)
+    if not score.tokens:
         raise UserError(f"{corpus.flag}: there is not a single token to score in it")
-    return Score(count.documents, count.tokens, count.text_bytes, nats)
+    return score
 
 
 def evaluate_sets(
@@ -211,43 +210,41 @@ def evaluate_sets(
     return {name: evaluate(target, corpus, windows, batch_size, max_documents) for name, corpus in sets.items()}
 
 
-class _Counter:
-    """Cuts documents into windows and counts documents, tokens and bytes."""
+def _windows(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Windows,
+    max_documents: int | None,
+    score: Score,
+) -> Iterator[_Window]:
+    """The windows of all documents, which are counted in `score`. The next chunk of a document has the last tokens of
+    the previous one as context."""
+    start = _document_start(tokenizer, windows.document_start)
+    seen: list[int] = []
+    for document in corpus:
+        if document.begins:
+            if score.documents == max_documents:
+                return
+            seen = [start]
+            score.documents += 1
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        score.tokens += len(ids)
+        score.text_bytes += len(document.text.encode())
+        sequence = [*seen, *ids]
+        yield from windows.cut(sequence, len(seen))
+        seen = sequence[-max(windows.window - windows.stride, 1) :]
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        windows: Windows,
-        max_documents: int | None,
-    ) -> None:
-        self.documents = self.tokens = self.text_bytes = 0
-        self._tokenizer = tokenizer
-        self._windows = windows
-        self._most = max_documents
-        if windows.document_start == NOTHING:
-            raise UserError(f"--document_start {NOTHING}: the first token of a document is scored too, after a token")
-        start = start_id(tokenizer, windows.document_start)
-        if start is None:
-            start = tokenizer.eos_token_id
-        if start is None:
-            raise UserError("MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with")
-        self._start = int(start)
 
-    def windows(self, corpus: Corpus) -> Iterator[_Window]:
-        """The windows of all documents. The next chunk of a document has the last tokens of the previous as context."""
-        seen: list[int] = []
-        for document in corpus:
-            if document.begins:
-                if self.documents == self._most:
-                    return
-                seen = [self._start]
-                self.documents += 1
-            ids = self._tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-            self.tokens += len(ids)
-            self.text_bytes += len(document.text.encode())
-            sequence = [*seen, *ids]
-            yield from self._windows.cut(sequence, len(seen))
-            seen = sequence[-max(self._windows.window - self._windows.stride, 1) :]
+def _document_start(tokenizer: PreTrainedTokenizerBase, document_start: str) -> int:
+    """The token before every document. Raises `UserError` where there is none."""
+    if document_start == NOTHING:
+        raise UserError(f"--document_start {NOTHING}: the first token of a document is scored too, after a token")
+    start = start_id(tokenizer, document_start)
+    if start is None:
+        start = tokenizer.eos_token_id
+    if start is None:
+        raise UserError("MODEL: its tokenizer has neither a BOS nor an end-of-text token to begin a document with")
+    return int(start)
 
 
 def _batches(windows: Iterator[_Window], batch_size: int) -> Iterator[list[_Window]]:
@@ -273,31 +270,6 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
         for row, label in zip(logits, labels.to(logits.device), strict=True)
     )
     return float(sum(rows))
-
-
-def harness(target: Target, tasks: Sequence[str], window: int, batch_size: int) -> dict[str, Any]:
-    """Results of the lm-eval harness on the model in memory: task -> metric -> value. Raises `UserError` where the
-    package is missing or does not know a task."""
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise UserError(f"--lm_eval needs the package lm-eval: pip install 'lm-eval[hf]' ({error})") from error
-    wrapped = HFLM(
-        pretrained=target.model,
-        tokenizer=target.tokenizer,
-        batch_size=batch_size,
-        max_length=window,
-    )
-    try:
-        results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), log_samples=False)
-    except (
-        KeyError,
-        ValueError,
-        OSError,
-    ) as error:  # OSError: its data cannot be fetched
-        raise UserError(f"--lm_eval {' '.join(tasks)}: {error}") from error
-    return dict(results["results"])
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:

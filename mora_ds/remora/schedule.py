@@ -149,36 +149,6 @@ class Schedule:
         rewarmup_ends = self.restart_warmup_steps < self.total_steps - steps_done
         return self.warmup_steps <= steps_done and rewarmup_ends
 
-    def lines(self, done: int = 0, merge_pending: bool = False) -> list[str]:
-        """What a run says of its merges after `done` steps: when they come, and which are left out; nothing without
-        merges. `merge_pending`: whether the merge after step `done` is still to be made."""
-        if self.merge_every == 0:
-            return []
-        total = self.total_steps
-        coming = [done] if merge_pending and done < total else []
-        left_out: list[int] = []
-        for step in range(self.merge_every, total, self.merge_every):
-            if step > done:
-                (coming if self.merges_after(step) else left_out).append(step)
-        lines = [f"merges after {_steps(coming)} of {total}"] if coming else []
-        if left_out:
-            lines.append(
-                f"no merge after {_steps(left_out)}: within the first warm-up ({self.warmup_steps} steps), or so late "
-                f"that the re-warmup would not end (--restart_warmup_steps {self.restart_warmup_steps}); exports add "
-                "what stays unmerged"
-            )
-        return lines or [f"no merge is left: --merge_every is {self.merge_every}, {total - done} steps are left"]
-
-
-_SHOWN = 6
-"""Step numbers shown at each end of a long list."""
-
-
-def _steps(steps: Sequence[int]) -> str:
-    """ "step 5", "steps 5, 10", or a long list without its middle."""
-    if len(steps) == 1:
-        return f"step {steps[0]}"
-    if len(steps) <= 2 * _SHOWN:
-        return f"steps {', '.join(map(str, steps))}"
-    ends = [", ".join(map(str, end)) for end in (steps[:_SHOWN], steps[-_SHOWN:])]
-    return f"steps {ends[0]}, ..., {ends[1]} ({len(steps)} in all)"
+    def merges_left(self, done: int) -> list[int]:
+        """The steps after which merges follow in a run that has `done` steps."""
+        return [step for step in range(done + 1, self.total_steps) if self.merges_after(step)]

@@ -9,7 +9,7 @@ delta is formed, (d_out, d_in) in float64, and decomposed: for wide layers, sele
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,17 +18,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import AdapterTensors, live_adapter
 from mora_ds.checkpoint.layout import LedgerLocation, find_ledger
 from mora_ds.common.errors import POSITIVE, UserError, nearest, refuse, wrong_values
 from mora_ds.common.files import write_json_atomic
-from mora_ds.eval.ledger_summary import Update, histories, mean, modules_of, require_delta
+from mora_ds.common.untrusted import require_memory
+from mora_ds.remora.ledger import Ledger
 from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
 
 THRESHOLD = 0.1
 """The MoRA paper's figure 5 counts singular values above it."""
 
 _FP32_EPS = torch.finfo(torch.float32).eps
+
+Update = tuple[UpdateSpec, Tensor]
+"""(operator, M in fp32 (R, R)), or LoRA's spec and factors."""
 
 
 def main() -> None:
@@ -70,6 +75,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared_flags(parser, "--json", "--device")
     return parser
+
+
+# -- what a ledger holds ----------------------------------------------------------------------------------------------
+
+
+def require_delta(module: str, spec: UpdateSpec) -> None:
+    """Raises `UserError` where there is not the memory for a delta of a layer, whose size only its file states."""
+    require_memory(8 * spec.d_in * spec.d_out, f"{module}: a delta of {spec.d_out} x {spec.d_in}")
+
+
+def histories(module: str, updates: Iterable[Update]) -> list[tuple[str, list[Update]]]:
+    """(name, its updates) of every matrix that the updates of a layer change: of experts one after the other."""
+    members = [list(spec.members(module, value)) for spec, value in updates]
+    return [(history[0][0], [(spec, square) for _, spec, square in history]) for history in zip(*members, strict=True)]
+
+
+def modules_of(ledger: Ledger) -> list[str]:
+    """Every layer that some cycle adapted, in the order of its first appearance."""
+    return list(dict.fromkeys(module for cycle in range(ledger.cycles) for module in ledger.layers(cycle)))
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; 0 for no values."""
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from mora_ds.common.errors import UserError, named_as_flags
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments
+from mora_ds.config.data import ModelArguments
 from mora_ds.engine import device
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
-from mora_ds.models.attention import NAME
+from mora_ds.models.attention import NAME, why_dense
 from mora_ds.models.base import MODEL_FLAG
 from mora_ds.models.load import named_config, set_rope
 from mora_ds.models.vocabulary import first_new_row
@@ -29,7 +30,6 @@ from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.planning.plan import Cluster, Plan, Planner, place_base
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, planned_model
-from mora_ds.train.attention import check_precision, implementation_of
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.setup import engine_config
 
@@ -51,7 +51,6 @@ def planned(arguments: Arguments, world: int) -> tuple[Plan, list[str]]:
     training = arguments.training
     model = arguments.model
     ds_config = engine_config(training, adapter.adapter, world)
-    check_precision(model, compute_dtype(ds_config))
     name, flag = _model_of(arguments)
     config = named_config(name, model.trust_remote_code, flag)
     set_rope(config, model.rope, model.trust_remote_code)
@@ -68,6 +67,13 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
     if model.model_name_or_path:
         return model.model_name_or_path, MODEL_FLAG
     return str(model.model_config), "--model_config"
+
+
+def implementation_of(model: ModelArguments, config: Any) -> str | None:
+    """The name in transformers of the attention of a run on a model of this config; None for transformers' default."""
+    if model.implementation is None and why_dense(config, None) is None:
+        return NAME
+    return model.implementation
 
 
 def planner_of(arguments: Arguments, config: Any, ds_config: DsConfig, world: int) -> Planner:

@@ -14,7 +14,6 @@ concerns is taken.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,6 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
@@ -31,7 +29,6 @@ from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
-from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
 
 Rows: TypeAlias = dict[str, Any]
@@ -166,21 +163,10 @@ class Replica:
         self.world = dist.get_world_size()
         self.index = self.rank // self.processes_per_replica
         self.count = self.world // self.processes_per_replica
-        self._rows_checked = False
 
     def rows(self, batch: Rows) -> Rows:
-        """This process's part of a training batch of its replica, on the CPU as the batch.
-
-        The first batch is compared with those of the other processes of the replica (collective): `RunError` if they
-        differ.
-        """
-        if self.processes_per_replica > 1 and not self._rows_checked:
-            check_same_rows(batch, self.processes_per_replica)
-            self._rows_checked = True
-        return self._part_of(batch)
-
-    def _part_of(self, rows: Rows) -> Rows:
-        return rows if self.sequence is None else self.sequence.split(rows)
+        """This process's part of a batch of its replica, on the CPU as the batch."""
+        return batch if self.sequence is None else self.sequence.split(batch)
 
     def on_device(self, batch: Rows) -> Rows:
         """The batch on the engine's device; where it is pinned, the host does not wait for the copy."""
@@ -196,7 +182,7 @@ class Replica:
     def nll(self, batch: Rows, domain: str | None) -> tuple[float, int]:
         """(summed loss, number of predicted tokens) of this process's part of a batch, as of `domain`. Collective under
         ZeRO-3."""
-        local_batch = self._part_of(batch)
+        local_batch = self.rows(batch)
         predicted = int((local_batch["labels"] != IGNORED).sum())
         with beside_training(self.engine, domain):
             nll = token_nll(self.engine, self.on_device(local_batch)).item()
@@ -219,17 +205,3 @@ class Replica:
             nll = self.sum(nll)
             predicted = int(self.sum(predicted))
         return nll / max(predicted, 1)
-
-
-def check_same_rows(batch: Rows, processes_per_replica: int) -> None:
-    """Raise `RunError` where the processes of a replica hold different batches. Collective; sends a hash each."""
-    digest = hashlib.sha256()
-    for name, tensor in batch.items():
-        if not isinstance(tensor, Tensor):
-            continue  # its documents, which follow from the positions
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-    digests = Ranks.current().gather("rows of the first batch", digest.hexdigest())
-    for rank, rank_digest in enumerate(digests):
-        first = rank - rank % processes_per_replica
-        if rank_digest != digests[first]:
-            raise RunError(f"ranks {first} and {rank} compute the same rows together, but were given different ones")

@@ -39,7 +39,6 @@ from mora_ds.common.errors import (
 )
 from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.untrusted import expanded
-from mora_ds.config.adapter import AdapterKind
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.tracking import NONE
@@ -54,7 +53,6 @@ from mora_ds.parallel.ulysses_checks import check_config
 from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
-from mora_ds.train.attention import check_device, check_precision
 from mora_ds.train.base import find_model, prepare_base, settle_base_device
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
@@ -64,7 +62,7 @@ from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, plain_json
 from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
-from mora_ds.train.run_file import changed_settings, write_run_file
+from mora_ds.train.run_file import write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import Start, engine_config, start_processes, start_up
 from mora_ds.train.tasks import check_tasks, task_names
@@ -102,9 +100,6 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     adapter = arguments.adapter
     training = arguments.training
     ds_config = engine_config(training, adapter.adapter, ranks.world)
-    check_precision(model, compute_dtype(ds_config))
-    if adapter.adapter != AdapterKind.NONE.value:
-        check_device(model)
     if training.eval_tasks:
         ranks.on_first("tasks", lambda: check_tasks(training.eval_tasks), long=True)
     with _output_folder(arguments, ranks) as start:
@@ -143,10 +138,6 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
                 "steps": _steps(job, schedule),
                 **_facts(job),
             }
-            if start.checkpoint is not None:
-                run_folder = start.checkpoint.resolve().parents[1]
-                if changes := changed_settings(run_folder, dump(arguments), facts):
-                    logger.info(f"changed since the run was last started: {', '.join(changes)}")
             write_run_file(start.folder, dump(arguments), facts, owns)
     return job, schedule
 

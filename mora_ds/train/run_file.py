@@ -10,8 +10,7 @@ import yaml
 
 from mora_ds.checkpoint.layout import RUN_FILE
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import JsonObject, atomic_path, load_yaml
-from mora_ds.common.nested import different_keys, flattened
+from mora_ds.common.files import atomic_path, load_yaml
 from mora_ds.config.arguments import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
 
@@ -27,11 +26,6 @@ _PACKAGES = (
     "safetensors",
 )
 _OWNS = "owns"
-_OF_FLAGS = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "bf16", "fp16",
-}  # fmt: skip
-"""Sections of a DeepSpeed config whose values flags decide."""
 
 
 def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[str]) -> None:
@@ -43,7 +37,8 @@ def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[st
     content = {
         **settings,
         "versions": versions(),
-        "resolved": {**without_secrets(resolved), _OWNS: owns},
+        "resolved": {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
+        | {_OWNS: owns},
     }
     with atomic_path(folder / RUN_FILE) as partial:
         partial.write_text(
@@ -52,49 +47,11 @@ def write_run_file(folder: Path, settings: Facts, resolved: Facts, owns: list[st
         )
 
 
-def without_secrets(resolved: Facts) -> JsonObject:
-    """The facts of a run with the secrets of its DeepSpeed config masked."""
-    return {name: masked(value) if name == "deepspeed" else value for name, value in resolved.items()}
-
-
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in _PACKAGES},
     }
-
-
-def changed_settings(folder: Path, settings: Facts, resolved: Facts) -> list[str]:
-    """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now", and
-    each value of a DeepSpeed config that was edited in its place, among the facts `resolved`. Those that say where the
-    run is and whether it goes on are no part of it."""
-    before = _read(folder)
-    if before is None:
-        return []
-    of_the_folder = (
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "cache_dir",
-    )
-    changes = [
-        f"--{name} {before[name]} -> {value}"
-        for name, value in settings.items()
-        if name not in of_the_folder and name in before and before[name] != value
-    ]
-    if before.get("deepspeed") == settings.get("deepspeed"):
-        there = _of_deepspeed_file(before["resolved"])
-        here = _of_deepspeed_file(without_secrets(resolved))
-        changes += [
-            f"{name} in --deepspeed {there.get(name)} -> {here.get(name)}" for name in different_keys(there, here)
-        ]
-    return changes
-
-
-def _of_deepspeed_file(resolved: Facts) -> JsonObject:
-    """The values of a run's DeepSpeed config that no flag decides, by their keys."""
-    config = resolved.get("deepspeed") or {}
-    return flattened({key: value for key, value in config.items() if key not in _OF_FLAGS})
 
 
 def holds_run(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mora_ds.checkpoint.layout import CHECKPOINTS, MERGED_FOLDER
+from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.train.job import Job
@@ -61,28 +61,16 @@ def _trained(adapter: AdapterArguments) -> str:
 
 
 def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
-    """The lines after the last step: what was done, where it lies, and the commands that come next."""
-    folder = Path(arguments.training.output_dir)
+    """The lines after the last step: what was done, and where its checkpoint lies."""
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         return _labelled({"done": f"evaluated in {duration(seconds)}"})
-    latest = folder / CHECKPOINTS / "latest"
-    merged = folder / MERGED_FOLDER
-    rows = {
-        "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
-        "checkpoint": str(folder / CHECKPOINTS / latest.resolve().name),
-    }
-    if "tensorboard" in arguments.training.report_to:
-        rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
-    if arguments.research.get("domain_adapters"):
-        return _labelled(rows)  # the commands below are of one model, and each domain has its own
-    if arguments.training.export_merged:
-        rows["evaluate"] = f"mora-ds evaluate {merged} --sets NAME=FILE"
-        rows["serve"] = f"vllm serve {merged}"
-    elif arguments.adapter.adapter != AdapterKind.FULL.value:
-        rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"
-        rows["export"] = f"mora-ds export --checkpoint {latest} --output {merged}"
-        rows["serve"] = f"vllm serve {merged}   (once it is exported)"
-    return _labelled(rows)
+    checkpoints = Path(arguments.training.output_dir) / CHECKPOINTS
+    return _labelled(
+        {
+            "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
+            "checkpoint": str(checkpoints / (checkpoints / LATEST).resolve().name),
+        }
+    )
 
 
 def _labelled(rows: Mapping[str, str]) -> list[str]:

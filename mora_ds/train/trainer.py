@@ -158,8 +158,10 @@ class Trainer:
             return
         state.finished = False
         self.memory.end("start")
-        for line in self.schedule.lines(state.step, state.merge_pending):
-            logger.info(line)
+        if self.schedule.merge_every:
+            merges = self.schedule.merges_left(state.step)
+            steps = f", after steps {merges[0]} to {merges[-1]}" if merges else ""
+            logger.info(f"merges still to come: {len(merges)}{steps}")
         profiler = None
         if self.training.profile is not None and self.total_steps - state.step <= LEFT_OUT:
             logger.warning(f"--profile records nothing: it leaves {LEFT_OUT} steps out, and no more are left")

@@ -25,9 +25,9 @@ from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
-from mora_ds.eval.ledger_summary import histories
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
+from mora_ds.research.spectrum import histories
 from tests.helpers.models import MIXTURES, alone, causal_loss, enable_checkpointing, tiny_model, tokens
 
 EVERYWHERE = ("all-linear", "experts")

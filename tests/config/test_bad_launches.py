@@ -83,7 +83,6 @@ LAUNCHES = r"""
 --grouping alternate | --grouping alternate
 --grouping odd | --grouping 'odd'
 --compute fast | --compute 'fast'
---attn_implementation flash_attention_2 | FlashAttention computes in bf16 or fp16, and this run in float32
 --r_hat_multiple 3 | --r_hat_multiple must be 1 or even
 --base_bits 5 | --base_bits
 --mora_dropout 1 | --mora_dropout
@@ -180,7 +179,6 @@ stray | 'stray'
 --resume_from_checkpoint latest | --resume_from_checkpoint latest: no checkpoint at
 --resume_from_checkpoint {user}/model | --resume_from_checkpoint | no checkpoint at
 --resume_from_checkpoint {user}/train.jsonl | --resume_from_checkpoint | no checkpoint at
---attn_implementation flex_attention | --attn_implementation flex_attention | trains on a GPU alone
 --attn_implementation magic | --attn_implementation magic
 --target_modules re:[ | --target_modules 're:['
 --target_modules experts | --target_modules 'experts' matches no linear layer

@@ -2,9 +2,8 @@
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from mora_ds.eval.perplexity import (
     Score,
     Windows,
     evaluate,
-    harness,
     load_target,
     named_sets,
 )
@@ -78,19 +76,23 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     tokenizer: Any = Letters()
     chunks = [Document("abcde", ends=False), Document("fgh", begins=False), Document("i")]
     corpus: Any = [*chunks, Document("ü")]
-    count = perplexity._Counter(tokenizer, Windows(4, 1), max_documents=2)
-    assert list(count.windows(corpus)) == [
+    count = Score()
+    assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
         ([0, 1, 2, 3], 3), ([1, 2, 3, 4], 1), ([2, 3, 4, 5], 1),
         ([3, 4, 5, 6], 1), ([4, 5, 6, 7], 1), ([5, 6, 7, 8], 1),
         ([0, 9], 1),
     ]  # fmt: skip
     assert (count.documents, count.tokens, count.text_bytes) == (2, 9, 9)
-    whole = perplexity._Counter(tokenizer, Windows(4, 3), max_documents=None)
-    assert list(whole.windows(corpus))[:2] == [([0, 1, 2, 3], 3), ([3, 4, 5], 2)]
+    whole = Score()
+    pieces = list(perplexity._windows(corpus, tokenizer, Windows(4, 3), None, whole))
+    assert pieces[:2] == [
+        ([0, 1, 2, 3], 3),
+        ([3, 4, 5], 2),
+    ]
     assert whole.text_bytes == 11, "bytes, not characters"
     tokenizer.eos_token_id = None
     with pytest.raises(UserError, match="neither a BOS nor an end-of-text token"):
-        perplexity._Counter(tokenizer, Windows(4, 1), None)
+        perplexity._document_start(tokenizer, "auto")
 
 
 def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch):
@@ -158,34 +160,6 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
     assert scaled["1"]["sets"]["held"] == live["held"]
     score = evaluate(base, load_corpus([str(user.held)]), Windows(64, 32))
     assert scaled["0"]["sets"]["held"]["nats"] == pytest.approx(score.nats, rel=1e-6)
-
-
-def test_the_harness_gets_the_live_model(user: Playground, monkeypatch: pytest.MonkeyPatch):
-    """With a stand-in of the package's two names, for it is not among the requirements; and without it."""
-    target = load_target(user.model)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"--lm_eval needs the package lm-eval: pip install"):
-        harness(target, ["arc_easy"], 64, 2)
-    package, models, huggingface = (ModuleType(f"lm_eval{suffix}") for suffix in ("", ".models", ".models.huggingface"))
-    huggingface.HFLM = lambda **given: given  # type: ignore[attr-defined]
-
-    def simple_evaluate(model: dict[str, Any], tasks: list[str], log_samples: bool) -> dict[str, Any]:
-        assert model["pretrained"] is target.model
-        assert model["tokenizer"] is target.tokenizer
-        assert not log_samples
-        if "nothing" in tasks:
-            raise KeyError("nothing")
-        if "offline" in tasks:
-            raise ConnectionError("no network")
-        return {"results": {task: {"acc,none": 0.5} for task in tasks}}
-
-    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    for module in (package, models, huggingface):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert harness(target, ["arc_easy"], 64, 2) == {"arc_easy": {"acc,none": 0.5}}
-    for task in ("nothing", "offline"):
-        with pytest.raises(UserError, match=f"--lm_eval {task}"):
-            harness(target, [task], 64, 2)
 
 
 def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path):

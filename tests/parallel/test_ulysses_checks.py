@@ -1,6 +1,5 @@
 """What a model bound to sequence parallelism leaves alone, and what is refused before a step is made."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.models.attention import prefer_documents, use_documents
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config, describe
-from mora_ds.train.loader import Replica
 from mora_ds.train.preflight import check_split
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
@@ -85,25 +83,6 @@ def handed_to_flash_attention() -> float:
 
 def test_a_flash_attention_is_handed_whole_rows():
     assert max(run_ranks(2, handed_to_flash_attention)) < 1e-5
-
-
-def told_apart() -> list[str]:
-    """What a replica's first batch is refused with: equal ones, then ones that differ between and within replicas."""
-    said = []
-    rank = dist.get_rank()
-    for seeds in ((0, 0, 0, 0), (0, 0, 1, 1), (0, 0, 0, 1)):
-        try:
-            Replica(SimpleNamespace(device="cpu"), 2).rows({"input_ids": tokens(2, seed=seeds[rank])})
-            said.append("")
-        except RunError as error:
-            said.append(str(error))
-    return said
-
-
-def test_ranks_that_share_rows_must_be_given_the_same():
-    for same, between, within in run_ranks(4, told_apart):
-        assert same == between == ""
-        assert "ranks 2 and 3" in within
 
 
 # -- one rank's part, without the others -------------------------------------------------------------------------------

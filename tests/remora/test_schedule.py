@@ -120,45 +120,11 @@ def test_defaults_are_those_of_the_flags():
     assert schedule.decay_ratio == training.decay_ratio == 0.2
 
 
-# -- what a run says of its merges beforehand --------------------------------------------------------------------------
-
-PLAIN = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100, merge_every=25, restart_warmup_steps=4)
-
-
-def said(schedule: Schedule, done: int = 0) -> str:
-    return "\n".join(schedule.lines(done))
-
-
-def test_all_merges_are_listed():
-    assert said(PLAIN) == "merges after steps 25, 50, 75 of 100"
-    assert said(dataclasses.replace(PLAIN, merge_every=0)) == ""
-
-
-def test_a_long_list_is_shortened():
-    text = said(dataclasses.replace(PLAIN, total_steps=10_000))
-    assert "steps 25, 50, 75, 100, 125, 150, ..., 9850, 9875, 9900, 9925, 9950, 9975 (399 in all)" in text
-    assert "200, 225, 250, 275, 300 of 325" in said(dataclasses.replace(PLAIN, total_steps=325)), "12 are all shown"
-
-
-def test_merges_that_do_not_come_are_announced():
-    """Of a re-warmup that would not end, of the first warm-up, and of an interval longer than the run."""
-    short = said(dataclasses.replace(PLAIN, total_steps=79)).splitlines()
-    assert short[0] == "merges after steps 25, 50 of 79"
-    assert short[1].startswith("no merge after step 75: ")
-    assert short[1].endswith("exports add what stays unmerged")
-    assert "no merge" not in said(dataclasses.replace(PLAIN, total_steps=80))
-    warm = said(dataclasses.replace(PLAIN, warmup_steps=51)).splitlines()
-    assert warm[0] == "merges after step 75 of 100"
-    assert warm[1].startswith("no merge after steps 25, 50: within the first warm-up (51 steps)")
-    assert said(dataclasses.replace(PLAIN, warmup_steps=25)) == said(PLAIN)
-    never = said(dataclasses.replace(PLAIN, merge_every=100))
-    assert never == "no merge is left: --merge_every is 100, 100 steps are left"
-
-
-def test_a_resumed_run_lists_what_is_left():
-    assert said(PLAIN, done=50) == "merges after step 75 of 100"
-    assert PLAIN.lines(75, merge_pending=True) == ["merges after step 75 of 100"]
-    warmed = dataclasses.replace(PLAIN, warmup_steps=51)
-    assert said(warmed, done=60) == "merges after step 75 of 100"
-    short = dataclasses.replace(PLAIN, total_steps=79)
-    assert said(short, done=76) == "no merge is left: --merge_every is 25, 3 steps are left"
+def test_merges_still_to_come():
+    """None within the first warm-up, nor so late that its re-warmup would not end."""
+    schedule = Schedule(ScheduleKind.COSINE, peak=1.0, total_steps=100, merge_every=25, restart_warmup_steps=4)
+    assert schedule.merges_left(0) == [25, 50, 75]
+    assert schedule.merges_left(50) == [75]
+    assert dataclasses.replace(schedule, total_steps=79).merges_left(0) == [25, 50]
+    assert dataclasses.replace(schedule, warmup_steps=51).merges_left(0) == [75]
+    assert dataclasses.replace(schedule, merge_every=100).merges_left(0) == []

@@ -18,7 +18,7 @@ from mora_ds.config.arguments import from_flat
 from mora_ds.config.data import ModelArguments
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_documents
 from mora_ds.models.loss import token_nll
-from mora_ds.train.attention import implementation_of
+from mora_ds.train.dry_run import implementation_of
 from mora_ds.train.hooks import Hooks
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of

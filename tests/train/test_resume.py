@@ -1,6 +1,5 @@
 """Interrupted and resumed: the same losses, MoRA matrices, base and logged rows, bit for bit."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from mora_ds.train import pretrain as program
 from tests.helpers.damage import another_base
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import (
-    REPOSITORY,
     Playground,
     curve,
     finished_run,
@@ -84,41 +82,6 @@ def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user: Pl
     checkpoint = copied / "checkpoints" / "step-000004"
     run_ranks(1, stopped_at_once, user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
     assert (copied / "checkpoints" / "latest").resolve() == checkpoint.resolve()
-
-
-def changes_told(argv: list[str]) -> str:
-    """What a resumed run says that has changed since it was last started."""
-    start = "changed since the run was last started: "
-    (told,) = run_ranks(1, printed, argv)
-    (line,) = [line for line in told.splitlines() if line.startswith(start)]
-    return line.removeprefix(start)
-
-
-def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Path, tmp_path: Path):
-    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
-    changed = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--weight_decay", 0.25, "--max_grad_norm", 2,
-               "--eval_files", f"short={user.other}", "--deepspeed", REPOSITORY / "configs" / "zero2.json")  # fmt: skip
-    line = changes_told([*longer, *map(str, changed), "--cache_dir", str(tmp_path / "cache")])
-    phrases = ("--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant")
-    of_files = ("--eval_files [", "zero3.json -> ")
-    for phrase in (*phrases, "--weight_decay 0.0 -> 0.25", "--max_grad_norm 1.0 -> 2.0", *of_files):
-        assert phrase in line
-    assert "cache_dir" not in line
-    assert "output_dir" not in line
-    (told,) = run_ranks(1, printed, [*longer, *map(str, changed)])
-    assert "changed since" not in told
-
-
-def test_a_resume_tells_what_was_edited_in_the_deepspeed_config(user: Playground, tmp_path: Path):
-    config = tmp_path / "ds.json"
-    config.write_text((REPOSITORY / "configs" / "zero2.json").read_text())
-    flags = user.flags(tmp_path / "out", "--deepspeed", config, "--save_steps", 1, "--resume_from_checkpoint", "auto")
-    run(1, [*flags, "--max_steps", "2"])
-    config.write_text(json.dumps({**read_json(config), "zero_allow_untested_optimizer": True}))
-    changes = changes_told([*flags, "--max_steps", "3", "--learning_rate", "0.5"]).split(", ")
-    assert [change for change in changes if "deepspeed" in change] == [
-        "zero_allow_untested_optimizer in --deepspeed None -> True"
-    ]
 
 
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path):

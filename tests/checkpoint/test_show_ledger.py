@@ -1,0 +1,32 @@
+"""A run's ledger is found, and shown as a table."""
+
+from pathlib import Path
+
+import pytest
+
+from mora_ds.checkpoint.layout import find_ledger
+from mora_ds.common.errors import UserError
+from tests.helpers.exports import FakeRun
+from tests.helpers.tools import call
+
+
+def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: Path):
+    latest = original.output / "checkpoints" / "latest"
+    of_run = find_ledger(original.output)
+    assert (of_run.ledger, of_run.checkpoint) == (original.output / "ledger", None)
+    assert find_ledger(original.output / "ledger").checkpoint is None
+    for path in (original.checkpoint, latest):
+        assert find_ledger(path).checkpoint == original.checkpoint.resolve()
+    paths = (original.output, original.output / "ledger", latest, original.checkpoint / "ledger")
+    assert {find_ledger(path).reference for path in paths} == {original.checkpoint.resolve()}
+    with pytest.raises(UserError, match="holds no ledger"):
+        find_ledger(tmp_path)
+
+
+def test_every_cycle_is_a_line(original: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    call("ledger", "show", original.output)
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 cycle(s)" in lines[0]
+    assert len(lines) == 5
+    assert lines[3].split()[:3] == ["1", "2", "7"]
+    assert "truncate/permuted" in lines[3]
