@@ -22,7 +22,6 @@ from mora_ds.adapters.ops.spec import (
     REMOVED_OPERATORS,
     Grouping,
     OperatorKind,
-    Style,
     UpdateSpec,
     default_kind,
     permutation_seed,
@@ -104,11 +103,8 @@ class AdapterConfig:
         d_in: int,
         d_out: int,
         cycle: int,
-        style: Style = Style.WHOLE,
     ) -> UpdateSpec:
-        """The spec of a layer's update in a cycle (0 until the first merge): a pure function of its arguments.
-
-        `style`: how tensor parallelism can split the layer."""
+        """The spec of a layer's update in a cycle (0 until the first merge): a pure function of its arguments."""
         raise NotImplementedError
 
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
@@ -180,7 +176,6 @@ class LoRAConfig(AdapterConfig):
         d_in: int,
         d_out: int,
         cycle: int,
-        style: Style = Style.WHOLE,
     ) -> LoRASpec:
         rank = min(self.rank, d_in, d_out)
         return LoRASpec(d_in, d_out, rank, self.scale * rank)
@@ -204,11 +199,6 @@ class MoRAConfig(AdapterConfig):
 
     compute: str = "auto"
     """How a layer is computed: activation, weight or auto (see `ops.linear`)."""
-
-    segments: int = 0
-    """Confine the groups of layers that tensor parallelism can split to this number of segments, so that their
-    matrices need no communication at any degree that divides it; 0 turns this off. It changes the update itself, so
-    that it belongs to the run and not to the number of processes."""
 
     layer_sizes: tuple[tuple[str, int], ...] = ()
     """(layer name, r_hat) of exactly the layers that are adapted, in place of `target_modules` and of the sizes that
@@ -245,8 +235,6 @@ class MoRAConfig(AdapterConfig):
             yield unknown(f"`{flag}`", getattr(self, flag), choices[flag])
         if self.r_hat_multiple < 1 or (self.r_hat_multiple > 1 and self.r_hat_multiple % 2):
             yield f"`r_hat_multiple` must be 1 or even, got {self.r_hat_multiple}"
-        if self.segments < 0:
-            yield f"`segments` must be at least 0, got {self.segments}"
         if not misspelt:
             yield from self._unsuited_to(self.kind)
 
@@ -256,8 +244,6 @@ class MoRAConfig(AdapterConfig):
         if self.grouping not in (*groupings, ALTERNATE if operator.has_groups else ""):
             use = " or ".join(groupings)
             yield f"`grouping` {self.grouping} belongs to `operator` share, but the operator is {kind.value}: use {use}"
-        if self.segments > 0 and not operator.has_groups:
-            yield f"`segments` belongs to `operator` share, but the operator is {kind.value}"
 
     @property
     def operator_name(self) -> str:
@@ -333,15 +319,11 @@ class MoRAConfig(AdapterConfig):
         d_in: int,
         d_out: int,
         cycle: int,
-        style: Style = Style.WHOLE,
     ) -> OperatorSpec:
         r_hat = self.size_of(layer, d_in, d_out)
         alternating = (Grouping.STRIDED, Grouping.CONTIGUOUS)[cycle % 2]
         grouping = alternating if self.grouping == ALTERNATE else Grouping(self.grouping)
         seed = permutation_seed(self.seed, layer, cycle) if grouping is Grouping.PERMUTED else 0
-        segments = max(self.segments, 1) if r_hat >= self.segments else 1
-        in_segments = segments if style is Style.ROWWISE else 1
-        out_segments = segments if style is Style.COLWISE else 1
         return OperatorSpec(
             self.kind,
             d_in,
@@ -349,8 +331,6 @@ class MoRAConfig(AdapterConfig):
             r_hat,
             grouping,
             seed,
-            in_segments,
-            out_segments,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -372,7 +352,6 @@ FLAGS = {
     **{field.name: f"--{field.name}" for field in fields(MoRAConfig)},
     "rank": "--mora_rank",
     "dropout": "--mora_dropout",
-    "segments": "--tp_grouping aligned",
     "new_rows_from": "--train_new_embeddings",
     "embedding_rank": "--train_embedding_rank",
 }

@@ -23,11 +23,10 @@ from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import operator_of
-from mora_ds.adapters.ops.spec import Style, UpdateSpec
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.adapters.target_modules import ending_of, output_head, targets_of
-from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import RunError, UserError, require_type
 
 
@@ -116,16 +115,13 @@ def inject(
     if both := [name for name, module in targets.items() if id(module.weight) in trained]:
         raise UserError(f"`target_modules` includes {both[0]!r}, which `train_head` trains itself: choose one")
     total = count_parameters(model)
-    planned = plan_of(model, degree=1).styles
-    styles = {name: planned.get(name, Style.WHOLE) for name in targets}
-    specs = {name: spec_of(config, name, base, 0, styles[name]) for name, base in targets.items()}
+    specs = {name: spec_of(config, name, base, 0) for name, base in targets.items()}
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
     if config.base_bits != AS_LOADED:
         _check_rounding(targets, config.base_bits)
     for name, base in targets.items():
         layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
-        layer.style = styles[name]
         if config.base_bits != AS_LOADED:
             try:
                 weight = layer.spec.weight_name(name)
@@ -175,7 +171,7 @@ def config_of(model: nn.Module) -> AdapterConfig:
 def set_cycle(model: nn.Module, config: AdapterConfig, cycle: int) -> None:
     """Gives every layer its operator of a cycle (fresh permutations, or the next grouping)."""
     for name, layer in mora_layers(model).items():
-        layer.spec = spec_of(config, name, layer, cycle, layer.style)
+        layer.spec = spec_of(config, name, layer, cycle)
 
 
 def spec_of(
@@ -183,20 +179,15 @@ def spec_of(
     name: str,
     module: nn.Module,
     cycle: int,
-    style: Style,
 ) -> UpdateSpec:
     """The spec of a layer in a cycle; `module`: the layer, or what it replaces."""
     d_in, d_out = linear_shape(module)
     if isinstance(module, (ExpertStack, MoRAExperts)):
         count = module.count if isinstance(module, ExpertStack) else module.spec.count
-        expert_spec = config.of_expert(name, module.experts_per_token).operator_for(
-            name,
-            d_in,
-            d_out,
-            cycle,
-        )
+        of_expert = config.of_expert(name, module.experts_per_token)
+        expert_spec = of_expert.operator_for(name, d_in, d_out, cycle)
         return StackSpec(count, expert_spec)
-    return config.operator_for(name, d_in, d_out, cycle, style)
+    return config.operator_for(name, d_in, d_out, cycle)
 
 
 def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:

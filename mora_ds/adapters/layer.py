@@ -29,7 +29,7 @@ from mora_ds.adapters.ops.int8 import Int8Weight
 from mora_ds.adapters.ops.linear import Compute, cheaper_path, mora_linear
 from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
-from mora_ds.adapters.ops.spec import Style, UpdateSpec
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.terms import Term, join
 from mora_ds.common.errors import require_type
 
@@ -132,8 +132,6 @@ class AdaptedLinear(nn.Module):
         self.dropout = dropout
         self.split: Split | None = None
         """Set under tensor parallelism: the parameter is then this rank's shard of the value."""
-        self.style = Style.WHOLE
-        """How tensor parallelism can split the layer, at any degree."""
         self.merged: tuple[Term, ...] = ()
         """Updates of merged cycles, where `weight` is packed and does not take them up."""
         self._merged_tables: tuple[object, ...] = ()

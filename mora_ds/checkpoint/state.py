@@ -120,7 +120,6 @@ _LABELS = {
     "alignment": "research.alignment_weight, alignment_rank (None: no alignment loss)",
     "adapter.layer_sizes": "research.targets",
     "adapter.alpha": "--lora_alpha",
-    "adapter.segments": "--tp_grouping",
     "adapter.embedding_rank": "--train_embedding_rank",
     "adapter.base_bits": "--base_bits",
     "adapter.domains": "research.domain_adapters",

@@ -21,17 +21,6 @@ class AdapterKind(str, Enum):
     NONE = "none"
 
 
-class TPGrouping(str, Enum):
-    """How operators group the inputs and outputs of layers that tensor parallelism splits."""
-
-    GATHER = "gather"
-    ALIGNED = "aligned"
-
-
-SEGMENTS = 8
-"""Of --tp_grouping aligned."""
-
-
 @dataclass(frozen=True)
 @documented
 class AdapterArguments:
@@ -65,10 +54,6 @@ class AdapterArguments:
     and exports read the original weights. 4: in NF4, 0.28 of the memory; they are rounded once, and merged cycles act
     through their matrices, so that every merge makes a step longer; needs the extra bits4. 16: hold them in the run's
     dtype."""
-    tp_grouping: str = TPGrouping.GATHER.value
-    """gather (any grouping; tensor-parallel ranks all-gather a MoRA matrix to use it) or aligned (groupings of share,
-    confined to 8 segments where the model's plan splits a layer: its matrix is never communicated). aligned is another
-    update, whatever --tensor_parallel_size is, which must divide 8."""
     mora_dropout: float = 0.0
     """Dropout on the adapter's input, at least 0 and below 1."""
     train_embeddings: bool = False
@@ -129,7 +114,6 @@ class AdapterArguments:
             grouping=self.grouping,
             r_hat_multiple=self.r_hat_multiple,
             compute=self.compute,
-            segments=SEGMENTS if self.tp_grouping == TPGrouping.ALIGNED.value else 0,
             **self._common(seed),
         )
 
@@ -153,7 +137,6 @@ class AdapterArguments:
             {
                 "adapter": AdapterKind,
                 "lora_alpha": POSITIVE,
-                "tp_grouping": TPGrouping,
                 "merge_every": NOT_NEGATIVE,
                 "restart_warmup_steps": NOT_NEGATIVE,
             },

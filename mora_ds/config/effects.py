@@ -50,7 +50,7 @@ EFFECTS = (
     Effect(
         "MoRA matrices (--adapter mora)",
         lambda run: run.adapter.adapter == AdapterKind.MORA.value,
-        "r_hat_multiple operator grouping compute tp_grouping",
+        "r_hat_multiple operator grouping compute",
     ),
     Effect(
         "LoRA (--adapter lora)",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from mora_ds.common import research
 from mora_ds.common.errors import UserError, refuse
-from mora_ds.config.adapter import SEGMENTS, AdapterArguments, AdapterKind, TPGrouping
+from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
@@ -67,7 +67,6 @@ def _adapter_and_run(adapter: AdapterArguments, training: TrainingArguments) -> 
         training.tensor_parallel_size,
         adapter=adapter.adapter,
         dropout={"--mora_dropout": adapter.mora_dropout},
-        segments=SEGMENTS if adapter.tp_grouping == TPGrouping.ALIGNED.value else 0,
         base_bits=adapter.base_bits,
         sequence=training.sequence_parallel_size,
         experts=adapter.adapts_experts,

@@ -92,8 +92,6 @@ class Layout:
     counters: dict[str, int]
     scaler: dict[str, float]
     """State of fp16's loss scaler."""
-    transposed: list[str]
-    """MoRA matrices of which the shards hold the transpose (tensor parallelism with an aligned grouping)."""
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -203,15 +201,10 @@ class EngineShards:
         key: str,
         start: int = 0,
         numel: int | None = None,
-        transposed: bool = False,
     ) -> Tensor:
-        """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards.
-        `transposed`: those of its transpose. Raises `UserError` where the shards do not hold them."""
-        shape = self.layout.shapes[name]
-        end = math.prod(shape) if numel is None else start + numel
-        if (name in self.layout.transposed) is not transposed:
-            turned = self.read(name, key, transposed=not transposed).view(shape)
-            return turned.T.flatten()[start:end].clone()
+        """(numel,) elements of a flattened parameter's master or moment, on the CPU, assembled from all shards. Raises
+        `UserError` where the shards do not hold them."""
+        end = math.prod(self.layout.shapes[name]) if numel is None else start + numel
         pieces = []
         for _, begin, size, rank, flat, offset in self._holding(name, start, numel).tolist():
             first = max(start, begin)
@@ -337,8 +330,6 @@ class _Parameter(NamedTuple):
     shape: tuple[int, ...]
     first: int = 0
     """The element with which this process's tensor-parallel share begins."""
-    is_transposed: bool = False
-    """Whether the shards hold the transpose: of MoRA matrices whose tensor-parallel shares are rows of it."""
     is_saved: bool = True
     """Whether this process saves what it holds; False where another one of its tensor-parallel group does."""
 
@@ -354,7 +345,7 @@ def _parameters(engine: zero.Engine) -> dict[int, _Parameter]:
             parameters[id(parameter)] = _Parameter(name, shape, is_saved=is_first)
         else:
             shape = (share.r_hat, share.r_hat)
-            parameters[id(parameter)] = _Parameter(name, shape, share.start * share.r_hat, share.transposed)
+            parameters[id(parameter)] = _Parameter(name, shape, share.start * share.r_hat)
     return parameters
 
 
@@ -387,7 +378,6 @@ def _layout(engine: zero.Engine) -> Layout:
         steps=[_step_of(group) for group in engine.basic_optimizer.param_groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
-        transposed=sorted(parameter.name for parameter in parameters.values() if parameter.is_transposed),
     )
 
 
@@ -490,7 +480,6 @@ def _restore_flat(
 ) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
     where the optimizer wants counts that are tensors, as torch's fused Adam does."""
-    transposed = {parameter.name for parameter in parameters.values() if parameter.is_transposed}
     extents = _extents(flat.spans, parameters)
     state_extents = _extents(flat.state_spans, parameters)
 
@@ -498,7 +487,7 @@ def _restore_flat(
         values = target.detach().view(-1)
         values.zero_()
         for extent in sources:
-            stored = shards.read(extent.name, key, extent.start, extent.numel, extent.name in transposed)
+            stored = shards.read(extent.name, key, extent.start, extent.numel)
             values.narrow(0, extent.offset, extent.numel).copy_(stored)
 
     fill(flat.master, MASTER, extents)

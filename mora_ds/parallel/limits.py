@@ -25,7 +25,6 @@ def tensor_parallel_problems(
     *,
     adapter: str = "mora",
     dropout: Mapping[str, float] | None = None,
-    segments: int = 0,
     base_bits: int | None = None,
     domains: bool = False,
     sequence: int = 1,
@@ -36,14 +35,13 @@ def tensor_parallel_problems(
 ) -> Iterator[str]:
     """One message for each setting that --tensor_parallel_size `degree` does not go with; none at a degree of 1.
 
-    `dropout`: probabilities by name; `segments`: of an aligned grouping, 0 without one.
+    `dropout`: probabilities by name.
     """
     if degree < 2:
         return
     drops = [f"{name} = {value}" for name, value in (dropout or {}).items() if value > 0]
     limits = {
         f" splits MoRA matrices, and --adapter {adapter} has none: leave it at 1": adapter != "mora",
-        f" does not divide the {segments} segments of --tp_grouping aligned": segments % degree > 0,
         " splits one MoRA matrix a layer, not those of research.domain_adapters": domains,
         " splits linear layers, and --target_modules names experts: leave it at 1": experts,
         f" and {SEQUENCE} {sequence}: use one of them": sequence > 1,

@@ -7,17 +7,14 @@
     whole     y = W0 x + decompress(gather(M[own] compress(x)))         not split, but M's rows are
 
 A process stores its share of M's rows, which ZeRO shards over the data-parallel processes. The split layers gather M
-within one autograd function, in forward and in backward, and scatter the sum of its gradient; with an aligned grouping
-(`OperatorSpec.in_segments`, `out_segments`) they need their own rows or columns only, and M is not communicated.
-No weight of the base is copied, gathered or reduced. For M's gradient a layer saves its input, which autograd shares
-among the layers of a block, or the folded input where that is smaller.
+within one autograd function, in forward and in backward, and scatter the sum of its gradient. No weight of the base is
+copied, gathered or reduced.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
-from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, product
+from mora_ds.adapters.ops.frozen import Weight
 from mora_ds.adapters.ops.gather import linear_map
 from mora_ds.adapters.ops.linear import Compute, LayerProducts, linear_by
-from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress_transpose, spread_out
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import TensorPlan, plan_of
 from mora_ds.common.errors import UserError
@@ -40,7 +37,6 @@ from mora_ds.parallel.topology import (
     mark_split,
     share_of,
     sum_gradient,
-    take_slice,
 )
 from mora_ds.parallel.windows import Window
 
@@ -53,14 +49,9 @@ def split_model(model: nn.Module, topology: Topology) -> TensorPlan:
     layers = mora_layers(model)
     for name, layer in layers.items():
         assert isinstance(layer, MoRALinear)
-        split = LayerSplit(topology, plan.styles[name], transposed=layer.spec.in_segments > 1)
-        square_shard = nn.Parameter(split.shard(layer.square.data).clone(memory_format=torch.contiguous_format))
-        mark_split(
-            square_shard,
-            topology.share(layer.spec.r_hat)[0],
-            layer.spec.r_hat,
-            split.transposed,
-        )
+        split = LayerSplit(topology, plan.styles[name])
+        square_shard = nn.Parameter(split.shard(layer.square.data).clone())
+        mark_split(square_shard, topology.share(layer.spec.r_hat)[0], layer.spec.r_hat)
         layer.split = split
         layer.square = square_shard
     for name, style in plan.styles.items():
@@ -119,16 +110,14 @@ def _dropouts(model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """How this process computes one layer with a MoRA matrix, and which part of the matrix it stores."""
+    """How this process computes one layer with a MoRA matrix, and which rows of the matrix it stores."""
 
     topology: Topology
     style: Style
-    transposed: bool
-    """Whether the shares are columns of M, stored as rows of its transpose: for groupings aligned on the inputs."""
 
     def sizes(self, spec: OperatorSpec) -> tuple[int, int]:
         """(inputs, outputs) of the layer that this process computes."""
-        window = Window.of(spec) if self.style is Style.WHOLE else self._window(spec)
+        window = self._window(spec)
         return window.d_in, window.d_out
 
     def __call__(
@@ -143,41 +132,26 @@ class LayerSplit:
         if self.style is Style.WHOLE:
             return F.linear(x, layer.stored_weight, layer.bias) + self._unsplit_update(layer.spec, square_shard, x)
         weight, bias = _slices(self.topology, self.style, layer.stored_weight, layer.bias)
-        products = WindowProducts(self, self._window(layer.spec))
+        products = WindowProducts(self._window(layer.spec), self)
         y = linear_by(products, x, weight, bias, square_shard, path)
         return y if self.style is Style.COLWISE else _summed(self.topology, y, layer.bias)
 
     def shard(self, matrix: Tensor) -> Tensor:
         """This process's share of M (r_hat, r_hat)."""
-        start, stop = self.topology.share(len(matrix))
-        return (matrix.T if self.transposed else matrix)[start:stop]
+        return matrix[slice(*self.topology.share(len(matrix)))]
 
     def unshard(self, square_shard: Tensor) -> Tensor:
         """M (r_hat, r_hat), from the shares of all processes of the group. Collective."""
-        matrix = self.topology.gather(square_shard, square_shard.shape[1])
-        return matrix.T.contiguous() if self.transposed else matrix
-
-    def for_compute(self, square_shard: Tensor, window: Window) -> Tensor:
-        """The rows and columns of M that the window may use."""
-        if self._is_aligned(window.spec):
-            return square_shard.T if self.transposed else square_shard
-        return self.unshard(square_shard)
-
-    def gradient(self, gradient: Tensor, window: Window) -> Tensor:
-        """The gradient of this process's share, from its gradient of what `for_compute` returned."""
-        if self.transposed:
-            gradient = gradient.T
-        return gradient.contiguous() if self._is_aligned(window.spec) else self.topology.sum_scatter(gradient)
-
-    def _is_aligned(self, spec: OperatorSpec) -> bool:
-        segments = spec.out_segments if self.style is Style.COLWISE else spec.in_segments
-        return segments > 1 and segments % self.topology.degree == 0
+        return self.topology.gather(square_shard, square_shard.shape[1])
 
     def _window(self, spec: OperatorSpec) -> Window:
-        lanes = self.topology.share(spec.r_hat) if self._is_aligned(spec) else None
+        inputs = (0, spec.d_in)
+        outputs = (0, spec.d_out)
         if self.style is Style.COLWISE:
-            return Window.of(spec, outputs=self.topology.share(spec.d_out), rows=lanes)
-        return Window.of(spec, inputs=self.topology.share(spec.d_in), columns=lanes)
+            outputs = self.topology.share(spec.d_out)
+        elif self.style is Style.ROWWISE:
+            inputs = self.topology.share(spec.d_in)
+        return Window(spec, inputs, outputs)
 
     def _unsplit_update(
         self,
@@ -185,28 +159,11 @@ class LayerSplit:
         square_shard: Tensor,
         x: Tensor,
     ) -> Tensor:
-        """The layer's update from all inputs to all outputs, made of gathers alone, in backward too, so that it is the
-        same to the bit on all processes."""
-        window = Window.of(spec)
-        topology = self.topology
-        z = linear_map(
-            x,
-            lambda x: window.rotate(window.fold(x)),
-            lambda g: window.unfold(window.rotate(g, back=True)),
-        )
-        if self.transposed:
-            u = Sum.apply(take_slice(z, topology) @ square_shard, topology)
-        else:
-            u = all_gather(
-                F.linear(sum_gradient(z, topology), square_shard),
-                topology,
-                spec.r_hat,
-            )
-        return linear_map(
-            u,
-            lambda u: window.spread(window.used_rows(u, dim=-1)),
-            lambda g: window.all_rows(window.collect(g), dim=-1),
-        )
+        """The layer's update from all inputs to all outputs. Backward is made of sums in a fixed order too, so that it
+        is the same to the bit on all processes."""
+        z = sum_gradient(compress(spec, x), self.topology)
+        u = all_gather(F.linear(z, square_shard), self.topology, spec.r_hat)
+        return linear_map(u, partial(spread_out, spec), partial(decompress_transpose, spec))
 
 
 def _split_forward(
@@ -257,21 +214,15 @@ def _summed(topology: Topology, y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class WindowProducts(LayerProducts):
-    """The steps of a window of an adapted layer: `square` is this process's share of M. Neither M nor anything of the
-    size of W0 is saved for backward."""
+    """The steps of a window of an adapted layer: `square` is this process's share of M, which is gathered wherever it
+    is used. Neither M nor anything of the size of W0 is saved for backward."""
 
-    def __init__(self, split: LayerSplit, window: Window) -> None:
-        super().__init__(window.spec)
+    def __init__(self, window: Window, split: LayerSplit) -> None:
+        super().__init__(window)
         self.split = split
-        self.window = window
-        self.saves_folded = window.spec.blocks == 1 and window.columns[1] - window.columns[0] < window.d_in
-        """Whether the folded input is smaller than the input."""
-
-    def saved_input(self, x: Tensor) -> Tensor:
-        return self.window.fold(x) if self.saves_folded else x
 
     def form(self, weight: Weight, square: Tensor) -> Tensor:
-        return self.window.delta(self.split.for_compute(square, self.window)).add_(dense(weight, square.dtype))
+        return super().form(weight, self.split.unshard(square))
 
     def output(
         self,
@@ -281,12 +232,7 @@ class WindowProducts(LayerProducts):
         square: Tensor,
         saved: Tensor,
     ) -> Tensor:
-        rows = self.window.used_rows(self.split.for_compute(square, self.window))
-        update = self.window.spread(F.linear(self._compressed(saved), rows))
-        return product(x, weight, bias).add_(update)
-
-    def collect_once(self, g: Tensor) -> Tensor:
-        return self.window.collect(g)
+        return super().output(x, weight, bias, self.split.unshard(square), saved)
 
     def input_gradient(
         self,
@@ -295,10 +241,7 @@ class WindowProducts(LayerProducts):
         square: Tensor,
         collected: Tensor | None,
     ) -> Tensor:
-        assert collected is not None
-        rows = self.window.used_rows(self.split.for_compute(square, self.window))
-        g_z = self.window.rotate(collected @ rows, back=True)
-        return input_gradient(g, weight) + self.window.unfold(g_z)
+        return super().input_gradient(g, weight, self.split.unshard(square), collected)
 
     def square_gradient(
         self,
@@ -307,13 +250,5 @@ class WindowProducts(LayerProducts):
         collected: Tensor | None,
         by_weight: bool,
     ) -> Tensor:
-        if by_weight and self.spec.blocks > 1:
-            gradient = self.window.gradient(saved, g)
-        else:
-            c = self.window.collect(g) if collected is None else collected
-            z = self._compressed(saved)
-            gradient = self.window.all_rows(c.flatten(0, -2).T @ z.flatten(0, -2))
-        return self.split.gradient(gradient, self.window)
-
-    def _compressed(self, saved: Tensor) -> Tensor:
-        return self.window.rotate(saved if self.saves_folded else self.window.fold(saved))
+        gradient = super().square_gradient(saved, g, collected, by_weight)
+        return self.split.topology.sum_scatter(gradient)

@@ -101,20 +101,13 @@ class Share:
 
     start: int
     r_hat: int
-    transposed: bool
-    """Whether they are rows of its transpose."""
 
 
-def mark_split(
-    parameter: nn.Parameter,
-    start: int,
-    r_hat: int,
-    transposed: bool,
-) -> None:
+def mark_split(parameter: nn.Parameter, start: int, r_hat: int) -> None:
     """Note that each process of a group holds another part of a matrix, so that each counts in the gradient norm
     (runtime/utils.py, `is_model_parallel_parameter`)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.mora_share = Share(start, r_hat, transposed)  # type: ignore[attr-defined]
+    parameter.mora_share = Share(start, r_hat)  # type: ignore[attr-defined]
 
 
 def share_of(parameter: Tensor) -> Share | None:
@@ -143,11 +136,6 @@ def sum_gradient(x: Tensor, topology: Topology) -> Tensor:
 def all_gather(shard: Tensor, topology: Topology, r_hat: int) -> Tensor:
     """(..., share of R) -> (..., R); the gradient is this process's slice."""
     return linear_map(shard, partial(_whole, topology, r_hat), partial(_slice, topology))
-
-
-def take_slice(z: Tensor, topology: Topology) -> Tensor:
-    """(..., R) -> (..., share of R); the gradient is gathered from all shares."""
-    return linear_map(z, partial(_slice, topology), partial(_whole, topology, z.shape[-1]))
 
 
 def _whole(topology: Topology, r_hat: int, shard: Tensor) -> Tensor:

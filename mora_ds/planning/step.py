@@ -282,4 +282,4 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _clear_tables() -> None:
     """Drops cached index tables, so that the next measurement makes and counts them."""
     index_tables.clear_tables()
-    windows.clear_tables()
+    windows.tables_of_window.cache_clear()

@@ -6,19 +6,18 @@ import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.lora import LoRASpec
-from mora_ds.adapters.ops.spec import Style
 from mora_ds.common.errors import UserError, refusal
 from tests.helpers.tables import parsed, rows
 
 PROBLEMS = """
 mora | {rank: 0, dropout: 1.0, operator: rotat, grouping: permutted} | rank dropout operator grouping
 mora | {target_modules: [], compute: fast, base_bits: 5} | target_modules base_bits compute
-mora | {operator: rotate, grouping: alternate, segments: 2} | grouping segments
+mora | {operator: rotate, grouping: alternate} | grouping
 # auto: rotate
 mora | {rank: 8, grouping: strided} | grouping
 lora | {rank: 0, alpha: 0.0} | rank alpha
 lora | {alpha: .inf} | alpha
-mora | {dropout: -0.1, segments: -1, operator: share} | dropout segments
+mora | {dropout: -0.1, embedding_rank: -1, operator: share} | dropout embedding_rank
 mora | {operator: share, layer_sizes: {a: 0}} | research.targets:
 mora | {r_hat_multiple: 3} | r_hat_multiple
 mora | {r_hat_multiple: -2} | r_hat_multiple
@@ -32,10 +31,6 @@ def test_all_wrong_values_are_reported_together(kind: str, values: str, flags: s
     config: Any = {"mora": MoRAConfig, "lora": LoRAConfig}[kind]
     problems = refusal(lambda: config(**parsed(values)))
     assert [problem.removeprefix("unknown ").split()[0].strip("`") for problem in problems] == flags.split()
-
-
-def test_segments_go_with_a_fixed_grouping_of_share():
-    assert MoRAConfig(rank=4, operator="share", grouping="strided", segments=2).segments == 2
 
 
 def test_defaults():
@@ -55,12 +50,6 @@ def test_first_values_are_those_that_every_run_began_with():
     """Literal values: a resumed run draws LoRA's A of its present cycle again."""
     seeds = [LoRAConfig(seed=42).first_seed(layer, cycle) for layer, cycle in (("a.q", 0), ("a.q", 1), ("a.k", 0))]
     assert seeds == [3478931074, 981482677, 1068541709]
-
-
-def test_segments_are_for_matrices_that_have_a_row_for_each():
-    for size, segments in ((4, 4), (5, 4), (3, 1)):
-        config = MoRAConfig(operator="share", segments=4, layer_sizes={"a": size})  # type: ignore[arg-type]
-        assert config.operator_for("a", 16, 16, 0, Style.ROWWISE).in_segments == segments
 
 
 def test_unknown_settings_get_a_hint():

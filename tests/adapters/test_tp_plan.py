@@ -1,13 +1,12 @@
 """Which layers tensor parallelism splits, and which it does not and why."""
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from torch import nn
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import inject, mora_layers
+from mora_ds.adapters.inject import inject
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.common.errors import UserError
@@ -105,17 +104,3 @@ def test_a_degree_that_does_not_divide_the_ranks():
         UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
     ):
         check_world(4, tensor=3)
-
-
-# -- segments are the run's -------------------------------------------------------------------------------------------
-
-
-def test_aligned_segments_depend_on_the_models_plan_only():
-    model = model_with_mora(operator="share", segments=4)
-    segments: dict[str, Any] = {}
-    for name, layer in mora_layers(model).items():
-        segments[name.rpartition(".")[2]] = (layer.spec.in_segments, layer.spec.out_segments)
-    assert segments["q_proj"] == segments["up_proj"] == (1, 4)
-    assert segments["o_proj"] == segments["down_proj"] == (4, 1)
-    fallback = model_with_mora("phi3", operator="share", segments=4)
-    assert all(max(layer.spec.in_segments, layer.spec.out_segments) == 1 for layer in mora_layers(fallback).values())

@@ -119,9 +119,6 @@ stray | 'stray'
 --tensor_parallel_size 2 --optimizer muon | which no rank has: use adamw
 --sequence_parallel_size 2 --seq_len 33 | --sequence_parallel_size 2 does not divide --seq_len 33
 --sequence_parallel_size 2 --attn_implementation sdpa | sdpa reads masks, which are not split over ranks
---tp_grouping algned | unknown --tp_grouping 'algned'
---tp_grouping aligned --operator rotate | belongs to --operator share
---tp_grouping aligned --tensor_parallel_size 3 --operator share | does not divide the 8 segments of --tp_grouping
 --train_embedding_rank 3 --train_embeddings | train them all: give one of them
 --train_embedding_rank 3 --train_head | train them all: give one of them
 --train_new_embeddings --train_embeddings | train them all: give one of them

@@ -21,7 +21,6 @@ operator: share                 | adapter: lora
 grouping: plain                 | adapter: lora
 compute: weight                 | adapter: lora
 r_hat_multiple: 1               | adapter: lora
-tp_grouping: aligned            | adapter: lora
 mora_rank: 4                    | adapter: full
 target_modules: [q_proj]        | adapter: full
 mora_dropout: 0.1               | adapter: none

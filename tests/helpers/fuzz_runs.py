@@ -42,7 +42,6 @@ grouping                    | alternate | plain | strided | contiguous-strided
 target_modules              | q_proj | *_proj | re:.*(q|v)_proj | experts | all-linear experts | c_attn | nothing
 compute                     | activation | weight | fast
 base_bits                   | 8 | 4 | 16 | 5
-tp_grouping                 | aligned
 mora_dropout                | 0.1 | 0.999 | 1
 train_embeddings            | true
 train_new_embeddings        | true

@@ -12,7 +12,7 @@ from tests.helpers.tensor_parallel import Case, assert_same_run, plain_run, spli
 
 CORE: list[Case] = yaml.safe_load("""
 - {family: llama, operator: share, train_norms: true, train_embeddings: true, train_head: true}
-- {family: llama, operator: share, segments: 4}  # at t = 4 the attention falls back
+- {family: llama, operator: share, compute: weight}  # at t = 4 the attention falls back
 - {family: llama, operator: rotate, checkpointing: true, compute: weight}
 - {family: llama, operator: rotate, grouping: permuted, embedding_rank: 3}
 - {family: mistral, operator: decouple, grouping: permuted, compute: weight, documents: true}
@@ -77,8 +77,7 @@ share: {operator: share}
 rotate: {operator: rotate}
 decouple: {operator: decouple}
 truncate: {operator: truncate}
-aligned, permuted: {operator: share, segments: 4, grouping: permuted}
-aligned, alternate: {operator: share, segments: 4, grouping: alternate}
+share, alternate: {operator: share, grouping: alternate}
 """)
 FORMS: dict[str, Case] = yaml.safe_load("""
 others trained: {train_norms: true, train_embeddings: true}

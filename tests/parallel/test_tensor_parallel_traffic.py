@@ -1,4 +1,4 @@
-"""What tensor parallelism puts on the wire, counted: nothing of the base, and no matrix that is aligned."""
+"""What tensor parallelism puts on the wire, counted: nothing of the base."""
 
 from typing import Any
 
@@ -16,7 +16,6 @@ SHAPE = {"num_key_value_heads": 4, "intermediate_size": 68}
 """MoRA matrices of 16 and 20 rows: no padding."""
 CASES: dict[str, Case] = {
     "gather": {"family": "llama", "model": SHAPE},
-    "aligned": {"family": "llama", "segments": 4, "model": SHAPE},
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
 }
@@ -44,19 +43,21 @@ def all_counted() -> dict[Any, Any]:
     return {name: counted(case) for name, case in CASES.items()}
 
 
-def test_no_byte_is_of_the_base_and_aligned_matrices_are_gathered_by_zero_alone():
+def test_no_byte_is_of_the_base():
     ranks = run_ranks(DEGREE * REPLICAS, all_counted)
     for name, case in CASES.items():
         model = model_of(case)
-        shares = 4 * sum(layer.value.numel() // DEGREE for layer in mora_layers(model).values())
+        matrices = 4 * sum(layer.value.numel() for layer in mora_layers(model).values())
+        shares = matrices // DEGREE
         outputs = 4 * ROWS * LENGTH * model.config.hidden_size
         blocks = 2 * model.config.num_hidden_layers
         for counted_bytes in (rank[name] for rank in ranks):
             assert counted_bytes["base"] == 0
             gathered = counted_bytes["bytes"]["all_gather_into_tensor"]
             reduced = counted_bytes["bytes"]["reduce_scatter_tensor"]
-            if name == "aligned":
-                assert (gathered, reduced) == (2 * shares, shares), "in forward, in backward, and the gradients"
-                assert counted_bytes["bytes"]["all_reduce"] == 2 * blocks * outputs
-            else:
+            if name == "fallback":
                 assert gathered > 2 * shares
+            else:
+                assert gathered == 2 * (shares + matrices), "by ZeRO and by the group, in forward and in backward"
+                assert reduced == shares + matrices
+                assert counted_bytes["bytes"]["all_reduce"] == 2 * blocks * outputs

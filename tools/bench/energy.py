@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from mora_ds import MoRAConfig, delta_weight
 from mora_ds.adapters.inject import spec_of
 from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, operator_of
-from mora_ds.adapters.ops.spec import Style
 from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.models.decoder_layers import find_decoder_layers
@@ -83,7 +82,7 @@ def _shares_of(base: Path, options: argparse.Namespace) -> dict[str, list[float]
     config = MoRAConfig(options.rank, operator="rotate", r_hat_multiple=1)
     shares: dict[str, list[float]] = {}
     for name, layer in layers.items():
-        spec = operator_of(spec_of(config, name, layer, 0, Style.WHOLE), name)
+        spec = operator_of(spec_of(config, name, layer, 0), name)
         for span, share in _shares(
             spec, layer.weight.detach().double(), chosen[name], judged[name].gradient, options.rank
         ):

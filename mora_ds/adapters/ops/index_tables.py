@@ -154,16 +154,10 @@ def make_tables(spec: OperatorSpec, device: torch.device) -> IndexTables:
     with torch.inference_mode(False), torch.no_grad():
         fold, collect = OPERATORS[spec.kind].maps(spec)
         if spec.grouping is Grouping.PERMUTED:
-            inputs, outputs = draw_permutations(
-                spec.seed,
-                spec.d_in,
-                spec.d_out,
-                spec.in_segments,
-                spec.out_segments,
-            )
+            inputs, outputs = draw_permutations(spec.seed, spec.d_in, spec.d_out)
             fold = inputs[fold].where(fold >= 0, -1)
             collect = outputs[collect].where(collect >= 0, -1)
-        spread = transposed(of_all_blocks(collect, spec), spec.d_out)
+        spread = transposed(of_all_blocks(collect, spec.blocks, spec.r_hat), spec.d_out)
         return IndexTables(
             fold=IndexMap.of(fold, device),
             unfold=IndexMap.of(transposed(fold, spec.d_in), device),
@@ -180,10 +174,10 @@ def _overlap(inputs: Tensor, spread: Tensor) -> bool:
     return any(len(numbers.unique()) < len(numbers) for numbers in read_together)
 
 
-def of_all_blocks(collect: Tensor, spec: OperatorSpec) -> Tensor:
+def of_all_blocks(collect: Tensor, blocks: int, r_hat: int) -> Tensor:
     """(K, P R) -> (K, N R)."""
-    by_block = collect.unflatten(1, (-1, spec.r_hat))
-    return by_block[:, torch.arange(spec.blocks, device=collect.device) % by_block.shape[1]].flatten(1)
+    by_block = collect.unflatten(1, (-1, r_hat))
+    return by_block[:, torch.arange(blocks, device=collect.device) % by_block.shape[1]].flatten(1)
 
 
 def transposed(table: Tensor, size: int) -> Tensor:
@@ -218,11 +212,8 @@ def _truncate(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
 def _share(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
     in_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.CONTIGUOUS_STRIDED)
     out_runs = spec.grouping in (Grouping.CONTIGUOUS, Grouping.STRIDED_CONTIGUOUS)
-    if in_runs or spec.in_segments > 1:
-        fold = _groups(spec.d_in, spec.r_hat, spec.in_segments, in_runs)
-    else:
-        fold = _filled(spec.d_in, spec.r_hat)
-    return fold, _groups(spec.d_out, spec.r_hat, spec.out_segments, out_runs)
+    fold = _groups(spec.d_in, spec.r_hat, contiguous=True) if in_runs else _filled(spec.d_in, spec.r_hat)
+    return fold, _groups(spec.d_out, spec.r_hat, out_runs)
 
 
 def _blocks(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
@@ -248,7 +239,7 @@ class Operator:
     rotates: bool = False
     """Whether the blocks are rotated, each by other angles."""
     has_groups: bool = False
-    """Whether segments, and every `Grouping`, choose what is summed."""
+    """Whether every `Grouping` chooses what is summed."""
 
     @property
     def groupings(self) -> tuple[Grouping, ...]:
@@ -295,64 +286,34 @@ def _filled(size: int, r_hat: int) -> Tensor:
     return (torch.arange(math.ceil(size / r_hat) * r_hat) % size).view(-1, r_hat)
 
 
-def _groups(
-    size: int,
-    groups: int,
-    segments: int,
-    contiguous: bool,
-) -> Tensor:
-    """(K, groups): the indices in each group."""
-    return lists(group_of_each(size, groups, segments, contiguous), torch.arange(size), groups)
+def _groups(size: int, groups: int, contiguous: bool) -> Tensor:
+    """(K, groups): the indices in each group.
+
+    Groups are residues modulo their number, or contiguous runs of which the first are longer by one.
+    """
+    indices = torch.arange(size)
+    if contiguous:
+        lengths = torch.full((groups,), size // groups)
+        lengths[: size % groups] += 1
+        group_of_index = torch.repeat_interleave(torch.arange(groups), lengths)
+    else:
+        group_of_index = indices % groups
+    return lists(group_of_index, indices, groups)
 
 
 def draw_permutations(
     seed: int,
     d_in: int,
     d_out: int,
-    in_segments: int = 1,
-    out_segments: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Permutations of inputs and outputs, each within its segments.
+    """Permutations of inputs and outputs.
 
     numpy's RandomState is the one generator whose stream is frozen for ever (NEP 19): a merge ledger that is replayed
     years later, or on another device, must draw the same permutations.
     """
     stream = np.random.RandomState(seed)
-    inputs, outputs = (
-        torch.cat([start + torch.from_numpy(stream.permutation(stop - start)) for start, stop in bounds])
-        for bounds in (segment_bounds(d_in, in_segments), segment_bounds(d_out, out_segments))
-    )
-    return inputs, outputs
-
-
-def segment_bounds(size: int, segments: int) -> list[tuple[int, int]]:
-    """[start, stop) of each segment."""
-    return [(size * index // segments, size * (index + 1) // segments) for index in range(segments)]
-
-
-def group_of_each(
-    size: int,
-    groups: int,
-    segments: int,
-    contiguous: bool,
-) -> Tensor:
-    """(size,): the group of each index. A segment of the indices has a segment of the groups.
-
-    Within a segment groups are residues modulo their number, or contiguous runs of which the first are longer by one.
-    """
-    segment_groups = []
-    index_bounds = segment_bounds(size, segments)
-    group_bounds = segment_bounds(groups, segments)
-    for (start, stop), (first, last) in zip(index_bounds, group_bounds, strict=True):
-        indices = torch.arange(stop - start)
-        count = last - first
-        if contiguous:
-            lengths = torch.full((count,), len(indices) // count)
-            lengths[: len(indices) % count] += 1
-            segment_groups.append(first + torch.repeat_interleave(torch.arange(count), lengths))
-        else:
-            segment_groups.append(first + indices % count)
-    return torch.cat(segment_groups)
+    inputs = torch.from_numpy(stream.permutation(d_in))
+    return inputs, torch.from_numpy(stream.permutation(d_out))
 
 
 def clear_tables() -> None:

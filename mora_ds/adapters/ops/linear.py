@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from mora_ds.adapters.ops.frozen import Weight, dense, input_gradient, linear, maker_of, parts_of, product, weight_of
 from mora_ds.adapters.ops.mora import (
+    Maps,
     OperatorSpec,
     add_input_gradient_,
     add_update_,
@@ -130,7 +131,7 @@ class _MoRALinear(torch.autograd.Function):
 class LayerProducts:
     """The steps that both paths are made of, for one operator, in plain torch. `kernels.linear` has them by kernels."""
 
-    def __init__(self, spec: OperatorSpec) -> None:
+    def __init__(self, spec: Maps) -> None:
         self.spec = spec
 
     def saved_input(self, x: Tensor) -> Tensor:

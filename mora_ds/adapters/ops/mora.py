@@ -28,7 +28,7 @@ import math
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,16 +62,11 @@ class OperatorSpec(UpdateSpec):
     grouping: Grouping = Grouping.PLAIN
     seed: int = 0
     """Seed of the permutations; read only when `grouping` is PERMUTED."""
-    in_segments: int = 1
-    """Share: inputs and columns of M are cut into this number of segments, and an input belongs to a column of its own
-    segment."""
-    out_segments: int = 1
-    """The same for outputs and rows of M."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
         object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        for name in ("d_in", "d_out", "r_hat", "seed", "in_segments", "out_segments"):
+        for name in ("d_in", "d_out", "r_hat", "seed"):
             require_type(getattr(self, name), int, f"OperatorSpec: `{name}`")
         if min(self.d_in, self.d_out, self.r_hat) < 1 or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE:
             raise UserError(f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}")
@@ -82,11 +77,6 @@ class OperatorSpec(UpdateSpec):
             raise UserError(f"rotate pairs dimensions, so r_hat must be even, got {self.r_hat}")
         if self.grouping not in operator.groupings:
             raise UserError(f"grouping {self.grouping.value!r} belongs to operator 'share', not {self.kind.value!r}")
-        segments = max(self.in_segments, self.out_segments)
-        if min(self.in_segments, self.out_segments) < 1 or (segments > 1 and not operator.has_groups):
-            raise UserError(f"segments belong to operator 'share', and are at least 1, got {self}")
-        if segments > self.r_hat:
-            raise UserError(f"r_hat must be at least the number of segments, {segments}, got {self.r_hat}")
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -162,58 +152,85 @@ def _member(enum: type[Enum], value: Any, what: str) -> Any:
     return enum(value)
 
 
-def compress(spec: OperatorSpec, x: Tensor) -> Tensor:
+class Maps(Protocol):
+    """What the functions below read of an operator: of an `OperatorSpec`, or of the part of one that a process computes
+    (`parallel.windows.Window`)."""
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def d_out(self) -> int: ...
+
+    @property
+    def r_hat(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def rotates(self) -> bool: ...
+
+    def tables(self, device: torch.device) -> IndexTables: ...
+
+
+def compress(spec: Maps, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R)."""
-    if spec.blocks > 1:
+
+    def apply(x: Tensor) -> Tensor:
         return rotate_blocks(spec, fold_input(spec, x))
-    return linear_map(x, partial(fold_input, spec), partial(unfold_input, spec))
+
+    def transpose(z: Tensor) -> Tensor:
+        return unfold_input(spec, rotate_blocks(spec, z, back=True))
+
+    return linear_map(x, apply, transpose)
 
 
-def decompress(spec: OperatorSpec, z: Tensor) -> Tensor:
+def decompress(spec: Maps, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
     if spec.blocks == 1:
         return spread_out(spec, z)
     return linear_map(z, partial(spread_out, spec), partial(decompress_transpose, spec))
 
 
-def spread_out(spec: OperatorSpec, z: Tensor) -> Tensor:
+def spread_out(spec: Maps, z: Tensor) -> Tensor:
     """`decompress`, term by term."""
-    return tables_of(spec, z.device).spread(z.flatten(-2))
+    return spec.tables(z.device).spread(z.flatten(-2))
 
 
-def decompress_transpose(spec: OperatorSpec, g: Tensor) -> Tensor:
+def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
     """The transpose of `decompress`, (..., O) -> (..., N, R): from a gradient of the output to one of M compress(x)."""
     collected = collect(spec, g)
     repeats = math.ceil(spec.blocks / collected.shape[-2])
     return torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :] if repeats > 1 else collected
 
 
-def collect(spec: OperatorSpec, g: Tensor) -> Tensor:
+def collect(spec: Maps, g: Tensor) -> Tensor:
     """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these."""
-    tables = tables_of(spec, g.device)
+    tables = spec.tables(g.device)
     return _sums(spec, g, tables.collect, tables.spread).unflatten(-1, (-1, spec.r_hat))
 
 
-def fold_input(spec: OperatorSpec, x: Tensor) -> Tensor:
+def fold_input(spec: Maps, x: Tensor) -> Tensor:
     """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
-    tables = tables_of(spec, x.device)
+    tables = spec.tables(x.device)
     return _sums(spec, x, tables.fold, tables.unfold).unflatten(-1, (spec.blocks, spec.r_hat))
 
 
-def saved_input(spec: OperatorSpec, x: Tensor) -> Tensor:
+def saved_input(spec: Maps, x: Tensor) -> Tensor:
     """What a layer saves of its input x (..., D) for M's gradient: the folded input (..., 1, R) where M is applied
     once. That of several blocks is as large as x itself, which is saved in its place: layers that read one tensor share
     it."""
     return fold_input(spec, x) if spec.blocks == 1 else x
 
 
-def unfold_input(spec: OperatorSpec, z: Tensor) -> Tensor:
+def unfold_input(spec: Maps, z: Tensor) -> Tensor:
     """The transpose of `fold_input`: (..., N, R) -> (..., D)."""
     return input_columns(spec, z.flatten(-2))
 
 
 def _sums(
-    spec: OperatorSpec,
+    spec: Maps,
     x: Tensor,
     sums: IndexMap,
     transpose: IndexMap,
@@ -243,7 +260,7 @@ def _matrix(transpose: IndexMap, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def square_gradient(
-    spec: OperatorSpec,
+    spec: Maps,
     saved: Tensor,
     g: Tensor,
     form_dense: bool = False,
@@ -261,7 +278,7 @@ def square_gradient(
     if spec.blocks > 1 and form_dense:
         return adjoint(spec, g.T @ saved)
     tokens = tokens_in_cache(g, max(spec.d_in, spec.d_out))
-    count = tables_of(spec, g.device).collect.table.shape[1] // spec.r_hat
+    count = spec.tables(g.device).collect.table.shape[1] // spec.r_hat
     products = g.new_zeros(count, spec.r_hat, spec.r_hat)
     for saved_part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
         z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part)
@@ -272,7 +289,7 @@ def square_gradient(
     return products.sum(dim=0) if count < spec.blocks else sum_of_blocks(spec, products)
 
 
-def sum_alike(spec: OperatorSpec, z: Tensor, count: int) -> Tensor:
+def sum_alike(spec: Maps, z: Tensor, count: int) -> Tensor:
     """(T, N, R) -> (T, P, R): blocks b, b + P, b + 2 P, ... of the folded input, each rotated, summed.
 
     The same block of the output's gradient belongs to all of them: they are multiplied with it at once, which is
@@ -296,28 +313,28 @@ def sums_by_product(x: Tensor) -> bool:
     return on_cpu(x) and x.dtype in LOW_PRECISION
 
 
-def fold_matrix(spec: OperatorSpec, like: Tensor) -> Tensor:
+def fold_matrix(spec: Maps, like: Tensor) -> Tensor:
     """(D, R) for share and truncate, in the dtype of `like`: compress(x) == x @ fold_matrix."""
-    return _matrix(tables_of(spec, like.device).unfold, spec.r_hat, like.dtype)
+    return _matrix(spec.tables(like.device).unfold, spec.r_hat, like.dtype)
 
 
-def rows_of_outputs(spec: OperatorSpec, square: Tensor) -> Tensor:
+def rows_of_outputs(spec: Maps, square: Tensor) -> Tensor:
     """(O, R) for share and truncate: the row of M that each output reads, so that decompress(M z) == z @ rows^T."""
     rows, slots = rows_and_slots(spec, square)
     return rows.index_select(0, slots)
 
 
-def rows_and_slots(spec: OperatorSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
+def rows_and_slots(spec: Maps, rows: Tensor) -> tuple[Tensor, Tensor]:
     """For share and truncate, of rows (R, ...): these, with one of zeros where truncate has outputs that read none, and
     for each output (O,) the row that it reads."""
-    spread = tables_of(spec, rows.device).spread
+    spread = spec.tables(rows.device).spread
     if spread.missing is not None:
         rows = torch.cat((rows, torch.zeros_like(rows[:1])))
     return rows, spread.table[0] % len(rows)
 
 
 def rotate_blocks(
-    spec: OperatorSpec,
+    spec: Maps,
     blocks: Tensor,
     back: bool = False,
 ) -> Tensor:
@@ -328,12 +345,12 @@ def rotate_blocks(
     return rotate(blocks, *rotation_of(spec, blocks), back)
 
 
-def rotation_of(spec: OperatorSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotation_of(spec: Maps, like: Tensor) -> tuple[Tensor, Tensor]:
     """What `rotate` needs for blocks (N, R), in the dtype and on the device of `like`."""
     return signed_rope_table(spec.blocks, spec.r_hat, like.dtype, like.device)
 
 
-def block_squares(spec: OperatorSpec, square: Tensor) -> Tensor:
+def block_squares(spec: Maps, square: Tensor) -> Tensor:
     """(N, R, R): M R_b for every input block b, since (M R_b) x = M (R_b x). Contiguous where blocks are rotated."""
     if not spec.rotates:
         return square.expand(spec.blocks, -1, -1)
@@ -350,7 +367,7 @@ def apply_squares(squares: Tensor, z: Tensor) -> Tensor:
 
 def add_update_(
     y: Tensor,
-    spec: OperatorSpec,
+    spec: Maps,
     square: Tensor,
     saved: Tensor,
 ) -> Tensor:
@@ -366,7 +383,7 @@ def add_update_(
 
 def add_input_gradient_(
     g_x: Tensor,
-    spec: OperatorSpec,
+    spec: Maps,
     square: Tensor,
     g: Tensor,
     sums: Tensor | None = None,
@@ -418,12 +435,12 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
     zeros = square.new_zeros(spec.d_out, spec.d_in)
     return add_rows_of_blocks_(
         zeros,
-        tables_of(spec, square.device),
+        spec.tables(square.device),
         block_squares(spec, square),
     )
 
 
-def add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
+def add_rows_(total: Tensor, spec: Maps, square: Tensor) -> Tensor:
     """total (O, D) + `delta_weight` of share and truncate, in place: on a CPU as many rows at a time as stay in its
     cache."""
     rows, slots = rows_and_slots(spec, input_columns(spec, square))
@@ -436,18 +453,16 @@ def add_rows_(total: Tensor, spec: OperatorSpec, square: Tensor) -> Tensor:
 
 def add_blocks_(
     total: Tensor,
-    spec: OperatorSpec,
+    spec: Maps,
     square: Tensor,
 ) -> Tensor:
     """total (O, D) + `delta_weight` of an operator with several blocks, in place: only where an output reads a block of
     inputs, as the delta is zero elsewhere. Every number is changed once, so that it is rounded once."""
-    if tables_of(spec, total.device).overlap:
-        return total.add_(delta_weight(spec, square))
-    return add_rows_of_blocks_(
-        total,
-        tables_of(spec, total.device),
-        block_squares(spec, square),
-    )
+    tables = spec.tables(total.device)
+    squares = block_squares(spec, square)
+    if tables.overlap:
+        return total.add_(add_rows_of_blocks_(torch.zeros_like(total), tables, squares))
+    return add_rows_of_blocks_(total, tables, squares)
 
 
 def add_rows_of_blocks_(
@@ -455,10 +470,12 @@ def add_rows_of_blocks_(
     tables: IndexTables,
     squares: Tensor,
 ) -> Tensor:
-    """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place. A column that no input has
-    (index -1, of windows) is added to the last one of `total`."""
+    """total (O, D) + the rows of the M R_b (N, R, R) that each output reads, in place."""
     r_hat = squares.shape[1]
-    columns = (tables.fold.table.view(-1, r_hat) % total.shape[1]).long()  # as scattering wants them
+    columns = tables.fold.table.view(-1, r_hat).long()  # as scattering wants them
+    if tables.fold.missing is not None:  # of a window: columns of M whose inputs are in other windows
+        squares = squares.masked_fill((columns < 0).unsqueeze(1), 0)
+        columns = columns.clamp(min=0)
     rows = F.pad(squares.flatten(0, 1), (0, 0, 0, 1))  # the zeros are for outputs with fewer terms
     for reads in tables.spread.table:
         blocks = reads.clamp(min=0) // r_hat
@@ -471,7 +488,7 @@ def add_rows_of_blocks_(
 
 
 def effective_weight(
-    spec: OperatorSpec,
+    spec: Maps,
     square: Tensor,
     weight: Tensor,
 ) -> Tensor:
@@ -482,28 +499,28 @@ def effective_weight(
     return rows.index_select(0, slots).add_(weight)
 
 
-def input_columns(spec: OperatorSpec, square: Tensor) -> Tensor:
+def input_columns(spec: Maps, square: Tensor) -> Tensor:
     """(R, R) -> (R, D) for truncate and share: each input's column of M (zeros for one that truncate leaves out). In
     general (..., N * R) -> (..., D): for each input the sum of what lies at its positions."""
-    return tables_of(spec, square.device).unfold(square)
+    return spec.tables(square.device).unfold(square)
 
 
-def adjoint(spec: OperatorSpec, gradient: Tensor) -> Tensor:
+def adjoint(spec: Maps, gradient: Tensor) -> Tensor:
     """The adjoint of `delta_weight`: the gradient with respect to M, from G = dL/dW of shape (O, D).
 
     <delta_weight(M), G> == <M, adjoint(G)> for all M and G.
     """
-    tables = tables_of(spec, gradient.device)
+    tables = spec.tables(gradient.device)
     folded = fold_input(spec, gradient)  # (O, N, R)
     blocks = torch.arange(spec.blocks, device=gradient.device).unsqueeze(1)
     products = gradient.new_zeros(spec.blocks, spec.r_hat, spec.r_hat)
-    for outputs in of_all_blocks(tables.collect.table, spec).unflatten(1, (-1, spec.r_hat)):
+    for outputs in of_all_blocks(tables.collect.table, spec.blocks, spec.r_hat).unflatten(1, (-1, spec.r_hat)):
         rows = folded[outputs, blocks]  # (N, R, R); index -1 is any row
         products += rows.masked_fill_((outputs < 0).unsqueeze(2), 0)
     return sum_of_blocks(spec, products)
 
 
-def sum_of_blocks(spec: OperatorSpec, products: Tensor) -> Tensor:
+def sum_of_blocks(spec: Maps, products: Tensor) -> Tensor:
     """dL/dM (R, R) from the gradients (N, R, R) of `block_squares`."""
     if spec.rotates:
         cos, sin = rotation_of(spec, products)

@@ -55,7 +55,7 @@ class Grouping(str, Enum):
 
 
 class Style(str, Enum):
-    """How a tensor-parallel group computes a linear layer. Segments confine groups on the side that is split."""
+    """How a tensor-parallel group computes a linear layer."""
 
     COLWISE = "colwise"
     """Each rank a slice of the outputs."""

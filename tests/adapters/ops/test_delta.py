@@ -19,9 +19,9 @@ SIDES = (2, 6, 10, 16, 30, 70)
 def specs(kind: OperatorKind) -> list[OperatorSpec]:
     """Every one that exists: sides below, at and above the layer's, that divide it and do not."""
     valid = []
-    for (d_in, d_out), side, grouping, segments in itertools.product(SHAPES, SIDES, Grouping, (1, 2)):
+    for (d_in, d_out), side, grouping in itertools.product(SHAPES, SIDES, Grouping):
         try:
-            valid.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3, segments, segments))
+            valid.append(OperatorSpec(kind, d_in, d_out, side, grouping, 3))
         except UserError:
             continue
     return valid

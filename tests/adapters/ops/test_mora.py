@@ -16,7 +16,16 @@ from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.index_tables import OPERATORS, Operator, square_size
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import OperatorSpec, adjoint, compress, delta_weight, mora_update
+from mora_ds.adapters.ops.mora import (
+    OperatorSpec,
+    adjoint,
+    compress,
+    delta_weight,
+    effective_weight,
+    mora_update,
+    saved_input,
+    square_gradient,
+)
 from mora_ds.adapters.ops.spec import (
     Grouping,
     OperatorKind,
@@ -26,8 +35,7 @@ from mora_ds.adapters.ops.spec import (
 )
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.common.errors import UserError
-from mora_ds.parallel.windows import Window
-from mora_ds.parallel.windows import clear_tables as clear_windows
+from mora_ds.parallel.windows import Window, tables_of_window
 from tests.helpers.operators import (
     KINDS_AND_GROUPINGS,
     blocks_onto_wrapped_outputs,
@@ -192,15 +200,16 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
         assert_close(outputs_and_gradients(spec, torch.float64, by_kernels), expected)
     g = random(5, spec.d_out, seed=4)
     half = spec.d_in // 2
-    windows = [Window.of(spec, inputs=span) for span in ((0, half), (half, spec.d_in))]
-    assert_close(torch.cat([window.delta(square) for window in windows], dim=1), delta)
-    if operator.in_blocks:
-        gradients = [window.gradient(x[:, slice(*window.inputs)], g) for window in windows]
-        assert_close(sum(gradients), adjoint(spec, g.T @ x))
+    windows = [Window(spec, span, (0, spec.d_out)) for span in ((0, half), (half, spec.d_in))]
+    zeros = [torch.zeros(spec.d_out, window.d_in).double() for window in windows]
+    formed = [effective_weight(window, square, zero) for window, zero in zip(windows, zeros, strict=True)]
+    assert_close(torch.cat(formed, dim=1), delta)
+    gradients = [square_gradient(window, saved_input(window, x[:, slice(*window.inputs)]), g) for window in windows]
+    assert_close(sum(gradients), adjoint(spec, g.T @ x))
     add_deltas_(merged, [(spec, square)])
     assert torch.equal(merged, right)
     index_tables.clear_tables()
-    clear_windows()
+    tables_of_window.cache_clear()
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
