@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from triton.runtime import interpreter
 
 from mora_ds.adapters.kernels import linear, plain, triton_ops
 from mora_ds.adapters.kernels.ops import NAMES
@@ -26,6 +29,7 @@ from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tests.helpers import traffic
 from tests.helpers.operators import (
     blocks_onto_wrapped_outputs,
     by_path,
@@ -127,6 +131,33 @@ def check_wide() -> None:
             check_kernels(OperatorSpec(kind, d_in, d_out, 24, Grouping.PERMUTED, seed=1), torch.float32)
 
 
+def check_pieces(spec: OperatorSpec) -> None:
+    """What programs read is what `traffic` counts: of a tensor in pieces, programs of other pieces read
+    other numbers; of a tensor that no two programs share, each reads its own."""
+    builder = interpreter.interpreter_builder
+    load = builder.create_masked_load
+    addresses: dict[int, list[Any]] = {}
+
+    def noted(pointers: Any, mask: Any, *options: Any) -> Any:
+        x, y, _ = builder.grid_idx
+        addresses.setdefault(x + y * builder.grid_dim[0], []).append(pointers.data[mask.data])
+        return load(pointers, mask, *options)
+
+    for name, launch in traffic.launches(spec, torch.float32, tokens=9, device=CPU).items():
+        addresses.clear()
+        with patch.object(builder, "create_masked_load", noted):
+            launch()
+        pieces = traffic.pieces(launch)
+        for argument, tensor in traffic.operands(launch).items():
+            start = tensor.data_ptr()
+            read: dict[int, set[int]] = {}
+            for program, loads in addresses.items():
+                piece = int(pieces[argument][program]) if argument in pieces else program
+                read.setdefault(piece, set()).update(np.concatenate(loads, axis=None).tolist())
+            inside = [{address for address in of if 0 <= address - start < tensor.nbytes} for of in read.values()]
+            assert sum(map(len, inside)) == len(set.union(*inside)), f"{name} reads {argument} otherwise than counted"
+
+
 def check_outputs_that_read_several_rows() -> None:
     """`form` of an operator that is not shipped, turned and not."""
     shipped = OPERATORS[OperatorKind.TRUNCATE]
@@ -183,6 +214,10 @@ def main() -> None:
     check_parts()
     check_outputs_that_read_several_rows()
     check_wide()
+    with variant(VARIANTS["parts"]):  # the interpreter alone tells what is read
+        for kind in (OperatorKind.ROTATE, OperatorKind.SHARE) if DEVICE == CPU else ():
+            for d_in, d_out in ((80, 36), (36, 80)):
+                check_pieces(OperatorSpec(kind, d_in, d_out, 18, Grouping.PERMUTED, seed=1))
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     names = list(VARIANTS)
     start, step = map(int, sys.argv[1:])

@@ -7,21 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-import torch
 import triton.backends.nvidia
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mora_ds.adapters.kernels import plain, triton_ops
-from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.kernels.triton_ops import Launch
-from mora_ds.adapters.ops.mora import OperatorSpec
-
-META = torch.device("meta")
-TOKENS = 4096
-PROCESSORS = 132
-"""Of an H100."""
 
 
 @dataclass(frozen=True)
@@ -76,37 +66,3 @@ def compile_launch(launch: Launch, capability: int) -> Code:
         ).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Code(compiled.asm["ptx"], numbers["REG"], numbers["STACK"], numbers["LOCAL"], compiled.metadata.shared)
-
-
-def launches(spec: OperatorSpec, dtype: torch.dtype, int8: bool = False) -> dict[str, Launch]:
-    """What one layer starts on 4,096 tokens, by name: of meta tensors."""
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=META)
-
-    tables = KernelTables(spec, META)
-    rotation = tables.rotation
-    side = spec.r_hat
-    x = tensor(TOKENS, spec.d_in)
-    y = tensor(TOKENS, spec.d_out)
-    z = tensor(TOKENS, tables.fold.shape[1])
-    c = tensor(TOKENS, tables.collect.shape[1])
-    square = tensor(side, side)
-    weight = tensor(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
-    scales = tensor(spec.d_out, dtype=torch.float32) if int8 else None
-    base = tensor(spec.d_out, spec.d_in), weight, scales, square, tables.unfold
-    z_blocks = z.view(TOKENS, -1, side)
-    c_blocks = c.view(TOKENS, -1, side)
-    part_count = plain.parts_of(c_blocks, z_blocks, 2 * PROCESSORS)
-    parts = tensor(part_count, side, side, dtype=plain.dtype_of(part_count, dtype))
-    plan = triton_ops.plan_gather_sum
-    return {
-        "fold": plan(z, x, tables.fold, *rotation, False, add=False),
-        "collect": plan(c, y, tables.collect, None, None, False, add=False),
-        "spread": plan(y, z, tables.spread, None, None, False, add=False),
-        "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
-        "add spread": plan(y, z, tables.spread, None, None, False, add=True),
-        "form": triton_ops.plan_form(*base, tables.slots, tables.members, *rotation, tables.blocks_out),
-        "product": triton_ops.plan_product(parts, c_blocks, z_blocks),
-        "sum_parts": triton_ops.plan_sum_parts(square, parts),
-    }

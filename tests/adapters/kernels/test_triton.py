@@ -16,7 +16,8 @@ from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import specs
-from tests.helpers.triton_code import compile_launch, launches
+from tests.helpers.traffic import launches
+from tests.helpers.triton_code import compile_launch
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -1,0 +1,191 @@
+"""Bytes that the kernels of a layer read and write, counted from their grids and tables: no GPU is needed.
+
+    python -m tests.helpers.traffic [--json FILE]
+
+Programs run in the order of the grid, in waves of as many as an H100 holds. What several programs of a wave read, they
+read once; what an earlier wave has read or written is still in L2 unless more than L2 holds has passed since, else it
+counts again. The least: each number that a kernel needs once, and each that it makes once. A layer's gradient of M
+("dM") is a product and the sum of its parts; the parts count, as neither needs them.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mora_ds.adapters.kernels import plain, triton_ops
+from mora_ds.adapters.kernels.tables import KernelTables
+from mora_ds.adapters.kernels.triton_ops import Launch
+from mora_ds.adapters.ops.index_tables import square_size
+from mora_ds.adapters.ops.mora import OperatorSpec
+from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from mora_ds.runtime import cli
+from tools.bench.report import Report, bench_parser
+
+PROCESSORS = 132
+THREADS = 512
+"""Of a processor, with 128 registers each."""
+L2 = 40 << 20
+"""Bytes."""
+
+META = torch.device("meta")
+OPERATORS = ((OperatorKind.ROTATE, 8), (OperatorKind.SHARE, 256))
+SHAPES = (
+    (4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192), (8192, 28672), (28672, 8192), (8192, 1024),
+)  # fmt: skip
+"""(d_in, d_out) of Llama 7B's and 70B's layers."""
+TOKENS = (4096, 16384)
+STEPS = {
+    "fold": ("fold",), "form": ("form",), "collect": ("collect",), "dM": ("product", "sum_parts"),
+    "spread": ("spread",), "unfold": ("unfold",),
+}  # fmt: skip
+
+
+def main() -> None:
+    report = Report(bench_parser(__doc__).parse_args())
+    by_shape = [["operator", "d_in x d_out", "tokens", *(f"{step}, MB" for step in STEPS), *STEPS]]
+    most = [["bytes / least, at most", *STEPS]]
+    for kind, rank in OPERATORS:
+        for tokens in TOKENS:
+            ratios = []
+            for shape in SHAPES:
+                counted = step_bytes(layer_spec(kind, rank, shape), tokens)
+                ratios.append([actual / least for actual, least in counted.values()])
+                megabytes = [f"{actual / 1e6:,.0f}" for actual, _ in counted.values()]
+                name = f"{kind.value} r={rank}", f"{shape[0]} x {shape[1]}", f"{tokens:,}"
+                by_shape.append([*name, *megabytes, *(f"{ratio:.2f}" for ratio in ratios[-1])])
+            most.append(
+                [f"{kind.value} r={rank}, {tokens:,} tokens", *(f"{max(of):.2f}" for of in zip(*ratios, strict=True))]
+            )
+    report.show("by shape", by_shape)
+    report.show("most", most)
+    report.write()
+
+
+def layer_spec(kind: OperatorKind, rank: int, shape: tuple[int, int]) -> OperatorSpec:
+    return OperatorSpec(kind, *shape, square_size(*shape, rank, kind), Grouping.PERMUTED, seed=1)
+
+
+def step_bytes(spec: OperatorSpec, tokens: int) -> dict[str, tuple[float, float]]:
+    """Step -> (bytes that its kernels read and write, the least)."""
+    planned = launches(spec, torch.bfloat16, tokens=tokens)
+    counted = {}
+    for step, names in STEPS.items():
+        actual = sum(launch_bytes(planned[name]) for name in names)
+        counted[step] = (
+            actual,
+            float(sum(value.nbytes for name in names for value in operands(planned[name]).values())),
+        )
+    parts = operands(planned["sum_parts"])["partial_sums"]
+    if len(parts) == 1:  # that is the gradient
+        product = planned["product"]
+        counted["dM"] = launch_bytes(product), float(sum(value.nbytes for value in operands(product).values()))
+    else:  # written just before they are read
+        actual, least = counted["dM"]
+        counted["dM"] = actual - parts.nbytes * (parts.nbytes <= L2), least - 2 * parts.nbytes
+    return counted
+
+
+def launches(
+    spec: OperatorSpec, dtype: torch.dtype, int8: bool = False, tokens: int = 4096, device: torch.device = META
+) -> dict[str, Launch]:
+    """What one layer starts, by name."""
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    tables = KernelTables(spec, device)
+    rotation = tables.rotation
+    side = spec.r_hat
+    x = tensor(tokens, spec.d_in)
+    y = tensor(tokens, spec.d_out)
+    z = tensor(tokens, tables.fold.shape[1])
+    c = tensor(tokens, tables.collect.shape[1])
+    square = tensor(side, side)
+    weight = tensor(spec.d_out, spec.d_in, dtype=torch.int8 if int8 else dtype)
+    scales = tensor(spec.d_out, dtype=torch.float32) if int8 else None
+    base = tensor(spec.d_out, spec.d_in), weight, scales, square, tables.unfold
+    z_blocks = z.view(tokens, -1, side)
+    c_blocks = c.view(tokens, -1, side)
+    part_count = plain.parts_of(c_blocks, z_blocks, 2 * PROCESSORS)
+    parts = tensor(part_count, side, side, dtype=plain.dtype_of(part_count, dtype))
+    plan = triton_ops.plan_gather_sum
+    return {
+        "fold": plan(z, x, tables.fold, *rotation, False, add=False),
+        "collect": plan(c, y, tables.collect, None, None, False, add=False),
+        "spread": plan(y, z, tables.spread, None, None, False, add=False),
+        "unfold": plan(x, z if spec.rotates else c, tables.unfold, *rotation, True, add=False),
+        "add spread": plan(y, z, tables.spread, None, None, False, add=True),
+        "form": triton_ops.plan_form(*base, tables.slots, tables.members, *rotation, tables.blocks_out),
+        "product": triton_ops.plan_product(parts, c_blocks, z_blocks),
+        "sum_parts": triton_ops.plan_sum_parts(square, parts),
+    }
+
+
+# -- what a launch reads ----------------------------------------------------------------------------------------------
+
+
+def operands(launch: Launch) -> dict[str, Tensor]:
+    """The tensors of a launch, by the names of the kernel's arguments."""
+    return {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
+
+
+def pieces(launch: Launch) -> dict[str, np.ndarray]:
+    """Name of a tensor that programs share -> which piece of it each of them reads, in the order in which they start.
+
+    Of tensors that are left out, programs read or write a part each. A piece 0 of every program is the whole tensor.
+    """
+    program = np.arange(math.prod(launch.grid))
+    first = program % launch.grid[0]
+    second = program // launch.grid[0]
+    whole = np.zeros_like(program)
+    constants = launch.constants
+    arguments = launch.arguments
+    match launch.kernel.fn.__name__:
+        case "_gather_sum":
+            chunks = -(-arguments["columns"] // constants["PART"])
+            return {"x": program // chunks, "table": whole, "cos": whole, "sin": whole}
+        case "_form_groups":
+            return {"square": second, "unfold": whole, "members": whole, "scales": whole}
+        case "_form_blocks":
+            return dict.fromkeys(("square", "unfold", "slots", "cos", "sin", "scales"), whole)
+        case "_product":
+            tiles = -(-arguments["r_hat"] // constants["TILE"])
+            return {"c": second * tiles + first // tiles, "z": second * tiles + first % tiles}
+    return {}
+
+
+def launch_bytes(launch: Launch) -> float:
+    """Bytes from and to memory."""
+    shared = pieces(launch)
+    tensors = operands(launch)
+    streamed = sum(tensor.nbytes for name, tensor in tensors.items() if name not in shared)
+    programs = math.prod(launch.grid)
+    wave = np.arange(programs) // (PROCESSORS * (THREADS // (32 * launch.options["num_warps"])))
+    waves = int(wave[-1]) + 1
+    touched = {name: _by_wave(piece, wave) for name, piece in shared.items() if name in tensors}
+    sizes = {name: tensors[name].nbytes / (int(shared[name].max()) + 1) for name in touched}
+    passed = np.full(waves, streamed / waves)
+    for name, (_, of_wave) in touched.items():
+        passed += sizes[name] * np.bincount(of_wave, minlength=waves)
+    passed = passed.cumsum()
+    return streamed + sum(sizes[name] * _reads(*by_wave, passed) for name, by_wave in touched.items())
+
+
+def _by_wave(piece: np.ndarray, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(piece, wave) of each piece that a wave reads, once, in order."""
+    waves = int(wave[-1]) + 1
+    both = np.unique(piece * waves + wave)
+    return both // waves, both % waves
+
+
+def _reads(piece: np.ndarray, wave: np.ndarray, passed: np.ndarray) -> int:
+    """How often a piece comes from memory. `passed`: bytes up to the end of each wave."""
+    again = piece[1:] == piece[:-1]
+    in_l2 = passed[wave[1:]] - passed[wave[:-1]] <= L2
+    return len(piece) - int((again & in_l2).sum())
+
+
+if __name__ == "__main__":
+    cli.run(main)
