@@ -175,8 +175,8 @@ deploy/export.py | deploy/test_export.py
 
 # rows of a batch get each other's adapters
 research/bank.py | research/test_bank.py
--which = [users.index(str(names[row])) for row in rows]
-+which = [users.index(str(names[row])) for row in rows[::-1]]
+-stack = torch.stack([square for _, square in rows_and_squares])
++stack = torch.stack([square for _, square in rows_and_squares[::-1]])
 
 # the chain of hashes is not checked
 remora/ledger.py | remora/test_ledger.py

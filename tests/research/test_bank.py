@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.checkpoint.layout import ADAPTER_JSON, ADAPTER_TENSORS
+from mora_ds.checkpoint.layout import ADAPTER_TENSORS
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.data import load_corpus
@@ -109,15 +109,13 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path):
     bench.add("twin", MoRAConfig(rank=2, operator="share", grouping="plain"), cycles=1, scale=0.1)
     bench.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
     bench.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
-    bench.add("zero", MoRAConfig(rank=3), scale=0.0)
     bank = bench.open()
-    names: list[str | None] = [name for name in bank.folders if name != "zero"]
+    names: list[str | None] = list(bank.adapters)
     check_rows(bench, bank, names, tokens(len(names)))
     layer = "model.layers.0.mlp.up_proj"
-    counts = {name: len(bank.resident(name).layers.get(layer, {})) for name in bank.folders}
+    counts = {name: len(bank.squares_of(name).get(layer, {})) for name in bank.adapters}
     assert counts == {
         "permuted": 4, "plain": 1, "twin": 1, "alternate": 2, "strided-contiguous": 1, "other": 2, "queries": 0,
-        "zero": 0,
     }  # fmt: skip
 
 
@@ -167,7 +165,7 @@ def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch
     names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
     exec(code_with("AdapterBank", "docs/research/bank.md"), names)
     assert names["logits"].shape == (3, 16, 128)
-    assert list(names["bank"].residents) == ["law", "code"]
+    assert names["bank"].squares_of.cache_info().currsize == 2
 
 
 def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path):
@@ -182,50 +180,35 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path):
     for names in ("whole", ["step", "whole"]):
         with bank.use(names):
             assert_close(logits(bank.model, ids), expected, rtol=0, atol=1e-5)
-        assert list(bank.residents) == ["whole"], "the one that was used last"
+        assert bank.squares_of.cache_info().currsize == 1
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_adapter_harms_nobody_until_it_is_used(rotating: Bench, tmp_path: Path):
+@pytest.mark.parametrize("file", ["ledger/cycle-00000.safetensors", ADAPTER_TENSORS])
+def test_a_damaged_adapter_is_named(rotating: Bench, tmp_path: Path, file: str):
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
-    for name in ("flipped", "nothing", "changed"):
-        shutil.copytree(tmp_path / "bank" / "one", tmp_path / "bank" / name)
-    flipped = tmp_path / "bank" / "flipped" / "ledger" / "cycle-00000.safetensors"
-    flipped.write_bytes(flipped.read_bytes()[:-1] + b"\x77")
-    (tmp_path / "bank" / "nothing" / ADAPTER_TENSORS).unlink()
-    bench = Bench(tmp_path, rotating.maker, dict(rotating.updates))
-    bench.add("nan", MoRAConfig(rank=3), scale=float("nan"))
-    bank = bench.open()
-    shutil.rmtree(tmp_path / "bank" / "changed")
-    shutil.copytree(tmp_path / "bank" / "three", tmp_path / "bank" / "changed")
-    for name, message in {
-        "flipped": "cycle-00000.safetensors", "nothing": "is missing", "nan": "q_proj is not finite",
-        "changed": "has changed since",
-    }.items():  # fmt: skip
-        with pytest.raises(UserError, match=f"adapter '{name}' cannot be used: .*{message}"), bank.use(["one", name]):
-            pass
-    check_rows(bench, bank, ["none", "one"], tokens(2))
+    path = tmp_path / "bank" / "one" / file
+    path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    with pytest.raises(UserError, match=f"adapter 'one' cannot be used: .*{file}"):
+        Bench(tmp_path, rotating.maker, {}).open()
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path):
-    """Of another base, of another update, with other trained tensors, with several matrices a layer, damaged."""
+    """Of another base, of another update, with other trained tensors, with several matrices a layer."""
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}
     refusals: list[tuple[str, Any, dict[str, Any]]] = [
-        ("of another base: fingerprint abc", MoRAConfig(rank=3), {"fingerprint": "abc"}),
+        ("is not the base of .*odd", MoRAConfig(rank=3), {"fingerprint": "abc"}),
         ("q_proj has lora, which is none of the operators truncate, share, decouple, rotate", LoRAConfig(rank=3), {}),
-        ("it also trained model.norm.weight", MoRAConfig(rank=3), {"trained": norm}),
-        ("has MoRA matrices of the domains law, code", MoRAConfig(rank=3), {"domains": ("law", "code")}),
-        ("adapter.json is damaged", MoRAConfig(rank=3), {}),
+        ("it has other trained tensors than MoRA matrices", MoRAConfig(rank=3), {"trained": norm}),
+        ("it has MoRA matrices of domains", MoRAConfig(rank=3), {"domains": ("law", "code")}),
     ]
     odd = tmp_path / "bank" / "odd"
     for message, config, more in refusals:
         bench.add("odd", config, **more)
-        if "damaged" in message:
-            (odd / ADAPTER_JSON).write_text('{"format": 1, "layers')
         with pytest.raises(UserError, match=f"adapter 'odd' cannot be used: .*{message}"):
             bench.open()
         shutil.rmtree(odd)
@@ -233,9 +216,10 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path):
 
 def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path):
     bank = rotating.open()
-    with pytest.raises(UserError, match=r"no adapter 'thre'. Did you mean 'three'\?"), bank.use(["one", "thre"]):
-        pass
-    with pytest.raises(UserError, match="no adapter is named"), bank.use([]):
+    with (
+        pytest.raises(UserError, match=r"unknown adapter 'thre'; .*Did you mean 'three'"),
+        bank.use(["one", "thre"]),
+    ):
         pass
     with bank.use(["one", "three"]):
         with pytest.raises(UserError, match=r"named for 2 row\(s\), but .*q_proj reads \(4, 16, 32\)"):
@@ -245,8 +229,6 @@ def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_p
             layer(torch.zeros(2, 32))
     with bank.use("one"):
         layer(torch.zeros(2, 32))
-    with pytest.raises(UserError, match="cache must be at least 1"):
-        rotating.open(cache=0)
     (tmp_path / "empty" / "x").mkdir(parents=True)
     for folder, message in {"empty": "no folder in .*empty holds an adapter", "nowhere": "no such folder"}.items():
         with pytest.raises(UserError, match=message):
@@ -269,7 +251,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
     scores = read_json(tmp_path / "scores.json")["adapters"]
     printed = capsys.readouterr().out
     assert "bits/byte" in printed
-    assert "2 adapter(s) on" in printed
+    assert "2 adapter(s); windows of 64" in printed
     tokenizer = load_target(user.model).tokenizer
     for name in ("(base)", "a", "b"):
         merge(maker.model, maker.weights, updates.get(name, {}))
