@@ -1,5 +1,6 @@
 """Spectra: algebra against the decomposition of the formed matrices, rank growth, and what is written."""
 
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,32 +15,13 @@ from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
 from mora_ds.common.errors import UserError
-from mora_ds.common.files import read_json
 from mora_ds.remora.ledger import LayerEntry, Ledger
-from mora_ds.research.spectrum import layer_spectra, measure, spectra, spectrum_lines
+from mora_ds.research.spectrum import layer_spectra, spectra, spectrum_lines
 from tests.helpers.mistakes import command
 
 
 def square(side: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(side, side, generator=torch.Generator().manual_seed(seed))
-
-
-# -- measures ---------------------------------------------------------------------------------------------------------
-
-
-def test_measures():
-    values = torch.tensor([3.0, 1.0, 1.0, 0.05] + [0.0] * 16, dtype=torch.float64)
-    measured = measure(values, 20, threshold=0.1)
-    energy = 9 + 1 + 1 + 0.05**2
-    total = 5.05
-    shares = [value / total for value in (3.0, 1.0, 1.0, 0.05)]
-    assert measured.norm == pytest.approx(math.sqrt(energy))
-    assert measured.largest == 3.0
-    assert (measured.above, measured.rank) == (3, 4)
-    assert measured.stable_rank == pytest.approx(energy / 9)
-    assert measured.effective_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
-    assert measure(torch.ones(7), 7).effective_rank == pytest.approx(7)
-    assert set(vars(measure(torch.zeros(5), 5)).values()) == {0}
 
 
 # -- a layer's history -----------------------------------------------------------------------------------------------
@@ -58,14 +40,25 @@ def test_measures():
 def test_history_is_that_of_the_formed_matrices(spec: OperatorSpec):
     updates = [(replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)]
     total = torch.zeros(23, 18, dtype=torch.float64)
-    for cycle, spectrum in enumerate(layer_spectra(updates, threshold=0.5)):
+    for cycle, spectrum in enumerate(layer_spectra(updates)):
         operator, value = updates[cycle]
         newest = operator.delta_weight(value.double())
-        assert spectrum.outside_span == pytest.approx(expected_span(newest, total) if cycle else 1.0, abs=1e-6)
+        assert spectrum.new_span == pytest.approx(expected_span(newest, total) if cycle else 1.0, abs=1e-6)
         total += newest
-        for measures, matrix in ((spectrum.newest, newest), (spectrum.cumulative, total)):
-            expected = measure(torch.linalg.svdvals(matrix), 23, 0.5)
-            assert vars(measures) == pytest.approx(vars(expected), rel=1e-6)
+        values = torch.linalg.svdvals(total)
+        shares = values[values > 1e-9] / values.sum()
+        assert spectrum.rank == int((values > values[0] * 1e-5).sum())
+        assert spectrum.stable_rank == pytest.approx((values.square().sum() / values[0] ** 2).item())
+        assert spectrum.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-6)
+        assert spectrum.norm == pytest.approx(total.norm().item())
+        assert spectrum.delta_norm == pytest.approx(newest.norm().item())
+
+
+def test_zeros_have_no_rank():
+    spec = OperatorSpec(OperatorKind.TRUNCATE, 18, 23, 6)
+    first, second = layer_spectra([(spec, torch.zeros(6, 6)), (spec, square(6))])
+    assert set(vars(first).values()) == {0}
+    assert (second.rank, second.new_span) == (6, 1.0)
 
 
 def expected_span(newest: torch.Tensor, earlier: torch.Tensor) -> float:
@@ -79,7 +72,7 @@ def test_factors_of_lora_have_spectra_too():
     spec = LoRASpec(12, 10, 3, 6.0)
     factors = [torch.randn(spec.value_shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     first, second = layer_spectra([(spec, value) for value in factors])
-    assert [first.newest.rank, first.cumulative.rank, second.cumulative.rank] == [3, 3, 6]
+    assert [first.rank, second.rank] == [3, 6]
 
 
 # -- a ledger --------------------------------------------------------------------------------------------------------
@@ -105,7 +98,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path):
     rows = list(spectra(find_ledger(checkpoint)))
-    origins = [(row.module, row.cycle, row.step, row.is_live) for row in rows]
+    origins = [(row.layer, row.cycle, row.step, row.is_live) for row in rows]
     of_v = [("a.v", 1, 20, False), ("a.v", 2, 25, True)]
     assert origins == [("a.q", 0, 10, False), ("a.q", 1, 20, False), ("a.q", 2, 25, True), *of_v]
     updates = [(entries(cycle, ("a.q",))["a.q"].operator, square(6, cycle)) for cycle in range(3)]
@@ -114,42 +107,32 @@ def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path):
 
 
 def test_layers_are_chosen_by_pattern(checkpoint: Path, tmp_path: Path):
-    assert {row.module for row in spectra(find_ledger(checkpoint), "*.v")} == {"a.v"}
+    assert {row.layer for row in spectra(find_ledger(checkpoint), "*.v")} == {"a.v"}
     with pytest.raises(UserError, match=r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"):
         next(spectra(find_ledger(checkpoint), "a.k"))
     with pytest.raises(UserError, match="nothing was merged yet"):
         next(spectra(find_ledger(Ledger.create(tmp_path / "empty", "f").folder)))
 
 
-def test_tables_show_the_last_cycle_of_layers_and_means_of_cycles(checkpoint: Path):
+def test_the_table_has_a_line_for_each_layer_and_cycle(checkpoint: Path):
     rows = list(spectra(find_ledger(checkpoint)))
-    lines = spectrum_lines(rows, 0.1)
-    cells = [line.split() for line in lines]
-    assert cells[1][:4] == ["a.q", "2*", f"{rows[2].spectrum.cumulative.rank}.0", "24.0"]
-    both = [rows[1].spectrum.cumulative, rows[3].spectrum.cumulative]
-    assert cells[6][:4] == ["1", "20", "2", f"{sum(measures.rank for measures in both) / 2:.1f}"]
-    assert "not merged yet" in lines[-1]
+    cells = [line.split() for line in spectrum_lines(rows)]
+    assert [line[:3] for line in cells[1:4]] == [["a.q", "0", "10"], ["a.q", "1", "20"], ["a.q", "2*", "25"]]
+    assert cells[3][3:5] == [str(rows[2].spectrum.rank), "24"]
 
 
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*", "--threshold", "2"]
+    flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*"]
     assert command("spectrum", flags) == (0, "")
-    content = read_json(tmp_path / "out.json")
-    printed = capsys.readouterr().out
-    assert "a.v" in printed
-    assert " >2 " in printed
-    assert (content["format"], content["threshold"]) == (1, 2)
-    assert content["rows"] == [asdict(row) for row in spectra(find_ledger(checkpoint), threshold=2)]
-    last = content["rows"][4]
-    assert (last["d_in"], last["d_out"], last["r_hat"], last["operator"]) == (32, 24, 6, "share/permuted")
+    assert "a.v" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content == [asdict(row) for row in spectra(find_ledger(checkpoint))]
 
 
 @pytest.mark.parametrize(
     "flags, named",
     [
         (["--layers", "nothing"], "--layers"),
-        (["--device", "warp"], "--device warp"),
-        (["--threshold", "nan"], "--threshold"),
         (["--json", "/nowhere/new.json"], "folder that exists"),
     ],
     ids=str,
