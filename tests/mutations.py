@@ -507,6 +507,16 @@ models/rope.py | models/test_rope.py
 -
 +
 
+# a decay begins at a checkpoint at which one has begun
+train/pretrain.py | train/test_decay_from.py
+-            if not state.at_peak:
++            if state.at_peak is None:
+
+# a branch goes on in its parent's folder
+train/pretrain.py | train/test_decay_from.py
+-checkpoint.parent == root.resolve() and not branches
++checkpoint.parent == root.resolve()
+
 # scales that are cut off are not missed
 models/dequantize.py | models/test_dequantize.py
 -if actual == shape and dtype.is_floating_point is is_floating:

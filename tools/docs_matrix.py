@@ -27,6 +27,7 @@ OPTIONS = {
     "`--tensor_parallel_size`": "--tensor_parallel_size 2",
     "`--sequence_parallel_size`": "--sequence_parallel_size 2",
     "`--rope_scaling`": '--rope_scaling {"rope_type":"yarn","factor":4}',
+    "`--decay_from`": "--decay_from step-000100 --lr_scheduler_type wsd",
     "`--streaming`": "--streaming",
     "`--async_save`": "--async_save",
 }

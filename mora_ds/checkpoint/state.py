@@ -41,6 +41,8 @@ class TrainerState:
     """That weighted loss."""
     total_steps: Count = 0
     """Optimizer steps that the run was planned for, from which the learning-rate schedule follows."""
+    at_peak: bool = False
+    """Whether the schedule is at its highest learning rate, from which another run may decay (--decay_from)."""
     finished: bool = False
     """Whether all steps are done, with the evaluation after the last one."""
     evaluation_pending: bool = False
@@ -127,6 +129,7 @@ _LABELS = {
     "dtype": "compute dtype (--bf16, --fp16)",
     "attention": "attention (--attn_implementation)",
     "optimizer": "--optimizer (None: adamw)",
+    "decay_from": "step of --decay_from",
 }
 """Key of a flat identity -> what the user calls it, and what a missing value (None) means."""
 _FLAGS = {

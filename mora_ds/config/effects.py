@@ -66,7 +66,7 @@ EFFECTS = (
     Effect(
         "a run that trains something (not --adapter none)",
         lambda run: run.adapter.adapter != AdapterKind.NONE.value,
-        "export_merged profile push_to_hub resume_from_checkpoint",
+        "export_merged profile push_to_hub resume_from_checkpoint decay_from",
     ),
     Effect(
         "merges (--merge_every)",
@@ -80,8 +80,8 @@ EFFECTS = (
     ),
     Effect("an --lr_scheduler_type that decays", _decays, "min_lr_ratio"),
     Effect(
-        "--lr_scheduler_type warmup_stable_decay",
-        lambda run: _decays(run, ScheduleKind.WARMUP_STABLE_DECAY),
+        "--lr_scheduler_type warmup_stable_decay without --decay_from",
+        lambda run: _decays(run, ScheduleKind.WARMUP_STABLE_DECAY) and run.training.decay_from is None,
         "decay_ratio",
     ),
     Effect(

@@ -66,8 +66,6 @@ REMOVED: dict[str, str] = {
     "base_buffers": "was removed: two decoder layers are on the device at a time",
     "base_cache_dir": "was removed: set HF_HOME to a folder on the node's own disk, or copy the model there first",
     "compile": "was removed: on GPUs the operators have kernels of their own",
-    "decay_from": "was removed: in another --output_dir a run decays with --resume_from_checkpoint CHECKPOINT and "
-    "--lr_scheduler_type warmup_stable_decay",
     "domain_adapters": _RESEARCH,
     "eval_domains": "was removed: an evaluation set with a domain's name is read as that domain's",
     "eval_tasks_limit": "was removed, as scores on a part of a task compare with no others: a FILE.yaml of "

@@ -138,6 +138,9 @@ class TrainingArguments:
     """linear, cosine, constant (constant_with_warmup is the same) or warmup_stable_decay (wsd)."""
     decay_ratio: float = 0.2
     """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
+    decay_from: str | None = None
+    """A checkpoint at the peak learning rate, of a run with warmup_stable_decay or constant: this run goes on from
+    there, its batches too, and decays over --max_steps steps."""
     warmup_steps: float = 0
     """Optimizer steps of the first warm-up; below 1: its share of the run, rounded up to whole steps."""
     weight_decay: float = 0.0
@@ -276,6 +279,10 @@ class TrainingArguments:
         yield from out_of_bounds([("max_steps", self.max_steps, Bounds())])
         if self.max_steps == -1 and not POSITIVE.allow(self.num_train_epochs):
             yield f"--num_train_epochs must be {POSITIVE}, got {self.num_train_epochs}"
+        if self.decay_from is not None and self.max_steps < 1:
+            yield "--decay_from: give the steps of the decay with --max_steps"
+        if self.decay_from is not None and self.lr_scheduler_type not in ("warmup_stable_decay", "wsd"):
+            yield "--decay_from: a run that decays from a checkpoint has --lr_scheduler_type warmup_stable_decay"
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             yield "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
         yield from refusal(expanded, self.output_dir, "--output_dir")

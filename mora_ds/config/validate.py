@@ -33,7 +33,8 @@ def validate(arguments: Arguments) -> None:
     adapter = arguments.adapter
     data = arguments.data
     training = arguments.training
-    steps = training.max_steps if training.max_steps > 0 else _UNKNOWN_LENGTH
+    has_length = training.max_steps > 0 and training.decay_from is None  # a branch is past its warm-up
+    steps = training.max_steps if has_length else _UNKNOWN_LENGTH
     refuse(
         [
             *model.problems(),

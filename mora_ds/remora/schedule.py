@@ -128,6 +128,10 @@ class Schedule:
         }[self.kind]
         return self.peak * (self.min_ratio + (1.0 - self.min_ratio) * height)
 
+    def is_at_peak(self, step: int) -> bool:
+        """Whether the curve is at the peak, but for rounding, at `step`."""
+        return self.curve(step) >= self.peak * (1 - 1e-9)
+
     def learning_rate(self, step: int, merges: Sequence[int] = ()) -> float:
         """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`."""
         before = bisect_right(merges, step)

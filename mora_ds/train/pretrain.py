@@ -22,11 +22,13 @@ from mora_ds.checkpoint.layout import (
     CHECKPOINTS,
     MERGED_FOLDER,
     SUMMARY_FILE,
+    is_step_name,
     name_best,
     name_latest,
     resume_checkpoint,
     settle,
     step_folder,
+    step_of,
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import (
@@ -70,6 +72,8 @@ from mora_ds.train.trackers import Tracker, check_installed
 from mora_ds.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+DECAY = "--decay_from"
 
 
 def pretrain(arguments: Arguments) -> JsonObject:
@@ -123,8 +127,8 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
-        steps = _total_steps(training, data.train, ranks.world)
-        schedule = arguments.schedule(steps)
+        steps = _total_steps(training, data.train, ranks.world, start.decay_start or 0)
+        schedule = arguments.schedule(steps, start.decay_start)
         if start.state is not None and start.state.step > schedule.total_steps:
             raise UserError(
                 f"{start.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps or "
@@ -164,11 +168,13 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     hooks = hooks_of(arguments)
     hooks.read_files(ranks)  # they may lie in the folder
     try:
-        checkpoint, state = ranks.on_first("output folder", lambda: _reserve(arguments, root, ranks.world), long=True)
+        checkpoint, state, decay_start = ranks.on_first(
+            "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
+        )
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
-        yield Start(ranks, root, checkpoint, state, hooks)
+        yield Start(ranks, root, checkpoint, state, hooks, decay_start)
     except BaseException:
         give_up(root)
         raise
@@ -180,9 +186,9 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
                 name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step))
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None]:
-    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its state. On rank 0; the caller
-    gives the folder up where this raises."""
+def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, int | None]:
+    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its state, and the step of that of
+    --decay_from. On rank 0; the caller gives the folder up where this raises."""
     training = arguments.training
     wanted = training.resume_from_checkpoint
     root = folder / CHECKPOINTS
@@ -190,13 +196,39 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     reservation = reserve(folder)
     settle(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
-    state = None
+    state = None if checkpoint is None else TrainerState.read(checkpoint)
+    branches = checkpoint is None and training.decay_from is not None
+    decay_start = None if state is None else state.identity.get("decay_from")
+    if training.decay_from is not None:
+        parent = expanded(training.decay_from, DECAY)  # gone, perhaps, once the branch has checkpoints
+        # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a branch that resumes goes by its
+        # record. A name with another step than that on record is refused with what else differs (`check_identity`).
+        if is_step_name(parent.name) or not isinstance(decay_start, int):
+            parent = parent.resolve()
+            if not is_step_name(parent.name):
+                raise UserError(
+                    f"{DECAY} {training.decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
+                )
+            decay_start = step_of(parent)
+            checkpoint = checkpoint or resume_checkpoint(str(parent), root, DECAY)
     if checkpoint is not None:
-        state = TrainerState.read(checkpoint)
+        state = state or TrainerState.read(checkpoint)
+        if branches:
+            if not state.at_peak:
+                raise UserError(f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins")
+            if checkpoint.parent == root.resolve():
+                raise UserError(f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own")
+            state.identity["decay_from"] = decay_start  # what the branch's own checkpoints have, and the parent's not
+            # What happened beside the parent, its end and its best checkpoint are not the branch's.
+            state.failures = []
+            state.finished = False
+            state.best_step = 0
+            state.best_score = None
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
-    continues = wanted == AUTO or (checkpoint is not None and checkpoint.parent == root.resolve())
+    is_own = checkpoint is not None and checkpoint.parent == root.resolve() and not branches
+    continues = wanted == AUTO or is_own
     reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
-    return checkpoint, state
+    return checkpoint, state, decay_start
 
 
 # -- evaluation sets and steps -----------------------------------------------------------------------------------------
@@ -211,16 +243,18 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
     Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by).check_names([*sets, *tasks])
 
 
-def _total_steps(training: TrainingArguments, data: TrainData, world: int) -> int:
-    """Optimizer steps by --max_steps or --num_train_epochs, at most as many as a mixture has data for."""
+def _total_steps(training: TrainingArguments, data: TrainData, world: int, done: int) -> int:
+    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at most as many as a mixture has
+    data for."""
     limit = data.max_steps if isinstance(data, Mixture) else None
     if training.max_steps > 0:
-        if limit is not None and training.max_steps > limit:
+        steps = done + training.max_steps
+        if limit is not None and steps > limit:
             raise UserError(
                 f"--max_steps {training.max_steps}: all sources are used up after {limit} steps, since each has its "
                 "`epochs`: raise or drop one of them, or lower --max_steps"
             )
-        return training.max_steps
+        return steps
     rows = Fraction(repr(training.num_train_epochs)) * data.n_blocks  # read as a decimal: 1.1 times 10 rows are 11
     steps = max(1, math.ceil(rows / training.rows_per_step(world)))
     return steps if limit is None else min(steps, limit)

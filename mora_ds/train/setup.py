@@ -46,7 +46,7 @@ NODE_SETTINGS = frozenset(
         "model_name_or_path", "model_config", "tokenizer_name",  # the model's config and the tokenizer are compared
         "train_files", "eval_files", "dataset_name",  # the tokens are compared
         "deepspeed", "mixture",  # the content is compared
-        "resume_from_checkpoint", "overwrite_output_dir",  # rank 0's hold
+        "resume_from_checkpoint", "decay_from", "overwrite_output_dir",  # rank 0's hold
         "log_level",
     }
 )  # fmt: skip
@@ -72,6 +72,8 @@ class Start:
     """Its state, which the run goes on with; None without a checkpoint."""
     hooks: Hooks
     """What the run does besides MoRA."""
+    decay_start: int | None = None
+    """The step of the checkpoint of --decay_from."""
 
 
 @contextmanager

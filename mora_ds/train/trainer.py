@@ -222,6 +222,7 @@ class Trainer:
         mean_loss = total_nll / total_labels
 
         state.step = step
+        state.at_peak = self.schedule.is_at_peak(step)
         state.tokens += self.rows_per_step * self.train_data.seq_len
         self.bytes_gathered_per_step = self.counter.gathered_bytes
         require_finite(mean_loss, f"the loss is {mean_loss} at step {step}", step)

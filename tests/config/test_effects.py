@@ -41,6 +41,8 @@ embedding_learning_rate: 0.1    |
 embedding_learning_rate: 0.2    | adapter: full
 min_lr_ratio: 0.1               | lr_scheduler_type: constant_with_warmup
 decay_ratio: 0.1                | lr_scheduler_type: cosine
+decay_ratio: 0.1                | lr_scheduler_type: wsd, decay_from: step-000004, max_steps: 9
+decay_from: step-000004         | adapter: none, lr_scheduler_type: wsd, max_steps: 9
 num_train_epochs: 3             | max_steps: 100
 exclude_eval_documents: true    |
 max_eval_batches: 3             |
@@ -59,6 +61,7 @@ embedding_learning_rate: 0.1    | train_norms: true
 embedding_learning_rate: 0.1    | train_embedding_rank: 4
 min_lr_ratio: 0.1               | lr_scheduler_type: linear
 decay_ratio: 0.1                | lr_scheduler_type: wsd
+decay_from: step-000004         | lr_scheduler_type: wsd, max_steps: 9, warmup_steps: 20
 num_train_epochs: 3             |
 max_eval_batches: 3             | held_out_share: 0.1
 shuffle_buffer: 5               | streaming: true, max_steps: 9

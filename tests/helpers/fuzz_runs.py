@@ -84,6 +84,7 @@ embedding_learning_rate     | 1e-3
 min_lr_ratio                | 0.1 | 1 | 2
 lr_scheduler_type           | cosine | constant | wsd | warmup_stable_decay | lin
 decay_ratio                 | 0.5 | 1 | 0
+decay_from                  | {user}/gone/step-000002
 warmup_steps                | 0 | 1 | 3 | 0.5 | 1.5
 weight_decay                | 0.1 | 1e9
 adam_beta1                  | 0 | 0.99999999

@@ -1,0 +1,89 @@
+"""--decay_from: a branch that decays from a checkpoint is the run that was told so from the beginning."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mora_ds.common.files import replace_symlink
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, finished_run, losses, refusal, rows, run
+from tests.helpers.resume import assert_same_tensors, checkpoint_tensors, interrupted_job
+from tests.helpers.snapshot import untouched
+
+STABLE = (
+    "--lr_scheduler_type", "wsd", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
+    "--mora_dropout", 0.1,
+)  # fmt: skip
+PARENT = (*STABLE, "--max_steps", 11, "--decay_ratio", 0.3)
+"""One step of warm-up; the learning rate decays from step 8 on. Merges after steps 3, 6 and 9."""
+
+START = 4
+"""The checkpoint of most branches, step-000004."""
+DECAY = 5
+
+
+@pytest.fixture(scope="module")
+def parent(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with all its checkpoints."""
+    return finished_run(1, user, tmp_path_factory, *PARENT)
+
+
+def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, parent: Path, tmp_path: Path):
+    """In its weights, and in what it has logged; ended in between and resumed, when a link to its parent has moved."""
+    whole = tmp_path / "whole"
+    ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
+    run(1, user.flags(whole, *STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio))
+    out = tmp_path / "branch"
+    checkpoint = parent / "checkpoints" / "step-000004"
+    latest = tmp_path / "latest"
+    latest.symlink_to(checkpoint)
+    branch = user.flags(out, *STABLE, "--max_steps", DECAY, "--resume_from_checkpoint", "auto", "--decay_from")
+    by_link = [*branch, str(latest)]
+    with untouched(parent):
+        run_ranks(1, interrupted_job, by_link, START + 3)
+    later = str(checkpoint.with_name("step-000006"))
+    assert "step of --decay_from: 4 there, 6 here" in refusal([*branch, later])
+    replace_symlink(latest, later)
+    elsewhere = tmp_path / "gone"
+    parent.rename(elsewhere)  # a branch that has checkpoints needs its parent's no more
+    run_ranks(1, interrupted_job, by_link, START + 4)
+    run(1, [*branch, str(checkpoint)])
+    elsewhere.rename(parent)
+    assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
+    assert torch.equal(losses(out), losses(whole)[START:])
+    assert [row["step"] for row in rows(out) if "merge" in row] == [6]
+
+
+def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: Path):
+    def told(checkpoint: Path, *more: str) -> str:
+        flags = user.flags(tmp_path / "a", *STABLE, "--max_steps", DECAY, "--decay_from", str(checkpoint))
+        return refusal([*flags, *more])
+
+    checkpoints = parent / "checkpoints"
+    stable = checkpoints / "step-000004"
+    with untouched(parent):
+        assert "its learning rate is not at the peak" in told(checkpoints / "step-000010")
+        assert "must be a checkpoint, such as RUN/checkpoints/step-000500" in told(parent)
+        message = told(stable, "--output_dir", str(parent), "--overwrite_output_dir")
+        assert "lies in --output_dir: give the branch a folder of its own" in message
+        assert "no checkpoint at" in told(checkpoints / "step-000005")
+    out = shutil.copytree(parent, tmp_path / "copied", symlinks=True)
+    message = told(stable, "--output_dir", str(out), "--resume_from_checkpoint", "auto")
+    assert "step of --decay_from: None there, 4 here" in message
+
+
+def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user: Playground, tmp_path: Path):
+    """A constant one is at its end; a linear one is not after a step below the peak."""
+    for kind in ("linear", "constant"):
+        run(1, user.flags(tmp_path / kind, "--max_steps", 4, "--save_steps", 2, "--lr_scheduler_type", kind))
+
+    def branch(checkpoint: str) -> list[str]:
+        return user.flags(
+            tmp_path / "out",
+            "--lr_scheduler_type", "wsd", "--max_steps", 3, "--decay_from", str(tmp_path / checkpoint),
+        )  # fmt: skip
+
+    assert "its learning rate is not at the peak" in refusal(branch("linear/checkpoints/step-000002"))
+    assert run(1, branch("constant/checkpoints/latest"))["steps"] == 7
