@@ -5,12 +5,10 @@
     CUDA, bf16 or fp16    torch's flash attention: one kernel over all documents
     otherwise             scaled_dot_product_attention; short documents of similar length together, padded at the right,
                           where causal attention never looks; long ones under a sliding window in blocks of queries
-    capped scores         in blocks of queries that are recomputed in backward (Gemma 2); torch's kernels cannot cap
+    capped scores, sinks  in blocks of queries whose scores are recomputed in backward (Gemma 2, GPT-OSS), as torch's
+                          kernels have neither: a sink is one more score, which takes weight and gives nothing
 
-Grouped key-value heads are repeated only for scaled_dot_product_attention on CUDA. Attention sinks (GPT-OSS) need no
-kernel of their own: with one more score s, which takes weight and gives nothing, lse' = log(exp(lse) + exp(s)) and
-out' = exp(lse - lse') out, and the gradients of query, key and value are those of the same kernel's backward pass,
-given lse' and out'.
+Grouped key-value heads are repeated only for scaled_dot_product_attention on CUDA.
 
 The documents come with the batch, as the keyword argument `documents` that models hand down to their attention. Without
 it they are read from the positions, and where a model hands down neither, a row is one document. With a mask of padding
@@ -32,7 +30,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.data.documents import Documents
-from mora_ds.models.sink_attention import CPUKernel, VarlenKernel, attend_with_sinks
 
 NAME = "mora_ds_documents"
 """Its name in transformers, once `register` has been called."""
@@ -46,9 +43,8 @@ _SHORT = 512
 _FLASH_HEAD = 256
 """The largest head size of torch's flash attention on CUDA."""
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value (n, H_kv, K, D_v); (C, K) true where a query sees a
-key, None for causal attention with C = K."""
+Seen = Callable[[], Tensor]
+"""Makes (C, K), or (n, 1, C, K), true where a query sees a key: a function, so that backward keeps no mask."""
 
 
 def register() -> None:
@@ -131,6 +127,11 @@ class Scores:
     sinks: Tensor | None = None
     dropout: float = 0.0
 
+    @property
+    def suit_kernels(self) -> bool:
+        """Whether torch's kernels compute them."""
+        return self.softcap is None and self.sinks is None
+
 
 # -- one kernel over all documents -------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ def fits_varlen(query: Tensor, value: Tensor, scores: Scores) -> bool:
         (query.is_meta or (query.is_cuda and _has_flash(query.device)))
         and query.dtype in (torch.float16, torch.bfloat16)
         and max(query.shape[3], value.shape[3]) <= _FLASH_HEAD
-        and scores.softcap is None
+        and scores.suit_kernels
         and scores.dropout == 0
     )
 
@@ -159,20 +160,27 @@ def _varlen(
     window: int | None,
     scores: Scores,
 ) -> Tensor:
-    """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v). The kernel wants one head size, a multiple of 8."""
+    """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v), by torch's flash attention
+    (aten/src/ATen/native/native_functions.yaml), which `torch.nn.attention.varlen` wraps in another way in every
+    version of torch. It wants one head size, a multiple of 8."""
     head = value.shape[2]
     wanted = -(-max(query.shape[2], value.shape[2]) // 8) * 8
     query, key, value = (_padded(tensor, wanted) for tensor in (query, key, value))
-    kernel = VarlenKernel(
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        documents.bounds,
         documents.bounds,
         documents.longest,
-        -1 if window is None else window - 1,
-        scores.scale,
+        documents.longest,
+        0.0,  # dropout
+        window is None,  # whether a query sees all that comes before it
+        return_debug_mask=False,
+        scale=scores.scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
     )
-    if scores.sinks is None:
-        out, *_ = kernel.forward(query, key, value)
-    else:
-        out = attend_with_sinks(query, key, value, scores.sinks, kernel)
     return out[..., :head]
 
 
@@ -248,7 +256,6 @@ def _by_documents(
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
     groups = groups_of(lengths, query.device)
-    attend = _attend_for(query, key, value, scores)
     pieces = []
     for tensor in (query, key, value):
         if groups.gather is not None:
@@ -257,7 +264,7 @@ def _by_documents(
     outs = []
     for shape, *tokens in zip(groups.shapes, *pieces, strict=True):
         query, key, value = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in tokens)
-        out = _rows(query, key, value, window, attend)
+        out = _rows(query, key, value, window, scores)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs) if len(outs) > 1 else outs[0]
     return out if groups.scatter is None else out.index_select(0, groups.scatter)
@@ -268,21 +275,21 @@ def _rows(
     key: Tensor,
     value: Tensor,
     window: int | None,
-    attend: Attend,
+    scores: Scores,
 ) -> Tensor:
     """Causal attention of documents of one length: (n, H, L, D) -> (n, H, L, D_v). Where scores are computed, or a
     window is shorter than a document, in blocks of queries with the keys that they see."""
     length = query.shape[2]
-    is_scored = isinstance(attend, partial) and attend.func is _scored
+    attend = _fused if scores.suit_kernels else _scored
     window = None if window is None or window >= length else window
-    if window is None and not is_scored:
-        return attend(query, key, value, None)
-    step = QUERIES if is_scored or window is None else min(max(window, 128), 512)
+    if window is None and scores.suit_kernels:
+        return _fused(scores, query, key, value, None)
+    step = min(max(window, 128), 512) if window is not None and scores.suit_kernels else QUERIES
     outs = []
     for begin in range(0, length, step):
         end = min(begin + step, length)
         first = 0 if window is None else max(0, begin - window + 1)
-        seen: Any = partial(
+        seen = partial(
             _seen,
             begin - first,
             end - begin,
@@ -290,9 +297,7 @@ def _rows(
             window,
             query.device,
         )
-        if not is_scored:
-            seen = seen()
-        outs.append(attend(query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], seen))
+        outs.append(attend(scores, query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], seen))
     return torch.cat(outs, dim=2)
 
 
@@ -308,30 +313,15 @@ def _seen(
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _attend_for(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Scores,
-) -> Attend:
-    """The function for these heads. Only the CPU's kernel gives the sums of exponentials that sinks need."""
-    fused = query.device.type == "cpu" and not scores.dropout and query.shape[-1] == value.shape[-1]
-    if scores.softcap is not None or (scores.sinks is not None and not fused):
-        return partial(_scored, scores)
-    if scores.sinks is not None:
-        sinks = scores.sinks
-        scale = scores.scale
-        return lambda q, k, v, seen: attend_with_sinks(q, k, v, sinks, CPUKernel(seen, scale))
-    return partial(_fused, scores)
-
-
 def _fused(
     scores: Scores,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor | None,
+    seen: Seen | None,
 ) -> Tensor:
+    """Attention of query (n, H, C, D) to key (n, H_kv, K, D) and value (n, H_kv, K, D_v), by a kernel of torch; without
+    `seen` causal, with C = K."""
     head = value.shape[3]
     is_grouped = query.shape[1] != key.shape[1]
     if is_grouped and query.is_cuda:
@@ -343,7 +333,7 @@ def _fused(
         query,
         key,
         _padded(value, query.shape[3]) if head < query.shape[3] else value,
-        attn_mask=seen,
+        attn_mask=None if seen is None else seen(),
         dropout_p=scores.dropout,
         is_causal=seen is None,
         scale=scores.scale,
@@ -360,11 +350,9 @@ def _scored(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor | Callable[[], Tensor] | None,
+    seen: Seen,
 ) -> Tensor:
-    """As `Attend`, with scores that are computed again in backward; `seen` may also be (n, 1, C, K), or what makes it,
-    so that backward keeps no mask of a block."""
-    assert seen is not None
+    """As `_fused`, with scores that are computed again in backward."""
     arguments = (scores, query, key, value, seen)
     if not torch.is_grad_enabled():
         return _weigh(*arguments)
@@ -377,23 +365,27 @@ def _weigh(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor | Callable[[], Tensor],
+    seen: Seen,
 ) -> Tensor:
     """The queries of the heads that share a key-value head are laid one after the other, so that no key is repeated."""
     shared = key.shape[1]
     count = query.shape[2]
     groups = query.shape[1] // shared
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if how.softcap is None:  # no bound: in bf16 large scores would be off by an eighth
+        query = query.to(wide)
+        key = key.to(wide)
     scores = query.unflatten(1, (shared, groups)).flatten(2, 3) @ key.transpose(-1, -2) * how.scale
     if how.softcap is not None:
         scores = torch.tanh(scores / how.softcap) * how.softcap
     scores = scores.unflatten(2, (groups, count))  # (n, H_kv, groups, C, K)
-    seen = seen if isinstance(seen, Tensor) else seen()
-    seen = seen.unsqueeze(2) if seen.dim() == 4 else seen
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    mask = seen()
+    mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if how.sinks is not None:
         one_more = how.sinks.to(scores.dtype).view(shared, groups, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, one_more], dim=-1)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=wide).to(value.dtype)
     weights = F.dropout(weights if how.sinks is None else weights[..., :-1], how.dropout)
     return (weights.flatten(2, 3) @ value).unflatten(2, (groups, count)).flatten(1, 2)
 
@@ -407,7 +399,7 @@ def _masked(
     scores: Scores,
 ) -> Tensor:
     """Attention with a mask (B, 1, T, S), or of the last T of S tokens: (B, T, H, D_v)."""
-    if scores.softcap is None and scores.sinks is None:
+    if scores.suit_kernels:
         out, _ = sdpa_attention_forward(
             module,
             query,
@@ -422,5 +414,9 @@ def _masked(
     keys = key.shape[2]
     if mask is None:
         mask = _seen(keys - length, length, keys, None, query.device)[None, None]
-    blocks = zip(query.split(QUERIES, dim=2), mask.split(QUERIES, dim=2), strict=True)
-    return torch.cat([_scored(scores, queries, key, value, seen) for queries, seen in blocks], dim=2).transpose(1, 2)
+    outs = []
+    for begin in range(0, length, QUERIES):
+        queries = query[:, :, begin : begin + QUERIES]
+        seen = partial(mask.narrow, 2, begin, queries.shape[2])
+        outs.append(_scored(scores, queries, key, value, seen))
+    return torch.cat(outs, dim=2).transpose(1, 2)

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
 from mora_ds.models.document_attention import document_attention
-from mora_ds.models.sink_attention import VarlenKernel
 from tests.helpers.attention import (
     HEADS,
     LAYOUTS,
@@ -25,26 +24,11 @@ from tests.helpers.attention import (
 from tests.helpers.pairwise import pairwise
 
 
-def test_varlen_keeps_its_contract():
-    """The meta device runs the registered shapes of forward and backward, which take the arguments of torch's own."""
-    bounds = torch.tensor([0, 3, 10], dtype=torch.int32, device="meta")
-    query, key, value = (torch.empty(10, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    kernel = VarlenKernel(bounds, 7, 5, 0.5)
-    out, sums = kernel.forward(query, key, value)
-    assert out.shape == (10, 4, 16)
-    assert sums.shape == (4, 10)
-    assert sums.dtype is torch.float32
-    input_gradients = kernel.backward(out, query, key, value, out, sums)
-    assert [gradient.shape for gradient in input_gradients] == [query.shape, key.shape, value.shape]
-
-
 @pytest.mark.parametrize("size, value_size", [(16, 16), (20, 12), (192, 128)])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int, sinks: bool):
+def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int):
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
     query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
-    sink_logits = torch.empty(4, device="meta") if sinks else None
-    out, _ = document_attention(torch.nn.Module(), query, key, value, None, s_aux=sink_logits)
+    out, _ = document_attention(torch.nn.Module(), query, key, value, None)
     out.sum().backward()
     assert out.shape == (2, 32, 4, value_size)
     assert query.grad is not None
@@ -87,69 +71,34 @@ def told_of(q: Tensor, k: Tensor, v: Tensor, lengths: Any, told: dict[str, Any])
     return begins, left, scale
 
 
-def backward_stand_in(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *others: Any, **told: Any
-) -> tuple[Tensor, ...]:
-    """As flash attention's: weights from the sums of exponentials that are given, less g . out."""
-    *lengths, seed, offset = others
-    assert seed.tolist() == [0, 0]
-    assert seed.dtype is torch.uint64
-    assert not len(offset)
-    assert sums.shape == (q.shape[1], len(q))
-    assert out.shape == q.shape
-    bounds, left, scale = told_of(q, k, v, lengths, told)
-    groups = q.shape[1] // k.shape[1]
-    scores, values = as_varlen(q, k, v, bounds, left, scale)
-    weights = torch.exp(scores - sums[..., None])
-    g = grad.transpose(0, 1)
-    of_scores = weights * (g @ values.mT - (grad * out).sum(-1).T[..., None]) * scale
-    of_query = of_scores @ k.repeat_interleave(groups, 1).transpose(0, 1)
-    of_key = of_scores.mT @ q.transpose(0, 1)
-    of_value = weights.mT @ g
-    shared = (gradient.unflatten(0, (-1, groups)).sum(1).transpose(0, 1) for gradient in (of_key, of_value))
-    return of_query.transpose(0, 1), *shared
-
-
-@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40], "kind": ["plain", "sinks"]})
-def test_varlen_is_called_for_dense_attention(
-    layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
-):
-    """Stand-ins in place of torch's kernels, which need a GPU."""
+@pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40]})
+def test_varlen_is_called_for_dense_attention(layout: str, window: int | None, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in takes the place of torch's kernel, which needs a GPU."""
     monkeypatch.setattr(module_under_test, "fits_varlen", lambda *arguments: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward_stand_in)
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 12), (1, 20)):
-        query, key, value, sinks = parts(len(positions), LENGTH, shared, value_size)
-        used_sinks, inputs = (sinks, [query, key, value, sinks]) if kind == "sinks" else (None, [query, key, value])
+        query, key, value, _ = parts(len(positions), LENGTH, shared, value_size)
         documents = Documents.of(positions)
         output, _ = document_attention(
-            torch.nn.Module(), query, key, value, None, sliding_window=window, s_aux=used_sinks, documents=documents
+            torch.nn.Module(), query, key, value, None, sliding_window=window, documents=documents
         )
         assert documents.windows == {window}
-        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, used_sinks)
-        assert_same_attention(output, expected, inputs)
+        expected = reference(query, key, value, positions, SIZE**-0.5, window, None, None)
+        assert_same_attention(output, expected, [query, key, value])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 12])
-@pytest.mark.parametrize("kind", ["plain", "sinks"])
-def test_varlen_is_dense_attention(layout: str, window: int | None, kind: str):
+def test_varlen_is_dense_attention(layout: str, window: int | None):
     positions = positions_of(LAYOUTS[layout])
     documents = Documents.of(positions).to("cuda")
-    inputs = parts(len(positions), LENGTH, 2)
+    inputs = parts(len(positions), LENGTH, 2)[:3]
     half = [tensor.detach().to("cuda", torch.bfloat16).requires_grad_() for tensor in inputs]
-    output, _ = document_attention(
-        torch.nn.Module(), *half[:3], None, sliding_window=window, s_aux=half[3] if kind == "sinks" else None,
-        documents=documents,
-    )  # fmt: skip
-    sinks = inputs[3] if kind == "sinks" else None
-    expected = reference(*inputs[:3], positions, SIZE**-0.5, window, None, sinks)
-    count = 4 if kind == "sinks" else 3
+    output, _ = document_attention(torch.nn.Module(), *half, None, sliding_window=window, documents=documents)
+    expected = reference(*inputs, positions, SIZE**-0.5, window, None, None)
     assert_close(output.double().cpu(), expected, rtol=2e-2, atol=2e-2)
-    for one, wanted in zip(
-        gradients(output.double().cpu(), half[:count]), gradients(expected, inputs[:count]), strict=True
-    ):
+    for one, wanted in zip(gradients(output.double().cpu(), half), gradients(expected, inputs), strict=True):
         assert_close(one.double().cpu(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
