@@ -10,7 +10,6 @@ the base does not fit it plans --base_device host. Without --bf16 and --fp16 the
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,7 +39,7 @@ def main() -> None:
     device = BaseDevice(arguments.training.base_device)
     chosen = None
     if options.micro_batch is None:
-        both = planner.work.adapter is not None and not options.cpu
+        both = planner.work.adapter is not None
         devices = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
         for where in devices if device is BaseDevice.AUTO else [device]:
             planner = place_base(planner, where)
@@ -78,7 +77,6 @@ def _parser() -> argparse.ArgumentParser:
         help="memory of a GPU in GB (10^9 bytes)",
     )
     parser.add_argument("--gpus_per_node", type=int, default=8, help="processes of a node")
-    parser.add_argument("--cpu", action="store_true", help="plan for processes on CPUs")
     parser.add_argument(
         "--micro_batch",
         type=int,
@@ -123,6 +121,5 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
         planner,
         work=replace(planner.work, checkpointing=training.gradient_checkpointing or options.micro_batch is None),
         cluster=Cluster(options.gpus, options.gpus_per_node, options.gpu_memory * 1e9),
-        on_cpu=options.cpu,
-        note=lambda text: print(text, file=sys.stderr),
+        on_cpu=False,
     )

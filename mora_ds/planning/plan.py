@@ -9,7 +9,7 @@ No weights are read and no process group is started: everything comes from the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from mora_ds.adapters.inject import base_elements, mora_layers
-from mora_ds.adapters.quantized import merge_bytes
+from mora_ds.adapters.quantized import merge_bytes, quantized_bytes
 from mora_ds.common.errors import UserError
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import avoid_slices, fill_bucket_sizes
@@ -39,7 +39,6 @@ from mora_ds.planning.step import (
     Work,
     base_bytes,
     measure_merge,
-    other_buffer_bytes,
     planned_model,
     step_memory,
 )
@@ -96,12 +95,9 @@ class Plan:
     @property
     def host_memory(self) -> int:
         """Bytes of a node's host memory: the base's files, mapped and shared by its ranks, offloaded optimizer states,
-        and what rank 0 collects to save. On CPUs also everything else of a rank, and its own quantized weights. Merged
-        weights are in memory that the ranks share, in place of the files."""
-        memory = self.memory
-        on_cpu = memory.peak - memory.base + memory.base_buffers + self.quantized if self.trained.on_cpu else 0
+        and what rank 0 collects to save. Merged weights are in memory that the ranks share, in place of the files."""
         ranks_of_node = min(self.cluster.ranks, self.cluster.per_node)
-        return self.files + ranks_of_node * (memory.host_optimizer + on_cpu) + memory.host_save
+        return self.files + ranks_of_node * self.memory.host_optimizer + self.memory.host_save
 
     @property
     def files(self) -> int:
@@ -122,8 +118,6 @@ class Planner:
     """The complete DeepSpeed config, in which ZeRO's sizes may be "auto"."""
     accumulation: int = 1
     on_cpu: bool = False
-    note: Callable[[str], object] = lambda text: None
-    """Told of each measurement, which takes seconds, before it is made."""
 
     def __post_init__(self) -> None:
         self._steps: dict[tuple[int, bool], StepMemory] = {}
@@ -139,7 +133,7 @@ class Planner:
         gathered = gathers(trained)
         streamed = self.streamed() if work.base_on_host else None
         memory = rank_memory(
-            model.base_bytes + model.other_buffers,
+            model.base_bytes,
             model.merge,
             self._step(work),
             trained,
@@ -198,8 +192,6 @@ class Planner:
     def _step(self, work: Work) -> StepMemory:
         key = (work.micro_batch, work.checkpointing)
         if key not in self._steps:
-            checkpointing = ", with gradient checkpointing" if work.checkpointing else ""
-            self.note(f"measuring a micro-batch of {work.micro_batch} x {work.seq_len:,} tokens{checkpointing}")
             self._steps[key] = step_memory(work)
         return self._steps[key]
 
@@ -214,11 +206,9 @@ class _MeasuredModel:
         layers = find_decoder_layers(model).values()
         self.layer = max((sum(map(Tensor.numel, layer.parameters())) for layer in layers), default=0)
         self.squares = len(mora_layers(model))
-        self.base_elements = self.base_bytes = self.quantized = 0
-        if work.adapter is not None:
-            self.base_elements = base_elements(model)
-            self.base_bytes, self.quantized = base_bytes(model, work.dtype)
-        self.other_buffers = other_buffer_bytes(model)
+        self.base_elements = 0 if work.adapter is None else base_elements(model)
+        self.base_bytes = base_bytes(model)
+        self.quantized = quantized_bytes(model)
         self.merge = measure_merge(model)
         self.a_merge_adds = merge_bytes(model)
 

@@ -21,8 +21,6 @@ def verdict(plan: Plan) -> str:
     """Whether the run fits, as a sentence."""
     peak = size_text(plan.memory.peak)
     capacity = size_text(plan.cluster.memory)
-    if plan.trained.on_cpu:
-        return f"a node needs {size_text(plan.host_memory)}"
     if plan.fits:
         return f"it fits: {peak} of {capacity} at the peak, in {plan.memory.peaks_in}"
     if plan.memory.base <= USABLE * plan.cluster.memory:

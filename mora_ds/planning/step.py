@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.domains import domains_of
-from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
+from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops import index_tables
-from mora_ds.adapters.quantized import quantized_bytes, quantized_layers
+from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.common.errors import UserError, named_as_flags, reason
 from mora_ds.data.documents import Documents
 from mora_ds.engine.device import BUFFERS
@@ -101,9 +101,7 @@ def step_memory(work: Work) -> StepMemory:
     planned = work.adapter is not None and work.adapter.planned_layers  # every layer may then be different
     if layers <= 3 * period or planned:
         return measure_step(planned_model(work), work)
-    # The shallow models have as many layers beyond complete periods as the model, and its first dense ones.
-    dense = min(getattr(work.config.get_text_config(), "first_k_dense_replace", None) or 0, layers - 3 * period)
-    short = (layers - dense) % period + dense + 2 * period
+    short = layers % period + 2 * period  # as many layers beyond complete periods as the model has
     shallow = with_layers(work, short)
     deeper = with_layers(work, short + period)
     first = measure_step(planned_model(shallow), shallow)
@@ -192,14 +190,9 @@ def measure_merge(model: nn.Module) -> int:
     return meter.peak
 
 
-def base_bytes(model: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes of the frozen base in a run that computes in `dtype`, those of its quantized weights with scales)."""
-    rounded = {
-        id(tensor) for layer in quantized_layers(model).values() for tensor in (layer.weight, layer.weight_scales)
-    }
-    unrounded = {id(t): t.numel() * dtype.itemsize for t in frozen_buffers(model).values() if id(t) not in rounded}
-    quantized = quantized_bytes(model)
-    return quantized + sum(unrounded.values()), quantized
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the frozen base and of the model's other buffers, such as rotary frequencies."""
+    return sum({id(tensor): tensor.nbytes for tensor in model.buffers()}.values())
 
 
 @dataclass(frozen=True)
@@ -238,12 +231,6 @@ class Streamed:
         return sum(self.layers[self.buffers :]) + sum(self.layers[: -self.buffers])
 
 
-def other_buffer_bytes(model: nn.Module) -> int:
-    """Bytes of the buffers that are not base weights, such as rotary frequencies."""
-    frozen = {id(tensor) for tensor in frozen_buffers(model).values()}
-    return sum(tensor.nbytes for tensor in model.buffers() if id(tensor) not in frozen)
-
-
 def with_layers(work: Work, layers: int) -> Work:
     """The same work for a model with another number of layers; lists with an entry a layer are cut."""
     config = copy.deepcopy(work.config)
@@ -259,7 +246,8 @@ def layer_period(config: Any) -> int:
     """After how many layers the kinds of layers repeat; the number of layers where they do not."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
-    if getattr(text, "mlp_only_layers", None) or (getattr(text, "decoder_sparse_step", None) or 1) > 1:
+    sparse_step = getattr(text, "decoder_sparse_step", None) or 1
+    if getattr(text, "mlp_only_layers", None) or getattr(text, "first_k_dense_replace", None) or sparse_step > 1:
         return len(kinds)  # some layers have experts, others do not
     return next(
         (size for size in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))),

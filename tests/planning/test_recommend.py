@@ -8,7 +8,6 @@ from transformers import AutoConfig
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.planning.plan import Cluster, Planner
-from mora_ds.planning.report import verdict
 from mora_ds.planning.step import Work
 from tests.helpers.models import FAMILIES
 
@@ -20,9 +19,9 @@ def work(**changes: Any) -> Work:
     return replace(Work(config, ADAPTER, seq_len=32, micro_batch=2, by_documents=True), **changes)
 
 
-def planner(cluster: Cluster, accumulation: int = 1, on_cpu: bool = False, **changes: Any) -> Planner:
+def planner(cluster: Cluster, **changes: Any) -> Planner:
     completed = complete_ds_config({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1])
-    return Planner(work(**changes), cluster, completed, accumulation, on_cpu)
+    return Planner(work(**changes), cluster, completed)
 
 
 def test_many_ranks_send_gradients_twice_in_place_of_loops():
@@ -34,16 +33,12 @@ def test_many_ranks_send_gradients_twice_in_place_of_loops():
     assert many.sent == (many.gathered + 2 * many.reduced) * 2047 / 2048
 
 
-def test_a_node_of_cpus_has_one_base():
-    plan = planner(Cluster(16, per_node=4), on_cpu=True).plan()
+def test_a_node_has_one_base_and_the_offloaded_states_of_its_ranks():
+    plan = planner(Cluster(16, per_node=4)).plan()
     memory = plan.memory
-    beside_the_base = memory.peak - memory.base
-    assert plan.host_memory == memory.base + 4 * beside_the_base + memory.host_save
-    assert "a node needs" in verdict(plan)
-    on_gpus = replace(plan, trained=replace(plan.trained, on_cpu=False))
-    assert on_gpus.host_memory == memory.base + memory.host_save
-    offloaded = replace(on_gpus, memory=replace(memory, host_optimizer=1000))
-    assert offloaded.host_memory == on_gpus.host_memory + 4 * 1000
+    assert plan.host_memory == memory.base + memory.host_save
+    offloaded = replace(plan, memory=replace(memory, host_optimizer=1000))
+    assert offloaded.host_memory == plan.host_memory + 4 * 1000
 
 
 def test_a_planner_remembers_nothing_of_other_settings():

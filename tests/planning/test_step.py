@@ -45,32 +45,30 @@ def test_layers_that_differ_in_their_experts_do_not_repeat():
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=1, mlp_only_layers=[])) == 1
     assert layer_period(config_of(num_hidden_layers=6, decoder_sparse_step=2)) == 6
     assert layer_period(config_of(num_hidden_layers=6, mlp_only_layers=[1])) == 6
+    assert layer_period(config_of(num_hidden_layers=6, first_k_dense_replace=1)) == 6
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
-@pytest.mark.parametrize("dense", [None, 0, 1, 3])
-def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(
-    period: int, dense: int | None, monkeypatch: pytest.MonkeyPatch
-):
-    """Each kind of layer, and each dense one, takes its own; the deep model is never made."""
+def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(period: int, monkeypatch: pytest.MonkeyPatch):
+    """Each kind of layer takes its own; the deep model is never made."""
     depths: list[int] = []
 
     def measure(model: Any, work: Work) -> StepMemory:
         text = work.config
         depths.append(text.num_hidden_layers)
-        costs = [100 if n < (dense or 0) else 10 ** "abc".index(kind) for n, kind in enumerate(text.layer_types)]
+        costs = [10 ** "abc".index(kind) for kind in text.layer_types]
         return StepMemory(saved=7 + sum(costs), peak=9 + 2 * sum(costs), tables=5)
 
     monkeypatch.setattr(step, "planned_model", lambda work: None)
     monkeypatch.setattr(step, "measure_step", measure)
     for layers in range(1, 24):
         kinds = ["abc"[n % period] for n in range(layers)]
-        work = Work(config_of(num_hidden_layers=layers, layer_types=kinds, first_k_dense_replace=dense), None, 8)
+        work = Work(config_of(num_hidden_layers=layers, layer_types=kinds), None, 8)
         expected = measure(None, work)
         depths.clear()
         assert step_memory(work) == expected, layers
         assert len(depths) == (1 if layers <= 3 * period else 2)
-        assert max(depths) <= max(4 * period + 3, 3 * period)
+        assert max(depths) <= 4 * period
     planned: Any = SimpleNamespace(planned_layers=True)
     depths.clear()
     step_memory(Work(config_of(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))
