@@ -3,7 +3,7 @@
     <cache_dir>/<key>/tokens.bin      uint16 or uint32 (N,): [BOS] document EOS [BOS] document EOS ...
     <cache_dir>/<key>/documents.bin   int64 (documents,): where each document ends in tokens.bin
     <cache_dir>/<key>/meta.json       counts, SHA-256 of the two files, the settings, of which <key> is a hash
-    <cache_dir>/index/<hash>.json     a file's content hash and counts (see `inspection`)
+    <cache_dir>/index/<hash>.json     a file's content hash (see `content_index`)
 
 A cache is written to a temporary folder and renamed, so a folder with a key as its name is complete. A killed
 builder leaves a temporary folder that nobody reads, and a later build removes it. Of two builders the first one wins.
@@ -16,8 +16,7 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import RunError, UserError
-from mora_ds.common.files import at_work, disk_errors, fsync, fsync_tree, is_abandoned, sha256_file
+from mora_ds.common.files import at_work, disk_errors, file_problem, fsync, fsync_tree, is_abandoned
+from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
-from mora_ds.data.held_out import DocumentFilter
-from mora_ds.data.inspection import MemberFacts, inspect_members, writable
-from mora_ds.data.readers import Document, batched
+from mora_ds.data.readers import batched
 from mora_ds.data.tokenizer import AUTO, Encoder, tokenizer_fingerprint
 from mora_ds.data.workers import ordered_map
 
@@ -50,7 +48,6 @@ HASHED_BYTES = 1 << 30
 """Caches of up to this size (about a second of reading) are hashed whenever they are opened to train on."""
 
 _TEMPORARY = ".partial-"
-_STALE_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -106,27 +103,22 @@ def build_cache(
     `barrier` once and then open the result. `num_proc` processes tokenise; their number does not change the result.
     `document_start`: as in `tokenizer.start_id`. Every document is followed by the end-of-text token. A damaged cache
     is rebuilt, with a warning.
-    Raises `UserError` for a file that cannot be read as text (before any is tokenised), an empty corpus or a tokenizer
-    without end-of-text token, and `RunError` for a full disk.
+    Raises `UserError` for a file that cannot be read as text, an empty corpus or a tokenizer without end-of-text token,
+    and `RunError` for a full disk.
     """
     encoder = Encoder.of(tokenizer, document_start)
     num_proc = _processes_for(corpus, tokenizer, num_proc)
     if not is_builder:
         barrier()
-        settings = _settings(corpus, encoder, inspect_members(corpus, cache_dir, 1, False))
+        settings = _settings(corpus, encoder, content_hashes(corpus, cache_dir, 1))
         return TokenCache.open(cache_dir / _key(settings))
     try:
-        facts = inspect_members(corpus, cache_dir, num_proc, progress)
-        settings = _settings(corpus, encoder, facts)
+        settings = _settings(corpus, encoder, content_hashes(corpus, cache_dir, num_proc))
         folder = cache_dir / _key(settings)
         if problem := damage(folder, contents=True):
             if folder.exists():
-                log.warning(
-                    "the token cache %s is damaged: %s; it is rebuilt",
-                    folder,
-                    problem,
-                )
-            _build(corpus, encoder, folder, settings, facts, num_proc, progress)
+                log.warning(f"the token cache {folder} is damaged: {problem}; it is rebuilt")
+            _build(corpus, encoder, folder, settings, num_proc, progress)
     finally:
         barrier()  # also after an error: the other ranks must not wait for ever
     return TokenCache.open(folder)
@@ -143,18 +135,11 @@ def damage(folder: Path, contents: bool = False) -> str | None:
         if _key(settings) != folder.name:
             return f"{META} is not what was written"
         sizes = {TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
-        for name, size in sizes.items():
-            if (folder / name).stat().st_size != size:
-                return f"{name} is not {size} bytes long"
-        expected = {name: meta["sha256"][name] for name in sizes}
-    except FileNotFoundError as error:
-        return f"there is no {error.filename}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        hashes = meta["sha256"] if contents and sum(sizes.values()) <= HASHED_BYTES else dict.fromkeys(sizes)
+        problems = [file_problem(folder / name, size, hashes[name]) for name, size in sizes.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
-    if not contents or sum(sizes.values()) > HASHED_BYTES:
-        return None
-    altered = (name for name in sizes if sha256_file(folder / name) != expected[name])
-    return next((f"{folder / name} is not what was written" for name in altered), None)
+    return next(filter(None, problems), None)
 
 
 def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> int:
@@ -164,8 +149,8 @@ def _processes_for(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, num_proc:
     return 1 if remote or corpus.size_bytes() < PARALLEL_BYTES else max(num_proc, 1)
 
 
-def _settings(corpus: Corpus, encoder: Encoder, facts: list[MemberFacts]) -> dict[str, Any]:
-    """Everything that decides which tokens a cache holds."""
+def _settings(corpus: Corpus, encoder: Encoder, hashes: list[str]) -> dict[str, Any]:
+    """Everything that decides which tokens a cache holds. `hashes`: of the corpus's members."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
@@ -174,7 +159,7 @@ def _settings(corpus: Corpus, encoder: Encoder, facts: list[MemberFacts]) -> dic
         "dtype": encoder.dtype,
         "text_column": corpus.text_column,
         "filter": None if corpus.keep is None else corpus.keep.identity,
-        "contents": [part_facts.content_hash for part_facts in facts],
+        "contents": hashes,
     }
 
 
@@ -191,104 +176,52 @@ def _build(
     encoder: Encoder,
     folder: Path,
     settings: dict[str, Any],
-    facts: list[MemberFacts],
     num_proc: int,
     progress: bool,
 ) -> None:
-    characters = sum(part_facts.characters for part_facts in facts)
-    _check_space(folder.parent, characters, encoder.dtype)
     _remove_leftovers(folder.parent)
+    # Not of `tempfile`, whose folders are private: a cache may be shared.
+    temporary = folder.with_name(f"{folder.name}{_TEMPORARY}{uuid4().hex}")
     with writable(folder.parent):
-        temporary = _temporary(folder)
+        temporary.mkdir()
     try:
         with disk_errors(folder.parent), at_work(temporary):
-            hidden = None if progress else True  # None: where there is no terminal
-            bar = tqdm(
-                desc="tokenising",
-                total=characters,
-                unit="char",
-                unit_scale=True,
-                disable=hidden,
-            )
-            counts = _write(corpus, encoder, temporary, num_proc, bar)
-            if not counts["documents"]:
-                raise UserError(f"{corpus.flag}: {_nothing_left(corpus.keep)}")
-            documents_read = sum(part_facts.documents for part_facts in facts)
-            meta = {**counts, "documents_read": documents_read, "settings": settings}
-            (temporary / META).write_text(json.dumps(meta, indent=2) + "\n")
+            meta = _write(corpus, encoder, temporary, num_proc, progress)
+            if not meta["documents"]:
+                passed = "" if corpus.keep is None else f", or on the other side of {corpus.keep}"
+                raise UserError(f"{corpus.flag}: every document is empty{passed}")
+            (temporary / META).write_text(json.dumps({**meta, "settings": settings}, indent=2) + "\n")
             fsync_tree(temporary)
             _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed already, unless the build failed
 
 
-def _nothing_left(keep: DocumentFilter | None) -> str:
-    if keep is None:
-        return "every document is empty"
-    if keep.takes_held_out:
-        return f"no document falls into --held_out_share {keep.held_out_share}: raise it"
-    return (
-        "no document is left to train on: all are empty, held out (--held_out_share) or in --eval_files "
-        "(--exclude_eval_documents)"
-    )
-
-
-def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, bar: tqdm) -> dict[str, Any]:
+def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progress: bool) -> dict[str, Any]:
     """Writes the tokens of all documents into `folder`; returns the counts and hashes for meta.json."""
-    files = {name: (folder / name).open("wb") for name in (TOKENS, DOCUMENTS)}
-    hashes = {name: hashlib.sha256() for name in files}
-    total = documents = 0
-    try:
-        for tokens, ends in ordered_map(
-            encoder,
-            batched(_counted(corpus, bar), lambda document: len(document.text)),
-            num_proc,
-        ):
-            for name, data in ((TOKENS, tokens), (DOCUMENTS, ends + total)):
-                files[name].write(data.data)
-                hashes[name].update(data.data)
-            total += len(tokens)
-            documents += len(ends)
-    finally:
-        bar.close()
-        for file in files.values():
-            file.close()
+    hidden = None if progress else True  # None: where there is no terminal
+    documents = tqdm((document for document in corpus if not document.is_empty), "tokenising", disable=hidden)
+    batches = batched(documents, lambda document: len(document.text))
+    hashes = {TOKENS: hashlib.sha256(), DOCUMENTS: hashlib.sha256()}
+    n_tokens = 0
+    n_documents = 0
+    with (folder / TOKENS).open("wb") as tokens_file, (folder / DOCUMENTS).open("wb") as ends_file:
+        for tokens, ends in ordered_map(encoder, batches, num_proc):
+            ends = ends + n_tokens
+            tokens_file.write(tokens.data)
+            ends_file.write(ends.data)
+            hashes[TOKENS].update(tokens.data)
+            hashes[DOCUMENTS].update(ends.data)
+            n_tokens += len(tokens)
+            n_documents += len(ends)
     digests = {name: digest.hexdigest() for name, digest in hashes.items()}
-    return {"tokens": total, "documents": documents, "sha256": digests}
-
-
-def _counted(corpus: Corpus, bar: tqdm) -> Iterator[Document]:
-    """The documents of the corpus that are not empty; the progress bar counts their characters."""
-    for document in corpus:
-        if not document.is_empty:
-            bar.update(len(document.text))
-            yield document
-
-
-def _check_space(cache_dir: Path, characters: int, dtype: str) -> None:
-    """Raises `UserError` where the disk is too full. Text has rarely more than 6 characters a token."""
-    needed = characters // 6 * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(cache_dir).free
-    if free < needed:
-        raise UserError(
-            f"--cache_dir {cache_dir}: the disk has {free / 2**30:.1f} GiB left, the tokens need at least "
-            f"{needed / 2**30:.1f} GiB; name a folder on a larger disk"
-        )
-
-
-def _temporary(folder: Path) -> Path:
-    """A new folder next to the cache's. Not of `tempfile`, whose folders are private: a cache may be shared."""
-    temporary = folder.with_name(f"{folder.name}{_TEMPORARY}{uuid4().hex}")
-    temporary.mkdir()
-    return temporary
+    return {"tokens": n_tokens, "documents": n_documents, "sha256": digests}
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
     """Renames the new cache. A damaged one in its place is removed; one that another builder finished first stays."""
     if folder.exists() and damage(folder, contents=True):
-        trash = _temporary(folder)
-        os.replace(folder, trash / "damaged")
-        shutil.rmtree(trash, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(temporary, folder)
     except OSError:
@@ -298,10 +231,8 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Removes the temporary folders of killed builders: at once where the file system's locks tell that the builder is
-    gone, else a day after the last write."""
+    """Removes the temporary folders of killed builders, where the file system's locks tell that they are gone."""
     for leftover in cache_dir.glob(f"*{_TEMPORARY}*"):
         with suppress(FileNotFoundError):  # another builder finishes, and renames it, at the same time
-            newest = max(path.stat().st_mtime for path in (leftover, *leftover.glob("*")))
-            if is_abandoned(leftover) or newest < time.time() - _STALE_S:
+            if is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -7,7 +7,6 @@ Nothing is copied: the only thing written from a corpus is its token cache.
 """
 
 import glob
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from mora_ds.common.errors import UserError, nearest
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.members import DatasetMember, FileMember, Member, StreamedDatasetMember
 from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix
-
-logger = logging.getLogger(__name__)
 
 SPLIT = "train"
 """The split of a data set that is read."""
@@ -77,19 +74,24 @@ def load_corpus(
     Looks at names, sizes and the first document of every member only; the rest is checked while it is read.
     Raises `UserError`, which names `flag` or `--dataset_name`, for anything that is no corpus.
     """
-    if bool(patterns) == bool(dataset_name):
-        raise UserError(f"give either {flag} or --dataset_name" + (", not both" if patterns else ""))
-    if dataset_name:
-        flag = "--dataset_name" if flag == "--train_files" else flag  # else a source of a mixture
-        dataset = _saved_dataset if is_saved_dataset(Path(dataset_name)) else _named_dataset
-        with _naming(flag):
-            members: tuple[Member, ...] = (_dataset_member(dataset_name, dataset(dataset_name), text_column),)
-    else:
+    members: list[Member] = []
+    if dataset_name is None:
         files = resolve_files(patterns, flag)
         with _naming(flag):
-            members = tuple(_file_member(path, text_column) for path in files)
-    corpus = Corpus(members, text_column, flag)
-    for member in members:
+            members += [_file_member(path, text_column) for path in files]
+    else:
+        flag = "--dataset_name" if flag == "--train_files" else flag  # else a source of a mixture
+        open_dataset = _saved_dataset if is_saved_dataset(Path(dataset_name)) else _named_dataset
+        with _naming(flag):
+            dataset = open_dataset(dataset_name)
+            check_column(dataset.features.arrow_schema, text_column, dataset_name)
+        members.append(DatasetMember(dataset_name, dataset, text_column))
+    return _checked(Corpus(tuple(members), text_column, flag))
+
+
+def _checked(corpus: Corpus) -> Corpus:
+    """The corpus, once the first document of every member is read."""
+    for member in corpus.members:
         next(corpus.documents_of(member))
     return corpus
 
@@ -100,21 +102,15 @@ def stream_dataset(name: str, text_column: str, flag: str) -> Corpus:
     Raises `UserError`, which names `flag`, where there is no such dataset, or no text in it.
     """
     with _naming(flag):
-        member = StreamedDatasetMember(
-            name,
-            _named_dataset(name, streaming=True),
-            text_column,
-        )
-    corpus = Corpus((member,), text_column, flag)
-    next(corpus.documents_of(member))
-    return corpus
+        dataset = _named_dataset(name, streaming=True)
+    return _checked(Corpus((StreamedDatasetMember(name, dataset, text_column),), text_column, flag))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
 def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[Path]:
-    """Files (and folders that `datasets` saved) in the order of the patterns, sorted within each, without repeats.
+    """Files in the order of the patterns, sorted within each, without repeats.
 
     A folder stands for all files within it that have a known suffix. Files of no bytes are left out where a pattern or
     a folder has found them, but not where they are named. Raises `UserError` for a pattern without a match.
@@ -123,14 +119,9 @@ def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[
     for pattern in patterns:
         matches = [path for match in _matches(pattern) for path in _expand(match)]
         if not matches:
-            if os.path.isdir(os.path.expanduser(pattern)):
-                raise UserError(f"{flag}: the folder {pattern!r} holds no file of a kind that is read")
-            raise UserError(f"{flag}: no file matches {pattern!r}.{_near_files(pattern)}")
+            raise UserError(f"{flag}: no file matches {pattern!r}.{_hint(pattern)}")
         if matches != [Path(os.path.expanduser(pattern))]:
-            with_text = [path for path in matches if not _is_empty(path)] or matches
-            if left_out := len(matches) - len(with_text):
-                logger.info(f"{flag} {pattern}: {left_out} of {len(matches)} files are empty, and left out")
-            matches = with_text
+            matches = [path for path in matches if not _is_empty(path)] or matches
         for path in matches:
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
@@ -144,7 +135,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or is_saved_dataset(path):
+    if not path.is_dir():
         return [path]
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
@@ -154,14 +145,14 @@ def _expand(path: Path) -> list[Path]:
     return files
 
 
-def _near_files(pattern: str) -> str:
+def _hint(pattern: str) -> str:
     _, equals, files = pattern.partition("=")
     if equals and _matches(files):
         return f" A source that has a name needs a weight, too: {pattern}:1"
+    if os.path.isdir(os.path.expanduser(pattern)):
+        return " The folder holds no file of a kind that is read; --dataset_name names a saved data set."
     folder = Path(os.path.expanduser(pattern)).parent
-    if not folder.is_dir():
-        return f" There is no folder {str(folder)!r}." if not glob.has_magic(str(folder)) else ""
-    return nearest(Path(pattern).name, sorted(os.listdir(folder)))
+    return nearest(Path(pattern).name, sorted(os.listdir(folder))) if folder.is_dir() else ""
 
 
 def _is_empty(path: Path) -> bool:
@@ -169,13 +160,9 @@ def _is_empty(path: Path) -> bool:
 
 
 def _file_member(path: Path, text_column: str) -> Member:
-    if path.is_dir():
-        return _dataset_member(str(path), _saved_dataset(str(path)), text_column)
     file_kind(path)
-    if not path.exists():
-        raise UserError(f"{path} is a link to nothing")
     if not path.is_file():  # a pipe would lose its first text, or wait for ever
-        raise UserError(f"{path} is a pipe or a device, and text is read more than once: write it into a file")
+        raise UserError(f"{path} is no file (a pipe, a device, a link to nothing); text is read more than once")
     if _is_empty(path):
         raise UserError(f"{path} is empty")
     return FileMember(path, text_column)
@@ -202,19 +189,9 @@ def _named_dataset(name: str, streaming: bool = False) -> Any:
 def _saved_dataset(folder: str) -> Any:
     import datasets
 
+    has_splits = Path(folder, "dataset_dict.json").is_file()
+    path = Path(folder, SPLIT) if has_splits else Path(folder)
     try:
-        dataset = datasets.load_from_disk(folder)
-    except IndexError as error:  # of data sets without files of rows
-        raise UserError(f"{folder} is empty, or one of its splits is: it holds no row") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is no folder that datasets.save_to_disk has written: {error}") from error
-    if not isinstance(dataset, datasets.DatasetDict):
-        return dataset
-    if SPLIT not in dataset:
-        raise UserError(f"{folder} has no split {SPLIT!r}; there are: {', '.join(dataset)}")
-    return dataset[SPLIT]
-
-
-def _dataset_member(label: str, dataset: Any, text_column: str) -> DatasetMember:
-    check_column(dataset.features.arrow_schema, text_column, label)
-    return DatasetMember(label, dataset, text_column)
+        return datasets.load_from_disk(path)
+    except (OSError, ValueError, KeyError, IndexError) as error:  # the last where it has no rows
+        raise UserError(f"{path} is no data set with rows that datasets.save_to_disk has written: {error}") from error

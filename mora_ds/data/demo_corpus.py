@@ -54,10 +54,8 @@ class DemoDocument:
 
 def general_documents() -> list[DemoDocument]:
     """Prose: every topic of the language reference, and one document of docstrings for each module that has some."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise _missing("pydoc_data.topics") from error
+    from pydoc_data.topics import topics  # not above: half a megabyte that only the demo needs
+
     prose = [DemoDocument(f"topic:{name}", text.strip() + "\n") for name, text in sorted(topics.items())]
     prose += [DemoDocument(module.source, "\n\n".join(module.prose) + "\n") for module in _modules() if module.prose]
     return _without_held_out_paragraphs(prose)
@@ -68,17 +66,11 @@ def domain_documents() -> list[DemoDocument]:
     return [DemoDocument(module.source, module.code) for module in _modules()]
 
 
-def write_demo_corpus(
-    folder: Path,
-    *,
-    general_bytes: int | None = None,
-    domain_bytes: int | None = None,
-    eval_bytes: int | None = None,
-) -> dict[str, int]:
+def write_demo_corpus(folder: Path, general_bytes: int, domain_bytes: int, eval_bytes: int) -> dict[str, int]:
     """Writes the four corpora into `folder` as JSON lines ("text", "source"): general_train.jsonl, general_eval.jsonl,
     domain_train.jsonl, domain_eval.jsonl. Returns the UTF-8 bytes of text in each, by the name without its suffix.
 
-    The limits are UTF-8 bytes of text: of each training file, and of either evaluation file; None for no limit.
+    The limits are UTF-8 bytes of text: of each training file, and of either evaluation file.
     Documents are shuffled by a hash of their names, so that a limit takes an even sample.
     Raises `UserError` where this Python has come without its library's sources.
     """
@@ -94,19 +86,17 @@ def write_demo_corpus(
     return sizes
 
 
-def _write(path: Path, documents: Iterable[DemoDocument], limit: int | None) -> int:
+def _write(path: Path, documents: Iterable[DemoDocument], limit: int) -> int:
     """Documents in hashed order, without those that would exceed the limit; returns the bytes of text."""
     total = 0
-    temporary = path.with_suffix(".partial")
-    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
         for document in sorted(documents, key=lambda document: (_hash(document.source), document.source)):
             size = len(document.text.encode())
-            if limit is None or total + size <= limit:
+            if total + size <= limit:
                 stream.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
                 total += size
-    os.replace(temporary, path)
     if not total:
-        raise UserError(f"the demo corpus has no document of at most {limit} bytes for {path.name}")
+        raise UserError("the demo needs the sources of the standard library, which this Python lacks: --train_files")
     return total
 
 
@@ -126,10 +116,6 @@ class _Module:
     """Those of its docstrings that are prose."""
 
 
-def _missing(what: str) -> UserError:
-    return UserError(f"the demo needs {what}, which this Python has come without; give --train_files")
-
-
 @lru_cache(maxsize=1)
 def _modules() -> tuple[_Module, ...]:
     """Every source file of the standard library that is UTF-8 and parses, by module name."""
@@ -146,8 +132,6 @@ def _modules() -> tuple[_Module, ...]:
         if text.strip():
             name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
             modules.append(_Module(name, text, tuple(filter(_is_prose, _docstrings(tree)))))
-    if not any(module.source == "ast" for module in modules):
-        raise _missing("the sources of the standard library")
     return tuple(modules)
 
 

@@ -68,7 +68,7 @@ class FileMember(Member):
         return read_file(self.path, self.text_column, mark)
 
     def content_hash(self) -> str:
-        content = f"{file_kind(self.path).value} {is_compressed(self.path)} {sha256_file(self.path)}"
+        content = f"{file_kind(self.path)} {is_compressed(self.path)} {sha256_file(self.path)}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def stamp(self) -> dict[str, Any]:
@@ -92,11 +92,7 @@ class DatasetMember(Member):
         if mark.record == len(rows) > 0:  # `select` refuses to begin there
             return iter(())
         batches = rows.select(range(mark.record, len(rows))).iter(batch_size=1024)
-        return read_rows(
-            self.label,
-            (batch[self.text_column] for batch in batches),
-            mark.record,
-        )
+        return read_rows(self.label, (batch[self.text_column] for batch in batches), mark.record)
 
     def content_hash(self) -> str:
         return hashlib.sha256(self.dataset._fingerprint.encode()).hexdigest()

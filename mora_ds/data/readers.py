@@ -10,13 +10,10 @@ limit, `LINE_BYTES`.
 """
 
 import codecs
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -89,21 +86,15 @@ def batched(items: Iterable[Item], characters: Callable[[Item], int]) -> Iterato
         yield batch
 
 
-class FileKind(str, Enum):
-    """How a file is parsed."""
-
-    TEXT = "text"
-    JSON = "json"
-    PARQUET = "parquet"
-
-
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py")
+TEXT = "text"
+JSON = "json"
+PARQUET = "parquet"
 _KINDS = {
-    **dict.fromkeys(TEXT_SUFFIXES, FileKind.TEXT),
-    **dict.fromkeys((".json", ".jsonl", ".ndjson"), FileKind.JSON),
-    ".parquet": FileKind.PARQUET,
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".py"), TEXT),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), JSON),
+    ".parquet": PARQUET,
 }
-_COMPRESSED = (".gz", ".zst")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _UNREADABLE = (
     ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".pdf", ".docx", ".csv", ".tsv", ".arrow", ".safetensors", ".bin",
     ".npy",
@@ -115,11 +106,11 @@ def has_known_suffix(path: Path) -> bool:
     return _inner_suffix(path) in _KINDS
 
 
-def file_kind(path: Path) -> FileKind:
+def file_kind(path: Path) -> str:
     """The format of a file by its suffix; an unknown suffix means text. Raises `UserError` for unreadable formats."""
     suffix = _inner_suffix(path)
-    kind = _KINDS.get(suffix, FileKind.TEXT)
-    if suffix in _UNREADABLE or (is_compressed(path) and kind is FileKind.PARQUET):
+    kind = _KINDS.get(suffix, TEXT)
+    if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
         raise UserError(
             f"{path}: {''.join(path.suffixes[-2:])} files are not read; give text, JSON lines (both also as .gz or "
             ".zst), Parquet, or the folder of a data set that `datasets` has saved"
@@ -144,19 +135,15 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
     """
     kind = file_kind(path)
     try:
-        if kind is FileKind.TEXT:
+        if kind == TEXT:
             chunks = _read_text(path) if mark == START else iter(())
             yield from ((chunk, Mark(1) if chunk.ends else START) for chunk in chunks)
-        elif kind is FileKind.JSON:
+        elif kind == JSON:
             yield from _read_json(path, text_column, mark)
         else:
             columns = _parquet_columns(path, text_column, mark.record)
-            yield from read_rows(
-                str(path),
-                (column.to_pylist() for column in columns),
-                mark.record,
-            )
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            yield from read_rows(str(path), (column.to_pylist() for column in columns), mark.record)
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -164,7 +151,7 @@ def text_field(row: Any, text_column: str, source: str) -> str:
     """The text of one JSON record. Raises `UserError` that says what is there instead of a string in that field."""
     if not isinstance(row, dict):
         what = f"a {type(row).__name__} where an object with a field {text_column!r} should be"
-        raise UserError(f"{source}: {what}{_OF_ARRAYS if isinstance(row, list) else ''}")
+        raise UserError(f"{source}: {what}{_ONE_A_LINE}")
     if text_column not in row:
         raise _no_column(source, text_column, row)
     text = row[text_column]
@@ -179,14 +166,13 @@ def text_field(row: Any, text_column: str, source: str) -> str:
 
 def check_column(schema: pa.Schema, text_column: str, source: str) -> None:
     """Raises `UserError` unless the table has one column of that name and it holds strings."""
-    if text_column not in schema.names:
+    index = schema.get_field_index(text_column)
+    if index < 0:  # none, or several
         raise _no_column(source, text_column, schema.names)
-    if (count := schema.names.count(text_column)) > 1:
-        raise UserError(f"{source}: {count} columns are called {text_column!r}; rename all but one (see --text_column)")
-    kind = schema.field(text_column).type
+    kind = schema.field(index).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise UserError(f"{source}: column {text_column!r} holds {kind}, not strings (see --text_column)")
 
 
@@ -199,11 +185,8 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(pa.CompressedInputStream(str(path), "zstd"), _READ_BYTES)
-    return path.open("rb")
+    compression = _COMPRESSED.get(path.suffix.lower())
+    return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
 
 
 # -- text ----------------------------------------------------------------------------------------------------------
@@ -230,40 +213,36 @@ def _decoded(path: Path) -> Iterator[str]:
     """Blocks of text; a byte order mark is dropped, line ends stay as they are."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     lines = 1
-    size = 0
     with _open(path) as stream:
-        while True:
+        block = b"first"
+        while block:
             block = stream.read(_READ_BYTES)
-            size += len(block)
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 lines += error.object[: error.start].count(b"\n")
-                raise _not_utf8(path, lines, size - len(error.object), error) from None
+                raise _not_utf8(f"{path}, line {lines}", error) from None
             lines += text.count("\n")
             yield text
-            if not block:
-                return
 
 
-def _not_utf8(path: Path, line: int, start: int, error: UnicodeDecodeError) -> UserError:
+def _not_utf8(where: str, error: UnicodeDecodeError) -> UserError:
     return UserError(
-        f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {start + error.start}: "
-        f"{error.reason}); convert the file, for instance with iconv, or leave it out"
+        f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert the file, for instance "
+        "with iconv, or leave it out"
     )
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------------
 
 
-_OF_ARRAYS = " (jq -c '.[]' makes one object a line of an array)"
-_OF_OBJECTS = " (jq -c . makes one line of an object)"
+_ONE_A_LINE = "; one object a line is read (jq -c . makes a line of an object, jq -c '.[]' lines of an array)"
 
 
 def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     """The records of JSON lines. Blank lines are none; the first line may have a byte order mark."""
     offset = mark.offset
-    empty = mark == START
+    is_empty = mark == START
     with _open(path) as stream:
         if is_compressed(path):
             for _ in islice(_lines(stream, path), mark.record):
@@ -271,15 +250,15 @@ def _read_json(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docum
         else:
             stream.seek(offset)
         for number, line in enumerate(_lines(stream, path, mark.record), start=mark.record + 1):
-            start = offset
             offset += len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                empty = False
-                row = _parse(path, line.rstrip(b"\r\n"), number, start)
-                yield Document(text_field(row, text_column, f"{path}, line {number}")), Mark(number, offset)
-    if empty:
+                is_empty = False
+                where = f"{path}, line {number}"
+                row = _parse(where, line.rstrip(b"\r\n"))
+                yield Document(text_field(row, text_column, where)), Mark(number, offset)
+    if is_empty:
         raise UserError(f"{path} is empty: it holds no JSON record")
 
 
@@ -289,26 +268,21 @@ def _lines(stream: IO[bytes], path: Path, before: int = 0) -> Iterator[bytes]:
         if not line:
             return
         if len(line) > LINE_BYTES:
-            is_array = line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             raise UserError(
-                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed at once; split it"
-                f"{_OF_ARRAYS if is_array else ''}, or give the document as a text file, which is read in chunks"
+                f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB, and a record is parsed at once; split it, "
+                f"or give the document as a text file, which is read in chunks{_ONE_A_LINE}"
             )
         yield line
 
 
-def _parse(path: Path, line: bytes, number: int, offset: int) -> Any:
-    """The value in line `number`, which begins at byte `offset` of the file."""
-    where = f"{path}, line {number}"
+def _parse(where: str, line: bytes) -> Any:
+    """The value in a line."""
     try:
         return parse_json(line.decode())
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, number, offset, error) from None
+        raise _not_utf8(where, error) from None
     except json.JSONDecodeError as error:
-        hint = _OF_OBJECTS if line.strip() == b"{" else _OF_ARRAYS
-        raise UserError(
-            f"{where}, column {error.colno}: broken JSON: {error.msg}; one object a line is read{hint}"
-        ) from None
+        raise UserError(f"{where}, column {error.colno}: broken JSON: {error.msg}{_ONE_A_LINE}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}; write it otherwise, or leave the line out") from None
 
@@ -326,11 +300,7 @@ def _parquet_columns(path: Path, text_column: str, skip: int) -> Iterator[pa.Arr
             skip -= rows
         if not groups:  # pyarrow would read all of them
             return
-        for batch in table.iter_batches(
-            _ROWS_PER_BATCH,
-            row_groups=groups,
-            columns=[text_column],
-        ):
+        for batch in table.iter_batches(_ROWS_PER_BATCH, row_groups=groups, columns=[text_column]):
             yield batch.column(0).slice(skip)
             skip = max(skip - len(batch), 0)
 

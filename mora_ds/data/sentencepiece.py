@@ -14,7 +14,6 @@ Documents are plain text: "</s>" in a document is four characters, as in Sentenc
 """
 
 import io
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,6 @@ def train_sentencepiece(
     every text. The same texts give the same file. Raises `UserError`, which names `flag`, where the corpus does not
     yield that many tokens.
     """
-    smallest = 256 + len(_SPECIAL_TOKENS) + 1
-    if vocab_size < smallest:
-        raise UserError(f"{flag} must be at least {smallest} (256 bytes and the special tokens)")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -85,7 +81,7 @@ def train_sentencepiece(
             **settings,
         )
     except (RuntimeError, ValueError) as error:  # the latter of a number beyond 31 bits
-        raise _training_error(f"{flag} {vocab_size}", str(error)) from error
+        raise UserError(f"{flag} {vocab_size}: SentencePiece cannot train on this text: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL_FILE
     path.write_bytes(model.getvalue())
@@ -104,16 +100,6 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             if sentence.strip("\r\n"):
                 yield sentence
             start = end
-
-
-def _training_error(flag: str, message: str) -> UserError:
-    if limit := re.search(r"too high .*<= (\d+)", message):
-        return UserError(f"{flag}: the training text yields only {limit[1]} tokens; lower it, or give more text")
-    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return UserError(f"{flag}: the characters of the training text alone need {needed[1]} tokens; raise it")
-    if "sentences_.empty()" in message:
-        return UserError(f"{flag}: there is no text to train a tokenizer on (--train_files)")
-    return UserError(f"{flag}: SentencePiece cannot train on this text: {message}")
 
 
 # -- a .model file as a transformers tokenizer ---------------------------------------------------------------------

@@ -62,8 +62,9 @@ class Encoder:
         start = [] if self.start_id is None else [self.start_id]
         rows = []
         for document, ids in zip(batch, encoded, strict=True):
-            pieces = (start if document.begins else [], ids, [self.eos_id] if document.ends else [])
-            rows.append(np.concatenate([np.asarray(piece, self.dtype) for piece in pieces]))
+            before = start if document.begins else []
+            after = [self.eos_id] if document.ends else []
+            rows.append(np.asarray([*before, *ids, *after], self.dtype))
         return rows
 
 
@@ -90,9 +91,7 @@ def load_tokenizer(
     if path.suffix == ".model" or path.is_file():
         return wrap_sentencepiece(path)
     if path.is_dir() and not holds_tokenizer(path):
-        is_training = flag in ("--tokenizer_name", "--model_name_or_path")
-        advice = "; give one with --tokenizer_name, or train one with --train_tokenizer_vocab" if is_training else ""
-        raise UserError(f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}){advice}")
+        raise UserError(f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path if path.is_dir() else name_or_path), trust_remote_code=trust_remote_code
@@ -100,9 +99,7 @@ def load_tokenizer(
         tokenizer("a")  # which is where some of its settings are first read
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain ones, for merges of unknown tokens for example
-        untrusted = not trust_remote_code and "trust_remote_code" in str(error)
-        hint = " (--trust_remote_code runs its code)" if untrusted else ""
-        raise UserError(f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}{hint}: {error}") from error
+        raise UserError(f"{flag}: no tokenizer can be loaded from {str(name_or_path)!r}: {error}") from error
 
 
 def load_as_of_model(folder: Path, model_type: str, flag: str) -> PreTrainedTokenizerBase:

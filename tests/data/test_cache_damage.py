@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mora_ds.data import build_cache, inspection, load_corpus, load_tokenizer
+from mora_ds.data import build_cache, content_index, load_corpus, load_tokenizer
 from tests.helpers.damage import HARMS, flip
 from tests.helpers.jobs import Playground
 from tests.helpers.outcome import tree
@@ -44,6 +44,6 @@ def test_a_damaged_entry_of_the_index_is_not_believed(build: Callable[[], Any], 
     (entry,) = (built.folder.parent / "index").iterdir()
     content = entry.read_text()
     flip(entry, where)
-    assert inspection._recall(entry) is None
+    assert content_index._recall(entry) is None
     assert build().folder == built.folder
     assert entry.read_text() == content

