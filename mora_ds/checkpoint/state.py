@@ -104,15 +104,14 @@ def check_identity(folder: Path, saved: JsonObject, now: JsonObject) -> None:
 
 _OF_TEXT = (
     "--train_files, --dataset_name, --mixture, --replay, --text_column, --document_start, --held_out_share, "
-    "--exclude_eval_documents with --eval_files, --streaming, --shuffle_buffer and the tokenizer"
+    "--streaming, --shuffle_buffer and the tokenizer"
 )
 """What decides the tokens of a source."""
 
 _LABELS = {
     "base": "weights of --model_name_or_path",
     "model_config": "config.json of --model_name_or_path, and --rope_scaling",
-    "tokens": f"tokens of the training text ({_OF_TEXT})",
-    "mixture.sources": f"sources ({_OF_TEXT})",
+    "mixture.sources": f"tokens of the training text ({_OF_TEXT})",
     "mixture.weights": "weights of --mixture, --train_files or --replay",
     "mixture.epochs": "epochs of --mixture",
     "adapter.kind": "--adapter",

@@ -104,14 +104,10 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def with_flags(recipe: dict[str, Any], flags: dict[str, Any]) -> Arguments:
     """Arguments from {field: value} of a recipe, and of flags that win over it and leave keys of it without effect."""
-    effective = dict(recipe)
     mistakes = idle_settings(from_flat(recipe)).keys()  # the recipe's own: `validate` refuses them
-    # A key that is left out may be what gave another one its effect: repeat until all that are left have one.
-    while idle := [
-        name for name in idle_settings(from_flat({**effective, **flags})) if name not in {*flags, *mistakes}
-    ]:
-        effective = {name: value for name, value in effective.items() if name not in idle}
-    left_out = tuple(name for name in recipe if name not in effective)
+    idle = idle_settings(from_flat({**recipe, **flags})).keys() - mistakes - flags.keys()
+    effective = {name: value for name, value in recipe.items() if name not in idle}
+    left_out = tuple(name for name in recipe if name in idle)
     return dataclasses.replace(from_flat({**effective, **flags}), left_out=left_out)
 
 

@@ -1,7 +1,6 @@
 """Settings of the model, its tokenizer and the text."""
 
 import glob
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,19 +70,16 @@ class DataArguments:
     mixture: str | None = None
     """A YAML file that names several sources with their weights, epochs and phases, instead of --train_files."""
     replay: list[str] = field(default_factory=list)
-    """Text of the old domain, as NAME=PATH:SHARE: this share of every batch. Or NAME:SHARE of a source that is named
-    already."""
+    """Text of the old domain, as NAME=PATH:SHARE: this share of every batch."""
     held_out_share: float = 0.0
     """Share of the documents, chosen by a hash of each, that is never trained on and evaluated under the name
     held_out."""
-    exclude_eval_documents: bool = False
-    """Leave documents of --eval_files out of training; they are recognised by a hash."""
     streaming: bool = False
     """Read and tokenise the training text while training instead of caching it first. Needs --max_steps."""
     shuffle_buffer: int = 10000
     """With --streaming: number of documents that are shuffled together; 0 keeps the order of the files."""
     eval_files: list[str] = field(default_factory=list)
-    """Files or patterns whose perplexity is reported, each as PATH (named by its stem) or NAME=PATH."""
+    """Files whose perplexity is reported, each set as PATH (named by its stem) or NAME=PATH_OR_PATTERN."""
     dataset_name: str | None = None
     """Name or folder of a `datasets` data set to train on, instead of --train_files."""
     text_column: str = "text"
@@ -124,7 +120,7 @@ class DataArguments:
         )
         if self.train_files and self.dataset_name:
             yield "--train_files and --dataset_name: give one of them"
-        # a pattern without a name is one set a file, whose names are compared when the files are known
-        counts = Counter(name for name, _ in self.named_eval_files() if not glob.has_magic(name))
-        if twice := [name for name, count in counts.items() if count > 1]:
-            yield f"--eval_files: {', '.join(twice)} would name two sets; write NAME=PATH"
+        names = [name for name, _ in self.named_eval_files()]
+        for name in names:
+            if glob.has_magic(name) or names.count(name) > 1:
+                yield f"--eval_files: {name} would name several sets, or files; write NAME=PATH"

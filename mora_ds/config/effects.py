@@ -70,7 +70,7 @@ EFFECTS = (
     ),
     Effect(
         "merges (--merge_every)",
-        lambda run: run.adapter.merge_every > 0,
+        lambda run: not run.adapter.is_control and run.adapter.merge_every > 0,
         "restart_warmup_steps",
     ),
     Effect(
@@ -94,7 +94,6 @@ EFFECTS = (
         lambda run: run.training.max_steps == -1,
         "num_train_epochs",
     ),
-    Effect("--eval_files", lambda run: bool(run.data.eval_files), "exclude_eval_documents"),
     Effect(
         "evaluation sets (--eval_files, --held_out_share)",
         lambda run: bool(run.data.eval_files) or run.data.held_out_share > 0,

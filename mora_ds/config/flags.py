@@ -70,6 +70,8 @@ REMOVED: dict[str, str] = {
     "eval_domains": "was removed: an evaluation set with a domain's name is read as that domain's",
     "eval_tasks_limit": "was removed, as scores on a part of a task compare with no others: a FILE.yaml of "
     "--eval_tasks may name a smaller split",
+    "exclude_eval_documents": "was removed: --held_out_share keeps documents apart; datatrove removes those of another "
+    "set",
     "expert_rank": "was removed: an expert's rank is --mora_rank divided by the number of experts that compute a token",
     "freeze": "was removed: a run with domains trains all of its MoRA matrices",
     "full_rank_learning_rate": _TWO_RUNS,
@@ -144,7 +146,10 @@ def parse_flat(
     names = [field.name for group in groups for field in dataclasses.fields(group)]
     parsed, unknown = parser.parse_known_args(arguments, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
     if unknown:
-        raise UserError(_unknown_flags(unknown, parser))
+        refuse(_unknown_flag(word, names) for word in unknown if word.startswith("--"))
+        raise UserError(
+            f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
+        )
     return of_recipe, {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
 
 
@@ -158,16 +163,13 @@ def _pop_recipe(arguments: list[str]) -> str | None:
     return None
 
 
-def _unknown_flags(unknown: list[str], parser: StrictParser) -> str:
-    known = [option for option in parser._option_string_actions if option.startswith("--")]
-    flags = [word.split("=")[0] for word in unknown if word.startswith("-") and not word[1:2].isdigit()]
-    if not flags:
-        return f"unexpected argument {unknown[0]!r}: a YAML recipe comes first, and every value follows its flag"
-    lines = []
-    for flag in flags:
-        name = flag.removeprefix("--").removeprefix("no_")
-        lines.append(f"{flag} {REMOVED[name]}" if name in REMOVED else f"unknown flag {flag}.{nearest(flag, known)}")
-    return "\n".join(lines)
+def _unknown_flag(word: str, known: Iterable[str]) -> str:
+    """The message for a flag that is none of the `known` settings."""
+    flag = word.split("=")[0]
+    name = flag.removeprefix("--").removeprefix("no_")
+    if name in REMOVED:
+        return f"{flag} {REMOVED[name]}"
+    return f"unknown flag {flag}.{nearest(flag, [f'--{setting}' for setting in known])}"
 
 
 def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:

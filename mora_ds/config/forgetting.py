@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mora_ds.common.errors import UserError, nearest, refuse
+from mora_ds.common.errors import NOT_NEGATIVE, Bounds, UserError, nearest
+
+_STOP = "--stop_when_forgotten"
+_BEST = "--best_by"
 
 
 @dataclass(frozen=True)
@@ -24,38 +27,22 @@ class Watch:
 
     @classmethod
     def of(cls, bounds: Sequence[str], weights: Sequence[str]) -> Watch:
-        """From the values of --stop_when_forgotten and --best_by. Raises `UserError` that lists the invalid ones."""
-        problems: list[str] = []
-        watch = cls(_named("--stop_when_forgotten", bounds, problems), _named("--best_by", weights, problems))
-        problems += [
-            f"--stop_when_forgotten {name}:{bound:g}: a ratio to the start is meant, above 1 (1.10: 10% worse)"
-            for name, bound in watch.bounds.items()
-            if bound <= 1
-        ]
-        if min(watch.weights.values(), default=1) < 0 or (watch.weights and not any(watch.weights.values())):
-            problems.append("--best_by: weights must not be negative, and one must be above 0")
-        refuse(problems)
-        return watch
+        """From the values of --stop_when_forgotten, ratios to the start, and of --best_by. Raises `UserError`."""
+        return cls(_named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE))
 
     def check_names(self, known: Sequence[str]) -> None:
         """Raises `UserError` for a set that is not evaluated."""
-        for flag, names in (("--stop_when_forgotten", self.bounds), ("--best_by", self.weights)):
+        for flag, names in ((_STOP, self.bounds), (_BEST, self.weights)):
             for name in names:
                 require_set(flag, name, known)
 
-    def forgotten(
-        self,
-        before: Mapping[str, float],
-        now: Mapping[str, float],
-        tasks: Collection[str] = (),
-    ) -> str | None:
-        """A sentence about the first bound that is exceeded, or None. `tasks`: the names whose values are costs."""
+    def forgotten(self, before: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+        """A sentence about the first bound that is exceeded, or None. Values are perplexities, or costs of tasks."""
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
-                what = f"the cost of task {name}" if name in tasks else f"the perplexity on {name}"
                 return (
-                    f"{what} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
-                    f"{before[name]:.3f} it was at the start, and --stop_when_forgotten allows {bound:g}"
+                    f"the perplexity on {name} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
+                    f"{before[name]:.3f} it was at the start, and {_STOP} allows {bound:g}"
                 )
         return None
 
@@ -74,15 +61,10 @@ def require_set(flag: str, name: str, known: Sequence[str]) -> None:
 
 
 def report(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    """Lines of a table with each set's perplexity at the start and now; empty where no set has both."""
-    changes = change(before, after)
-    if not changes:
-        return []
-    width = max(map(len, ["perplexity on", *changes]))
-    lines = [f"{'perplexity on':<{width}}{'start':>12}{'now':>12}{'change':>10}"]
-    return lines + [
-        f"{name:<{width}}{before[name]:>12.3f}{after[name]:>12.3f}{percent:>+9.2f}%"
-        for name, percent in changes.items()
+    """Lines about each set's perplexity at the start and now; none where no set has both."""
+    return [
+        f"perplexity on {name}: {before[name]:.3f} at the start, {after[name]:.3f} now ({percent:+.2f}%)"
+        for name, percent in change(before, after).items()
     ]
 
 
@@ -91,19 +73,15 @@ def change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str,
     return {name: 100 * (after[name] / before[name] - 1) for name in after if name in before}
 
 
-def _named(flag: str, entries: Sequence[str], problems: list[str]) -> dict[str, float]:
-    """{name: number} of `entries` NAME:NUMBER; appends a message to `problems` for each invalid one."""
-    numbers: dict[str, float] = {}
+def _named(flag: str, entries: Sequence[str], bounds: Bounds) -> dict[str, float]:
+    """{name: number} of `entries` NAME:NUMBER. Raises `UserError` for one of another form."""
+    numbers = {}
     for entry in entries:
         name, _, number = entry.rpartition(":")
         try:
-            value = float(number)
+            numbers[name] = float(number)
         except ValueError:
-            value = math.nan
-        if not name or not math.isfinite(value):
-            problems.append(f"{flag} {entry}: must be NAME:NUMBER")
-        elif name in numbers:
-            problems.append(f"{flag}: {name} is given twice")
-        else:
-            numbers[name] = value
+            numbers[name] = math.nan
+        if not name or not bounds.allow(numbers[name]):
+            raise UserError(f"{flag} {entry}: must be NAME:NUMBER, with a number {bounds}")
     return numbers

@@ -1,11 +1,9 @@
 """Settings of the run itself: batches, optimizer, precision, evaluation, saving."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from mora_ds.common.errors import (
     ABOVE_0_AT_MOST_1,
@@ -18,12 +16,12 @@ from mora_ds.common.errors import (
     Bounds,
     out_of_bounds,
     refusal,
+    unknown,
     wrong_values,
 )
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.flags import documented
 from mora_ds.config.forgetting import Watch
-from mora_ds.config.tracking import tracker_problems
 from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
@@ -36,22 +34,14 @@ SEED = Bounds(least=0, below=2**48)
 ROWS = Bounds(least=1, most=1_000_000)
 """Sequences of one batch, all of which are in memory."""
 
+NO_TRACKER = "none"
+TRACKERS = ("tensorboard", "wandb", NO_TRACKER)
+
 ADAMW_LEARNING_RATE = 4e-4
 """Default of --learning_rate under adamw, and under muon of --embedding_learning_rate."""
 
 MUON_LEARNING_RATE = 0.01
 """Default of --learning_rate under muon."""
-
-
-_FP32_MAX = 3.4e38
-"""Torch refuses to multiply a tensor in fp32 by a larger number."""
-
-
-def _is_shared(output_dir: str) -> bool:
-    """Whether the path is empty, the working directory, the home folder or one that holds it."""
-    home = Path(os.path.expanduser("~")).resolve()
-    folder = Path(os.path.expanduser(output_dir)).resolve()
-    return not output_dir.strip() or folder in (Path.cwd(), home, *home.parents)
 
 
 _ALLOWED: dict[str, Bounds | type[Enum]] = {
@@ -262,18 +252,11 @@ class TrainingArguments:
             return 0
         return math.ceil(self.warmup_steps * total_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
-    @property
-    def _largest_factor(self) -> float:
-        """The largest number by which AdamW multiplies a tensor, or that it adds to one."""
-        rate = max(self.peak_learning_rate, self.other_learning_rate)
-        in_first_step = rate / (1 - self.adam_beta1) if self.adam_beta1 < 1 else 0.0
-        return max(in_first_step, rate * self.weight_decay, self.adam_epsilon)
-
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         yield from wrong_values(self, _ALLOWED)
         yield from refusal(schedule_kind, self.lr_scheduler_type)
-        yield from tracker_problems(self.report_to)
+        yield from (unknown("--report_to", name, TRACKERS) for name in self.report_to if name not in TRACKERS)
         if self.max_steps != -1 and self.max_steps < 1:
             yield f"--max_steps must be at least 1, or -1 for --num_train_epochs to decide, got {self.max_steps}"
         yield from out_of_bounds([("max_steps", self.max_steps, Bounds())])
@@ -286,16 +269,6 @@ class TrainingArguments:
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             yield "--overwrite_output_dir would delete what --resume_from_checkpoint needs: give one of them"
         yield from refusal(expanded, self.output_dir, "--output_dir")
-        if _is_shared(self.output_dir):
-            yield (
-                f"--output_dir {self.output_dir!r}: name a folder for the run alone, not the working directory, the "
-                "home folder or the root"
-            )
-        if self._largest_factor > _FP32_MAX:
-            yield (
-                f"--learning_rate {self.peak_learning_rate:g}, --adam_beta1 {self.adam_beta1}, --adam_epsilon "
-                f"{self.adam_epsilon:g} and --weight_decay {self.weight_decay:g} make steps beyond the numbers of fp32"
-            )
         if self.bf16 and self.fp16:
             yield "--bf16 and --fp16: give one of them"
         if self.warmup_steps > 1 and NOT_NEGATIVE.allow(self.warmup_steps) and self.warmup_steps % 1:

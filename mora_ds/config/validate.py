@@ -95,7 +95,7 @@ def _text_and_run(model: ModelArguments, data: DataArguments, training: Training
     except UserError as error:
         yield str(error)
         return
-    if plan is not None and plan.streams:
+    if plan.streams:
         yield from _streaming(model, data, training)
 
 
@@ -105,7 +105,7 @@ def _streaming(model: ModelArguments, data: DataArguments, training: TrainingArg
     if data.held_out_share > 0:
         yield (
             "--held_out_share reads the complete text before training, which --streaming does not: name held-out text "
-            "with --eval_files, and keep it out of training with --exclude_eval_documents"
+            "with --eval_files"
         )
     if model.train_tokenizer_vocab > 0:
         yield (

@@ -4,19 +4,19 @@ readers            one file -> documents, in chunks where they are long
 members, corpus    files, patterns, folders or a `datasets` name -> `Corpus`
 held_out           which documents are held out
 sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend tokenizers
-inspection, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)
-packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`, batches by step
-mixture            several sources, weights, phases -> `Mixture`, batches with exact shares
+content_index, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)
+packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`, blocks in the order of an epoch
+mixture            sources, weights, phases -> `Mixture`, batches by step, with exact shares
 stream, stream_source    documents tokenised while training -> `StreamMixture`, the same batches without a cache
 demo_corpus        the text of the demo, from the Python standard library
 """
 
 from mora_ds.data.cache import TokenCache, build_cache
 from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files, stream_dataset
-from mora_ds.data.demo_corpus import domain_documents, general_documents, write_demo_corpus
+from mora_ds.data.demo_corpus import domain_documents, write_demo_corpus
 from mora_ds.data.extend_tokenizer import Extension, bpe_backend, candidate_tokens, check_extension, extend_tokenizer
-from mora_ds.data.held_out import DocumentFilter, document_hash, hashes_of
-from mora_ds.data.mixture import Mixture, Source, TrainData
+from mora_ds.data.held_out import DocumentFilter, document_hash
+from mora_ds.data.mixture import Mixture, Source
 from mora_ds.data.packing import IGNORED, PackedDataset
 from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import train_sentencepiece
@@ -52,7 +52,6 @@ __all__ = [
     "StreamMixture",
     "StreamSource",
     "TokenCache",
-    "TrainData",
     "bpe_backend",
     "build_cache",
     "candidate_tokens",
@@ -62,8 +61,6 @@ __all__ = [
     "document_hash",
     "domain_documents",
     "extend_tokenizer",
-    "general_documents",
-    "hashes_of",
     "holds_tokenizer",
     "is_saved_dataset",
     "largest_id",

@@ -1,4 +1,4 @@
-"""Several named sources -> batches with exact shares; like a `PackedDataset`'s they are a pure function of the step.
+"""One or several named sources -> batches with exact shares, as a pure function of step and batch size.
 
     sample i  --SampleSchedule-->  (source, number n among its samples)  --the source's own order-->  block
 
@@ -16,21 +16,16 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from mora_ds.common.errors import UserError
-from mora_ds.data.packing import Block, PackedDataset, stack
+from mora_ds.data.packing import Block, stack
 
 LONGEST_PERIOD = 1 << 16
 """Weights whose common denominator is larger are rounded to multiples of 1 / this."""
 
 
-@dataclass(frozen=True)
-class Phase:
-    """From sample `first` on, sources are drawn in proportion to `weights`."""
-
-    first: int
-    weights: tuple[float, ...]
+Phases = Sequence[tuple[int, Sequence[float]]]
+"""(first sample or step, weights): from there on sources are drawn in proportion to the weights."""
 
 
 class SampleSchedule:
@@ -40,8 +35,8 @@ class SampleSchedule:
     the schedule ends: `limit` is its length in samples, None for an endless one.
     """
 
-    def __init__(self, phases: Sequence[Phase], caps: Sequence[int | None]) -> None:
-        assert phases and phases[0].first == 0, "the first phase begins with the first sample"
+    def __init__(self, phases: Phases, caps: Sequence[int | None]) -> None:
+        """`phases`: counted in samples, the first from sample 0 on."""
         self._segments: list[_Segment] = []
         self.limit = self._lay_out(phases, caps)
         self._firsts = [segment.first for segment in self._segments]
@@ -59,28 +54,26 @@ class SampleSchedule:
     def _segment(self, sample: int) -> _Segment:
         return self._segments[max(bisect_right(self._firsts, sample) - 1, 0)]
 
-    def _lay_out(self, phases: Sequence[Phase], caps: Sequence[int | None]) -> int | None:
+    def _lay_out(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
         """Fills `_segments`: a new one begins with each phase and where a source is used up. Returns the limit."""
-        first = 0
+        first: float = 0
         before = np.zeros(len(caps), dtype=np.int64)
-        ends = [*(phase.first for phase in phases[1:]), None]
-        for phase, end in zip(phases, ends, strict=True):
-            while end is None or first < end:
-                spent = [cap is not None and count >= cap for cap, count in zip(caps, before, strict=True)]
-                weights = [0.0 if out else weight for weight, out in zip(phase.weights, spent, strict=True)]
+        ends = [*(next_first for next_first, _ in phases[1:]), math.inf]
+        for (_, phase_weights), end in zip(phases, ends, strict=True):
+            while first < end:
+                weights = [
+                    weight if cap is None or count < cap else 0.0
+                    for weight, cap, count in zip(phase_weights, caps, before, strict=True)
+                ]
                 if not any(weights):
-                    return first
-                segment = _Segment(first, integer_weights(weights), before)
+                    return int(first)
+                segment = _Segment(int(first), integer_weights(weights), before)
                 self._segments.append(segment)
-                stops = [segment.sample_after(k, cap) for k, cap in enumerate(caps) if cap is not None and weights[k]]
-                stop = min(stops, default=None)
-                if stop is None or (end is not None and stop > end):
-                    stop = end
-                if stop is None:
-                    return None
-                first = stop
-                before = segment.counts(stop)
-        raise AssertionError("the last phase has no end")
+                used_up = [segment.sample_after(k, cap) for k, cap in enumerate(caps) if cap is not None and weights[k]]
+                first = min([end, *used_up])
+                if first < math.inf:
+                    before = segment.counts(int(first))
+        return None
 
 
 @dataclass(frozen=True)
@@ -180,30 +173,36 @@ class Source(Protocol):
 
 
 class Mixture:
-    """Batches of several sources."""
+    """Batches of one or several sources. No rank needs to know how many others there are."""
 
     def __init__(
         self,
         sources: dict[str, Source],
-        phases: Sequence[tuple[int, Sequence[float]]],
+        phases: Phases,
         epochs: Sequence[float | None],
         seq_len: int,
         rows_per_step: int,
     ) -> None:
-        """`phases`: (step, weights) from which on the weights hold, the first at step 0. `epochs[k]`: how often source
-        k may be read, None for any number; where it is used up, the others share what it had. It is read as a decimal:
-        0.29 of 100 sequences are 29, and not 28.999... `rows_per_step`: the global batch size."""
+        """`phases`: counted in steps, the first from step 0 on. `epochs[k]`: how often source k may be read, None for
+        any number; where it is used up, the others share what it had. It is read as a decimal: 0.29 of 100 sequences
+        are 29, and not 28.999... `rows_per_step`: the global batch size."""
         self.names = list(sources)
         self.sources = list(sources.values())
         self.seq_len = seq_len
         self.rows_per_step = rows_per_step
-        self._phases = [(step, list(weights)) for step, weights in phases]
-        self._epochs = list(epochs)
         caps = [
             None if limit is None or source.n_blocks is None else int(Fraction(repr(limit)) * source.n_blocks)
             for source, limit in zip(self.sources, epochs, strict=True)
         ]
-        self.schedule = SampleSchedule([Phase(step * rows_per_step, tuple(weights)) for step, weights in phases], caps)
+        self.schedule = SampleSchedule([(step * rows_per_step, weights) for step, weights in phases], caps)
+        self.identity = {
+            "mixture": {
+                "sources": {name: source.content_id for name, source in sources.items()},
+                "weights": {f"from step {step}": dict(zip(sources, weights, strict=True)) for step, weights in phases},
+                "epochs": dict(zip(sources, epochs, strict=True)),
+            }
+        }
+        """What must be the same when a run is resumed."""
 
     @property
     def n_blocks(self) -> int:
@@ -215,48 +214,39 @@ class Mixture:
         """Complete batches until all sources are used up; None where one is endless."""
         return None if self.schedule.limit is None else self.schedule.limit // self.rows_per_step
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
-        sources = {name: source.content_id for name, source in zip(self.names, self.sources, strict=True)}
-        weights = {f"from step {step}": dict(zip(self.names, of_phase, strict=True)) for step, of_phase in self._phases}
-        epochs = dict(zip(self.names, self._epochs, strict=True))
-        return {"mixture": {"sources": sources, "weights": weights, "epochs": epochs}}
+    def check_batch_size(self) -> None:
+        """Raises `UserError` when all sources together do not fill one global batch."""
+        has_stream = any(source.n_blocks is None for source in self.sources)
+        sequences = self.n_blocks if self.schedule.limit is None else self.schedule.limit
+        if sequences < self.rows_per_step and not has_stream:
+            raise UserError(
+                f"the training text is shorter than one batch: it makes {sequences} sequences of --seq_len "
+                f"{self.seq_len}, one global batch takes {self.rows_per_step}; give more text (--train_files) or more "
+                "`epochs`, or lower --seq_len, --per_device_train_batch_size or --gradient_accumulation_steps"
+            )
 
-    def first_rows(self, count: int) -> dict[str, Tensor]:
+    def first_rows(self, count: int) -> dict[str, Any]:
         """`count` sequences of the first source, for measurements that need the same text in every step."""
         return stack([self.sources[0].probe(index) for index in range(count)])
 
-    def check_batch_size(self, global_batch_size: int) -> None:
-        """Raises `UserError` when all sources together do not fill one global batch."""
-        if self.max_steps == 0:
-            raise UserError(
-                f"the mixture is shorter than one batch of {global_batch_size} sequences: give more text or more "
-                "epochs, or a smaller --per_device_train_batch_size"
-            )
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
+        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T), and their
+        `documents`."""
+        return stack([self.sample(number) for number in self._samples(step)[rows]])
 
-    def batch(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T)."""
-        return stack([self.sample(number) for number in self._samples(step, global_batch_size)[rows]])
-
-    def sources_of(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> list[int]:
+    def sources_of(self, step: int, rows: slice = slice(None)) -> list[int]:
         """The index of the source that each of those rows comes from."""
-        return [self.schedule.locate(sample)[0] for sample in self._samples(step, global_batch_size)[rows]]
+        return [self.schedule.locate(sample)[0] for sample in self._samples(step)[rows]]
 
     def tokens(self, steps: int) -> dict[str, int]:
         """How many tokens of each source the first `steps` batches hold."""
         counts = self.schedule.counts(steps * self.rows_per_step)
         return {name: int(count) * self.seq_len for name, count in zip(self.names, counts, strict=True)}
 
-    def _samples(self, step: int, global_batch_size: int) -> range:
-        assert global_batch_size == self.rows_per_step, "phases begin at steps of this batch size"
-        return range(step * global_batch_size, (step + 1) * global_batch_size)
-
     def sample(self, number: int) -> Block:
         """Sample `number` of the schedule."""
         source, number_in_source = self.schedule.locate(number)
         return self.sources[source].sample(number_in_source)
 
-
-TrainData = PackedDataset | Mixture
-"""The training data of a run."""
+    def _samples(self, step: int) -> range:
+        return range(step * self.rows_per_step, (step + 1) * self.rows_per_step)

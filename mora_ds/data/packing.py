@@ -1,14 +1,14 @@
-"""Cuts the token stream into blocks of T tokens and draws batches of them, as a pure function of seed, step and size.
+"""Cuts the token stream into blocks of T tokens and draws samples of them, as a pure function of seed and number.
 
 Shape legend: N tokens of the cache, T = seq_len, n_blocks = ceil((N - 1) / T), B rows of a batch.
 
     stream      t0 t1 t2 ... t(N-1)                 [BOS] document EOS [BOS] document EOS ...
     block i     inputs  t(iT) ... t(iT+T-1)         labels  t(iT+1) ... t(iT+T)    already shifted: do not shift again
     epoch e     a permutation of the blocks, drawn from (seed, e)
-    step s      samples s*G ... s*G + G-1 of the epochs, one after the other, G = global batch size
+    sample n    block n of the epochs, one after the other
 
 Every token but the very first is predicted once an epoch. (With the document mask the first token of each document is
-not predicted, as nothing before it belongs to the document.) No rank needs to know how many others there are.
+not predicted, as nothing before it belongs to the document.)
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def pack(
 
 
 class PackedDataset:
-    """Batches of one token cache, for training (`batch`) and for evaluation (`eval_batches`). A `mixture.Source`."""
+    """Blocks of one token cache: a `mixture.Source` for training, and `eval_batches` for evaluation."""
 
     def __init__(
         self,
@@ -69,18 +69,14 @@ class PackedDataset:
         seq_len: int,
         seed: int | str = 0,
         document_mask: bool = True,
-        shuffle: bool = True,
     ) -> None:
-        """Raises `UserError` for a `seq_len` below 1 and a cache of fewer than 2 tokens."""
-        if seq_len < 1:
-            raise UserError(f"--seq_len must be at least 1, got {seq_len}")
+        """Raises `UserError` for a cache of fewer than 2 tokens."""
         if cache.n_tokens < 2:
             raise UserError("the corpus is too short: a single token has nothing to predict")
         self.cache = cache
         self.seq_len = seq_len
         self.seed = seed
         self.document_mask = document_mask
-        self.shuffle = shuffle
         self.n_blocks: int = -(-(cache.n_tokens - 1) // seq_len)
         """Sequences an epoch."""
         self._order = lru_cache(maxsize=2)(epoch_order)  # for this source: a batch may take from two epochs
@@ -101,49 +97,17 @@ class PackedDataset:
 
     def sample(self, number: int) -> Block:
         """Sample `number` of the endless training order."""
-        return self.block(self.block_of_sample(number))
-
-    def block_of_sample(self, sample: int) -> int:
-        """The index of the block that sample number `sample` of the endless training order is."""
-        epoch, index = divmod(sample, self.n_blocks)
-        return int(self._order(self.seed, epoch, self.n_blocks)[index]) if self.shuffle else index
+        epoch, index = divmod(number, self.n_blocks)
+        return self.block(int(self._order(self.seed, epoch, self.n_blocks)[index]))
 
     def probe(self, index: int) -> Block:
         """Sequence `index` of the unshuffled stream, from its start again where there are fewer."""
         return self.block(index % self.n_blocks)
 
-    def first_rows(self, count: int) -> dict[str, Tensor]:
-        """The first `count` blocks, or as many as there are: input_ids, labels, position_ids, each int64 (rows, T)."""
-        return stack([self.block(index) for index in range(min(count, self.n_blocks))])
-
     @property
     def content_id(self) -> str:
         """Names the tokens: the token cache's key."""
         return self.cache.folder.name
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
-        return {"tokens": self.content_id}
-
-    def check_batch_size(self, global_batch_size: int) -> None:
-        """Raises `UserError` when the corpus does not fill one global batch (sequences an optimizer step)."""
-        if self.n_blocks < global_batch_size:
-            raise UserError(
-                f"the training corpus is shorter than one batch: {self.cache.n_tokens} tokens make "
-                f"{self.n_blocks} sequences of --seq_len {self.seq_len}, one global batch takes {global_batch_size}; "
-                "give more --train_files, or lower --seq_len, --per_device_train_batch_size or "
-                "--gradient_accumulation_steps"
-            )
-
-    def batch(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T).
-
-        A pure function: it does not matter which rank calls it, or what was drawn before.
-        """
-        self.check_batch_size(global_batch_size)
-        samples = range(step * global_batch_size, (step + 1) * global_batch_size)[rows]
-        return stack([self.sample(sample) for sample in samples])
 
     def eval_batches(self, rank: int, world: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """This rank's share of all blocks, in order; each block is on exactly one rank.

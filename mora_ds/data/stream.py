@@ -113,35 +113,27 @@ class DocumentStream:
         return (window[index] for index in order)
 
     def _documents(self, position: StreamPosition) -> Iterator[tuple[Document, StreamPosition]]:
-        """(document, the position after it) of the members from `position` on, without those that are left out."""
+        """(document, the position after it) of the members from `position` on, without empty ones."""
         members: list[Member] = list(self.corpus.members)
         if self.buffer:
             order = epoch_order(f"{self.seed}/parts", position.epoch, len(members))
             members = [members[index] for index in order]
-        keep = self.corpus.keep
         mark = position.mark
-        passes = True
         for number in range(position.member, len(members)):
             for document, after in self._read(members[number], mark):
-                if document.begins:
-                    passes = not document.is_empty and (keep is None or keep.keeps(document.text))
-                if passes:
+                if not document.is_empty:
                     yield document, replace(position, member=number, mark=after)
             mark = START
 
     def _read(self, member: Member, mark: Mark) -> Iterator[tuple[Document, Mark]]:
         """The documents of `member` after `mark`, each with the position after it. `datasets` itself repeats what fails
         over a network, for about two minutes."""
-        last = mark
         try:
-            for document, after in member.marked(mark):
-                yield document, after
-                last = after
+            yield from member.marked(mark)
         except UserError as error:
             # A disk or network that fails has an errno, damage in a file has none: a run may resume after the former.
             fails = isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
             kind = RunError if fails else UserError
             raise kind(f"source {self.name!r}: {error}") from error
         except (OSError, HTTPError) as error:
-            where = f"source {self.name!r}: {member.label}"
-            raise RunError(f"{where} cannot be read after record {last.record}: {reason(error)}") from error
+            raise RunError(f"source {self.name!r}: {member.label} cannot be read: {reason(error)}") from error

@@ -13,9 +13,8 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.data.mixture import Mixture, Source
 from mora_ds.data.packing import Block, pack, stack
 from mora_ds.data.readers import Document, batched
@@ -56,15 +55,12 @@ class StreamSource:
         content_id: Any,
         share: SharedWork = in_this_process,
         ranks: int = 1,
-        epochs: float | None = None,
     ) -> None:
-        """`share`: how the `ranks` tokenise together, a batch of documents each at a time. `epochs`: how often the
-        source may be read, None for any number."""
+        """`share`: how the `ranks` tokenise together, a batch of documents each at a time."""
         self.documents = documents
         self.encoder = encoder
         self.seq_len = seq_len
         self.document_mask = document_mask
-        self.epochs = epochs
         self.content_id = content_id
         self.share = share
         self.ranks = ranks
@@ -86,7 +82,7 @@ class StreamSource:
         self._start(StreamPosition.from_json(state["place"]), state["offset"])
 
     def sample(self, number: int) -> Block:
-        """The next block. Raises `UserError` for a source without text, `RunError` for one whose epochs are over."""
+        """The next block, of the next epoch where one ends. Raises `UserError` for a source without text."""
         assert number == self._samples, "a stream is read in order"
         while True:
             while self._available <= self.seq_len and self._fill():
@@ -119,19 +115,10 @@ class StreamSource:
         self._batches: Iterator[list[tuple[Document, StreamPosition]]] = batched(documents, lambda d: len(d[0].text))
 
     def _next_epoch(self) -> None:
-        epoch = self._position.epoch
-        name = self.documents.name
         if self._at_epoch_start:
-            raise UserError(
-                f"source {name!r} holds no text to train on: every document is empty, or left out by "
-                "--exclude_eval_documents"
-            )
-        if self.epochs is not None and epoch + 1 >= self.epochs:
-            raise RunError(
-                f"source {name!r} has come to its end after {self.epochs:g} epoch(s) and {self._samples} sequences: "
-                "raise its `epochs`, or end the run earlier with --max_steps"
-            )
-        self._start(StreamPosition(epoch=epoch + 1), 0)
+            name = self.documents.name
+            raise UserError(f"source {name!r} holds no text to train on: every document is empty")
+        self._start(StreamPosition(epoch=self._position.epoch + 1), 0)
 
     def _fill(self) -> bool:
         """Tokenises the next documents, a batch a rank; False at the end of the epoch."""
@@ -147,33 +134,27 @@ class StreamSource:
         return bool(batches)
 
     def _next_block(self) -> Block:
-        """The first T + 1 tokens of the queue; the last of them stays, as the next block's first."""
+        """The first T + 1 tokens of the queue; the last of them stays, as the next block's first input."""
         wanted = min(self._available, self.seq_len + 1)
         slices: list[np.ndarray] = []
         ends: list[int] = []
         size = 0
-        for queued in self._queue:
-            taken = queued.tokens[queued.used : queued.used + wanted - size]
-            slices.append(taken)
-            size += len(taken)
-            if queued.ends and queued.used + len(taken) == len(queued.tokens):
+        while size < wanted:
+            queued = self._queue[0]
+            tokens = queued.tokens[queued.used : queued.used + wanted - size]
+            slices.append(tokens)
+            size += len(tokens)
+            queued.used += len(tokens)
+            if queued.ends and queued.used == len(queued.tokens):
                 ends.append(size)
             if size == wanted:
-                break
-        # The last token is this block's last label and the next block's first input: it stays in the queue.
-        self._available -= wanted - 1
-        unused = wanted - 1
-        while unused:
-            first = self._queue[0]
-            used = min(unused, len(first.tokens) - first.used)
-            first.used += used
-            unused -= used
-            if first.used == len(first.tokens):
+                queued.used -= 1
+            if queued.used == len(queued.tokens):
                 self._queue.popleft()
+        self._available -= wanted - 1
         self._at_epoch_start = False
-        tokens = np.concatenate(slices).astype(np.int64)
         return pack(
-            tokens,
+            np.concatenate(slices).astype(np.int64),
             np.array(ends, np.int64),
             self.seq_len,
             self.encoder.eos_id,
@@ -201,12 +182,12 @@ class StreamMixture(Mixture):
         self._drawn: dict[int, Block] = {}
         self._before = self._now()
 
-    def batch(self, step: int, global_batch_size: int, rows: slice = slice(None)) -> dict[str, Tensor]:
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
         """As `Mixture.batch`, for the step of the last call or a later one. All ranks ask for the same step."""
         while self._next_step <= step:
-            self._draw(self._samples(self._next_step, global_batch_size))
+            self._draw(self._samples(self._next_step))
         assert step == self._next_step - 1, "a stream does not go back"
-        samples = self._samples(step, global_batch_size)[rows]
+        samples = self._samples(step)[rows]
         return stack([self._drawn.get(sample) or self.sample(sample) for sample in samples])
 
     def states_at(self, step: int) -> dict[str, Any]:

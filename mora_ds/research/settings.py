@@ -88,4 +88,4 @@ def _domain_problems(settings: ResearchSettings, arguments: Arguments) -> Iterat
 def domain_names(arguments: Arguments) -> tuple[str, ...]:
     """The sources of the mixture, each of which is a domain."""
     plan = mixture_plan(arguments.data)
-    return () if plan is None else tuple(source.name for source in plan.sources)
+    return () if plan.is_plain else tuple(source.name for source in plan.sources)

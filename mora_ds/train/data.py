@@ -1,12 +1,10 @@
 """The data of a run: files -> tokenizer -> token caches or streams -> packed training data and evaluation sets."""
 
-import glob
 import hashlib
 import json
 import logging
 import os
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,12 +32,9 @@ from mora_ds.data import (
     StreamMixture,
     StreamSource,
     TokenCache,
-    TrainData,
     build_cache,
-    hashes_of,
     is_saved_dataset,
     load_corpus,
-    resolve_files,
     start_id,
     stream_dataset,
     tokenizer_fingerprint,
@@ -63,7 +58,7 @@ class RunData:
 
     tokenizer: Any
     tokenizer_folder: Path
-    train: TrainData
+    train: Mixture
     evaluation: dict[str, PackedDataset]
 
 
@@ -98,16 +93,14 @@ def load_data(
     state = None if start.state is None else start.state.stream
     rows = training.rows_per_step(ranks.world)
     train = _train_data(tokenization, plan, corpora, training.seed, rows, state)
-    train.check_batch_size(rows)
+    train.check_batch_size()
     packed = {}
     for name, corpus in evaluation.items():
         logger.debug(f"tokens of {name}: {_cache_folder(data)}")
         packed[name] = PackedDataset(
             tokenization.cache(corpus),
             data.seq_len,
-            0,
-            data.document_mask,
-            shuffle=False,
+            document_mask=data.document_mask,
         )
     ranks.same(
         "tokenizer and text",
@@ -131,7 +124,7 @@ def fill_token_cache(model: ModelArguments, data: DataArguments, progress: bool)
             "--train_tokenizer_vocab: the run trains its tokenizer when it starts; name one with --tokenizer_name"
         )
     plan = mixture_plan(data)
-    streamed = set() if plan is None else {source.name for source in plan.sources if source.streaming}
+    streamed = {source.name for source in plan.sources if source.streaming}
     corpora, evaluation = _text(data, plan)
     tokenizer = load_named_tokenizer(model, model.model_name_or_path)
     cached = [(name, corpus) for name, corpus in corpora.items() if name not in streamed]
@@ -152,11 +145,12 @@ def fill_token_cache(model: ModelArguments, data: DataArguments, progress: bool)
 # -- sources and evaluation sets ---------------------------------------------------------------------------------------
 
 
-def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[Corpora, Corpora]:
+def _text(data: DataArguments, plan: MixturePlan) -> tuple[Corpora, Corpora]:
     """The corpus of every source, without the documents that are held out of training, and of every evaluation set."""
     corpora = _sources(data, plan)
     evaluation = {
-        name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG) for name, path in _eval_sets(data)
+        name: load_corpus([path], text_column=data.text_column, flag=EVAL_FLAG)
+        for name, path in data.named_eval_files()
     }
     held_out: Corpora = {}
     if data.held_out_share:  # one evaluation set per source
@@ -168,24 +162,14 @@ def _text(data: DataArguments, plan: MixturePlan | None) -> tuple[Corpora, Corpo
         raise UserError(
             f"{EVAL_FLAG}: {duplicates[0]} is the name of what --held_out_share holds out; choose another name"
         )
-    if data.held_out_share or data.exclude_eval_documents:
-        evaluated = evaluation.values() if data.exclude_eval_documents else ()
-        excluded = frozenset[int]().union(*(hashes_of(corpus) for corpus in evaluated))
-        trained = DocumentFilter(data.held_out_share, excluded=excluded)
+    if data.held_out_share:
+        trained = DocumentFilter(data.held_out_share)
         corpora = {name: replace(corpus, keep=trained) for name, corpus in corpora.items()}
     return corpora, {**evaluation, **held_out}
 
 
-def _sources(data: DataArguments, plan: MixturePlan | None) -> Corpora:
+def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
     """The corpus of every source by its name. Raises `UserError` naming one that is missing or empty."""
-    if plan is None:
-        return {
-            PLAIN: load_corpus(
-                data.train_files,
-                dataset_name=data.dataset_name,
-                text_column=data.text_column,
-            )
-        }
     is_plain = [source.name for source in plan.sources] == [PLAIN]
     corpora = {}
     for source in plan.sources:
@@ -196,21 +180,6 @@ def _sources(data: DataArguments, plan: MixturePlan | None) -> Corpora:
             continue
         corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)
     return corpora
-
-
-def _eval_sets(data: DataArguments) -> list[tuple[str, str]]:
-    """(name, path) of each evaluation set; a pattern without a name is one set per file."""
-    sets: list[tuple[str, str]] = []
-    for name, path in data.named_eval_files():
-        is_unnamed = name == Path(path).stem
-        if is_unnamed and glob.has_magic(path):
-            sets += [(file.stem, str(file)) for file in resolve_files([path], EVAL_FLAG)]
-        else:
-            sets.append((name, path))
-    names = [name for name, _ in sets]
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{EVAL_FLAG}: {', '.join(duplicates)} would name two sets; write NAME=PATH")
-    return sets
 
 
 def _check_positions(model_config: Any, seq_len: int) -> None:
@@ -250,24 +219,16 @@ class _Tokenization:
         )
 
     def pack_source(self, name: str, corpus: Corpus, seed: int | str) -> PackedDataset:
-        """A training source; logs how many of its documents are left out."""
-        cache = self.cache(corpus)
-        if cache.meta["settings"]["filter"] is not None:
-            read = cache.meta["documents_read"]
-            logger.info(
-                f"{name}: {read - cache.n_documents:,} of {read:,} documents are not trained on: held out by their "
-                "hash, in --eval_files, or empty"
-            )
-        return PackedDataset(cache, self.data.seq_len, seed, self.data.document_mask)
+        """A training source."""
+        return PackedDataset(self.cache(corpus), self.data.seq_len, seed, self.data.document_mask)
 
-    def stream(self, source: SourcePlan, corpus: Corpus, seed: str) -> StreamSource:
+    def stream(self, source: SourcePlan, corpus: Corpus, seed: int | str) -> StreamSource:
         """A training source that is tokenized while training."""
         data = self.data
         encoder = Encoder.of(self.tokenizer, data.document_start)
         facts = {
             "files": [(Path(member.label).name, member.size_bytes()) for member in corpus.members],
             "text_column": corpus.text_column,
-            "left_out": None if corpus.keep is None else corpus.keep.identity,
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             **({} if encoder.start_id == start_id(self.tokenizer) else {"start": encoder.start_id}),
         }
@@ -284,7 +245,6 @@ class _Tokenization:
             identity,
             share=self.ranks,
             ranks=self.ranks.world,
-            epochs=source.epochs,
         )
 
         def read_start() -> None:
@@ -296,28 +256,28 @@ class _Tokenization:
 
 def _train_data(
     tokenization: _Tokenization,
-    plan: MixturePlan | None,
+    plan: MixturePlan,
     corpora: Corpora,
     seed: int,
     rows_per_step: int,
     stream_state: dict[str, Any] | None,
-) -> TrainData:
+) -> Mixture:
     """The training sources, packed, and mixed by the plan; streams continue from `stream_state`, where it is given."""
-    if plan is None:
-        return tokenization.pack_source(PLAIN, corpora[PLAIN], seed)
     sources: dict[str, Source] = {}
     for source in plan.sources:
         name = source.name
-        corpus = corpora[name]
-        source_seed = f"{seed}/{name}"
+        source_seed = seed if plan.is_plain else f"{seed}/{name}"
         if source.streaming:
-            sources[name] = tokenization.stream(source, corpus, source_seed)
+            sources[name] = tokenization.stream(source, corpora[name], source_seed)
         else:
-            sources[name] = tokenization.pack_source(name, corpus, source_seed)
+            sources[name] = tokenization.pack_source(name, corpora[name], source_seed)
     epochs = [source.epochs for source in plan.sources]
     seq_len = tokenization.data.seq_len
-    kind = partial(StreamMixture, states=stream_state) if plan.streams else Mixture
-    mixture = kind(sources, plan.phases, epochs, seq_len, rows_per_step)
+    mixture = (
+        StreamMixture(sources, plan.phases, epochs, seq_len, rows_per_step, states=stream_state)
+        if plan.streams
+        else Mixture(sources, plan.phases, epochs, seq_len, rows_per_step)
+    )
     _log_mixture(plan, mixture)
     return mixture
 

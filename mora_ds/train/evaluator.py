@@ -65,7 +65,7 @@ class Evaluator:
         state = self.state
         before = {**state.perplexity_before, **state.task_costs_before}
         now = {**state.perplexity_last, **state.task_costs_last}
-        return self.watch.forgotten(before, now, state.task_costs_last)
+        return self.watch.forgotten(before, now)
 
     @property
     def _tasks_are_due(self) -> bool:

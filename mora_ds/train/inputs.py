@@ -65,13 +65,9 @@ def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
 
 def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
     """The flags and patterns of all text."""
-    if (plan := mixture_plan(data)) is None:
-        yield from (("--train_files", pattern) for pattern in data.train_files)
-        yield "--dataset_name", data.dataset_name
-    else:
-        yield "--mixture", data.mixture
-        for source in plan.sources:
-            yield from ((source.flag, pattern) for pattern in (*source.files, source.dataset))
+    yield "--mixture", data.mixture
+    for source in mixture_plan(data).sources:
+        yield from ((source.flag, pattern) for pattern in (*source.files, source.dataset))
     yield from (("--eval_files", pattern) for _, pattern in data.named_eval_files())
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
-from mora_ds.data import IGNORED, Mixture, StreamMixture, TrainData
+from mora_ds.data import IGNORED, Mixture, StreamMixture
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
@@ -44,7 +44,7 @@ class MicroBatch:
     labels: list[int]
     """Of each row, how many labels count."""
     sources: list[int]
-    """Of each row, its source in the mixture; empty without a mixture."""
+    """Of each row, its source in the mixture; empty where there is one source."""
 
 
 StepBatch = list[MicroBatch]
@@ -56,7 +56,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        data: TrainData,
+        data: Mixture,
         replica: Replica,
         training: TrainingArguments,
         last_step: int,
@@ -65,8 +65,6 @@ class BatchLoader:
         self.replica = replica
         self.training = training
         self.last_step = last_step
-        self.rows_per_step = training.rows_per_step(replica.world)
-        self.mixture = data if isinstance(data, Mixture) and len(data.names) > 1 else None
         # Processes read a stream together (`Ranks.__call__`), so that each must read at the same moment as the others.
         reads_together = isinstance(data, StreamMixture) and replica.world > 1
         self._thread = None if reads_together else ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
@@ -92,12 +90,11 @@ class BatchLoader:
             return 0
         return labels_in(self._ahead[1].result())
 
-    def position(self, step: int, index: int) -> tuple[int, int, slice]:
-        """(batch number, batch size, rows) of this replica's micro-batch `index` of a step, in the order of the
-        data."""
+    def position(self, index: int) -> slice:
+        """The rows of this replica's micro-batch `index` in a step's global batch."""
         size = self.training.per_device_train_batch_size
         first = (index * self.replica.count + self.replica.index) * size
-        return step, self.rows_per_step, slice(first, first + size)
+        return slice(first, first + size)
 
     def _begin(self, step: int) -> None:
         if step < self.last_step:
@@ -119,10 +116,10 @@ class BatchLoader:
         return [self._micro_batch(step, index) for index in range(self.training.gradient_accumulation_steps)]
 
     def _micro_batch(self, step: int, index: int) -> MicroBatch:
-        position = self.position(step, index)
-        rows = self.replica.rows(self.data.batch(*position))
+        position = self.position(index)
+        rows = self.replica.rows(self.data.batch(step, position))
         labels = (rows["labels"].numpy() != IGNORED).sum(axis=1).tolist()  # numpy starts no threads of its own
-        sources = [] if self.mixture is None else self.mixture.sources_of(*position)
+        sources = self.data.sources_of(step, position) if len(self.data.names) > 1 else []
         if self._device.type == "cuda":
             rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
         return MicroBatch(rows, labels, sources)

@@ -43,10 +43,9 @@ from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
-from mora_ds.config.tracking import NONE
-from mora_ds.config.training import TrainingArguments
+from mora_ds.config.training import NO_TRACKER, TrainingArguments
 from mora_ds.config.validate import validate
-from mora_ds.data import Mixture, TrainData
+from mora_ds.data import Mixture
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import use_documents, why_dense
@@ -243,10 +242,10 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
     Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by).check_names([*sets, *tasks])
 
 
-def _total_steps(training: TrainingArguments, data: TrainData, world: int, done: int) -> int:
-    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at most as many as a mixture has
-    data for."""
-    limit = data.max_steps if isinstance(data, Mixture) else None
+def _total_steps(training: TrainingArguments, data: Mixture, world: int, done: int) -> int:
+    """Optimizer steps by --max_steps, counted from step `done`, or --num_train_epochs, at most as many as there is data
+    for."""
+    limit = data.max_steps
     if training.max_steps > 0:
         steps = done + training.max_steps
         if limit is not None and steps > limit:
@@ -277,7 +276,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     pending = [kind for kind, is_pending in kinds.items() if is_pending]
     trackers = []
     if ranks.is_first:
-        names = [name for name in arguments.training.report_to if name != NONE]
+        names = [name for name in dict.fromkeys(arguments.training.report_to) if name != NO_TRACKER]
         trackers = [Tracker(name, folder, dump(arguments), state.step) for name in names]
     log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:

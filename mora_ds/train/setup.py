@@ -123,9 +123,8 @@ def settings_in_common(arguments: Arguments) -> dict[str, Any]:
     file = arguments.training.deepspeed
     plan = mixture_plan(arguments.data)
     ds_config = load_ds_config(None if file is None else expanded(file, "--deepspeed"))
-    if plan is not None:
-        flags["sources of the mixture"] = [replace(source, files=(), dataset=None) for source in plan.sources]
-        flags["weights of the mixture"] = plan.phases
+    flags["sources of the mixture"] = [replace(source, files=(), dataset=None) for source in plan.sources]
+    flags["weights of the mixture"] = plan.phases
     versions = {f"version of {name}": version(name) for name in PACKAGES} | {"version of mora_ds": __version__}
     return {**flags, **flattened(ds_config, "--deepspeed: "), **versions}
 

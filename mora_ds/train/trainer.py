@@ -26,7 +26,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
-from mora_ds.data import StreamMixture, TrainData
+from mora_ds.data import StreamMixture
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
@@ -76,14 +76,14 @@ class Trainer:
         self.engine = job.engine
         self.state = job.state
         self.hooks = job.start.hooks
-        self.train_data: TrainData = job.data.train
+        self.train_data = job.data.train
         self.last_checkpoint = job.start.checkpoint
         self.memory = PhaseMemory()
         self.counter = CollectiveCounter(job.run.base_tensors if job.is_trained else ())
         self.replica = Replica(job.engine, training.ranks_per_replica, job.sequence)
         self.evaluator = Evaluator(job, self.replica, log)
         self.loader = BatchLoader(self.train_data, self.replica, training, self.total_steps)
-        self.rows_per_step = self.loader.rows_per_step
+        self.rows_per_step = self.train_data.rows_per_step
         self._next_labels: float | None = None
         """Labels of the next step's global batch; None before the first step of this process."""
         self.bytes_gathered_per_step = 0
@@ -96,7 +96,7 @@ class Trainer:
             latest = job.start.folder / CHECKPOINTS / LATEST
             if self.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
                 self._saved_step = self.state.step
-        self._mixture = self.loader.mixture
+        self._mixture = self.train_data if len(self.train_data.names) > 1 else None
         self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
 
     @property

@@ -60,15 +60,7 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path):
     assert "target_modules" not in str(error.value)
     labels = {
         "global_batch_size": ("--per_device_train_batch_size", "--gradient_accumulation_steps"),
-        "tokens": ("--document_start", "--exclude_eval_documents", "--replay", "--text_column", "--held_out_share"),
-        "mixture": (
-            "--document_start",
-            "--exclude_eval_documents",
-            "--eval_files",
-            "--replay",
-            "--mixture",
-            "--train_files",
-        ),
+        "mixture": ("--document_start", "--replay", "--mixture", "--train_files", "--text_column", "--held_out_share"),
     }
     for key, flags in labels.items():
         values = ({key: {"sources": {"law": number}} if key == "mixture" else number} for number in (1, 2))

@@ -11,7 +11,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.data import cache
 from tests.helpers.jobs import Playground, losses, run
 
-START = ("--document_start", "</s>", "--held_out_share", "0.2", "--exclude_eval_documents")
+START = ("--document_start", "</s>", "--held_out_share", "0.2")
 
 
 @pytest.fixture

@@ -44,7 +44,6 @@ decay_ratio: 0.1                | lr_scheduler_type: cosine
 decay_ratio: 0.1                | lr_scheduler_type: wsd, decay_from: step-000004, max_steps: 9
 decay_from: step-000004         | adapter: none, lr_scheduler_type: wsd, max_steps: 9
 num_train_epochs: 3             | max_steps: 100
-exclude_eval_documents: true    |
 max_eval_batches: 3             |
 shuffle_buffer: 5               |
 stop_when_forgotten: ["b:1.1"]  | eval_files: [b.txt]

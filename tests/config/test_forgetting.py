@@ -25,7 +25,7 @@ def test_bounds_and_scores():
     assert watch.forgotten({"new": 1.0}, start) is None is watch.forgotten(start, {"new": 1e9})
     assert Watch.of(["a:b:1.5"], []).bounds == {"a:b": 1.5}
     lines = report(start, {"old": 110.0, "new": 40.0, "late": 1.0})
-    assert [line.split()[-1] for line in lines] == ["change", "+10.00%", "-20.00%"]
+    assert [line.split()[-1] for line in lines] == ["(+10.00%)", "(-20.00%)"]
     assert not report({}, start)
 
 

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mora_ds.common.errors import UserError
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.data import Mixture, PackedDataset, TokenCache
-from mora_ds.data.mixture import LONGEST_PERIOD, Phase, SampleSchedule, integer_weights
+from mora_ds.data.mixture import LONGEST_PERIOD, SampleSchedule, integer_weights
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, losses, printed, refusal, rows, run
+from tests.helpers.jobs import Playground, curve, job, losses, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_one_run
 from tests.helpers.tables import rows as rows_of
@@ -33,7 +33,7 @@ def order(shares: SampleSchedule, samples: int) -> np.ndarray:
     "weights", [(0.7, 0.25, 0.05), (1, 1, 1), (0.333, 0.333, 0.334), (math.pi, math.e, 0.01), (90, 9, 1)], ids=str
 )
 def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]):
-    shares = SampleSchedule([Phase(0, weights)], [None] * 3)
+    shares = SampleSchedule([(0, weights)], [None] * 3)
     wanted = np.array(weights) / sum(weights)
     counts = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
     n = np.arange(1, 10_001)[:, None]
@@ -44,7 +44,7 @@ def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float,
 
 
 def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree():
-    shares = SampleSchedule([Phase(0, (3, 1, 2)), Phase(50, (0, 1, 1)), Phase(77, (5, 1, 0))], [None, None, None])
+    shares = SampleSchedule([(0, (3, 1, 2)), (50, (0, 1, 1)), (77, (5, 1, 0))], [None, None, None])
     seen = [0, 0, 0]
     for sample in range(500):
         assert shares.counts(sample).tolist() == seen
@@ -56,7 +56,7 @@ def test_samples_of_a_source_are_numbered_without_a_gap_and_counts_agree():
 
 
 def test_a_source_that_is_used_up_leaves_its_share_to_the_others():
-    shares = SampleSchedule([Phase(0, (0.5, 0.25, 0.25))], [None, 10, 40])
+    shares = SampleSchedule([(0, (0.5, 0.25, 0.25))], [None, 10, 40])
     drawn = order(shares, 1000)
     assert (drawn == 1).sum() == 10
     assert (drawn == 2).sum() == 40
@@ -65,7 +65,7 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others():
     later = drawn[last + 1 :][:30]
     assert (later == 0).sum() == 20, "what is left shares as 0.5 to 0.25"
     assert shares.limit is None
-    ending = SampleSchedule([Phase(0, (1, 1))], [3, 4])
+    ending = SampleSchedule([(0, (1, 1))], [3, 4])
     assert ending.limit == 7
     assert sorted(order(ending, 7).tolist()) == [0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(IndexError):
@@ -73,7 +73,7 @@ def test_a_source_that_is_used_up_leaves_its_share_to_the_others():
 
 
 def test_a_place_far_out_is_found_without_a_walk():
-    shares = SampleSchedule([Phase(0, (0.61, 0.29, 0.1))], [None] * 3)
+    shares = SampleSchedule([(0, (0.61, 0.29, 0.1))], [None] * 3)
     far = 10**12
     source, number = shares.locate(far)
     assert number == shares.counts(far)[source]
@@ -95,7 +95,7 @@ def test_weights_become_whole_numbers():
 
 def test_the_order_never_changes():
     """Recorded: a run of today must resume tomorrow."""
-    assert order(SampleSchedule([Phase(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
+    assert order(SampleSchedule([(0, (0.5, 0.3, 0.2))], [None] * 3), 12).tolist() == RECORDED
 
 
 RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
@@ -118,8 +118,8 @@ def mixture(rows: int = 12, phases: Any = ((0, (0.6, 0.4)),), epochs: Any = (Non
 
 def test_sources_keep_their_own_order_and_epochs():
     data = mixture()
-    drawn = torch.cat([data.batch(step, 12)["input_ids"][:, 0] for step in range(60)])
-    marks = torch.tensor([data.sources_of(step, 12) for step in range(60)]).flatten()
+    drawn = torch.cat([data.batch(step)["input_ids"][:, 0] for step in range(60)])
+    marks = torch.tensor([data.sources_of(step) for step in range(60)]).flatten()
     assert torch.equal((drawn >= 20_000).long(), marks)
     for first, blocks, mark in ((10_000, 31, 0), (20_000, 9, 1)):
         mine = (drawn[marks == mark] - first) // 4
@@ -148,7 +148,7 @@ def test_the_end_of_capped_sources_is_known_beforehand():
     capped = Mixture({"a": source(0, 100, "a")}, ((0, (1,)),), (0.29,), 4, 12)
     assert capped.schedule.limit == 29, "although 0.29 * 100 < 29 in floats"
     with pytest.raises(UserError, match="shorter than one batch"):
-        mixture(rows=100, epochs=(1, 1)).check_batch_size(100)
+        mixture(rows=100, epochs=(1, 1)).check_batch_size()
 
 
 # -- what the user writes --------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_plain_files_are_no_mixture(tmp_path: Path):
     odd = tmp_path / "a=b:1"
     odd.write_text("text")
     for files in (["a.txt", "b.txt"], ["x=y.txt"], ["s3://bucket:9000/x"], [str(odd)], ["a.txt:b"]):
-        assert plan_of(tmp_path, train_files=files) is None
+        assert plan_of(tmp_path, train_files=files).is_plain
 
 
 def test_flags_and_file_say_the_same(tmp_path: Path):
@@ -179,12 +179,12 @@ def test_flags_and_file_say_the_same(tmp_path: Path):
     assert by_flags.phases == by_file.phases == ((0, (0.63, 0.27, 0.1)),)
 
 
-def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path):
+def test_replay_takes_its_share_of_every_phase(tmp_path: Path):
     text = (
-        "sources:\n  web: {files: w, weight: 3}\n  code: {files: c, weight: 1, epochs: 2}\n  old: {files: o}\n"
-        "phases:\n  - {from_step: 10, weights: {code: 1, old: 9}}\n"
+        "sources:\n  web: {files: w, weight: 3}\n  code: {files: c, weight: 1, epochs: 2}\n"
+        "phases:\n  - {from_step: 10, weights: {code: 1}}\n"
     )
-    plan = plan_of(tmp_path, text, replay=["old:0.2"])
+    plan = plan_of(tmp_path, text, replay=["old=o:0.2"])
     assert plan.phases == ((0, (0.6, 0.2, 0.2)), (10, (0.0, 0.8, 0.2)))
     assert plan.sources[1].epochs == 2
     plain = plan_of(tmp_path, train_files=["new.txt"], replay=["old=o:0.05"])
@@ -194,7 +194,6 @@ def test_replay_of_a_source_that_is_there_and_of_plain_files(tmp_path: Path):
 
 WRONG = """
 {sources: {a: {files: x, weight: 1}}, phases: [{from_step: 5, weights: {a: 0}}]} | from step 5 | add up to 0
-{sources: {a: {files: x}, b: {files: y, weight: 0}}} | 'b' has weight 0 throughout
 {sources: {a: {files: x, weight: much}}} | sources.a.weight must be a number, got 'much'
 {sources: {a: {files: x, weight: .nan}}} | 'a' must be at least 0, got nan
 {sources: {a: {files: x}, a: {files: y}}} | 'a' is given twice
@@ -209,9 +208,9 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, phrases: list[str]):
     assert all(phrase in str(error.value) for phrase in phrases), str(error.value)
 
 
-def test_a_stream_has_whole_epochs(tmp_path: Path):
-    with pytest.raises(UserError, match=r"whole number.*got 1\.5"):
-        plan_of(tmp_path, "{sources: {a: {files: x, epochs: 1.5}}}", streaming=True)
+def test_a_stream_has_no_epochs(tmp_path: Path):
+    with pytest.raises(UserError, match=r"sources\.a\.epochs is for text in a cache"):
+        plan_of(tmp_path, "{sources: {a: {files: x, epochs: 2}}}", streaming=True)
 
 
 # -- complete runs ---------------------------------------------------------------------------------------------------
@@ -280,34 +279,26 @@ def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path
 
 def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path):
     """By hash, in every source: also where a document lies in two of them."""
-    from mora_ds.data import Corpus, DocumentFilter, document_hash, hashes_of, load_corpus
+    from mora_ds.data import Corpus, DocumentFilter, document_hash, load_corpus
 
     texts = user.texts()
     again = tmp_path / "again.jsonl"
     again.write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in texts[::2]))
     share = 0.3
-    corpora = [load_corpus([str(path)]) for path in (user.train, again)]
     held_out = {document_hash(text) for text in texts if document_hash(text) < share * 2**64}
     assert 5 < len(held_out) < 40
-    for corpus in corpora:
-        trained = hashes_of(Corpus(corpus.members, keep=DocumentFilter(share)))
-        evaluated = hashes_of(Corpus(corpus.members, keep=DocumentFilter(share, takes_held_out=True)))
+    for path in (user.train, again):
+        members = load_corpus([str(path)]).members
+        trained = {document_hash(text) for text in Corpus(members, keep=DocumentFilter(share)).texts()}
+        evaluated = {document_hash(text) for text in Corpus(members, keep=DocumentFilter(share, True)).texts()}
         assert trained
         assert evaluated
         assert not trained & held_out
         assert evaluated <= held_out
-    eval_file = tmp_path / "eval.jsonl"
-    eval_file.write_text(json.dumps({"text": texts[3] + "  "}) + "\n")
-    argv = mixture_flags(
-        user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share, "--exclude_eval_documents"
-    )
+    argv = mixture_flags(user, tmp_path / "out", tmp_path / "no.yaml", "--held_out_share", share)
     at = argv.index("--mixture")
-    argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={again}:0.5", "--eval_files", f"mine={eval_file}"]
-    told = run_ranks(1, printed, argv)[0]
-    out_of_a = len(
-        {document_hash(text) for text in texts if document_hash(text) in held_out | {document_hash(texts[3])}}
-    )
-    assert f"a: {out_of_a} of {len(texts)} documents are not trained on" in told
+    argv[at : at + 2] = ["--train_files", f"a={user.train}:0.5", f"b={again}:0.5", "--eval_files", f"mine={user.held}"]
+    run(1, argv)
     (after,) = [row["eval"] for row in rows(tmp_path / "out") if "eval" in row and row["step"] == 6]
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 
@@ -316,9 +307,7 @@ def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path):
     summary = job_alone(user.flags(tmp_path / "out", "--held_out_share", 0.2, "--max_steps", 2))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
     nothing = user.flags(tmp_path / "no", "--held_out_share", 1e-9)
-    assert "no document falls into --held_out_share 1e-09" in refusal(nothing)
-    same = ("--train_files", user.held, "--exclude_eval_documents")
-    assert "--train_files: no document is left to train on" in refusal(user.flags(tmp_path / "no", *same))
+    assert "every document is empty, or on the other side of --held_out_share 1e-09" in refusal(nothing)
 
 
 def job_alone(argv: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import IGNORED, PackedDataset, TokenCache
+from mora_ds.data import IGNORED, Mixture, PackedDataset, TokenCache
 from mora_ds.data.documents import Documents
 
 EOS = 9999
@@ -23,6 +23,11 @@ def make_cache(lengths: list[int]) -> TokenCache:
     ends = np.cumsum(lengths, dtype=np.int64)
     tokens = np.arange(ends[-1], dtype=np.uint16)
     return TokenCache(Path("memory"), {"settings": {"eos_id": EOS}}, tokens, ends)
+
+
+def batches_of(data: PackedDataset, size: int) -> Mixture:
+    """What a run draws from one plain source."""
+    return Mixture({"train": data}, [(0, (1.0,))], [None], data.seq_len, size)
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -66,33 +71,30 @@ def test_document_mask_keeps_documents_and_padding_apart(seq_len: int):
         assert (block["labels"][real:] == IGNORED).all()
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch(shuffle: bool):
-    data = PackedDataset(make_cache(LENGTHS), 7, seed=3, shuffle=shuffle)
+def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch():
+    data = PackedDataset(make_cache(LENGTHS), 7, seed=3)
     blocks = data.n_blocks
-    size = 4
-    assert blocks % size  # so that batches straddle epochs
-    first_tokens = [t for step in range(3 * blocks) for t in data.batch(step, size)["input_ids"][:, 0].tolist()]
+    batches = batches_of(data, 4)
+    assert blocks % 4  # so that batches straddle epochs
+    first_tokens = [t for step in range(3 * blocks) for t in batches.batch(step)["input_ids"][:, 0].tolist()]
     epochs = [first_tokens[start : start + blocks] for start in range(0, len(first_tokens), blocks)]
     everything = [7 * index for index in range(blocks)]
     assert all(sorted(epoch) == everything for epoch in epochs)
-    orders = {tuple(epoch) for epoch in epochs}
-    assert len(orders) == (len(epochs) if shuffle else 1)
-    if not shuffle:
-        assert epochs[0] == everything
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
 def test_a_batch_is_the_same_for_any_number_of_ranks(world: int):
-    whole = PackedDataset(make_cache(LENGTHS), 7, seed=1)
+    whole = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
     rows = 12 // world
     for step in (0, 1, 7, 10**6):
         rank_batches = []
         for rank in reversed(range(world)):  # each rank has a dataset of its own and asks in another order
-            local = PackedDataset(make_cache(LENGTHS), 7, seed=1).batch(step, 12, slice(rank * rows, (rank + 1) * rows))
+            of_rank = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
+            local = of_rank.batch(step, slice(rank * rows, (rank + 1) * rows))
             assert local["labels"].shape == (rows, 7)
             rank_batches.insert(0, local)
-        batch = whole.batch(step, 12)
+        batch = whole.batch(step)
         for key in KEYS:
             assert torch.equal(batch[key], torch.cat([local[key] for local in rank_batches]))
         assert batch["documents"].lengths == sum((local["documents"].lengths for local in rank_batches), ())
@@ -100,10 +102,11 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(world: int):
 
 def test_the_order_is_drawn_from_the_seed_and_never_changes():
     """Recorded numbers: a run of today must resume on the numpy of tomorrow."""
-    data = PackedDataset(make_cache([80]), 8, seed=42)
-    assert [data.block_of_sample(sample) for sample in range(20)] == RECORDED
-    reseeded = PackedDataset(make_cache([80]), 8, seed=43)
-    assert [reseeded.block_of_sample(sample) for sample in range(20)] != RECORDED
+    drawn = {
+        seed: [PackedDataset(make_cache([80]), 8, seed).sample(number)["input_ids"][0] // 8 for number in range(20)]
+        for seed in (42, 43)
+    }
+    assert drawn[42] == RECORDED != drawn[43]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -123,13 +126,11 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size
 
 def test_a_corpus_shorter_than_one_batch():
     data = PackedDataset(make_cache([50]), 8)
-    data.batch(0, 7)
-    with pytest.raises(UserError, match="50 tokens make 7 sequences of --seq_len 8, one global batch takes 8; give"):
-        data.batch(0, 8)
+    batches_of(data, 7).check_batch_size()
+    with pytest.raises(UserError, match="it makes 7 sequences of --seq_len 8, one global batch takes 8; give"):
+        batches_of(data, 8).check_batch_size()
     with pytest.raises(UserError, match="too short"):
         PackedDataset(make_cache([1]), 8)
-    with pytest.raises(UserError, match="--seq_len must be at least 1, got 0"):
-        PackedDataset(make_cache([5]), 0)
 
 
 def test_documents_begin_with_rows_and_where_positions_restart():
@@ -147,9 +148,9 @@ def test_documents_begin_with_rows_and_where_positions_restart():
 
 def test_a_batch_knows_its_documents():
     data = PackedDataset(make_cache(LENGTHS), 7, seed=1)
-    for batch in (data.batch(3, 12), data.first_rows(2), *data.eval_batches(0, 2, 3)):
+    batches = batches_of(data, 12)
+    for batch in (batches.batch(3), batches.first_rows(2), *data.eval_batches(0, 2, 3)):
         assert batch["documents"].lengths == Documents.of(batch["position_ids"]).lengths
         assert batch["documents"].tokens == batch["input_ids"].numel()
-    assert [len(data.first_rows(count)["labels"]) for count in (2, 99)] == [2, data.n_blocks]
     crossing = PackedDataset(make_cache(LENGTHS), 7, seed=1, document_mask=False)
-    assert crossing.batch(0, 4)["documents"].lengths == (7,) * 4
+    assert batches_of(crossing, 4).batch(0)["documents"].lengths == (7,) * 4

@@ -52,7 +52,6 @@ merge_every                 | 1 | 2 | 3 | 100
 restart_warmup_steps        | 1 | 2 | 0
 replay                      | old={user}/held.txt:0.5 | old={user}/held.txt:1 | new:0.1
 held_out_share              | 0.1 | 0.9 | 1
-exclude_eval_documents      | true
 streaming                   | true
 shuffle_buffer              | 0 | 1 | 100000
 eval_files                  | a={user}/held.txt | a={user}/other.txt b={user}/held.txt | {user}/gone.txt

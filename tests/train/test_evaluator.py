@@ -180,7 +180,7 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated():
     assert evaluation.forgotten is None
     assert evaluation.state.task_costs_before == {"quiz": 2.0}
     at(evaluation, 6, 1.0, score=0.25)
-    assert "the cost of task quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
+    assert "the perplexity on quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_set():

@@ -17,24 +17,24 @@ T = 4
 class Data:
     """Rows whose tokens are the numbers of their samples; `fails_at` a batch."""
 
+    names = ("one",)
+    rows_per_step = 4
+
     def __init__(self, fails_at: int = -1):
         self.fails_at, self.threads = fails_at, list[str]()
 
-    def batch(self, step: int, size: int, rows: slice) -> dict[str, torch.Tensor]:
+    def batch(self, step: int, rows: slice) -> dict[str, torch.Tensor]:
         self.threads.append(threading.current_thread().name)
         if step == self.fails_at:
             raise UserError(f"line {step} is damaged")
+        size = self.rows_per_step
         ids = torch.arange(step * size, (step + 1) * size)[rows, None].expand(-1, T).contiguous()
         labels = torch.where(ids % 2 == 0, ids, IGNORED)
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(T).expand(len(ids), -1)}
 
 
 def loader(data: Any, replica: int = 0, replicas: int = 1, accumulation: int = 2, size: int = 2, steps: int = 5) -> Any:
-    training = SimpleNamespace(
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulation,
-        rows_per_step=lambda world: size * accumulation * world,
-    )
+    training = SimpleNamespace(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
     process = SimpleNamespace(
         index=replica, count=replicas, world=replicas, engine=SimpleNamespace(device="cpu"), rows=lambda batch: batch
     )
@@ -42,12 +42,11 @@ def loader(data: Any, replica: int = 0, replicas: int = 1, accumulation: int = 2
 
 
 def rows_of(replica: int, replicas: int, micro_batches: int, size: int) -> list[list[int]]:
-    """The global rows of each micro-batch of a replica, at step 5."""
+    """The global rows of each micro-batch of a replica."""
     all_rows = []
     batch_loader = loader(Data(), replica, replicas, micro_batches, size)
     for index in range(micro_batches):
-        batch, rows_per_step, rows = batch_loader.position(5, index)
-        assert (batch, rows_per_step) == (5, size * micro_batches * replicas)
+        rows = batch_loader.position(index)
         all_rows.append(list(range(rows.start, rows.stop)))
     return all_rows
 
@@ -91,13 +90,14 @@ class Stream(StreamMixture):
     def __init__(self):
         self.names, self.data = ["one"], Data()
 
-    def batch(self, step: int, size: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        return self.data.batch(step, size, rows)
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        return self.data.batch(step, rows)
 
 
 def test_a_stream_shared_by_processes_is_read_by_the_main_thread():
     for world, name in ((1, "mora_ds batches_0"), (2, threading.current_thread().name)):
         stream = Stream()
+        stream.data.rows_per_step = 4 * world
         batch_loader = loader(stream, 0, world)
         batch_loader.take(0)
         assert len(stream.data.threads) == 2 or world == 1

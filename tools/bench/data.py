@@ -100,14 +100,14 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, "training")}
     for step in range(options.steps):
         for name, data in ways.items():
-            seconds[name].append(seconds_of(lambda data=data, step=step: data.batch(step, options.rows)))  # type: ignore[misc]
+            seconds[name].append(seconds_of(lambda data=data, step=step: data.batch(step)))  # type: ignore[misc]
         seconds["training"].append(train())
     size = options.rows * options.seq_len
     step_s = median(seconds["training"])
     rates = {name: size * options.steps / sum(seconds[name]) for name in ways}  # a stream tokenises in bursts
     resumed = {
-        "cached": seconds_of(lambda: cached().batch(FAR, options.rows)),
-        "streaming": seconds_of(lambda: streamed(_far(stream, options.rows)).batch(FAR, options.rows)),
+        "cached": seconds_of(lambda: cached().batch(FAR)),
+        "streaming": seconds_of(lambda: streamed(_far(stream, options.rows)).batch(FAR)),
     }
     report.say(f"training: {size / step_s:,.0f} tokens/s ({options.rows} x {options.seq_len} tokens a step)")
     rows = [
