@@ -63,7 +63,7 @@ from mora_ds.train.job import Job
 from mora_ds.train.metrics import MetricsLog, plain_json
 from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
-from mora_ds.train.run_file import write_run_file
+from mora_ds.train.run_file import changed_settings, write_run_file
 from mora_ds.train.screen import opening
 from mora_ds.train.setup import Start, engine_config, start_processes, start_up
 from mora_ds.train.tasks import check_tasks, task_names
@@ -141,6 +141,10 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
                 "steps": _steps(job, schedule),
                 **_facts(job),
             }
+            if start.checkpoint is not None:
+                run_folder = start.checkpoint.resolve().parents[1]
+                if changes := changed_settings(run_folder, dump(arguments)):
+                    logger.info(f"changed since the run was last started: {', '.join(changes)}")
             write_run_file(start.folder, dump(arguments), facts, owns)
     return job, schedule
 

@@ -54,6 +54,20 @@ def versions() -> dict[str, str]:
     }
 
 
+_OF_A_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir")
+"""Settings that say where a run is and whether it goes on, not what it computes."""
+
+
+def changed_settings(folder: Path, settings: Facts) -> list[str]:
+    """Each of the `settings` that the run in `folder` was last started with otherwise, as "--name before -> now"."""
+    before = _read(folder) or {}
+    return [
+        f"--{name} {before[name]} -> {value}"
+        for name, value in settings.items()
+        if name not in _OF_A_START and before.get(name, value) != value
+    ]
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a run has begun in `folder`: whether its run.yaml is one that a run has written."""
     return _read(folder) is not None

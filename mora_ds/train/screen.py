@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
+from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST, MERGED_FOLDER
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
 from mora_ds.config.arguments import Arguments
 from mora_ds.train.job import Job
@@ -61,16 +61,26 @@ def _trained(adapter: AdapterArguments) -> str:
 
 
 def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
-    """The lines after the last step: what was done, and where its checkpoint lies."""
+    """The lines after the last step: what was done, where it lies, and the commands that come next."""
     if arguments.adapter.adapter == AdapterKind.NONE.value:
         return _labelled({"done": f"evaluated in {duration(seconds)}"})
-    checkpoints = Path(arguments.training.output_dir) / CHECKPOINTS
-    return _labelled(
-        {
-            "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
-            "checkpoint": str(checkpoints / (checkpoints / LATEST).resolve().name),
-        }
-    )
+    folder = Path(arguments.training.output_dir)
+    latest = folder / CHECKPOINTS / LATEST
+    merged = folder / MERGED_FOLDER
+    rows = {
+        "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
+        "checkpoint": str(latest.with_name(latest.resolve().name)),
+    }
+    if "tensorboard" in arguments.training.report_to:
+        rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
+    is_one_adapter = arguments.adapter.adapter != AdapterKind.FULL.value and not arguments.research
+    if is_one_adapter:
+        rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"
+    if is_one_adapter and not arguments.training.export_merged:
+        rows["export"] = f"mora-ds export --checkpoint {latest} --output {merged}"
+    if is_one_adapter or arguments.training.export_merged:
+        rows["serve"] = f"vllm serve {merged}"
+    return _labelled(rows)
 
 
 def _labelled(rows: Mapping[str, str]) -> list[str]:

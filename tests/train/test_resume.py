@@ -84,6 +84,19 @@ def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user: Pl
     assert (copied / "checkpoints" / "latest").resolve() == checkpoint.resolve()
 
 
+def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Path, tmp_path: Path):
+    start = "changed since the run was last started: "
+    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
+    flags = [*longer, "--learning_rate", "0.5", "--lr_scheduler_type", "constant"]
+    (told,) = run_ranks(1, printed, [*flags, "--cache_dir", str(tmp_path / "cache")])
+    (line,) = [line for line in told.splitlines() if line.startswith(start)]
+    assert line.removeprefix(start).split(", ") == [
+        "--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant"
+    ]  # fmt: skip
+    (told,) = run_ranks(1, printed, flags)
+    assert start not in told
+
+
 def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path):
     out = tmp_path / "elsewhere"
     run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))

@@ -1,5 +1,9 @@
 """What a run prints after its last step, by what it was asked for; a launched run's lines are in test_pretrain.py."""
 
+from dataclasses import replace
+
+import pytest
+
 from mora_ds.config.arguments import parse
 from mora_ds.train import screen
 from mora_ds.train.screen import closing
@@ -7,13 +11,29 @@ from mora_ds.train.screen import closing
 SUMMARY = {"steps": 1200, "tokens": 2_400_000}
 
 
-def test_the_last_lines_say_what_was_done():
-    lines = closing(parse(["--output_dir", "runs/law"]), SUMMARY, 3723.4)
-    assert lines == [
-        "done        1,200 steps, 2,400,000 tokens in 1:02:03",
-        "checkpoint  runs/law/checkpoints/latest",
-    ]
-    assert closing(parse(["--adapter", "none"]), SUMMARY, 1) == ["done        evaluated in 0:00:01"]
+@pytest.mark.parametrize(
+    "flags, labels",
+    [
+        ([], ["done", "checkpoint", "curves", "evaluate", "export", "serve"]),
+        (["--export_merged"], ["done", "checkpoint", "curves", "evaluate", "serve"]),
+        (["--adapter", "full", "--report_to", "none"], ["done", "checkpoint"]),
+        (["--adapter", "none"], ["done"]),
+    ],
+    ids=["an adapter", "exported", "full training", "an evaluation"],
+)
+def test_the_last_lines_name_the_commands_that_work_now(flags: list[str], labels: list[str]):
+    lines = closing(parse(["--output_dir", "runs/law", *flags]), SUMMARY, 3723.4)
+    assert [line.split()[0] for line in lines] == labels
+    assert lines[0].endswith("in 1:02:03")
+
+
+def test_the_next_commands_have_the_paths_of_the_run():
+    arguments = parse(["--output_dir", "runs/law"])
+    lines = closing(arguments, SUMMARY, 1)
+    assert lines[0] == "done        1,200 steps, 2,400,000 tokens in 0:00:01"
+    assert lines[-2] == "export      mora-ds export --checkpoint runs/law/checkpoints/latest --output runs/law/merged"
+    with_domains = replace(arguments, research={"domain_adapters": True})
+    assert closing(with_domains, SUMMARY, 1) == lines[:3], "no command for one model"
 
 
 def test_everything_that_is_trained_is_named():
