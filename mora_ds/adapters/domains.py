@@ -18,16 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mora_ds.adapters.layer import AdaptedLinear, MoRALinear
-from mora_ds.adapters.ops.frozen import check_floating, frozen_linear
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import (
-    OperatorSpec,
-    decompress,
-    decompress_transpose,
-    fold_input,
-    rotate_blocks,
-    unfold_input,
-)
+from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, require_type, unknown
 
 OWN = "domain_squares"
@@ -64,17 +56,10 @@ class DomainLinear(MoRALinear):
             if self.training:
                 raise RunError("training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first")
             return super().forward(x)
-        self.hold_tables(x.device)
         row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
-        if self.training and self.dropout:
-            rows = nn.functional.dropout(rows, self.dropout)
-        if self.spec != self.own_spec:  # from the first merge on
-            return super().forward(x) + update_rows(self.own_spec, row_squares, rows).view(*x.shape[:-1], -1)
-        frozen = self.frozen
-        check_floating(x, frozen)
-        update = update_rows(self.spec, self.square.to(x.dtype) + row_squares, rows)
-        return frozen_linear(x, frozen, self.bias) + update.view(*x.shape[:-1], -1)
+        rows = nn.functional.dropout(rows, self.dropout, self.training)
+        return super().forward(x) + update_rows(self.own_spec, row_squares, rows).view(*x.shape[:-1], -1)
 
 
 def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
@@ -110,17 +95,18 @@ class Domains:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._choice: Tensor | None = None
-        self._moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._same_for_all = False
 
     def set(self, rows: Sequence[str]) -> None:
         """Sets the domain of each of the B rows of the next batches. Raises `UserError` for an unknown domain."""
-        self._set(self._one_hot(rows), same_for_all=False)
+        self._choice = self._one_hot(rows)
+        self._same_for_all = False
 
     def set_all(self, domain: str | None) -> None:
         """Sets one domain for all rows of any batch; None for none, so that the shared matrix acts alone. Raises
         `UserError` for an unknown domain."""
-        self._set(None if domain is None else self._one_hot([domain]), same_for_all=domain is not None)
+        self._choice = None if domain is None else self._one_hot([domain])
+        self._same_for_all = True
 
     @contextmanager
     def using(self, domain: str | None) -> Iterator[None]:
@@ -131,7 +117,6 @@ class Domains:
             yield
         finally:
             self._choice, self._same_for_all = before
-            self._moved = {}
 
     def choice(self, x: Tensor) -> Tensor | None:
         """(B, K), 1 where a row of x (B, ..., D) belongs to a domain; (1, K) where all rows belong to one; None for no
@@ -146,15 +131,8 @@ class Domains:
                 f"domains are set for {len(self._choice)} rows, but a layer reads {tuple(x.shape)}: leave layers that "
                 "do not see complete rows (experts, a head with --chunked_loss) out of --target_modules"
             )
-        key = (x.device, x.dtype)
-        if key not in self._moved:
-            self._moved[key] = self._choice.to(*key, non_blocking=True)
-        return self._moved[key]
-
-    def _set(self, choice: Tensor | None, same_for_all: bool) -> None:
-        self._choice = choice
-        self._same_for_all = same_for_all
-        self._moved = {}
+        self._choice = self._choice.to(x.device, x.dtype, non_blocking=True)  # the next layer finds it there
+        return self._choice
 
     def _one_hot(self, rows: Sequence[str]) -> Tensor:
         """(B, K) fp32."""
@@ -171,37 +149,5 @@ def squares_of_rows(squares: Tensor, choice: Tensor) -> Tensor:
 
 def update_rows(spec: OperatorSpec, squares: Tensor, x: Tensor) -> Tensor:
     """decompress(M_b compress(x_b)) with a matrix for each row: squares (B, R, R), x (B, ..., D) -> (B, ..., O)."""
-    update: Tensor = _UpdateRows.apply(x, squares, spec)
-    return update
-
-
-class _UpdateRows(torch.autograd.Function):
-    """Saves what `ops.linear` saves: the folded input for share and truncate, for decouple and rotate the input itself,
-    which layers that read the same tensor share."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        squares: Tensor,
-        spec: OperatorSpec,
-    ) -> Tensor:
-        ctx.spec = spec
-        folded = fold_input(spec, x)
-        ctx.save_for_backward(x if spec.blocks > 1 else folded, squares)
-        z = rotate_blocks(spec, folded)
-        return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        spec: OperatorSpec = ctx.spec
-        saved, squares = ctx.saved_tensors
-        c = decompress_transpose(spec, gradients[0])
-        flat = c.flatten(1, -2)
-        g_x = g_squares = None
-        if ctx.needs_input_grad[0]:
-            g_x = unfold_input(spec, rotate_blocks(spec, torch.bmm(flat, squares).view(c.shape), back=True))
-        if ctx.needs_input_grad[1]:
-            z = rotate_blocks(spec, fold_input(spec, saved) if spec.blocks > 1 else saved)
-            g_squares = torch.bmm(flat.mT, z.flatten(1, -2))
-        return g_x, g_squares, None
+    z = compress(spec, x)
+    return decompress(spec, torch.bmm(z.flatten(1, -2), squares.mT).view(z.shape))
