@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 STARTS_PROCESSES = frozenset(
-    ("run_ranks", "start_ranks", "run", "refusal", "launch", "launcher", "killed_run", "stop_and_resume")
+    ("run_ranks", "run_pooled", "start_ranks", "run", "refusal", "launch", "launcher", "killed_run", "stop_and_resume")
 )
 """Names of the helpers, and of `subprocess.run`, that start processes."""
 

@@ -31,10 +31,10 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, losses, refusal, run
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_good
+from tests.helpers.pool import run_pooled
 
 # -- a product of low rank ---------------------------------------------------------------------------------------------
 
@@ -347,8 +347,8 @@ def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
 )
 def test_two_ranks_train_as_one(kind: str, tied: bool):
     """The same rows of data, split over two ranks: the same parameters after three steps."""
-    alone = run_ranks(1, trained_on_ranks, kind, tied)[0]
-    first, second = run_ranks(2, trained_on_ranks, kind, tied)
+    alone = run_pooled(1, trained_on_ranks, kind, tied)[0]
+    first, second = run_pooled(2, trained_on_ranks, kind, tied)
     name = f"model.embed_tokens.{kind}"
     assert not torch.allclose(alone[name], MODELS[kind][0](tied).get_parameter(name), atol=1e-3)
     for name, value in alone.items():

@@ -11,8 +11,8 @@ from mora_ds.checkpoint.writer import _retain as retain
 from mora_ds.common.files import verify_manifest
 from tests.helpers.damage import checkpoint_at
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 
 CONSTANT = 60 << 10
 """Bytes, for two ranks and 19 tensors: random states, layouts, JSON, the probe's logits."""
@@ -45,7 +45,7 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
 
 
 def test_bytes_a_parameter(tmp_path: Path):
-    for combination, (nbytes, parameters) in run_ranks(2, sizes, str(tmp_path))[0].items():
+    for combination, (nbytes, parameters) in run_pooled(2, sizes, str(tmp_path))[0].items():
         assert parameters > 27_000, "large against the constant"
         print(f"{combination}: {nbytes:,} bytes, {nbytes / parameters:.2f} a parameter")
         assert nbytes <= 16 * parameters + CONSTANT, combination

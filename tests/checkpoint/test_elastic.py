@@ -17,6 +17,7 @@ from mora_ds.engine.shards import MASTER, EngineShards
 from mora_ds.engine.zero import view_of
 from tests.helpers.engines import COMBINATIONS, new_engine, one_step
 from tests.helpers.gloo import run_ranks
+from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors
 from tests.helpers.shards import save_engine
 
@@ -107,7 +108,7 @@ def restore_all(root: str, target: str, pairs: list[tuple[Combination, Combinati
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[Combination, Any]]:
     root = str(tmp_path_factory.mktemp("saved"))
-    return root, run_ranks(2, save_all, root)[0]
+    return root, run_pooled(2, save_all, root)[0]
 
 
 SAME = [(combination, combination) for combination in COMBINATIONS]
@@ -125,7 +126,7 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
     saved: tuple[str, dict[Combination, Any]], tmp_path: Path, world: int, pairs: list[tuple[Combination, Combination]]
 ):
     root, expected = saved
-    for rank in run_ranks(world, restore_all, root, str(tmp_path), pairs):
+    for rank in run_pooled(world, restore_all, root, str(tmp_path), pairs):
         for (before, after), result in zip(pairs, rank, strict=True):
             wanted = expected[before]
             tensors = [name for name in wanted if name not in ("scale", "next")]
@@ -192,5 +193,5 @@ def refused_by_model(folder: str) -> str:
 
 
 def test_shards_of_another_model_are_refused(saved: tuple[str, dict[Combination, Any]]):
-    (message,) = run_ranks(1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine"))
+    (message,) = run_pooled(1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine"))
     assert "in 1 parameters, e.g. second: (7,) there, (9,) here" in message

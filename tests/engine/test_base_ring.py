@@ -30,8 +30,8 @@ from mora_ds.models.decoder_layers import find_decoder_layers, stored_bytes, wei
 from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, causal_loss, enable_checkpointing, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 
 LAYERS = 5
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def both(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
 def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]):
     if any(case.get("base_bits") == 4 for case in cases):
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
-    for results in run_ranks(2, both, cases):
+    for results in run_pooled(2, both, cases):
         for case, (resident, streamed) in zip(cases, results, strict=True):
             assert streamed["losses"] == resident["losses"], case
             for kind in ("values", "frozen"):

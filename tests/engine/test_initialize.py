@@ -26,6 +26,7 @@ from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import model_with_mora, tiny_model
+from tests.helpers.pool import run_pooled
 
 
 def devices_chosen() -> list[Any]:
@@ -118,7 +119,7 @@ def tensors_that_are_files(folder: str) -> tuple[int, int]:
 def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path):
     """The live base is the file itself, mapped, where the file has the run's dtype: no rank has a copy."""
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
-    for mapped, tensors in run_ranks(2, tensors_that_are_files, str(tmp_path)):
+    for mapped, tensors in run_pooled(2, tensors_that_are_files, str(tmp_path)):
         assert mapped == tensors > 10
 
 

@@ -18,8 +18,8 @@ from mora_ds.engine.layer_gathers import marked
 from mora_ds.engine.module_hooks import _gather
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, causal_loss, model_with_mora, tokens
+from tests.helpers.pool import run_pooled
 
 SETTINGS = ("persistent", "some", "checkpointing", "embeddings", "sharded again")
 
@@ -77,13 +77,13 @@ def with_the_collectives_for_many_ranks() -> list[int]:
 
 
 def test_the_collectives_for_many_ranks_give_the_same_bits():
-    for scattered, reduced in run_ranks(2, with_the_collectives_for_many_ranks):
+    for scattered, reduced in run_pooled(2, with_the_collectives_for_many_ranks):
         assert 0 < scattered <= reduced
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str):
-    for everywhere, hooked in run_ranks(2, with_and_without, setting):
+    for everywhere, hooked in run_pooled(2, with_and_without, setting):
         layers = len(mora_layers(model_with_mora("gpt2" if setting == "some" else "llama")))
         assert everywhere > 2 * layers
         assert hooked == (3 if setting == "embeddings" else 1)
@@ -95,7 +95,7 @@ def families_with_and_without() -> list[tuple[str, int]]:
 
 @pytest.mark.heavy
 def test_every_familys_layers_gather_together_with_the_same_bits():
-    for hook_counts in run_ranks(2, families_with_and_without):
+    for hook_counts in run_pooled(2, families_with_and_without):
         assert hook_counts == [(family, 1) for family in FAMILIES]
 
 
@@ -130,7 +130,7 @@ def held_at_once(setting: str) -> list[set[str]]:
 
 @pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
 def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str):
-    for gathered_layers in run_ranks(2, held_at_once, setting):
+    for gathered_layers in run_pooled(2, held_at_once, setting):
         assert all(len(layers) == 1 for layers in gathered_layers)
         assert set.union(*gathered_layers) == {"0", "1"}
 
@@ -199,7 +199,7 @@ def gathered_when_needed() -> list[Any]:
 
 
 def test_persistent_matrices_are_gathered_again_after_a_skipped_step():
-    for history, last, _ in run_ranks(2, gathered_when_needed):
+    for history, last, _ in run_pooled(2, gathered_when_needed):
         assert history[0][0], "nothing is gathered before the first pass"
         assert any(sharded for sharded, _, _ in history[2:]), "a skipped step leaves the matrices sharded"
         assert any(skipped for _, skipped, _ in history)

@@ -21,6 +21,7 @@ from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tenso
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, rows, run
 from tests.helpers.models import adapted_model, causal_loss, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 ROWS = 6
@@ -258,7 +259,7 @@ def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:
 
 
 def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket():
-    for (matrices, sizes), (expected, _) in run_ranks(2, small_and_large_bucket):
+    for (matrices, sizes), (expected, _) in run_pooled(2, small_and_large_bucket):
         assert sum(sizes) == STEPS * len(matrices)
         assert len(sizes) <= STEPS * -(-len(matrices) // 2), f"one matrix at a time: {sizes}"
         assert all(torch.equal(one, another) for one, another in zip(matrices, expected, strict=True))
@@ -271,7 +272,7 @@ def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
 
 
 def test_the_schedule_keeps_the_two_rates_in_proportion():
-    (settings,) = run_ranks(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
+    (settings,) = run_pooled(1, learning_rates, ("lr", "momentum", "eps", "weight_decay"))
     assert settings == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
 
 
@@ -287,7 +288,7 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str):
     """By names, GPT-2's embeddings would get Muon."""
-    ((numels, expected, muon),) = run_ranks(1, groups_of, family)
+    ((numels, expected, muon),) = run_pooled(1, groups_of, family)
     assert numels == expected
     assert len(numels) == 2
     assert muon
@@ -332,6 +333,6 @@ def carried(persistent: bool) -> dict[str, int]:
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_step_gathers_the_squares_five_times(persistent: bool):
     """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""
-    for traffic in run_ranks(2, carried, persistent):
+    for traffic in run_pooled(2, carried, persistent):
         assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart
         assert traffic["all"] - traffic["gathered"] <= 1.1 * traffic["squares"] + 1024  # the gradients' reduction

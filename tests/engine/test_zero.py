@@ -11,8 +11,8 @@ from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import CountedBelow, ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import adapted_model, causal_loss, tokens
+from tests.helpers.pool import run_pooled
 
 
 def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
     ],
 )
 def test_collectives_carry_the_squares_and_nothing_else(passes: int, accumulation: int, settings: dict[str, int]):
-    for result in run_ranks(2, count_bytes, accumulation, settings):
+    for result in run_pooled(2, count_bytes, accumulation, settings):
         gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
         assert result["gathered"] == gathers == passes * 4 * result["padded"]
         everything = sum(result["seen"].values())
@@ -74,4 +74,4 @@ def set_and_reset() -> list[float]:
 
 
 def test_a_matrix_in_bf16_with_gradients_in_fp32_is_set_and_reset_as_forward_reads_it():
-    assert run_ranks(2, set_and_reset) == [[1.0, 0.0]] * 2
+    assert run_pooled(2, set_and_reset) == [[1.0, 0.0]] * 2

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.preload"])
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.helpers.preload"])
 _reservations: deque[socket.socket] = deque(maxlen=64)
 """The ports drawn last: by the time that a socket leaves the queue and is closed, its job has ended or listens."""
 
@@ -34,13 +34,17 @@ class RankFailed(AssertionError):
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
     pipes, processes = start_ranks(world, function, *arguments)
     try:
-        return _collect(pipes, time.monotonic() + timeout_s)
+        return collect(pipes, time.monotonic() + timeout_s)
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.join(2)
-            process.kill()
-            process.join()
+        end(processes, patience_s=2)
+
+
+def end(processes: list[Any], patience_s: float = 0) -> None:
+    """Kill what has not ended by itself within `patience_s`."""
+    for process in processes:
+        process.join(patience_s)
+        process.kill()
+        process.join()
 
 
 def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[Connection], list[Any]]:
@@ -49,8 +53,8 @@ def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tu
     pipes = []
     processes = []
     for rank in range(world):
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank_main, args=(rank, world, port, sender, function, arguments))
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(rank, world, port, sender, function, arguments))
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -58,7 +62,8 @@ def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tu
     return pipes, processes
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    """What every rank sends, in rank order. Raises `RankFailed` where one fails, dies, or is late."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}

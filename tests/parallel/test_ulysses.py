@@ -163,26 +163,14 @@ def assert_equal_run(results: dict[str, Any], expected: dict[str, Any], case: Ca
             assert error <= tolerance * scale, (what, name, error, scale, case)
 
 
-CORE = [
-    (2, 2, [
-        Case("llama", "share"),
-        Case("mistral", "rotate", checkpointing=True),
-        Case("phi3", "decouple", documents=False, model=LONG_ROPE),
-        Case("gpt_neox", "truncate"),
-        Case("gemma2", "share"),
-    ]),
-    (4, 4, [Case("qwen2", "rotate", checkpointing=True)]),
-    (4, 2, [Case("qwen3", "share", adapter=EVERYTHING)]),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    "ranks, size, cases",
-    [pytest.param(*CORE[0], marks=pytest.mark.heavy), *CORE[1:]],
-    ids=["s2", "s4", "s2 x dp2"],
+    "ranks, size, case",
+    [(4, 4, Case("qwen2", "rotate", checkpointing=True)), (4, 2, Case("qwen3", "share", adapter=EVERYTHING))],
+    ids=["s4", "s2 x dp2"],
 )
-def test_split_rows_are_whole_rows(ranks: int, size: int, cases: list[Case]):
-    assert_equal_runs(cases, ranks, size)
+def test_split_rows_are_whole_rows(ranks: int, size: int, case: Case):
+    """Of two ranks that share rows: the heavy tests, and test_ulysses_run.py."""
+    assert_equal_runs([case], ranks, size)
 
 
 GROUPS = [(2, 2), (4, 4), (4, 2)]

@@ -16,6 +16,7 @@ from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.train.preflight import check_split
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 from tests.helpers.tables import parsed, rows
 
 LENGTH = 24
@@ -49,7 +50,7 @@ def in_and_out_of_the_way() -> dict[str, float]:
 
 
 def test_whole_rows_and_models_that_are_not_bound():
-    for errors in run_ranks(2, in_and_out_of_the_way):
+    for errors in run_pooled(2, in_and_out_of_the_way):
         assert errors.pop("split") < 1e-5
         assert {name: error for name, error in errors.items() if error} == {}
 
@@ -223,7 +224,7 @@ MIXING: dict[str, dict[str, Any]] = {
 
 
 def test_what_only_a_forward_tells():
-    for said in run_ranks(2, split_checked, MIXING):
+    for said in run_pooled(2, split_checked, MIXING):
         assert said["llama"] == ""
         assert "mixes tokens outside of the attention" in said["lfm2"]
         assert "keys and values differ in shape" in said["deepseek_v3"]

@@ -20,6 +20,7 @@ from tests.helpers.adapters import summed
 from tests.helpers.engines import ds_config, merging_run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 
 HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
 
@@ -29,7 +30,7 @@ HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
     [(2, "float32", 20), *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)],
 )
 def test_after_many_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, world: int, dtype: str, merges: int):
-    ranks = run_ranks(world, merging_run, str(tmp_path), dtype, merges)
+    ranks = run_pooled(world, merging_run, str(tmp_path), dtype, merges)
     ledger = Ledger.open(tmp_path / "ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == merges
@@ -78,7 +79,7 @@ def check_rounding(results: dict[str, Any], folder: Path):
 
 
 def test_a_merge_zeroes_the_optimizer_s_state(tmp_path: Path):
-    for results in run_ranks(2, one_merge_each, str(tmp_path)):
+    for results in run_pooled(2, one_merge_each, str(tmp_path)):
         check_rounding(results["bfloat16"], tmp_path / "bfloat16")
         for result in results.values():
             assert set(result["moments"]) == {"step", "exp_avg", "exp_avg_sq"}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.runtime.ranks import Ranks, _named
 from tests.helpers.gloo import run_ranks
+from tests.helpers.pool import run_pooled
 
 
 def fail(error: Exception):
@@ -61,7 +62,7 @@ def meetings(rank: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int):
-    results = run_ranks(2, meetings, rank)
+    results = run_pooled(2, meetings, rank)
     where = "" if rank == 0 else "rank 1: "
     for name in ("same check", "user error first", "between checks", "nested", "shared work"):
         assert {outcome[name] for outcome in results} == {f"UserError: {where}of rank {rank}"}, name
@@ -99,7 +100,7 @@ def long_work() -> int:
 
 
 def test_long_work_is_waited_for():
-    assert run_ranks(2, long_work) == [5, 5]
+    assert run_pooled(2, long_work) == [5, 5]
 
 
 def test_ranks_are_named_in_ranges():

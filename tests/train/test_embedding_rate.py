@@ -8,8 +8,8 @@ from mora_ds import initialize
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine import zero
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, model_with_mora, tokens
+from tests.helpers.pool import run_pooled
 
 RATE = 0.05
 SHARE = 0.125
@@ -35,5 +35,5 @@ def first_steps(stages: list[int]) -> list[list[float]]:
 
 
 def test_matrices_and_embeddings_have_their_own_learning_rates_at_every_stage():
-    for moved in itertools.chain(*run_ranks(2, first_steps, [1, 2, 3])):
+    for moved in itertools.chain(*run_pooled(2, first_steps, [1, 2, 3])):
         assert moved == pytest.approx([RATE, RATE * SHARE], rel=2e-2)

@@ -183,11 +183,10 @@ def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "setting",
     [
         ("--deepspeed", REPOSITORY / "configs" / "zero1.json"),
-        ("--deepspeed", REPOSITORY / "configs" / "zero2.json"),
+        ("--deepspeed", REPOSITORY / "configs" / "zero2.json", "--gradient_checkpointing", "true"),
         ("--deepspeed", REPOSITORY / "configs" / "zero3_offload_optimizer.json"),
-        ("--gradient_checkpointing", "true"),
     ],
-    ids=["zero1", "zero2", "offload", "checkpointing"],
+    ids=["zero1", "zero2, checkpointing", "offload"],
 )
 def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any):
     run(2, user.flags(tmp_path / "out", *MERGING, *setting))
@@ -195,11 +194,9 @@ def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_p
     assert_close_evals(tmp_path / "out", plain)
 
 
-@pytest.mark.parametrize(
-    "stage", ["zero3", *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("zero1", "zero2"))]
-)
-def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path, stage: str):
-    run(2, user.flags(out, *MERGING, "--bf16", "true", "--deepspeed", REPOSITORY / "configs" / f"{stage}.json"))
+def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path):
+    """Of every ZeRO stage: tests/engine/test_precision.py."""
+    run(2, user.flags(out, *MERGING, "--bf16", "true"))
     assert_close_losses(out, plain, rtol=0, atol=0.02)
     report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
     assert report.dtype == "bfloat16"

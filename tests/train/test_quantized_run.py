@@ -38,6 +38,7 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refusal, run
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
 
 ROWS = 6
@@ -108,7 +109,7 @@ def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int, dtype: 
 def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(tmp_path: Path, file_dtype: str):
     """In bf16, on a base whose files are in the same dtype or another: the same numbers, rounded."""
     write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base")
-    results = run_ranks(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
+    results = run_pooled(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
     base = BaseCheckpoint.open(tmp_path / "base")
     ledger = Ledger.open(tmp_path / "out-2" / "ledger")
     assert ledger.cycles == 10
@@ -148,8 +149,8 @@ def heavy(cases: list[tuple[AdapterConfig, int]]) -> list[Any]:
 @pytest.mark.parametrize("config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)])
 def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterConfig, stage: int):
     write_own_base(tiny_model("llama"), tmp_path / "base")
-    one = run_ranks(1, loop_of, str(tmp_path), config, stage, 0)[0]
-    for result in run_ranks(2, loop_of, str(tmp_path), config, stage, 0):
+    one = run_pooled(1, loop_of, str(tmp_path), config, stage, 0)[0]
+    for result in run_pooled(2, loop_of, str(tmp_path), config, stage, 0):
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert result["base_bytes"] == 0
 
@@ -159,8 +160,8 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterCo
 def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path: Path, config: AdapterConfig, stage: int):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what the run had."""
     write_own_base(tiny_model("llama"), tmp_path / "base")
-    one = run_ranks(1, loop_of, str(tmp_path), config, stage, 3)[0]
-    two = run_ranks(2, loop_of, str(tmp_path), config, stage, 3)
+    one = run_pooled(1, loop_of, str(tmp_path), config, stage, 3)[0]
+    two = run_pooled(2, loop_of, str(tmp_path), config, stage, 3)
     base = BaseCheckpoint.open(tmp_path / "base")
     ledger = Ledger.open(tmp_path / "out-2" / "ledger")
     loaded = mora_layers(load_adapter(tmp_path / "base", tmp_path / "out-2"))

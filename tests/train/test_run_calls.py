@@ -19,8 +19,8 @@ from mora_ds.models.base import write_own_base
 from mora_ds.train.run import _scheduler_state
 from tests.helpers.engines import LEARNING_RATE, ds_config
 from tests.helpers.exports import fake_run
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
+from tests.helpers.pool import run_pooled
 from tests.helpers.snapshot import untouched
 from tests.helpers.tables import parsed, rows
 
@@ -173,7 +173,7 @@ def wrong_calls(folder: str):
 
 
 def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path):
-    run_ranks(1, wrong_calls, str(tmp_path))
+    run_pooled(1, wrong_calls, str(tmp_path))
 
 
 def scheduled(folder: str, name: str, stage: int, resume: str | None, last_step: int) -> list[Any]:
@@ -202,9 +202,9 @@ def scheduled(folder: str, name: str, stage: int, resume: str | None, last_step:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_scheduler_goes_on_where_it_was_saved(tmp_path: Path, stage: int):
-    (whole,) = run_ranks(1, scheduled, str(tmp_path), "whole", stage, None, 4)
-    run_ranks(1, scheduled, str(tmp_path), "out", stage, None, 3)
-    (resumed,) = run_ranks(1, scheduled, str(tmp_path), "out", stage, "auto", 4)
+    (whole,) = run_pooled(1, scheduled, str(tmp_path), "whole", stage, None, 4)
+    run_pooled(1, scheduled, str(tmp_path), "out", stage, None, 3)
+    (resumed,) = run_pooled(1, scheduled, str(tmp_path), "out", stage, "auto", 4)
     assert whole[:4] == [LEARNING_RATE * 0.5**step for step in range(4)]
     assert resumed == whole[2:]
 
@@ -237,7 +237,7 @@ def calls_within_a_step(folder: str, stage: int):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int):
-    run_ranks(1, calls_within_a_step, str(tmp_path), stage)
+    run_pooled(1, calls_within_a_step, str(tmp_path), stage)
 
 
 def test_arguments_of_a_wrong_type_are_named_as_arguments(

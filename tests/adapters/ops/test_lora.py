@@ -24,9 +24,9 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.train.run import Run
 from tests.helpers.adapters import summed
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
+from tests.helpers.pool import run_pooled
 
 ROWS = 6
 SPEC = LoRASpec(d_in=12, d_out=7, rank=3, alpha=4.5)
@@ -129,7 +129,7 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
     ],
 )
 def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str):
-    ranks = run_ranks(world, relora, str(tmp_path), stage, dtype, 4)
+    ranks = run_pooled(world, relora, str(tmp_path), stage, dtype, 4)
     ledger = Ledger.open(tmp_path / "out" / "ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == 4
@@ -169,4 +169,4 @@ def set_everywhere() -> list[str]:
 
 
 def test_a_parameter_is_set_in_all_its_copies():
-    assert run_ranks(2, set_everywhere) == [[], []]
+    assert run_pooled(2, set_everywhere) == [[], []]
