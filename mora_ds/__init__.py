@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mora_ds.adapters.ops.spec import OperatorKind
     from mora_ds.common.errors import RunError, UserError
     from mora_ds.deploy.adapter_io import export_adapter, load_adapter
-    from mora_ds.deploy.combine import Mix, combine_adapters
+    from mora_ds.deploy.combine import combine_adapters
     from mora_ds.deploy.export import export_merged
     from mora_ds.engine.initialize import initialize
     from mora_ds.remora.ledger import Ledger
@@ -40,7 +40,6 @@ _HOME = {
     "RunError": "common.errors",
     "UserError": "common.errors",
     "combine_adapters": "deploy.combine",
-    "Mix": "deploy.combine",
     "export_adapter": "deploy.adapter_io",
     "export_merged": "deploy.export",
     "InjectionReport": "adapters.inject",
@@ -59,7 +58,6 @@ _HOME = {
 __all__ = [
     "InjectionReport",
     "Ledger",
-    "Mix",
     "MoRAConfig",
     "OperatorKind",
     "OperatorSpec",

@@ -2,7 +2,7 @@
 
     mora-ds evaluate out/checkpoints/latest --sets domain=held.jsonl general='prose/*.txt' --stride 256
     mora-ds evaluate MODEL --sets domain=held.jsonl --json scores.json
-    mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0 0.25 0.5 0.75 1
+    mora-ds evaluate out --sets domain=held.jsonl general='prose/*.txt' --delta_scale 0.5
 
 A checkpoint needs no merged model: base, merge ledger and current MoRA matrices are combined in memory, the update
 multiplied by --delta_scale if asked to. Every document is scored completely and separately. Bits per byte are
@@ -10,19 +10,15 @@ comparable between models with different tokenizers; perplexities are not.
 """
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mora_ds.commands.export import average_flag
 from mora_ds.common.errors import COUNT, UserError, named_as_flags, refuse, wrong_values
 from mora_ds.common.files import write_json_atomic
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.data import AUTO, Corpus, load_corpus
-from mora_ds.deploy.combine import Mix, mixed
+from mora_ds.deploy.combine import scaled
 from mora_ds.eval.perplexity import (
     Score,
-    Target,
     Windows,
     evaluate_sets,
     load_target,
@@ -31,14 +27,31 @@ from mora_ds.eval.perplexity import (
 from mora_ds.runtime.cli import check_device, check_writable, command_parser, shared_flags, table
 
 
+@named_as_flags("domain", "onto", "delta_scale", base="--base", base_folder="--base")
 def main() -> None:
     options = _parser().parse_args()
     check_scoring(options)
     if not options.sets:
         raise UserError("nothing to evaluate on: give --sets NAME=PATH")
-    content = _model(options, read_sets(options))
+    sets = read_sets(options)
+    with scaled(options.model, options.delta_scale, options.base) as path:
+        target = load_target(
+            path,
+            options.base,
+            options.dtype,
+            options.device,
+            options.trust_remote_code,
+            options.domain,
+            options.onto,
+        )
+    windows = Windows.of(target.model, options.window, options.stride, options.document_start)
+    print(f"{options.model}; windows of {windows.window} tokens, stride {windows.stride}")
+    scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
+    print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
     if options.json is not None:
-        write_json_atomic(options.json, {"model": str(options.model), **content})
+        content = {"window": windows.window, "stride": windows.stride}
+        by_set = {name: score.to_dict() for name, score in scores.items()}
+        write_json_atomic(options.json, {"model": str(options.model), **content, "sets": by_set})
 
 
 def check_scoring(options: argparse.Namespace) -> None:
@@ -54,47 +67,6 @@ def read_sets(options: argparse.Namespace) -> dict[str, Corpus]:
         name: load_corpus([path], text_column=options.text_column, flag=f"--sets {name}")
         for name, path in named_sets(options.sets).items()
     }
-
-
-@named_as_flags("domain", "onto", "delta_scale", "average_last", base="--base", base_folder="--base")
-def _model(options: argparse.Namespace, sets: Mapping[str, Corpus]) -> dict[str, Any]:
-    """Evaluate one model at each --delta_scale. Returns the content of the JSON file."""
-    by_scale = {}
-    mixes = [Mix(scale, options.average_last) for scale in dict.fromkeys(options.delta_scale)]
-    for mix in mixes:  # all of them before the first is evaluated
-        mix.check()
-    for mix in mixes:
-        with mixed(options.model, mix, options.base) as path:
-            target = load_target(
-                path,
-                options.base,
-                options.dtype,
-                options.device,
-                options.trust_remote_code,
-                options.domain,
-                options.onto,
-            )
-        onto = "" if options.onto is None else f" onto {options.onto}"
-        source = target.source if mix.is_plain else f"{options.model}{onto}, {mix}"
-        by_scale[mix.scale] = _scores(target, source, options, sets)
-    return by_scale.popitem()[1] if len(by_scale) == 1 else {"delta_scales": by_scale}
-
-
-def _scores(
-    target: Target,
-    source: str,
-    options: argparse.Namespace,
-    sets: Mapping[str, Corpus],
-) -> dict[str, Any]:
-    """Print the scores of one model, and return them for the JSON file."""
-    windows = Windows.of(target.model, options.window, options.stride, options.document_start)
-    print(f"{source}; windows of {windows.window} tokens, stride {windows.stride}")
-    scores = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
-    print("\n".join(table([TITLES, *(score_cells(*named) for named in scores.items())])))
-    return {
-        "domain": options.domain, "window": windows.window, "stride": windows.stride,
-        "sets": {name: score.to_dict() for name, score in scores.items()},
-    }  # fmt: skip
 
 
 TITLES = ["set", "documents", "tokens", "bytes", "tokens/byte", "perplexity", "bits/byte"]
@@ -162,8 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         help="evaluate what mora-ds export --onto would write",
     )
     parser.add_argument(
-        "--delta_scale", type=float, nargs="+", default=[1.0], metavar="S",
-        help="multiply a checkpoint's update, and evaluate at each of these: 0 is the base, 1 the trained model",
-    )  # fmt: skip
-    average_flag(parser)
+        "--delta_scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="multiply a checkpoint's update: 0 is the base, 1 the trained model",
+    )
     return parser

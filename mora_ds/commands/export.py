@@ -1,7 +1,7 @@
 """Write the merged Hugging Face model of a checkpoint.
 
     mora-ds export --checkpoint out/checkpoints/latest --output merged --verify
-    mora-ds export --checkpoint out --output milder --delta_scale 0.7 --average_last 3
+    mora-ds export --checkpoint out --output milder --delta_scale 0.7
     mora-ds export --checkpoint out --onto INSTRUCT --output chat
 
 Exit code 2: an error that you can correct in the command or the files; 1: a damaged checkpoint, logits that differ, a
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
-from mora_ds.deploy.combine import Mix
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.fork_adapters import read_fork
 from mora_ds.deploy.hub import check_repository, push_folder
@@ -21,9 +20,8 @@ from mora_ds.runtime.cli import command_parser, shared_flags
 
 
 @named_as_flags(
-    "checkpoint", "output", "max_shard_gib", "verify", "overwrite", "domain", "delta_scale", "average_last",
-    "base_bits", "onto", base_folder="--base",
-)  # fmt: skip
+    "checkpoint", "output", "verify", "overwrite", "domain", "delta_scale", "base_bits", "onto", base_folder="--base"
+)
 def main() -> None:
     options = _parser().parse_args()
     if options.push_to_hub is not None:
@@ -34,11 +32,10 @@ def main() -> None:
             options.output,
             base_folder=options.base,
             dtype=options.dtype,
-            max_shard_gib=options.max_shard_gib,
             verify=options.verify,
             overwrite=options.overwrite,
             domain=options.domain,
-            mix=Mix(options.delta_scale, options.average_last),
+            delta_scale=options.delta_scale,
             trust_remote_code=options.trust_remote_code,
             onto=options.onto,
         )
@@ -65,11 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "--delta_scale", type=float, default=1.0, metavar="S",
         help="multiply the update: 0 is the base, 1 the trained model; between them old knowledge comes back",
     )  # fmt: skip
-    average_flag(parser)
     parser.add_argument(
         "--dtype", choices=["auto", *COMPUTE_DTYPES], default="auto", help="auto: as in training; of --onto, as there"
     )
-    parser.add_argument("--max_shard_gib", type=float, default=5.0, help="largest weight file in GiB")
     parser.add_argument(
         "--verify", action="store_true", help="load the result and compare its logits with those recorded in training"
     )
@@ -78,11 +73,3 @@ def _parser() -> argparse.ArgumentParser:
         "--push_to_hub", metavar="REPO", help="also upload it to this repository of the Hub, a new one being private"
     )
     return parser
-
-
-def average_flag(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that averages an update over the checkpoints of its run."""
-    parser.add_argument(
-        "--average_last", type=int, default=1, metavar="K",
-        help="take the mean update of the K newest checkpoints, up to and including the named one",
-    )  # fmt: skip

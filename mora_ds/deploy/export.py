@@ -11,7 +11,6 @@ With `onto` the model is another one of the base's shapes, such as an instruct m
 One tensor is in memory at a time, whatever the size of the model; neither a GPU nor DeepSpeed is needed.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +28,10 @@ from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
-from mora_ds.common.errors import POSITIVE, RunError, UserError, require_type
+from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import as_path, atomic_folder, require_place
 from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
-from mora_ds.deploy.combine import Mix, mixed
+from mora_ds.deploy.combine import scaled
 from mora_ds.deploy.logits_check import Comparison, compare_logits
 from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
@@ -42,6 +41,9 @@ from mora_ds.models.save import Layout, layout_of, write_companions, write_shard
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
+
+_SHARD_BYTES = 5 * 2**30
+"""Largest weight file."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,19 @@ class ExportReport:
     """Names of the weight files."""
     nbytes: int
     dtype: str
-    tensors: int
     merged: int
     """Number of layers whose weight contains an update."""
     replaced: int
     """Number of trained embeddings, norms and heads."""
     cycles: int
     """Merged cycles in the ledger; the live MoRA matrices come on top."""
-    seconds: float
-    comparison: Comparison | None = None
+    comparison: Comparison | None
     """Logits compared with the live model's, with `verify`."""
 
     def lines(self) -> list[str]:
         """The report as text, for printing."""
         text = [
-            f"{self.output}: {self.tensors} tensors in {self.dtype}, {self.nbytes / 2**30:.3f} GiB in {len(self.files)}"
-            f" file(s), {self.seconds:.1f} s",
+            f"{self.output}: {self.nbytes / 2**30:.3f} GiB in {self.dtype}, in {len(self.files)} file(s)",
             f"merged {self.merged} layers from {self.cycles} ledger cycle(s) and the live MoRA matrices,"
             f" replaced {self.replaced} trained tensor(s)",
         ]
@@ -115,11 +114,10 @@ def export_merged(
     output: Path | str,
     base_folder: Path | str | None = None,
     dtype: str = "auto",
-    max_shard_gib: float = 5.0,
     verify: bool = False,
     overwrite: bool = False,
     domain: str | None = None,
-    mix: Mix | None = None,
+    delta_scale: float = 1.0,
     trust_remote_code: bool = False,
     onto: Path | str | None = None,
 ) -> ExportReport:
@@ -129,28 +127,23 @@ def export_merged(
     base, if it was moved. `dtype`: of all floating tensors; "auto" is the run's compute dtype, and with `onto` that of
     each tensor there. `verify`: load the result and compare its logits with those recorded at save time (`logits_check`
     has the tolerances). `domain`: of a run with domains, the one to merge with the shared MoRA matrices; "shared":
-    those alone. `mix`: scale the update, or average it over checkpoints. `trust_remote_code`: `verify` may run code
-    that comes with the base, and `onto` that of tokenizers. `onto`: a model of the base's shapes to which the update is
-    added instead. Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that
-    differ, or a full disk.
+    those alone. `delta_scale`: multiplies the update. `trust_remote_code`: `verify` may run code that comes with the
+    base, and `onto` that of tokenizers. `onto`: a model of the base's shapes to which the update is added instead.
+    Raises `UserError` naming the flag to change, and `RunError` for a damaged checkpoint, logits that differ, or a full
+    disk.
     """
-    started = time.monotonic()
     output = as_path(output, "export_merged: `output`")
     checkpoint = find_adapter(as_path(checkpoint, "export_merged: `checkpoint`"), "`checkpoint`")
     base_folder = None if base_folder is None else as_path(base_folder, "export_merged: `base_folder`")
     onto = None if onto is None else as_path(onto, "export_merged: `onto`")
     if dtype != "auto":
         compute_dtype(dtype)
-    if not POSITIVE.allow(max_shard_gib):
-        raise UserError(f"`max_shard_gib` must be {POSITIVE}, got {max_shard_gib}")
-    mix = mix or Mix()
-    require_type(mix, Mix, "export_merged: `mix`")
-    if verify and (onto is not None or not mix.is_plain):
+    if verify and (onto is not None or delta_scale != 1):
         raise UserError(
-            "`verify` compares with what the run recorded: it has no logits of a scaled or averaged update, nor of "
-            "another model than its base"
+            "`verify` compares with what the run recorded: it has no logits of a scaled update, nor of another model "
+            "than its base"
         )
-    with mixed(checkpoint, mix, base_folder) as source:
+    with scaled(checkpoint, delta_scale, base_folder) as source:
         opened = Adapter.open(source, RunError)
         adapter = opened.file
         if verify and not (checkpoint / PROBE_FILE).is_file():
@@ -165,18 +158,15 @@ def export_merged(
         written = None if as_stored else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
         keys = run.target.keys() if run.is_onto else exported_keys(run.base, run.reference)
         layout = layout_of(run.target, keys, written)
-        limit = int(max_shard_gib * 2**30)
-        names, comparison = _write(run, output, layout, limit, written, verify, trust_remote_code, mix.scale)
+        names, comparison = _write(run, output, layout, written, verify, trust_remote_code, delta_scale)
     return ExportReport(
         output=output,
         files=names,
         nbytes=sum(tensor_nbytes(*entry) for entry in layout.values()),
         dtype=_dtype_text(written),
-        tensors=len(layout),
         merged=len(adapter.layers),
         replaced=len(adapter.trainables),
         cycles=opened.ledger.cycles,
-        seconds=time.monotonic() - started,
         comparison=comparison,
     )
 
@@ -185,18 +175,17 @@ def _write(
     run: OpenedRun,
     output: Path,
     layout: Layout,
-    limit: int,
     dtype: torch.dtype | None,
     verify: bool,
     trust_remote_code: bool,
-    scale: str,
+    scale: float,
 ) -> tuple[tuple[str, ...], Comparison | None]:
     """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
     the names of the weight files too."""
     comparison = None
     adapter = run.file
     with atomic_folder(output.absolute()) as folder:
-        names = write_shards(folder, layout, limit, updated_tensors(run))
+        names = write_shards(folder, layout, _SHARD_BYTES, updated_tensors(run))
         tokenizer = None if run.is_onto else tokenizer_of(run.folder)
         write_companions(run.target, folder, dtype, tokenizer, run.reference.config_changes)
         if verify and dtype is not None:
@@ -210,7 +199,7 @@ def _write(
             onto = {"put onto": str(run.target.folder), "its fingerprint": run.target.fingerprint(), "scale": scale}
             adapter = replace(adapter, facts={**onto, **adapter.facts})
         measured = None if run.is_onto else run.folder
-        card = model_card(measured, adapter, run.ledger, run.reference, _dtype_text(dtype), comparison)
+        card = model_card(measured, adapter, run.reference, _dtype_text(dtype), comparison)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return names, comparison
 

@@ -28,7 +28,7 @@ def check_repository(repository: str) -> None:
 def push_folder(folder: Path, repository: str) -> str:
     """Uploads all files of `folder` as one commit and returns a line to print.
 
-    Raises `RunError` where there is no network, no token or no permission. Nothing is lost: the folder stays.
+    Raises `RunError` where there is no network, no token or no permission.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HTTPError  # of the client that it uses: httpx, or httpx2 from 2.4 on
@@ -46,7 +46,7 @@ def push_folder(folder: Path, repository: str) -> str:
         token = get_token()
         text = text.replace(token, "***") if token else text
         raise RunError(
-            f"{FLAG} {repository}: not uploaded ({text}); it stays in {folder}: hf upload {repository} {folder}"
+            f"{FLAG} {repository}: not uploaded ({text}); hf upload {repository} FOLDER tries again"
         ) from None
     return f"uploaded {folder} to {url}"
 
@@ -60,9 +60,4 @@ def push_adapter(checkpoint: Path, repository: str) -> str:
         name = repository.rpartition("/")[2]
         code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
         (folder / "README.md").write_text(card("mora_ds", "mora", name, [text, "", *code]), encoding="utf-8")
-        try:
-            push_folder(folder, repository)
-        except RunError as error:
-            again = f"mora-ds convert adapter {checkpoint} --output FOLDER, and hf upload {repository} FOLDER"
-            raise RunError(f"{str(error).partition('; it stays')[0]}: {again}") from None
-    return f"uploaded the adapter of {checkpoint} to {repository}"
+        return push_folder(folder, repository)

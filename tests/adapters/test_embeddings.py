@@ -23,7 +23,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_corpus, load_tokenizer
-from mora_ds.deploy.combine import Mix, combine_adapters
+from mora_ds.deploy.combine import combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.engine import zero
@@ -98,8 +98,8 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
 
 
 def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path, out: Path):
-    """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of it,
-    and the mean of two checkpoints the mean of their tables."""
+    """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of
+    it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
     more = ("--train_embedding_rank", RANK, "--embedding_learning_rate", 0.01, "--merge_every", 3)
     more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
@@ -113,15 +113,13 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
     assert_good(out, user.model)
     assert export_merged(out, tmp_path / "merged", verify=True).replaced == 2
     export_merged(earlier, tmp_path / "earlier")
-    export_merged(out, tmp_path / "half", mix=Mix(delta_scale=0.5))
-    export_merged(out, tmp_path / "mean", mix=Mix(average_last=2))
+    export_merged(out, tmp_path / "half", delta_scale=0.5)
     combine_adapters([out, earlier], [2.0, -0.5], tmp_path / "sum", user.model)
     export_merged(tmp_path / "sum", tmp_path / "summed")
     export_peft(out, tmp_path / "peft", rank=4)
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     models = {
-        name: AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        for name in ("merged", "earlier", "half", "mean", "summed")
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "earlier", "half", "summed")
     }
     ids = torch.tensor([load_tokenizer(user.model)(user.held.read_text())["input_ids"][:100]])
     with torch.no_grad():
@@ -135,7 +133,6 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
         assert torch.linalg.matrix_rank(now - was, atol=1e-5) == RANK
         for name, wanted in (
             ("half", (was + now) / 2),
-            ("mean", (now + then) / 2),
             ("summed", was + 2 * (now - was) - 0.5 * (then - was)),
         ):
             assert torch.allclose(models[name].state_dict()[key], wanted, atol=1e-6), name

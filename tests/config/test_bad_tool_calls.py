@@ -47,13 +47,9 @@ export_hf --checkpoint {run} --output {user} | --output
 export_hf --checkpoint {run} --output {tiny}/x | --output {tiny}/x cannot be made | tiny_llama.json is no folder
 convert_checkpoint adapter {run} --output {tiny}/x/y | --output {tiny}/x/y cannot be made
 export_hf --checkpoint {run} --output {new} --dtype int3 | --dtype | int3
-export_hf --checkpoint {run} --output {new} --max_shard_gib 0 | --max_shard_gib
-export_hf --checkpoint {run} --output {new} --max_shard_gib nan | --max_shard_gib
 export_hf --checkpoint {run} --output {new} --domain code | --domain
 export_hf --checkpoint {run} --output {new} --delta_scale nan | --delta_scale
 export_hf --checkpoint {run} --output {new} --delta_scale 0.5 --verify | --verify
-export_hf --checkpoint {run} --output {new} --average_last 0 | --average_last
-export_hf --checkpoint {run} --output {new} --average_last 2 | --average_last 2 | 1 checkpoint(s)
 export_hf --checkpoint {run} --output {new} --base {bad}/models/index_lists | index.json
 export_hf --checkpoint {run} --output {new} --base {user}/model | {user}/model
 export_hf --checkpoint {run} --output {new} --delta_scale half | --delta_scale
@@ -99,7 +95,7 @@ evaluate {user}/model --sets a={user}/held.txt --window 1 | --window
 evaluate {user}/model --sets a={user}/held.txt --window 8 --stride 9 | --stride
 evaluate {user}/model --sets a={user}/held.txt --device warp | --device
 evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 | --delta_scale | {user}/model
-evaluate {user}/model --sets a={user}/held.txt --delta_scale 0.5 nan | --delta_scale
+evaluate {user}/model --sets a={user}/held.txt --delta_scale nan | --delta_scale
 extend_vocab {bad}/gone --corpus {user}/held.txt --pieces 8 --output {new} | gone
 extend_vocab {user}/model --corpus {bad}/gone.txt --pieces 8 --output {new} | --corpus
 extend_vocab {user}/model --corpus {user}/held.txt --pieces 8 --output {tiny}/x | --output {tiny}/x cannot be made

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.deploy.adapter_io import load_adapter
-from mora_ds.deploy.combine import COMBINED, Mix, combine_adapters, mixed
+from mora_ds.deploy.combine import COMBINED, combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
@@ -78,9 +77,9 @@ def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]):
 
 def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path):
     lines = combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
-    assert lines[1] == f"3 term(s) in {len(layers_of(run.live, 1))} layers; 2 of them in its ledger"
+    assert lines[1] == "3 term(s), 2 of them in its ledger"
     export_merged(tmp_path / "same", tmp_path / "merged")
-    export_merged(run.checkpoint, tmp_path / "plain", mix=Mix(delta_scale=1.0))
+    export_merged(run.checkpoint, tmp_path / "plain", delta_scale=1.0)
     plain = content(tmp_path / "plain")
     assert all(torch.equal(tensor, plain[key]) for key, tensor in content(tmp_path / "merged").items())
     assert verify(tmp_path / "same")[0].is_good
@@ -89,7 +88,7 @@ def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path):
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
 def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: float):
-    report = export_merged(run.checkpoint, tmp_path / "merged", mix=Mix(delta_scale=scale))
+    report = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
     merged = content(tmp_path / "merged")
     check(merged, by_hand([(scale, run.checkpoint)]))
     assert scale or all(torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items())
@@ -99,29 +98,18 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
     assert f'"weight": {scale}' in card
 
 
-# -- average -----------------------------------------------------------------------------------------------------------
+# -- sums of checkpoints ---------------------------------------------------------------------------------------------
 
 
-def test_average_is_the_mean_of_the_deltas(run: FakeRun, tmp_path: Path):
+def test_a_sum_of_checkpoints_is_no_larger_than_one(run: FakeRun, tmp_path: Path):
     earlier = step_folder(run.checkpoint.parent, 3)
-    with mixed(run.output, Mix(delta_scale=0.9, average_last=2)) as folder:
-        export_merged(folder, tmp_path / "merged")
-        opened = Adapter.open(folder)
+    combine_adapters([earlier, run.checkpoint], [0.45, 0.45], tmp_path / "mean")
+    export_merged(tmp_path / "mean", tmp_path / "merged")
+    opened = Adapter.open(tmp_path / "mean")
     check(content(tmp_path / "merged"), by_hand([(0.45, earlier), (0.45, run.checkpoint)]))
     assert opened.ledger.cycles == opened.file.cycle == 2, "checkpoints of a run share operators: no term is added"
     assert [source["step"] for source in opened.file.facts[COMBINED]] == [3, 7]
     assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
-
-
-def test_an_average_ends_with_the_checkpoint_that_is_named(run: FakeRun):
-    earlier = step_folder(run.checkpoint.parent, 3)
-    sources = Mix(delta_scale=0.5, average_last=2).sources(run.output)
-    assert sources == [(earlier.resolve(), Fraction(1, 4)), (run.checkpoint.resolve(), Fraction(1, 4))]
-    assert Mix(delta_scale=0.5).sources(earlier) == [(earlier.resolve(), Fraction(1, 2))]
-    with pytest.raises(UserError, match=r"has 1 checkpoint\(s\) up to step-000003"):
-        Mix(average_last=2).sources(earlier)
-    assert str(Mix(0.9, 2)) == "update x 0.9, mean of the last 2 checkpoints"
-    assert str(Mix(0.9)) == "update x 0.9"
 
 
 def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path):
@@ -137,15 +125,6 @@ def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path):
     listed = files.listed_files(tmp_path / "sum")
     assert files.verify_manifest(tmp_path / "sum") == []
     assert {"adapter.json", "ledger/ledger.json"} <= set(listed)
-
-
-def test_what_all_checkpoints_have_in_common_keeps_its_bits(run: FakeRun, tmp_path: Path):
-    """The first cycle is in each of them, and weights such as a third sum to one."""
-    folders = [step_folder(run.checkpoint.parent, 3), run.checkpoint, run.checkpoint]
-    combine_adapters(folders, [Fraction(1, 3)] * 3, tmp_path / "mean")
-    ledger = Ledger.open(tmp_path / "mean" / "ledger")
-    original = Ledger.open(run.checkpoint / "ledger")
-    assert all(torch.equal(ledger.square(0, name), original.square(0, name)) for name in original.layers(0))
 
 
 # -- sums of runs ------------------------------------------------------------------------------------------------------

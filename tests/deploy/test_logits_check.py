@@ -81,7 +81,6 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path):
     for change, error, words in (
         (one_row, UserError, "tokens of shape"),
         ({"input_ids": whole["input_ids"].float()}, UserError, "holds tokens of shape"),
-        ({"input_ids": whole["input_ids"] + 128}, UserError, "tokens that have no logits"),
         (wider, RunError, "the export gives logits of shape"),
     ):
         write_safetensors_atomic(tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"})
