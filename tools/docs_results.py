@@ -21,6 +21,8 @@ README_LEARNING = {
     "full training": "full",
 }
 """Row of the README's table -> its method in data/learning_135m_replay.json."""
+SIZES = ("2m", "13m", "135m")
+"""Of the bases whose gradients were measured."""
 
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
@@ -116,6 +118,16 @@ def learning() -> list[str]:
     return body
 
 
+def energy() -> list[str]:
+    """Of results/learning-tables.md: the shares of every base, from data/energy_*.json, a column each."""
+    tables = [json.loads((plans.DATA / f"energy_{size}.json").read_text(encoding="utf-8")) for size in SIZES]
+    rows = []
+    for lines in zip(*(table["tables"]["mean"] for table in tables), strict=True):
+        span = lines[0][0]
+        rows.append([span, *(share for line in lines for share in line[1:])])
+    return [table_row(*rows[0]), ruler(len(rows[0]), numbers=True), *(table_row(*row) for row in rows[1:])]
+
+
 # -- packages ----------------------------------------------------------------------------------------------------------
 def packages() -> list[str]:
     """Of contributing.md: what each package is, by its documentation, and what it may import, by its test."""
@@ -137,4 +149,10 @@ def packages() -> list[str]:
     return body
 
 
-TABLES = {"memory": memory, "traffic": traffic, "learning": learning, "packages": packages}
+TABLES = {
+    "memory": memory,
+    "traffic": traffic,
+    "learning": learning,
+    "energy": energy,
+    "packages": packages,
+}

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from mora_ds.common.files import read_json
 from tests.helpers.pages import FENCE, PAGES, ROOT
-from tools import docs_results
+from tools import docs_results, plans
+from tools.figures import points
 from tools.tables import mean_and_spread, table_row
 
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
@@ -69,11 +71,31 @@ def test_the_curves_of_a_healthy_run_are_those_of_the_json():
             assert [f"{mean / start[side]:.2f}" for mean in means] == shown.split(", ")
 
 
+QUOTED = {
+    "index.md": {"learning_135m_replay.json": ("lora", "mora-rotate")},
+    "results/learning.md": {
+        "learning_135m_replay.json": ("lora", "mora-rotate"),
+    },
+}
+"""Page of docs/ -> JSON -> methods of which a sentence gives the perplexities on the new and on the old text."""
+
+
+@pytest.mark.parametrize(
+    ("page", "file", "method"),
+    [(page, file, method) for page, files in QUOTED.items() for file, methods in files.items() for method in methods],
+)
+def test_perplexities_in_a_sentence_are_those_of_the_json(page: str, file: str, method: str):
+    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+    (point,) = (each for each in points(plans.DATA / file) if each.method == method)
+    assert f"{fmean(point.new):.1f} and {fmean(point.old):.1f}" in text
+
+
 def test_every_json_is_shown_somewhere():
     names = {name for page in PAGES for name in docs_results.TABLE.findall(page.read_text("utf-8"))}
     shown = {name.split()[0] for name in names}
+    energies = {f"energy_{size}.json" for size in docs_results.SIZES}
     files = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
-    assert files - shown - set(IMAGES.values()) == {"plans.json"}, "the tables of results/memory.md"
+    assert files - shown - energies - set(IMAGES.values()) == {"plans.json"}, "the tables of results/memory.md"
 
 
 def test_every_image_has_its_data_or_shows_none():
