@@ -29,6 +29,7 @@ STEP_TAGS = {
     "grad_norm": ("3_learning_rate/gradient_norm", 1.0),
     "bytes_gathered": ("5_traffic/all_gather_MB_per_step", 1e-6),
     "tokens_per_s": ("6_speed/tokens_per_second", 1.0),
+    "tokens_per_s_per_rank": ("6_speed/tokens_per_second_and_process", 1.0),
     "mfu": ("6_speed/model_flops_utilization", 1.0),
     "step_time_s": ("6_speed/seconds_per_step", 1.0),
     "tokens": ("6_speed/tokens_read", 1.0),

@@ -282,6 +282,7 @@ class Trainer:
             "grad_norm": zero.gradient_norm(self.engine),
             "tokens": self.state.tokens,
             "tokens_per_s": tokens / seconds,
+            "tokens_per_s_per_rank": tokens / seconds / self.replica.world,
             "step_time_s": seconds,
             "peak_memory_bytes": self.memory.peak,
             "bytes_gathered": self.bytes_gathered_per_step,

@@ -214,7 +214,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
-MEASURED = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "bytes_gathered")
+MEASURED = ("tokens_per_s", "tokens_per_s_per_rank", "step_time_s", "peak_memory_bytes", "bytes_gathered")
 """Fields of a row that two equal runs need not share (the first step of an engine gathers more than the others)."""
 
 

@@ -31,7 +31,8 @@ def metrics(step: int, loss: float = 2.0, **more: Any) -> dict[str, Any]:
     """The row of a step."""
     return {
         "step": step, "loss": loss, "perplexity": perplexity(loss), "learning_rate": 1e-3, "grad_norm": 0.5,
-        "tokens": 64 * step, "tokens_per_s": 128.0, "step_time_s": 0.5, "peak_memory_bytes": 2**30,
+        "tokens": 64 * step, "tokens_per_s": 128.0, "tokens_per_s_per_rank": 64.0,
+        "step_time_s": 0.5, "peak_memory_bytes": 2**30,
         "bytes_gathered": 1_000_000, **more,
     }  # fmt: skip
 
@@ -69,7 +70,8 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
     monkeypatch.setattr(trainer_module.zero, "gradient_norm", lambda engine: 0.5)
     trainer._log_step(2.0, 1e-3, 2.0, [])
     assert logged == [
-        metrics(3, tokens=384, tokens_per_s=64.0, step_time_s=2.0, bytes_gathered=7, mfu=0.32),
+        metrics(3, tokens=384, tokens_per_s=64.0, tokens_per_s_per_rank=16.0,
+            step_time_s=2.0, bytes_gathered=7, mfu=0.32),
     ]  # fmt: skip
     assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
 
@@ -212,7 +214,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(tmp_path: Path, capl
                 "1_loss/training": 2.0, "1_loss/training_perplexity": math.exp(2),
                 "3_learning_rate/learning_rate": 1e-3,
                 "3_learning_rate/gradient_norm": 0.5, "5_traffic/all_gather_MB_per_step": 1.0,
-                "6_speed/tokens_per_second": 128.0,
+                "6_speed/tokens_per_second": 128.0, "6_speed/tokens_per_second_and_process": 64.0,
                 "6_speed/seconds_per_step": 0.5, "6_speed/tokens_read": 192, "7_memory/peak_GiB": 1.0,
             },
             3,
