@@ -113,10 +113,6 @@ class AdapterConfig:
             f"`target_modules` includes {layer}, experts, which take MoRA matrices, not {self.adapter}: leave them out"
         )
 
-    def requested_size(self, d_in: int, d_out: int) -> int:
-        """r_hat, or LoRA's rank, that `rank` stands for where the layer is large enough."""
-        raise NotImplementedError
-
     @property
     def planned_layers(self) -> tuple[str, ...]:
         """Names of the layers that a plan has chosen; empty where `target_modules` chooses them."""
@@ -166,9 +162,6 @@ class LoRAConfig(AdapterConfig):
     def scale(self) -> float:
         """alpha / rank; it stays the same for layers that take a smaller rank."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
-
-    def requested_size(self, d_in: int, d_out: int) -> int:
-        return self.rank
 
     def operator_for(
         self,
@@ -268,9 +261,6 @@ class MoRAConfig(AdapterConfig):
     def title(self) -> str:
         return f"{self.operator_name}/{self.grouping}"
 
-    def requested_size(self, d_in: int, d_out: int) -> int:
-        return square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple)
-
     def of_expert(self, layer: str, experts_per_token: int) -> MoRAConfig:
         """`rank` is divided by the number of experts that compute a token, which together then have the rank of a
         linear layer."""
@@ -288,7 +278,7 @@ class MoRAConfig(AdapterConfig):
     def square_size(self, d_in: int, d_out: int) -> int:
         """r_hat of a layer: the paper's size, at most `largest_size`, rounded down."""
         largest = round_side(self.largest_size(d_in, d_out), self.r_hat_multiple, self.step)
-        r_hat = min(self.requested_size(d_in, d_out), largest)
+        r_hat = min(square_size(d_in, d_out, self.rank, self.kind, self.r_hat_multiple), largest)
         if r_hat < 1:
             raise UserError(f"`rank` {self.rank} is too small for a MoRA matrix on a layer of {d_in} x {d_out}")
         return r_hat

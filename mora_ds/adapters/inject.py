@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, AdapterConfig, MoRAConfig
 from mora_ds.adapters.domains import DomainLinear, Domains
 from mora_ds.adapters.experts import MoRAExperts, compute_sorted
-from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, adapt, linear_shape, mora_layers
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack, LoRALinear, MoRALinear, linear_shape, mora_layers
 from mora_ds.adapters.low_rank_embeddings import train_low_rank
 from mora_ds.adapters.new_embeddings import train_new_rows
+from mora_ds.adapters.nf4 import NF4Weight
 from mora_ds.adapters.ops.linear import Compute
-from mora_ds.adapters.ops.mora import operator_of
+from mora_ds.adapters.ops.lora import LoRASpec
+from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.quantized import quantized_layers
@@ -42,7 +44,6 @@ class ShapeRow:
     """r_hat (the smallest, where a plan gives the layers several), or LoRA's rank."""
     params: int
     """Parameters of the adapters of all `count` layers together."""
-    note: str
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class InjectionReport:
         head = f"{'layer':<20} {'count':>5} {'d_in':>7} {'d_out':>7} {size:>6} {self.values:>13}"
         lines = [head, "-" * len(head)]
         for row in self.rows:
-            line = f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.size:>6} {row.params:>13,}"
-            lines.append(f"{line}  {row.note}".rstrip())
+            lines.append(f"{row.name:<20} {row.count:>5} {row.d_in:>7} {row.d_out:>7} {row.size:>6} {row.params:>13,}")
         share = 100 * self.trainable_params / self.total_params
         lines.append(
             f"operator {self.operator}: trainable {self.trainable_params:,} "
@@ -117,8 +117,11 @@ def inject(
     total = count_parameters(model)
     specs = {name: spec_of(config, name, base, 0) for name, base in targets.items()}
     domains = Domains(config.domains) if isinstance(config, MoRAConfig) and config.domains else None
-    if config.base_bits != AS_LOADED:
-        _check_rounding(targets, config.base_bits)
+    stacks = [name for name, base in targets.items() if isinstance(base, ExpertStack)]
+    if stacks and config.base_bits == NF4Weight.bits:
+        raise UserError(
+            f"`base_bits` 4: {stacks[0]} is a stack of experts, which 8 bits can hold: use them, or leave it out"
+        )
     for name, base in targets.items():
         layer = layer_for(config, base, specs[name], name, domains)
         layer.train(base.training)
@@ -145,7 +148,7 @@ def inject(
     other_trainable = sum(parameter.numel() for parameter in model.parameters()) - values
     all_linear = ALL_LINEAR in config.target_modules and not config.planned_layers
     return InjectionReport(
-        rows=_shape_rows(specs, config),
+        rows=_shape_rows(specs),
         operator=config.title,
         values=layers[0].spec.values_title,
         square_params=values,
@@ -265,19 +268,6 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module]) -> None:
             )
 
 
-def _check_rounding(targets: dict[str, Any], bits: int) -> None:
-    """Raise `UserError` for weights that cannot be held in so many bits."""
-    for name, module in targets.items():
-        if not module.weight.is_floating_point():
-            raise UserError(
-                f"`base_bits` {bits}: {name}.weight is {module.weight.dtype}: only floating-point weights are rounded"
-            )
-        if bits == 4 and isinstance(module, ExpertStack):
-            raise UserError(
-                f"`base_bits` 4: {name} is a stack of experts, which 8 bits can hold: use them, or leave it out"
-            )
-
-
 def _trained_parameters(model: nn.Module, config: AdapterConfig) -> set[int]:
     """ids of the other trained parameters (modules_to_save)."""
     modules: list[nn.Module] = []
@@ -332,34 +322,15 @@ def _matrices_left_out(model: nn.Module) -> dict[str, int]:
     return dict(numels)
 
 
-def _shape_rows(specs: Mapping[str, UpdateSpec], config: AdapterConfig) -> tuple[ShapeRow, ...]:
+def _shape_rows(specs: Mapping[str, UpdateSpec]) -> tuple[ShapeRow, ...]:
     groups: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
     for name, spec in specs.items():
         groups.setdefault((ending_of(name), spec.d_in, spec.d_out), []).append(spec.value_shape)
     rows = []
     for (ending, d_in, d_out), shapes in groups.items():
         params = sum(math.prod(shape) for shape in shapes)
-        note = _note(config, d_in, d_out, shapes)
-        rows.append(ShapeRow(ending, len(shapes), d_in, d_out, min(shapes)[-2], params, note))
+        rows.append(ShapeRow(ending, len(shapes), d_in, d_out, min(shapes)[-2], params))
     return tuple(rows)
-
-
-def _note(
-    config: AdapterConfig,
-    d_in: int,
-    d_out: int,
-    shapes: list[tuple[int, ...]],
-) -> str:
-    if len(shapes[0]) > 2:
-        return f"({shapes[0][0]} experts each)"
-    if config.planned_layers:
-        largest = max(shapes)[0]
-        return f"(to {largest}, as planned)" if largest > min(shapes)[0] else "(as planned)"
-    size = shapes[0][0]
-    wanted = config.requested_size(d_in, d_out)
-    if size >= wanted:
-        return ""
-    return f"(rank {config.rank} asks for {wanted}, more than the layer can use)"
 
 
 def layer_for(
@@ -371,12 +342,14 @@ def layer_for(
 ) -> AdaptedLinear:
     """The layer that replaces `base`, called `name` in its model, in cycle 0. Raises `UserError` for experts that would
     have domains."""
-    if isinstance(base, ExpertStack):
+    if isinstance(spec, StackSpec):
         if domains is not None:
             raise UserError(f"research.domain_adapters: {name} are experts, which can have no domains: leave them out")
-        assert isinstance(spec, StackSpec)
         return MoRAExperts(base, spec, config.dropout)
-    if domains is not None and isinstance(config, MoRAConfig):
-        return DomainLinear(base, operator_of(spec, name), domains, config.dropout)
-    compute = Compute(config.compute) if isinstance(config, MoRAConfig) else Compute.ACTIVATION
-    return adapt(base, spec, config.dropout, compute, config.first_seed(name, cycle=0))
+    if isinstance(spec, LoRASpec):
+        return LoRALinear(base, spec, config.dropout, config.first_seed(name, cycle=0))
+    assert isinstance(spec, OperatorSpec)
+    assert isinstance(config, MoRAConfig)
+    if domains is not None:
+        return DomainLinear(base, spec, domains, config.dropout)
+    return MoRALinear(base, spec, config.dropout, Compute(config.compute))

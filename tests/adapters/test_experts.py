@@ -228,7 +228,6 @@ def test_the_report_and_the_names_of_frozen_weights():
     rows = {row.name: row for row in report.rows}
     assert rows["down_proj"].count == 2
     assert rows["down_proj"].params == 2 * 4 * rows["down_proj"].size ** 2
-    assert "4 experts each" in str(report)
     assert report.left_out.keys() == {"gate.weight"}
     frozen = base_weights(model)
     assert frozen.keys() == parameters.keys()

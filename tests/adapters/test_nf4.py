@@ -14,10 +14,8 @@ from torch.testing import assert_close
 from mora_ds.adapters import nf4
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import inject, mora_layers, move_base
-from mora_ds.adapters.layer import adapt
 from mora_ds.adapters.nf4 import BLOCK, NF4Weight, quantize
 from mora_ds.adapters.ops.delta import live_weight
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -27,7 +25,7 @@ from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_byte
 from mora_ds.common.errors import RunError, UserError
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
-from tests.helpers.quantized import LORA, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
+from tests.helpers.quantized import LORA, adapt, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
 
 pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
 
@@ -138,9 +136,7 @@ def test_merges_and_a_replay_never_round_a_conv1d_again():
     """In fp32 to the bit the rounded original plus all deltas. (Linear layers: tests/train/test_quantized_run.py.)"""
     original = base_of(SHARE, True, torch.float32).weight.data
     updates = [(spec, value.float()) for spec, value in some_terms(SHARE)]
-    merged, replayed = (
-        in_4_bits(adapt(base_of(SHARE, True, torch.float32), SHARE, 0.0, Compute.AUTO, 0)) for _ in range(2)
-    )
+    merged, replayed = (in_4_bits(adapt(base_of(SHARE, True, torch.float32), SHARE)) for _ in range(2))
     right = live_weight(merged.read(), updates, True, torch.float32)
     for cycle, (_, value) in enumerate(updates, start=1):
         merged.merge(original, updates[:cycle], value)

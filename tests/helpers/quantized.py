@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
-from mora_ds.adapters.layer import AdaptedLinear, adapt
+from mora_ds.adapters.layer import AdaptedLinear, LoRALinear, MoRALinear
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
@@ -27,6 +27,11 @@ def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Mod
     base.weight.data = (weight.T.contiguous() if conv else weight).to(dtype)
     base.bias.data = random(spec.d_out, seed=3).to(dtype)
     return base
+
+
+def adapt(base: nn.Module, spec: Any, path: Compute = Compute.AUTO) -> AdaptedLinear:
+    """The layer that replaces `base`."""
+    return LoRALinear(base, spec, seed=1) if isinstance(spec, LoRASpec) else MoRALinear(base, spec, compute=path)
 
 
 def in_bits(layer: AdaptedLinear, bits: int) -> AdaptedLinear:
@@ -51,7 +56,7 @@ def assert_computes_as_over_dense(
     their deltas does: by both paths, as on a CPU and on a GPU, in a linear layer and in a Conv1D."""
     for sums, path, conv in product((True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)):
         monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
-        layer: Any = in_bits(adapt(base_of(spec, conv), spec, 0.0, path, seed=1), bits)
+        layer: Any = in_bits(adapt(base_of(spec, conv), spec, path), bits)
         base: Any = base_of(spec, conv)
         base.weight.data = layer.read().double()
         for update, value in merged:
@@ -59,7 +64,7 @@ def assert_computes_as_over_dense(
             base.weight.data += delta.T if conv else delta
         if merged:
             layer.keep_merged(merged)
-        over_dense = adapt(base, spec, 0.0, path, seed=1)
+        over_dense = adapt(base, spec, path)
         value = random(*layer.value.shape, seed=1)
         layer.value.data = value
         over_dense.value.data = value.clone()

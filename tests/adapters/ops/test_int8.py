@@ -11,11 +11,9 @@ from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
 from mora_ds.adapters.inject import inject, mora_layers, move_base
-from mora_ds.adapters.layer import adapt
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
-from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.quantized import quantized_bytes
@@ -24,7 +22,7 @@ from mora_ds.planning.memory_meter import MemoryMeter
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 from tests.helpers.pairwise import pairwise
-from tests.helpers.quantized import LORA, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
+from tests.helpers.quantized import LORA, adapt, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -171,7 +169,7 @@ def test_many_merges_of_a_conv1d_are_one():
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, True, torch.float32)
     original = base.weight.data.clone()
-    layer = in_8_bits(adapt(base, spec, 0.0, Compute.AUTO, 0))
+    layer = in_8_bits(adapt(base, spec))
     updates = [(replace(spec, seed=cycle), 0.003 * random(10, 10, seed=cycle).float()) for cycle in range(3)]
     for cycles in (1, 2, 3):
         layer.form(original, updates[:cycles])
@@ -188,7 +186,7 @@ def test_norms_of_a_merge(bits: int, conv: bool):
     base = base_of(spec, conv, torch.bfloat16)
     original = base.weight.data.clone()
     value = 0.05 * random(10, 10).float()
-    layer = adapt(base, spec, 0.0, Compute.AUTO, 0)
+    layer = adapt(base, spec)
     if bits == 8:
         in_8_bits(layer)
     before = layer.read().double().clone()
