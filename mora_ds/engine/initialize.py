@@ -29,7 +29,7 @@ from mora_ds.adapters.inject import (
     move_base,
 )
 from mora_ds.adapters.quantized import base_bits_of
-from mora_ds.common.errors import RunError, UserError, unknown, whole_number
+from mora_ds.common.errors import RunError, UserError, whole_number
 from mora_ds.engine import muon, zero
 from mora_ds.engine.base_ring import names_on_host, stream_base
 from mora_ds.engine.device import check_kernels, current_device, is_cpu, take_device
@@ -48,7 +48,6 @@ from mora_ds.models.node_base import share_base
 from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
-from mora_ds.runtime.node_memory import Sharing
 from mora_ds.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -89,7 +88,6 @@ def initialize(
     config: dict[str, Any] | str | Path,
     tensor_parallel_size: int | None = None,
     base_on_host: bool = False,
-    node_base: str = "auto",
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
     """`deepspeed.initialize` for a model that `mora_ds.inject` prepared: same arguments, same four return values.
@@ -99,10 +97,8 @@ def initialize(
     `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
     (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
     With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
-    at a time (`engine/base_ring.py`). `node_base`: how the processes of a node share what is in host memory
-    (`runtime.node_memory.Sharing`).
-    Raises `UserError` for a model without adapter or an unknown `node_base`, and `RunError` when the processes hold
-    different bases.
+    at a time (`engine/base_ring.py`).
+    Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
     if not isinstance(config, (dict, str, os.PathLike)):
         raise UserError(
@@ -110,8 +106,6 @@ def initialize(
         )
     if not isinstance(config, dict) and not Path(config).is_file():
         raise UserError(f"initialize: `config`: there is no file {os.fspath(config)}")
-    if node_base not in (choices := [choice.value for choice in Sharing]):
-        raise UserError(unknown("node_base", node_base, choices))
     config_of(model)  # refuses a model without an adapter
     if is_compiled(model):
         raise UserError("initialize: `model` is compiled: merges change what was compiled; give the model itself")
@@ -146,8 +140,7 @@ def initialize(
         parameter.data = parameter.data.to(device, dtype)
     check_base_equal(frozen_buffers(model).values())
     if is_cpu() or base_on_host:
-        # What is locked for copies to a GPU stays where it is, and locking a file's pages would copy them.
-        share_base(model, node_base, Ranks.current(), at_once=not is_cpu())
+        share_base(model, Ranks.current())
     parameters = parameter_groups(model)
     # DeepSpeed moves the module to the device, buffers too (engine.py, `_configure_distributed_model`).
     aside = stream_base(model, device).aside() if base_on_host else nullcontext()

@@ -1,10 +1,7 @@
-"""The frozen base of a node, which its processes share where it is in host memory.
+"""The frozen base of a node, which its processes share where it is in host memory (`runtime/node_memory.py`).
 
-    the model's files, mapped      as long as they hold the live weights: the same dtype, and nothing merged
-    memory of the node             for all other weights, and from the first merge on (`runtime/node_memory.py`)
-
-    share_base(model, "auto", ranks)      in `mora_ds.initialize`
-    node_base_of(model).form(...)         a merge, a replay: each layer is written by one process of the node
+    share_base(model, ranks)          in `mora_ds.initialize`: from here on the weights lie in memory of the node
+    node_base_of(model).form(...)     a merge, a replay: each layer is written by one process of the node
 
 No other run ever trusts this memory: a resumed run forms its weights from the original ones and the merge ledger, as
 one that shares nothing. All processes wait for each other before the first weight is written, when none reads them any
@@ -14,8 +11,10 @@ more, and after the last one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,8 +24,10 @@ from torch import Tensor, nn
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
 from mora_ds.runtime.mappings import Mappings, give_back, trim
-from mora_ds.runtime.node_memory import Offer, Sharing, check_room, node_members
+from mora_ds.runtime.node_memory import Offer, check_room, node_members
 from mora_ds.runtime.ranks import Ranks, balanced
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,10 +46,6 @@ class NodeBase:
     """Ranks of the processes that share it: this one alone, where it has a base of its own."""
     slots: dict[str, Tensor] = field(default_factory=dict)
     """Name of a buffer -> its place in the memory of the node."""
-    waiting: tuple[str, ...] = ()
-    """Names of those that are mapped files until the first `form`; their places in memory are not used yet."""
-    text: str = ""
-    """What was chosen, for the start of a run."""
 
     def layers(self, model: nn.Module) -> list[str]:
         """Names of the adapted layers whose frozen weights this process writes: its part of those that are shared, and
@@ -74,7 +71,13 @@ class NodeBase:
         if self.ranks is None:
             return {name: work(name, item) for name, item in items}
         ready = list(items)
-        self._begin(model)
+
+        def check() -> None:
+            frozen = frozen_buffers(model)
+            if any(frozen.get(name) is not slot for name, slot in self.slots.items()):
+                raise RunError("frozen weights were replaced after the start: they are not those that processes share")
+
+        self.ranks.agree("begin of the forming of the base", check, long=True)
         return self.ranks.agree(
             "forming of the base", lambda: {name: work(name, item) for name, item in ready}, long=True
         )
@@ -95,43 +98,10 @@ class NodeBase:
                 table[index] = torch.stack(list(rows[name]))
         return table if self.ranks is None else self.ranks.sum(table)
 
-    def is_in_place(self, frozen: Mapping[str, Tensor]) -> bool:
-        """Whether these buffers are still the ones that the processes share."""
-        return all(frozen.get(name) is slot for name, slot in self.slots.items() if name not in self.waiting)
-
-    def copy(self, frozen: Mapping[str, Tensor], names: Collection[str]) -> None:
-        """Copy this process's part of the buffers `names` into the memory of the node."""
-        for name in self._owned({name: frozen[name].nbytes for name in names}):
+    def copy(self, frozen: Mapping[str, Tensor]) -> None:
+        """Copy this process's part of the buffers into the memory of the node."""
+        for name in self._owned({name: slot.nbytes for name, slot in self.slots.items()}):
             self.slots[name].copy_(frozen[name])
-
-    def use(
-        self,
-        model: nn.Module,
-        frozen: Mapping[str, Tensor],
-        names: Collection[str],
-    ) -> None:
-        """Let the model's buffers `names` be those in the memory of the node, once all are copied."""
-        if not names:
-            return
-        put_frozen(model, {name: self.slots[name] for name in names})
-        mappings = Mappings.read()
-        for tensor in (frozen[name] for name in names):
-            if mappings.place_of(tensor) is not None:
-                give_back(tensor)
-
-    def _begin(self, model: nn.Module) -> None:
-        """Wait until no process reads the weights; those that are files are in the memory of the node from here on."""
-        assert self.ranks is not None
-        frozen = frozen_buffers(model)
-
-        def prepare() -> None:
-            if not self.is_in_place(frozen):
-                raise RunError("frozen weights were replaced after the start: they are not those that processes share")
-            self.copy(frozen, self.waiting)
-
-        self.ranks.agree("begin of the forming of the base", prepare, long=True)
-        self.use(model, frozen, self.waiting)
-        self.waiting = ()
 
     def _owned(self, sizes: Mapping[str, int]) -> list[str]:
         """Those of the names that this process writes, in their order: about an equal part of the sizes' sum."""
@@ -152,56 +122,39 @@ def node_base_of(model: nn.Module) -> NodeBase:
 # -- the start ---------------------------------------------------------------------------------------------------------
 
 
-def share_base(
-    model: nn.Module,
-    choice: str,
-    ranks: Ranks,
-    at_once: bool = False,
-) -> NodeBase:
-    """Let the processes of each node share what lies in host memory of an injected model's frozen base, as `choice`
-    (a `Sharing`) says; `at_once`: without waiting for the first merge.
+def share_base(model: nn.Module, ranks: Ranks) -> None:
+    """Let the processes of each node share what lies in host memory of an injected model's frozen base.
 
     Collective; the base must be the same on all processes. Raises `UserError` where memory does not suffice.
     """
     frozen = {name: tensor for name, tensor in _distinct(frozen_buffers(model)).items() if tensor.device.type == "cpu"}
-    before = _NODE_BASES.get(model)
-    if before is None or not before.slots or not before.is_in_place(frozen):  # else another engine for the same model
-        _NODE_BASES[model] = _shared(model, frozen, choice, ranks, at_once)
-        del frozen
-        trim()
-    return _NODE_BASES[model]
+    before = node_base_of(model).slots
+    if before and all(frozen.get(name) is slot for name, slot in before.items()):
+        return  # another engine for the same model
+    base = _NODE_BASES[model] = _shared(frozen, ranks)
+    ranks.agree("copy of the base to the memory of the node", partial(base.copy, frozen), long=True)
+    put_frozen(model, base.slots)
+    mappings = Mappings.read()
+    for name in base.slots:
+        if mappings.place_of(frozen[name]) is not None:
+            give_back(frozen[name])
+    del frozen
+    trim()
 
 
-def _shared(
-    model: nn.Module,
-    frozen: Mapping[str, Tensor],
-    choice: str,
-    ranks: Ranks,
-    at_once: bool,
-) -> NodeBase:
+def _shared(frozen: Mapping[str, Tensor], ranks: Ranks) -> NodeBase:
     members = node_members(ranks)
-    is_private = choice == Sharing.PRIVATE.value
-    wants = len(members) > 1 and not is_private
-    layout = _Layout.of(model, frozen, everything=at_once)
-    is_first = wants and ranks.rank == members[0]
-    needed = sum(frozen[name].nbytes for name in layout.now)
-    ranks.agree("room for the base of the node", lambda: check_room(needed) if is_first else None)
-    storage, problem = _map(ranks, members, layout if wants else None)
+    is_shared = len(members) > 1
+    layout = _Layout.of(frozen)
+    is_first = is_shared and ranks.rank == members[0]
+    ranks.agree("room for the base of the node", lambda: check_room(layout.size) if is_first else None)
+    storage, problem = _map(ranks, members, layout if is_shared else None)
+    if problem:
+        logger.warning("warning: each process has a frozen base of its own: %s", problem)
     meets = any(ranks.gather("processes that share a base", storage is not None))
-    why = problem or (f"node_base={choice}" if is_private else "one process on this node")
-    text = f"frozen base: each process has a copy of its own of what merges change ({why})"
-    base = NodeBase(ranks if meets else None, (ranks.rank,), text=text)
-    if storage is not None:
-        slots = {name: layout.view(storage, name, frozen[name]) for name in layout.offsets}
-        base = NodeBase(ranks, members, slots, layout.later, layout.text(frozen, len(members)))
-    now = layout.now if base.slots else ()
-    ranks.agree(
-        "copy of the base to the memory of the node",
-        lambda: base.copy(frozen, now),
-        long=True,
-    )
-    base.use(model, frozen, now)
-    return base
+    if storage is None:
+        return NodeBase(ranks if meets else None, (ranks.rank,))
+    return NodeBase(ranks, members, {name: layout.view(storage, name, frozen[name]) for name in frozen})
 
 
 @dataclass(frozen=True)
@@ -210,34 +163,18 @@ class _Layout:
 
     offsets: dict[str, int]
     size: int
-    now: tuple[str, ...]
-    """Names of those that are copied there at once."""
-    later: tuple[str, ...]
-    """Names of those that the first merge writes there, and that are mapped files until then."""
     digest: str
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        frozen: Mapping[str, Tensor],
-        everything: bool,
-    ) -> _Layout:
-        """`everything`: files that hold the live weights are copied too."""
-        mappings = Mappings.read()
+    def of(cls, frozen: Mapping[str, Tensor]) -> _Layout:
         offsets = {}
         end = 0
-        written = {f"{name}.weight" for name in mora_layers(model)}
-        is_file = {name: mappings.place_of(tensor) is not None for name, tensor in frozen.items()}
-        now = tuple(name for name in frozen if everything or not is_file[name])
-        later = tuple(name for name in frozen if name in written and name not in now)
-        for name in (*now, *later):
-            tensor = frozen[name]
+        for name, tensor in frozen.items():
             within = tensor.data_ptr() % _LINE // tensor.itemsize * tensor.itemsize
             offsets[name] = -(-end // _LINE) * _LINE + within
             end = offsets[name] + tensor.nbytes
-        facts = [(n, at, frozen[n].shape, frozen[n].stride(), frozen[n].dtype, n in now) for n, at in offsets.items()]
-        return cls(offsets, end, now, later, hashlib.sha256(repr(facts).encode()).hexdigest())
+        facts = [(offsets[name], tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in frozen.items()]
+        return cls(offsets, end, hashlib.sha256(repr(facts).encode()).hexdigest())
 
     def view(
         self,
@@ -255,14 +192,6 @@ class _Layout:
         )
         vars(slot).update(vars(like))
         return slot
-
-    def text(self, frozen: Mapping[str, Tensor], processes: int) -> str:
-        now, later = (sum(frozen[name].nbytes for name in names) / 1e6 for names in (self.now, self.later))
-        files = sum(tensor.nbytes for name, tensor in frozen.items() if name not in self.now) / 1e6
-        return (
-            f"frozen base: one for {processes} processes, {files:,.1f} MB mapped from files, {now:,.1f} MB shared; "
-            f"the first merge adds {later:,.1f} MB"
-        )
 
 
 def _distinct(frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,6 @@ from mora_ds.runtime.ranks import Ranks
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-class Sharing(str, Enum):
-    """How the processes of a node hold the base."""
-
-    AUTO = "auto"
-    PRIVATE = "private"
 
 
 def check_room(nbytes: int) -> None:

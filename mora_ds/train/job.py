@@ -26,12 +26,10 @@ from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.initialize import initialize, initialize_full
 from mora_ds.models.attention import attends_by_documents
 from mora_ds.models.load import LoadedBase, config_digest
-from mora_ds.models.node_base import node_base_of
 from mora_ds.models.vocabulary import first_new_row
 from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
-from mora_ds.runtime.node_memory import check_room
 from mora_ds.train.data import RunData
 from mora_ds.train.run import PROBE_TOKENS, FullRun, Run
 from mora_ds.train.setup import Start
@@ -140,12 +138,6 @@ class Job:
             tensor_parallel_size=degree,
             base_on_host=self._streams,
         )
-        node = node_base_of(self.loaded.model)
-        if node.text:
-            logger.debug(node.text)
-        if self.arguments.adapter.merge_every:  # what merges change is a mapped file until the first one
-            needed = sum(node.slots[name].nbytes for name in node.waiting)
-            start.ranks.agree("room for merges", lambda: check_room(needed))
         self._seed_dropout()
         self.run = Run(
             self.engine,

@@ -232,7 +232,6 @@ between_the_two_renames | first | unnamed | .checkpoint.writer._replace_folder 1
 retention_half_done | first | nothing | - | half of step 3 deleted
 # a merge
 before_a_merge | all | nothing | - | before .remora.merge.ReMoRA.merge 2
-base_half_copied_to_the_memory_of_the_node | all | nothing | - | after .models.node_base.NodeBase.copy 2
 a_layer_half_written | all | nothing | .remora.merge.ReMoRA.merge 2 | half a layer
 some_layers_merged | all | nothing | .remora.merge.ReMoRA.merge 2 | after .adapters.layer.AdaptedLinear.merge 3
 cycle_half_written | first | nothing | .remora.ledger._write_cycle 2 | \

@@ -103,7 +103,7 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     assert sequence is not None
     config = ds_config(3, micro, ACCUMULATION)
     config["optimizer"]["params"]["lr"] = LEARNING_RATE
-    engine, *_ = initialize(model=model, config=config, node_base="private")  # each process adds the deltas itself
+    engine, *_ = initialize(model=model, config=config)
     check_split(engine, model, sequence, case.documents)
     results: dict[str, Any] = {"losses": [], "norms": []}
     for step in range(STEPS):
@@ -137,7 +137,7 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
 def add_deltas(model: Any, whole: Callable[[Any], Tensor]):
     for layer in mora_layers(model).values():
         delta = delta_weight(layer.spec, whole(layer.square))
-        layer.weight += delta.T if layer.transposed else delta
+        layer.weight = layer.weight + (delta.T if layer.transposed else delta)  # processes may share it
 
 
 def split_runs(cases: list[Case], size: int) -> list[dict[str, Any]]:
