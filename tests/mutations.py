@@ -71,6 +71,11 @@ adapters/ops/linear.py | adapters/ops/test_linear.py
 -moved = 2 * tokens * (d_in + d_out)
 +moved = tokens * (d_in + d_out)
 
+# a resumed run does not say that its layers take other paths
+train/job.py | train/test_compute_run.py
+-if before and counted(before) != counted(tokens):
++if False:
+
 # a pass beside training reads its rows as the batch before it
 train/beside.py | train/test_beside_training.py
 -domains_of(model).using(domain),
@@ -85,6 +90,11 @@ train/beside.py | train/test_beside_training.py
 common/errors.py | train/test_trackers.py
 -BESIDE = (Exception, SystemExit)
 +BESIDE = (Exception,)
+
+# a failed evaluation ends the run
+train/trainer.py | train/test_beside.py
+-except BESIDE as error:
++except ImportError as error:
 
 # a stored operator is not compared with the live one
 train/run.py | checkpoint/test_resume_checks.py
@@ -174,7 +184,7 @@ remora/ledger.py | remora/test_ledger.py
 +if not record.chain:
 
 # a merge comes before the checkpoint of its step
-train/trainer.py | train/test_failures.py
+train/trainer.py | train/test_beside.py
 -if state.merge_pending and self._save_is_due:
 +if False:
 

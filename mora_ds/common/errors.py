@@ -1,7 +1,7 @@
 """The exceptions of mora_ds, and the messages that settings have in common.
 
-`runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 75 for `Stopped`, 1 for all other
-errors. Classes of settings have a method `problems()` that lists what is wrong with their values, one message
+`runtime/cli.py` turns the exceptions into exit codes: 2 for `UserError`, 3 for `FailedBeside`, 75 for `Stopped`, 1 for
+all other errors. Classes of settings have a method `problems()` that lists what is wrong with their values, one message
 each.
 """
 
@@ -23,6 +23,13 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A failure while running (NaN loss, full disk, a checkpoint that turns out to be damaged during the run)."""
+
+
+class FailedBeside(RunError):
+    """The run is trained to its end and saved, but something beside training has failed: an evaluation, a task, a
+    tracker, an upload. All processes raise it alike."""
+
+    is_shared = True
 
 
 BESIDE = (Exception, SystemExit)

@@ -66,7 +66,7 @@ EFFECTS = (
     Effect(
         "a run that trains something (not --adapter none)",
         lambda run: run.adapter.adapter != AdapterKind.NONE.value,
-        "export_merged profile resume_from_checkpoint decay_from",
+        "export_merged profile push_to_hub resume_from_checkpoint decay_from",
     ),
     Effect(
         "merges (--merge_every)",

@@ -93,7 +93,6 @@ REMOVED: dict[str, str] = {
     "node_base": "was removed: processes of a node share the base wherever they can see each other's memory",
     "peer_silence_s": "was removed: --collective_timeout_s ends a rank that waits for one that is gone",
     "project": "was removed: set WANDB_PROJECT",
-    "push_to_hub": "was removed: mora-ds export --push_to_hub uploads the merged model of a checkpoint",
     "run_name": "was removed: the run is named after --output_dir, in W&B after WANDB_NAME",
     "run_tags": "was removed: set WANDB_TAGS",
     "optimizer_reset": "was removed, since no run gained by keeping it: a merge zeroes moments and step count",

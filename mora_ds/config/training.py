@@ -196,6 +196,9 @@ class TrainingArguments:
     """Seed of data order, initialisation, dropout and permutations."""
     export_merged: bool = False
     """Write a merged Hugging Face model to OUTPUT_DIR/merged at the end."""
+    push_to_hub: str | None = None
+    """Upload the merged model (with --export_merged), or else the adapter alone, to this repository of the Hugging Face
+    Hub at the end. A new repository is private; the token is that of `hf auth login`, or HF_TOKEN."""
     collective_timeout_s: float | None = None
     """Seconds that a rank waits for the others in a collective, and for their start, before it fails; longer than rank
     0 needs to hash a checkpoint. With --async_save also for the disk. Default: DEEPSPEED_TIMEOUT (minutes) where that

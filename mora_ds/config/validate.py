@@ -58,6 +58,8 @@ def validate(arguments: Arguments) -> None:
 def _adapter_and_run(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
     """One message for each setting of the run that the adapter does not go with."""
     uses_muon = training.optimizer == OptimizerKind.MUON.value
+    if adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged:
+        yield "--push_to_hub: --adapter full has no adapter to upload; add --export_merged"
     if uses_muon and adapter.adapter not in (AdapterKind.MORA.value, AdapterKind.LORA.value):
         yield "--optimizer muon is for the matrices of an adapter: use --adapter mora or lora, or --optimizer adamw"
     if uses_muon and adapter.adapts_experts:

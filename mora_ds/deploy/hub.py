@@ -4,9 +4,12 @@ The token is huggingface_hub's own (`hf auth login`, or HF_TOKEN): no flag takes
 log or in a message. A repository that does not exist is made, private.
 """
 
+import tempfile
 from pathlib import Path
 
 from mora_ds.common.errors import RunError, UserError, reason
+from mora_ds.deploy.adapter_io import export_adapter
+from mora_ds.deploy.model_card import card
 
 FLAG = "--push_to_hub"
 
@@ -46,3 +49,15 @@ def push_folder(folder: Path, repository: str) -> str:
             f"{FLAG} {repository}: not uploaded ({text}); hf upload {repository} FOLDER tries again"
         ) from None
     return f"uploaded {folder} to {url}"
+
+
+def push_adapter(checkpoint: Path, repository: str) -> str:
+    """Uploads the adapter of a checkpoint alone, with a model card. Returns and raises as `push_folder`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        facts = export_adapter(checkpoint, folder)[0].partition(": ")[2]
+        text = f"MoRA matrices and merge ledger of a continual pretraining: {facts}. `base.json` names the base."
+        name = repository.rpartition("/")[2]
+        code = ["```python", f'model = mora_ds.load_adapter("BASE", "{name}")', "```"]
+        (folder / "README.md").write_text(card("mora_ds", "mora", name, [text, "", *code]), encoding="utf-8")
+        return push_folder(folder, repository)

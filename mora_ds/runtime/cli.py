@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mora_ds.common.errors import RunError, Stopped, UserError, empty_words, refuse
+from mora_ds.common.errors import FailedBeside, RunError, Stopped, UserError, empty_words, refuse
 from mora_ds.runtime import signals
 from mora_ds.runtime.log_setup import rank, rank_prefix, set_up_logging
-from mora_ds.runtime.signals import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, leave
+from mora_ds.runtime.signals import EXIT_FAILED_BESIDE, EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, leave
 
 _WAIT_FOR_RANK_0_S = 8.0
 """How long the other ranks hold back their error message: the launcher ends them as soon as rank 0 has failed."""
@@ -86,6 +86,8 @@ def _fail(error: BaseException) -> NoReturn:
     else:
         print(rank_prefix(), file=sys.stderr, end="")
         traceback.print_exception(error)
+    if isinstance(error, FailedBeside):
+        leave(EXIT_FAILED_BESIDE)
     leave(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE)
 
 

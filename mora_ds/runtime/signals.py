@@ -4,8 +4,8 @@
                                                          -> before and after: `Stopped` in the main thread, at once
     SIGINT again (a second later or more)                -> the process ends at once
 
-The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another start does not correct, 75
-saved and stopped, to be started again.
+The exit code tells a scheduler what to do: 0 done, 1 failed, 2 a mistake that another start does not correct, 3 done
+but for what stands beside training, 75 saved and stopped, to be started again.
 
 A thread notices the requests: Python runs its own handlers between bytecodes only, and a rank that waits in a
 collective executes none. `signal.set_wakeup_fd` wakes the thread at once.
@@ -27,6 +27,8 @@ from mora_ds.runtime.log_setup import rank_prefix
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_FAILED_BESIDE = 3
+"""The run is done and saved; an evaluation, a task, a tracker or an upload has failed."""
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the run is neither done nor failed, and can be started again."""
 EXIT_INTERRUPTED = 130

@@ -4,9 +4,8 @@
                                       -> commit, or give_up: it is as it was
 
 A run owns only what it has made. Names that a run uses must not be there without a run, whose mark is run.yaml. Until
-`commit`, the file `STARTING` lists what the start-up may make, and a run that is overwritten is set aside: with both,
-the next start undoes one that was killed. A resumed run writes tokenizer, base and ledger as its checkpoint has them,
-which is no change to be undone.
+`commit`, the file `STARTING` lists what the start-up may make, and what it may change of an earlier run is set aside:
+with both, the next start undoes one that was killed.
 """
 
 import fcntl
@@ -31,6 +30,7 @@ from mora_ds.checkpoint.layout import (
     TOKENIZER_FOLDER,
 )
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import disk_errors, link_or_copy
 from mora_ds.train.profile import PROFILE
 from mora_ds.train.run_file import holds_run, owned_by_run
 from mora_ds.train.trackers import WANDB
@@ -53,7 +53,8 @@ NAMES = (
 )  # fmt: skip
 """Everything that a run writes."""
 _AT_START = (BASE_FOLDER, TOKENIZER_FOLDER)
-"""What the start-up of a run writes, where its settings ask for it."""
+"""What the start-up of a run writes, where its settings ask for it; what a resumed one may write again, with `RUN_FILE`
+and the merge ledger."""
 
 
 @dataclass
@@ -66,8 +67,7 @@ class Reservation:
     had_lock_file: bool
 
     def prepare(self, overwrite: bool, resume: bool, exports: bool = False) -> None:
-        """Set aside a run that is overwritten. `exports`: whether the new one writes a merged model. The second call
-        does nothing.
+        """Set aside what the run may change. `exports`: whether it writes a merged model. The second call does nothing.
 
         Raises `UserError` when the folder holds another run (unless `overwrite` or `resume`), something under the
         run's names that the run in the folder has not made, or something that the run could not write to.
@@ -90,9 +90,15 @@ class Reservation:
         if resume and exports:
             check_merged(self.folder / MERGED_FOLDER)
         with _writing(self.folder):
-            if is_run and not resume:
+            if is_run:
                 (self.folder / ASIDE).mkdir()
-                _set_aside(self.folder, owned)
+                if resume:
+                    _copy_aside(
+                        self.folder,
+                        [name for name in (*_AT_START, LEDGER_FOLDER, RUN_FILE) if name in owned],
+                    )
+                else:
+                    _set_aside(self.folder, owned)
             # What is there now is the earlier run's or the user's: the start-up makes none of it.
             makes = [name for name in NAMES if not os.path.lexists(self.folder / name)]
             (self.folder / STARTING).write_text(json.dumps(makes), encoding="utf-8")
@@ -303,6 +309,23 @@ def _undo(folder: Path) -> None:
 def _set_aside(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         (folder / name).rename(folder / ASIDE / name)
+
+
+def _copy_aside(folder: Path, names: Iterable[str]) -> None:
+    """Hard links where the file system has them: a run replaces its files, and writes into none of these."""
+    for name in names:
+        partial = folder / ASIDE / f".{name}.partial"
+        with disk_errors(folder):
+            if (folder / name).is_symlink():
+                partial.symlink_to(os.readlink(folder / name))
+            elif (folder / name).is_dir():
+                shutil.copytree(
+                    folder / name, partial, symlinks=True,
+                    copy_function=lambda source, target: link_or_copy(Path(source), Path(target)),
+                )  # fmt: skip
+            else:
+                link_or_copy(folder / name, partial)
+        partial.rename(folder / ASIDE / name)
 
 
 def _present(folder: Path, names: Iterable[str]) -> list[str]:

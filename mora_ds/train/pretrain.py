@@ -32,8 +32,12 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import (
+    BESIDE,
+    FailedBeside,
+    RunError,
     UserError,
     named_as_flags,
+    reason,
 )
 from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.untrusted import expanded
@@ -42,6 +46,7 @@ from mora_ds.config.forgetting import Watch, change
 from mora_ds.config.training import NO_TRACKER, TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture
+from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
@@ -83,6 +88,8 @@ def pretrain(arguments: Arguments) -> JsonObject:
         if arguments.adapter.base_bits == 4 and not arguments.training.dry_run:
             with named_as_flags("base_bits"):
                 check_bitsandbytes()
+        if arguments.training.push_to_hub is not None:
+            check_repository(arguments.training.push_to_hub)
         if arguments.training.dry_run:
             dry_run(arguments)
             return {}
@@ -276,12 +283,7 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         trackers = [Tracker(name, folder, dump(arguments), state.step) for name in names]
     log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:
-        logger.info(f"resumed from {job.start.checkpoint} at step {state.step}")
-        if state.total_steps != steps:
-            logger.info(
-                f"it was on its way to {state.total_steps} steps and has {steps} now: the learning rate follows the "
-                "new length from here on"
-            )
+        logger.info(_resumed(job.start.checkpoint, state, steps))
     state.total_steps = steps
     trainer = Trainer(job, schedule, log)
     for line in opening(job, steps):
@@ -299,8 +301,46 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants)
     log.close()
-    ranks.barrier("end of the run", long=True)
+    failures = [
+        *state.failures,
+        *(f"--report_to {tracker.name}" for tracker in trackers if tracker.has_failed),
+    ]
+    if arguments.training.push_to_hub is not None:
+        assert trainer.last_checkpoint is not None
+        failures += _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)
+    failures = ranks.on_first("end of the run", lambda: failures, long=True)
+    if failures:
+        lines = "\n".join(f"  {failure}" for failure in failures)
+        raise FailedBeside(f"the run is done, {trainer.last_checkpoint} is its end; beside training failed:\n{lines}")
     return summary
+
+
+def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: Path) -> list[str]:
+    """--push_to_hub. Returns why there was no upload; nothing where it went well."""
+    repository = training.push_to_hub or ""
+
+    def push() -> list[str]:
+        try:
+            logger.info(
+                push_folder(merged, repository) if training.export_merged else push_adapter(checkpoint, repository)
+            )
+        except (RunError, UserError) as error:
+            return [str(error)]
+        except BESIDE as error:
+            return [f"--push_to_hub {repository}: {reason(error)}"]
+        return []
+
+    return ranks.on_first("upload to the Hub", push, long=True)
+
+
+def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
+    text = f"resumed from {checkpoint} at step {state.step}"
+    if state.total_steps == steps:
+        return text
+    return (
+        f"{text}; it was on its way to {state.total_steps} steps and has {steps} now: "
+        "the learning rate follows the new length from here on"
+    )
 
 
 def _summary(job: Job, trainer: Trainer) -> JsonObject:

@@ -24,7 +24,7 @@ from mora_ds.checkpoint.layout import (
     step_folder,
     step_of,
 )
-from mora_ds.common.errors import RunError, Stopped
+from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
 from mora_ds.data import StreamMixture
 from mora_ds.engine import zero
@@ -48,7 +48,7 @@ from mora_ds.train.metrics import (
     PhaseMemory,
     SourceLosses,
 )
-from mora_ds.train.profile import step_profiler
+from mora_ds.train.profile import LEFT_OUT, step_profiler
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,10 @@ class Trainer:
             steps = f", after steps {merges[0]} to {merges[-1]}" if merges else ""
             logger.info(f"merges still to come: {len(merges)}{steps}")
         profiler = None
-        if self.training.profile is not None and self.ranks.is_first:
-            profiler = step_profiler(self.training.profile, state.step, self.job.start.folder)
+        if self.training.profile is not None and self.total_steps - state.step <= LEFT_OUT:
+            logger.warning(f"--profile records nothing: it leaves {LEFT_OUT} steps out, and no more are left")
+        elif self.training.profile is not None and self.ranks.is_first:
+            profiler = step_profiler(self.training.profile, state.step, self.job.start.folder, state.failures)
         with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:
                 state.perplexity_before = self._evaluate()
@@ -396,9 +398,31 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> dict[str, float]:
-        """The perplexity of each evaluation set."""
+        """The perplexity of each evaluation set. A failure of an evaluation or a task is told, and training goes on
+        without it; before the first step, when nothing can be lost, it ends the run."""
         self.job.run.check_base()
-        return self.evaluator.evaluate(before_batch=self._leave_if_asked)
+        step = self.state.step
+        if step == 0:
+            return self.evaluator.evaluate(before_batch=self._leave_if_asked)
+        perplexities: dict[str, float] = {}
+        failure = None
+        try:
+            perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
+        except (NotFinite, BaseChanged):
+            raise  # of the model itself, and on all ranks alike
+        except BESIDE as error:
+            if self._stop_asked:
+                raise  # the checkpoint before the end could not be written
+            failure = f"{type(error).__name__}: {reason(error)}"
+        # A rank that has failed alone must not meet the others in a collective of the evaluation, whose sums would be
+        # wrong from there on: it waits for them at this check, which has a group of its own.
+        what = f"evaluation after step {step}"
+        told = [line for line in self.ranks.gather(what, failure) if line is not None]
+        if told:
+            self.state.evaluation_pending = False
+            self.state.failures.append(f"{what}: {told[0]}")
+            logger.error(f"{self.state.failures[-1]}. Training goes on")
+        return perplexities
 
     def _probe_loss(self) -> float:
         """Mean loss of the probe batch (of a mixture: of the first source), the same in every replica.

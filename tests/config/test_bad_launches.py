@@ -121,6 +121,8 @@ stray | 'stray'
 --train_embedding_rank 3 --train_new_embeddings | train different parts of embeddings and head: give one
 --train_embedding_rank -1 | train_embedding_rank must
 # -- flags that contradict each other
+--push_to_hub a/b/c | --push_to_hub a/b/c
+--adapter full --push_to_hub a/b | --push_to_hub | --export_merged
 --bf16 --fp16 | --bf16 and --fp16
 --overwrite_output_dir --resume_from_checkpoint latest | --overwrite_output_dir | --resume_from_checkpoint
 --stop_when_forgotten general | --stop_when_forgotten general: must be NAME:NUMBER

@@ -34,6 +34,7 @@ train_new_embeddings: true      | adapter: full
 train_embedding_rank: 4         | adapter: full
 export_merged: true             | adapter: none
 profile: 3                      | adapter: none
+push_to_hub: a/b                | adapter: none
 resume_from_checkpoint: auto    | adapter: none
 restart_warmup_steps: 5         |
 embedding_learning_rate: 0.1    |

@@ -1,19 +1,24 @@
 """--push_to_hub, against a stand-in for the Hub: what is uploaded, who sees it, and a run without a network."""
 
+import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from mora_ds.commands import export
-from mora_ds.common.errors import RunError
+from mora_ds.common.errors import FailedBeside, RunError
+from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import contents, fake_run
+from tests.helpers.gloo import run_ranks
+from tests.helpers.jobs import Playground, job
 from tests.helpers.mistakes import answer
 
 TOKEN = "hf_SecretOfTheTest"
@@ -76,3 +81,41 @@ def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path):
         push_folder(tmp_path, REPOSITORY)
     assert TOKEN not in str(failed.value)
     assert failed.value.__cause__ is None
+
+
+def uploading_job(folder: Path, argv: list[str]):
+    """A run that uploads. For `run_ranks`."""
+    with uploads_to(folder):
+        job(argv)
+
+
+def failing_job(is_offline: bool, argv: list[str]) -> str:
+    """What failed beside a run that the Hub refuses, or that has no network. For `run_ranks`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+        with nullcontext() if is_offline else uploads_to(Path(), NO_PERMISSION):
+            job(argv)
+    return str(failure.value)
+
+
+def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path):
+    flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
+    run_ranks(1, uploading_job, tmp_path / "hub", flags)
+    adapter = contents(tmp_path / "hub" / REPOSITORY)
+    assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(adapter)
+    assert json.loads(adapter["adapter.json"])["step"] == 2
+    run_ranks(1, uploading_job, tmp_path / "hub", [*flags, "--export_merged", "--overwrite_output_dir"])
+    assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out" / "merged")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
+    assert REPOSITORY.encode() in written
+    assert TOKEN.encode() not in written
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offline: bool):
+    flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
+    (failure,) = run_ranks(1, failing_job, is_offline, flags)
+    assert "--push_to_hub" in failure
+    assert "not uploaded" in failure
+    assert TOKEN not in failure
+    assert read_json(tmp_path / "out" / "summary.json")["steps"] == 2

@@ -22,7 +22,7 @@ CASES = 70
 """Of a commit: about 200 runs, and 30 resumes."""
 
 OF_EVERY_CASE = {*SMALL, "model_name_or_path", "train_files", "mixture"}
-ELSEWHERE = {"local_rank", "model_config", "dataset_name", "research.targets"}
+ELSEWHERE = {"local_rank", "push_to_hub", "model_config", "dataset_name", "research.targets"}
 """What a launcher sets, what needs a network, another kind of model, of text, and a plan."""
 
 

@@ -4,6 +4,8 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from mora_ds.train.output_folder import (
     names_of_run,
     reserve,
 )
+from mora_ds.train.run import Run
 from mora_ds.train.run_file import write_run_file
 from tests.helpers.snapshot import snapshot, untouched
 
@@ -86,11 +89,11 @@ def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overwrite: bool):
-    """An overwriting run may have written all files of its start-up, a resumed one those that the run did not have."""
+    """A resumed run may have written the files of its start-up again, an overwriting one all of them."""
     out = a_run(tmp_path / "out", "tokenizer")
     with untouched(out):
         reserve(out).prepare(overwrite, not overwrite)
-        for name in ("tokenizer", "ledger", "base") if overwrite else ("base",):
+        for name in ("tokenizer", "ledger", "base"):
             if (out / name / "file").exists():
                 (out / name / "file").unlink()
             put(out, name, "new")
@@ -124,13 +127,15 @@ def killed(folder: Path, work: Callable[[], None]):
     forget(folder)
 
 
-def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path):
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overwrite: bool):
     out = a_run(tmp_path / "out", "tokenizer")
     put(out, "merged", "the user's, made from a checkpoint of a run that exports nothing")
     before = snapshot(out)
 
     def start():
-        reserve(out).prepare(True, False)
+        reserve(out).prepare(overwrite, not overwrite)
+        (out / "tokenizer" / "file").unlink(missing_ok=True)
         put(out, "tokenizer", "new")
 
     killed(out, start)
@@ -190,6 +195,29 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: P
         (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
     with untouched(out), pytest.raises(UserError, match="--export_merged"):
         prepared(out, False, True, True)
+
+
+class Alone:
+    """The parts of `Ranks` that opening a ledger uses, for a single process."""
+
+    rank = 0
+    world = 1
+    is_local_first = True
+
+    def on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
+        return work()
+
+    agree = on_first
+
+
+def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path: Path):
+    run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone())
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / ".ledger.json.partial").write_text("")
+    assert Run._open_ledger(run, None, "fingerprint").cycles == 0
+    (tmp_path / "ledger" / "accounts.txt").write_text("mine")
+    with untouched(tmp_path), pytest.raises(UserError, match=r"holds accounts\.txt, which no run has made"):
+        Run._open_ledger(run, None, "fingerprint")
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])

@@ -1,4 +1,4 @@
-"""What fails in a run: where it ends, which checkpoint is there, and how it goes on from that."""
+"""What fails beside training: the run goes on to its end and its last checkpoint, and says so by an exit code."""
 
 import builtins
 import itertools
@@ -10,10 +10,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from torch.profiler import profile
 
 from mora_ds.checkpoint.layout import complete_checkpoints, step_of
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.files import JsonObject
+from mora_ds.common.errors import FailedBeside, RunError
+from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.remora.merge import ReMoRA
 from mora_ds.train import pretrain as program
@@ -21,11 +23,13 @@ from mora_ds.train import trackers
 from mora_ds.train.evaluator import Evaluator
 from mora_ds.train.loader import NotFinite
 from mora_ds.train.metrics import MetricsLog
+from mora_ds.train.tasks import TaskSuite
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, finished_run, run
-from tests.helpers.resume import assert_same_run
+from tests.helpers.jobs import Playground, finished_run, losses, rows, run
+from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.tables import rows as rows_of
+from tests.helpers.tasks import task_files
 
 FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", "none")
 
@@ -59,15 +63,88 @@ def ended(argv: list[str]) -> tuple[str, str]:
     """(kind of error, its message) of a run, empty where it has none. For `run_ranks`."""
     try:
         program.pretrain(parse(argv))
-    except RuntimeError as raised:
+    except (FailedBeside, RunError, RuntimeError) as raised:
         return type(raised).__name__, str(raised)
     return "", ""
 
 
+def last_state(out: Path) -> TrainerState:
+    return TrainerState.read(out / "checkpoints" / "step-000004")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks_and_whole(
+    request: pytest.FixtureRequest, user: Playground, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """A number of ranks, and the output folder of their undisturbed run."""
+    return request.param, finished_run(request.param, user, tmp_path_factory, *FLAGS)
+
+
+@pytest.mark.parametrize(
+    "target, calls",
+    [
+        pytest.param(Evaluator, (2,), id="before a save"),
+        pytest.param(Evaluator, (1, 3), id="twice"),
+        pytest.param(Evaluator, (4,), id="at the end"),
+        pytest.param(TaskSuite, (1, 2), id="tasks within the run and at its end", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_failed_evaluation_does_not_end_the_run(
+    user: Playground, tmp_path: Path, ranks_and_whole: tuple[int, Path], out: Path, target: type, calls: tuple[int, ...]
+):
+    ranks, whole = ranks_and_whole
+    error = RuntimeError("no evaluation today")
+    of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if target is TaskSuite else ()
+    told = run_ranks(ranks, failing, user.flags(out, *FLAGS, *of_tasks), target, "evaluate", error, calls)
+    steps = [2 * call if target is TaskSuite else call for call in calls]
+    for kind, message in told:
+        assert kind == "FailedBeside"
+        assert "step-000004 is its end" in message
+        assert re.findall(r"after step (\d): RuntimeError: no evaluation today", message) == [*map(str, steps)]
+    assert losses(out).equal(losses(whole)), "training is what it would have been"
+    assert last_state(out).finished
+    assert (out / "summary.json").is_file()
+    assert not last_state(out).evaluation_pending
+
+
+def without_room_for_traces(argv: list[str]) -> tuple[str, str]:
+    """A run on a disk that is full once a trace is written. For `run_ranks`."""
+    with mock.patch.object(profile, "export_chrome_trace", side_effect=OSError(28, "No space left on device")):
+        return ended(argv)
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    user: Playground, ranks_and_whole: tuple[int, Path], out: Path
+):
+    ranks, whole = ranks_and_whole
+    for kind, message in run_ranks(ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile", 1)):
+        assert kind == "FailedBeside"
+        assert f"--profile: {out / 'profile'} got no complete trace: " in message
+        assert "No space left on device" in message
+    assert losses(out).equal(losses(whole))
+    assert last_state(out).finished
+
+
+def interrupted(argv: list[str], error: Exception):
+    """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step 3. For `run_ranks`."""
+    with mock.patch.object(Evaluator, "evaluate", side_effect=[{}, error, error, error]):
+        interrupted_job(argv, 3)
+
+
+def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: Playground, out: Path):
+    """That after step 1, whose model a checkpoint does not hold; that after step 2 is made by the resumed run."""
+    argv = user.flags(out, *FLAGS, "--resume_from_checkpoint", "auto")
+    error = RuntimeError("no evaluation today")
+    run_ranks(1, interrupted, argv, error)
+    ((kind, message),) = run_ranks(1, failing, argv, Evaluator, "evaluate", error, ())
+    assert kind == "FailedBeside"
+    assert re.findall(r"after step (\d)", message) == ["1"]
+    assert [row["step"] for row in rows(out) if "eval" in row] == [2, 3, 4]
+
+
 FAILURES = """
-Evaluator evaluate | 1 | RuntimeError | RuntimeError | 0
-Evaluator evaluate | 2 | RuntimeError | RuntimeError | 2
-Evaluator evaluate | 6 | RuntimeError | RuntimeError | 6
+Evaluator evaluate | 1 | SystemExit | FailedBeside | 6
+MetricsLog evaluation | 6 | ValueError | FailedBeside | 6
 MetricsLog step | 4 | RuntimeError | RuntimeError | 4
 MetricsLog record | 3 | RuntimeError | RuntimeError | 2
 ReMoRA _start_cycle | 0 | RuntimeError | RuntimeError | 2
@@ -88,7 +165,8 @@ def ends_of_runs(argvs: list[list[str]], failures: list[tuple[type, str, BaseExc
 
 
 def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Playground, tmp_path: Path):
-    """Whatever fails ends the run, --save_steps after a checkpoint at most; none that is due is missing."""
+    """An evaluation fails beside the run. What the run cannot do without ends it, --save_steps after a checkpoint at
+    most."""
     targets = {target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)}
     argvs = []
     failures = []
@@ -110,6 +188,12 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Play
     assert list(zip(kinds, newest, strict=True)) == [(kind, int(step)) for *_, kind, step in table]
 
 
+def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path):
+    error = RuntimeError("no evaluation today")
+    ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
+    assert (kind, message) == ("RuntimeError", "no evaluation today")
+
+
 def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_path: Path):
     """The checkpoint of its step holds that model: the one before is named, which --save_total_limit has left."""
     error = NotFinite("the loss is nan")
@@ -119,6 +203,22 @@ def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_pat
         assert kind == "RunError"
         assert "the loss is nan" in message
         assert re.search(r"step-000004 holds this model\. Last good checkpoint: \S*step-000002\. ", message)
+
+
+def failing_upload(argv: list[str], error: BaseException) -> tuple[str, str]:
+    """`ended` of a run whose upload fails. For `run_ranks`."""
+    upload = mock.patch.object(program, "push_adapter", side_effect=error)
+    with mock.patch.object(program, "check_repository"), upload:
+        return ended(argv)
+
+
+@pytest.mark.parametrize("error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)])
+def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path, error: BaseException, ranks: int):
+    argv = user.flags(tmp_path, "--max_steps", 2, "--push_to_hub", "me/adapter", "--report_to", "none")
+    for kind, message in run_ranks(ranks, failing_upload, argv, error):
+        assert kind == "FailedBeside"
+        assert "--push_to_hub me/adapter: no way out" in message
+    assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 
 def ended_within(argv: list[str], target: type, method: str, call: int):
@@ -159,13 +259,15 @@ def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
     assert_same_run(out, whole)
 
 
-def without_a_tracker(argv: list[str]) -> JsonObject:
-    """The summary of a run whose tracker fails. For `run_ranks`."""
+def failing_tracker(argv: list[str]) -> tuple[str, str]:
+    """`ended` of a run whose tracker fails. For `run_ranks`."""
     broken = mock.Mock(side_effect=OSError("the service is gone"))
     with mock.patch.object(trackers, "_start_wandb", broken), mock.patch.object(program, "check_installed"):
-        return program.pretrain(parse(argv))
+        return ended(argv)
 
 
-def test_a_run_does_without_a_tracker_that_fails(user: Playground, tmp_path: Path):
+def test_a_failed_tracker_is_told_on_every_rank(user: Playground, tmp_path: Path):
     argv = user.flags(tmp_path, "--max_steps", 2, "--report_to", "wandb")
-    assert [summary["steps"] for summary in run_ranks(2, without_a_tracker, argv)] == [2, 2]
+    for kind, message in run_ranks(2, failing_tracker, argv):
+        assert kind == "FailedBeside"
+        assert "--report_to wandb" in message
