@@ -222,7 +222,8 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
             if checkpoint.parent == root.resolve():
                 raise UserError(f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own")
             state.identity["decay_from"] = decay_start  # what the branch's own checkpoints have, and the parent's not
-            # The end of the parent and its best checkpoint are not the branch's.
+            # What happened beside the parent, its end and its best checkpoint are not the branch's.
+            state.failures = []
             state.finished = False
             state.best_step = 0
             state.best_score = None
