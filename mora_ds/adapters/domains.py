@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.layer import AdaptedLinear, MoRALinear
+from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
 from mora_ds.common.errors import RunError, UserError, require_type, unknown
@@ -71,18 +71,6 @@ def domains_of(model: nn.Module) -> Domains:
     """The object that all layers of a model ask for the domains of rows; without names where it has no domains."""
     require_type(model, nn.Module, "domains_of: `model`")
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
-
-
-def set_values(
-    layer: AdaptedLinear,
-    square: Tensor,
-    domain_squares: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
-    """Sets a layer's matrices from fp32 tensors. Not after `initialize`, when DeepSpeed holds them."""
-    for name, value in {layer.spec.value_name: square, OWN: domain_squares}.items():
-        if value is not None:
-            getattr(layer, name).data = value.to(dtype)
 
 
 class Domains:

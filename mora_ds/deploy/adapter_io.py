@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mora_ds.adapters.domains import DomainLinear, domains_of, set_values
+from mora_ds.adapters.domains import DomainLinear, domains_of
 from mora_ds.adapters.inject import inject, mora_layers, move_base
-from mora_ds.checkpoint.adapter_files import Adapter, AdapterFile, AdapterTensors, BaseReference, chosen_domain
+from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, chosen_domain
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
     ADAPTER_TENSORS,
@@ -29,6 +29,7 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import as_path, atomic_folder, copy_folder, require_new, write_manifest
+from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.models.load import load_model
 
@@ -48,9 +49,7 @@ def export_adapter(checkpoint: Path | str, output: Path | str) -> list[str]:
             shutil.copyfile(source / name, folder / name)
         adapter.ledger.copy_to(folder / LEDGER_FOLDER)
         complete(folder, source, adapter.reference.absolute(source))
-    nbytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    layers = f"{len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"
-    return [f"wrote {output}: {layers}, {nbytes / 2**20:,.2f} MiB", f'mora_ds.load_adapter(base, "{output}") loads it']
+    return [f"wrote {output}: {len(adapter.file.layers)} layers, {adapter.ledger.cycles} merged cycle(s)"]
 
 
 def complete(folder: Path, source: Path, reference: BaseReference) -> None:
@@ -81,7 +80,6 @@ def load_adapter(
     folder = find_adapter(as_path(adapter, "load_adapter: `adapter`"))
     opened = Adapter.open(folder)
     facts = opened.file
-    tensors = opened.tensors
     dtype = compute_dtype(facts.dtype)
     chosen = None if domain is None else chosen_domain(facts.domains, domain, "`domain`")
     config = facts.config
@@ -99,37 +97,24 @@ def load_adapter(
     )
     inject(model, config)
     move_base(model, "cpu", dtype)
-    _check_fit(folder, facts, tensors, model)
+    # The names in the file are those of the model's parameters: matrices, those of domains, other trained tensors.
+    tensors = dict(opened.tensors.items())
+    parameters = dict(model.named_parameters())
+    shapes_there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes_here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name in different_keys(shapes_there, shapes_here):
+        raise UserError(
+            f"{folder} does not fit this model: the shape of {name} is {shapes_there.get(name)} there, "
+            f"{shapes_here.get(name)} here"
+        )
+    for name, tensor in tensors.items():
+        parameters[name].data = tensor.to(dtype)
     for name, layer in mora_layers(model).items():
         layer.spec = facts.layers[name].operator
         original = files.read(opened.original_key(files, facts.layers[name].weight))
         layer.form(original, opened.ledger.squares_of(name))
-        set_values(layer, tensors.square(name), tensors.domain_squares(name), dtype)
         if facts.domains is not None:
             assert isinstance(layer, DomainLinear)
             layer.own_spec = facts.domains.operators[name]
-    trainable = dict(model.named_parameters())
-    for name in facts.trainables:
-        trainable[name].data = tensors.trained(name).to(dtype)
     domains_of(model).set_all(chosen)
     return model.eval()
-
-
-def _check_fit(folder: Path, facts: AdapterFile, tensors: AdapterTensors, model: nn.Module) -> None:
-    """Raises `UserError` unless the adapter has the model's layers, and its operators and trained tensors their
-    shapes."""
-    layers = mora_layers(model)
-    if different := set(layers) ^ set(facts.layers):
-        raise UserError(f"{folder} adapts other layers than this model has, e.g. {min(different)}")
-    for name, layer in layers.items():
-        ours = layer.spec
-        theirs = facts.layers[name].operator
-        if (type(ours), ours.d_in, ours.d_out, ours.value_shape) != (
-            type(theirs), theirs.d_in, theirs.d_out, theirs.value_shape,
-        ):  # fmt: skip
-            raise UserError(f"{folder / ADAPTER_JSON}: {name} has {theirs}, for which this model has {ours}")
-    trainable = dict(model.named_parameters())
-    for name in facts.trainables:
-        shape = tensors.trained_shape(name)
-        if name not in trainable or tuple(trainable[name].shape) != shape:
-            raise UserError(f"{folder / ADAPTER_JSON}: this model does not train a {name} of shape {shape}")

@@ -37,8 +37,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's parameters."""
-FINGERPRINT = "base_fingerprint"
-"""Entry of the metadata of the weights' file: which base the adapter belongs to."""
 
 _NOTICEABLE = 1e-6
 """Share of an update's energy below which its loss is rounding."""
@@ -82,23 +80,16 @@ def export_peft(
         )
     run = open_run(opened, None if base_folder is None else Path(base_folder), domain)
     plans = [_plan(run, entry, rank) for entry in run.file.layers.values()]
-    lost: dict[str, float] = {}
     with atomic_folder(output.absolute()) as folder:
-        _write_tensors(run, plans, folder, lost)
+        lost = _write_tensors(run, plans, folder)
         write_json_atomic(folder / CONFIG_FILE, _config(run, plans))
         lines = _report(run, plans, lost)
         text = "Continual pretraining with MoRA, written as a LoRA adapter. `adapter_config.json` names the base."
         if changes := run.reference.config_changes:
             text += f" The run changed the base's config: load it with {json.dumps(changes)}."
-        readme = card(
-            "peft",
-            "lora, mora",
-            "LoRA adapter",
-            [text, "", "```", *lines, "```"],
-        )
+        readme = card("peft", "lora, mora", "LoRA adapter", [text, "", "```", *lines, "```"])
         (folder / "README.md").write_text(readme, encoding="utf-8")
-    nbytes = (output / WEIGHTS_FILE).stat().st_size
-    return [f"wrote {output}: LoRA of {len(plans)} layers, {nbytes / 2**20:,.2f} MiB", *lines]
+    return [f"wrote {output}: LoRA of {len(plans)} layers", *lines]
 
 
 # -- factors -----------------------------------------------------------------------------------------------------------
@@ -141,30 +132,25 @@ def _factors(run: OpenedRun, plan: _Plan) -> tuple[Tensor, Tensor, float]:
     return down.float(), up.float(), max(0.0, 1 - up.square().sum().item() / energy) if energy else 0.0
 
 
-def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path, lost: dict[str, float]) -> None:
-    """Writes the weights' file, one layer in memory at a time, and notes in `lost` what each layer lacks."""
+def _write_tensors(run: OpenedRun, plans: list[_Plan], folder: Path) -> dict[str, float]:
+    """Writes the weights' file, one layer in memory at a time. Returns the share that each layer lacks."""
     saved = dict(_saved(run))
-    layout = {f"{PREFIX}{name}": (run.base.shape_dtype(key)[0], torch.float32) for name, (key, _) in saved.items()}
+    shapes = {name: run.base.shape_dtype(key)[0] for name, (key, _) in saved.items()}
     for plan in plans:
-        spec = plan.entry.operator
-        shapes = ((plan.rank, spec.d_in), (spec.d_out, plan.rank))
-        layout |= {name: (shape, torch.float32) for name, shape in zip(_names(plan.entry.module), shapes, strict=True)}
-    with SafetensorsWriter(
-        folder / WEIGHTS_FILE,
-        layout,
-        {FINGERPRINT: run.reference.fingerprint},
-    ) as writer:
+        shapes[f"{plan.entry.module}.lora_A.weight"] = (plan.rank, plan.entry.operator.d_in)
+        shapes[f"{plan.entry.module}.lora_B.weight"] = (plan.entry.operator.d_out, plan.rank)
+    lost: dict[str, float] = {}
+    layout = {f"{PREFIX}{name}": (shape, torch.float32) for name, shape in shapes.items()}
+    with SafetensorsWriter(folder / WEIGHTS_FILE, layout, {}) as writer:
         for plan in plans:
-            down, up, lost[plan.entry.module] = _factors(run, plan)
-            for name, tensor in zip(_names(plan.entry.module), (down, up), strict=True):
-                writer.write(name, tensor)
+            module = plan.entry.module
+            down, up, lost[module] = _factors(run, plan)
+            writer.write(f"{PREFIX}{module}.lora_A.weight", down)
+            writer.write(f"{PREFIX}{module}.lora_B.weight", up)
         for name, (key, trained) in saved.items():
             tensor = run.base.read(key).float() if trained is None else run.trained(trained, torch.float32)
             writer.write(f"{PREFIX}{name}", tensor)
-
-
-def _names(module: str) -> tuple[str, str]:
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+    return lost
 
 
 def _saved(run: OpenedRun) -> Iterator[tuple[str, tuple[str, str | None]]]:
@@ -200,18 +186,14 @@ def _config(run: OpenedRun, plans: list[_Plan]) -> dict[str, Any]:
     }
 
 
-# -- report ------------------------------------------------------------------------------------------------------------
 def _report(run: OpenedRun, plans: list[_Plan], lost: dict[str, float]) -> list[str]:
     ranks = sorted({plan.rank for plan in plans})
-    cycles = f"{run.ledger.cycles} merged cycle(s) and the live one"
-    lines = [f"ranks {', '.join(map(str, ranks))}, from {cycles}; servers need to allow rank {ranks[-1]}"]
-    losing = {module: share for module, share in lost.items() if share > _NOTICEABLE}
-    if not losing:
+    lines = [f"ranks {', '.join(map(str, ranks))}; servers need to allow rank {ranks[-1]}"]
+    if all(share <= _NOTICEABLE for share in lost.values()):
         lines.append("exact: the factors are the complete update")
     else:
-        mean = sum(losing.values()) / len(lost)
-        lines.append(f"energy of the update that is lost: {mean:.2%} on average")
-        lines += [f"  {module}: {share:.2%}" for module, share in losing.items()]
+        lines.append(f"energy of the update that is lost: {sum(lost.values()) / len(lost):.2%} on average")
+        lines += [f"  {module}: {share:.2%}" for module, share in lost.items()]
     if run.file.trainables:
         lines.append("modules_to_save holds trained embeddings, norms or heads, which PEFT loads and vLLM refuses")
     return lines

@@ -48,8 +48,9 @@ def rewritten(folder: Path, **changes: Any):
     """adapter.json, and with `shape` also the shape of the norm, say something else."""
     opened = Adapter.open(folder)
     squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}
-    norm = torch.ones(changes.pop("shape", 32))
-    write_adapter(folder, replace(opened.file, **changes), squares, {NORM: norm})
+    trained = {name: opened.tensors.trained(name).clone() for name in opened.file.trainables}
+    trained[NORM] = torch.ones(changes.pop("shape", 32))
+    write_adapter(folder, replace(opened.file, **changes), squares, trained)
 
 
 def configured(**changes: Any) -> Callable[[Path], None]:
@@ -57,10 +58,16 @@ def configured(**changes: Any) -> Callable[[Path], None]:
 
 
 UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another size": (configured(rank=5), "q_proj has .*, for which this model has"),
-    "fewer layers": (configured(target_modules=["q_proj"]), "adapts other layers than this model has"),
-    "another shape": (lambda folder: rewritten(folder, shape=31), r"does not train a model\.norm\.weight of shape"),
-    "not trained": (configured(train_norms=False), r"does not train a model\.norm\.weight of shape"),
+    "another size": (configured(rank=5), "the shape of .*up_proj.square is"),
+    "fewer layers": (configured(target_modules=["q_proj"]), "the shape of .*up_proj.square is .* there, None here"),
+    "another shape": (
+        lambda folder: rewritten(folder, shape=31),
+        r"the shape of model\.norm\.weight is \(31,\) there, \(32,\) here",
+    ),
+    "not trained": (
+        configured(train_norms=False),
+        r"the shape of model\.layers\.0\.input_layernorm\.weight is \(32,\) there, None here",
+    ),
     "no tensor": (
         lambda folder: change_json(folder / "base.json", lambda content: content.update(keys={})),
         "names no tensor of",
@@ -73,7 +80,8 @@ def test_an_adapter_that_does_not_fit_its_model_is_refused(
     maker: Maker, tmp_path: Path, change: Callable[[Path], Any], words: str
 ):
     config = MoRAConfig(rank=3, target_modules=("q_proj", "up_proj"), train_norms=True)
-    maker.write(tmp_path / "adapter", config, trained={NORM: maker.weights[NORM]})
+    norms = {name: weight for name, weight in maker.weights.items() if "norm" in name}
+    maker.write(tmp_path / "adapter", config, trained=norms)
     load_adapter(maker.folder, tmp_path / "adapter")
     change(tmp_path / "adapter")
     reseal(tmp_path / "adapter")
