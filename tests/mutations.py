@@ -61,11 +61,6 @@ train/trainer.py | train/test_pretrain.py
 -total_labels = max(self._next_labels, 1.0)
 +total_labels = max(labels_in(batch) * self.replica.world, 1.0)
 
-# a base is cast late although other tensors depend on its dtype
-models/load.py | models/test_load.py
--    return stored if of_stored == of_dtype else dtype
-+    return stored
-
 # the rule of paths counts the work over activations once
 adapters/ops/linear.py | adapters/ops/test_linear.py
 -moved = 2 * tokens * (d_in + d_out)

@@ -103,18 +103,13 @@ def load_base(
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool = False,
-    cast: bool = True,
     changes: Mapping[str, Any] | None = None,
 ) -> LoadedBase:
-    """The live model on the CPU, and the original of each of its parameters. Collective.
+    """The live model in `dtype` on the CPU, and the original of each of its parameters. Collective.
 
-    The model is in `dtype`, or, without `cast`, in the dtype of its files where it can be cast later with the same
-    result: its weights are then pages of the files, which the processes of a node share, and not a copy in each.
-    `changes`: of the folder's config (`rope_changes`), which the live model has.
-
-    Rank 0 writes the base to `own_base`, in the precision of its files, if these are not one to one.
-    Raises `UserError` where weights are missing or do not fit the
-    config.
+    `changes`: of the folder's config (`rope_changes`), which the live model has. Rank 0 writes the base to `own_base`,
+    in the precision of its files, if these are not one to one. Raises `UserError` where weights are missing or do not
+    fit the config.
     """
 
     def load(stored: torch.dtype) -> Any:
@@ -126,14 +121,7 @@ def load_base(
             changes=changes,
         )
 
-    def load_first() -> Any:
-        model = load(dtype if cast or trust_remote_code else _dtype_to_load(folder, dtype))
-        for config in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
-            if config is not None:
-                config.dtype = dtype
-        return model
-
-    model = ranks.agree("loading of the model", load_first, long=True)
+    model = ranks.agree("loading of the model", lambda: load(dtype), long=True)
     is_own = False
     keys = _one_to_one(model, folder, ranks)
     if keys is None:
@@ -366,23 +354,6 @@ def _originals(
                 " rounded: %s", folder, dtype_name(stored), dtype_name(dtype), error,
             )  # fmt: skip
     return True, _map_and_verify(model, write_own_base(model, own_base))
-
-
-def _dtype_to_load(folder: Path, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the folder's files where casting their weights to `dtype` afterwards gives the model that loading in
-    `dtype` gives: all files are in one dtype, and no other tensor of the model depends on it. Otherwise `dtype`."""
-    try:
-        dtypes = BaseCheckpoint.open(folder).dtypes()
-    except UserError:  # pickled, and so copied into memory in any case; or damaged, which loading reports
-        return dtype
-    if len(dtypes) != 1 or not dtypes <= set(COMPUTE_DTYPES.values()) or dtypes == {dtype}:
-        return dtype
-    (stored,) = dtypes
-    config = folder_config(folder)
-    with torch.device("meta"):
-        models = [make_model(config, f"{MODEL_FLAG} {folder}", dtype=candidate) for candidate in (stored, dtype)]
-    of_stored, of_dtype = ({name: buffer.dtype for name, buffer in model.named_buffers()} for model in models)
-    return stored if of_stored == of_dtype else dtype
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -64,10 +64,9 @@ def prepare_base(
     tokenizer: Any,
     dtype: torch.dtype,
     start: Start,
-    cast: bool,
 ) -> LoadedBase:
     """Load the complete base on this process, from `folder`, dequantized once where it is quantized, or created from
-    --model_config; `cast` as in `load_base`. Collective."""
+    --model_config. Collective."""
     base_folder = start.folder / BASE_FOLDER
     if folder is None:
         config_file = expanded(str(model.model_config), "--model_config")
@@ -89,7 +88,6 @@ def prepare_base(
         dtype,
         model.implementation,
         model.trust_remote_code,
-        cast,
         changes,
     )
     if training.gradient_checkpointing:

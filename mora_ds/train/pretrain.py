@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from mora_ds.adapters.config import AS_LOADED
 from mora_ds.adapters.nf4 import check_installed as check_bitsandbytes
 from mora_ds.checkpoint.layout import (
     AUTO,
@@ -112,8 +111,7 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, start)
         _check_evaluation_sets(arguments, data)
-        cast = adapter.is_control or adapter.base_bits != AS_LOADED  # else `initialize` casts, on the device
-        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, start, cast)
+        loaded = prepare_base(model, training, folder, data.tokenizer, dtype, start)
         if reason := why_dense(config, model.implementation):
             logger.info(f"attention: dense, because {reason}")
         else:

@@ -11,8 +11,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
-from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, move_base
-from mora_ds.models.load import load_base
+from mora_ds.adapters.inject import inject, mora_layers
 
 _CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 FAMILIES: dict[str, dict[str, Any]] = _CONFIGS["families"]
@@ -104,17 +103,3 @@ def alone() -> Any:
         agree=lambda what, work, long=False: work(), on_first=lambda what, work, long=False: work(),
         gather=lambda what, value: [value], rank=0, world=1,
     )  # fmt: skip
-
-
-def loaded_model(folder: Path, dtype: torch.dtype, cast: bool) -> Any:
-    """The model of `load_base`."""
-    return load_base(folder, folder / "own", alone(), dtype, None, cast=cast).model
-
-
-def on_device(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors as a run has them on its device, what `initialize` does of it."""
-    inject(model, MoRAConfig(rank=4))
-    move_base(model, "cpu", dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to("cpu", dtype)
-    return {**dict(model.named_buffers()), **dict(model.named_parameters()), **frozen_buffers(model)}

@@ -2,9 +2,7 @@
 an upgrade that brings a layer which adapters, merges or loading would get wrong fails here."""
 
 import copy
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
-from tests.helpers.models import loaded_model, on_device, tokens
+from tests.helpers.models import tokens
 
 SMALL = {
     "vocab_size": 128, "max_position_embeddings": 128, "n_positions": 128, "max_seq_len": 128,
@@ -70,29 +68,15 @@ def check_merged(model: Any):
     assert apart < 1e-4, f"merged is {apart:.1e} from live"
 
 
-def check_cast(model: Any, folder: Path):
-    """Cast on its way to the device or at load: the same tensors and config."""
-    model.half().save_pretrained(folder)
-    late, early = (loaded_model(folder, torch.bfloat16, cast) for cast in (False, True))
-    assert late.config.to_dict() == early.config.to_dict()
-    tensors, expected = (on_device(network, torch.bfloat16) for network in (late, early))
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert tensors[name].dtype is tensor.dtype, name
-        assert torch.equal(tensors[name], tensor), name
-
-
 @pytest.mark.heavy
-def test_every_type_is_adapted_merged_and_cast(tmp_path: Path):
+def test_every_type_is_adapted_and_merged():
     wrong = {}
     tried = 0
     for kind, model in small_models():
         tried += 1
         try:
             check_merged(model)
-            check_cast(model, tmp_path / kind)
         except Exception as error:  # all of them, with their names
             wrong[kind] = f"{type(error).__name__}: {error}"[:300]
-        shutil.rmtree(tmp_path / kind, ignore_errors=True)
     assert not wrong, wrong
     assert tried >= LEAST_TYPES, tried

@@ -9,13 +9,13 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
-from tests.helpers.models import FAMILIES, MIXTURES, alone, loaded_model, on_device, tiny_model, with_own_code
+from tests.helpers.models import alone, tiny_model, with_own_code
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
     with torch.device("meta"):
         meta_model = load.make_model(model.config, "the model", trust_remote_code=True)
     assert type(meta_model).__name__ == "OwnForCausalLM"
-    base = load.load_base(folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True, cast=False)
+    base = load.load_base(folder, tmp_path / "base", alone(), torch.bfloat16, None, trust_remote_code=True)
     assert type(base.model).__name__ == "OwnForCausalLM"
     assert base.model.dtype == torch.bfloat16
     for use in (
@@ -162,47 +162,3 @@ def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.Lo
     )  # fmt: skip
     assert is_own
     assert "are float32 and are kept in bfloat16 only" in caplog.text
-
-
-# -- weights of another dtype than the run's ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
-def test_weights_cast_on_their_way_to_the_device_are_those_cast_at_load(
-    family: str, stored: torch.dtype, tmp_path: Path
-):
-    tiny_model(family, dtype=stored).save_pretrained(tmp_path)
-    models = [loaded_model(tmp_path, torch.bfloat16, cast) for cast in (False, True)]
-    configs = [model.config.to_dict() for model in models]
-    assert configs[0] == configs[1]
-    late, early = (on_device(model, torch.bfloat16) for model in models)
-    assert late.keys() == early.keys()
-    assert len(late) > 10
-    for name, tensor in early.items():
-        assert late[name].dtype is tensor.dtype, name
-        assert torch.equal(late[name], tensor), name
-
-
-def test_weights_stay_in_the_dtype_of_their_files_until_they_are_moved(tmp_path: Path):
-    """So that they are pages of the files. Not where the files have several dtypes, which transformers would cast."""
-
-    def dtypes(folder: Path) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in loaded_model(folder, torch.bfloat16, False).parameters()}
-
-    model = tiny_model(dtype=torch.float16)
-    model.save_pretrained(tmp_path / "one")
-    assert dtypes(tmp_path / "one") == {torch.float16}
-    model.get_input_embeddings().float()
-    model.save_pretrained(tmp_path / "two")
-    assert dtypes(tmp_path / "two") == {torch.bfloat16}
-
-
-def test_configs_within_the_config_say_the_dtype_of_the_run(tmp_path: Path):
-    """MPT has one for its attention. What a run is known by when it resumes holds all of them."""
-    config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=1, vocab_size=64)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
-    late, early = (loaded_model(tmp_path, torch.bfloat16, cast).config for cast in (False, True))
-    assert late.to_dict() == early.to_dict()
-    assert late.attn_config.dtype is torch.bfloat16
-    assert load.config_digest(late) == load.config_digest(early)
