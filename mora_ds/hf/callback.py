@@ -1,6 +1,5 @@
 """When a Trainer merges, and what a merge does to its learning rate."""
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from mora_ds.common.errors import UserError
-from mora_ds.remora.schedule import Schedule, ScheduleKind
+from mora_ds.common.errors import UserError, whole_number
+from mora_ds.remora.schedule import Schedule, ScheduleKind, rewarmed
 
 if TYPE_CHECKING:
     from mora_ds.hf.trainer import MoRATrainer
-
-logger = logging.getLogger(__name__)
 
 
 class MoRACallback(TrainerCallback):
@@ -31,15 +28,14 @@ class MoRACallback(TrainerCallback):
     """
 
     def __init__(self, merge_every: int = 0, restart_warmup_steps: int = 10) -> None:
-        self.merge_every = merge_every
+        self.merge_every = whole_number(merge_every, 0, "MoRACallback: `merge_every`")
         self.restart_warmup_steps = restart_warmup_steps
         self.trainer: MoRATrainer | None = None
         """Set by the trainer, before its first step."""
-        self._schedule: Schedule | None = None
 
     def plan(self, args: TrainingArguments, total_steps: int) -> None:
         """Fixes the steps of merges in a run of `total_steps`."""
-        self._schedule = Schedule(
+        self.schedule = Schedule(
             kind=ScheduleKind.CONSTANT,
             peak=args.learning_rate,
             total_steps=total_steps,
@@ -52,11 +48,9 @@ class MoRACallback(TrainerCallback):
         """`curve` (0-based optimizer step -> factor of the learning rate) with a re-warmup after every past merge."""
 
         def factor(step: int) -> float:
-            merged_at = max((merge for merge in self._merges if merge <= step), default=None)
-            if merged_at is None or step - merged_at >= self.restart_warmup_steps:
-                return curve(step)
-            target = curve(merged_at + self.restart_warmup_steps)
-            return target * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
+            run = None if self.trainer is None else self.trainer.run
+            merges = [] if run is None else run.state.merges
+            return rewarmed(curve, step, merges, self.restart_warmup_steps)
 
         return factor
 
@@ -77,11 +71,6 @@ class MoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        step = state.global_step
-        assert self._schedule is not None and self.trainer is not None
-        if self._schedule.merges_after(step):
+        assert self.trainer is not None
+        if self.schedule.merges_after(state.global_step):
             self.trainer.merge()
-
-    @property
-    def _merges(self) -> list[int]:
-        return [] if self.trainer is None or self.trainer.run is None else self.trainer.run.state.merges

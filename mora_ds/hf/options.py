@@ -27,9 +27,6 @@ REFUSED_ARGUMENTS = {
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Values of `optim` that mean AdamW: the others name optimizers whose state merges do not know."""
 
-WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
-"""Values of `lr_scheduler_type` whose learning rate is no function of the step."""
-
 
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
     """Raises one `UserError` that names everything which contradicts an adapter under DeepSpeed. `args`: of
@@ -48,10 +45,8 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
         if getattr(args, name, None):
             yield f"TrainingArguments({name}=...) cannot be used with MoRATrainer: {reason}"
     config = args.hf_deepspeed_config.config
-    if (optim := _text(args.optim)) not in ADAMW and "optimizer" not in config:
-        yield f"TrainingArguments(optim={optim!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"
-    if (kind := _text(args.lr_scheduler_type)) in WITHOUT_LAMBDA:
-        yield f"TrainingArguments(lr_scheduler_type={kind!r}): the learning rate must be a function of the step"
+    if args.optim not in ADAMW and "optimizer" not in config:
+        yield f"TrainingArguments(optim={str(args.optim.value)!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"
     if "scheduler" in config:
         yield '"scheduler" in the DeepSpeed config: take `lr_scheduler_type`, which MoRACallback can restart'
     # Without a stage the engine would run at 3, and accelerate takes it for none.
@@ -59,14 +54,6 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
         yield '"zero_optimization.stage" in the DeepSpeed config must be 1, 2 or 3'
     if (degree_in(config) or 1) > 1:
         yield '"tensor_parallel" in the DeepSpeed config would shard the base; launch/pretrain.py shards matrices alone'
-    parallel = getattr(args, "parallelism_config", None)
-    if parallel is not None and getattr(parallel, "non_data_parallel_size", 1) > 1:
-        yield "TrainingArguments(parallelism_config=...): only data parallelism goes with MoRATrainer"
-
-
-def _text(value: Any) -> str:
-    """The value of an option that may be an enum's member."""
-    return str(getattr(value, "value", value))
 
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:

@@ -105,15 +105,16 @@ def agree_on_layers(
 ) -> None:
     """Adds `layers`, of the file at `path`, to the `known` ones. Raises `UserError` where one has another shape now."""
     for name, layer in layers.items():
-        first = known.setdefault(name, layer)
-        shape, was = (
-            (either.operator.d_in, either.operator.d_out, either.transposed, *either.operator.value_shape[:-2])
-            for either in (layer, first)
-        )
-        if shape != was:
+        shape = _shape(layer)
+        if shape != _shape(known.setdefault(name, layer)):
             raise UserError(
                 f"{path}: {name} is another layer than in earlier cycles: {shape} (d_in, d_out, transposed, experts)"
             )
+
+
+def _shape(layer: LayerEntry) -> tuple[int, ...]:
+    operator = layer.operator
+    return operator.d_in, operator.d_out, layer.transposed, *operator.value_shape[:-2]
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,11 @@ always is the list of past merges, the numbers of optimizer steps done at each, 
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from mora_ds.common.errors import (
-    ABOVE_0_AT_MOST_1,
-    AT_MOST_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    UserError,
-    out_of_bounds,
-    refuse,
-    unknown,
-)
+from mora_ds.common.errors import UserError, refuse, unknown
 
 
 class ScheduleKind(str, Enum):
@@ -75,6 +66,21 @@ def conflicts(
         )
 
 
+def rewarmed(
+    curve: Callable[[int], float],
+    step: int,
+    merges: Sequence[int],
+    restart_warmup_steps: int,
+) -> float:
+    """`curve` at a step (0-based), or below it on the straight line that leads back to it after the last merge."""
+    before = bisect_right(merges, step)
+    if before == 0 or step - merges[before - 1] >= restart_warmup_steps:
+        return curve(step)
+    merged_at = merges[before - 1]
+    target = curve(merged_at + restart_warmup_steps)
+    return target * (step - merged_at + 1) / (restart_warmup_steps + 1)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The learning rate and the merges of a run of `total_steps` optimizer steps.
@@ -100,20 +106,14 @@ class Schedule:
     """Share of the steps after the first warm-up in which warmup_stable_decay decays."""
 
     def __post_init__(self) -> None:
-        numbers = [
-            ("learning_rate", self.peak, POSITIVE),
-            ("min_lr_ratio", self.min_ratio, AT_MOST_1),
-            ("decay_ratio", self.decay_ratio, ABOVE_0_AT_MOST_1),
-            ("warmup_steps", self.warmup_steps, NOT_NEGATIVE),
-            ("merge_every", self.merge_every, NOT_NEGATIVE),
-        ]
-        contradictions = conflicts(
-            self.total_steps,
-            self.warmup_steps,
-            self.merge_every,
-            self.restart_warmup_steps,
+        refuse(
+            conflicts(
+                self.total_steps,
+                self.warmup_steps,
+                self.merge_every,
+                self.restart_warmup_steps,
+            )
         )
-        refuse([*out_of_bounds(numbers), *contradictions])
 
     def curve(self, step: int) -> float:
         """The learning rate at `step` of a run without merges: first warm-up, then the global curve."""
@@ -134,12 +134,7 @@ class Schedule:
 
     def learning_rate(self, step: int, merges: Sequence[int] = ()) -> float:
         """The learning rate of optimizer step `step` (0-based, the next one) after past `merges`."""
-        before = bisect_right(merges, step)
-        merged_at = merges[before - 1] if before else None
-        if merged_at is None or step - merged_at >= self.restart_warmup_steps:
-            return self.curve(step)
-        target = self.curve(merged_at + self.restart_warmup_steps)
-        return target * (step - merged_at + 1) / (self.restart_warmup_steps + 1)
+        return rewarmed(self.curve, step, merges, self.restart_warmup_steps)
 
     def merges_after(self, steps_done: int) -> bool:
         """Whether a merge follows once `steps_done` optimizer steps are done (1-based: 1 after the first step).

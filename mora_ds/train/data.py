@@ -284,11 +284,9 @@ def _train_data(
 
 def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
     for index, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
-        weights = [(step, phase_weights[index] / sum(phase_weights)) for step, phase_weights in plan.phases]
-        shares = ", ".join(f"{100 * weight:.4g}%" + (f" from step {step}" if step else "") for step, weight in weights)
+        weights = ", ".join(f"{weights[index]:g} from step {step}" for step, weights in plan.phases)
         size = "a stream" if source.n_blocks is None else f"{source.n_blocks:,} sequences an epoch"
-        limit = f", {epochs:g} epochs" if (epochs := plan.sources[index].epochs) else ""
-        logger.info(f"source {name}: {shares} of the batches; {size}{limit}")
+        logger.info(f"source {name}: weight {weights}; {size}")
 
 
 def _cache_folder(data: DataArguments) -> Path:

@@ -23,23 +23,20 @@ _READABLE = (BASE_FOLDER, DEMO)
 def check_inputs(arguments: Arguments, folder: Path) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or deleted.
 
-    `folder`: the one that the run writes to. Links are followed, those within a folder too; another name of the same
-    file (a hard link) is safe, as a run replaces files and writes into none. A resumed run may read what it has made
-    and will not replace.
+    `folder`: the one that the run writes to. Links are followed; another name of the same file (a hard link) is safe,
+    as a run replaces files and writes into none. A resumed run may read what it has made and will not replace.
     """
     resumes = arguments.training.resume_from_checkpoint is not None and holds_run(folder)
     readable = _READABLE if resumes else (DEMO,) if is_reserved(folder) else ()  # the demo reserves it for its main job
     outputs = [folder.resolve() / name for name in NAMES if name not in readable]
     outputs += [output.resolve() for output in outputs if output.is_symlink()]
-    holds_any = any(os.path.lexists(output) for output in outputs)
     for flag, named in inputs_of(arguments):
-        for path in (named, *(_files_in(named) if holds_any else ())):
-            real = Path(os.path.realpath(path))  # which follows a loop of links as far as it goes
-            if any(output == real or output in real.parents for output in outputs):
-                raise UserError(
-                    f"{flag} {named}: the run would read {path} and also replace or delete it in --output_dir "
-                    f"{folder}: name a copy elsewhere, or another --output_dir"
-                )
+        real = Path(os.path.realpath(named))  # which follows a loop of links as far as it goes
+        if any(output == real or output in real.parents for output in outputs):
+            raise UserError(
+                f"{flag} {named}: the run would read it and also replace or delete it in --output_dir {folder}: name a "
+                "copy elsewhere, or another --output_dir"
+            )
 
 
 def inputs_of(arguments: Arguments) -> Iterator[tuple[str, Path]]:
@@ -69,11 +66,3 @@ def _texts(data: DataArguments) -> Iterator[tuple[str, str | None]]:
     for source in mixture_plan(data).sources:
         yield from ((source.flag, pattern) for pattern in (*source.files, source.dataset))
     yield from (("--eval_files", pattern) for _, pattern in data.named_eval_files())
-
-
-def _files_in(path: Path) -> Iterator[Path]:
-    """All files of a folder, those that links lead to included; the file itself where it is none."""
-    if path.is_file():
-        yield path
-    for folder, _, names in os.walk(path):
-        yield from (Path(folder) / name for name in names)

@@ -33,7 +33,7 @@ from mora_ds.parallel.ulysses import share_rows
 from mora_ds.parallel.ulysses_checks import describe
 from mora_ds.planning.utilization import peak_flops, token_flops
 from mora_ds.train.data import RunData
-from mora_ds.train.run import PROBE_TOKENS, FullRun, Run
+from mora_ds.train.run import FullRun, Run
 from mora_ds.train.setup import Start
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,6 @@ class Job:
             keys=self.loaded.keys,
             identity=common,
             tokenizer_folder=self.data.tokenizer_folder,
-            probe_ids=self.data.train.first_rows(1)["input_ids"][:, :PROBE_TOKENS],
             facts={"seq_len": self.data.train.seq_len},
             ranks=start.ranks,
             state=start.state,

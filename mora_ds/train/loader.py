@@ -66,18 +66,18 @@ class BatchLoader:
         self.training = training
         self.last_step = last_step
         # Processes read a stream together (`Ranks.__call__`), so that each must read at the same moment as the others.
-        reads_together = isinstance(data, StreamMixture) and replica.world > 1
-        self._thread = None if reads_together else ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
+        self._reads_together = isinstance(data, StreamMixture) and replica.world > 1
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
     def take(self, step: int) -> StepBatch:
         """The micro-batches of `step`, the number of steps done before it; raises what reading them has raised."""
         if self._ahead is None or self._ahead[0] != step:  # the first step of this process
-            self._ahead = step, self._read_now(step)
+            self._ahead = step, self._reader.submit(self._read, step)
         batch = self._ahead[1].result()
         self._ahead = None
-        if self._thread is not None:
+        if not self._reads_together:
             self._begin(step + 1)
         return batch
 
@@ -98,17 +98,7 @@ class BatchLoader:
 
     def _begin(self, step: int) -> None:
         if step < self.last_step:
-            future = self._read_now(step) if self._thread is None else self._thread.submit(self._read, step)
-            self._ahead = step, future
-
-    def _read_now(self, step: int) -> Future[StepBatch]:
-        """What `_read` returns or raises, as the thread would give it."""
-        future: Future[StepBatch] = Future()
-        try:
-            future.set_result(self._read(step))
-        except BaseException as error:  # raised when the batch is taken
-            future.set_exception(error)
-        return future
+            self._ahead = step, self._reader.submit(self._read, step)
 
     def _read(self, step: int) -> StepBatch:
         if self._device.type == "cuda":  # a new thread has device 0, and would make a context there

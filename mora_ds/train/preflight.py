@@ -20,7 +20,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import Arguments
 from mora_ds.data.documents import Documents
 from mora_ds.models import loss
-from mora_ds.models.attention import NAME, attention_of, model_inputs, why_dense
+from mora_ds.models.attention import NAME, attention_of, model_inputs
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import SequenceParallel
 from mora_ds.train.beside import beside_training
@@ -57,9 +57,6 @@ def preflight(job: Job, arguments: Arguments) -> None:
         training.per_device_train_batch_size,
         training.per_device_eval_batch_size,
     }
-    implementation = arguments.model.implementation
-    is_dense_by_choice = implementation is not None and why_dense(model.config, None) is None
-    advice = f"leave out --attn_implementation {implementation}, or " if is_dense_by_choice else ""
     with beside_training(job.engine, whole=True):
         if job.state.chunked_loss and not logits_are_known(job.engine):
             problem = "this model does more to its logits than its head and a known scale or cap"
@@ -69,34 +66,27 @@ def preflight(job: Job, arguments: Arguments) -> None:
             loss.whole_loss(model)
             job.state.chunked_loss = False
         job.start.hooks.check(job.engine, _random_ids(job.engine, 3, 8))
-        check_attention(job.engine, sizes, document_mask, advice)
+        check_attention(job.engine, sizes, document_mask)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
 
 
-def check_attention(
-    engine: Any,
-    row_counts: Iterable[int],
-    document_mask: bool,
-    advice: str = "",
-) -> None:
-    """Raise `UserError` where documents see each other, or attention by documents is not given the config's window.
-    `advice`: as in `check_document_mask`."""
+def check_attention(engine: Any, row_counts: Iterable[int], document_mask: bool) -> None:
+    """Raise `UserError` where documents see each other, or attention by documents is not given the config's window."""
     if document_mask:
-        check_document_mask(engine, row_counts, advice)
+        check_document_mask(engine, row_counts)
     model = getattr(engine, "module", engine)
     if attention_of(model) == NAME and _has_window(model.config.get_text_config()):
         check_window(engine)
 
 
-def check_document_mask(engine: Any, row_counts: Iterable[int] = (1, 2), advice: str = "") -> None:
+def check_document_mask(engine: Any, row_counts: Iterable[int] = (1, 2)) -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
     Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
     have no mask, and FlashAttention takes rows for packed ones only where there is a single row. Compared: what a
     changed first document does to the second one's logits, with and without the restart of positions, in batches of
-    every number of rows that the run computes. `advice`: what else helps, where the user has named an attention that
-    reads masks. Collective: a forward pass of short rows for each number, two for one.
+    every number of rows that the run computes. Collective: a forward pass of short rows for each number, two for one.
     """
     straight = torch.arange(2 * _DOCUMENT)
     unmasked = _effect(engine, 2, straight)
@@ -104,7 +94,8 @@ def check_document_mask(engine: Any, row_counts: Iterable[int] = (1, 2), advice:
         if _effect(engine, rows, straight % _DOCUMENT) > _LEAK * unmasked:
             raise UserError(
                 "this model's attention does not stop at restarting positions, so documents packed into one row would "
-                f"see each other (in batches of {rows} rows): {advice}give --no_document_mask if they may"
+                f"see each other (in batches of {rows} rows): leave --attn_implementation at auto, or give "
+                "--no_document_mask if they may"
             )
 
 

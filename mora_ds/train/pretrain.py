@@ -137,8 +137,9 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
             facts = {
                 "world_size": ranks.world,
                 "steps": _steps(job, schedule),
-                **_facts(job),
             }
+            if job.is_trained:
+                facts |= {"deepspeed": job.engine.config, **data.train.identity}
             if start.checkpoint is not None:
                 run_folder = start.checkpoint.resolve().parents[1]
                 if changes := changed_settings(run_folder, dump(arguments)):
@@ -149,11 +150,6 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
 
 def _steps(job: Job, schedule: Schedule) -> int:
     return schedule.total_steps if job.is_trained else 0
-
-
-def _facts(job: Job) -> JsonObject:
-    """What run.yaml tells of a run besides its settings."""
-    return {"deepspeed": job.engine.config, **job.data.train.identity} if job.is_trained else {}
 
 
 # -- the output folder -------------------------------------------------------------------------------------------------
@@ -270,12 +266,9 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     ranks = job.start.ranks
     state = job.state
     steps = _steps(job, schedule)
-    kinds = {
-        "merge": state.merge_pending,
-        "eval": state.evaluation_pending,
-        "tasks": state.evaluation_pending,
-    }
-    pending = [kind for kind, is_pending in kinds.items() if is_pending]
+    pending = ["merge"] if state.merge_pending else []
+    if state.evaluation_pending:
+        pending += ["eval", "tasks"]
     trackers = []
     if ranks.is_first:
         names = [name for name in dict.fromkeys(arguments.training.report_to) if name != NO_TRACKER]
@@ -353,10 +346,10 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         "perplexity_before": state.perplexity_before,
         "perplexity_after": state.perplexity_last,
         "perplexity_change_percent": change(state.perplexity_before, state.perplexity_last),
-        **({"best_step": state.best_step} if state.best_step else {}),
+        "best_step": state.best_step,
         "bytes_gathered_per_step": trainer.bytes_gathered_per_step,
         "base_bytes_gathered": trainer.counter.base_bytes,
         "peak_memory_bytes": trainer.memory.peak,
-        **({"peak_memory_by_phase": phases} if (phases := trainer.memory.by_phase) else {}),
+        "peak_memory_by_phase": trainer.memory.by_phase,
     }
     return dict(plain_json(summary))

@@ -74,8 +74,8 @@ from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.beside import beside_training
 
-PROBE_TOKENS = 8
-"""Length of the one row of the recorded probe; its logits take 4 * PROBE_TOKENS * vocabulary bytes."""
+PROBE_IDS = torch.arange(3, 11).unsqueeze(0)
+"""(1, T): the tokens of the recorded probe, whose logits take 4 * T * vocabulary bytes."""
 
 
 class Run:
@@ -101,7 +101,6 @@ class Run:
         keys: Mapping[str, str] | None = None,
         identity: Mapping[str, Any] | None = None,
         tokenizer_folder: Path | None = None,
-        probe_ids: Tensor | None = None,
         facts: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
         state: TrainerState | None = None,
@@ -109,11 +108,10 @@ class Run:
         """What a loop written by a user need not give:
 
         `keys`: parameter name -> key in the base; None: found from the model, whose frozen weights are then compared
-        too. `identity`: what a resumed run must share with its
-        checkpoint besides base and adapter. `tokenizer_folder`: copied into every checkpoint. `probe_ids`: (1, T) token
-        ids, recorded in every checkpoint with the model's logits for them. `facts`: further entries of adapter.json.
-        `ranks`: those which have found that they all see `folder`; None: found by looking. `state`: that of the
-        checkpoint `resume`, which is verified and whose identity is this run's; None: verified, read and compared.
+        too. `identity`: what a resumed run must share with its checkpoint besides base and adapter.
+        `tokenizer_folder`: copied into every checkpoint. `facts`: further entries of adapter.json. `ranks`: those which
+        have found that they all see `folder`; None: found by looking. `state`: that of the checkpoint `resume`, which
+        is verified and whose identity is this run's; None: verified, read and compared.
         """
         if not isinstance(engine, zero.Engine):
             raise UserError(
@@ -157,7 +155,6 @@ class Run:
         changes = changes_of(engine.module.config, opened.folder)
         self._reference = BaseReference(str(opened.folder.resolve()), fingerprint, keys, dtype, changes)
         self._tokenizer_folder = tokenizer_folder
-        self._probe_ids = torch.arange(3, 3 + PROBE_TOKENS).unsqueeze(0) if probe_ids is None else probe_ids
         self._facts = {"operator": config.title, **(facts or {})}
         self.checkpoints = CheckpointWriter(self.folder / CHECKPOINTS, engine, self._gather, async_save, self.ranks)
         if checkpoint is not None:
@@ -299,11 +296,11 @@ class Run:
         return {name: tensor.to("cpu", copy=True) for name, tensor in tensors if self.ranks.is_first}
 
     def _probe(self) -> Tensors:
-        """The recorded tokens, and their logits (1, T, vocabulary) in fp32, without dropout, with the shared matrices
+        """`PROBE_IDS`, and their logits (1, T, vocabulary) in fp32, without dropout, with the shared matrices
         alone and for every domain, for `export --verify`."""
         engine = self.engine
-        ids = self._probe_ids.to(engine.device)
-        probe = {"input_ids": self._probe_ids.cpu().long()}
+        ids = PROBE_IDS.to(engine.device)
+        probe = {"input_ids": PROBE_IDS}
         for domain in (None, *domains_of(engine.module).names):
             with beside_training(engine, domain, whole=True):
                 logits = engine(input_ids=ids, use_cache=False).logits

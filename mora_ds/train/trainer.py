@@ -20,9 +20,6 @@ from torch import Tensor
 from mora_ds.checkpoint.layout import (
     CHECKPOINTS,
     LATEST,
-    complete_checkpoints,
-    step_folder,
-    step_of,
 )
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
@@ -117,11 +114,6 @@ class Trainer:
                 self.job.run.wait(PATIENCE_S)
             if isinstance(error, (NotFinite, BaseChanged)):
                 raise RunError(self._explained(error)) from error
-            if isinstance(error, RuntimeError) and (changed := self.job.run.changed_base_files()):
-                raise RunError(
-                    f"{error}\n{changed[0]} was touched or changed during the run, and another rank may have ended for "
-                    f"that. {self._last_good}. Put the original file back and resume"
-                ) from error
             raise
         self.job.run.wait()
 
@@ -131,24 +123,12 @@ class Trainer:
             self.job.run.check_base()  # weights that were overwritten may be the reason for a NaN
         except BaseChanged as changed:
             error = changed
+        newest = f"Newest checkpoint: {self.last_checkpoint or 'none was written'}"
         if isinstance(error, BaseChanged):
-            return f"{error}. {self._last_good}"
-        last_good = self._last_good
-        step = self.state.step
-        newest = self.last_checkpoint
-        if newest is not None and newest == step_folder(newest.parent, step):
-            # An evaluation has failed that comes after the checkpoint of its step: a resume there would fail again.
-            earlier = [folder for folder in complete_checkpoints(newest.parent) if step_of(folder) < step]
-            before = earlier[-1] if earlier else "none before it"
-            last_good = f"{newest} holds this model. Last good checkpoint: {before}"
+            return f"{error}. {newest}"
         return (
-            f"{error}. {last_good}. "
-            "A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
+            f"{error}. {newest}. A lower --learning_rate, a longer --warmup_steps or a smaller --max_grad_norm may help"
         )
-
-    @property
-    def _last_good(self) -> str:
-        return f"Last good checkpoint: {self.last_checkpoint or 'none was written'}"
 
     def _run(self) -> None:
         state = self.state

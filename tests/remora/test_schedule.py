@@ -98,8 +98,8 @@ def test_names_of_schedules():
 
 def test_all_problems_are_listed_at_once():
     with pytest.raises(UserError) as caught:
-        Schedule(ScheduleKind.LINEAR, peak=0.0, total_steps=5, warmup_steps=5, min_ratio=2.0, merge_every=3)
-    for flag in ("--learning_rate", "--warmup_steps", "--min_lr_ratio", "--merge_every"):
+        Schedule(ScheduleKind.LINEAR, peak=1.0, total_steps=5, warmup_steps=5, merge_every=3)
+    for flag in ("--warmup_steps", "--merge_every"):
         assert flag in str(caught.value)
 
 

@@ -51,7 +51,7 @@ def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
 ):
     argv = copied_user.flags(out, "--save_steps", 2, "--eval_steps", 0, "--merge_every", 5, "--restart_warmup_steps", 1)
     for message in messages_of(copied_user, argv, partial(overwrite, word=word)):
-        assert f"Last good checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
+        assert f"Newest checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
     assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
     assert [row["step"] for row in rows(out) if "loss" in row] == [1, 2, 3], "found in the next step, not at a save"
     if word != 0x7FC00000:

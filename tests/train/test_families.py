@@ -23,7 +23,7 @@ from mora_ds.engine.initialize import initialize
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
-from mora_ds.train.run import PROBE_TOKENS, Run
+from mora_ds.train.run import Run
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, NO_SDPA, alone, causal_loss, tiny_model, tokens
 
@@ -78,7 +78,6 @@ def end_to_end(root: Path, family: str) -> dict[str, Any]:
         base=loaded.base,
         folder=folder,
         keys=loaded.keys,
-        probe_ids=tokens(1, PROBE_TOKENS),
         ranks=Ranks.current(),
     )
     squares = {name: layer.square for name, layer in mora_layers(loaded.model).items()}

@@ -14,7 +14,6 @@ from tests.helpers.tables import parsed, rows
 
 NAMED = """
 {model_name_or_path: out/base} | --model_name_or_path out/base
-{model_name_or_path: linked} | linked/pytorch_model.bin
 {model_name_or_path: link} | --model_name_or_path link
 {model_name_or_path: other/base} | --model_name_or_path other/base
 {model_config: out/base/config.json} | --model_config
@@ -22,7 +21,6 @@ NAMED = """
 {train_files: [out/metrics.jsonl]} | --train_files out/metrics.jsonl
 {train_files: [out/demo/text.txt]} | --train_files out/demo/text.txt
 {train_files: ["out/*.jsonl"]} | --train_files out/metrics.jsonl
-{train_files: [texts]} | texts/metrics.jsonl
 {train_files: ["a=text.txt:1", "b=out/ledger/*:1"]} | --train_files out/ledger/a.txt
 {train_files: [text.txt], replay: ["a=out/ledger/a.txt:0.1"]} | --replay out/ledger/a.txt
 {mixture: mix.yaml, train_files: []} | --mixture out/ledger/a.txt
@@ -50,10 +48,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(MIXTURE.replace("out/ledger/a.txt", "text.txt") if "out" in name else MIXTURE)
     (tmp_path / "text.txt").write_text("other")
-    for name in ("linked", "texts"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "linked" / "pytorch_model.bin").symlink_to("../out/base/pytorch_model.bin")
-    (tmp_path / "texts" / "metrics.jsonl").symlink_to("../out/metrics.jsonl")
     (tmp_path / "link").symlink_to("out/base")
     (tmp_path / "other").symlink_to("out")
     return tmp_path
