@@ -30,7 +30,7 @@ def trained_both_ways(root: str) -> dict[str, Any]:
         "trainer": {number: hf.matrices(trainer.deepspeed) for number, trainer in trainers.items()},
         "history": {number: trainer.state.log_history for number, trainer in trainers.items()},
         "merges": {number: trainer.run.state.merges for number, trainer in trainers.items()},
-        "planned": [callback._schedule.total_steps for trainer in trainers.values() for callback in trainer._merging],
+        "planned": [callback.schedule.total_steps for trainer in trainers.values() for callback in trainer._merging],
     }
 
 

@@ -2,6 +2,7 @@
 
 import builtins
 import itertools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
