@@ -75,7 +75,7 @@ def main() -> None:
 def _job(arguments: Arguments) -> Callable[[Arguments], dict[str, Any] | None]:
     """The function that runs the job; it returns the summary, but for the demo, which ends with a table of its own.
     What it needs takes seconds to import: ranks whose settings differ are told so before."""
-    if arguments.is_demo:
+    if arguments.is_demo and not arguments.training.dry_run:
         from mora_ds.train.demo import run_demo
 
         return run_demo

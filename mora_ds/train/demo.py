@@ -7,17 +7,14 @@ prose (language reference, docstrings) + code (the standard library)      writte
 -> a table: what was learned, what was forgotten, what was communicated; a text sampled from the merged model
 """
 
-import dataclasses
 import logging
-import os
-import time
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from mora_ds.checkpoint.layout import MERGED_FOLDER, METRICS_FILE, TOKENIZER_FOLDER
-from mora_ds.common.errors import UserError, refusal
+from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
@@ -31,7 +28,6 @@ from mora_ds.data import (
     write_demo_corpus,
 )
 from mora_ds.models.load import create_base
-from mora_ds.train.dry_run import dry_run
 from mora_ds.train.output_folder import DEMO, give_up, reserve
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config, start_processes, start_up
@@ -97,11 +93,6 @@ def run_demo(arguments: Arguments) -> None:
     Raises `UserError` as `pretrain` does, and where this Python comes without its own sources.
     """
     training = arguments.training
-    if training.dry_run:
-        with start_up():
-            _plan(arguments)
-        return
-    started = time.monotonic()
     folder = expanded(training.output_dir, "--output_dir")
     paths = DemoPaths(folder / DEMO)
     with start_up():
@@ -131,24 +122,8 @@ def run_demo(arguments: Arguments) -> None:
             give_up(folder)
         raise
     if ranks.is_first:
-        _report(folder, summary, sharded, ranks.world, time.monotonic() - started)
+        _report(folder, summary, sharded)
     ranks.barrier("end of the demo")
-
-
-def _plan(arguments: Arguments) -> None:
-    """--dry_run of the second part; the small model's config stands for the model of the warm start."""
-    if arguments.model.model_config is not None:
-        validate(arguments)
-        dry_run(arguments)
-        return
-    paths = DemoPaths(expanded(arguments.training.output_dir, "--output_dir") / DEMO)
-    job = _continue_arguments(arguments, paths, int(os.environ.get("WORLD_SIZE", "1")))
-    dry_run(
-        dataclasses.replace(
-            job,
-            model=dataclasses.replace(job.model, model_name_or_path=str(MODEL_CONFIG)),
-        )
-    )
 
 
 class DemoPaths:
@@ -231,75 +206,42 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
         "eval_files": paths.eval_files,
         "cache_dir": str(paths.tokens),
     }
-
-    def check(job: Arguments) -> None:
-        validate(job)
-        engine_config(job.training, job.adapter.adapter, world)
-
-    plain = with_flags(settings, user_settings)
-    # The recipe's learning rates are those of MoRA matrices.
-    if not arguments.research and plain.adapter.adapter == AdapterKind.MORA.value:
+    # The recipe's learning rates are those of MoRA matrices under Muon.
+    is_recipe = arguments.adapter.adapter == AdapterKind.MORA.value and "optimizer" not in arguments.set_by_user
+    if is_recipe and not arguments.research:
         (text,) = paths.train_files("general")
-        job = with_flags(
-            {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]},
-            user_settings,
-        )
-        if not (reasons := refusal(check, job)):
-            return job
-        logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")
-    check(plain)
-    return plain
+        settings |= {**RECIPE, "replay": [f"general={text}:{REPLAY}"]}
+    job = with_flags(settings, user_settings)
+    validate(job)
+    engine_config(job.training, job.adapter.adapter, world)
+    return job
 
 
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
-def _report(
-    folder: Path,
-    summary: JsonObject,
-    sharded: JsonObject | None,
-    world: int,
-    seconds: float,
-) -> None:
+def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> None:
     """Log the results as a table. `sharded`: the summary of the warm start, whose base was sharded."""
     before = summary["perplexity_before"]
-    after = summary["perplexity_after"]
     percent = 100 * summary["trainable_params"] / summary["total_params"]
+    volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
+    if sharded is not None:
+        volume += f" (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
     logger.info(f"\n{'':<24}{'before':>12}{'after':>12}{'change':>10}")
-    for name, value in after.items():
+    for name, value in summary["perplexity_after"].items():
         start = before.get(name, float("nan"))
         logger.info(f"{'perplexity on ' + name:<24}{start:>12.2f}{value:>12.2f}{100 * (value / start - 1):>+9.1f}%")
-    facts = {
-        "trained": f"{summary['trainable_params']:,} of {summary['total_params']:,} ({percent:.2f}%), "
-        f"{summary['merges']} merges in {summary['steps']} steps",
-        "all-gather a step": _gathered(summary, sharded, world),
-        "bytes of the base": f"{summary['base_bytes_gathered']} in all collectives of the run",
-        "time": f"{seconds:.0f} s on {world} rank(s)",
-        "curves": f"tensorboard --logdir {folder / 'tensorboard'}   (numbers: {folder / METRICS_FILE})",
-    }
+    logger.info(
+        f"{'trained':<24}{summary['trainable_params']:,} of {summary['total_params']:,} ({percent:.2f}%), "
+        f"{summary['merges']} merges in {summary['steps']} steps"
+    )
+    logger.info(f"{'all-gather a step':<24}{volume}")
+    logger.info(f"{'bytes of the base':<24}{summary['base_bytes_gathered']} in all collectives of the run")
     merged = folder / MERGED_FOLDER
     if merged.is_dir():
-        facts["merged model"] = f"{merged}   (plain transformers loads it)"
-    for name, fact in facts.items():
-        logger.info(f"{name:<24}{fact}")
-    if merged.is_dir():
+        logger.info(f"{'merged model':<24}{merged}   (plain transformers loads it)")
         text = "\n".join("    " + line for line in sample(merged, PROMPT).splitlines())
         logger.info(f"\nthe merged model continues {PROMPT!r}:\n{text}")
-
-
-def _gathered(summary: JsonObject, sharded: JsonObject | None, world: int) -> str:
-    """The all-gather volume of a step and process, next to that of plain ZeRO-3."""
-    if world == 1:
-        matrices = 4 * summary["trainable_params"]
-        everything = 4 * summary["total_params"]
-        return (
-            f"nothing on one rank; with more what is trained, {matrices / 1e6:.2f} MB, "
-            f"where ZeRO-3 with a sharded base gathers {everything / 1e6:.2f} MB"
-        )
-    volume = f"{summary['bytes_gathered_per_step'] / 1e6:.2f} MB: what is trained"
-    if sharded is None:
-        return volume
-    return f"{volume} (with the base sharded: {sharded['bytes_gathered_per_step'] / 1e6:.2f} MB)"
 
 
 def sample(folder: Path, prompt: str) -> str:

@@ -66,7 +66,9 @@ def _model_of(arguments: Arguments) -> tuple[str, str]:
     model = arguments.model
     if model.model_name_or_path:
         return model.model_name_or_path, MODEL_FLAG
-    return str(model.model_config), "--model_config"
+    if model.model_config is None:
+        raise UserError(f"--dry_run plans the run of a model: name one with {MODEL_FLAG} or --model_config")
+    return model.model_config, "--model_config"
 
 
 def implementation_of(model: ModelArguments, config: Any) -> str | None:

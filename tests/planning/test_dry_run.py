@@ -1,8 +1,6 @@
 """--dry_run: a plan from the flags and the model's config, which says what a run says at its start."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,10 +53,6 @@ def test_a_plan_says_what_the_run_itself_would_refuse(tmp_path: Path, monkeypatc
         planned(parse(dry_run_of(tmp_path)), world=1)
 
 
-def test_a_dry_run_of_the_demo():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--dry_run"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "dry run: nothing trained" in done.stdout
-    assert "= peak" in done.stdout
+def test_a_dry_run_wants_a_model(tmp_path: Path):
+    with pytest.raises(UserError, match="--dry_run plans the run of a model: name one"):
+        planned(parse(["--dry_run", "--output_dir", str(tmp_path)]), world=1)
