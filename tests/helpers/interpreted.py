@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from triton.runtime import interpreter
 
-from mora_ds.adapters.kernels import linear, plain, triton_ops
+from mora_ds.adapters.kernels import linear, triton_ops
 from mora_ds.adapters.kernels.ops import NAMES
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.ops.index_tables import OPERATORS, Operator
@@ -29,6 +29,7 @@ from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
+from tests.helpers import plain_kernels as plain
 from tests.helpers import traffic
 from tests.helpers.operators import (
     blocks_onto_wrapped_outputs,

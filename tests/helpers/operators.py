@@ -10,6 +10,7 @@ from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.linear import Compute, mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
+from tests.helpers import plain_kernels  # noqa: F401  (layers of a CPU can take the path of a GPU)
 from tests.helpers.tables import rows
 
 KINDS_AND_GROUPINGS = [(kind, grouping) for kind in OperatorKind for grouping in OPERATORS[kind].groupings]

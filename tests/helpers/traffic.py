@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.kernels import plain, triton_ops
+from mora_ds.adapters.kernels import ops, triton_ops
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.kernels.triton_ops import Launch
 from mora_ds.adapters.ops.index_tables import square_size
@@ -108,8 +108,8 @@ def launches(
     base = tensor(spec.d_out, spec.d_in), weight, scales, square, tables.unfold
     z_blocks = z.view(tokens, -1, side)
     c_blocks = c.view(tokens, -1, side)
-    part_count = plain.parts_of(c_blocks, z_blocks, 2 * PROCESSORS)
-    parts = tensor(part_count, side, side, dtype=plain.dtype_of(part_count, dtype))
+    empty = ops.empty_product(c_blocks, z_blocks, 2 * PROCESSORS)
+    parts = tensor(*empty.shape, dtype=empty.dtype)
     plan = triton_ops.plan_gather_sum
     return {
         "fold": plan(z, x, tables.fold, *rotation, False, add=False),

@@ -15,17 +15,16 @@ each of the N blocks of the result (`back` False) or rotates each block of x bac
 `blocks_out` and, for share, `members` of `tables`. The result is contiguous, in the dtype of M.
 
 Sums are made in fp32 (fp64 for fp64) and rounded once. Nothing here has a gradient of its own: `linear` has it.
-CUDA runs `triton_ops`, all other devices `plain`; so do meta tensors, for which a plan or a count sees one operation,
-as on CUDA.
+CUDA runs `triton_ops`. Meta tensors have shapes only; a plan or a count sees one operation, as on CUDA. On a CPU
+layers do not call them, and only tests define them (tests/helpers/plain_kernels.py).
 """
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from mora_ds.adapters.kernels import plain
 
 NAMES = ("gather_sum", "gather_add_", "form", "product", "sum_parts")
 
@@ -40,6 +39,15 @@ _LIBRARY.define(
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
 _LIBRARY.define("sum_parts(Tensor partial_sums, ScalarType dtype) -> Tensor")
 
+TILE = 128
+"""Side of the tiles of M's gradient that one program of `product` sums."""
+
+_TERMS = 512
+"""Terms of a sum that a part of `product` has at least."""
+
+_READ_A_SUM = 16
+"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits eight times their bytes."""
+
 _PROGRAMS_ON_META = 256
 """Programs that a device runs at once, where there is no device to ask."""
 
@@ -52,14 +60,28 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _HAS_TRITON
 
 
-def _meta_product(c: Tensor, z: Tensor) -> Tensor:
-    part_count = plain.parts_of(c, z, _PROGRAMS_ON_META)
-    return c.new_empty(
-        part_count,
-        c.shape[2],
-        z.shape[2],
-        dtype=plain.dtype_of(part_count, c.dtype),
-    )
+def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
+    """In how many parts `product` sums c^T z, so that about `programs` programs have work."""
+    tokens, blocks, r_hat = z.shape
+    tiles = math.ceil(r_hat / TILE) ** 2
+    worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
+    return max(1, min(programs // tiles, tokens * blocks // _TERMS, worth))
+
+
+def empty_product(c: Tensor, z: Tensor, programs: int) -> Tensor:
+    """(parts, R, R) for `product`: one part is rounded at once, several are added up first."""
+    part_count = parts_of(c, z, programs)
+    dtype = c.dtype if part_count == 1 else torch.promote_types(c.dtype, torch.float32)
+    return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)
+
+
+_ON_META: dict[str, Any] = {
+    "gather_sum": lambda x, table, *_: x.new_empty(len(x), table.shape[1]),
+    "gather_add_": lambda *_: None,
+    "form": lambda weight, scales, square, *_: square.new_empty(weight.shape),
+    "product": lambda c, z: empty_product(c, z, _PROGRAMS_ON_META),
+    "sum_parts": lambda partial_sums, dtype: partial_sums.new_empty(partial_sums.shape[1:], dtype=dtype),
+}
 
 
 def _in_triton(name: str) -> Any:
@@ -72,9 +94,8 @@ def _in_triton(name: str) -> Any:
 
 
 for _name in NAMES:
-    _LIBRARY.impl(_name, getattr(plain, _name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _ON_META[_name], "Meta")
     _LIBRARY.impl(_name, _in_triton(_name), "CUDA")
-_LIBRARY.impl("product", _meta_product, "Meta")
 
 gather_sum = torch.ops.mora_ds.gather_sum.default
 gather_add_ = torch.ops.mora_ds.gather_add_.default

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mora_ds.adapters.kernels import plain
+from mora_ds.adapters.kernels.ops import TILE, empty_product
 
 _SHARED = 1 << 16
 """Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB of it for a program."""
@@ -179,14 +179,9 @@ def plan_form(
 def product(c: Tensor, z: Tensor) -> Tensor:
     """See `ops.product`. In fp32 and fp64, which tensor cores do not multiply exactly, by torch."""
     if c.dtype not in (torch.bfloat16, torch.float16):
-        return plain.product(c, z)
-    part_count = plain.parts_of(c, z, 2 * _processors(c.device))
-    out = c.new_empty(
-        part_count,
-        c.shape[2],
-        z.shape[2],
-        dtype=plain.dtype_of(part_count, c.dtype),
-    )
+        blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
+        return (c.index_select(1, blocks).flatten(0, 1).T @ z.flatten(0, 1)).unsqueeze(0)
+    out = empty_product(c, z, 2 * _processors(c.device))
     plan_product(out, c.contiguous(), z.contiguous())()
     return out
 
@@ -196,7 +191,7 @@ def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
     part_count, r_hat, _ = out.shape
     tokens, blocks, _ = z.shape
     terms = tokens * blocks
-    tile = max(16, min(plain.TILE, triton.next_power_of_2(r_hat)))
+    tile = max(16, min(TILE, triton.next_power_of_2(r_hat)))
     deep = 64
     tiles = triton.cdiv(r_hat, tile)
     return Launch(
@@ -205,7 +200,7 @@ def plan_product(out: Tensor, c: Tensor, z: Tensor) -> Launch:
         {"out": out, "c": c, "z": z, "terms": terms, "r_hat": r_hat,
          "terms_of_part": deep * triton.cdiv(triton.cdiv(terms, part_count), deep)},
         {"BLOCKS_C": c.shape[1], "BLOCKS": blocks, "TILE": tile, "DEEP": deep},
-        {"num_warps": 8 if tile == plain.TILE else 4, "num_stages": 3},
+        {"num_warps": 8 if tile == TILE else 4, "num_stages": 3},
     )  # fmt: skip
 
 

@@ -1,25 +1,16 @@
-"""The operations of `ops` in plain torch: what the kernels are tested against, and what runs where there is no GPU.
+"""The operations of `mora_ds.adapters.kernels.ops` in plain torch, which CPU tensors take once this module is imported:
+what the kernels are tested against.
 
 Sums are made in fp32 (fp64 for fp64), term after term in the order of the table, and rounded once, as in the kernels.
-Shape legend: `tables`.
+Shape legend: `mora_ds.adapters.kernels.tables`.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mora_ds.adapters.kernels.ops import NAMES
 from mora_ds.adapters.ops.gather import rotate, signed
-
-TILE = 128
-"""Side of the tiles of M's gradient that one program of `product` sums."""
-
-_TERMS = 512
-"""Terms of a sum that a part of `product` has at least."""
-
-_READ_A_SUM = 16
-"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits eight times their bytes."""
 
 
 def gather_sum(
@@ -72,19 +63,6 @@ def product(c: Tensor, z: Tensor) -> Tensor:
     return (terms_of_c.T @ _wide(z).flatten(0, 1)).unsqueeze(0).to(c.dtype)
 
 
-def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
-    """In how many parts `product` sums c^T z, so that about `programs` programs have work."""
-    tokens, blocks, r_hat = z.shape
-    tiles = math.ceil(r_hat / TILE) ** 2
-    worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
-    return max(1, min(programs // tiles, tokens * blocks // _TERMS, worth))
-
-
-def dtype_of(parts: int, dtype: torch.dtype) -> torch.dtype:
-    """Of the sums of `product`: one part is rounded at once, several are added up first."""
-    return dtype if parts == 1 else torch.promote_types(dtype, torch.float32)
-
-
 def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
     """See `ops.sum_parts`."""
     return partial_sums.sum(dim=0).to(dtype)
@@ -123,3 +101,8 @@ def _unturned(
 def _wide(x: Tensor) -> Tensor:
     """x in the dtype that sums are made in."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+_LIBRARY = torch.library.Library("mora_ds", "IMPL")
+for _name in NAMES:
+    _LIBRARY.impl(_name, globals()[_name], "CPU")
