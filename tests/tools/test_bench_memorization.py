@@ -34,7 +34,7 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
     """Results of two pairs on the tiny model, and what was printed."""
     done = bench(
         "--work", folder, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 60,
-        "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2, "--jobs", 1,
+        "--every", 20, "--cycles", 2, "--rank", 4, "--probe", 2,
         "--json", folder / "all.json", *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
