@@ -8,7 +8,7 @@ from typing import Any
 from mora_ds.adapters.config import ALL_LINEAR, AS_LOADED, FLAGS, AdapterConfig, LoRAConfig, MoRAConfig
 from mora_ds.adapters.ops.spec import R_HAT_MULTIPLE
 from mora_ds.adapters.target_patterns import names_experts
-from mora_ds.common.errors import NOT_NEGATIVE, POSITIVE, named_as_flags, refusal, wrong_values
+from mora_ds.common.errors import named_as_flags, refusal
 from mora_ds.config.flags import documented
 
 
@@ -80,16 +80,8 @@ class AdapterArguments:
     @property
     def trains_others(self) -> bool:
         """Whether parameters other than the adapter's are trained (PEFT calls them modules_to_save)."""
-        return bool(self.train_embeddings or self.rows_flags or self.train_norms or self.train_head)
-
-    @property
-    def rows_flags(self) -> list[str]:
-        """The flags given that train a part of embeddings and head."""
-        values = {
-            "--train_new_embeddings": self.train_new_embeddings,
-            "--train_embedding_rank": self.train_embedding_rank,
-        }
-        return [flag for flag, value in values.items() if value]
+        rows = self.train_new_embeddings or self.train_embedding_rank > 0
+        return rows or self.train_embeddings or self.train_norms or self.train_head
 
     @property
     def adapts_experts(self) -> bool:
@@ -132,22 +124,5 @@ class AdapterArguments:
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
         yield from refusal(named_as_flags(**FLAGS)(self.mora_config), 0)
-        yield from wrong_values(
-            self,
-            {
-                "adapter": AdapterKind,
-                "lora_alpha": POSITIVE,
-                "merge_every": NOT_NEGATIVE,
-                "restart_warmup_steps": NOT_NEGATIVE,
-            },
-        )
         if self.adapts_experts and self.adapter == AdapterKind.LORA.value:
             yield "--adapter lora is for linear layers, and --target_modules names experts: leave out one of them"
-        for flag in self.rows_flags:
-            if self.train_embeddings or self.train_head:
-                yield (
-                    f"{flag} trains a part of embeddings and head, --train_embeddings and --train_head train them all: "
-                    "give one of them"
-                )
-        if len(self.rows_flags) > 1:
-            yield f"{' and '.join(self.rows_flags)} train different parts of embeddings and head: give one of them"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mora_ds.common.errors import BELOW_1, COUNT, NOT_NEGATIVE, Bounds, refusal, wrong_values
+from mora_ds.common.errors import refusal
 from mora_ds.common.rope import rope_settings
 from mora_ds.config.flags import documented
 
@@ -21,7 +21,7 @@ class ModelArguments:
     model_config: str | None = None
     """A config.json (see configs/models/) to start from random weights instead of --model_name_or_path."""
     tokenizer_name: str | None = None
-    """Folder or Hub name of the tokenizer, or a file that --train_tokenizer_vocab wrote. Default: the model's own."""
+    """Folder or Hub name of the tokenizer. Default: the model's own."""
     train_tokenizer_vocab: int = 0
     """Train a SentencePiece tokenizer (BPE) with a vocabulary of this size on the training files; 0 for none."""
     trust_remote_code: bool = False
@@ -51,12 +51,7 @@ class ModelArguments:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each."""
-        yield from wrong_values(self, {"train_tokenizer_vocab": Bounds(least=0, most=10_000_000)})
         yield from refusal(lambda: self.rope)
-        if self.model_name_or_path and self.model_config:
-            yield "--model_name_or_path and --model_config: give one of them"
-        if self.train_tokenizer_vocab != 0 and self.tokenizer_name is not None:
-            yield "--tokenizer_name and --train_tokenizer_vocab: give one of them"
 
 
 @dataclass(frozen=True)
@@ -103,23 +98,15 @@ class DataArguments:
 
     def named_eval_files(self) -> list[tuple[str, str]]:
         """(name, path or pattern) of each evaluation set."""
-        pairs = [entry.partition("=") for entry in self.eval_files]
-        named = [(name, path) if mark and "/" not in name else (None, name + mark + path) for name, mark, path in pairs]
-        return [(name or Path(path).stem, path) for name, path in named]
+        named = []
+        for entry in self.eval_files:
+            name, mark, path = entry.partition("=")
+            is_named = mark and "/" not in name
+            named.append((name, path) if is_named else (Path(entry).stem, entry))
+        return named
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each; `mixture_plan` checks the sources."""
-        yield from wrong_values(
-            self,
-            {
-                "seq_len": Bounds(least=2),
-                "preprocessing_workers": COUNT,
-                "held_out_share": BELOW_1,
-                "shuffle_buffer": NOT_NEGATIVE,
-            },
-        )
-        if self.train_files and self.dataset_name:
-            yield "--train_files and --dataset_name: give one of them"
         names = [name for name, _ in self.named_eval_files()]
         for name in names:
             if glob.has_magic(name) or names.count(name) > 1:

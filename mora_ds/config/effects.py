@@ -6,10 +6,9 @@ command line makes idle (`RECIPE.yaml --adapter full`) is left out of the run, w
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterKind
@@ -118,12 +117,7 @@ def idle_settings(arguments: Arguments) -> dict[str, str]:
     if arguments.adapter.adapter not in [kind.value for kind in AdapterKind]:
         return {}  # `AdapterArguments.problems` reports the name
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
-    changed = {
-        field.name
-        for group in groups
-        for field in dataclasses.fields(group)
-        if getattr(group, field.name) != _default(field)
-    }
+    changed = {name for group in groups for name, value in vars(group).items() if value != getattr(type(group)(), name)}
     return {
         name: f"--{name} is for {effect.purpose}, and has no effect here: leave it out"
         for effect in EFFECTS
@@ -131,7 +125,3 @@ def idle_settings(arguments: Arguments) -> dict[str, str]:
         for name in effect.settings.split()
         if name in changed
     }
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -15,13 +15,15 @@ import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from itertools import pairwise
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
 from mora_ds.common import research
 from mora_ds.common.errors import UserError, empty_words, nearest, refuse
 from mora_ds.common.files import load_yaml, shipped
+from mora_ds.common.untrusted import typed
 
 Class = TypeVar("Class", bound=type)
 
@@ -35,19 +37,18 @@ def documented(cls: Class) -> Class:
     """
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
-    for statement, after in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+    for statement, after in pairwise([*tree.body, ast.Pass()]):
+        if not isinstance(statement, ast.AnnAssign):
             continue
-        name = statement.target.id
+        name = ast.unparse(statement.target)
         if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
             raise TypeError(f"{cls.__name__}.{name} has no docstring under it")
         text = inspect.cleandoc(str(after.value.value)).replace("\n", " ")
-        metadata = {"help": text.replace("%", "%%")}
         default = cls.__dict__[name]
-        if isinstance(default, dataclasses.Field):
-            default.metadata = types.MappingProxyType(metadata)
-        else:
-            setattr(cls, name, dataclasses.field(default=default, metadata=metadata))
+        if not isinstance(default, dataclasses.Field):
+            default = dataclasses.field(default=default)
+        default.metadata = types.MappingProxyType({"help": text.replace("%", "%%")})
+        setattr(cls, name, default)
     return cls
 
 
@@ -190,47 +191,31 @@ def typed_values(content: Any, hints: Mapping[str, Any], path: str, prefix: str 
     and wrong types.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{path}: {prefix.rstrip('.')} must be {_NAMES[dict]}, got {content!r}")
+        raise UserError(f"{path}: {prefix.rstrip('.')} must be `key: value` lines, got {content!r}")
     values = {}
     problems = []
     for key, value in content.items():
-        if key not in hints and key in REMOVED and not prefix:
+        where = f"{path}: {prefix}{key}"
+        if key in hints:
+            try:
+                values[key] = typed(hints[key], _as_written(value, hints[key]), where)
+            except UserError as error:
+                problems.append(str(error))
+            if value == "":
+                problems.append(f"{where} must not be empty")
+        elif key in REMOVED and not prefix:
             problems.append(f"{path}: {key} {REMOVED[key]}")
-            continue
-        if key not in hints:
+        else:
             problems.append(f"{path}: unknown key '{prefix}{key}'.{nearest(str(key), hints)}")
-            continue
-        try:
-            values[key] = _coerce(value, hints[key])
-        except ValueError as error:
-            problems.append(f"{path}: {prefix}{key} {error}")
     refuse(problems)
     return values
 
 
-def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`. Raises ValueError that reads after the key's name."""
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (entry for entry in get_args(hint) if entry is not type(None))
-    if get_origin(hint) is list:
-        (item,) = get_args(hint)
-        return [_coerce(entry, item) for entry in (value if isinstance(value, list) else [value])]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+def _as_written(value: Any, hint: Any) -> Any:
+    """What YAML means by `value`: one entry may stand for a list, and 4e-4, without a point, is read as a string."""
+    if get_origin(hint) is list and not isinstance(value, list):
+        return [value]
+    if float in (hint, *get_args(hint)) and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError):
-            return float(value)  # YAML 1.1 reads 4e-4, without a point, as a string
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"must be {_NAMES[hint]}, got {value!r}")
-    if value == "":
-        raise ValueError("must not be empty")
+            return float(value)
     return value
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string (in quotes)",
-    dict: "`key: value` lines",
-}

@@ -68,8 +68,6 @@ class MixturePlan:
 def mixture_plan(data: DataArguments) -> MixturePlan:
     """Raises `UserError` that says what is wrong with --mixture, --train_files or --replay."""
     if data.mixture is not None:
-        if data.train_files or data.dataset_name:
-            raise UserError("--mixture names the sources: leave out --train_files and --dataset_name")
         plan = _read(data.mixture)
     elif any(map(_named_source, data.train_files)):
         plan = _of_flags(data.train_files)

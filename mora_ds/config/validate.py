@@ -1,18 +1,34 @@
 """Checks of all settings that need no file's contents; every problem is reported at once.
 
     settings without effect     effects.py
-    own values of a group       `problems()` of its class
+    limits of single values     here, `_LIMITS`
+    other rules of a group      `problems()` of its class
     several groups at once      here
 
 Files, tokenizers and models are checked where they are read; DeepSpeed's JSON file by `engine/ds_config.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
 
 from mora_ds.common import research
-from mora_ds.common.errors import UserError, refuse
+from mora_ds.common.errors import (
+    ABOVE_0_AT_MOST_1,
+    AT_MOST_1,
+    BELOW_1,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SECONDS,
+    Bounds,
+    refusal,
+    refuse,
+    wrong_values,
+)
 from mora_ds.config.adapter import AdapterArguments, AdapterKind
-from mora_ds.config.arguments import Arguments
+from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
 from mora_ds.config.mixture import mixture_plan
@@ -21,49 +37,138 @@ from mora_ds.engine.device import BaseDevice
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.parallel.limits import sequence_parallel_problems, tensor_parallel_problems
 from mora_ds.remora.schedule import conflicts
+from mora_ds.runtime.log_setup import LogLevel
 
 _UNKNOWN_LENGTH = 2**62
 """Stands for the number of steps of a run that depends on the data."""
 
 
+_LIMITS: dict[str, Bounds | type[Enum]] = {
+    "train_tokenizer_vocab": Bounds(least=0, most=10_000_000),
+    "adapter": AdapterKind,
+    "lora_alpha": POSITIVE,
+    "merge_every": NOT_NEGATIVE,
+    "restart_warmup_steps": NOT_NEGATIVE,
+    "seq_len": Bounds(least=2),
+    "preprocessing_workers": COUNT,
+    "held_out_share": BELOW_1,
+    "shuffle_buffer": NOT_NEGATIVE,
+    "tensor_parallel_size": COUNT,
+    "per_device_train_batch_size": Bounds(least=1, most=1_000_000),  # all rows of a batch are in memory
+    "per_device_eval_batch_size": Bounds(least=1, most=1_000_000),
+    "gradient_accumulation_steps": COUNT,
+    "sequence_parallel_size": COUNT,
+    "optimizer": OptimizerKind,
+    "learning_rate": POSITIVE,
+    "embedding_learning_rate": POSITIVE,
+    "min_lr_ratio": AT_MOST_1,
+    "decay_ratio": ABOVE_0_AT_MOST_1,
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "log_level": LogLevel,
+    "base_device": BaseDevice,
+    "logging_steps": COUNT,
+    "profile": COUNT,
+    "eval_steps": NOT_NEGATIVE,
+    "max_eval_batches": COUNT,
+    "eval_tasks_steps": NOT_NEGATIVE,
+    "save_steps": NOT_NEGATIVE,
+    "save_total_limit": COUNT,
+    "seed": Bounds(least=0, below=2**48),  # each rank's generator is seeded with 16 bits more, and takes 64
+    "collective_timeout_s": Bounds(least=1, most=SECONDS.most),
+}
+"""Setting -> the limits of its number, or the enum of its words."""
+
+_EXCLUSIVE = (
+    "model_name_or_path model_config",
+    "tokenizer_name train_tokenizer_vocab",
+    "train_files dataset_name",
+    "mixture train_files",
+    "mixture dataset_name",
+    "bf16 fp16",
+    "overwrite_output_dir resume_from_checkpoint",
+    "train_new_embeddings train_embedding_rank",
+    "train_new_embeddings train_embeddings",
+    "train_new_embeddings train_head",
+    "train_embedding_rank train_embeddings",
+    "train_embedding_rank train_head",
+)
+"""Pairs of settings of which a run has one at most."""
+
+
 def validate(arguments: Arguments) -> None:
     """Raises one `UserError` that lists everything wrong with `arguments`, one problem a line; where nothing is, the
     settings that have no effect."""
-    model = arguments.model
-    adapter = arguments.adapter
-    data = arguments.data
     training = arguments.training
+    adapter = arguments.adapter
     has_length = training.max_steps > 0 and training.decay_from is None  # a branch is past its warm-up
     steps = training.max_steps if has_length else _UNKNOWN_LENGTH
+    groups = (arguments.model, arguments.data, adapter, training)
+    settings = dump(arguments)
     refuse(
         [
-            *model.problems(),
-            *data.problems(),
-            *adapter.problems(),
-            *training.problems(),
-            *_adapter_and_run(adapter, training),
+            *wrong_values(SimpleNamespace(**settings), _LIMITS),
+            *(problem for group in groups for problem in group.problems()),
+            *_both_given(settings),
             *(research.load("settings").problems(arguments) if arguments.research else ()),
-            *_text_and_run(model, data, training),
-            *conflicts(
-                steps,
-                training.first_warmup(steps),
-                adapter.merge_every,
-                adapter.restart_warmup_steps,
-            ),
+            *_contradictions(arguments.model, adapter, arguments.data, training),
+            *conflicts(steps, training.first_warmup(steps), adapter.merge_every, adapter.restart_warmup_steps),
         ]
     )
     refuse(idle_settings(arguments).values())
 
 
-def _adapter_and_run(adapter: AdapterArguments, training: TrainingArguments) -> Iterator[str]:
-    """One message for each setting of the run that the adapter does not go with."""
-    uses_muon = training.optimizer == OptimizerKind.MUON.value
-    if adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged:
-        yield "--push_to_hub: --adapter full has no adapter to upload; add --export_merged"
-    if uses_muon and adapter.adapter not in (AdapterKind.MORA.value, AdapterKind.LORA.value):
-        yield "--optimizer muon is for the matrices of an adapter: use --adapter mora or lora, or --optimizer adamw"
-    if uses_muon and adapter.adapts_experts:
-        yield "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw"
+def _both_given(settings: Mapping[str, Any]) -> Iterator[str]:
+    for pair in _EXCLUSIVE:
+        one, another = pair.split()
+        if settings[one] and settings[another]:
+            yield f"--{one} and --{another}: give one of them"
+
+
+def _contradictions(
+    model: ModelArguments,
+    adapter: AdapterArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+) -> Iterator[str]:
+    """One message for each setting of a group that those of another one do not go with."""
+    muon = training.optimizer == OptimizerKind.MUON.value
+    uploads_full = adapter.adapter == AdapterKind.FULL.value and training.push_to_hub and not training.export_merged
+    has_tokenizer = model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
+    wrong_sources = refusal(mixture_plan, data)
+    streams = not wrong_sources and mixture_plan(data).streams
+    rules = {
+        "--push_to_hub: --adapter full has no adapter to upload; add --export_merged": uploads_full,
+        "--optimizer muon is for the matrices of an adapter: use --adapter mora or lora, or --optimizer adamw": (
+            muon and adapter.is_control
+        ),
+        "--optimizer muon is for single MoRA matrices, and --target_modules names experts: use --optimizer adamw": (
+            muon and adapter.adapts_experts
+        ),
+        "--model_name_or_path without --train_files or --dataset_name: nothing to train on": (
+            model.model_name_or_path and not data.names_text and not training.dry_run
+        ),
+        "--train_files or --dataset_name without a model: give --model_name_or_path or --model_config": (
+            data.names_text and not model.is_named
+        ),
+        "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab": (
+            data.names_text and model.model_config and not has_tokenizer
+        ),
+        "--streaming: the length of a stream is unknown, so give the number of steps with --max_steps": (
+            streams and training.max_steps < 1
+        ),
+        "--held_out_share reads the complete text before training, which --streaming does not: name held-out text with "
+        "--eval_files": streams and data.held_out_share > 0,
+        "--train_tokenizer_vocab reads the complete text before training, which --streaming does not: give "
+        "--tokenizer_name": streams and model.train_tokenizer_vocab > 0,
+    }
+    yield from (message for message, holds in rules.items() if holds)
+    yield from wrong_sources
+    yield from sequence_parallel_problems(training.sequence_parallel_size, data.seq_len, model.attn_implementation)
     yield from tensor_parallel_problems(
         training.tensor_parallel_size,
         adapter=adapter.adapter,
@@ -71,44 +176,6 @@ def _adapter_and_run(adapter: AdapterArguments, training: TrainingArguments) -> 
         base_bits=adapter.base_bits,
         sequence=training.sequence_parallel_size,
         experts=adapter.adapts_experts,
-        muon=uses_muon,
+        muon=muon,
         streams_base=training.base_device == BaseDevice.HOST.value,
     )
-
-
-def _text_and_run(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
-    """One message for each contradiction between the settings of the three groups."""
-    yield from sequence_parallel_problems(
-        training.sequence_parallel_size,
-        data.seq_len,
-        model.attn_implementation,
-    )
-    if model.model_name_or_path and not data.names_text and not training.dry_run:
-        yield "--model_name_or_path without --train_files or --dataset_name: nothing to train on"
-    if data.names_text and not model.is_named:
-        yield "--train_files or --dataset_name without a model: give --model_name_or_path or --model_config"
-    has_tokenizer = model.model_name_or_path or model.tokenizer_name or model.train_tokenizer_vocab
-    if data.names_text and model.model_config and not has_tokenizer:
-        yield "--model_config comes without a tokenizer: give --tokenizer_name or --train_tokenizer_vocab"
-    try:
-        plan = mixture_plan(data)
-    except UserError as error:
-        yield str(error)
-        return
-    if plan.streams:
-        yield from _streaming(model, data, training)
-
-
-def _streaming(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> Iterator[str]:
-    if training.max_steps < 1:
-        yield "--streaming: the length of a stream is unknown, so give the number of steps with --max_steps"
-    if data.held_out_share > 0:
-        yield (
-            "--held_out_share reads the complete text before training, which --streaming does not: name held-out text "
-            "with --eval_files"
-        )
-    if model.train_tokenizer_vocab > 0:
-        yield (
-            "--train_tokenizer_vocab reads the complete text before training, which --streaming does not: give "
-            "--tokenizer_name"
-        )

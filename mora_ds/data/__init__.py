@@ -7,12 +7,12 @@ sentencepiece, tokenizer, extend_tokenizer    train, load, check and extend toke
 content_index, cache  `Corpus` + tokenizer -> `TokenCache`, memory-mapped, built once by several processes (`workers`)
 packing, documents `TokenCache` + sequence length + seed -> `PackedDataset`, blocks in the order of an epoch
 mixture            sources, weights, phases -> `Mixture`, batches by step, with exact shares
-stream, stream_source    documents tokenised while training -> `StreamMixture`, the same batches without a cache
+stream, stream_source    documents tokenised while training -> `StreamSource`, the same blocks without a cache
 demo_corpus        the text of the demo, from the Python standard library
 """
 
 from mora_ds.data.cache import TokenCache, build_cache
-from mora_ds.data.corpus import Corpus, is_saved_dataset, load_corpus, resolve_files, stream_dataset
+from mora_ds.data.corpus import Corpus, load_corpus, resolve_files
 from mora_ds.data.demo_corpus import domain_documents, write_demo_corpus
 from mora_ds.data.extend_tokenizer import Extension, bpe_backend, candidate_tokens, check_extension, extend_tokenizer
 from mora_ds.data.held_out import DocumentFilter, document_hash
@@ -21,7 +21,7 @@ from mora_ds.data.packing import IGNORED, PackedDataset
 from mora_ds.data.readers import Document
 from mora_ds.data.sentencepiece import train_sentencepiece
 from mora_ds.data.stream import DocumentStream
-from mora_ds.data.stream_source import StreamMixture, StreamSource
+from mora_ds.data.stream_source import StreamSource
 from mora_ds.data.tokenizer import (
     AUTO,
     NOTHING,
@@ -49,7 +49,6 @@ __all__ = [
     "Mixture",
     "PackedDataset",
     "Source",
-    "StreamMixture",
     "StreamSource",
     "TokenCache",
     "bpe_backend",
@@ -62,13 +61,11 @@ __all__ = [
     "domain_documents",
     "extend_tokenizer",
     "holds_tokenizer",
-    "is_saved_dataset",
     "largest_id",
     "load_corpus",
     "load_tokenizer",
     "resolve_files",
     "start_id",
-    "stream_dataset",
     "tokenizer_fingerprint",
     "train_sentencepiece",
     "wants_bos",

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import at_work, disk_errors, file_problem, fsync, fsync_tree, is_abandoned
 from mora_ds.data.content_index import content_hashes, writable
 from mora_ds.data.corpus import Corpus
@@ -45,7 +44,8 @@ PARALLEL_BYTES = 32_000_000
 """Smaller corpora are tokenised in the calling process, as starting others would take longer."""
 
 HASHED_BYTES = 1 << 30
-"""Caches of up to this size (about a second of reading) are hashed whenever they are opened to train on."""
+"""Caches of up to this size (about a second of reading) are hashed whenever they are opened; of larger ones the sizes
+are compared."""
 
 _TEMPORARY = ".partial-"
 
@@ -63,11 +63,6 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: Path) -> TokenCache:
-        """Raises `RunError` for a cache that is missing or damaged (`build_cache` would rebuild it)."""
-        if not folder.exists():
-            raise RunError(f"there is no token cache {folder}: see the error of the rank that builds it")
-        if problem := damage(folder):
-            raise RunError(f"the token cache {folder} is damaged: {problem}; delete that folder")
         meta = json.loads((folder / META).read_text())
         tokens = np.memmap(folder / TOKENS, dtype=meta["settings"]["dtype"], mode="r")
         ends = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
@@ -92,50 +87,36 @@ def build_cache(
     cache_dir: Path,
     *,
     num_proc: int = 1,
-    is_builder: bool = True,
-    barrier: Callable[[], None] = lambda: None,
     progress: bool = False,
     document_start: str = AUTO,
 ) -> TokenCache:
     """The corpus as tokens, from `cache_dir` or built into it.
 
-    Call it on every rank: only the one with `is_builder` (each node's local rank 0) reads and writes; all ranks pass
-    `barrier` once and then open the result. `num_proc` processes tokenise; their number does not change the result.
-    `document_start`: as in `tokenizer.start_id`. Every document is followed by the end-of-text token. A damaged cache
-    is rebuilt, with a warning.
-    Raises `UserError` for a file that cannot be read as text, an empty corpus or a tokenizer without end-of-text token,
-    and `RunError` for a full disk.
+    `num_proc` processes tokenise; their number does not change the result. `document_start`: as in
+    `tokenizer.start_id`. Every document is followed by the end-of-text token. A damaged cache is rebuilt, with a
+    warning. Raises `UserError` for a file that cannot be read as text, an empty corpus or a tokenizer without
+    end-of-text token, and `RunError` for a full disk.
     """
     encoder = Encoder.of(tokenizer, document_start)
     num_proc = _processes_for(corpus, tokenizer, num_proc)
-    if not is_builder:
-        barrier()
-        settings = _settings(corpus, encoder, content_hashes(corpus, cache_dir, 1))
-        return TokenCache.open(cache_dir / _key(settings))
-    try:
-        settings = _settings(corpus, encoder, content_hashes(corpus, cache_dir, num_proc))
-        folder = cache_dir / _key(settings)
-        if problem := damage(folder, contents=True):
-            if folder.exists():
-                log.warning(f"the token cache {folder} is damaged: {problem}; it is rebuilt")
-            _build(corpus, encoder, folder, settings, num_proc, progress)
-    finally:
-        barrier()  # also after an error: the other ranks must not wait for ever
+    settings = _settings(corpus, encoder, content_hashes(corpus, cache_dir, num_proc))
+    folder = cache_dir / _key(settings)
+    if problem := damage(folder):
+        if folder.exists():
+            log.warning(f"the token cache {folder} is damaged: {problem}; it is rebuilt")
+        _build(corpus, encoder, folder, settings, num_proc, progress)
     return TokenCache.open(folder)
 
 
-def damage(folder: Path, contents: bool = False) -> str | None:
-    """What is wrong with the cache in `folder`, or None.
-
-    Compares the sizes of the files, and with `contents`, of caches of up to `HASHED_BYTES`, their hashes too.
-    """
+def damage(folder: Path) -> str | None:
+    """What is wrong with the cache in `folder`, by the sizes and hashes of its files, or None."""
     try:
         meta = json.loads((folder / META).read_text())
         settings = meta["settings"]
         if _key(settings) != folder.name:
             return f"{META} is not what was written"
         sizes = {TOKENS: meta["tokens"] * np.dtype(settings["dtype"]).itemsize, DOCUMENTS: meta["documents"] * 8}
-        hashes = meta["sha256"] if contents and sum(sizes.values()) <= HASHED_BYTES else dict.fromkeys(sizes)
+        hashes = meta["sha256"] if sum(sizes.values()) <= HASHED_BYTES else dict.fromkeys(sizes)
         problems = [file_problem(folder / name, size, hashes[name]) for name, size in sizes.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error)
@@ -220,7 +201,7 @@ def _write(corpus: Corpus, encoder: Encoder, folder: Path, num_proc: int, progre
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
     """Renames the new cache. A damaged one in its place is removed; one that another builder finished first stays."""
-    if folder.exists() and damage(folder, contents=True):
+    if folder.exists() and damage(folder):
         shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(temporary, folder)

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.errors import UserError, nearest, reason
 from mora_ds.data.held_out import DocumentFilter
 from mora_ds.data.members import DatasetMember, FileMember, Member, StreamedDatasetMember
-from mora_ds.data.readers import Document, check_column, file_kind, has_known_suffix
+from mora_ds.data.readers import START, Document, check_column, file_kind, has_known_suffix
 
 SPLIT = "train"
 """The split of a data set that is read."""
@@ -42,7 +41,7 @@ class Corpus:
     def documents_of(self, member: Member) -> Iterator[Document]:
         """All documents of one member, whatever `keep` says."""
         with _naming(self.flag):
-            yield from member.documents()
+            yield from (document for document, _ in member.marked(START))
 
     def texts(self) -> Iterator[str]:
         """The texts alone, for training a tokenizer."""
@@ -66,50 +65,33 @@ def load_corpus(
     patterns: Sequence[str] = (),
     *,
     dataset_name: str | None = None,
+    streaming: bool = False,
     text_column: str = "text",
     flag: str = "--train_files",
 ) -> Corpus:
     """Files by name, pattern or folder, or a `datasets` name (of the hub, or a folder on disk), as one corpus.
 
-    Looks at names, sizes and the first document of every member only; the rest is checked while it is read.
+    `streaming`: a name of the hub is read over the network, whenever it is read. Looks at names, sizes and the first
+    document of every member only; the rest is checked while it is read.
     Raises `UserError`, which names `flag` or `--dataset_name`, for anything that is no corpus.
     """
-    members: list[Member] = []
-    if dataset_name is None:
-        files = resolve_files(patterns, flag)
-        with _naming(flag):
-            members += [_file_member(path, text_column) for path in files]
-    else:
-        flag = "--dataset_name" if flag == "--train_files" else flag  # else a source of a mixture
-        open_dataset = _saved_dataset if is_saved_dataset(Path(dataset_name)) else _named_dataset
-        with _naming(flag):
-            dataset = open_dataset(dataset_name)
-            check_column(dataset.features.arrow_schema, text_column, dataset_name)
-        members.append(DatasetMember(dataset_name, dataset, text_column))
-    return _checked(Corpus(tuple(members), text_column, flag))
-
-
-def _checked(corpus: Corpus) -> Corpus:
-    """The corpus, once the first document of every member is read."""
+    if dataset_name is not None and flag == "--train_files":  # else a source of a mixture
+        flag = "--dataset_name"
+    with _naming(flag):
+        if dataset_name is None:
+            members = [_file_member(path, text_column) for path in resolve_files(patterns)]
+        else:
+            members = [_dataset_member(dataset_name, text_column, streaming)]
+    corpus = Corpus(tuple(members), text_column, flag)
     for member in corpus.members:
         next(corpus.documents_of(member))
     return corpus
 
 
-def stream_dataset(name: str, text_column: str, flag: str) -> Corpus:
-    """The rows of a `datasets` name, read over the network while training.
-
-    Raises `UserError`, which names `flag`, where there is no such dataset, or no text in it.
-    """
-    with _naming(flag):
-        dataset = _named_dataset(name, streaming=True)
-    return _checked(Corpus((StreamedDatasetMember(name, dataset, text_column),), text_column, flag))
-
-
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[Path]:
+def resolve_files(patterns: Sequence[str]) -> list[Path]:
     """Files in the order of the patterns, sorted within each, without repeats.
 
     A folder stands for all files within it that have a known suffix. Files of no bytes are left out where a pattern or
@@ -119,7 +101,7 @@ def resolve_files(patterns: Sequence[str], flag: str = "--train_files") -> list[
     for pattern in patterns:
         matches = [path for match in _matches(pattern) for path in _expand(match)]
         if not matches:
-            raise UserError(f"{flag}: no file matches {pattern!r}.{_hint(pattern)}")
+            raise UserError(f"no file matches {pattern!r}.{_hint(pattern)}")
         if matches != [Path(os.path.expanduser(pattern))]:
             matches = [path for path in matches if not _is_empty(path)] or matches
         for path in matches:
@@ -163,35 +145,25 @@ def _file_member(path: Path, text_column: str) -> Member:
     file_kind(path)
     if not path.is_file():  # a pipe would lose its first text, or wait for ever
         raise UserError(f"{path} is no file (a pipe, a device, a link to nothing); text is read more than once")
-    if _is_empty(path):
-        raise UserError(f"{path} is empty")
     return FileMember(path, text_column)
 
 
 # -- datasets ------------------------------------------------------------------------------------------------------
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` has saved the folder (`save_to_disk`), so that it can be memory-mapped."""
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
-def _named_dataset(name: str, streaming: bool = False) -> Any:
+def _dataset_member(name: str, text_column: str, streaming: bool) -> Member:
+    """A folder that `datasets` has saved (`save_to_disk`), which is memory-mapped, or another name that it knows."""
     import datasets  # not above: it is slow to import and most runs read files
 
+    has_splits = Path(name, "dataset_dict.json").is_file()
     try:
-        return datasets.load_dataset(name, split=SPLIT, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        done = "streamed" if streaming else "loaded"
-        raise UserError(f"{name!r} (split {SPLIT!r}) cannot be {done}: {error}") from error
-
-
-def _saved_dataset(folder: str) -> Any:
-    import datasets
-
-    has_splits = Path(folder, "dataset_dict.json").is_file()
-    path = Path(folder, SPLIT) if has_splits else Path(folder)
-    try:
-        return datasets.load_from_disk(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:  # the last where it has no rows
-        raise UserError(f"{path} is no data set with rows that datasets.save_to_disk has written: {error}") from error
+        if has_splits or Path(name, "state.json").is_file():
+            dataset = datasets.load_from_disk(Path(name, SPLIT) if has_splits else name)
+        else:
+            dataset = datasets.load_dataset(name, split=SPLIT, streaming=streaming)
+    except (OSError, ValueError, RuntimeError, LookupError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{name!r} (split {SPLIT!r}) cannot be loaded: {reason(error)}") from error
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamedDatasetMember(name, dataset, text_column)
+    check_column(dataset.features.arrow_schema, text_column, name)
+    return DatasetMember(name, dataset, text_column)

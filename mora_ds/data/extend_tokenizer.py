@@ -9,7 +9,6 @@ Old merges come first and text is only ever joined further: each new token stand
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from mora_ds.common.errors import UserError
-from mora_ds.data.sentencepiece import train_sentencepiece, vocabulary_by_score
+from mora_ds.data.sentencepiece import vocabulary_by_score
 from mora_ds.data.tokenizer import largest_id, load_as_of_model
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -49,16 +48,13 @@ def candidate_tokens(texts: Iterable[str], wanted: int) -> list[str]:
 
     Spaces are U+2581; digits stay apart. Raises `UserError` for a corpus without text.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = train_sentencepiece(
-            texts,
-            512 + _CANDIDATES_A_TOKEN * wanted,
-            Path(folder),
-            flag="--pieces",
-            hard_vocab_limit=False,
-            split_digits=True,
-        )
-        return vocabulary_by_score(path)
+    return vocabulary_by_score(
+        texts,
+        512 + _CANDIDATES_A_TOKEN * wanted,
+        "--pieces",
+        hard_vocab_limit=False,
+        split_digits=True,
+    )
 
 
 def bpe_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

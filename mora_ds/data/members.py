@@ -1,12 +1,16 @@
 """The members of a corpus: one file, one `datasets` dataset, or one streamed dataset.
 
-A member knows the hash of its contents and reads its own documents one at a time, from any position on. Members are
-pickled to worker processes.
+Each has
+
+    label             the name for messages
+    marked(mark)      the documents after a position, one at a time, each with the position after it
+    content_hash()    changes whenever the contents do; the same contents elsewhere have the same hash
+    stamp()           facts that are quick to read and change with the contents: while they stay, the known hash is used
+    size_bytes()      on disk, compressed where the file is; 0 where it is not known
 """
 
 import copy
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +19,6 @@ from typing import Any
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import sha256_file
 from mora_ds.data.readers import (
-    START,
     Document,
     Mark,
     file_kind,
@@ -26,42 +29,15 @@ from mora_ds.data.readers import (
 )
 
 
-class Member(ABC):
-    """One file or dataset of a corpus."""
-
-    label: str
-    """The name for messages."""
-
-    def documents(self) -> Iterator[Document]:
-        """All documents. Raises `UserError` for what is no text."""
-        return (document for document, _ in self.marked(START))
-
-    @abstractmethod
-    def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
-        """The documents after `mark`, each with the position after it."""
-
-    @abstractmethod
-    def content_hash(self) -> str:
-        """Changes whenever the contents do; the same contents elsewhere have the same hash."""
-
-    @abstractmethod
-    def stamp(self) -> dict[str, Any]:
-        """Facts that are quick to read and change with the contents: while they stay, the known hash is used."""
-
-    @abstractmethod
-    def size_bytes(self) -> int:
-        """Bytes on disk, compressed where the file is; 0 where they are not known."""
-
-
 @dataclass(frozen=True)
-class FileMember(Member):
+class FileMember:
     """A file of text, JSON lines or Parquet."""
 
     path: Path
     text_column: str
 
     @property
-    def label(self) -> str:  # type: ignore[override]
+    def label(self) -> str:
         return str(self.path)
 
     def marked(self, mark: Mark) -> Iterator[tuple[Document, Mark]]:
@@ -80,7 +56,7 @@ class FileMember(Member):
 
 
 @dataclass(frozen=True)
-class DatasetMember(Member):
+class DatasetMember:
     """A map-style `datasets.Dataset`; it stays on disk and is read batch by batch."""
 
     label: str
@@ -105,7 +81,7 @@ class DatasetMember(Member):
 
 
 @dataclass(frozen=True)
-class StreamedDatasetMember(Member):
+class StreamedDatasetMember:
     """A `datasets.IterableDataset`. A mark holds the dataset's own state, which can be saved after any row."""
 
     label: str
@@ -131,3 +107,7 @@ class StreamedDatasetMember(Member):
 
     def size_bytes(self) -> int:
         return 0
+
+
+Member = FileMember | DatasetMember | StreamedDatasetMember
+"""One file or dataset of a corpus."""

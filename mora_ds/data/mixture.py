@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mora_ds.common.errors import UserError
-from mora_ds.data.packing import Block, stack
+from mora_ds.data.packing import Block, PackedDataset, stack
+from mora_ds.data.stream_source import StreamSource
 
 LONGEST_PERIOD = 1 << 16
 """Weights whose common denominator is larger are rounded to multiples of 1 / this."""
@@ -117,10 +118,9 @@ def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
     scaled = [weight * LONGEST_PERIOD for weight in exact]
     rounded = [max(int(weight), 1) if weight else 0 for weight in scaled]
     while (missing := LONGEST_PERIOD - sum(rounded)) != 0:
-        lack = [weight - have for weight, have in zip(scaled, rounded, strict=True)]
         sign = 1 if missing > 0 else -1
-        able = [k for k, have in enumerate(rounded) if have > (1 if sign < 0 else 0)]
-        rounded[max(able, key=lambda k: sign * lack[k])] += sign
+        able = [k for k, count in enumerate(rounded) if count > (0 if missing > 0 else 1)]
+        rounded[max(able, key=lambda k: sign * (scaled[k] - rounded[k]))] += sign
     return tuple(rounded)
 
 
@@ -150,26 +150,8 @@ def _period(weights: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return order, number
 
 
-class Source(Protocol):
-    """One packed source of a mixture: a `PackedDataset`, or a `StreamSource`."""
-
-    @property
-    def n_blocks(self) -> int | None:
-        """Sequences an epoch, or None where only reading to the end would tell."""
-        ...
-
-    @property
-    def content_id(self) -> Any:
-        """What must be the same when a run is resumed."""
-        ...
-
-    def sample(self, number: int) -> Block:
-        """Sample `number` of this source's endless order."""
-        ...
-
-    def probe(self, index: int) -> Block:
-        """One of its first sequences, the same at every step of every run."""
-        ...
+Source = PackedDataset | StreamSource
+"""One packed source of a mixture."""
 
 
 class Mixture:
@@ -177,15 +159,17 @@ class Mixture:
 
     def __init__(
         self,
-        sources: dict[str, Source],
+        sources: Mapping[str, Source],
         phases: Phases,
         epochs: Sequence[float | None],
         seq_len: int,
         rows_per_step: int,
+        states: dict[str, Any] | None = None,
     ) -> None:
         """`phases`: counted in steps, the first from step 0 on. `epochs[k]`: how often source k may be read, None for
         any number; where it is used up, the others share what it had. It is read as a decimal: 0.29 of 100 sequences
-        are 29, and not 28.999... `rows_per_step`: the global batch size."""
+        are 29, and not 28.999... `rows_per_step`: the global batch size. `states`: what `states_at` returned for the
+        step at which the streams go on."""
         self.names = list(sources)
         self.sources = list(sources.values())
         self.seq_len = seq_len
@@ -195,7 +179,7 @@ class Mixture:
             for source, limit in zip(self.sources, epochs, strict=True)
         ]
         self.schedule = SampleSchedule([(step * rows_per_step, weights) for step, weights in phases], caps)
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "mixture": {
                 "sources": {name: source.content_id for name, source in sources.items()},
                 "weights": {f"from step {step}": dict(zip(sources, weights, strict=True)) for step, weights in phases},
@@ -203,6 +187,18 @@ class Mixture:
             }
         }
         """What must be the same when a run is resumed."""
+        self._streams = {name: source for name, source in sources.items() if isinstance(source, StreamSource)}
+        states = states or {"step": 0, "sources": {}}
+        for name, state in states["sources"].items():
+            self._streams[name].restore(state)
+        self._next_step = states["step"]
+        self._drawn: dict[int, Block] = {}
+        """The streams' samples of the step before `_next_step`."""
+        self._before = self._now()
+
+    @property
+    def has_streams(self) -> bool:
+        return bool(self._streams)
 
     @property
     def n_blocks(self) -> int:
@@ -216,9 +212,8 @@ class Mixture:
 
     def check_batch_size(self) -> None:
         """Raises `UserError` when all sources together do not fill one global batch."""
-        has_stream = any(source.n_blocks is None for source in self.sources)
         sequences = self.n_blocks if self.schedule.limit is None else self.schedule.limit
-        if sequences < self.rows_per_step and not has_stream:
+        if sequences < self.rows_per_step and not self._streams:
             raise UserError(
                 f"the training text is shorter than one batch: it makes {sequences} sequences of --seq_len "
                 f"{self.seq_len}, one global batch takes {self.rows_per_step}; give more text (--train_files) or more "
@@ -231,8 +226,21 @@ class Mixture:
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
         """Rows `rows` of step `step`'s global batch: input_ids, labels, position_ids, each int64 (B, T), and their
-        `documents`."""
-        return stack([self.sample(number) for number in self._samples(step)[rows]])
+        `documents`. With streams of the step of the last call or of a later one, and all ranks ask for the same step.
+        """
+        while self._streams and self._next_step <= step:
+            self._draw()
+        samples = self._samples(step)[rows]
+        return stack([self._drawn.get(sample) or self.sample(sample) for sample in samples])
+
+    def states_at(self, step: int) -> dict[str, Any] | None:
+        """What a run with streams needs that goes on with batch `step`, which is the last one drawn or the one after
+        it. Where drawing it has failed half-way, that is the position before. None without streams."""
+        if not self._streams:
+            return None
+        states = self._before if step == self._before["step"] else self._now()
+        assert step == states["step"]
+        return states
 
     def sources_of(self, step: int, rows: slice = slice(None)) -> list[int]:
         """The index of the source that each of those rows comes from."""
@@ -250,3 +258,16 @@ class Mixture:
 
     def _samples(self, step: int) -> range:
         return range(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+
+    def _draw(self) -> None:
+        """Every rank draws the streams' part of the next global batch, so that all ranks stay at the same position."""
+        self._before = self._now()
+        self._drawn = {}
+        for sample in self._samples(self._next_step):
+            source, _ = self.schedule.locate(sample)
+            if isinstance(self.sources[source], StreamSource):
+                self._drawn[sample] = self.sample(sample)
+        self._next_step += 1
+
+    def _now(self) -> dict[str, Any]:
+        return {"step": self._next_step, "sources": {name: stream.state() for name, stream in self._streams.items()}}

@@ -61,7 +61,7 @@ def pack(
 
 
 class PackedDataset:
-    """Blocks of one token cache: a `mixture.Source` for training, and `eval_batches` for evaluation."""
+    """Blocks of one token cache: samples for training, and `eval_batches` for evaluation."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Trains SentencePiece models, and turns them into transformers tokenizers with the same ids.
 
     texts -> runs of lines -> SentencePiece's trainer -> tokenizer.model
-    tokenizer.model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast
+    the model -> tokenizers.Tokenizer -> PreTrainedTokenizerFast -> tokenizer.json
 
 The wrapped tokenizer repeats what SentencePiece does, stage by stage:
 
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -36,26 +35,39 @@ _SAMPLE_BYTES = 128 << 20
 """Of a larger corpus a fixed random sample of about this size is trained on."""
 
 _NORMAL = 1
-_BYTE = 6
-"""Types of pieces."""
-_BPE = 2
+"""The type of the pieces that text can become, bytes apart."""
 
 
 def train_sentencepiece(
     texts: Iterable[str],
     vocab_size: int,
     folder: Path,
-    *,
     flag: str = "--train_tokenizer_vocab",
-    **settings: Any,
 ) -> Path:
-    """Trains a SentencePiece model (BPE) on `texts`; returns the path `folder`/tokenizer.model.
+    """Trains a SentencePiece model (BPE) on `texts`, and writes it into `folder`: as tokenizer.model, and as a
+    transformers tokenizer with the same ids. Returns the folder.
 
-    `settings`: further settings of SentencePiece's trainer. Nothing is normalised (indentation, tabs and line ends are
-    tokens like any other), and characters that are not in the vocabulary fall back to bytes, so decoding gives back
-    every text. The same texts give the same file. Raises `UserError`, which names `flag`, where the corpus does not
-    yield that many tokens.
+    The same texts give the same files. Raises `UserError`, which names `flag`, where the corpus does not yield that
+    many tokens.
     """
+    model = _trained(texts, vocab_size, flag)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL_FILE).write_bytes(model)
+    _as_transformers(_parsed(model)).save_pretrained(folder)
+    return folder
+
+
+def vocabulary_by_score(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) -> list[str]:
+    """The tokens of a SentencePiece model trained on `texts` that text can become, the best-scored first, spaces as
+    U+2581. `settings`: further ones of SentencePiece's trainer. Raises `UserError`, which names `flag`."""
+    pieces = _parsed(_trained(texts, vocab_size, flag, **settings)).pieces
+    normal = [piece for piece in pieces if piece.type == _NORMAL]
+    return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
+
+
+def _trained(texts: Iterable[str], vocab_size: int, flag: str, **settings: Any) -> bytes:
+    """The trained model. Nothing is normalised (indentation, tabs and line ends are tokens like any other), and
+    characters that are not in the vocabulary fall back to bytes, so decoding gives back every text."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -82,10 +94,11 @@ def train_sentencepiece(
         )
     except (RuntimeError, ValueError) as error:  # the latter of a number beyond 31 bits
         raise UserError(f"{flag} {vocab_size}: SentencePiece cannot train on this text: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / MODEL_FILE
-    path.write_bytes(model.getvalue())
-    return path
+    return model.getvalue()
+
+
+def _parsed(model: bytes) -> Any:
+    return sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at import
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -102,21 +115,11 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-# -- a .model file as a transformers tokenizer ---------------------------------------------------------------------
+# -- the model as a transformers tokenizer -----------------------------------------------------------------------------
 
 
-def wrap_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
-    """The SentencePiece model as a tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve.
-
-    BOS is put before a text. Raises `UserError` for a file that is no model, or one with other settings than
-    `train_sentencepiece` has.
-    """
-    proto = _parse(path)
-    if not _is_ours(proto):
-        raise UserError(
-            f"--tokenizer_name {path}: this SentencePiece model has other settings than those that "
-            "--train_tokenizer_vocab trains; give the folder of the tokenizer's transformers version instead"
-        )
+def _as_transformers(proto: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` preserve. BOS is put before a text."""
     tokenizer = Tokenizer(_bpe_model(proto))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -130,33 +133,6 @@ def wrap_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **names,
     )
-
-
-def vocabulary_by_score(path: Path) -> list[str]:
-    """The tokens of a SentencePiece model that text can become, the best-scored first, spaces as U+2581."""
-    normal = [piece for piece in _parse(path).pieces if piece.type == _NORMAL]
-    return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
-
-
-def _parse(path: Path) -> Any:
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise UserError(f"--tokenizer_name {path} is no SentencePiece model: {error}") from error
-    return proto
-
-
-def _is_ours(proto: Any) -> bool:
-    """Whether everything that decides the ids is as `train_sentencepiece` sets it."""
-    trainer = proto.trainer_spec
-    text = proto.normalizer_spec
-    is_same_model = trainer.model_type == _BPE and trainer.byte_fallback and not trainer.treat_whitespace_as_suffix
-    keeps_text = text.name == "identity" and not text.add_dummy_prefix and not text.remove_extra_whitespaces
-    special_ids = (trainer.unk_id, trainer.bos_id, trainer.eos_id, trainer.pad_id)
-    # Control and user-defined symbols of its own would need rules of their own.
-    kinds = {piece.type for piece in proto.pieces[len(special_ids) :]}
-    return is_same_model and keeps_text and special_ids == (0, 1, 2, 3) and kinds == {_NORMAL, _BYTE}
 
 
 def _bpe_model(proto: Any) -> models.BPE:

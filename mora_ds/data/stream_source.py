@@ -7,7 +7,7 @@ still needed, and how many of its tokens are not; on resuming that document is t
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from mora_ds.common.errors import UserError
-from mora_ds.data.mixture import Mixture, Source
-from mora_ds.data.packing import Block, pack, stack
+from mora_ds.data.packing import Block, pack
 from mora_ds.data.readers import Document, batched
 from mora_ds.data.stream import DocumentStream, StreamPosition
 from mora_ds.data.tokenizer import Encoder
@@ -42,7 +41,7 @@ class _QueuedDocument:
 
 
 class StreamSource:
-    """One streamed source, read forward only. A `mixture.Source`."""
+    """One streamed source, read forward only."""
 
     n_blocks = None
 
@@ -160,52 +159,3 @@ class StreamSource:
             self.encoder.eos_id,
             self.document_mask,
         )
-
-
-class StreamMixture(Mixture):
-    """A mixture with streams among its sources: batches are drawn in order, and checkpoints hold the positions."""
-
-    def __init__(
-        self,
-        sources: dict[str, Source],
-        *rest: Any,
-        states: dict[str, Any] | None = None,
-    ) -> None:
-        """`states`: what `states_at` returned for the step at which the run goes on."""
-        super().__init__(sources, *rest)
-        self._streams = {name: source for name, source in sources.items() if isinstance(source, StreamSource)}
-        states = states or {"step": 0, "sources": {}}
-        self._next_step = states["step"]
-        for name, stream in self._streams.items():
-            if name in states["sources"]:
-                stream.restore(states["sources"][name])
-        self._drawn: dict[int, Block] = {}
-        self._before = self._now()
-
-    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, Any]:
-        """As `Mixture.batch`, for the step of the last call or a later one. All ranks ask for the same step."""
-        while self._next_step <= step:
-            self._draw(self._samples(self._next_step))
-        assert step == self._next_step - 1, "a stream does not go back"
-        samples = self._samples(step)[rows]
-        return stack([self._drawn.get(sample) or self.sample(sample) for sample in samples])
-
-    def states_at(self, step: int) -> dict[str, Any]:
-        """What a run needs that goes on with batch `step`, which is the last one drawn or the one after it. Where
-        drawing it has failed half-way, that is the position before."""
-        states = self._before if step == self._before["step"] else self._now()
-        assert step == states["step"]
-        return states
-
-    def _now(self) -> dict[str, Any]:
-        return {"step": self._next_step, "sources": {name: stream.state() for name, stream in self._streams.items()}}
-
-    def _draw(self, samples: Sequence[int]) -> None:
-        """Every rank draws the streams' part of the global batch, so that all ranks stay at the same position."""
-        self._before = self._now()
-        self._drawn = {}
-        for sample in samples:
-            source, _ = self.schedule.locate(sample)
-            if isinstance(self.sources[source], StreamSource):
-                self._drawn[sample] = self.sample(sample)
-        self._next_step += 1

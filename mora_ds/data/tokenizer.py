@@ -1,7 +1,7 @@
 """Loads a tokenizer (the model's own, or one that `train_sentencepiece` wrote), checks it, and encodes documents.
 
-load_tokenizer(folder | hub name | file.model)      ->  a transformers tokenizer
-train_sentencepiece(corpus.texts(), N, folder)      ->  folder/tokenizer.model, for load_tokenizer
+load_tokenizer(folder | hub name)                   ->  a transformers tokenizer
+train_sentencepiece(corpus.texts(), N, folder)      ->  folder, for load_tokenizer
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.data.readers import Document
-from mora_ds.data.sentencepiece import wrap_sentencepiece
 
 AUTO = "auto"
 NOTHING = "none"
@@ -83,13 +82,11 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     flag: str = "--tokenizer_name",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub model, or a `.model` file of `train_sentencepiece` as a transformers tokenizer.
+    """The tokenizer of a folder or hub model.
 
     Raises `UserError`, which names `flag`, where there is none, or where it has code that is not trusted.
     """
     path = expanded(name_or_path, flag)
-    if path.suffix == ".model" or path.is_file():
-        return wrap_sentencepiece(path)
     if path.is_dir() and not holds_tokenizer(path):
         raise UserError(f"{flag}: the folder {path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     try:

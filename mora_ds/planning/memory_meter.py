@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mora_ds.common.errors import UserError
-from mora_ds.models import document_attention
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -77,43 +75,22 @@ class MemoryMeter(TorchDispatchMode):
 
 
 @contextmanager
-def fused_attention(ranks: int = 1) -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Within it, attention on meta tensors allocates what the fused kernels of real devices do: they save queries,
     keys, values, the output and one number a query; a boolean mask is first cast to the queries' dtype, in every layer.
 
-    `ranks`: size of a sequence-parallel group (Ulysses), in which attention by documents is over all tokens of
-    1 / `ranks` of the heads. The functions are patched, as a mode would not reach what gradient checkpointing
-    recomputes.
+    The function is patched, as a mode would not reach what gradient checkpointing recomputes.
     """
-    document_attention.register()
     sdpa = F.scaled_dot_product_attention
-    by_documents: Any = ALL_ATTENTION_FUNCTIONS[document_attention.NAME]
 
     def fused(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _attend(query, *args, **kwargs) if query.is_meta else sdpa(query, *args, **kwargs)
 
-    def split(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        whole = (_exchanged(heads, ranks) for heads in (query, key, value))
-        if (sinks := kwargs.get("s_aux")) is not None:
-            kwargs["s_aux"] = sinks[: query.shape[1] // ranks]
-        out, weights = by_documents(module, *whole, *args, **kwargs)
-        return out.reshape(query.shape[0], query.shape[2], query.shape[1], -1), weights
-
     F.scaled_dot_product_attention = fused
-    if ranks > 1:
-        ALL_ATTENTION_FUNCTIONS.register(document_attention.NAME, split)
     try:
         yield
     finally:
         F.scaled_dot_product_attention = sdpa
-        ALL_ATTENTION_FUNCTIONS.register(document_attention.NAME, by_documents)
 
 
 def _attend(
@@ -128,15 +105,3 @@ def _attend(
         query, key, value, dropout_p, False, attn_mask=attn_mask, scale=scale
     )
     return out
-
-
-def _exchanged(heads: Tensor, ranks: int) -> Tensor:
-    """The exchange of Ulysses, (B, H, T/s, D) -> (B, H/s, T, D); too few heads are repeated."""
-    if heads.shape[1] < ranks:
-        heads = heads.repeat_interleave(ranks // heads.shape[1], dim=1)
-    return heads.reshape(
-        heads.shape[0],
-        heads.shape[1] // ranks,
-        heads.shape[2] * ranks,
-        heads.shape[3],
-    )

@@ -153,7 +153,7 @@ def measure_step(model: nn.Module, work: Work) -> StepMemory:
     rows = [tensor for tensor in batch.values() if isinstance(tensor, Tensor)]
     known = (*model.parameters(), *model.buffers(), *merged, *rows)
     try:
-        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention(work.sequence_parallel):
+        with MemoryMeter(known, answer=not work.document_mask) as meter, fused_attention():
             with torch.no_grad():
                 token_nll(model, batch)  # the first pass makes the tables
             lasting = meter.live
@@ -256,9 +256,10 @@ def layer_period(config: Any) -> int:
 
 
 def _batch(work: Work) -> dict[str, Any]:
+    # Ulysses exchanges tokens for heads: attention keeps as many bytes as that of the rank's tokens with all heads.
     length = work.seq_len // work.sequence_parallel
     ids = torch.empty(work.micro_batch, length, dtype=torch.long, device="meta")
-    documents = Documents.whole_rows(work.micro_batch, work.seq_len, ids.device)
+    documents = Documents.whole_rows(work.micro_batch, length, ids.device)
     rows = {"input_ids": ids, "position_ids": torch.empty_like(ids), "labels": torch.empty_like(ids)}
     return {**rows, "documents": documents}
 

@@ -29,14 +29,11 @@ from mora_ds.data import (
     Mixture,
     PackedDataset,
     Source,
-    StreamMixture,
     StreamSource,
     TokenCache,
     build_cache,
-    is_saved_dataset,
     load_corpus,
     start_id,
-    stream_dataset,
     tokenizer_fingerprint,
 )
 from mora_ds.models.rope import longest_row
@@ -88,20 +85,13 @@ def load_data(
     tokenizer = settle_tokenizer(model, model_folder, model_config, joined, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
-    logger.debug(f"tokens of the training corpus: {_cache_folder(data)}")
+    logger.debug(f"token caches: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
     state = None if start.state is None else start.state.stream
     rows = training.rows_per_step(ranks.world)
     train = _train_data(tokenization, plan, corpora, training.seed, rows, state)
     train.check_batch_size()
-    packed = {}
-    for name, corpus in evaluation.items():
-        logger.debug(f"tokens of {name}: {_cache_folder(data)}")
-        packed[name] = PackedDataset(
-            tokenization.cache(corpus),
-            data.seq_len,
-            document_mask=data.document_mask,
-        )
+    packed = {name: tokenization.pack(corpus) for name, corpus in evaluation.items()}
     ranks.same(
         "tokenizer and text",
         {
@@ -175,10 +165,13 @@ def _sources(data: DataArguments, plan: MixturePlan) -> Corpora:
     for source in plan.sources:
         flag = source.flag if is_plain else f"source {source.name!r}"
         column = source.text_column or data.text_column
-        if source.streaming and source.dataset is not None and not is_saved_dataset(Path(source.dataset)):
-            corpora[source.name] = stream_dataset(source.dataset, column, flag)
-            continue
-        corpora[source.name] = load_corpus(source.files, dataset_name=source.dataset, text_column=column, flag=flag)
+        corpora[source.name] = load_corpus(
+            source.files,
+            dataset_name=source.dataset,
+            streaming=source.streaming,
+            text_column=column,
+            flag=flag,
+        )
     return corpora
 
 
@@ -204,22 +197,22 @@ class _Tokenization:
 
     def cache(self, corpus: Corpus) -> TokenCache:
         """The tokens of a corpus, from the cache folder or made now by the first process of each node."""
-        return self.ranks.agree(
-            f"token cache of {corpus.flag}",
-            lambda: build_cache(
+
+        def build() -> TokenCache:
+            return build_cache(
                 corpus,
                 self.tokenizer,
                 _cache_folder(self.data),
                 document_start=self.data.document_start,
                 num_proc=self.data.preprocessing_workers,
-                is_builder=self.ranks.is_local_first,
-                barrier=lambda: self.ranks.barrier("building of a token cache", long=True),
                 progress=self.ranks.is_first,
-            ),
-        )
+            )
 
-    def pack_source(self, name: str, corpus: Corpus, seed: int | str) -> PackedDataset:
-        """A training source."""
+        name = f"token cache of {corpus.flag}"
+        self.ranks.agree(f"building of the {name}", lambda: build() if self.ranks.is_local_first else None, long=True)
+        return self.ranks.agree(name, build)  # which is there now
+
+    def pack(self, corpus: Corpus, seed: int | str = 0) -> PackedDataset:
         return PackedDataset(self.cache(corpus), self.data.seq_len, seed, self.data.document_mask)
 
     def stream(self, source: SourcePlan, corpus: Corpus, seed: int | str) -> StreamSource:
@@ -246,11 +239,8 @@ class _Tokenization:
             share=self.ranks,
             ranks=self.ranks.world,
         )
-
-        def read_start() -> None:
-            stream.probe(0)  # a source without text must not end a run that has begun
-
-        self.ranks.on_first(f"start of source {source.name!r}", read_start, long=True)
+        # A source without text must not end a run that has begun.
+        self.ranks.on_first(f"start of source {source.name!r}", lambda: bool(stream.probe(0)), long=True)
         return stream
 
 
@@ -270,14 +260,10 @@ def _train_data(
         if source.streaming:
             sources[name] = tokenization.stream(source, corpora[name], source_seed)
         else:
-            sources[name] = tokenization.pack_source(name, corpora[name], source_seed)
+            sources[name] = tokenization.pack(corpora[name], source_seed)
     epochs = [source.epochs for source in plan.sources]
     seq_len = tokenization.data.seq_len
-    mixture = (
-        StreamMixture(sources, plan.phases, epochs, seq_len, rows_per_step, states=stream_state)
-        if plan.streams
-        else Mixture(sources, plan.phases, epochs, seq_len, rows_per_step)
-    )
+    mixture = Mixture(sources, plan.phases, epochs, seq_len, rows_per_step, stream_state)
     _log_mixture(plan, mixture)
     return mixture
 

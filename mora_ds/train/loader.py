@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from mora_ds.common.errors import RunError
 from mora_ds.config.training import TrainingArguments
-from mora_ds.data import IGNORED, Mixture, StreamMixture
+from mora_ds.data import IGNORED, Mixture
 from mora_ds.engine import zero
 from mora_ds.models.loss import token_nll
 from mora_ds.parallel.ulysses import SequenceParallel
@@ -66,7 +66,7 @@ class BatchLoader:
         self.training = training
         self.last_step = last_step
         # Processes read a stream together (`Ranks.__call__`), so that each must read at the same moment as the others.
-        self._reads_together = isinstance(data, StreamMixture) and replica.world > 1
+        self._reads_together = data.has_streams and replica.world > 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mora_ds batches")
         self._device = torch.device(replica.engine.device)
         self._ahead: tuple[int, Future[StepBatch]] | None = None

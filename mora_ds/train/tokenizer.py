@@ -11,6 +11,7 @@ from mora_ds.data import (
     Corpus,
     check_reload,
     check_vocabulary,
+    holds_tokenizer,
     load_tokenizer,
     train_sentencepiece,
 )
@@ -47,15 +48,14 @@ def settle_tokenizer(
     ranks.on_first("folder of the tokenizer", lambda: _begin(target, start.checkpoint))
     flag = tokenizer_flag(model)
     if model.train_tokenizer_vocab:
-        path = target / "tokenizer.model"
 
         def train_once() -> None:
-            if not path.exists():
+            if not holds_tokenizer(target):
                 with disk_errors(target):
                     train_sentencepiece(corpus.texts(), model.train_tokenizer_vocab, target)
 
         ranks.on_first("training of the tokenizer", train_once, long=True)
-        tokenizer = load_tokenizer(path, flag=flag)
+        tokenizer = load_tokenizer(target, flag=flag)
     else:
         tokenizer = load_named_tokenizer(model, model_folder)
     if model_folder is not None:

@@ -23,7 +23,6 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
-from mora_ds.data import StreamMixture
 from mora_ds.engine import zero
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseChanged
@@ -343,8 +342,7 @@ class Trainer:
         self.job.run.check_base()  # before the probe: to read beyond the end of a mapped file kills the process
         loss = self.replica.sum(self._probe_loss()) / self.replica.world  # one rank alone may read a damaged base
         require_finite(loss, f"after step {step} the loss of the probe batch is {loss}", step)
-        if isinstance(self.train_data, StreamMixture):
-            self.state.stream = self.train_data.states_at(step)
+        self.state.stream = self.train_data.states_at(step)
         keep = self.training.save_total_limit
         if keep is not None and self.state.evaluation_pending:
             keep = max(keep, 2)  # the one before is the last good one, should the evaluation find NaN

@@ -97,8 +97,8 @@ def test_mistakes_in_a_recipe_are_listed_at_once(tmp_path: Path):
         "bf16 must be true or false, got 1",
         "seed must be a whole number, got True",
         "learning_rate must be a number, got 'fast'",
-        "train_files must be a string (in quotes), got 1",
-        "output_dir must be a string (in quotes), got None",
+        "train_files[0] must be a text, got 1",
+        "output_dir must be a text, got None",
     ]
 
 

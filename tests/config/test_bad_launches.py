@@ -114,11 +114,11 @@ stray | 'stray'
 --tensor_parallel_size 2 --optimizer muon | which no rank has: use adamw
 --sequence_parallel_size 2 --seq_len 33 | --sequence_parallel_size 2 does not divide --seq_len 33
 --sequence_parallel_size 2 --attn_implementation sdpa | sdpa reads masks, which are not split over ranks
---train_embedding_rank 3 --train_embeddings | train them all: give one of them
---train_embedding_rank 3 --train_head | train them all: give one of them
---train_new_embeddings --train_embeddings | train them all: give one of them
---train_new_embeddings --train_head | train them all: give one of them
---train_embedding_rank 3 --train_new_embeddings | train different parts of embeddings and head: give one
+--train_embedding_rank 3 --train_embeddings | --train_embedding_rank and --train_embeddings: give one of them
+--train_embedding_rank 3 --train_head | --train_embedding_rank and --train_head: give one of them
+--train_new_embeddings --train_embeddings | --train_new_embeddings and --train_embeddings: give one of them
+--train_new_embeddings --train_head | --train_new_embeddings and --train_head: give one of them
+--train_embedding_rank 3 --train_new_embeddings | --train_new_embeddings and --train_embedding_rank: give one
 --train_embedding_rank -1 | train_embedding_rank must
 # -- flags that contradict each other
 --push_to_hub a/b/c | --push_to_hub a/b/c
@@ -147,7 +147,7 @@ stray | 'stray'
 --tokenizer_name x --train_tokenizer_vocab 300 | --tokenizer_name and --train_tokenizer_vocab
 --model_config x.json | --model_name_or_path and --model_config
 --dataset_name x | --train_files and --dataset_name
---mixture x.yaml | --mixture names the sources
+--mixture x.yaml | --mixture and --train_files: give one of them
 --eval_files a/held.txt b/held.txt | --eval_files | held would name several sets
 --eval_files a/*.txt | --eval_files: * would name several sets, or files; write NAME=PATH
 --replay x | --replay x: must be NAME=FILES:SHARE
@@ -210,7 +210,7 @@ stray | 'stray'
 --train_files {bad}/text/notes.docx | notes.docx | .docx files are not read
 -train_files --dataset_name {bad}/emptydir | --dataset_name | emptydir
 --tokenizer_name /nowhere | --tokenizer_name | '/nowhere'
---tokenizer_name {bad}/text/torn.model | --tokenizer_name | torn.model is no SentencePiece model
+--tokenizer_name {bad}/text/torn.model | --tokenizer_name | no tokenizer can be loaded from
 --tokenizer_name {bad}/emptydir | --tokenizer_name | holds no tokenizer
 --deepspeed {bad}/emptydir | --deepspeed | Is a directory
 --deepspeed {bad}/gone.json | --deepspeed | gone.json

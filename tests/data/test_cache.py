@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import at_work
 from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
@@ -67,7 +67,7 @@ def test_documents_between_bos_and_eos(
     assert built.tokens.dtype == np.uint16
     assert built.ends.dtype == np.int64
     assert (built.n_documents, built.eos_id, built.meta["documents"]) == (40, 2, 40)
-    assert not damage(built.folder, contents=True)
+    assert not damage(built.folder)
     without = build(files, document_start="none")
     assert without.n_tokens == built.n_tokens - 40
     assert without.tokens[0] != 1
@@ -198,41 +198,10 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     assert leftover not in folders(cache_dir)
 
 
-def test_a_damaged_cache_is_not_opened(files: list[str], build: Build):
-    """(That it is named and rebuilt, whatever the damage, is in test_cache_damage.py.)"""
-    built = build(files)
-    (built.folder / "documents.bin").unlink()
-    with pytest.raises(RunError, match=r"is damaged: .*documents.bin is missing.*; delete that folder"):
-        TokenCache.open(built.folder)
-
-
-def test_only_the_builder_builds_and_all_meet_at_the_barrier(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    corpus = load_corpus(files)
-    cache_dir = tmp_path / "cache"
-    arrivals = []
-
-    def builder_meanwhile():
-        assert not cache_dir.exists()
-        build_cache(corpus, tokenizer, cache_dir, barrier=lambda: arrivals.append("builder"))
-        forbid_building(monkeypatch)
-        arrivals.append("other")
-
-    opened = build_cache(corpus, tokenizer, cache_dir, is_builder=False, barrier=builder_meanwhile)
-    assert opened.n_documents == 40
-    assert arrivals == ["builder", "other"]
-
-
-def test_a_failing_builder_still_meets_the_others(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+def test_a_failing_build_leaves_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    corpus = load_corpus([str(tmp_path / "a.jsonl")])
-    arrivals: list[str] = []
     with pytest.raises(UserError, match="line 2"):
-        build_cache(corpus, tokenizer, tmp_path / "c", barrier=lambda: arrivals.append("builder"))
-    with pytest.raises(RunError, match=r"there is no token cache .* see the error of the rank that builds it"):
-        build_cache(corpus, tokenizer, tmp_path / "c", is_builder=False, barrier=lambda: arrivals.append("other"))
-    assert arrivals == ["builder", "other"]
+        build_cache(load_corpus([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "c")
     assert folders(tmp_path / "c") == []
 
 

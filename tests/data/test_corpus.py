@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import document_hash, load_corpus, readers, resolve_files, stream_dataset
+from mora_ds.data import document_hash, load_corpus, readers, resolve_files
 from mora_ds.data.held_out import HASHED_CHARACTERS
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
@@ -60,7 +60,7 @@ def test_a_saved_dataset(tmp_path: Path):
     datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(tmp_path / "untrained")
     for name in ("plain", "splits"):
         assert list(load_corpus(dataset_name=str(tmp_path / name)).texts()) == TEXTS
-    with pytest.raises(UserError, match=r"--dataset_name.*untrained/train is no data set"):
+    with pytest.raises(UserError, match=r"--dataset_name.*untrained' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "untrained"))
     with pytest.raises(UserError, match=r"--dataset_name.*no field 'txt'; there are: text"):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
@@ -266,13 +266,13 @@ def test_where_files_come_from_is_said_in_one_way(tmp_path: Path):
     assert f"no file matches '{tmp_path}/void'. The folder holds no file of a kind that is read" in error(
         tmp_path / "void"
     )
-    with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'train'\) cannot be streamed"):
-        stream_dataset("/no/such/set", "text", "source 'law'")
+    with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'train'\) cannot be loaded"):
+        load_corpus(dataset_name="/no/such/set", streaming=True, flag="source 'law'")
 
 
 def test_the_training_split_of_a_name_is_streamed(tmp_path: Path):
     (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
     (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}]))
-    assert list(stream_dataset(str(tmp_path), "text", "--dataset_name").texts()) == ["a"]
+    assert list(load_corpus(dataset_name=str(tmp_path), streaming=True).texts()) == ["a"]
     with pytest.raises(UserError, match="no field 'body'"):
-        stream_dataset(str(tmp_path), "body", "--dataset_name")
+        load_corpus(dataset_name=str(tmp_path), streaming=True, text_column="body")

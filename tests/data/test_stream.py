@@ -12,12 +12,10 @@ from mora_ds.data import (
     DocumentStream,
     Mixture,
     PackedDataset,
-    StreamMixture,
     build_cache,
     load_corpus,
     readers,
     stream,
-    stream_dataset,
 )
 from mora_ds.data.packing import Block
 from mora_ds.data.stream import StreamPosition
@@ -42,7 +40,7 @@ def corpus_of(folder: Path, kind: str = "jsonl", count: int = 90) -> Corpus:
     if kind != "dataset":
         return load_corpus(write(folder, kind, documents(count)))
     write(folder, "jsonl", documents(count))
-    return stream_dataset(str(folder), "text", "source 'a'")
+    return load_corpus(dataset_name=str(folder), streaming=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,9 +127,9 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path):
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
     packed = [InOrder(build_cache(corpus, tokenizer, tmp_path / "cache"), T) for corpus in (left, right)]
 
-    def made(states: Any = None) -> StreamMixture:
+    def made(states: Any = None) -> Mixture:
         sources = {"left": source(left, tokenizer), "right": packed[1]}
-        return StreamMixture(sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states=states)
+        return Mixture(sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states)
 
     cached = Mixture({"left": packed[0], "right": packed[1]}, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12)
     whole = made()

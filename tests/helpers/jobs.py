@@ -76,7 +76,7 @@ def playground(root: Path) -> Playground:
     """Model, tokenizer and texts under `root`."""
     sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, subprocess, random)]
     texts = [source[start : start + 700] for source in sources for start in range(0, 14_000, 700)]
-    trained = train_sentencepiece(texts, VOCABULARY, root)
+    trained = train_sentencepiece(texts, VOCABULARY, root / "trained")
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
     model.save_pretrained(root / "model")
     load_tokenizer(trained).save_pretrained(root / "model")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mora_ds.common.errors import UserError
-from mora_ds.data import IGNORED, StreamMixture
+from mora_ds.data import IGNORED
 from mora_ds.train.loader import BatchLoader, Replica, labels_in
 
 T = 4
@@ -19,6 +19,7 @@ class Data:
 
     names = ("one",)
     rows_per_step = 4
+    has_streams = False
 
     def __init__(self, fails_at: int = -1):
         self.fails_at, self.threads = fails_at, list[str]()
@@ -83,26 +84,17 @@ def test_an_error_is_raised_when_its_batch_is_taken():
             batch_loader.take(2)
 
 
-class Stream(StreamMixture):
-    """Rows that come from a stream."""
-
-    def __init__(self):
-        self.names, self.data = ["one"], Data()
-
-    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
-        return self.data.batch(step, rows)
-
-
 def test_a_stream_that_processes_share_is_read_while_all_of_them_wait_for_it():
     """After the work of a step is queued; it begins before that where a process reads alone."""
     for world in (1, 2):
-        stream = Stream()
-        stream.data.rows_per_step = 4 * world
+        stream = Data()
+        stream.has_streams = True
+        stream.rows_per_step = 4 * world
         batch_loader = loader(stream, 0, world)
         batch_loader.take(0)
         assert (batch_loader._ahead is None) == (world == 2)
         assert batch_loader.labels_ahead(1) == 2 * T
-        assert len(stream.data.threads) == 4
+        assert len(stream.threads) == 4
 
 
 def test_counts_are_those_of_the_part_that_a_process_computes():

@@ -144,7 +144,7 @@ def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, 
     assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
 
 
-def test_a_sentencepiece_file_as_tokenizer(user: Playground, out: Path, tmp_path: Path):
+def test_a_tokenizer_that_was_trained_before(user: Playground, out: Path, tmp_path: Path):
     path = train_sentencepiece(user.texts(), 380, tmp_path)
     run(1, user.flags(out, "--tokenizer_name", path, "--export_merged", "true"))
     exported = AutoTokenizer.from_pretrained(out / "merged")

@@ -30,7 +30,6 @@ from mora_ds.data import (
     Encoder,
     Mixture,
     PackedDataset,
-    StreamMixture,
     StreamSource,
     build_cache,
     domain_documents,
@@ -79,19 +78,12 @@ def main() -> None:
         }
         return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows)
 
-    def streamed(states: dict[str, Any] | None = None) -> StreamMixture:
+    def streamed(states: dict[str, Any] | None = None) -> Mixture:
         sources: dict[str, Any] = {}
         for name, corpus in corpora.items():
             reader = DocumentStream(name, corpus, SHUFFLE_BUFFER, f"0/{name}")
             sources[name] = StreamSource(reader, Encoder.of(tokenizer), options.seq_len, True, None)
-        return StreamMixture(
-            sources,
-            [(0, WEIGHTS)],
-            [None] * 3,
-            options.seq_len,
-            options.rows,
-            states=states,
-        )
+        return Mixture(sources, [(0, WEIGHTS)], [None] * 3, options.seq_len, options.rows, states)
 
     train = _training(options)
     stream = streamed()
@@ -121,9 +113,9 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def _far(stream: StreamMixture, rows: int) -> dict[str, Any]:
+def _far(stream: Mixture, rows: int) -> dict[str, Any]:
     """Where the stream stands now, as a run would have it that came there at step 10^6."""
-    states = stream.states_at(stream._next_step)
+    states = stream.states_at(stream._next_step) or {}
     for name, count in zip(stream.names, stream.schedule.counts(FAR * rows), strict=True):
         states["sources"][name]["samples"] = int(count)
     return {**states, "step": FAR}
