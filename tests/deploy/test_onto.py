@@ -21,11 +21,12 @@ from mora_ds.data import load_corpus
 from mora_ds.deploy.export import export_merged
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
 from mora_ds.models.base import BaseCheckpoint
+from mora_ds.models.rope import changed, rope_changes
 from mora_ds.remora.merge import layer_entries
 from tests.helpers.adapters import Maker
 from tests.helpers.exports import contents
 from tests.helpers.jobs import Playground
-from tests.helpers.models import tiny_model
+from tests.helpers.models import tiny_model, tokens
 from tests.helpers.tools import call
 
 NORMS = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
@@ -36,8 +37,9 @@ MORE_TOKENS = 8
 class Update:
     """A run's update of a tiny model: two merged cycles, live matrices, and trained tensors."""
 
-    def __init__(self, folder: Path, family: str, product: bool, **changes: Any):
-        """`product`: embeddings and head have a trained product of low rank, instead of trained embeddings."""
+    def __init__(self, folder: Path, family: str, product: bool, rope: dict[str, Any] | None = None, **changes: Any):
+        """`product`: embeddings and head have a trained product of low rank, instead of trained embeddings. `rope`:
+        what the run has changed in the base's config."""
         self.folder = folder
         self.base = folder / "base"
         self.checkpoint = folder / "adapter"
@@ -61,7 +63,9 @@ class Update:
             self.trained[name] = 0.1 * torch.randn(rows, generator=generator)
         maker = Maker(model, self.base)
         self.keys = maker.keys
-        self.updates = maker.write(self.checkpoint, config, 2, trained=self.trained, layers_of=layers_of)
+        self.updates = maker.write(
+            self.checkpoint, config, 2, trained=self.trained, layers_of=layers_of, config_changes=rope or {}
+        )
 
     def change(self, name: str) -> Tensor | int:
         """merged - base of a parameter of the base, in fp64."""
@@ -156,6 +160,28 @@ def test_the_update_is_scaled(tmp_path: Path, scale: float):
         f"| scale | {scale} |",
     ):
         assert words in card
+
+
+def test_the_target_gets_the_longer_window_of_the_run(tmp_path: Path):
+    """`--rope_scaling`: the model that is written computes with the run's positions, as does the one in memory."""
+    target = tiny_model("llama", seed=7)
+    changes = rope_changes(target.config, {"rope_type": "yarn", "factor": 4.0})
+    update = Update(tmp_path, "llama", False, changes)
+    target.save_pretrained(tmp_path / "target")
+    tokenizer(tmp_path / "target", "ab")
+    tokenizer(update.base, "ab")
+    export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target")
+    by_hand = AutoModelForCausalLM.from_config(changed(copy.deepcopy(target.config), changes))
+    by_hand.load_state_dict({name: tensor.float() for name, tensor in expected(update, target).items()})
+    ids = tokens(1, 300)
+    merged = loaded(tmp_path / "merged").eval()
+    with torch.no_grad():
+        logits = merged(ids).logits
+        torch.testing.assert_close(logits, by_hand.eval()(ids).logits, rtol=0, atol=1e-5)
+        assert torch.equal(load_target(update.checkpoint, onto=tmp_path / "target").model(ids).logits, logits)
+        target.load_state_dict(merged.state_dict())
+        assert (target.eval()(ids).logits - logits).abs().max() > 1e-3
+    assert merged.config.max_position_embeddings == 4 * target.config.max_position_embeddings
 
 
 # -- what stays the target's -------------------------------------------------------------------------------------------
