@@ -64,7 +64,7 @@ def parser_of(main: Callable[[], object]) -> argparse.ArgumentParser:
 
 def cli_page() -> str:
     """reference/cli.md."""
-    from mora_ds.commands.dispatch import COMMANDS
+    from mora_ds.commands.dispatch import COMMANDS, OF_RESEARCH, load
     from mora_ds.config import arguments
     from mora_ds.engine import launcher
 
@@ -92,14 +92,14 @@ def cli_page() -> str:
             if field.name in actions and field.name != "local_rank":
                 lines.append(_setting(actions[field.name], hints[field.name]))
         lines.append("")
-    for name, command in COMMANDS.items():
-        if command.function.startswith("research."):
-            lines += [f"## mora-ds {name}", "", f"{command.what.capitalize()} ([research](../research.md)).", ""]
+    for name, what in COMMANDS.items():
+        if name in OF_RESEARCH:
+            lines += [f"## mora-ds {name}", "", f"{what.capitalize()} ([research](../research.md)).", ""]
         elif name == "prepare-corpus":
-            doc = sys.modules[command.load().__module__].__doc__
+            doc = sys.modules[load(name).__module__].__doc__
             lines += [f"## mora-ds {name}", "", f"{_first_line(doc)} Its flags are those of `mora-ds pretrain`.", ""]
         elif name != "pretrain":
-            main = command.load()
+            main = load(name)
             doc = sys.modules[main.__module__].__doc__
             lines += _program(f"mora-ds {name}", main, doc, SCRIPTS.get(name))
     return _page(lines)

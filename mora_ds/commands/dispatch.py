@@ -5,7 +5,6 @@ A command's module is imported when the command is called, so that the list of c
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 
 from mora_ds.common import research
@@ -13,51 +12,43 @@ from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.version import __version__
 from mora_ds.runtime import cli
 
-
-@dataclass(frozen=True)
-class Command:
-    """One command: what it does in a line, and its function."""
-
-    what: str
-    function: str
-    """module.function, in `mora_ds.commands`; those of `mora_ds.research` begin with `research.`."""
-    restartable: bool = False
-    """Whether a signal makes it save and stop, to be run again (`runtime/cli.py`)."""
-
-    def load(self) -> Callable[[], None]:
-        """The function, whose module is imported now."""
-        module, _, function = self.function.rpartition(".")
-        package, _, name = module.rpartition(".")
-        home = research.load(name) if package == "research" else import_module(f"mora_ds.commands.{name}")
-        command: Callable[[], None] = getattr(home, function)
-        return command
-
-
 COMMANDS = {
-    "pretrain": Command(
-        "train, or run the demo; --num_gpus N starts N processes",
-        "pretrain.start",
-        restartable=True,
-    ),
-    "recipes": Command("list or copy the recipes and DeepSpeed files of this package", "recipes.main"),
-    "plan": Command("plan memory and traffic of a run from its model's config", "plan.main"),
-    "analyze": Command("analyse a model's weights, and plan which layers to adapt", "research.analyze.main"),
-    "prepare-corpus": Command("tokenise the text of a training run ahead", "prepare_corpus.main"),
-    "extend-vocab": Command("add a domain's tokens to a model's vocabulary", "extend_vocab.main"),
-    "export": Command("write the merged Hugging Face model of a checkpoint", "export.main"),
-    "convert": Command("convert a checkpoint: adapter alone, LoRA of PEFT", "convert.main"),
-    "evaluate": Command("measure perplexity and bits per byte of a model or a checkpoint", "evaluate.main"),
-    "evaluate-adapters": Command("measure many adapters of one base", "research.bank.main"),
-    "ledger": Command("show or sum merge ledgers", "ledger.main"),
-    "spectrum": Command("measure singular values and ranks of merged updates", "research.spectrum.main"),
-    "verify": Command("verify every file of a checkpoint or a run", "verify.main"),
+    "pretrain": "train, or run the demo; --num_gpus N starts N processes",
+    "recipes": "list or copy the recipes and DeepSpeed files of this package",
+    "plan": "plan memory and traffic of a run from its model's config",
+    "analyze": "analyse a model's weights, and plan which layers to adapt",
+    "prepare-corpus": "tokenise the text of a training run ahead",
+    "extend-vocab": "add a domain's tokens to a model's vocabulary",
+    "export": "write the merged Hugging Face model of a checkpoint",
+    "convert": "convert a checkpoint: adapter alone, LoRA of PEFT",
+    "evaluate": "measure perplexity and bits per byte of a model or a checkpoint",
+    "evaluate-adapters": "measure many adapters of one base",
+    "ledger": "show or sum merge ledgers",
+    "spectrum": "measure ranks of merged updates",
+    "verify": "verify every file of a checkpoint or a run",
 }
+"""Command -> what it does, in a line. Its function is `main` of the module of its name, but for those below."""
+
+OF_RESEARCH = {"analyze": "analyze", "evaluate-adapters": "bank", "spectrum": "spectrum"}
+"""Command -> its module in `mora_ds.research`."""
+
+PRETRAIN = "pretrain"
+
+
+def load(name: str) -> Callable[[], None]:
+    """The function of a command, whose module is imported now."""
+    if name in OF_RESEARCH:
+        module = research.load(OF_RESEARCH[name])
+    else:
+        module = import_module(f"mora_ds.commands.{name.replace('-', '_')}")
+    command: Callable[[], None] = module.start if name == PRETRAIN else module.main
+    return command
 
 
 def main() -> None:
     """Run the command that `sys.argv` names, and end the process. Never returns."""
     name = take_command(sys.argv)
-    cli.run(lambda: run(name), restartable=name in COMMANDS and COMMANDS[name].restartable)
+    cli.run(lambda: run(name), restartable=name == PRETRAIN)
 
 
 def take_command(argv: list[str]) -> str:
@@ -80,12 +71,12 @@ def run(name: str) -> None:
     elif name not in COMMANDS:
         raise UserError(unknown("command", name, COMMANDS))
     else:
-        COMMANDS[name].load()()
+        load(name)()
 
 
 def help_lines() -> list[str]:
     """What `mora-ds --help` prints."""
     width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {command.what}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     head = ["usage: mora-ds COMMAND [flags]", "", "Continual pretraining with MoRA and ReMoRA under DeepSpeed.", ""]
     return [*head, *rows, "", "mora-ds COMMAND --help lists a command's flags."]

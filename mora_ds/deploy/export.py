@@ -37,7 +37,7 @@ from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, load_model
-from mora_ds.models.save import Layout, layout_of, write_companions, write_shards
+from mora_ds.models.save import layout_of, write_companions, write_shards
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
@@ -158,7 +158,27 @@ def export_merged(
         written = None if as_stored else compute_dtype(adapter.dtype if dtype == "auto" else dtype)
         keys = run.target.keys() if run.is_onto else exported_keys(run.base, run.reference)
         layout = layout_of(run.target, keys, written)
-        names, comparison = _write(run, output, layout, written, verify, trust_remote_code, delta_scale)
+        facts: dict[str, Any] = {}
+        if run.is_onto:
+            facts = {"put onto": str(run.target.folder), "its fingerprint": run.target.fingerprint()}
+            facts["scale"] = delta_scale
+        if adapter.domains is not None:
+            facts["domain"] = run.domain or SHARED
+        comparison = None
+        with atomic_folder(output.absolute()) as folder:
+            names = write_shards(folder, layout, _SHARD_BYTES, updated_tensors(run))
+            tokenizer = None if run.is_onto else tokenizer_of(run.folder)
+            write_companions(run.target, folder, written, tokenizer, run.reference.config_changes)
+            if verify and written is not None:
+                rounding = _rounding(run) if adapter.config.base_bits in (8, 4) else None
+                probe = run.folder / PROBE_FILE
+                comparison = compare_logits(
+                    folder, probe, written, logits_name(run.domain), rounding, trust_remote_code
+                )
+            described = replace(adapter, facts={**facts, **adapter.facts})
+            measured = None if run.is_onto else run.folder
+            card = model_card(measured, described, run.reference, _dtype_text(written), comparison)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return ExportReport(
         output=output,
         files=names,
@@ -169,39 +189,6 @@ def export_merged(
         cycles=opened.ledger.cycles,
         comparison=comparison,
     )
-
-
-def _write(
-    run: OpenedRun,
-    output: Path,
-    layout: Layout,
-    dtype: torch.dtype | None,
-    verify: bool,
-    trust_remote_code: bool,
-    scale: float,
-) -> tuple[tuple[str, ...], Comparison | None]:
-    """Writes weights, companions and model card, and compares the logits if asked to; then renames into place. Returns
-    the names of the weight files too."""
-    comparison = None
-    adapter = run.file
-    with atomic_folder(output.absolute()) as folder:
-        names = write_shards(folder, layout, _SHARD_BYTES, updated_tensors(run))
-        tokenizer = None if run.is_onto else tokenizer_of(run.folder)
-        write_companions(run.target, folder, dtype, tokenizer, run.reference.config_changes)
-        if verify and dtype is not None:
-            round_weights = _rounding(run) if run.file.config.base_bits in (8, 4) else None
-            comparison = compare_logits(
-                folder, run.folder / PROBE_FILE, dtype, logits_name(run.domain), round_weights, trust_remote_code
-            )
-        if adapter.domains is not None:
-            adapter = replace(adapter, facts={"domain": run.domain or SHARED, **adapter.facts})
-        if run.is_onto:
-            onto = {"put onto": str(run.target.folder), "its fingerprint": run.target.fingerprint(), "scale": scale}
-            adapter = replace(adapter, facts={**onto, **adapter.facts})
-        measured = None if run.is_onto else run.folder
-        card = model_card(measured, adapter, run.reference, _dtype_text(dtype), comparison)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return names, comparison
 
 
 def _dtype_text(dtype: torch.dtype | None) -> str:
