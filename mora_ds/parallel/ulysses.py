@@ -37,8 +37,6 @@ from mora_ds.models.attention import NAME, attention_of, is_flash
 from mora_ds.parallel.limits import SEQUENCE
 
 _BOUND = "_mora_ds_sequence"
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
 _dispatched: set[str] = set()
 _groups: dict[int, Any] = {}
 
@@ -64,8 +62,6 @@ def share_rows(
     _dispatch(core)
     for module in model.modules():
         setattr(module, _BOUND, sequence)
-        if _depends_on_length(module):
-            _share_longest_position(module, sequence)
     return sequence
 
 
@@ -123,12 +119,6 @@ class SequenceParallel:
             name: rows.unflatten(1, (self.size, -1))[:, self.rank].contiguous() if isinstance(rows, Tensor) else rows
             for name, rows in batch.items()
         }
-
-    def longest(self, positions: Tensor) -> Tensor:
-        """(1,) the largest position in the complete rows, from this process's part of them."""
-        largest = positions.max().reshape(1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
-        return largest
 
     def attend(
         self,
@@ -211,32 +201,6 @@ def _dispatch(name: str) -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(name, dispatched)
     _dispatched.add(name)
-
-
-def _depends_on_length(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    named = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any(word in str(kind) for kind in named for word in _LENGTH_DEPENDENT)
-
-
-def _share_longest_position(rotary: nn.Module, sequence: SequenceParallel) -> None:
-    """Let a rotary embedding take its frequencies from the complete rows on every process: it gets their longest
-    position as one more token, whose cosine and sine are dropped."""
-    forward = rotary.forward
-
-    def shared(
-        x: Tensor,
-        position_ids: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        if not sequence.splits:
-            return forward(x, position_ids, *args, **kwargs)
-        longest = sequence.longest(position_ids).expand(len(position_ids), 1)
-        cos, sin = forward(x, torch.cat([position_ids, longest], dim=1), *args, **kwargs)
-        return cos[:, :-1], sin[:, :-1]
-
-    rotary.forward = shared
 
 
 def _group(size: int, timeout_s: float | None) -> Any:

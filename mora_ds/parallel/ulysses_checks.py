@@ -10,6 +10,9 @@ from mora_ds.models.attention import why_dense
 from mora_ds.parallel.limits import SEQUENCE
 from mora_ds.parallel.ulysses import check_heads
 
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on the longest position in the batch (modeling_rope_utils.py)."""
+
 
 def check_config(
     config: Any,
@@ -27,18 +30,19 @@ def check_config(
         raise UserError(
             f"{SEQUENCE}: rows are split where attention is by documents, which it is not, because {reason}"
         )
+    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if kind in _LENGTH_DEPENDENT:
+        raise UserError(
+            f"{SEQUENCE}: rotary embeddings of rope_type {kind} depend on the longest position of a complete row"
+        )
 
 
 def describe(config: Any, size: int, seq_len: int) -> str:
     """One line for the start of a run: what each process computes."""
-    heads, kv_heads = _heads(config.get_text_config())
-    kv = f"{kv_heads // size} of {kv_heads}"
-    if kv_heads < size:
-        kv = f"1 of {kv_heads}, each on {size // kv_heads} processes"
+    heads, _ = _heads(config.get_text_config())
     return (
         f"sequence parallel: {size} processes share every row; each computes {seq_len // size} of its {seq_len} "
-        f"tokens, in attention {heads // size} of {heads} heads (key-value heads {kv}) over all of them; "
-        "each holds all of the base"
+        f"tokens, and in attention {heads // size} of {heads} heads over all of them"
     )
 
 

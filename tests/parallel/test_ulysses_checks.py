@@ -152,8 +152,8 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkey
 
 def test_what_a_rank_computes_is_told():
     told = {size: describe(config_of("llama"), size, LENGTH) for size in (2, 4)}
-    assert "each computes 12 of its 24 tokens, in attention 2 of 4 heads (key-value heads 1 of 2)" in told[2]
-    assert "1 of 4 heads (key-value heads 1 of 2, each on 2 processes)" in told[4]
+    assert "each computes 12 of its 24 tokens, and in attention 2 of 4 heads" in told[2]
+    assert "1 of 4 heads" in told[4]
 
 
 # -- what cannot be split ----------------------------------------------------------------------------------------------
@@ -170,6 +170,7 @@ llama | {num_attention_heads: 8, num_key_value_heads: 6} | 4 | 6 key-value heads
 bloom | {hidden_size: 32, n_layer: 2, n_head: 4} | 2 | attention of BloomForCausalLM
 mamba | {hidden_size: 32, num_hidden_layers: 2} | 2 | no number of attention heads
 llama4_text | {} | 2 | layers of the kind chunked_attention
+llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}} | 2 | rope_type dynamic depend
 """
 
 
