@@ -52,7 +52,7 @@ def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
 def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
         "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
-        "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}], "transposed": [],
+        "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
         "steps": [None, 7],
     }  # fmt: skip
     return Layout(**{**facts, **more})
@@ -88,17 +88,6 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
     assert shards.layout.steps == [None, 7]
-
-
-def test_a_transpose_is_read_both_ways(tmp_path: Path):
-    """Of "a", which is stored as it is, and of "c", whose shards hold the transpose."""
-    write(tmp_path, transposed=["c"])
-    shards = EngineShards.open(tmp_path)
-    for name, stored, opposite in (("a", False, True), ("c", True, False)):
-        turned = VALUES[name].view(SHAPES[name]).T.flatten()
-        assert shards.read(name, MASTER, 1, 2, transposed=stored).tolist() == VALUES[name][1:3].tolist()
-        assert shards.read(name, MASTER, 1, 2, transposed=opposite).tolist() == turned[1:3].tolist()
-        assert shards.read(name, MASTER, 1, transposed=opposite).tolist() == turned[1:].tolist()
 
 
 def one_flat_each(folder: Path) -> EngineShards:

@@ -43,7 +43,7 @@ def _write_engine(checkpoint: Path) -> None:
     (checkpoint / "engine").mkdir()
     save_file({"0.master": flat, **state}, checkpoint / "engine" / SHARD)
     layout = Layout(
-        world_size=1, stage=2, optimizer="AdamW", scaler={}, transposed=[],
+        world_size=1, stage=2, optimizer="AdamW", scaler={},
         groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
         steps=[None], counters={"global_steps": 7},
     )  # fmt: skip

@@ -6,16 +6,13 @@ fuzz(subjects, seeds, scratch)    one call of a tool for each seed, and what it 
 
 import contextlib
 import io
-import json
-import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +25,7 @@ from mora_ds.common.errors import RunError, UserError
 from tests.helpers.adapters import Maker
 from tests.helpers.crafted import reseal, whole_checkpoint
 from tests.helpers.damage import change_json
+from tests.helpers.gloo import RankFailed, run_ranks
 from tests.helpers.jobs import REPOSITORY, playground
 from tests.helpers.mutate import Mutator
 from tests.helpers.tools import call, tool
@@ -43,8 +41,8 @@ SECONDS = 10
 NBYTES = 2**30
 """What one call may take: seconds of its own, on a machine that others use too, and bytes."""
 
-Tool = Callable[[Path, Path], None]
-"""Called with (the case's folder, the output)."""
+Tool = tuple[str, ...]
+"""A tool and its flags, with {case} for the case's folder and {out} for the output."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +52,6 @@ class Subject:
     folder: Path
     mutated: str
     tools: tuple[Tool, ...]
-
-
-def _tool(name: str, *flags: str) -> Tool:
-    """`flags` with {case} and {out} filled in."""
-
-    tool(name)  # imported once, not in each process
-
-    def run(case: Path, out: Path) -> None:
-        call(name, *(flag.format(case=case, out=out) for flag in flags))
-
-    run.__name__ = name if flags[0][0] in "-{" else f"{name} {flags[0]}"
-    return run
 
 
 _CHECKPOINT = "{case}/out/checkpoints/step-000007"
@@ -90,25 +76,25 @@ def subjects(folder: Path) -> list[Subject]:
     reseal(model / "adapter")
     sets = ("--sets", "a={case}/held.txt")
     fast = (
-        _tool("verify_checkpoint", _CHECKPOINT),
-        _tool("verify_checkpoint", _CHECKPOINT, "--base", base),
-        _tool("convert_checkpoint", "adapter", _CHECKPOINT, "--output", "{out}"),
-        _tool("ledger", "show", _CHECKPOINT),
-        _tool("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base),
-        _tool(*_EXPORT),
-        _tool("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
-        _tool("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
+        ("verify_checkpoint", _CHECKPOINT),
+        ("verify_checkpoint", _CHECKPOINT, "--base", base),
+        ("convert_checkpoint", "adapter", _CHECKPOINT, "--output", "{out}"),
+        ("ledger", "show", _CHECKPOINT),
+        ("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base),
+        _EXPORT,
+        ("convert_checkpoint", "peft", _CHECKPOINT, "--output", "{out}", "--rank", "4"),
+        ("ledger", "combine", _CHECKPOINT, _CHECKPOINT, "--weights", "0.5", "0.5", "--output", "{out}"),
     )
     of_model = (
-        _tool("evaluate", base, *sets),
-        _tool("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
-        _tool("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
+        ("evaluate", base, *sets),
+        ("extend_vocab", base, "--corpus", "{case}/held.txt", "--pieces", "2", "--output", "{out}"),
+        ("plan", "--model", base, "--gpus", "8", "--seq_len", "8", "--micro_batch", "1"),
     )
     return [
         Subject(run, "out/checkpoints/step-000007", fast),
-        Subject(run, "base", (_tool("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base), _tool(*_EXPORT))),
-        Subject(model, "adapter", (_tool("evaluate", "{case}/adapter", *sets),)),
-        Subject(run, "out/checkpoints/step-000007", (_tool(*_EXPORT, "--verify"),)),
+        Subject(run, "base", (("verify_checkpoint", f"{_CHECKPOINT}/ledger", "--base", base), _EXPORT)),
+        Subject(model, "adapter", (("evaluate", "{case}/adapter", *sets),)),
+        Subject(run, "out/checkpoints/step-000007", ((*_EXPORT, "--verify"),)),
         Subject(model, "base", of_model),
     ]  # fmt: skip
 
@@ -133,42 +119,36 @@ def fuzz(made: list[Subject], seeds: Sequence[int], scratch: Path) -> list[dict[
     """What one call for each seed has done wrong: its seed, tool, changes and error."""
     findings: list[dict[str, Any]] = []
     for first in range(0, len(seeds), SEEDS_OF_A_PROCESS):
-        report = scratch / f"report-{first}.jsonl"
-        child = os.fork()
-        if child == 0:
-            _run_all(made, seeds[first : first + SEEDS_OF_A_PROCESS], scratch, report)
-        _, status = os.waitpid(child, 0)
-        lines = [json.loads(line) for line in report.read_text().splitlines()]
-        findings += [line for line in lines if line.get("error")]
-        if status:
-            findings.append({**lines[-1], "error": f"the process ended with status {status}"})
+        try:
+            findings += run_ranks(1, _judged, made, seeds[first : first + SEEDS_OF_A_PROCESS], scratch, timeout_s=1200)[
+                0
+            ]
+        except RankFailed as error:
+            findings.append({"seed": int((scratch / "seed").read_text()), "error": str(error)})
     return findings
 
 
-def _run_all(made: list[Subject], seeds: Sequence[int], scratch: Path, report: Path) -> None:
-    """In the child: never returns."""
-    code = 1
-    try:
-        signal.signal(signal.SIGALRM, _stop)
-        signal.signal(signal.SIGPROF, _stop)
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + NBYTES,) * 2)
-        with report.open("a", buffering=1) as file:
-            for seed in seeds:
-                file.write(json.dumps({"seed": seed}) + "\n")
-                signal.alarm(120)  # for the mutation itself
-                file.write(json.dumps({"seed": seed, **_one(made, seed, scratch)}) + "\n")
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+def _judged(made: list[Subject], seeds: Sequence[int], scratch: Path) -> list[dict[str, Any]]:
+    """What goes wrong with these seeds, on one rank."""
+    for subject in made:
+        for name, *_ in subject.tools:
+            tool(name)  # imported before memory is bounded
+    signal.signal(signal.SIGALRM, _stop)
+    signal.signal(signal.SIGPROF, _stop)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + NBYTES,) * 2)
+    findings = []
+    for seed in seeds:
+        (scratch / "seed").write_text(str(seed))
+        signal.alarm(120)  # for the mutation itself
+        finding = {"seed": seed, **_one(made, seed, scratch)}
+        findings += [finding] if finding["error"] else []
+    return findings
 
 
 def _one(made: list[Subject], seed: int, scratch: Path) -> dict[str, Any]:
     chosen = random.Random(seed)
     (subject,) = chosen.choices(made, WEIGHTS)
-    tool = chosen.choice(subject.tools)
+    words = chosen.choice(subject.tools)
     case = scratch / "case"
     shutil.rmtree(case, ignore_errors=True)
     shutil.copytree(subject.folder, case, symlinks=True)
@@ -180,11 +160,11 @@ def _one(made: list[Subject], seed: int, scratch: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             reseal(target)
     before = _state(case)
-    error = _error(tool, case)
+    error = _error([word.format(case=case, out=case / "made" / "output") for word in words])
     if not error and _state(case) != before:
         changed = sorted({name for name, _ in before ^ _state(case)})
         error = f"written outside of the output: {changed[:3]}"
-    return {"tool": tool.__name__, "subject": subject.mutated, "changes": changes, "error": error}
+    return {"tool": " ".join(words), "subject": subject.mutated, "changes": changes, "error": error}
 
 
 def _state(case: Path) -> set[tuple[str, tuple[int, int]]]:
@@ -197,14 +177,14 @@ def _state(case: Path) -> set[tuple[str, tuple[int, int]]]:
     return facts
 
 
-def _error(tool: Tool, case: Path) -> str:
+def _error(words: Sequence[str]) -> str:
     """The traceback of anything but the project's own errors, else ""."""
     quiet = io.StringIO()
     signal.alarm(6 * SECONDS)  # for a call that waits, such as on a pipe
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            tool(case, case / "made" / "output")
+            call(*words)
     except (UserError, RunError) as error:
         return "" if str(error).strip() else "a message without words"
     except _TooLong:
