@@ -186,7 +186,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files with their times, not their modes. Raises `UserError` for a link in `source`, which is not
+    """Copies all files, not their modes. Raises `UserError` for a link in `source`, which is not
     followed, and `RunError` on a full disk (`shutil.copytree` has its own error)."""
     require_plain(source)
     with disk_errors(target):
@@ -197,7 +197,6 @@ def copy_folder(source: Path, target: Path) -> None:
                 (target / relative).mkdir()
             else:
                 shutil.copyfile(path, target / relative)
-                os.utime(target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
 
 
 def as_path(value: Any, argument: str) -> Path:
@@ -368,66 +367,54 @@ def require_format(path: Path, content: JsonObject) -> None:
         raise UserError(f"{path} has format {shown(file_format)}; mora_ds {__version__} reads format {FORMAT}")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice; plain YAML silently keeps the last one."""
+_MAX_YAML = 8 * 2**20
+_MAX_DIGITS = 200
+"""A float takes 308 digits, and Python prints 4,300."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader that refuses aliases, by which a few lines stand for any number of values; long whole numbers; and a
+    key given twice, of which YAML silently keeps the last one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise _refused("an alias is not read here: write the value again", self.peek_event())
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > _MAX_DIGITS:
+            raise _refused(f"a whole number has more than {_MAX_DIGITS} digits", node)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float)):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"{key!r} is no key",
-                    key_node.start_mark,
-                )
+                raise _refused(f"{key!r} is no key", key_node)
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"{key!r} is given twice",
-                    key_node.start_mark,
-                )
+                raise _refused(f"{key!r} is given twice", key_node)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# a float takes 308 digits, Python prints 4,300
-_MAX_YAML = 8 * 2**20
-_MAX_NODES = 1_000_000
-_MAX_DIGITS = 200
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 
 
-def _nodes(node: yaml.Node, seen: dict[int, int]) -> int:
-    """Number of values that a node stands for, each alias counted with all that it repeats. Raises RecursionError for
-    one that contains itself."""
-    if id(node) not in seen:
-        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
-            raise ValueError(f"a whole number has more than {_MAX_DIGITS} digits")
-        seen[id(node)] = _MAX_NODES + 1  # for whatever meets it again while it is counted
-        value: Any = node.value
-        children = [child for pair in value for child in pair] if isinstance(node, yaml.MappingNode) else value
-        inner = children if isinstance(node, yaml.CollectionNode) else ()
-        seen[id(node)] = 1 + sum(_nodes(child, seen) for child in inner)
-    return seen[id(node)]
+def _refused(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    """`at`: a node or event."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def load_yaml(path: str, what: str) -> dict[Any, Any]:
-    """The mapping in a YAML file of at most 8 MiB without repeated keys. Raises `UserError`, which calls the file
-    `what`."""
+    """The mapping in a YAML file of at most 8 MiB without aliases and repeated keys. Raises `UserError`, which calls
+    the file `what`."""
     try:
         text = read_text(Path(os.path.expanduser(path)), _MAX_YAML)
     except (OSError, UserError) as error:
         raise UserError(f"cannot read {what} {path}: {error}") from error
     try:
-        loader = _UniqueKeyLoader(text)
-        node = loader.get_single_node()
-        if node is not None and _nodes(node, {}) > _MAX_NODES:
-            raise UserError(f"{path} stands for more than {_MAX_NODES:,} values, by anchors that are repeated")
-        content = None if node is None else loader.construct_document(node)
-    except UserError:
-        raise
+        content = yaml.load(text, _PlainLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {error}") from error
     except RecursionError:
