@@ -96,13 +96,6 @@ def complete_checkpoints(root: Path) -> list[Path]:
     )
 
 
-def unknown_entries(root: Path) -> list[str]:
-    """Names in the folder `root` of all checkpoints that no run gives, hidden ones aside: the user's own files and
-    folders, which are neither read nor deleted."""
-    names = (path.name for path in root.iterdir() if not path.name.startswith("."))
-    return sorted(name for name in names if name not in (LATEST, BEST) and not is_step_name(name))
-
-
 def tokenizer_of(folder: Path | None) -> Path | None:
     """The tokenizer's folder in a checkpoint, where it has one."""
     return folder / TOKENIZER_FOLDER if folder is not None and (folder / TOKENIZER_FOLDER).is_dir() else None

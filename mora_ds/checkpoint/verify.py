@@ -36,7 +36,6 @@ from mora_ds.checkpoint.layout import (
     is_full_training,
     is_step_name,
     step_of,
-    unknown_entries,
 )
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import RunError, UserError, refuse
@@ -90,12 +89,6 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
     folders = complete_checkpoints(root) if root.is_dir() else []
     if not folders:
         raise UserError(f"{path} is neither a checkpoint, nor a ledger, nor the folder of a run that has one")
-    if unknown := unknown_entries(root):
-        logger.warning(
-            "%s: not checkpoints by their names, and not looked into: %s",
-            root,
-            ", ".join(unknown),
-        )
     latest = (root / LATEST).resolve()
     verdicts = [_verify_one(folder, opened) for folder in folders]
     for verdict in verdicts:

@@ -55,9 +55,6 @@ from mora_ds.runtime.ranks import Ranks, Result
 
 logger = logging.getLogger(__name__)
 
-_SMALL_FILES = 32 << 10
-"""Bytes of a rank's random state and its part of the layout; tokenizer and JSON files take as much again, twice."""
-
 Collect = Callable[[int], Callable[[Path], None]]
 """Called on every rank with the step, so that it may gather; returns a function that writes the result to a folder
 without further communication."""
@@ -103,7 +100,6 @@ class CheckpointWriter:
                     raise RunError(f"{beside} was left by a run that was killed and cannot be deleted: remove it")
                 beside.mkdir(parents=True)
             dist.barrier()
-            _check_space(self.root, self.engine)
             work = self._prepared(beside, final, state, keep)
             if self._background is None:
                 work()
@@ -237,23 +233,6 @@ def _removed_on_failure(beside: Path) -> Iterator[None]:
     except Exception:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-
-
-def _check_space(root: Path, engine: zero.Engine) -> None:
-    """Estimates what will be written: master and two moments in fp32, the adapter in fp32, and small files a rank, a
-    tensor and a checkpoint. Raises `RunError` on all ranks alike where less is free."""
-    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()]
-    if engine.mpu is not None:  # the other ranks of a tensor-parallel group hold as much of the matrices
-        sizes = [size * engine.mpu.get_tensor_model_parallel_world_size() for size in sizes]
-    needed = 16 * sum(sizes) + 2048 * len(sizes) + _SMALL_FILES * (2 + dist.get_world_size())
-    free = shutil.disk_usage(root).free
-    missing = torch.tensor(needed - free, dtype=torch.int64, device=engine.device)
-    dist.all_reduce(missing, op=dist.ReduceOp.MAX)
-    if missing.item() > 0:
-        raise RunError(
-            f"the disk that holds {root} is full: a checkpoint needs about {needed / 2**20:,.1f} MiB, "
-            f"{free / 2**20:,.1f} MiB are left. --save_total_limit deletes older checkpoints"
-        )
 
 
 def _replace_folder(beside: Path, final: Path) -> None:

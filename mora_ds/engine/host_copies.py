@@ -12,7 +12,6 @@ of copies is tested with twins that copy as early and as late as these promises 
 """
 
 import mmap
-import resource
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,8 +63,8 @@ class CudaCopies(Copies):
             if int(error) != 0:
                 raise UserError(
                     f"--base_device host: {(stop - start) / 1e9:,.2f} GB of host memory cannot be locked for copies "
-                    f"({library.cudaGetErrorString(error)}; ulimit -l is {_locked_limit()}): raise the limits of "
-                    "locked and of host memory, or use --base_device device"
+                    f"({library.cudaGetErrorString(error)}): raise the limits of locked memory (ulimit -l) and of host "
+                    "memory, or use --base_device device"
                 )
             self._locked.append(start)
 
@@ -115,8 +114,3 @@ def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
         else:
             merged.append((start, stop))
     return merged
-
-
-def _locked_limit() -> str:
-    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 1e9:,.2f} GB"

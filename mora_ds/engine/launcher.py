@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mora_ds.common.errors import UserError
-from mora_ds.runtime.log_setup import LogLevel
 
 RUNNER = "deepspeed.launcher.runner"
 """What the program `deepspeed` runs (bin/deepspeed)."""
@@ -51,14 +50,9 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The command that starts `mora-ds pretrain` with `flags` on every GPU.
 
-    The launcher prints what it does, a dozen lines with the command in them, only where `flags` ask for --log_level
-    info or debug. Its one warning is that there is no hostfile: it matters where one is named.
+    The launcher's one warning is that there is no hostfile: it matters where one is named.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--log_level", default="")
-    level = parser.parse_known_args(list(flags))[0].log_level
-    if level not in list(LogLevel):  # a mistake is reported by the training, with all others
-        level = LogLevel.WARNING.value if "--hostfile" in launcher else LogLevel.ERROR.value
+    level = "warning" if "--hostfile" in launcher else "error"
     return [
         sys.executable,
         "-m",

@@ -15,7 +15,6 @@ exchanged one by one (`exchange`).
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
 import time
@@ -124,19 +123,10 @@ class Ranks:
     def same(self, check: str, values: Mapping[str, Any]) -> None:
         """Raise `UserError` that lists each name whose value differs between ranks, with the values and their ranks.
 
-        The values are compared as JSON; digests are exchanged first, and the values only where those differ.
+        The values are compared as JSON.
         """
         mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
-        self.barrier(check)
-        if self.world == 1:
-            return
-        number = _number(json.dumps(mine, sort_keys=True))
-        highest = torch.tensor([number, -number])
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
-        most, least = highest.tolist()
-        if most == -least:
-            return
-        everyone: list[dict[str, str]] = self.gather(f"{check}: values", mine)
+        everyone: list[dict[str, str]] = self.gather(check, mine)
         lines = []
         for name in dict.fromkeys(name for mapping in everyone for name in mapping):
             holders: dict[str, list[int]] = {}
@@ -144,7 +134,8 @@ class Ranks:
                 holders.setdefault(rank_values.get(name, _ABSENT), []).append(rank)
             if len(holders) > 1:
                 lines.append(f"  {name}: " + "; ".join(f"{value} on {_named(at)}" for value, at in holders.items()))
-        raise UserError("\n".join([f"{check}: not the same on all ranks; give every rank the same", *lines]))
+        if lines:
+            raise UserError("\n".join([f"{check}: not the same on all ranks; give every rank the same", *lines]))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor on the CPU, the same on every rank. Not a check: all ranks must come to it."""
@@ -240,11 +231,13 @@ class Ranks:
 
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """The names in `count` parts of about the same size in sum, the largest ones dealt out first."""
-    heap: list[tuple[int, int, list[str]]] = [(0, number, []) for number in range(count)]
+    names_in: list[list[str]] = [[] for _ in range(count)]
+    sums = [0] * count
     for name in sorted(sizes, key=lambda name: -sizes[name]):
-        size, number, names = heap[0]
-        heapq.heapreplace(heap, (size + sizes[name], number, [*names, name]))
-    return [names for _, _, names in sorted(heap, key=lambda bin_: bin_[1])]
+        smallest = sums.index(min(sums))
+        sums[smallest] += sizes[name]
+        names_in[smallest].append(name)
+    return names_in
 
 
 def _number(text: str) -> int:

@@ -4,17 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.common.errors import RunError
 from mora_ds.common.files import verify_manifest
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, job, refused
@@ -99,41 +95,12 @@ def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: P
 # -- the disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degree", [None, 4])
-def test_a_checkpoint_is_not_begun_where_there_is_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, degree: int | None
-):
-    """16 bytes a trained number, of all tensor-parallel ranks; `ds_numel` where a rank holds no more than its share."""
-    parameters = [torch.nn.Parameter(torch.zeros(1000)), torch.nn.Parameter(torch.zeros(3))]
-    parameters[1].ds_numel = 5000  # type: ignore[attr-defined]
-    mpu = None if degree is None else SimpleNamespace(get_tensor_model_parallel_world_size=lambda: degree)
-    engine: Any = SimpleNamespace(module=SimpleNamespace(parameters=lambda: parameters), mpu=mpu, device="cpu")
-    one_rank = SimpleNamespace(
-        get_world_size=lambda: 1, all_reduce=lambda *_, **__: None, ReduceOp=torch.distributed.ReduceOp
-    )
-    monkeypatch.setattr(checkpoints, "dist", one_rank)
-    needed = 16 * 6000 * (degree or 1)
-    for free, is_enough in ((needed, False), (needed + 200_000, True)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        if is_enough:
-            checkpoints._check_space(tmp_path, engine)
-        else:
-            with pytest.raises(RunError, match=r"is full: a checkpoint needs about .* --save_total_limit"):
-                checkpoints._check_space(tmp_path, engine)
-
-
-def careless_job(argv: list[str]) -> tuple[str, str]:
-    """A run that does not look beforehand whether there is room."""
-    checkpoints._check_space = lambda root, engine: None
-    return refused(argv)
-
-
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, disk: Path):
     out = disk / "out"
     for ballast in range(2):
         (disk / f"ballast-{ballast}").write_bytes(bytes(7_000))
         argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
-        kind, message = run_ranks(1, careless_job, argv)[0]
+        kind, message = run_ranks(1, refused, argv)[0]
         assert kind == "RunError"
         assert f"the disk that holds {out}" in message
         assert "is full" in message
