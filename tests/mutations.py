@@ -455,8 +455,8 @@ engine/ds_config.py | config/test_bad_launches.py
 
 # a section of the DeepSpeed file may be a number
 engine/ds_config.py | config/test_bad_launches.py
--problems = [*clean_sections(resolved), *take_degree(resolved, degree)]
-+problems = [*take_degree(resolved, degree)]
+-    problems = clean_sections(resolved)
++    problems = []
 
 # a tokenizer that cannot be loaded is a raw error
 data/tokenizer.py | config/test_bad_launches.py

@@ -13,14 +13,11 @@ from typing import Any
 
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import shipped
-from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.data import DataArguments, ModelArguments
 from mora_ds.config.effects import idle_settings
 from mora_ds.config.flags import RESEARCH, parse_flat
 from mora_ds.config.training import TrainingArguments
-from mora_ds.engine.ds_config import load_ds_config
-from mora_ds.engine.ds_keys import degree_in
 from mora_ds.remora.schedule import Schedule, schedule_kind
 
 RECORDED_KEYS = ("versions", "resolved")
@@ -88,17 +85,12 @@ _SHIPPED = ("deepspeed", "mixture", "model_config")
 def parse(argv: Sequence[str]) -> Arguments:
     """Arguments from a command line (without the program's name): an optional YAML recipe first, then flags.
 
-    The DeepSpeed file may name the degree of tensor parallelism, where no flag does. Raises `UserError` for anything
-    unknown or of a wrong type, and for such a file that cannot be read. `-h` prints help and raises SystemExit(0).
+    Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises SystemExit(0).
     """
     description = "Continual pretraining with MoRA under DeepSpeed."
     recipe, flags = parse_flat(_GROUPS.values(), argv, description, RECORDED_KEYS)
     for settings in (recipe, flags):
         settings.update({name: shipped(settings[name]) for name in _SHIPPED if settings.get(name) is not None})
-    file = {**recipe, **flags}.get("deepspeed")
-    if file is not None and "tensor_parallel_size" not in {**recipe, **flags}:
-        degree = degree_in(load_ds_config(expanded(file, "--deepspeed")))
-        flags.update({} if degree is None else {"tensor_parallel_size": degree})
     return with_flags(recipe, flags)
 
 

@@ -46,8 +46,8 @@ class TrainingArguments:
     """DeepSpeed's JSON file, such as configs/zero3.json. Default: ZeRO-3 with every value "auto"."""
     tensor_parallel_size: int = 1
     """Ranks that split the work of one: each computes a slice of every layer and holds a part of every MoRA matrix; the
-    base stays unsharded on each. Consecutive ranks, best on one node. Ranks of the run = this x data-parallel replicas.
-    Default: the value in --deepspeed ("tensor_parallel": {"autotp_size": t}), or 1."""
+    base stays unsharded on each. Consecutive ranks, best on one node. Ranks of the run = this x data-parallel
+    replicas."""
     base_device: str = BaseDevice.AUTO.value
     """Where the frozen weights of the decoder layers are: device, or host (in host memory; a GPU holds those of
     two layers at a time, and copies the next one while it computes). auto: device, unless the plan says
@@ -175,7 +175,6 @@ class TrainingArguments:
             bf16=self.bf16,
             fp16=self.fp16,
             optimizer=OptimizerKind(self.optimizer),
-            tensor_parallel_size=self.tensor_parallel_size,
         )
 
     @property

@@ -34,7 +34,6 @@ from mora_ds.engine.ds_keys import (
     at,
     fill,
     refused_keys,
-    take_degree,
 )
 from mora_ds.engine.ds_optimizer import (
     OptimizerKind,
@@ -94,8 +93,6 @@ class EngineSettings:
     bf16: bool
     fp16: bool
     optimizer: OptimizerKind = OptimizerKind.ADAMW
-    tensor_parallel_size: int | None = None
-    """None: any value in the config is accepted, and ignored, as full training runs at 1."""
 
 
 def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
@@ -118,7 +115,7 @@ def _read(path: str | Path) -> DsConfig:
     try:
         config = parse_json(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --deepspeed {path}: {error}") from error
+        raise UserError(f"cannot read the DeepSpeed config (--deepspeed) {path}: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from error
     except UserError:
@@ -134,19 +131,16 @@ def resolve_ds_config(
     config: DsConfig | str | Path | None,
     settings: EngineSettings | None = None,
     world_size: int = 1,
-    degree: int | None = None,
 ) -> DsConfig:
     """A new dictionary for `deepspeed.initialize`, from the user's dictionary or the path of a JSON file.
 
-    Without `settings`, as in a user's own loop, no flag fills an "auto", and the tensor-parallel degree is `degree`
-    (None: any). ZeRO's sizes stay "auto" until `fill_bucket_sizes`: the rest can be checked before a model is loaded.
-    Raises one `UserError` that lists all unknown and refused keys, all contradictions with `settings`, and every "auto"
-    that nothing fills.
+    Without `settings`, as in a user's own loop, no flag fills an "auto". ZeRO's sizes stay "auto" until
+    `fill_bucket_sizes`: the rest can be checked before a model is loaded. Raises one `UserError` that lists all unknown
+    and refused keys, all contradictions with `settings`, and every "auto" that nothing fills.
     """
     source = config if isinstance(config, (str, Path)) else "the DeepSpeed config"
     resolved = load_ds_config(config)
-    degree = degree if settings is None else settings.tensor_parallel_size
-    problems = [*clean_sections(resolved), *take_degree(resolved, degree)]
+    problems = clean_sections(resolved)
     if not problems:
         problems += _unknown_keys(resolved)
         problems += refused_keys(resolved, REFUSED)
@@ -168,13 +162,9 @@ def resolve_ds_config(
     return resolved
 
 
-def complete_ds_config(
-    config: DsConfig | str | Path,
-    trainable_numels: Sequence[int],
-    tensor_parallel_size: int | None = None,
-) -> DsConfig:
+def complete_ds_config(config: DsConfig | str | Path, trainable_numels: Sequence[int]) -> DsConfig:
     """The config of a user's own loop, checked and complete: ZeRO's sizes may be "auto" or absent."""
-    return fill_bucket_sizes(resolve_ds_config(config, degree=tensor_parallel_size), trainable_numels)
+    return fill_bucket_sizes(resolve_ds_config(config), trainable_numels)
 
 
 def _refused_by_deepspeed(config: DsConfig) -> list[str]:

@@ -10,46 +10,10 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-from mora_ds.parallel.limits import TENSOR
-
 DsConfig: TypeAlias = dict[str, Any]
 """A DeepSpeed config, or a part of one."""
 
 AUTO = "auto"
-
-SECTION = "tensor_parallel"
-KEY = "autotp_size"
-
-
-def degree_in(config: DsConfig) -> int | None:
-    """The tensor-parallel degree in a config; None where it has none, or one that `take_degree` reports as wrong."""
-    section = config.get(SECTION)
-    degree = section.get(KEY, AUTO) if isinstance(section, dict) else AUTO
-    if not isinstance(degree, int) or isinstance(degree, bool):
-        return None
-    return max(degree, 1)  # DeepSpeed's 0: off
-
-
-def take_degree(config: DsConfig, wanted: int | None) -> list[str]:
-    """Remove the section from a config. Returns what is wrong with it, or differs from the degree `wanted` (None:
-    any)."""
-    section = config.pop(SECTION, None)
-    if section in QUIETLY_OFF:
-        return []
-    if not isinstance(section, dict):
-        return [f'"{SECTION}" must be an object with keys of its own, not {section!r}']
-    problems = [
-        f'"{SECTION}.{key}" cannot be used: it is for AutoTP, which shards the base; "{KEY}" is all that is read'
-        for key in section
-        if key != KEY
-    ]
-    value = section.get(KEY, AUTO)
-    degree = degree_in({SECTION: section})
-    if value != AUTO and (degree is None or value < 0):
-        problems.append(f"{SECTION}.{KEY} must be a whole number or {json.dumps(AUTO)}, got {json.dumps(value)}")
-    elif degree is not None and wanted is not None and degree != wanted:
-        problems.append(f'{SECTION}.{KEY} = {value} but {TENSOR} = {wanted}; set it to "auto", or leave the flag out')
-    return problems
 
 
 def _words(text: str) -> frozenset[str]:
@@ -99,11 +63,14 @@ _BASE_IS_UNSHARDED = "the frozen base is no parameter of DeepSpeed's here: every
 
 _ZERO_PLUS_PLUS = "ZeRO++ is for bases that ZeRO shards; here only the MoRA matrices are, which must not be rounded"
 
+_AUTO_TP = "it would shard the base: --tensor_parallel_size (`tensor_parallel_size` of initialize) splits MoRA matrices"
+
 _MASTER = "the masters of the MoRA matrices and Adam's moments must stay in fp32"
 
 REFUSED: dict[str, str] = {
     "scheduler": "the learning rate follows the merges: set it with --lr_scheduler_type, --warmup_steps, --merge_every",
-    "autotp": 'it would shard the base; write "tensor_parallel": {"autotp_size": t}',
+    "autotp": _AUTO_TP,
+    "tensor_parallel": _AUTO_TP,
     "amp": 'DeepSpeed no longer has apex: use "bf16" or "fp16"',
     "bfloat16": 'write "bf16"',
     "torch_autocast": 'the base is loaded in the compute dtype: use "bf16" or "fp16"',

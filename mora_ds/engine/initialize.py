@@ -37,9 +37,8 @@ from mora_ds.engine.ds_config import (
     avoid_slices,
     complete_ds_config,
     compute_dtype,
-    load_ds_config,
 )
-from mora_ds.engine.ds_keys import DsConfig, degree_in
+from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.ds_optimizer import uses_muon
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.zero import view_of
@@ -86,7 +85,7 @@ def initialize(
     *,
     model: nn.Module,
     config: dict[str, Any] | str | Path,
-    tensor_parallel_size: int | None = None,
+    tensor_parallel_size: int = 1,
     base_on_host: bool = False,
     **kwargs: Any,
 ) -> tuple[zero.Engine, Any, Any, Any]:
@@ -95,22 +94,15 @@ def initialize(
     `config` is a DeepSpeed config (dict or path); sizes of ZeRO's buckets may be "auto". The base is moved to this
     process's device in the config's dtype and compared between all processes by checksum. With
     `tensor_parallel_size` t, t consecutive ranks share the work of one, and must be given the same batch
-    (`parallel/tensor_parallel.py`); by default it is that of the config ("tensor_parallel": {"autotp_size": t}), or 1.
+    (`parallel/tensor_parallel.py`).
     With `base_on_host` the decoder layers' frozen weights stay in host memory, and the device holds those of two layers
     at a time (`engine/base_ring.py`).
     Raises `UserError` for a model without adapter, and `RunError` when the processes hold different bases.
     """
-    if not isinstance(config, (dict, str, os.PathLike)):
-        raise UserError(
-            f"initialize: `config` must be a DeepSpeed config, a dict or the path of its file, got {config!r}"
-        )
-    if not isinstance(config, dict) and not Path(config).is_file():
-        raise UserError(f"initialize: `config`: there is no file {os.fspath(config)}")
     config_of(model)  # refuses a model without an adapter
     if is_compiled(model):
         raise UserError("initialize: `model` is compiled: merges change what was compiled; give the model itself")
-    if tensor_parallel_size is not None:
-        tensor_parallel_size = whole_number(tensor_parallel_size, 1, "initialize: `tensor_parallel_size`")
+    degree = whole_number(tensor_parallel_size, 1, "initialize: `tensor_parallel_size`")
     if hasattr(model, STARTED):
         raise UserError(
             "initialize: `model` has an engine already, which holds its MoRA matrices: use that one, or load and "
@@ -118,9 +110,8 @@ def initialize(
         )
     if "model_parameters" in kwargs:
         raise UserError("mora_ds.initialize chooses the trainable parameters itself: leave model_parameters out")
-    degree = tensor_parallel_size or degree_in(load_ds_config(config)) or 1
     numels = trainable_numels(model, degree)
-    settings = complete_ds_config(config, numels, tensor_parallel_size)
+    settings = complete_ds_config(config, numels)
     if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & settings.keys():
         raise UserError("initialize: the DeepSpeed config has no batch size: give train_micro_batch_size_per_gpu")
     check_compute_dtype(settings)
@@ -178,17 +169,11 @@ def check_compute_dtype(config: DsConfig) -> None:
     """Raises `UserError` if this device does not compute in the config's dtype (deepspeed engine.py,
     `_do_sanity_check`, which comes after the base is loaded)."""
     dtype = compute_dtype(config)
-    accelerator = get_accelerator()
-    supported = {
-        "float16": accelerator.is_fp16_supported,
-        "bfloat16": accelerator.is_bf16_supported,
-    }
-    if dtype in supported and not supported[dtype]():
-        short = {"float16": "fp16", "bfloat16": "bf16"}
-        usable = " or ".join(f"--{short[name]}" for name in supported if name != dtype and supported[name]())
-        raise UserError(
-            f"--{short[dtype]}: this device ({accelerator.device_name()}) does not support it; use {usable or 'fp32'}"
-        )
+    device = get_accelerator()
+    if dtype == "float16" and not device.is_fp16_supported():
+        raise UserError(f"--fp16: this device ({device.device_name()}) does not support it; use --bf16, or fp32")
+    if dtype == "bfloat16" and not device.is_bf16_supported():
+        raise UserError(f"--bf16: this device ({device.device_name()}) does not support it; use --fp16, or fp32")
 
 
 def _check_muon(model: nn.Module, config: DsConfig) -> None:

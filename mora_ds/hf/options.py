@@ -5,7 +5,7 @@ from typing import Any
 
 from mora_ds.common.errors import UserError, refuse
 from mora_ds.engine.ds_config import clean_sections, fill_bucket_sizes
-from mora_ds.engine.ds_keys import AUTO, DsConfig, at, degree_in
+from mora_ds.engine.ds_keys import AUTO, DsConfig, at
 
 REFUSED = {
     "fsdp": "FSDP would shard the base; DeepSpeed shards the MoRA matrices alone",
@@ -52,8 +52,6 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
     # Without a stage the engine would run at 3, and accelerate takes it for none.
     if at(config, "zero_optimization.stage") not in (1, 2, 3, AUTO):
         yield '"zero_optimization.stage" in the DeepSpeed config must be 1, 2 or 3'
-    if (degree_in(config) or 1) > 1:
-        yield '"tensor_parallel" in the DeepSpeed config would shard the base; launch/pretrain.py shards matrices alone'
 
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:

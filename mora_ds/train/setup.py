@@ -136,8 +136,6 @@ def engine_config(training: TrainingArguments, adapter: str, world: int) -> DsCo
     """
     check_world(world, training.tensor_parallel_size, training.sequence_parallel_size)
     settings = training.engine_settings()
-    if adapter == AdapterKind.FULL.value:
-        settings = replace(settings, tensor_parallel_size=None)
     file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
     config = resolve_ds_config(file, settings, world // training.ranks_per_replica)
     check_compute_dtype(config)

@@ -25,14 +25,13 @@ MODELS = sorted((CONFIGS / "models").glob("*.json"))
 
 
 def test_there_is_something_of_each_kind():
-    assert (len(DEEPSPEED), len(RECIPES), len(MIXTURES), len(MODELS)) >= (5, 8, 1, 5)
+    assert (len(DEEPSPEED), len(RECIPES), len(MIXTURES), len(MODELS)) >= (4, 8, 1, 5)
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
 def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str):
     training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
-    assert training.tensor_parallel_size == (2 if path.stem.endswith("tp2") else 1)
     settings = training.engine_settings()
     resolved = fill_bucket_sizes(resolve_ds_config(path, settings, world_size=2), [64, 128])
     assert compute_dtype(resolved) == dtype

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 
 from mora_ds.common.errors import UserError
-from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import (
     AUTO,
     PERSIST_BUDGET_BYTES,
     REDUCE_BUCKET_NUMEL,
     EngineSettings,
     avoid_slices,
-    complete_ds_config,
     compute_dtype,
     fill_bucket_sizes,
     resolve_ds_config,
@@ -228,39 +226,6 @@ def test_refused_keys_give_their_reason_and_pass_when_off(path: str):
     assert REFUSED[path] in refusal(nested({"enabled": True, "device": "cpu"}))
     for off in (False, None, {"enabled": False}):
         assert resolve_ds_config(nested(off), SETTINGS, 1)
-
-
-DEGREES = """
-{autotp_size: 2} | 1 | tensor_parallel.autotp_size = 2 but --tensor_parallel_size = 1
-{autotp_size: 1} | 2 | tensor_parallel.autotp_size = 1 but --tensor_parallel_size = 2
-{autotp_size: 2, tp: {tp_size: 2}} | 2 | "tensor_parallel.tp" cannot be used: it is for AutoTP
-{autotp_size: two} | 2 | tensor_parallel.autotp_size must be a whole number or "auto", got "two"
-{autotp_size: -2} | 2 | must be a whole number
-2 | 2 | "tensor_parallel" must be an object
-"""
-
-
-@pytest.mark.parametrize("section, degree, message", rows(DEGREES))
-def test_a_degree_that_the_flag_does_not_say(section: str, degree: str, message: str):
-    settings = replace(SETTINGS, tensor_parallel_size=int(degree))
-    assert message in refusal({"tensor_parallel": parsed(section)}, settings, 1)
-
-
-@pytest.mark.parametrize("section", [{"autotp_size": 2}, {"autotp_size": "auto"}, {}, None])
-def test_deepspeed_never_sees_a_degree(section: Any):
-    resolved = resolve_ds_config({"tensor_parallel": section}, replace(SETTINGS, tensor_parallel_size=2), 1)
-    assert "tensor_parallel" not in resolved
-    assert "tensor_parallel" not in complete_ds_config({"tensor_parallel": section}, [64])
-
-
-@pytest.mark.parametrize(
-    "value, flags, degree",
-    [(2, [], 2), (0, [], 1), ("auto", [], 1), ("auto", ["--tensor_parallel_size", "4"], 4)],
-)
-def test_a_file_says_the_degree_for_a_flag_that_is_not_given(tmp_path: Path, value: Any, flags: list[str], degree: int):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"tensor_parallel": {"autotp_size": value}}))
-    assert parse(["--deepspeed", str(path), *flags]).training.tensor_parallel_size == degree
 
 
 def test_zero_3_is_meant_where_nothing_else_is_said():

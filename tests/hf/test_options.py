@@ -44,7 +44,6 @@ def _forget_the_config() -> Iterator[None]:
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"optim": "adafactor"}, "optim='adafactor'"),
         ({"deepspeed": {**ds_config(), "scheduler": {"type": "WarmupLR"}}}, '"scheduler"'),
-        ({"deepspeed": {**ds_config(), "tensor_parallel": {"autotp_size": 2}}}, '"tensor_parallel"'),
         ({"deepspeed": {**ds_config(), "zero_optimization": {}}}, "must be 1, 2 or 3"),
     ],
 )
@@ -57,8 +56,7 @@ def test_what_goes_with_an_adapter_passes(tmp_path: Path):
     check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
     with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
     check_options(arguments(tmp_path, optim="adafactor", deepspeed=with_optimizer), {})
-    alone = {**ds_config(), "tensor_parallel": {"autotp_size": 1}}
-    check_options(arguments(tmp_path, deepspeed=alone, lr_scheduler_type="cosine"), {})
+    check_options(arguments(tmp_path, lr_scheduler_type="cosine"), {})
 
 
 @pytest.mark.parametrize("name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"])

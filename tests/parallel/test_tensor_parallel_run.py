@@ -15,7 +15,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, launch, losses, playground, printed, rows, run
 from tests.helpers.outcome import assert_good
 
-ZERO3_TP2 = str(Path(__file__).parents[2] / "configs" / "zero3_tp2.json")
 STEPS = 6
 HALF = 4
 ROWS = 4
@@ -119,7 +118,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
-    argv = ground.flags(out, "--deepspeed", ZERO3_TP2, "--dry_run", "--overwrite_output_dir")
+    argv = ground.flags(out, "--tensor_parallel_size", 2, "--dry_run", "--overwrite_output_dir")
     text = run_ranks(2, printed, argv)[0]
     assert "tensor parallel, 2 ranks a group; every rank has the complete base" in text
     assert "split: 2 q_proj" in text
@@ -133,7 +132,7 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out
 
 @pytest.mark.heavy
 def test_the_launcher_runs_it(ground: Playground, tmp_path: Path):
-    flags = ground.flags(tmp_path / "out", "--deepspeed", ZERO3_TP2, "--max_steps", 2, "--log_level", "debug")
+    flags = ground.flags(tmp_path / "out", "--tensor_parallel_size", 2, "--max_steps", 2, "--log_level", "debug")
     done = launch(2, flags, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tensor parallel, 2 ranks a group" in done.stdout

@@ -19,7 +19,7 @@ RUNS: dict[str, tuple[object, ...]] = {
     "mixture": ("--replay", "old={held}:0.25", "--gradient_accumulation_steps", 2),
     "sequence": ("--sequence_parallel_size", 2, "--gradient_checkpointing", "true"),
     "plain": (),
-    "tensor": ("--tensor_parallel_size", 2, "--deepspeed", "configs/zero3_tp2.json"),
+    "tensor": ("--tensor_parallel_size", 2, "--deepspeed", "configs/zero3.json"),
 }
 DEFAULT = ("mixture", "sequence")
 

@@ -39,7 +39,6 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import CheckpointWriter, _Share, load_checkpoint
 from mora_ds.common.tensor_files import write_safetensors_atomic
 from mora_ds.engine.ds_config import avoid_slices, complete_ds_config, load_ds_config
-from mora_ds.engine.ds_keys import degree_in
 from mora_ds.engine.initialize import initialize_full
 from mora_ds.engine.module_hooks import drop_idle_hooks
 from mora_ds.engine.shards import NAME, NUMEL, OFFSET, RANK, START, EngineShards, RankShard, _layout
@@ -125,7 +124,7 @@ def _one(folder: Path, base: Path, model: str, setting: str, world: int, rank: i
     torch.set_num_threads(1)
     config, lora_rank, saved_layers = MODELS[model]
     ds_config = load_ds_config(ROOT / "configs" / setting)
-    one = OneRank(rank, world // (degree_in(ds_config) or 1), folder)
+    one = OneRank(rank, world, folder)
     spent_in: dict[str, Spent] = {}
     sides = _sides(config, lora_rank)
     zero = _zero(
