@@ -16,5 +16,5 @@ def domain_complaints(domains: Sequence[str]) -> Iterator[str]:
             f"research.domain_adapters: each domain needs a different name, and {SHARED!r} stands for the shared MoRA "
             f"matrix; got {', '.join(domains)}"
         )
-    if unfit := [name for name in domains if refusal(file_name, name, "")]:
+    if unfit := [name for name in domains if refusal(file_name, name)]:
         yield f"research.domain_adapters: {unfit[0]!r} cannot be a domain's name, which is also the name of a folder"

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 from numbers import Integral, Real
+from typing import Any
+
+from pydantic_core import PydanticCustomError, core_schema
 
 
 class UserError(ValueError):
@@ -136,6 +139,16 @@ class Bounds:
 
     def allow(self, value: float) -> bool:
         return isinstance(value, Real) and self.least <= value <= self.most and self.above < value < self.below
+
+    def require(self, value: float) -> float:
+        """The value. Raises the error that pydantic collects where it is not allowed."""
+        if not self.allow(value):
+            raise PydanticCustomError("bounds", f"must be {self}")
+        return value
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: Any) -> Any:
+        """Of what pydantic checks: `Annotated[int, Bounds(least=1)]`."""
+        return core_schema.no_info_after_validator_function(self.require, handler(kind))
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

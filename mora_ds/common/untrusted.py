@@ -17,31 +17,26 @@ import re
 import resource
 import stat
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
-from enum import Enum
-from functools import lru_cache
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import psutil
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from mora_ds.common.errors import Bounds, UserError, nearest, refusal, unknown
+from mora_ds.common.errors import Bounds, UserError, refusal
 
 MAX_BYTES = 32 * 2**20
 """Largest JSON file, in bytes. Parsed, it may take 25 times as much memory; the layout of shards with 100,000
 parameters has 10 MiB."""
 MAX_DEPTH = 64
 """Deepest nesting of JSON."""
-MAX_TEXT = 1 << 16
-"""Longest text in characters, where it is a value of known meaning."""
 MAX_SIDE = 1 << 24
 """Longest side of a layer: far above any vocabulary."""
-
-_WHOLE = Bounds(least=-(2**63), below=2**63)
 
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Control characters, breaks of lines, and what turns the direction of writing: they would change a whole message."""
@@ -99,192 +94,121 @@ def plain_json(text: str, where: object) -> Any:
         content = parse_json(text)
     except ValueError as error:
         raise UserError(f"{where} is damaged: {error}") from error
-    _check_values(content, where, depth=1)
+    _check_depth(content, where)
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is damaged: it has no Unicode text in {shown(error.object[error.start])}") from error
     return content
 
 
-def _check_values(value: Any, where: object, depth: int) -> None:
-    """Raises `UserError` where a value lies deeper than `MAX_DEPTH`, and for texts that are no Unicode."""
+def _check_depth(value: Any, where: object, depth: int = 1) -> None:
+    """Raises `UserError` where a value lies deeper than `MAX_DEPTH`."""
     if depth > MAX_DEPTH:
         raise UserError(f"{where} is damaged: nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        _require_encodable(value, where)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _require_encodable(key, where)
-            _check_values(item, where, depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_values(item, where, depth + 1)
-
-
-def _require_encodable(text: str, where: object) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where} is damaged: {shown(text)} is no Unicode text") from error
+    children = value.values() if isinstance(value, dict) else value
+    for child in children if isinstance(value, (dict, list)) else ():
+        _check_depth(child, where, depth + 1)
 
 
 # -- typed values ------------------------------------------------------------------------------------------------------
 
 
-def file_name(text: str, where: str) -> str:
+def file_name(text: str) -> str:
     """`text`, if it can be the name of one file or folder: nothing that leads elsewhere or cannot be printed."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
-        raise UserError(f"{where}: {shown(text)} cannot be the name of a file, nor a part of one")
+        raise UserError(f"{shown(text)} cannot be the name of a file, nor a part of one")
     if len(text.encode()) > 240:
-        raise UserError(f"{where}: a name of {len(text)} characters, {shown(text)}, is too long")
+        raise UserError(f"a name of {len(text)} characters, {shown(text)}, is too long")
     return text
 
 
-def relative_path(text: str, where: str) -> str:
+def relative_path(text: str) -> str:
     """`text`, if it is a path of a file below a folder: a/b/c, each part a `file_name`."""
     for component in text.split("/"):
-        file_name(component, f"{where}: {shown(text)}")
+        file_name(component)
     return text
 
 
-def any_path(text: str, where: str) -> str:
+def any_path(text: str) -> str:
     """`text`, if it can be a path at all, in any script, wherever it leads: it is only read, and what is there is
     compared."""
     if not text or _UNSHOWN.search(text) or len(text.encode()) > 4000 or max(map(len, text.split("/"))) > 255:
-        raise UserError(f"{where}: {shown(text)} cannot be a path")
+        raise UserError(f"{shown(text)} cannot be a path")
     return text
 
 
-FileName = Annotated[str, file_name]
+FileName = Annotated[str, AfterValidator(file_name)]
 """Names of parameters and modules too: some tools make files of them."""
-RelativePath = Annotated[str, relative_path]
-AnyPath = Annotated[str, any_path]
+RelativePath = Annotated[str, AfterValidator(relative_path)]
+AnyPath = Annotated[str, AfterValidator(any_path)]
 Count = Annotated[int, Bounds(least=0, below=2**63)]
 Side = Annotated[int, Bounds(least=1, most=MAX_SIDE)]
 Processes = Annotated[int, Bounds(least=1, most=1 << 20)]
 
+_PROBLEMS = {
+    "missing": "is missing",
+    "unexpected_keyword_argument": "is unknown",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "string_type": "must be a text",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "dataclass_type": "must be a mapping",
+}
+"""Pydantic's type of an error -> what it says."""
+
 
 def typed(hint: Any, value: Any, where: object) -> Any:
-    """`value`, checked to be a `hint`; of dataclasses, tuples and enums an instance. Raises `UserError`.
-
-    Hints: dataclasses (from a mapping of their fields), list, tuple and dict of hints, enums (by value), unions with
-    None, bool, int (64 bits), float, str, Any; and `Annotated` with `Bounds`, or a function of (value, where) that
-    raises. True and False are no numbers.
-    """
-    origin = get_origin(hint)
-    if hint is Any:
-        return value
-    if origin is Annotated:
-        return _annotated(hint, value, where)
-    if origin in (Union, types.UnionType):
-        (inner,) = (argument for argument in get_args(hint) if argument is not type(None))
-        return None if value is None else typed(inner, value, where)
-    if is_dataclass(hint):
-        return _instance(hint, value, where)
-    if origin in (list, tuple):
-        return _sequence(hint, value, where)
-    if origin is dict:
-        return _mapping(hint, value, where)
-    if issubclass(hint, Enum):
-        known = [member.value for member in hint]
-        if not isinstance(value, str) or len(value) > 99 or value not in known:
-            value = value if isinstance(value, str) and len(value) < 99 else shown(value)
-            raise UserError(f"{where}: {unknown(hint.__name__.removesuffix('Kind').lower(), value, known)}")
-        return hint(value)
-    return _scalar(hint, value, where)
-
-
-def _annotated(hint: Any, value: Any, where: object) -> Any:
-    inner, *checks = get_args(hint)
-    result = typed(inner, value, where)
-    for check in checks:
-        if not isinstance(check, Bounds):
-            check(result, str(where))
-        elif not check.allow(result):
-            raise UserError(f"{where} must be {check}, got {shown(value)}")
-    return result
-
-
-def _scalar(hint: Any, value: Any, where: object) -> Any:
-    kinds = (int, float) if hint is float else hint
-    if not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where} must be {_NAMES.get(hint, hint.__name__)}, got {shown(value)}")
-    if isinstance(value, int) and not _WHOLE.allow(value):
-        raise UserError(f"{where}: the number {shown(value)} is out of bounds")
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            raise UserError(f"{where}: a text of {len(value):,} characters is too long")
-        _require_encodable(value, where)
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def _sequence(hint: Any, value: Any, where: object) -> Any:
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{where} must be a list, got {shown(value)}")
-    items = get_args(hint)
-    if get_origin(hint) is list or items[-1] is Ellipsis:
-        converted = [typed(items[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
-    elif len(items) != len(value):
-        raise UserError(f"{where} must have {len(items)} entries, got {shown(value)}")
-    else:
-        converted = [typed(*pair, f"{where}[{index}]") for index, pair in enumerate(zip(items, value, strict=True))]
-    return converted if get_origin(hint) is list else tuple(converted)
-
-
-def _mapping(hint: Any, value: Any, where: object) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} must be a mapping, got {shown(value)}")
-    key_hint, value_hint = get_args(hint)
-    return {
-        typed(key_hint, key, f"{where}: a key"): typed(value_hint, item, f"{where}: {shown(key)}")
-        for key, item in value.items()
-    }
-
-
-@lru_cache(maxsize=64)
-def _hints(cls: type) -> tuple[dict[str, Any], frozenset[str]]:
-    """(hint of each field, names of those without a default)."""
-    hints = get_type_hints(cls, include_extras=True)
-    of_class = [field for field in fields(cls) if field.init]
-    needed = [field.name for field in of_class if field.default is MISSING and field.default_factory is MISSING]
-    return {field.name: hints[field.name] for field in of_class}, frozenset(needed)
-
-
-def _instance(cls: Any, value: Any, where: object) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} must be a mapping, got {shown(value)}")
-    hints, needed = _hints(cls)
-    for key in value:
-        if key not in hints:
-            raise UserError(f"{where}: unknown key {shown(key)}.{nearest(str(key)[:99], hints)}")
-    if missing := sorted(needed - value.keys()):
-        raise UserError(f"{where}: {missing[0]!r} is missing")
-    arguments = {name: typed(hints[name], item, f"{where}: {name}") for name, item in value.items()}
+    """A value of JSON or YAML, checked by pydantic to be a `hint`; of dataclasses, tuples and enums an instance. Raises
+    `UserError`. True and False are no numbers, and nothing is converted but whole numbers where floats are wanted.
+    `Annotated` may have `Bounds`."""
     try:
-        return cls(**arguments)
-    except UserError as error:
+        text = json.dumps(value)
+        return _adapter(hint).validate_json(text, strict=True, extra="forbid")
+    except TypeError as error:  # of Python's own objects, as of a date in YAML
         raise UserError(f"{where}: {error}") from error
+    except ValidationError as error:
+        # A key that is misspelt is missing, too.
+        first = min(error.errors(), key=lambda detail: detail["type"] != "unexpected_keyword_argument")
+    steps = [f"[{step}]" if isinstance(step, int) else f": {step}" for step in first["loc"]]
+    place = f"{where}{''.join(steps)}"
+    if not place.isprintable():
+        place = f"{where}: {shown(first['loc'])}"
+    if first["type"] == "value_error":  # of a function, or of a class that is made
+        raise UserError(f"{place}: {first['ctx']['error']}")
+    message = first["msg"]
+    problem = message if first["type"] == "bounds" else _PROBLEMS.get(first["type"], f"is refused: {message}")
+    found = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+    raise UserError(f"{place} {problem}{found}")
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
 
 
 def typed_fully(cls: Any, value: Any, where: object) -> Any:
     """As `typed`, of a dataclass that mora_ds has written: also a field with a default must be there."""
     instance = typed(cls, value, where)
-    if missing := [name for name in _hints(cls)[0] if name not in value]:
-        raise UserError(f"{where}: {missing[0]!r} is missing")
+    if missing := [field.name for field in fields(cls) if field.init and field.name not in value]:
+        raise UserError(f"{where}: {missing[0]} is missing")
     return instance
 
 
 def wrong_types(settings: Any) -> Iterator[str]:
     """One message for each field of a dataclass whose value is not of its type, named as the field."""
-    for name, hint in _hints(settings.__class__)[0].items():
-        yield from refusal(typed, hint, getattr(settings, name), name)
+    hints = get_type_hints(settings.__class__, include_extras=True)
+    for field in fields(settings):
+        yield from refusal(typed, hints[field.name], getattr(settings, field.name), field.name)
 
 
 def entry(content: dict[str, Any], key: str, hint: Any, where: object) -> Any:
     """`content[key]` as a `hint`. Raises `UserError`, also where there is no such key."""
     if key not in content:
-        raise UserError(f"{where} is damaged: {key!r} is missing")
+        raise UserError(f"{where} is damaged: {key} is missing")
     return typed(hint, content[key], f"{where} is damaged: {key}")
 
 

@@ -115,7 +115,7 @@ def _read(path: str | Path) -> DsConfig:
     try:
         config = parse_json(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the DeepSpeed config (--deepspeed) {path}: {error}") from error
+        raise UserError(f"cannot read the DeepSpeed file {path}: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from error
     except UserError:

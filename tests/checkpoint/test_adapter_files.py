@@ -49,10 +49,10 @@ def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path):
 WRONG = """
 format = 9 | format 9
 dtype = int4 | unknown dtype 'int4'
-layers = {a.q: {}} | adapter.json: a.q: 'operator' is missing
+layers = {a.q: {}} | adapter.json: a.q: weight is missing
 cycle = two | adapter.json is damaged: cycle must be a whole number
 config = {kind: dora} | unknown kind of adapter 'dora'
-config = {kind: mora, rank: 8} | the adapter's settings: 'target_modules' is missing
+config = {kind: mora, rank: 8} | the adapter's settings: target_modules is missing
 """
 
 

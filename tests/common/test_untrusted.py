@@ -18,7 +18,6 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import (
     MAX_DEPTH,
     MAX_SIDE,
-    MAX_TEXT,
     AnyPath,
     Count,
     FileName,
@@ -54,7 +53,7 @@ LONG = "\u00e4" * 120
 """240 bytes in UTF-8."""
 
 ALLOWED: list[tuple[Any, Any]] = [
-    (int, 2**63 - 1), (int, -(2**63)), (float, 1), (float, -0.5), (bool, True), (str, "x" * MAX_TEXT),
+    (int, 2**63 - 1), (int, -(2**63)), (float, 1), (float, -0.5), (bool, True), (str, "x" * 10_000),
     (Count, 0), (Side, 1), (Side, MAX_SIDE), (int | None, None), (int | None, 3),
     (FileName, LONG), (FileName, "model.layers.0"), (RelativePath, "a/b/c"), (RelativePath, f"a/{LONG}"),
     (AnyPath, "/"), (AnyPath, "../../base"), (AnyPath, "/" + "a" * 255), (AnyPath, "/a" * 1999),
@@ -82,8 +81,7 @@ HINTS: dict[str, Any] = {
     "mapping": dict[str, int], "files": dict[FileName, int], "Entry": Entry, "ColourKind": ColourKind,
 }  # fmt: skip
 REFUSED = r"""
-int | 9223372036854775808 | out of bounds
-int | -9223372036854775809 | out of bounds
+Count | 9223372036854775808 | below 9,223,372,036,854,775,808
 int | true | a whole number
 int | 1.0 | a whole number
 float | false | a number
@@ -109,21 +107,23 @@ AnyPath | "a\u2066b" | be a path
 AnyPath | "a\u2028b" | be a path
 list | "12" | a list
 list | [1, "2"] | file\[1\] must be a whole number
-pair | [1] | 2 entries
-pair | [1, 2, 3] | 2 entries
+pair | [1] | file\[1\] is missing
+pair | [1, 2, 3] | at most 2 items
 mapping | [] | a mapping
-mapping | {a: b} | file: 'a' must be a whole number
-files | {a/b: 1} | a key
+mapping | {a: b} | file: a must be a whole number
+mapping | {"a\nb": b} | file: .*a\\nb.* must be a whole number
+mapping | {a: 2024-01-02} | date is not JSON
+files | {a/b: 1} | a/b.* name of a file
 Entry | [] | a mapping
-Entry | {} | 'number' is missing
-Entry | {number: 1, nam: a} | unknown key 'nam'. Did you mean 'name'
+Entry | {} | number is missing
+Entry | {number: 1, nam: a} | file: nam is unknown
 Entry | {number: 13} | file: 13 is no number
-Entry | {number: 1, made: 2} | unknown key 'made'
-ColourKind | rad | unknown colour 'rad'; known: red. Did you mean 'red'
-ColourKind | [red] | unknown colour
+Entry | {number: 1, made: 2} | file: made is unknown
+ColourKind | rad | should be 'red', got 'rad'
+ColourKind | [red] | should be 'red'
 """
 TOO_MUCH: list[tuple[Any, Any, str]] = [
-    (str, "x" * (MAX_TEXT + 1), "too long"), (str, "\ud800", "no Unicode text"), (Side, MAX_SIDE + 1, "at most"),
+    (Side, MAX_SIDE + 1, "at most"),
     (FileName, LONG + "b", "too long"), (AnyPath, "/" + "a" * 256, "be a path"), (AnyPath, "/a" * 2001, "be a path"),
 ]  # fmt: skip
 REFUSALS = [*((HINTS[hint], parsed(value), words) for hint, value, words in rows(REFUSED)), *TOO_MUCH]
@@ -177,7 +177,7 @@ def test_json_that_is_too_large(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_entry_that_is_missing_is_named():
     assert entry({"a": 1}, "a", int, "file") == 1
-    with pytest.raises(UserError, match="file is damaged: 'b' is missing"):
+    with pytest.raises(UserError, match="file is damaged: b is missing"):
         entry({"a": 1}, "b", int, "file")
 
 

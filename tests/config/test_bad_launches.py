@@ -212,8 +212,8 @@ stray | 'stray'
 --tokenizer_name /nowhere | --tokenizer_name | '/nowhere'
 --tokenizer_name {bad}/text/torn.model | --tokenizer_name | no tokenizer can be loaded from
 --tokenizer_name {bad}/emptydir | --tokenizer_name | holds no tokenizer
---deepspeed {bad}/emptydir | --deepspeed | Is a directory
---deepspeed {bad}/gone.json | --deepspeed | gone.json
+--deepspeed {bad}/emptydir | the DeepSpeed file | Is a directory
+--deepspeed {bad}/gone.json | the DeepSpeed file | gone.json
 # -- DeepSpeed files
 --deepspeed {bad}/ds/live.json | live.json: stage3_max_live_parameters | got -5
 --deepspeed {bad}/ds/bucket.json | bucket.json: reduce_bucket_size | "large"

@@ -86,7 +86,7 @@ mora_update | {spec: SPEC, square: NARROW, x: SQUARE} | mora_update: `square` mu
 mora_update | {spec: SPEC, square: 1, x: SQUARE} | mora_update: `square` must be of the type Tensor, got 1
 mora_update | {spec: SPEC, square: SQUARE, x: x} | mora_update: `x` must be of the type Tensor, got 'x'
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
-initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed config (--deepspeed) gone.json
+initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed file gone.json
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject
 initialize | {model: COMPILED_ADAPTED, config: {}} | initialize: `model` is compiled
 initialize | {model: ADAPTED, config: {}, tensor_parallel_size: "2"} | \
