@@ -250,8 +250,8 @@ data/cache.py | data/test_cache_damage.py
 
 # elements that two shards hold are accepted
 engine/shards.py | checkpoint/test_verify.py
--holes = reached != first
-+holes = reached < first
+-if np.array_equal(begins, wanted):
++if (begins <= wanted).all():
 
 # the folder of a checkpoint is not flushed before its name
 checkpoint/writer.py | checkpoint/test_writer.py
@@ -376,8 +376,8 @@ runtime/ranks.py | runtime/test_ranks.py train/test_agreement.py
 
 # settings are not compared
 runtime/ranks.py | train/test_agreement.py
--if most == -least:
-+if mine is not None:
+-if len(holders) > 1:
++if len(holders) > 9:
 
 # a file that shared storage shows late is not waited for
 common/files.py | common/test_files.py

@@ -40,9 +40,7 @@ from mora_ds.common.files import (
     JsonObject,
     malformed,
     read_json,
-    recorded_hashes,
     require_format,
-    sha256_file,
     verify_manifest,
     write_json_atomic,
 )
@@ -361,33 +359,16 @@ class Adapter:
     reference: BaseReference
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        damaged: type[Exception] = UserError,
-        adapter_only: bool = False,
-    ) -> Adapter:
-        """Reads the files of an adapter and compares them with their manifest, if there is one.
-
-        `adapter_only` leaves a checkpoint's other files unread: the engine's shards are larger by far. Raises `damaged`
-        for a difference from the manifest, `UserError` for anything else that is wrong.
-        """
-        hashes: dict[str, str] = {}
-        if (folder / MANIFEST).exists():
-            problems = verify_manifest(folder, hashes=not adapter_only)
-            hashes = {} if problems else recorded_hashes(folder)
-            if adapter_only:
-                problems += [
-                    f"{folder / name} is not as it was written"
-                    for name, sha256 in hashes.items()
-                    if name.split("/")[0] in ADAPTER_PARTS and sha256_file(folder / name) != sha256
-                ]
-            if problems:
-                raise damaged(f"{folder} is damaged: {'; '.join(problems)}")
+    def open(cls, folder: Path) -> Adapter:
+        """Read the files of an adapter and compare them with their manifest, if there is one. Of a checkpoint's other
+        files only the sizes are compared: the engine's shards are larger by far. Raises `UserError`."""
+        has_manifest = (folder / MANIFEST).exists()
+        if has_manifest and (problems := verify_manifest(folder, ADAPTER_PARTS)):
+            raise UserError(f"{folder} is damaged: {'; '.join(problems)}")
         file = read_adapter(folder)
         reference = BaseReference.read(folder)
-        ledger = Ledger.open(folder / LEDGER_FOLDER, reference.fingerprint, hashes=not hashes)
-        if hashes and (differing := ledger_problems(folder)):  # of the same bytes: no file is read twice
+        ledger = Ledger.open(folder / LEDGER_FOLDER, reference.fingerprint, hashes=not has_manifest)
+        if has_manifest and (differing := ledger_problems(folder)):  # of the same bytes: no file is read twice
             raise UserError(f"the ledger is damaged: {differing[0]}")
         file.check_ledger(ledger)
         return cls(folder, file, AdapterTensors(folder, file), ledger, reference)

@@ -158,8 +158,6 @@ class LedgerLocation:
     ledger: Path
     checkpoint: Path | None
     """The checkpoint that the path named, links resolved; None where it named a ledger or a run."""
-    reference: Path | None
-    """A folder with base.json, which says where the base lies and what its tensors are called."""
 
     def open(self, hashes: bool = True) -> Ledger:
         """Raises `UserError` as `Ledger.open` does."""
@@ -180,13 +178,7 @@ def find_ledger(path: Path) -> LedgerLocation:
     if not (ledger / LEDGER_FILE).is_file():
         raise UserError(f"{path} holds no ledger: name a ledger folder, a checkpoint, or the output folder of a run")
     require_plain(ledger)
-    parent = ledger.absolute().parent
-    candidates = (parent, parent / CHECKPOINTS / LATEST)
-    reference = next(
-        (folder.resolve() for folder in candidates if (folder / BASE_JSON).is_file()),
-        None,
-    )
-    return LedgerLocation(ledger, checkpoint, reference)
+    return LedgerLocation(ledger, checkpoint)
 
 
 # -- the folder of all checkpoints -------------------------------------------------------------------------------------
@@ -212,7 +204,7 @@ def problems(folder: Path, hashes: bool = True) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty when it is intact. Without `hashes` its files need only
     exist, in their sizes: cheap, as none is read."""
     try:
-        return verify_manifest(folder, hashes) or ledger_problems(folder)
+        return verify_manifest(folder, None if hashes else ()) or ledger_problems(folder)
     except UserError as error:  # no manifest, or a damaged one
         return [str(error)]
 

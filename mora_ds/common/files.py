@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -299,9 +299,10 @@ def _seal(files: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
-    """One message for each file of `folder` that is not as the manifest says; without `hashes` only existence and size
-    are checked. Files that are not in the manifest are ignored. Raises `UserError` for a missing or damaged manifest.
+def verify_manifest(folder: Path, read: Collection[str] | None = None) -> list[str]:
+    """One message for each file of `folder` that is not as the manifest says. Those that are not in the manifest are
+    ignored. `read`: files and folders whose hashes are compared; None: all. Of the others only existence and size are.
+    Raises `UserError` for a missing or damaged manifest.
     """
     content = read_json(folder / MANIFEST)
     require_format(folder / MANIFEST, content)
@@ -309,11 +310,14 @@ def verify_manifest(folder: Path, hashes: bool = True) -> list[str]:
         return [f"{folder / MANIFEST} is damaged: it does not list what it was written with"]
     if problems := links(folder):
         return problems
-    facts_of = listed_files(folder)
-    listed = [(folder / name, facts.size, facts.sha256) for name, facts in facts_of.items()]
+
+    def problem(name: str, facts: FileFacts) -> str:
+        is_read = read is None or name.split("/")[0] in read
+        return file_problem(folder / name, facts.size, facts.sha256 if is_read else None)
+
+    listed = listed_files(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
-        messages = pool.map(lambda file: file_problem(file[0], file[1], file[2] if hashes else None), listed)
-        return [problem for problem in messages if problem]
+        return [message for message in pool.map(problem, listed.keys(), listed.values()) if message]
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def combine_adapters(
         raise UserError(f"`weights` must be finite numbers, got {odd[0]!r}")
     require_new(output)
     paths = [as_path(path, "combine_adapters: one of `sources`") for path in sources]
-    adapters = [Adapter.open(find_adapter(path), damaged=RunError, adapter_only=True) for path in paths]
+    adapters = [Adapter.open(find_adapter(path)) for path in paths]
     last = adapters[-1]
     for adapter in adapters[:-1]:
         _check_pair(adapter, last)

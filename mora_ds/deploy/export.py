@@ -28,7 +28,7 @@ from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, chosen_domain, logits_name
 from mora_ds.checkpoint.layout import PROBE_FILE, find_adapter, tokenizer_of
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import as_path, atomic_folder, require_place
 from mora_ds.common.tensor_files import compute_dtype, dtype_name, tensor_nbytes
 from mora_ds.deploy.combine import scaled
@@ -144,7 +144,7 @@ def export_merged(
             "than its base"
         )
     with scaled(checkpoint, delta_scale, base_folder) as source:
-        opened = Adapter.open(source, RunError)
+        opened = Adapter.open(source)
         adapter = opened.file
         if verify and not (checkpoint / PROBE_FILE).is_file():
             raise UserError(f"`verify` needs {PROBE_FILE}, which {checkpoint} does not have")

@@ -25,7 +25,7 @@ from mora_ds.adapters.ops.delta import add_deltas_
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter
 from mora_ds.checkpoint.layout import find_adapter
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, require_new, write_json_atomic
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.deploy.export import OpenedRun, open_run
@@ -72,7 +72,7 @@ def export_peft(
     if rank is not None and rank < 1:
         raise UserError(f"`rank` must be at least 1, got {rank}")
     require_new(output)
-    opened = Adapter.open(source, RunError, adapter_only=True)
+    opened = Adapter.open(source)
     if experts := [name for name, entry in opened.file.layers.items() if entry.operator.is_stack]:
         raise UserError(
             f"{source}: {experts[0]} are experts, which PEFT's LoRA of linear layers cannot adapt: use mora-ds export, "

@@ -12,7 +12,6 @@ import json
 from enum import Enum
 
 from mora_ds.engine.ds_keys import (
-    AUTO,
     ONLY_FOR_ADAM,
     ONLY_FOR_MUON,
     REFUSED_WITH_MUON,
@@ -36,8 +35,8 @@ class OptimizerKind(str, Enum):
     MUON = "muon"
 
 
-_NAMES = {OptimizerKind.ADAMW: ("AdamW", "Adam"), OptimizerKind.MUON: ("Muon",)}
-"""DeepSpeed's names of them; "auto" becomes the first."""
+_NAMES = {OptimizerKind.ADAMW: "AdamW", OptimizerKind.MUON: "Muon"}
+"""DeepSpeed's names of them."""
 
 
 def match_optimizer(
@@ -47,11 +46,7 @@ def match_optimizer(
     other_learning_rate: float,
 ) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
-    optimizer_type = at(config, "optimizer.type")
-    other_names = {name.lower() for optimizer, names in _NAMES.items() if optimizer is not kind for name in names}
-    is_free = optimizer_type in (None, AUTO) or str(optimizer_type).lower() in other_names
-    name = _NAMES[kind][0] if is_free else optimizer_type  # `optimizer_problems` reports an unknown one
-    problems = fill(config, ("optimizer.type", name, f"--optimizer = {kind.value}"))
+    problems = fill(config, ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}"))
     if kind is OptimizerKind.ADAMW:
         return problems + fill(
             config,
@@ -79,7 +74,7 @@ def match_optimizer(
 
 def uses_muon(ds_config: DsConfig) -> bool:
     """Whether a resolved config trains the MoRA matrices by Muon."""
-    return str(at(ds_config, "optimizer.type")).lower() == OptimizerKind.MUON.value
+    return bool(at(ds_config, "optimizer.type") == _NAMES[OptimizerKind.MUON])
 
 
 def optimizer_problems(config: DsConfig) -> list[str]:
@@ -89,17 +84,11 @@ def optimizer_problems(config: DsConfig) -> list[str]:
     kind = optimizer.setdefault("type", "AdamW")
     # "torch_adam": false gives DeepSpeed's own: FusedAdam, or CPUAdam with offload_optimizer, built at first use.
     params = optimizer.setdefault("params", {})
-    if params.setdefault("torch_adam", True) and "bias_correction" in params:
-        return ['optimizer.params.bias_correction is for DeepSpeed\'s own Adam ("torch_adam": false)']
-    if params.get("fused") and (not params["torch_adam"] or params.get("foreach")):
-        return ['optimizer.params.fused is for torch\'s AdamW ("torch_adam": true), and not together with "foreach"']
+    params.setdefault("torch_adam", True)
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
-    known = {name.lower() for names in _NAMES.values() for name in names}
-    if not isinstance(kind, str) or kind.lower() not in known:
-        return [
-            f"optimizer.type must be AdamW, Adam or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"
-        ]
+    if kind not in _NAMES.values():
+        return [f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"]
     misplaced = params.keys() & (ONLY_FOR_ADAM if uses_muon(config) else ONLY_FOR_MUON)
     problems = [f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)]
     return [*problems, *_muon(config)] if uses_muon(config) else problems

@@ -261,23 +261,21 @@ def _sorted(rows: np.ndarray) -> np.ndarray:
 def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
     """The index of the first parameter with an extent missing, out of bounds or held twice; None for none."""
     name = rows[:, NAME]
-    start = rows[:, START]
     numel = rows[:, NUMEL]
-    wrong = (start < 0) | (numel < 1) | (numel > sizes[name]) | (start > sizes[name] - numel)
+    wrong = (numel < 1) | (numel > sizes[name])  # else the sums below might overflow
     wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
     if wrong.any():
         return int(name[wrong.argmax()])
-    # All parameters one after the other are one range, which the rows, in order, must cover.
-    begins = np.concatenate([[0], np.cumsum(sizes)])
-    first = begins[name] + start
-    reached = np.concatenate([[0], np.maximum.accumulate(first + numel)])
-    first = np.concatenate([first, [begins[-1]]])
-    holes = reached != first
-    if not holes.any():
+    # All parameters one after the other are one range, which the rows, in order, must tile.
+    ends = np.cumsum(sizes)
+    first = (ends - sizes)[name] + rows[:, START]
+    begins = np.append(first, sizes.sum())
+    wanted = np.append(0, first + numel)
+    if np.array_equal(begins, wanted):
         return None
-    where = holes.argmax()
-    at = int(min(reached[where], first[where]))  # the element that is missing, or held twice
-    return min(int(np.searchsorted(begins, at, side="right")) - 1, len(sizes) - 1)
+    faulty = (begins != wanted).argmax()
+    element = min(begins[faulty], wanted[faulty])  # that is missing, or held twice
+    return min(int(np.searchsorted(ends, element, side="right")), len(sizes) - 1)
 
 
 class _Shard:

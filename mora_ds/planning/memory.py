@@ -220,12 +220,10 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
     shard = trained.shard
     squares = sum(trained.numels[: trained.squares]) * (shard / max(trained.total, 1))
     without_second_moment = squares if trained.muon else 0
-    data_types = trained.ds_config.get("data_types") or {}
-    accumulated = 2 if data_types.get("grad_accum_dtype") in ("fp16", "bf16") else FP32
     return {
         "masters": shard * FP32,
         "moments": round((2 * shard - without_second_moment) * FP32),
-        "gradients": (trained.total if trained.stage == 1 else shard) * accumulated,
+        "gradients": (trained.total if trained.stage == 1 else shard) * FP32,
     }
 
 

@@ -219,7 +219,7 @@ def _open(name: str, folder: Path, base: BaseCheckpoint) -> Adapter:
     """An adapter, each byte of its files checked. Raises `UserError` unless it belongs to the base and has one MoRA
     matrix a layer and nothing else."""
     try:
-        adapter = Adapter.open(folder, adapter_only=True)
+        adapter = Adapter.open(folder)
         adapter.reference.require_base(base, folder, "MODEL")
         for layer, entry in adapter.file.layers.items():
             operator_of(entry.operator, layer)

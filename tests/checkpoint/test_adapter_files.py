@@ -17,7 +17,7 @@ from mora_ds.checkpoint.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
@@ -98,16 +98,14 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     (tmp_path / "shard").write_bytes(b"shard")
     write_manifest(tmp_path)
     (tmp_path / "shard").write_bytes(b"drahs")
-    with pytest.raises(UserError, match="shard is damaged"):
-        Adapter.open(tmp_path)
-    opened = Adapter.open(tmp_path, adapter_only=True)
+    opened = Adapter.open(tmp_path)
     assert opened.file == adapter
     flip(tmp_path / name, 0.9)
-    with pytest.raises(RunError, match=f"{name} is not as it was written"):
-        Adapter.open(tmp_path, damaged=RunError, adapter_only=True)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        Adapter.open(tmp_path)
     (tmp_path / "shard").write_bytes(b"s")
     with pytest.raises(UserError, match="shard has 1 bytes"):
-        Adapter.open(tmp_path, adapter_only=True)
+        Adapter.open(tmp_path)
 
 
 def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path):

@@ -233,7 +233,7 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch:
         "deep/theirs": "of another node",
         "mine": hashlib.sha256(b"mine").hexdigest(),
     }
-    assert files.verify_manifest(tmp_path, hashes=False) == []
+    assert files.verify_manifest(tmp_path, ()) == []
     assert ["deep/theirs is damaged" in problem for problem in files.verify_manifest(tmp_path)] == [True]
     for size, words in ((12, "has 11 bytes instead of 12"), (10, "has 11 bytes instead of 10")):
         with pytest.raises(RunError, match=f"theirs {words} on rank 0's node, 0 s after"):

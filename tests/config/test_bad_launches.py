@@ -230,11 +230,11 @@ stray | 'stray'
 --deepspeed {bad}/ds/fp16.json | fp16.json: fp16.enabled | --fp16
 --deepspeed {bad}/ds/scale.json --fp16 | scale.json | loss_scale
 --deepspeed {bad}/ds/betas.json | betas.json: optimizer.params.betas | --adam_beta1
---deepspeed {bad}/ds/optimizer.json | optimizer.json: optimizer.type must be AdamW, Adam or Muon
+--deepspeed {bad}/ds/optimizer.json | optimizer.json: optimizer.type must be AdamW or Muon
 --deepspeed {bad}/ds/clipping.json | clipping.json: gradient_clipping | --max_grad_norm
 --deepspeed {bad}/ds/rows.json | rows.json: train_batch_size = 7
 --deepspeed {bad}/ds/several.json | zero_optimisation | --per_device_train_batch_size = 2 | --learning_rate
---deepspeed {bad}/ds/types.json | types.json: unknown data_types.grad_accum_dtype 'fp8'
+--deepspeed {bad}/ds/types.json | types.json: data_types.grad_accum_dtype = "fp8" but gradients are summed in fp32
 --deepspeed {bad}/ds/communication.json | communication.json | communication_data_type | fp99
 --deepspeed {bad}/ds/scheduler.json | scheduler.json: "scheduler" cannot be used
 --deepspeed {bad}/ds/param.json | param.json: "zero_optimization.offload_param" cannot be used
@@ -242,11 +242,11 @@ stray | 'stray'
 --deepspeed {bad}/ds/section.json | section.json: "zero_optimization" must be an object
 --deepspeed {bad}/ds/list.json | list.json must hold a JSON object
 --deepspeed {bad}/ds/twice.json | twice.json: key given twice: bf16
---deepspeed {bad}/ds/comma.json | comma.json, line 1
---deepspeed {bad}/ds/empty.json | empty.json, line 1
+--deepspeed {bad}/ds/comma.json | comma.json: no valid JSON: | line 1
+--deepspeed {bad}/ds/empty.json | empty.json: no valid JSON: | line 1
 --deepspeed {bad}/ds/number.json | number.json | more than 4300 digits
 --deepspeed {bad}/ds/deep.json | deep.json | nested too deeply
---deepspeed {bad}/ds/binary.json | --deepspeed | binary.json
+--deepspeed {bad}/ds/binary.json | the DeepSpeed file | binary.json
 # -- recipes
 {bad}/recipes/gone.yaml | cannot read the recipe | gone.yaml
 {bad}/recipes/typo.yaml | typo.yaml: unknown key 'mora_rnak'. Did you mean 'mora_rank'

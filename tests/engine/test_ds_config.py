@@ -157,11 +157,8 @@ def test_many_ranks_take_collectives_without_loops(
 ):
     config = resolve_ds_config({"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2)
     before = dict(config["zero_optimization"])
-    text = avoid_slices(config, numels, ranks)
+    avoid_slices(config, numels, ranks)
     assert config["zero_optimization"] == {**before, **chosen}
-    assert bool(text) == bool(chosen)
-    assert all(key in text for key in chosen)
-    assert ("39.5 MB more" in text) == ("reduce_scatter" in chosen)
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------
@@ -200,7 +197,6 @@ WRONG = """
 {zero_optimization: {offload_optimizer: {devise: cpu}}} | Did you mean 'device'?
 {zero_optimization: {stage: true}} | stage must be 1, 2 or 3, got true
 {zero_optimization: {stage: 0}} | stage must be 1, 2 or 3, got 0; 1 shards the least
-{optimizer: {params: {bias_correction: true}}} | bias_correction
 {zero_optimization: {offload_optimizer: {device: cpu, ratio: 0.0}}} | ratio must stay 1
 {gradient_allreduce_op: sum} | average over tokens
 {managed_gradient_accumulation: false} | must stay true
