@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mora_ds.common.errors import RunError
 from mora_ds.engine.device import BUFFERS
@@ -102,17 +101,9 @@ class BaseRing:
         self._hooks: Any = nullcontext()
         self._index = _modules_of_layers(model, weights)
         copies.pin(tensor for layer_weights in weights.values() for tensor in layer_weights.values())
-        self._handles: list[RemovableHandle] = []
         for module, index in self._index.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._enter, index)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-
-    def close(self) -> None:
-        """Leave the model to another ring."""
-        self._copies.finish()
-        self._copies.unpin()
-        for handle in self._handles:
-            handle.remove()
+            module.register_forward_pre_hook(partial(self._enter, index))
+            module.register_forward_hook(self._leave, always_call=True)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -215,8 +206,6 @@ class BaseRing:
 def stream_base(model: Any, device: torch.device) -> BaseRing:
     """Let a model whose frozen weights are in host memory run on `device`, with those of a few decoder layers there.
     Raises `UserError` as `BaseRing` does."""
-    if (before := ring_of(model)) is not None:  # of another engine for the same model
-        before.close()
     ring = BaseRing(model, device, copies_for(device))
     setattr(model, _RING, ring)
     return ring

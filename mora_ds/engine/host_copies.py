@@ -5,7 +5,6 @@
     ticket = copies.start(pairs)    begin to copy, once the arithmetic issued so far has ended
     copies.wait(ticket)             let the arithmetic issued from here on begin after it
     copies.finish()                 wait on the host until nothing is being copied
-    copies.unpin()                  and unlock the pages
 
 On a CPU a copy is made when it starts: one device computes and copies in turn. Not tried on CUDA here: the ring's order
 of copies is tested with twins that copy as early and as late as these promises permit.
@@ -42,9 +41,6 @@ class Copies:
     def finish(self) -> None:
         """Return when all copies are done."""
 
-    def unpin(self) -> None:
-        """Unlock what `pin` has locked. To be called when all copies are done."""
-
 
 class CudaCopies(Copies):
     """Copies on a stream of their own. The tensors' pages are locked where they are, so that ranks that share a mapping
@@ -53,8 +49,6 @@ class CudaCopies(Copies):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._locked: list[int] = []
-        """Where each range of locked pages starts."""
 
     def pin(self, tensors: Iterable[Tensor]) -> None:
         library: Any = torch.cuda.cudart()
@@ -66,7 +60,6 @@ class CudaCopies(Copies):
                     f"({library.cudaGetErrorString(error)}): raise the limits of locked memory (ulimit -l) and of host "
                     "memory, or use --base_device device"
                 )
-            self._locked.append(start)
 
     def start(self, pairs: Pairs) -> torch.cuda.Event:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -82,12 +75,6 @@ class CudaCopies(Copies):
 
     def finish(self) -> None:
         self._stream.synchronize()
-
-    def unpin(self) -> None:
-        # Pages that are locked twice leave an error (712) behind, which torch finds at its next kernel and raises.
-        library: Any = torch.cuda.cudart()
-        while self._locked:
-            library.cudaHostUnregister(self._locked.pop())
 
 
 def copies_for(device: torch.device) -> Copies:

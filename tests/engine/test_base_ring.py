@@ -5,7 +5,6 @@ The device is another buffer of the CPU. Its copies come as late as the ring per
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +22,7 @@ from mora_ds.common.errors import RunError, UserError
 from mora_ds.engine import base_ring, zero
 from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
 from mora_ds.engine.device import BUFFERS
-from mora_ds.engine.host_copies import Copies, CudaCopies
+from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.decoder_layers import find_decoder_layers, stored_bytes, weights_of_layers
@@ -254,20 +253,6 @@ def test_a_copy_that_is_being_used_is_not_replaced():
     ring._leave()
 
 
-def test_a_second_ring_takes_the_place_of_the_first():
-    model, first = streamed_model()
-    expected = gradients(model)
-    host = {name: id(tensor) for name, tensor in frozen_buffers(model).items()}
-    copied = first.copied
-    second = stream_base(model, CPU)
-    actual = gradients(model)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert first.copied == copied
-    assert second.copied > 0
-    assert ring_of(model) is second
-    assert {name: id(tensor) for name, tensor in frozen_buffers(model).items()} == host
-
-
 def test_tied_tensors_stay_on_the_device():
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4, target_modules=("q_proj",)))
@@ -288,31 +273,6 @@ def test_what_is_refused():
     model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])
     with pytest.raises(UserError, match=r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"):
         weights_of_layers(model)
-
-
-def test_locked_pages_are_unlocked_before_another_ring_locks_them(monkeypatch: pytest.MonkeyPatch):
-    """A page that is locked twice leaves a CUDA error for the next kernel."""
-    locked: dict[int, int] = {}
-
-    def register(start: int, size: int, flags: int) -> int:
-        error = 712 if start in locked else 0
-        return error or locked.update({start: size}) or error
-
-    cudart = SimpleNamespace(
-        cudaHostRegister=register, cudaHostUnregister=locked.pop, cudaGetErrorString=lambda error: f"error {error}"
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(CudaCopies, "start", Copies.start)
-    monkeypatch.setattr(CudaCopies, "wait", Copies.wait)
-    monkeypatch.setattr(base_ring, "copies_for", CudaCopies)
-    model, first = streamed_model()
-    locked_before = dict(locked)
-    assert locked_before
-    stream_base(model, CPU)
-    assert locked == locked_before
-    first.close()
-    assert locked == locked_before, "it unlocks no pages of another ring"
 
 
 @pytest.mark.gpu

@@ -137,10 +137,6 @@ def test_pages_are_locked_where_the_system_permits_it(monkeypatch: pytest.Monkey
     copies = copies_for(torch.device("cuda"))
     copies.pin([])
     assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]
-    copies.unpin()
-    assert cuda.calls[2:] == [8 * PAGE, PAGE]
-    copies.unpin()
-    assert len(cuda.calls) == 4
     cuda.answer = 2
     with pytest.raises(UserError, match=r"0\.00 GB of host memory .*\(error 2\): raise the limits .*ulimit -l"):
         copies.pin([])
