@@ -279,8 +279,8 @@ checkpoint/layout.py | checkpoint/test_resume_checks.py
 
 # ranks without a saved random state draw the same masks
 checkpoint/writer.py | checkpoint/test_resume_checks.py
--f"{seed}/{state.step}/{rank}"
-+f"{seed}/{state.step}"
+-f"{state.identity}/{state.step}/{rank}"
++f"{state.identity}/{state.step}"
 
 # a folder gets its name before its files are on disk
 common/files.py | common/test_files.py

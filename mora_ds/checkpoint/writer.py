@@ -266,8 +266,7 @@ def _load_rng(folder: Path, rank: int, state: TrainerState) -> None:
                 torch.cuda.set_rng_state(states["cuda"])
             return
     # Fewer ranks saved the checkpoint: dropout draws other masks, the same at every resume.
-    seed = state.identity.get("seed", state.identity.get("adapter", {}).get("seed", 0))
-    digest = hashlib.sha256(f"{seed}/{state.step}/{rank}".encode()).digest()
+    digest = hashlib.sha256(f"{state.identity}/{state.step}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 

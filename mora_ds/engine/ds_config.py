@@ -102,10 +102,10 @@ def load_ds_config(config: DsConfig | str | Path | None) -> DsConfig:
     """
     if config is None:
         return {"zero_optimization": {"stage": 3}}
-    return copy.deepcopy(config) if isinstance(config, dict) else _read(config)
+    return copy.deepcopy(config) if isinstance(config, dict) else _read(Path(config))
 
 
-def _read(path: str | Path) -> DsConfig:
+def _read(path: Path) -> DsConfig:
     def unique(pairs: list[tuple[str, Any]]) -> DsConfig:
         counts = Counter(key for key, _ in pairs)
         if twice := sorted(key for key, count in counts.items() if count > 1):
@@ -113,7 +113,7 @@ def _read(path: str | Path) -> DsConfig:
         return dict(pairs)
 
     try:
-        config = parse_json(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        config = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the DeepSpeed file {path}: {error}") from error
     except UserError:
@@ -298,40 +298,17 @@ def _match_flags(config: DsConfig, settings: EngineSettings, world_size: int) ->
     accumulation = settings.gradient_accumulation_steps
     rows = micro * accumulation * world_size
     formula = f"{micro} a process x {accumulation} accumulated x {world_size} processes = {rows}"
-    return fill(
-        config,
-        (
-            "train_micro_batch_size_per_gpu",
-            micro,
-            f"--per_device_train_batch_size = {micro}",
-        ),
-        (
-            "gradient_accumulation_steps",
-            accumulation,
-            f"--gradient_accumulation_steps = {accumulation}",
-        ),
-        ("train_batch_size", rows, formula),
-        (
-            "gradient_clipping",
-            settings.max_grad_norm,
-            f"--max_grad_norm = {settings.max_grad_norm}",
-        ),
-        (
-            "optimizer.params.betas",
-            list(settings.betas),
-            f"--adam_beta1, --adam_beta2 = {list(settings.betas)}",
-        ),
-        (
-            "optimizer.params.eps",
-            settings.epsilon,
-            f"--adam_epsilon = {settings.epsilon}",
-        ),
-        (
-            "optimizer.params.weight_decay",
-            settings.weight_decay,
-            f"--weight_decay = {settings.weight_decay}",
-        ),
-    )
+    betas = list(settings.betas)
+    flags = {
+        "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", micro),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", accumulation),
+        "gradient_clipping": ("--max_grad_norm", settings.max_grad_norm),
+        "optimizer.params.betas": ("--adam_beta1, --adam_beta2", betas),
+        "optimizer.params.eps": ("--adam_epsilon", settings.epsilon),
+        "optimizer.params.weight_decay": ("--weight_decay", settings.weight_decay),
+    }
+    wanted = [(path, value, f"{flag} = {value}") for path, (flag, value) in flags.items()]
+    return fill(config, *wanted, ("train_batch_size", rows, formula))
 
 
 def _precision(config: DsConfig, settings: EngineSettings) -> list[str]:

@@ -45,7 +45,7 @@ SECTIONS: dict[str, frozenset[str]] = {
     "optimizer": _words("type params legacy_fusion"),
     "optimizer.params": _words(
         """
-        lr betas eps weight_decay torch_adam adam_w_mode bias_correction foreach fused fp32_optimizer_states
+        lr betas eps weight_decay torch_adam adam_w_mode foreach fused
         muon_lr momentum ns_method
         """
     ),
@@ -105,7 +105,7 @@ REFUSED_WITH_MUON: dict[str, str] = {
 }
 """Settings that are refused with Muon, likewise."""
 
-ONLY_FOR_ADAM = frozenset(("bias_correction", "fp32_optimizer_states", "fused"))
+ONLY_FOR_ADAM = frozenset(("foreach", "fused"))
 
 ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
 """Keys of optimizer.params that the other optimizer rejects or ignores."""

@@ -47,29 +47,14 @@ def match_optimizer(
 ) -> list[str]:
     """Fill in the values of the flags. Returns what contradicts them."""
     problems = fill(config, ("optimizer.type", _NAMES[kind], f"--optimizer = {kind.value}"))
-    if kind is OptimizerKind.ADAMW:
-        return problems + fill(
-            config,
-            (
-                "optimizer.params.lr",
-                learning_rate,
-                f"--learning_rate = {learning_rate}",
-            ),
-        )
-    return problems + fill(
-        config,
-        (
-            "optimizer.params.muon_lr",
-            learning_rate,
-            f"--learning_rate = {learning_rate}",
-        ),
-        (
-            "optimizer.params.lr",
-            other_learning_rate,
-            f"--embedding_learning_rate = {other_learning_rate}",
-        ),
-        ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"),
-    )
+    rates = {"optimizer.params.lr": ("--learning_rate", learning_rate)}
+    if kind is OptimizerKind.MUON:
+        rates = {
+            "optimizer.params.muon_lr": ("--learning_rate", learning_rate),
+            "optimizer.params.lr": ("--embedding_learning_rate", other_learning_rate),
+        }
+        problems += fill(config, ("optimizer.params.momentum", MUON_MOMENTUM, f"it is {MUON_MOMENTUM} here"))
+    return problems + fill(config, *((path, rate, f"{flag} = {rate}") for path, (flag, rate) in rates.items()))
 
 
 def uses_muon(ds_config: DsConfig) -> bool:
@@ -82,15 +67,14 @@ def optimizer_problems(config: DsConfig) -> list[str]:
     that prints nothing. Returns what is refused."""
     optimizer = config.setdefault("optimizer", {})
     kind = optimizer.setdefault("type", "AdamW")
-    # "torch_adam": false gives DeepSpeed's own: FusedAdam, or CPUAdam with offload_optimizer, built at first use.
     params = optimizer.setdefault("params", {})
-    params.setdefault("torch_adam", True)
+    own_adam = fill(config, ("optimizer.params.torch_adam", True, "DeepSpeed's own Adam keeps its steps elsewhere"))
     config.setdefault("steps_per_print", NEVER)
     config.setdefault("wall_clock_breakdown", False)
     if kind not in _NAMES.values():
         return [f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"]
     misplaced = params.keys() & (ONLY_FOR_ADAM if uses_muon(config) else ONLY_FOR_MUON)
-    problems = [f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)]
+    problems = own_adam + [f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)]
     return [*problems, *_muon(config)] if uses_muon(config) else problems
 
 

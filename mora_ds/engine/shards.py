@@ -39,10 +39,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
+from mora_ds.common.files import FORMAT, malformed, require_format
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
-from mora_ds.common.untrusted import MAX_SIDE, Count, FileName, Processes, plain_json, shown, typed
+from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
 from mora_ds.engine import zero
 from mora_ds.engine.zero import Flat, Span, view_of
 from mora_ds.parallel.topology import share_of
@@ -86,9 +86,6 @@ class Layout:
     """Class name of the torch optimizer, such as AdamW."""
     groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
-    steps: list[Count | None]
-    """For each parameter group the step count with which FusedAdam starts the state of a new master; others have
-    none."""
     counters: dict[str, int]
     scaler: dict[str, float]
     """State of fp16's loss scaler."""
@@ -373,15 +370,9 @@ def _layout(engine: zero.Engine) -> Layout:
         stage=int(engine.zero_optimization_stage()),
         optimizer=type(engine.basic_optimizer).__name__,
         groups=[{parameter.name: list(parameter.shape) for parameter in group} for group in groups],
-        steps=[_step_of(group) for group in engine.basic_optimizer.param_groups],
         counters={name: int(getattr(engine, name)) for name in COUNTERS},
         scaler={name: getattr(view.loss_scaler, name) for name in SCALER if hasattr(view.loss_scaler, name)},
     )
-
-
-def _step_of(group: JsonObject) -> int | None:
-    """The step count in the settings of a parameter group."""
-    return int(group["step"]) if "step" in group else None
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -444,9 +435,6 @@ def restore(engine: zero.Engine, shards: EngineShards) -> None:
         _restore_flat(flat, parameters, shards, flat.master.device if is_fused else "cpu")
     view.write_copies()
     with malformed(shards.folder / INDEX_FILE):
-        for group, step in enumerate(shards.layout.steps):
-            if step is not None:
-                view.set_step(group, step)
         for name in COUNTERS:
             setattr(engine, name, shards.layout.counters[name])
     for name, number in shards.layout.scaler.items():

@@ -97,9 +97,8 @@ def reset_group(engine: Engine, group: int) -> None:
         for key, value in flat.state.items():
             if isinstance(value, Tensor):
                 value.zero_()
-            else:  # the step count of DeepSpeed's own Adam
+            else:  # a step count
                 flat.state[key] = type(value)(0)
-    view.set_step(group, 0)
     view.write_copies()
 
 
@@ -177,14 +176,6 @@ class OptimizerView:
     def write_copies(self) -> None:
         """Set what forward reads of all parameters from the masters, rounded as a step rounds them. Collective."""
         raise NotImplementedError
-
-    def set_step(self, group: int, step: int) -> None:
-        """Set the step count that a parameter group may have beside those in the state of its masters: FusedAdam starts
-        the state of a new master with it."""
-        settings = self.engine.basic_optimizer.param_groups[group]
-        if "step" in settings:
-            old = settings["step"]
-            settings["step"] = torch.full_like(old, step) if isinstance(old, Tensor) else step
 
     @property
     def loss_scaler(self) -> Any:

@@ -274,14 +274,9 @@ def _different_checks(outcomes: Iterable[_Outcome]) -> Exception | None:
 
 
 def _named(ranks: list[int]) -> str:
-    """Such as "ranks 0-3, 6"."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and spans[-1][-1] == rank - 1:
-            spans[-1] = [spans[-1][0], rank]
-        else:
-            spans.append([rank])
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join("-".join(map(str, span)) for span in spans)
+    """Such as "ranks 0, 1, 2": of many the first ones, and how many there are."""
+    more = f" ... ({len(ranks)} in all)" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 _groups: dict[Any, Any] = {}

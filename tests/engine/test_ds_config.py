@@ -69,14 +69,12 @@ def test_an_empty_config_and_one_of_autos_resolve_alike():
 
 def test_the_users_config_is_not_touched_and_own_values_stay():
     config = {
-        "optimizer": {"params": {"torch_adam": False}},
         "zero_optimization": {"stage": 3, "memory_efficient_linear": True, "stage3_param_persistence_threshold": 0},
         "steps_per_print": 7,
     }
     before = json.dumps(config)
     resolved = fill_bucket_sizes(resolve_ds_config(config, SETTINGS, 1), [100])
     assert json.dumps(config) == before
-    assert resolved["optimizer"]["params"]["torch_adam"] is False
     assert resolved["zero_optimization"]["memory_efficient_linear"] is True
     assert resolved["zero_optimization"]["stage3_param_persistence_threshold"] == 0
     assert resolved["steps_per_print"] == 7

@@ -39,7 +39,8 @@ WRONG = """
 {optimizer: {params: {momentum: 0.5}}} | momentum = 0.5 but it is 0.95 here
 {optimizer: {params: {adam_lr: 0.5}}} | "lr" is the learning rate of AdamW
 {optimizer: {params: {per_head_muon: true}}} | a MoRA matrix is no attention projection
-{optimizer: {params: {fp32_optimizer_states: true}}} | fp32_optimizer_states is not for Muon
+{optimizer: {params: {fused: true}}} | fused is not for Muon
+{optimizer: {params: {torch_adam: false}}} | torch_adam = false but DeepSpeed's own Adam
 {optimizer: {params: {ns_method: newton}}} | ns_method must be "gram" or "standard"
 {zero_optimization: {stage: 3, reduce_scatter: true}} | reduce_scatter = true but Muon needs unsharded
 {zero_optimization: {stage: 3}, communication_data_type: bf16} | communication_data_type

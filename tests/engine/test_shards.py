@@ -53,7 +53,6 @@ def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
         "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
         "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
-        "steps": [None, 7],
     }  # fmt: skip
     return Layout(**{**facts, **more})
 
@@ -87,7 +86,6 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
                 assert shards.read(name, key, start).tolist() == (values[start:] + plus).tolist()
         assert shards.whole(name, MASTER).shape == tuple(SHAPES[name])
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
-    assert shards.layout.steps == [None, 7]
 
 
 def one_flat_each(folder: Path) -> EngineShards:
@@ -151,9 +149,6 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path):
     assert shards.state("a", 7, 2)[1] == {"step": 4}
     with pytest.raises(UserError, match=r"1.st: a has .*{}\), another rank's shard .*{'step': 3}"):
         broken("step").state("a")
-    write(tmp_path, steps=["many"])
-    with pytest.raises(UserError, match=r"layouts.safetensors: .*steps.*many"):
-        EngineShards.open(tmp_path)
     write(tmp_path, groups=[SHAPES])
     with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*index out of range"):
         restored(EngineShards.open(tmp_path), [])

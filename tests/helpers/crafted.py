@@ -45,7 +45,7 @@ def _write_engine(checkpoint: Path) -> None:
     layout = Layout(
         world_size=1, stage=2, optimizer="AdamW", scaler={},
         groups=[{name: list(tensor.shape) for name, tensor in tensors.items()}],
-        steps=[None], counters={"global_steps": 7},
+        counters={"global_steps": 7},
     )  # fmt: skip
     shard = RankShard.of(layout, 0, SHARD, [pieces])
     EngineShards.of(checkpoint / "engine", layout, [shard]).write_table()
