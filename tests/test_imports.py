@@ -41,7 +41,7 @@ commands: data runtime models engine planning checkpoint config deploy eval trai
 __main__: commands
 hf: adapters checkpoint engine models remora runtime train
 peft: adapters
-research: adapters checkpoint commands config data engine eval models planning remora runtime train
+research: adapters checkpoint commands config data engine eval models planning runtime train
 """
 MAY_IMPORT = {package: set((others or "").split()) for package, others in yaml.safe_load(TABLE).items()}
 """Nothing may import research: `common/research.py` loads one of its modules by name, when it is asked for."""

@@ -30,6 +30,8 @@ from mora_ds.checkpoint.layout import (
     ADAPTER_TENSORS,
     BASE_JSON,
     LEDGER_FOLDER,
+    PROBE_FILE,
+    TOKENIZER_FOLDER,
     LedgerLocation,
     ledger_problems,
 )
@@ -360,10 +362,11 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path) -> Adapter:
-        """Read the files of an adapter and compare them with their manifest, if there is one. Of a checkpoint's other
-        files only the sizes are compared: the engine's shards are larger by far. Raises `UserError`."""
+        """Read the files of an adapter and compare them with their manifest, if there is one. Of what a checkpoint has
+        besides only the sizes are compared: the engine's shards are larger by far. Raises `UserError`."""
         has_manifest = (folder / MANIFEST).exists()
-        if has_manifest and (problems := verify_manifest(folder, ADAPTER_PARTS)):
+        read = (*ADAPTER_PARTS, TOKENIZER_FOLDER, PROBE_FILE)
+        if has_manifest and (problems := verify_manifest(folder, read)):
             raise UserError(f"{folder} is damaged: {'; '.join(problems)}")
         file = read_adapter(folder)
         reference = BaseReference.read(folder)

@@ -72,7 +72,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
             resume_checkpoint(wanted, root)
         assert str(damaged) in str(caught.value)
         assert "--resume_from_checkpoint auto" in str(caught.value)
-    if asked:
+    # An export reads no shards and no random states: of these it sees the size alone.
+    if asked and (harm != "flip" or not kind.startswith(("engine/", "rng", "trainer_state"))):
         with pytest.raises((UserError, RunError)):
             export_merged(root / "step-000006", out / "merged")
         assert not (out / "merged").exists()

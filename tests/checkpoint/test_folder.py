@@ -86,13 +86,10 @@ def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(r
         assert os.readlink(root / "best") == f"step-{named:06d}"
 
 
-def test_a_copy_can_be_resumed_from_and_verified(root: Path, caplog: pytest.LogCaptureFixture):
+def test_a_copy_can_be_resumed_from_and_verified(root: Path):
     copy = root / "step-000002.bak"
     assert resume_checkpoint(str(copy), root) == copy
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
-    assert "step-000002.bak" in caplog.text
-    assert "notes" in caplog.text
-    assert "latest" not in caplog.text
     assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
 
 

@@ -17,8 +17,6 @@ def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: 
     assert find_ledger(original.output / "ledger").checkpoint is None
     for path in (original.checkpoint, latest):
         assert find_ledger(path).checkpoint == original.checkpoint.resolve()
-    paths = (original.output, original.output / "ledger", latest, original.checkpoint / "ledger")
-    assert {find_ledger(path).reference for path in paths} == {original.checkpoint.resolve()}
     with pytest.raises(UserError, match="holds no ledger"):
         find_ledger(tmp_path)
 

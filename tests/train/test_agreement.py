@@ -35,7 +35,7 @@ DIFFERENT = """
 --operator share | --operator | "share" on rank 1
 --gradient_accumulation_steps 2 | --gradient_accumulation_steps: 1 on rank 0; 2 on rank 1
 --mora_rank 0 | rank 1: --mora_rank must be at least 1
---deepspeed /nowhere.json | rank 1: | --deepspeed /nowhere.json
+--deepspeed /nowhere.json | rank 1: | the DeepSpeed file /nowhere.json
 --train_files /nowhere.txt | rank 1: | /nowhere.txt
 --model_name_or_path /nowhere | rank 1: | --model_name_or_path /nowhere
 """
