@@ -273,11 +273,6 @@ class AdapterTensors:
         """The MoRA matrix (or LoRA's factors) of the current cycle."""
         return self._handle.get_tensor(self._adapter.layers[module].square)
 
-    def domain_squares(self, module: str) -> Tensor | None:
-        """(K, r_hat, r_hat): the matrices of all domains; None without domains."""
-        domains = self._adapter.domains
-        return None if domains is None else self._handle.get_tensor(domains.tensor(module))
-
     def domain_square(self, module: str, domain: str) -> Tensor:
         """(r_hat, r_hat): the matrix of one domain."""
         domains = self._adapter.domains

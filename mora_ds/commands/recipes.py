@@ -1,6 +1,6 @@
 """List or copy the recipes, DeepSpeed files and model configs that come with mora_ds.
 
-    mora-ds recipes                              every file, and what it is for
+    mora-ds recipes                              every file; a recipe begins with what it is for
     mora-ds recipes copy my-configs              all of them, to be changed
 
 Without copying, a path that begins with configs/ means the package's own file wherever the working directory has none:
@@ -8,8 +8,6 @@ mora-ds pretrain configs/recipes/continual.yaml --deepspeed configs/zero3.json.
 """
 
 import argparse
-import re
-from itertools import takewhile
 from pathlib import Path
 
 from mora_ds.common.errors import named_as_flags
@@ -25,23 +23,13 @@ def main() -> None:
         copy_folder(CONFIGS, options.folder)
         print(f"wrote {options.folder}: {len(names())} files")
     else:
-        width = max(map(len, names()))
-        print("\n".join(f"configs/{name:<{width}}  {_purpose(name)}".rstrip() for name in names()))
+        print("\n".join(f"configs/{name}" for name in names()))
 
 
 def names() -> list[str]:
     """Paths below configs/ of all files, sorted."""
-    return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*") if path.suffix in _KINDS)
-
-
-_KINDS = (".json", ".yaml")
-
-
-def _purpose(name: str) -> str:
-    """What a recipe's comment begins with; nothing for JSON, which has no comments."""
-    lines = takewhile(lambda line: line.startswith("#"), (CONFIGS / name).read_text(encoding="utf-8").splitlines())
-    text = " ".join(line.removeprefix("#").strip() for line in lines)
-    return re.split(r"[.:;(,]\s|\s\(", text)[0].removesuffix(".")
+    paths = (path for path in CONFIGS.rglob("*") if path.suffix in (".json", ".yaml"))
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in paths)
 
 
 def _parser() -> argparse.ArgumentParser:

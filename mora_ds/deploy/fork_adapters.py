@@ -8,9 +8,6 @@ mora_ds with a grouping that never changes, and the matrix lora_A without a scal
 outputs, type 6 computes blocks that no output takes; that is refused, as is all that is more than matrices.
 """
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +91,7 @@ def convert_fork(path: Path | str, output: Path | str, base_folder: Path | str |
         write_adapter(partial, adapter, squares, {})
         BaseReference(str(base.folder), base.fingerprint(), keys, dtype).write(partial)
         write_manifest(partial)
-    return [
-        f"wrote {output}: {len(layers)} layers, {kind.value}/{grouping.value}, of the base {base.folder}",
-        f"its mora_type is that of {source}, which kongds's ReMoRA does not change when a merge changes the type",
-    ]
-
-
-@contextmanager
-def read_fork(path: Path, base_folder: Path | None = None) -> Iterator[Path]:
-    """What `convert_fork` makes of the fork's adapter at `path`, in a temporary folder; `path` itself where it is no
-    folder of PEFT."""
-    if not (path / CONFIG_FILE).is_file():
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
-        output = Path(folder) / "adapter"
-        convert_fork(path, output, base_folder)
-        yield output
+    return [f"wrote {output}: {len(layers)} layers, {kind.value}/{grouping.value}, of the base {base.folder}"]
 
 
 def _operator(settings: dict[str, Any], source: Path) -> tuple[OperatorKind, Grouping]:

@@ -101,9 +101,6 @@ class MoraLinear(nn.Module, BaseTunerLayer):
             raise UserError(f"merging {', '.join(names)} gives a weight that is not finite")
         weight.copy_(total)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {spec.describe()}, r_hat={spec.r_hat}" for name, spec in self.mora_spec.items())
-
 
 class MoraModel(BaseTuner):
     """PEFT's wrapper of a model with MoRA layers; `get_peft_model` makes it."""
@@ -112,13 +109,6 @@ class MoraModel(BaseTuner):
     tuner_layer_cls = MoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an attribute of every tuner)
     """Empty: `target_modules` has a default that suits every architecture."""
-
-    def add_weighted_adapter(self, *arguments: Any, **kwargs: Any) -> None:
-        """Raise `UserError`: a sum of updates is none of one square matrix, as their operators differ."""
-        raise UserError(
-            "add_weighted_adapter: updates of MoRA have no sum in one matrix: activate several, or merge them; "
-            "mora_ds.combine_adapters sums those of runs"
-        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *arguments: Any, **kwargs: Any) -> Iterator[None]:

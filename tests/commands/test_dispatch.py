@@ -62,7 +62,7 @@ def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkey
 
 def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert answer(recipes.main, "mora-ds recipes", []) == (0, "")
-    assert "configs/recipes/continual.yaml " in capsys.readouterr().out
+    assert "configs/recipes/continual.yaml\n" in capsys.readouterr().out
     copy = tmp_path / "mine"
     assert answer(recipes.main, "mora-ds recipes", ["copy", str(copy)]) == (0, "")
     assert (copy / "recipes" / "continual.yaml").read_bytes() == (CONFIGS / "recipes" / "continual.yaml").read_bytes()
