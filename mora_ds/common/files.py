@@ -25,7 +25,7 @@ from mora_ds.common.errors import RunError, UserError, reason
 from mora_ds.common.untrusted import Count, RelativePath, entry, links, plain_json, read_text, require_plain, shown
 from mora_ds.common.version import __version__
 
-FORMAT = 4
+FORMAT = 5
 """Version of everything that mora_ds writes to be read again: checkpoints, ledgers, adapters, caches."""
 
 JsonObject: TypeAlias = dict[str, Any]

@@ -260,7 +260,7 @@ def test_json_is_utf8_of_a_known_format(tmp_path: Path):
     files.write_json_atomic(path, {"é": 1})
     assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
     files.require_format(path, {"format": files.FORMAT})
-    for content, words in (({"format": 2}, "has format 2; mora_ds .* reads format 4"), ({}, "has format None")):
+    for content, words in (({"format": 2}, "has format 2; mora_ds .* reads format 5"), ({}, "has format None")):
         with pytest.raises(UserError, match=rf"a\.json {words}"):
             files.require_format(path, content)
     path.write_text("[]")

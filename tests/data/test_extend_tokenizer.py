@@ -289,8 +289,8 @@ def test_the_record_of_new_rows_is_checked(tmp_path: Path):
         first_new_row(tmp_path)
     for content, words in (
         ('{"format": 2, "first_row": 3}', "has format 2"),
-        ('{"format": 4}', "is damaged"),
-        ('{"format": 4, "first_row": "x"}', "is damaged"),
+        ('{"format": 5}', "is damaged"),
+        ('{"format": 5, "first_row": "x"}', "is damaged"),
     ):
         (tmp_path / EXTENSION_JSON).write_text(content)
         with pytest.raises(UserError, match=f"{EXTENSION_JSON} {words}"):
