@@ -19,7 +19,6 @@ from mora_ds.adapters.ops.lora import LORA, LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import (
     R_HAT_MULTIPLE,
-    REMOVED_OPERATORS,
     Grouping,
     OperatorKind,
     UpdateSpec,
@@ -217,9 +216,6 @@ class MoRAConfig(AdapterConfig):
             even = ", and even for rotate" if self.step == 2 else ""
             yield f"research.targets: the side of {name} must be at least 1{even}, got {size}"
         yield from domain_complaints(self.domains)
-        if self.operator in REMOVED_OPERATORS:
-            yield f"`operator` {self.operator} {REMOVED_OPERATORS[self.operator]}"
-            return
         operators = ["auto", *(kind.value for kind in OPERATORS)]
         groupings = [ALTERNATE, *(grouping.value for grouping in Grouping)]
         choices = {"operator": operators, "grouping": groupings, "compute": [path.value for path in Compute]}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mora_ds.adapters.layer import MoRALinear
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.mora import OperatorSpec, compress, decompress
-from mora_ds.common.errors import RunError, UserError, require_type, unknown
+from mora_ds.common.errors import RunError, UserError, unknown
 
 OWN = "domain_squares"
 """Name of the parameter (K, r_hat, r_hat) that holds the domains' matrices, in layers and in files."""
@@ -69,7 +69,6 @@ def domain_layers(model: nn.Module) -> dict[str, DomainLinear]:
 
 def domains_of(model: nn.Module) -> Domains:
     """The object that all layers of a model ask for the domains of rows; without names where it has no domains."""
-    require_type(model, nn.Module, "domains_of: `model`")
     return next((layer.domains for layer in domain_layers(model).values()), Domains(()))
 
 

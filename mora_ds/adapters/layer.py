@@ -30,7 +30,6 @@ from mora_ds.adapters.ops.lora import LoRASpec, lora_update
 from mora_ds.adapters.ops.mora import OperatorSpec, mora_update
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.terms import Term, join
-from mora_ds.common.errors import require_type
 
 
 class Split(Protocol):
@@ -282,12 +281,6 @@ class AdaptedLinear(nn.Module):
         self._hold_merged_tables()
         return self
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"{self.spec.value_name}={tuple(self.value.shape)}, operator={self.spec.describe()}"
-        )
-
 
 class MoRALinear(AdaptedLinear):
     """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter."""
@@ -369,7 +362,6 @@ class LoRALinear(AdaptedLinear):
 
 def mora_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Module name -> adapted layer, in the model's order, which is the same on every rank."""
-    require_type(model, nn.Module, "mora_layers: `model`")
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 

@@ -33,9 +33,6 @@ class FrozenEmbedding(nn.Embedding):
         self.padding_idx = None
         self.register_buffer("weight", base.weight, persistent=False)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"
-
 
 class FrozenHead(nn.Linear):
     """The table and the bias of another module as buffers."""

@@ -104,7 +104,6 @@ LAUNCHES = r"""
 --max_steps ten | --max_steps | invalid int value: 'ten'
 stray | 'stray'
 # -- settings of adapters that do not go together
---operator subspace | --operator subspace was removed
 --operator decuple | Did you mean 'decouple'
 --tensor_parallel_size 2 --sequence_parallel_size 2 | use one of them
 --tensor_parallel_size 2 --adapter lora | --adapter lora has none: leave it at 1
@@ -134,7 +133,6 @@ stray | 'stray'
 --best_by general:1 --eval_steps 2 | --best_by | 'general' | held, short
 --optimizer muon --adapter full | --optimizer muon is for the matrices of an adapter
 --optimizer muon --adapter lora --bf16 --deepspeed configs/zero1.json | in bf16 needs ZeRO stage 2 or 3
---operator subspace | --operator subspace was removed | take rotate
 --base_bits 8 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 8
 --base_bits 4 --tensor_parallel_size 2 | --tensor_parallel_size 2: --base_bits 4
 --base_device disk | --base_device 'disk' | host

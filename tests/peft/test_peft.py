@@ -227,8 +227,6 @@ def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message
 def test_wrong_settings_are_named():
     with pytest.raises(UserError, match="rank"):
         MoraConfig(r=0)
-    with pytest.raises(UserError, match="subspace was removed"):
-        MoraConfig(operator="subspace")
     with pytest.raises(UserError, match="embed_tokens"):
         get_peft_model(tiny_model(), MoraConfig(target_modules=["embed_tokens"]))
     model = tiny_model()

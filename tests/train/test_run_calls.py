@@ -72,19 +72,10 @@ inject | {model: COMPILED, config: CONFIG} | inject: `model` is compiled
 inject | {model: ADAPTED, config: CONFIG} | this model already has an adapter
 inject | {model: MODEL, config: UNKNOWN} | `target_modules` 'q_prj' matches no linear layer
 inject | {model: MODEL, config: BOTH} | `target_modules` includes 'lm_head', which `train_head` trains itself
-mora_layers | {model: m} | mora_layers: `model` must be of the type Module, got 'm'
-domains_of | {model: 3} | domains_of: `model` must be of the type Module, got 3
-OperatorSpec | {kind: share, d_in: "8", d_out: 8, r_hat: 4} | OperatorSpec: `d_in` must be of the type int, got '8'
-OperatorSpec | {kind: share, d_in: 8, d_out: 8, r_hat: 4, seed: 0.5} | \
-OperatorSpec: `seed` must be of the type int, got 0.5
 OperatorSpec | {kind: 3, d_in: 8, d_out: 8, r_hat: 4} | unknown operator 3
-delta_weight | {spec: 3, square: SQUARE} | delta_weight: `spec` must be of the type OperatorSpec, got 3
-delta_weight | {spec: SPEC, square: null} | delta_weight: `square` must be of the type Tensor, got None
 delta_weight | {spec: SPEC, square: NARROW} | delta_weight: `square` must have the shape (4, 4), got (3, 3)
 mora_update | {spec: SPEC, square: SQUARE, x: NARROW} | mora_update: `x` must have 8 features, got the shape (3, 3)
 mora_update | {spec: SPEC, square: NARROW, x: SQUARE} | mora_update: `square` must have the shape (4, 4), got (3, 3)
-mora_update | {spec: SPEC, square: 1, x: SQUARE} | mora_update: `square` must be of the type Tensor, got 1
-mora_update | {spec: SPEC, square: SQUARE, x: x} | mora_update: `x` must be of the type Tensor, got 'x'
 Ledger.open | {folder: 3} | Ledger.open: `folder` must be a path, got 3
 initialize | {model: ADAPTED, config: gone.json} | cannot read the DeepSpeed file gone.json
 initialize | {model: MODEL, config: {}} | the model has no adapter: call mora_ds.inject

@@ -44,7 +44,7 @@ from mora_ds.adapters.ops.index_tables import (
     tables_of,
 )
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind, UpdateSpec
-from mora_ds.common.errors import UserError, require_type, unknown
+from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.untrusted import MAX_SIDE
 
 _CHUNK = 1 << 18
@@ -66,8 +66,6 @@ class OperatorSpec(UpdateSpec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _member(OperatorKind, self.kind, "operator"))
         object.__setattr__(self, "grouping", _member(Grouping, self.grouping, "grouping"))
-        for name in ("d_in", "d_out", "r_hat", "seed"):
-            require_type(getattr(self, name), int, f"OperatorSpec: `{name}`")
         if min(self.d_in, self.d_out, self.r_hat) < 1 or max(self.d_in, self.d_out, self.r_hat) > MAX_SIDE:
             raise UserError(f"an operator needs positive sizes, and none above {MAX_SIDE:,}, got {self}")
         if not 0 <= self.seed < 2**32:
@@ -404,9 +402,6 @@ def add_input_gradient_(
 
 def mora_update(spec: OperatorSpec, square: Tensor, x: Tensor) -> Tensor:
     """decompress(M compress(x)): (..., D) -> (..., O), what the adapter adds to the frozen layer's output."""
-    require_type(spec, OperatorSpec, "mora_update: `spec`")
-    require_type(square, Tensor, "mora_update: `square`")
-    require_type(x, Tensor, "mora_update: `x`")
     _check_square(spec, square, "mora_update")
     if x.shape[-1:] != (spec.d_in,):  # a shorter input would be taken, and give other numbers
         raise UserError(f"mora_update: `x` must have {spec.d_in} features, got the shape {tuple(x.shape)}")
@@ -427,8 +422,6 @@ def delta_weight(spec: OperatorSpec, square: Tensor) -> Tensor:
 
     Made of separate elementwise operations and copies only, so that every device rounds it alike.
     """
-    require_type(spec, OperatorSpec, "delta_weight: `spec`")
-    require_type(square, Tensor, "delta_weight: `square`")
     _check_square(spec, square, "delta_weight")
     if spec.blocks == 1:
         return rows_of_outputs(spec, input_columns(spec, square))

@@ -27,12 +27,6 @@ R_HAT_MULTIPLE = 16
 cuBLAS takes kernels for unaligned rows, which are slower."""
 
 
-REMOVED_OPERATORS = {
-    "subspace": "was removed, since its sides hold less of a pretrained model's gradient than random ones: take rotate"
-}
-"""Operator of an earlier version -> what to do instead, to be read after its name."""
-
-
 class OperatorKind(str, Enum):
     """The four pairs of compression and decompression of the paper (arXiv 2405.12130, section 3)."""
 

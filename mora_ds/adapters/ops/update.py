@@ -6,9 +6,8 @@ from typing import Any
 
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
-from mora_ds.adapters.ops.spec import REMOVED_OPERATORS, UpdateSpec
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import typed_fully
 
 
@@ -21,7 +20,7 @@ class _Stack:
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
-    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown and removed kinds, other keys and wrong types."""
+    """Inverse of any spec's `to_dict`. Raises `UserError` for unknown kinds, other keys and wrong types."""
     without_kind = {key: value for key, value in values.items() if key != "kind"}
     spec: UpdateSpec
     match values.get("kind"):
@@ -30,8 +29,6 @@ def spec_from_dict(values: Mapping[str, Any]) -> UpdateSpec:
             spec = StackSpec(stack.count, typed_fully(OperatorSpec, stack.operator, "operator"))
         case LoRASpec.name:
             spec = typed_fully(LoRASpec, without_kind, "operator")
-        case str() as name if name in REMOVED_OPERATORS:
-            raise UserError(f"operator {name} {REMOVED_OPERATORS[name]}")
         case _:
             spec = typed_fully(OperatorSpec, dict(values), "operator")
     return spec

@@ -317,7 +317,6 @@ NO_OPERATORS = """
 {kind: decouple, grouping: contiguous} | belongs to operator 'share'
 {r_hat: 0} | positive
 {d_in: -1} | positive
-{kind: subspace, module: layer, vectors: 0123456789abcdef} | operator subspace was removed
 """
 
 
