@@ -53,8 +53,6 @@ class TrainerState:
     """What has failed beside training, one line each: the run that ends says so, however often it was resumed."""
     scheduler: JsonObject | None = None
     """State of the scheduler that `initialize` was given; None without one."""
-    micro_batch_tokens: Count = 0
-    """Tokens of a micro-batch that a rank computes, by which --compute auto chooses; 0: not known."""
     stream: JsonObject | None = None
     """Positions of streamed sources before the next step's batch; None without streams."""
     chunked_loss: bool = False

@@ -147,12 +147,11 @@ class Ledger:
 
     @classmethod
     def create(cls, folder: Path, base_fingerprint: str) -> Ledger:
-        """An empty ledger for a base. Raises `UserError` when the folder already has a ledger with cycles."""
-        if (folder / LEDGER_FILE).exists() and read_json(folder / LEDGER_FILE).get("cycles"):
-            raise UserError(f"{folder} already holds the ledger of a run")
+        """An empty ledger for a base, in place of one that the folder has. Other files stay."""
         folder.mkdir(parents=True, exist_ok=True)
         ledger = cls(folder, base_fingerprint, [])
         ledger._write([])
+        ledger._remove_strays()
         return ledger
 
     @classmethod
@@ -178,13 +177,6 @@ class Ledger:
         ledger._check_records()
         ledger.verify(hashes)
         return ledger
-
-    @staticmethod
-    def strays(folder: Path) -> list[str]:
-        """Names of what lies in a ledger's folder, which need not exist, and belongs to no ledger."""
-        names = (LEDGER_FILE, "cycle-*.safetensors")
-        known = {path for name in names for pattern in (name, f".{name}.partial") for path in folder.glob(pattern)}
-        return sorted(path.name for path in folder.glob("*") if path not in known)
 
     def snapshot(self) -> Ledger:
         """A ledger with the present cycles, which later appends to this one do not change."""
@@ -252,10 +244,14 @@ class Ledger:
         for record in self._records:
             link_or_copy(self.folder / record.file, folder / record.file)
         copy._write(self._records)
-        for stray in set(folder.glob("cycle-*.safetensors")) - {folder / record.file for record in self._records}:
-            with suppress(OSError):  # nothing refers to it any more
-                stray.unlink()
+        copy._remove_strays()
         return copy
+
+    def _remove_strays(self) -> None:
+        """Delete files of cycles that nothing refers to any more."""
+        for path in set(self.folder.glob("cycle-*.safetensors")) - {self.folder / row.file for row in self._records}:
+            with suppress(OSError):
+                path.unlink()
 
     def verify(self, hashes: bool = True) -> None:
         """Checks every file. Raises `UserError` naming the first that is not as it was written."""

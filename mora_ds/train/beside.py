@@ -1,5 +1,6 @@
-"""Forward passes of a run that are not training's: evaluations, tasks, probes, and the checks before the first step."""
+"""What of a run is not training: forward passes of evaluations, tasks, probes and checks, and what must not cost it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -7,7 +8,20 @@ from typing import Any
 import torch
 
 from mora_ds.adapters.domains import domains_of
+from mora_ds.common.errors import BESIDE, reason
 from mora_ds.parallel.ulysses import whole_rows
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def going_on(what: str, failures: list[str]) -> Iterator[None]:
+    """A context for what stands beside training: where it fails, `failures` gets a line, and the run goes on."""
+    try:
+        yield
+    except BESIDE as error:  # packages of others raise what they like
+        failures.append(f"{what}: {reason(error)}")
+        logger.error(f"{failures[-1]}. Training goes on")
 
 
 @contextmanager

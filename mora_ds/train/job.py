@@ -7,15 +7,13 @@
 """
 
 import logging
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mora_ds.adapters.config import FLAGS, AdapterConfig
-from mora_ds.adapters.inject import count_parameters, inject, mora_layers
-from mora_ds.adapters.layer import MoRALinear
+from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.adapters.tp_plan import plan_of
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import named_as_flags
@@ -69,9 +67,6 @@ class Job:
         self.data = data
         self.start = start
         training = arguments.training
-        self.micro_batch_tokens = (
-            training.per_device_train_batch_size * data.train.seq_len // training.sequence_parallel_size
-        )
         start.ranks.barrier("model, tokenizer and text are loaded")  # what follows has collectives of its own
         self.sequence = share_rows(loaded.model, training.sequence_parallel_size, training.collective_timeout_s)
         if self.sequence is not None:
@@ -159,8 +154,6 @@ class Job:
             state=start.state,
         )
         self.state = self.run.state
-        self._log_paths(self.micro_batch_tokens, self.state.micro_batch_tokens)
-        self.state.micro_batch_tokens = self.micro_batch_tokens
 
     # -- their steps ---------------------------------------------------------------------------------------------------
 
@@ -241,20 +234,3 @@ class Job:
         degree = training.tensor_parallel_size
         if degree > 1:
             logger.debug(plan_of(model, degree))
-
-    def _log_paths(self, tokens: int, before: int) -> None:
-        """Log how many layers are computed in which way, with `tokens` in a micro-batch, and `before` where the run
-        resumes (0: not known): other sizes may take other paths, which round differently."""
-        layers = [layer for layer in mora_layers(self.loaded.model).values() if isinstance(layer, MoRALinear)]
-
-        def counted(number: int) -> str:
-            paths = Counter(layer.path(number).value for layer in layers)
-            return ", ".join(f"{path} for {count} layers" for path, count in sorted(paths.items()))
-
-        if layers:
-            logger.debug(f"computed over (--compute): {counted(tokens)}, with {tokens:,} tokens in a micro-batch")
-        if before and counted(before) != counted(tokens):
-            logger.warning(
-                f"--compute: up to the checkpoint it was {counted(before)}, with {before:,} tokens in a micro-batch; "
-                "from here on results differ by rounding from those of the same micro-batches as before"
-            )

@@ -4,13 +4,12 @@ import json
 import logging
 import math
 import resource
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mora_ds.checkpoint.layout import METRICS_FILE
 from mora_ds.common.files import JsonObject, atomic_path, disk_errors
@@ -50,45 +49,19 @@ FORGETTING = "2_forgetting/change_percent"
 """The TensorBoard group of what each evaluation set has lost since the start."""
 
 
-class SourceLosses:
-    """The losses and label counts of one optimizer step, summed by source of the mixture."""
+def source_facts(sums: Sequence[float], tokens: Mapping[str, int]) -> dict[str, JsonObject]:
+    """{source: loss, perplexity, tokens} of a step. `sums`: over all processes, the sources' losses, then their labels.
+    `tokens`: of each source since the first step.
 
-    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
-        """`names`: of the sources, in the order of their indices. `device`: of the losses."""
-        self.names = list(names)
-        self._losses = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin a step."""
-        self._losses.zero_()
-        self._labels = [0] * len(self.names)
-
-    def add(self, sources: Sequence[int], row_nll: Tensor, labels: Sequence[int]) -> None:
-        """Add a micro-batch: of each row its source, its summed loss (B,), which is not waited for, and how many of its
-        labels count."""
-        index = torch.tensor(sources).to(self._losses.device, non_blocking=True)
-        self._losses.index_add_(0, index, row_nll.detach().double())
-        for source, count in zip(sources, labels, strict=True):
-            self._labels[source] += count
-
-    def sums(self) -> tuple[Tensor, list[int]]:
-        """This process's summed losses, a vector on the device, and labels by source; to be summed over all
-        processes."""
-        return self._losses, self._labels
-
-    def facts(self, sums: Sequence[float], tokens: dict[str, int]) -> dict[str, JsonObject]:
-        """{source: loss, perplexity, tokens} from the sums over all processes, losses first, then labels.
-
-        The loss is None for a source without rows in this step. `tokens`: of each source since the first step.
-        """
-        nll, predicted = torch.tensor(sums, dtype=torch.float64).view(2, -1).tolist()
-        facts = {}
-        for name, value, count in zip(self.names, nll, predicted, strict=True):
-            loss = value / count if count else None
-            ppl = None if loss is None else perplexity(loss)
-            facts[name] = {"loss": loss, "perplexity": ppl, "tokens": tokens[name]}
-        return facts
+    The loss is None for a source without rows in this step.
+    """
+    nll = sums[: len(tokens)]
+    labels = sums[len(tokens) :]
+    facts = {}
+    for name, value, count in zip(tokens, nll, labels, strict=True):
+        loss = value / count if count else None
+        facts[name] = {"loss": loss, "perplexity": None if loss is None else perplexity(loss), "tokens": tokens[name]}
+    return facts
 
 
 def step_line(row: Facts, total_steps: int) -> str:

@@ -31,12 +31,9 @@ from mora_ds.checkpoint.layout import (
 )
 from mora_ds.checkpoint.state import TrainerState, check_world_size
 from mora_ds.common.errors import (
-    BESIDE,
     FailedBeside,
-    RunError,
     UserError,
     named_as_flags,
-    reason,
 )
 from mora_ds.common.files import JsonObject, write_json_atomic
 from mora_ds.common.untrusted import expanded
@@ -54,6 +51,7 @@ from mora_ds.remora.schedule import Schedule
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.base import find_model, prepare_base, settle_base_device
+from mora_ds.train.beside import going_on
 from mora_ds.train.data import RunData, load_data
 from mora_ds.train.dry_run import dry_run
 from mora_ds.train.hooks import hooks_of
@@ -272,10 +270,15 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
     trackers = []
     if ranks.is_first:
         names = [name for name in dict.fromkeys(arguments.training.report_to) if name != NO_TRACKER]
-        trackers = [Tracker(name, folder, dump(arguments), state.step) for name in names]
+        trackers = [Tracker(name, folder, dump(arguments), state.step, state.failures) for name in names]
     log = MetricsLog(folder, steps, ranks.is_first, state.step, trackers, pending)
     if job.start.checkpoint is not None:
-        logger.info(_resumed(job.start.checkpoint, state, steps))
+        logger.info(f"resumed from {job.start.checkpoint} at step {state.step}")
+        if state.total_steps != steps:
+            logger.info(
+                f"it was on its way to {state.total_steps} steps and has {steps} now: the learning rate follows the "
+                "new length from here on"
+            )
     state.total_steps = steps
     trainer = Trainer(job, schedule, log)
     for line in opening(job, steps):
@@ -293,46 +296,28 @@ def _run(arguments: Arguments, job: Job, schedule: Schedule) -> JsonObject:
         logger.info(f"writing the merged model to {folder / MERGED_FOLDER}")
         job.run.export(trainer.last_checkpoint, folder / MERGED_FOLDER, job.start.hooks.variants)
     log.close()
-    failures = [
-        *state.failures,
-        *(f"--report_to {tracker.name}" for tracker in trackers if tracker.has_failed),
-    ]
     if arguments.training.push_to_hub is not None:
         assert trainer.last_checkpoint is not None
-        failures += _push(arguments.training, ranks, trainer.last_checkpoint, folder / MERGED_FOLDER)
-    failures = ranks.on_first("end of the run", lambda: failures, long=True)
+        _push(arguments.training, job, trainer.last_checkpoint)
+    failures = ranks.on_first("end of the run", lambda: state.failures, long=True)
     if failures:
         lines = "\n".join(f"  {failure}" for failure in failures)
         raise FailedBeside(f"the run is done, {trainer.last_checkpoint} is its end; beside training failed:\n{lines}")
     return summary
 
 
-def _push(training: TrainingArguments, ranks: Ranks, checkpoint: Path, merged: Path) -> list[str]:
-    """--push_to_hub. Returns why there was no upload; nothing where it went well."""
-    repository = training.push_to_hub or ""
+def _push(training: TrainingArguments, job: Job, checkpoint: Path) -> None:
+    """--push_to_hub, which fails beside the run."""
+    repository = str(training.push_to_hub)
 
-    def push() -> list[str]:
-        try:
-            logger.info(
-                push_folder(merged, repository) if training.export_merged else push_adapter(checkpoint, repository)
-            )
-        except (RunError, UserError) as error:
-            return [str(error)]
-        except BESIDE as error:
-            return [f"--push_to_hub {repository}: {reason(error)}"]
-        return []
+    def push() -> None:
+        with going_on("the upload to the Hub", job.state.failures):
+            if training.export_merged:
+                logger.info(push_folder(job.start.folder / MERGED_FOLDER, repository))
+            else:
+                logger.info(push_adapter(checkpoint, repository))
 
-    return ranks.on_first("upload to the Hub", push, long=True)
-
-
-def _resumed(checkpoint: Path, state: TrainerState, steps: int) -> str:
-    text = f"resumed from {checkpoint} at step {state.step}"
-    if state.total_steps == steps:
-        return text
-    return (
-        f"{text}; it was on its way to {state.total_steps} steps and has {steps} now: "
-        "the learning rate follows the new length from here on"
-    )
+    job.start.ranks.on_first("upload to the Hub", push, long=True)
 
 
 def _summary(job: Job, trainer: Trainer) -> JsonObject:

@@ -1,17 +1,11 @@
 """torch's profiler over some steps of a run (--profile), as a trace that Perfetto and TensorBoard open."""
 
-import logging
 from pathlib import Path
 
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 
-from mora_ds.common.errors import reason
+from mora_ds.train.beside import going_on
 
-logger = logging.getLogger(__name__)
-
-LEFT_OUT = 2
-"""Steps before those that are recorded: DeepSpeed looks at the model in the first one, the profiler starts up in the
-second."""
 PROFILE = "profile"
 """The folder of traces in an output folder."""
 
@@ -27,16 +21,11 @@ def step_profiler(steps: int, done: int, folder: Path, failures: list[str]) -> p
     write = tensorboard_trace_handler(str(folder / PROFILE), "rank-0", use_gzip=True)
 
     def write_or_tell(profiler: profile) -> None:
-        try:
+        with going_on(f"--profile: {folder / PROFILE} got no complete trace", failures):
             write(profiler)
-            logger.info(f"--profile: {folder / PROFILE} has the trace of rank 0")
-        except Exception as error:
-            failures.append(f"--profile: {folder / PROFILE} got no complete trace: {reason(error)}")
-            logger.error(f"{failures[-1]}. Training goes on")
 
-    when = schedule(skip_first=done + 1, wait=1, warmup=1, active=steps, repeat=1)
     profiler = profile(
-        schedule=when,
+        schedule=schedule(skip_first=done + 1, wait=1, warmup=1, active=steps, repeat=1),
         on_trace_ready=write_or_tell,
         record_shapes=True,
         profile_memory=True,

@@ -8,19 +8,16 @@ goes on in the same run there where WANDB_RUN_ID names it. OUTPUT_DIR/wandb has 
 """
 
 import importlib.util
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from torch.utils.tensorboard import SummaryWriter
 
-from mora_ds.common.errors import BESIDE, UserError, reason
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import JsonObject
-
-logger = logging.getLogger(__name__)
+from mora_ds.train.beside import going_on
 
 Numbers: TypeAlias = Mapping[str, float]
 """Curve -> its value at a step."""
@@ -36,46 +33,38 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Tracker:
-    """TensorBoard or Weights & Biases, behind a guard."""
+    """TensorBoard or Weights & Biases, until a call of it fails."""
 
-    def __init__(self, name: str, folder: Path, config: JsonObject, steps_done: int) -> None:
+    def __init__(self, name: str, folder: Path, config: JsonObject, steps_done: int, failures: list[str]) -> None:
         """`folder`: of the run. `config`: its settings, as Weights & Biases shows them. `steps_done`: 0 for a run that
-        begins; TensorBoard drops the points after that step."""
+        begins; TensorBoard drops the points after that step. `failures`: gets a line where the tracker fails."""
         self.name = name
-        self.has_failed = False
-        with self._guard("cannot be started"):
-            if name == WANDB:
-                self._log, self._close = _start_wandb(folder, config)
-            else:
-                self._log, self._close = _start_tensorboard(folder, steps_done)
+        self._failures = failures
+        self._works = False
+        with going_on(f"--report_to {name} at the start", failures):
+            start = _start_wandb if name == WANDB else _start_tensorboard
+            self._log, self._close = start(folder, config, steps_done)
+            self._works = True
 
     def log(self, numbers: Numbers, step: int) -> None:
-        if not self.has_failed:
-            with self._guard(f"failed at step {step}"):
+        if self._works:
+            self._works = False
+            with going_on(f"--report_to {self.name} at step {step}", self._failures):
                 self._log(numbers, step)
+                self._works = True
 
     def close(self) -> None:
-        if not self.has_failed:
-            with self._guard("failed at the end of the run"):
+        if self._works:
+            with going_on(f"--report_to {self.name} at the end", self._failures):
                 self._close()
-
-    @contextmanager
-    def _guard(self, failure: str) -> Iterator[None]:
-        try:
-            yield
-        except BESIDE as error:  # the packages raise what they like
-            self.has_failed = True
-            logger.warning(
-                f"--report_to {self.name} {failure}: {reason(error)}. The run goes on without it; metrics.jsonl has "
-                "the curves"
-            )
 
 
 _Client = tuple[Callable[[Numbers, int], None], Callable[[], None]]
 """What logs the curves of a step, and what ends the tracker."""
 
 
-def _start_tensorboard(folder: Path, steps_done: int) -> _Client:
+def _start_tensorboard(folder: Path, config: JsonObject, steps_done: int) -> _Client:
+    del config
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1 if steps_done else 0)
 
     def log(numbers: Numbers, step: int) -> None:
@@ -85,7 +74,8 @@ def _start_tensorboard(folder: Path, steps_done: int) -> _Client:
     return log, board.close
 
 
-def _start_wandb(folder: Path, config: JsonObject) -> _Client:
+def _start_wandb(folder: Path, config: JsonObject, steps_done: int) -> _Client:
+    del steps_done
     import wandb
 
     run = wandb.init(

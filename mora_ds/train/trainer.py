@@ -42,9 +42,9 @@ from mora_ds.train.loader import (
 from mora_ds.train.metrics import (
     MetricsLog,
     PhaseMemory,
-    SourceLosses,
+    source_facts,
 )
-from mora_ds.train.profile import LEFT_OUT, step_profiler
+from mora_ds.train.profile import step_profiler
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,6 @@ class Trainer:
             if self.ranks.on_first("newest checkpoint", lambda: latest.resolve() == checkpoint.resolve()):
                 self._saved_step = self.state.step
         self._mixture = self.train_data if len(self.train_data.names) > 1 else None
-        self._source_losses = SourceLosses(self._mixture.names if self._mixture else [], self.engine.device)
 
     @property
     def is_finished(self) -> bool:
@@ -142,9 +141,7 @@ class Trainer:
             steps = f", after steps {merges[0]} to {merges[-1]}" if merges else ""
             logger.info(f"merges still to come: {len(merges)}{steps}")
         profiler = None
-        if self.training.profile is not None and self.total_steps - state.step <= LEFT_OUT:
-            logger.warning(f"--profile records nothing: it leaves {LEFT_OUT} steps out, and no more are left")
-        elif self.training.profile is not None and self.ranks.is_first:
+        if self.training.profile is not None and self.ranks.is_first:
             profiler = step_profiler(self.training.profile, state.step, self.job.start.folder, state.failures)
         with signals.deferred(), self.counter.counting(), profiler or nullcontext():
             if state.step == 0 and self.training.eval_on_start:
@@ -178,13 +175,14 @@ class Trainer:
         # DeepSpeed divides by the number of micro-batches and averages over ranks: undo both, divide by tokens.
         scale = self.training.gradient_accumulation_steps * self.replica.world / total_labels
         nll = torch.zeros(1, dtype=torch.float64, device=self.engine.device)
+        n_sources = len(self._mixture.names) if self._mixture else 0  # losses and labels of each
+        by_source = torch.zeros(2, n_sources, dtype=torch.float64, device=self.engine.device)
         term = self.hooks.term
         self.engine.train()
-        self._source_losses.reset()
         for micro_batch in batch:
             with self.hooks.rows(self._sources(micro_batch)):
                 with nullcontext() if term is None else term.recording():
-                    batch_nll = self._nll(micro_batch)
+                    batch_nll = self._nll(micro_batch, by_source)
                 loss = batch_nll * scale
                 self.engine.backward(loss if term is None else loss + term.loss())
             self.memory.end("forward_backward")
@@ -194,9 +192,11 @@ class Trainer:
 
         # The one place of a step where the host waits for the device.
         base_changed = self._is_logged(step) and bool(self.job.run.changed_base_files())
-        source_losses, source_labels = self._source_losses.sums()
-        on_host = [*source_labels, self.loader.labels_ahead(step)]
-        total_nll, *source_sums, next_labels = self._sum_and_hear_requests([nll, source_losses], on_host, base_changed)
+        total_nll, *source_sums, next_labels = self._sum_and_hear_requests(
+            [nll, by_source.flatten()],
+            [self.loader.labels_ahead(step)],
+            base_changed,
+        )
         self._next_labels = next_labels
         mean_loss = total_nll / total_labels
 
@@ -213,13 +213,15 @@ class Trainer:
         """The source of each row of a micro-batch; empty without a mixture."""
         return [] if self._mixture is None else [self._mixture.names[source] for source in micro_batch.sources]
 
-    def _nll(self, micro_batch: MicroBatch) -> Tensor:
-        """The summed loss of a micro-batch, recorded by source for a mixture."""
+    def _nll(self, micro_batch: MicroBatch, by_source: Tensor) -> Tensor:
+        """The summed loss of a micro-batch, for a mixture added to `by_source` too, which is not waited for."""
         rows = self.replica.on_device(micro_batch.rows)
         if self._mixture is None:
             return token_nll(self.engine, rows)
         losses = row_nll(self.engine, rows)
-        self._source_losses.add(micro_batch.sources, losses, micro_batch.labels)
+        index = torch.tensor(micro_batch.sources).to(losses.device, non_blocking=True)
+        labels = torch.tensor(micro_batch.labels, dtype=torch.float64).to(losses.device, non_blocking=True)
+        by_source.index_add_(1, index, torch.stack([losses.detach().double(), labels]))
         return losses.sum()
 
     def _sum_and_hear_requests(
@@ -274,7 +276,7 @@ class Trainer:
         self.log.step(row)
         if self._mixture is not None:
             source_tokens = self._mixture.tokens(step)
-            self.log.record("sources", step, self._source_losses.facts(source_sums, source_tokens))
+            self.log.record("sources", step, source_facts(source_sums, source_tokens))
         if self.hooks.term is not None:
             self.log.record(self.hooks.term.name, step, self.hooks.term.value.item())
 
@@ -380,17 +382,14 @@ class Trainer:
         without it; before the first step, when nothing can be lost, it ends the run."""
         self.job.run.check_base()
         step = self.state.step
-        if step == 0:
-            return self.evaluator.evaluate(before_batch=self._leave_if_asked)
         perplexities: dict[str, float] = {}
         failure = None
         try:
             perplexities = self.evaluator.evaluate(before_batch=self._leave_if_asked)
-        except (NotFinite, BaseChanged):
-            raise  # of the model itself, and on all ranks alike
         except BESIDE as error:
-            if self._stop_asked:
-                raise  # the checkpoint before the end could not be written
+            is_of_model = isinstance(error, (NotFinite, BaseChanged))  # which all ranks find alike
+            if step == 0 or is_of_model or self._stop_asked:  # asked to stop: the last checkpoint could not be written
+                raise
             failure = f"{type(error).__name__}: {reason(error)}"
         # A rank that has failed alone must not meet the others in a collective of the evaluation, whose sums would be
         # wrong from there on: it waits for them at this check, which has a group of its own.

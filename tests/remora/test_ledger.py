@@ -88,13 +88,6 @@ def test_a_snapshot_stays_as_it_is(folder: Path):
     assert (snapshot.cycles, ledger.cycles) == (3, 4)
 
 
-def test_what_belongs_to_no_ledger_is_named(folder: Path):
-    for name in ("notes.txt", "cycle.safetensors", ".ledger.json.partial", ".cycle-00003.safetensors.partial"):
-        (folder / name).touch()
-    assert Ledger.strays(folder) == ["cycle.safetensors", "notes.txt"]
-    assert Ledger.strays(folder / "missing") == []
-
-
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 
@@ -166,9 +159,11 @@ def test_another_base_is_refused(folder: Path):
         Ledger.open(folder, "e" * 64)
 
 
-def test_a_used_ledger_is_not_started_anew(folder: Path):
-    with pytest.raises(UserError, match="already holds"):
-        Ledger.create(folder, BASE)
+def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder: Path):
+    (folder / "notes.txt").touch()
+    assert Ledger.create(folder, BASE).cycles == 0
+    assert {path.name for path in folder.iterdir()} == {"ledger.json", "notes.txt"}
+    assert Ledger.open(folder, BASE).cycles == 0
 
 
 def test_operator_unknown_to_this_version_is_named(folder: Path):

@@ -218,7 +218,7 @@ def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path,
     argv = user.flags(tmp_path, "--max_steps", 2, "--push_to_hub", "me/adapter", "--report_to", "none")
     for kind, message in run_ranks(ranks, failing_upload, argv, error):
         assert kind == "FailedBeside"
-        assert "--push_to_hub me/adapter: no way out" in message
+        assert "the upload to the Hub: no way out" in message
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 

@@ -14,12 +14,13 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.models.loss import perplexity
 from mora_ds.train import trainer as trainer_module
 from mora_ds.train.hooks import Hooks
+from mora_ds.train.loader import MicroBatch
 from mora_ds.train.metrics import (
     STEP_TAGS,
     MetricsLog,
     PhaseMemory,
-    SourceLosses,
     plain_json,
+    source_facts,
     step_line,
 )
 from mora_ds.train.trackers import Tracker
@@ -39,7 +40,7 @@ def metrics(step: int, loss: float = 2.0, **more: Any) -> dict[str, Any]:
 
 def board_log(folder: Path, start_step: int = 0, **options: Any) -> MetricsLog:
     """The log of a run with TensorBoard."""
-    board = Tracker("tensorboard", folder, {}, start_step)
+    board = Tracker("tensorboard", folder, {}, start_step, [])
     return MetricsLog(folder, 9, True, start_step, [board], **options)
 
 
@@ -94,18 +95,18 @@ def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPat
     assert memory.peak == 30
 
 
-def test_losses_are_summed_by_source_and_forgotten_with_the_step():
-    losses = SourceLosses(["a", "b", "idle"])
-    for _ in range(2):
-        losses.reset()
-        losses.add([0, 1, 0], torch.tensor([1.0, 2.0, 3.0], requires_grad=True), [2, 4, 6])
-        losses.add([1], torch.tensor([4.0]), [2])
-        sums, labels = losses.sums()
-    assert not sums.requires_grad
-    assert sums.dtype == torch.float64
-    assert sums.tolist() == [4.0, 6.0, 0.0]
-    assert labels == [8, 6, 0]
-    facts = losses.facts([*sums.tolist(), *labels], {"a": 8, "b": 6, "idle": 0})
+def test_losses_are_summed_by_source(monkeypatch: pytest.MonkeyPatch):
+    rows = {"of 3": torch.tensor([1.0, 2.0, 3.0], requires_grad=True), "of 1": torch.tensor([4.0])}
+    monkeypatch.setattr(trainer_module, "row_nll", lambda engine, batch: rows[batch])
+    trainer: Any = Trainer.__new__(Trainer)
+    vars(trainer).update(engine=None, replica=SimpleNamespace(on_device=lambda rows: rows), _mixture=True)
+    by_source = torch.zeros(2, 3, dtype=torch.float64)
+    first: Any = MicroBatch("of 3", [2, 4, 6], [0, 1, 0])  # type: ignore[arg-type]
+    assert trainer._nll(first, by_source).requires_grad
+    trainer._nll(MicroBatch("of 1", [2], [1]), by_source)  # type: ignore[arg-type]
+    assert not by_source.requires_grad
+    assert by_source.tolist() == [[4.0, 6.0, 0.0], [8.0, 6.0, 0.0]]
+    facts = source_facts(by_source.flatten().tolist(), {"a": 8, "b": 6, "idle": 0})
     assert facts["a"] == {"loss": 0.5, "perplexity": pytest.approx(math.exp(0.5)), "tokens": 8}
     assert facts["b"]["loss"] == 1.0
     assert facts["idle"] == {"loss": None, "perplexity": None, "tokens": 0}

@@ -4,8 +4,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,7 +18,6 @@ from mora_ds.train.output_folder import (
     names_of_run,
     reserve,
 )
-from mora_ds.train.run import Run
 from mora_ds.train.run_file import write_run_file
 from tests.helpers.snapshot import snapshot, untouched
 
@@ -195,29 +192,6 @@ def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: P
         (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
     with untouched(out), pytest.raises(UserError, match="--export_merged"):
         prepared(out, False, True, True)
-
-
-class Alone:
-    """The parts of `Ranks` that opening a ledger uses, for a single process."""
-
-    rank = 0
-    world = 1
-    is_local_first = True
-
-    def on_first(self, check: str, work: Callable[[], Any], long: bool = False) -> Any:
-        return work()
-
-    agree = on_first
-
-
-def test_a_users_own_loop_takes_no_ledger_folder_that_holds_other_files(tmp_path: Path):
-    run: Any = SimpleNamespace(folder=tmp_path, ranks=Alone())
-    (tmp_path / "ledger").mkdir()
-    (tmp_path / "ledger" / ".ledger.json.partial").write_text("")
-    assert Run._open_ledger(run, None, "fingerprint").cycles == 0
-    (tmp_path / "ledger" / "accounts.txt").write_text("mine")
-    with untouched(tmp_path), pytest.raises(UserError, match=r"holds accounts\.txt, which no run has made"):
-        Run._open_ledger(run, None, "fingerprint")
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])
