@@ -85,12 +85,21 @@ def load_data(
     tokenizer = settle_tokenizer(model, model_folder, model_config, joined, start)
     if start_id(tokenizer, data.document_start) is None and data.document_start == AUTO:
         logger.info("nothing stands before a document, as this tokenizer has it: --document_start names a token for it")
-    logger.debug(f"token caches: {_cache_folder(data)}")
     tokenization = _Tokenization(tokenizer, data, ranks)
+    sources: dict[str, Source] = {}
+    for source in plan.sources:
+        seed = training.seed if plan.is_plain else f"{training.seed}/{source.name}"
+        corpus = corpora[source.name]
+        if source.streaming:
+            sources[source.name] = tokenization.stream(source, corpus, seed)
+        else:
+            sources[source.name] = tokenization.pack(corpus, seed)
+    epochs = [source.epochs for source in plan.sources]
     state = None if start.state is None else start.state.stream
     rows = training.rows_per_step(ranks.world)
-    train = _train_data(tokenization, plan, corpora, training.seed, rows, state)
+    train = Mixture(sources, plan.phases, epochs, data.seq_len, rows, state)
     train.check_batch_size()
+    _log_mixture(plan, train)
     packed = {name: tokenization.pack(corpus) for name, corpus in evaluation.items()}
     ranks.same(
         "tokenizer and text",
@@ -242,30 +251,6 @@ class _Tokenization:
         # A source without text must not end a run that has begun.
         self.ranks.on_first(f"start of source {source.name!r}", lambda: bool(stream.probe(0)), long=True)
         return stream
-
-
-def _train_data(
-    tokenization: _Tokenization,
-    plan: MixturePlan,
-    corpora: Corpora,
-    seed: int,
-    rows_per_step: int,
-    stream_state: dict[str, Any] | None,
-) -> Mixture:
-    """The training sources, packed, and mixed by the plan; streams continue from `stream_state`, where it is given."""
-    sources: dict[str, Source] = {}
-    for source in plan.sources:
-        name = source.name
-        source_seed = seed if plan.is_plain else f"{seed}/{name}"
-        if source.streaming:
-            sources[name] = tokenization.stream(source, corpora[name], source_seed)
-        else:
-            sources[name] = tokenization.pack(corpora[name], source_seed)
-    epochs = [source.epochs for source in plan.sources]
-    seq_len = tokenization.data.seq_len
-    mixture = Mixture(sources, plan.phases, epochs, seq_len, rows_per_step, stream_state)
-    _log_mixture(plan, mixture)
-    return mixture
 
 
 def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
