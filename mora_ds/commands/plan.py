@@ -35,18 +35,8 @@ def main() -> None:
     counts = ("gpus", "gpus_per_node", "gpu_memory", "micro_batch")
     refuse(wrong_values(options, dict.fromkeys(counts, POSITIVE)))
     arguments = _arguments(options, settings)
-    planner = _planner(options, arguments)
-    device = BaseDevice(arguments.training.base_device)
-    chosen = None
-    if options.micro_batch is None:
-        both = planner.work.adapter is not None
-        devices = [BaseDevice.DEVICE, *([BaseDevice.HOST] if both else [])]
-        for where in devices if device is BaseDevice.AUTO else [device]:
-            planner = place_base(planner, where)
-            if chosen := recommend(planner):
-                break
-    else:
-        planner = place_base(planner, device)
+    planner = place_base(_planner(options, arguments), BaseDevice(arguments.training.base_device))
+    chosen = recommend(planner) if options.micro_batch is None else None
     plan = chosen or planner.plan()
     if options.json:
         print(json.dumps({**as_json(plan), "recommended": chosen is not None}, indent=2))

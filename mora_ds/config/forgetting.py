@@ -42,7 +42,7 @@ class Watch:
             if name in before and name in now and now[name] > bound * before[name]:
                 return (
                     f"the perplexity on {name} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
-                    f"{before[name]:.3f} it was at the start, and {_STOP} allows {bound:g}"
+                    f"{before[name]:.3f} it was at the start, and --stop_when_forgotten allows {bound:g}"
                 )
         return None
 

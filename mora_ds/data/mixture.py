@@ -57,24 +57,27 @@ class SampleSchedule:
 
     def _lay_out(self, phases: Phases, caps: Sequence[int | None]) -> int | None:
         """Fills `_segments`: a new one begins with each phase and where a source is used up. Returns the limit."""
-        first: float = 0
+        first = 0
         before = np.zeros(len(caps), dtype=np.int64)
-        ends = [*(next_first for next_first, _ in phases[1:]), math.inf]
+        ends = [*(next_first for next_first, _ in phases[1:]), None]
         for (_, phase_weights), end in zip(phases, ends, strict=True):
-            while first < end:
+            while end is None or first < end:
                 weights = [
                     weight if cap is None or count < cap else 0.0
                     for weight, cap, count in zip(phase_weights, caps, before, strict=True)
                 ]
                 if not any(weights):
-                    return int(first)
-                segment = _Segment(int(first), integer_weights(weights), before)
+                    return first
+                segment = _Segment(first, integer_weights(weights), before)
                 self._segments.append(segment)
-                used_up = [segment.sample_after(k, cap) for k, cap in enumerate(caps) if cap is not None and weights[k]]
-                first = min([end, *used_up])
-                if first < math.inf:
-                    before = segment.counts(int(first))
-        return None
+                stops = [segment.sample_after(k, cap) for k, cap in enumerate(caps) if cap is not None and weights[k]]
+                if end is not None:
+                    stops.append(end)
+                if not stops:
+                    return None
+                first = min(stops)
+                before = segment.counts(first)
+        raise AssertionError("the last phase has no end")
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,8 @@ class Mixture:
         """What must be the same when a run is resumed."""
         self._streams = {name: source for name, source in sources.items() if isinstance(source, StreamSource)}
         states = states or {"step": 0, "sources": {}}
-        for name, state in states["sources"].items():
-            self._streams[name].restore(state)
+        for name in self._streams.keys() & states["sources"].keys():  # of another run, which is refused later, not all
+            self._streams[name].restore(states["sources"][name])
         self._next_step = states["step"]
         self._drawn: dict[int, Block] = {}
         """The streams' samples of the step before `_next_step`."""

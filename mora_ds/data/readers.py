@@ -113,7 +113,7 @@ def file_kind(path: Path) -> str:
     if suffix in _UNREADABLE or (is_compressed(path) and kind == PARQUET):
         raise UserError(
             f"{path}: {''.join(path.suffixes[-2:])} files are not read; give text, JSON lines (both also as .gz or "
-            ".zst), Parquet, or the folder of a data set that `datasets` has saved"
+            ".zst) or Parquet, or a data set that `datasets` has saved with --dataset_name"
         )
     return kind
 
@@ -136,8 +136,7 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
     kind = file_kind(path)
     try:
         if kind == TEXT:
-            chunks = _read_text(path) if mark == START else iter(())
-            yield from ((chunk, Mark(1) if chunk.ends else START) for chunk in chunks)
+            yield from _read_text(path, mark)
         elif kind == JSON:
             yield from _read_json(path, text_column, mark)
         else:
@@ -192,8 +191,10 @@ def _open(path: Path) -> IO[bytes]:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path) -> Iterator[Document]:
+def _read_text(path: Path, mark: Mark) -> Iterator[tuple[Document, Mark]]:
     """A text file in chunks, cut after the last line end in their second half, if there is one: few words are torn."""
+    if mark != START:
+        return
     pending = ""
     begins = True
     for block in _decoded(path):
@@ -201,12 +202,12 @@ def _read_text(path: Path) -> Iterator[Document]:
         while len(pending) > CHUNK_CHARACTERS:
             # not near its start: by the first chunk it is decided whether the document is held out
             cut = pending.rfind("\n", CHUNK_CHARACTERS // 2, CHUNK_CHARACTERS) + 1 or CHUNK_CHARACTERS
-            yield Document(pending[:cut], begins, ends=False)
+            yield Document(pending[:cut], begins, ends=False), START
             pending = pending[cut:]
             begins = False
     if begins and not pending:
         raise UserError(f"{path} is empty")
-    yield Document(pending, begins)
+    yield Document(pending, begins), Mark(1)
 
 
 def _decoded(path: Path) -> Iterator[str]:

@@ -155,12 +155,13 @@ class Planner:
         )
 
     @property
-    def base_bytes(self) -> int:
-        """Bytes of the base on every device."""
-        if not self.work.base_on_host:
-            return self._model.base_bytes
-        streamed = self.streamed()
-        return self._model.base_bytes - streamed.total + streamed.on_device
+    def base_fits(self) -> bool:
+        """Whether the base alone fits on a device, which is quick to know."""
+        size = self._model.base_bytes
+        if self.work.base_on_host:
+            streamed = self.streamed()
+            size += streamed.on_device - streamed.total
+        return size <= USABLE * self.cluster.memory
 
     def streamed(self) -> Streamed:
         """The part of the base that --base_device host keeps in host memory. Raises `UserError` for a model whose
@@ -219,18 +220,19 @@ def place_base(planner: Planner, device: BaseDevice) -> Planner:
     work = planner.work
     if device is BaseDevice.HOST and work.adapter is None:
         raise UserError("--base_device host is for a base that is frozen under an adapter: use device")
+    on_host = replace(planner, work=replace(work, base_on_host=True))
+    if device is BaseDevice.HOST:
+        return on_host
     can_be_there = work.adapter is not None and work.tensor_parallel == 1
-    stays = device is BaseDevice.AUTO and (not can_be_there or planner.plan().fits)
-    if stays or device is BaseDevice.DEVICE:
-        return planner
-    return replace(planner, work=replace(work, base_on_host=True))
+    stays = device is BaseDevice.DEVICE or not can_be_there
+    return planner if stays or (planner.base_fits and planner.plan().fits) else on_host
 
 
 def recommend(planner: Planner) -> Plan | None:
     """The plan that fits with the largest micro-batch, without gradient checkpointing where there is one, else with it;
     None where none fits."""
-    if planner.base_bytes > USABLE * planner.cluster.memory:
-        return None  # the base is unsharded
+    if not planner.base_fits:
+        return None
     for checkpointing in (False, True):
         if plan := _largest(planner, checkpointing):
             return plan

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.commands import plan as tool
-from mora_ds.planning.plan import Cluster, Planner
+from mora_ds.planning.plan import Cluster
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tools import call
 
@@ -54,20 +53,6 @@ def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
     options, settings = tool._parser().parse_known_args(words.split())
     planner = tool._planner(options, tool._arguments(options, settings))
     assert planner.work.dtype == dtype
-
-
-def test_the_tool_tries_the_device_before_host_memory(monkeypatch: pytest.MonkeyPatch):
-    asked: list[Any] = []
-
-    def note(planner: Planner) -> None:
-        asked.append(planner.work.base_on_host)
-
-    monkeypatch.setattr(tool, "recommend", note)
-    monkeypatch.setattr(Planner, "plan", lambda made: None)
-    monkeypatch.setattr(tool, "report", lambda plan: "")
-    for more in ((), ("--base_device", "device"), ("--adapter", "full")):
-        call("plan", "--model", TINY, "--gpus", 8, *more)
-    assert asked == [False, True, False, False]
 
 
 def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]):
