@@ -219,8 +219,9 @@ def fill_bucket_sizes(ds_config: DsConfig, trainable_numels: Sequence[int]) -> D
     return filled
 
 
-def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int) -> None:
-    """Choose the collectives of ZeRO-3 for `ranks` ranks, in place. What the config says itself stays.
+def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: int) -> str:
+    """Choose the collectives of ZeRO-3 for `ranks` ranks, in place; what was chosen, and what it costs, or "".
+    What the config says itself stays.
 
     DeepSpeed 0.19.8 goes through every trained parameter times every rank in Python at each reduce-scatter
     (runtime/comm/coalesced_collectives.py, `reduce_scatter_coalesced`) and at each gather of several parameters
@@ -231,9 +232,16 @@ def avoid_slices(ds_config: DsConfig, trainable_numels: Sequence[int], ranks: in
     zero = ds_config["zero_optimization"]
     slices = len(trainable_numels) * ranks
     added_bytes = sum(trainable_numels) * _BYTES[compute_dtype(ds_config)]
-    if zero["stage"] == 3 and slices > FEW_SLICES and added_bytes <= slices * WORTH_A_SLICE:
-        zero.setdefault("reduce_scatter", False)
-        zero.setdefault("stage3_allgather_sequential", True)
+    flat = {"reduce_scatter": False, "stage3_allgather_sequential": True}
+    chosen = {key: value for key, value in flat.items() if key not in zero}
+    if zero["stage"] != 3 or slices <= FEW_SLICES or added_bytes > slices * WORTH_A_SLICE or not chosen:
+        return ""
+    zero.update(chosen)
+    sends_more = f"; a rank sends {added_bytes / 1e6:,.1f} MB more a micro-batch" if "reduce_scatter" in chosen else ""
+    return (
+        f"ZeRO-3 on {ranks:,} ranks: {slices:,} slices of gradients would each cost the host time, so that "
+        f"{json.dumps(chosen)} is set{sends_more}"
+    )
 
 
 def _persistence_threshold(numels: list[int], bytes_each: int) -> int:

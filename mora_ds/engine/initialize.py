@@ -5,6 +5,7 @@ other trained parameters in group 1 -> deepspeed.initialize -> repair DeepSpeed'
 """
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -47,6 +48,8 @@ from mora_ds.parallel.limits import check_tensor_parallel
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology
 from mora_ds.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 STARTED = "_mora_started"
 """Attribute of a model that an engine holds."""
@@ -115,7 +118,8 @@ def initialize(
     _check_muon(model, settings)
     check_splittable(settings, degree, base_bits=base_bits_of(model), base_on_host=base_on_host)
     start_distributed()
-    avoid_slices(settings, numels, dist.get_world_size() // degree)
+    if chosen := avoid_slices(settings, numels, dist.get_world_size() // degree):
+        logger.info(chosen)
     if degree > 1:
         topology = Topology.of(degree)
         split_model(model, topology)

@@ -155,8 +155,11 @@ def test_many_ranks_take_collectives_without_loops(
 ):
     config = resolve_ds_config({"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2)
     before = dict(config["zero_optimization"])
-    avoid_slices(config, numels, ranks)
+    text = avoid_slices(config, numels, ranks)
     assert config["zero_optimization"] == {**before, **chosen}
+    assert bool(text) == bool(chosen)
+    assert all(key in text for key in chosen)
+    assert ("39.5 MB more" in text) == ("reduce_scatter" in chosen)
 
 
 # -- refusing ----------------------------------------------------------------------------------------------------
