@@ -7,6 +7,7 @@ FILE.json and a table of that benchmark.
 import ast
 import json
 import re
+from statistics import fmean
 from typing import Any
 
 from tools import plans
@@ -23,6 +24,18 @@ README_LEARNING = {
 """Row of the README's table -> its method in data/learning_135m_replay.json."""
 SIZES = ("2m", "13m", "135m")
 """Of the bases whose gradients were measured."""
+ENERGY = {
+    "MoRA's energy": "MoRA, rotate",
+    "its sides from the gradient": "M between the gradient's sides",
+    "LoRA's": "LoRA, A turned to the gradient",
+}
+"""Column of the prediction -> its span in data/energy_*.json."""
+OUTCOMES = {
+    "2M": {"lora": "learning.json"},
+    "13M": {"lora": "learning_13m.json", "mora-gradient": "learning_13m_sides.json"},
+    "135M": {"lora": "learning_135m_sides.json", "mora-gradient": "learning_135m_sides.json"},
+}
+"""Base -> method -> the JSON that compares it with MoRA between random groups."""
 
 
 TABLE = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->")
@@ -128,6 +141,26 @@ def energy() -> list[str]:
     return [table_row(*rows[0]), ruler(len(rows[0]), numbers=True), *(table_row(*row) for row in rows[1:])]
 
 
+def prediction() -> list[str]:
+    """Of results/learning.md: the energy that each span holds at the start, and what its method has learned."""
+    titles = ["", *ENERGY, "perplexity: LoRA", "sides from the gradient"]
+    body = [table_row(*titles), ruler(len(titles), numbers=True)]
+    for base, outcomes in OUTCOMES.items():
+        energies = json.loads((plans.DATA / f"energy_{base.lower()}.json").read_text(encoding="utf-8"))
+        shares = {span: columns[0] for span, *columns in energies["tables"]["mean"]}
+        learned = [_against_mora(method, outcomes) for method in ("lora", "mora-gradient")]
+        body.append(table_row(base, *(shares[span] for span in ENERGY.values()), *learned))
+    return body
+
+
+def _against_mora(method: str, outcomes: dict[str, str]) -> str:
+    """How far a method's mean perplexity on the new text is from MoRA's; "-" where it was not measured."""
+    if method not in outcomes:
+        return "-"
+    learned = {point.method: point for point in points(plans.DATA / outcomes[method])}
+    return f"{fmean(learned[method].new) / fmean(learned['mora-rotate'].new) - 1:+.1%}"
+
+
 # -- packages ----------------------------------------------------------------------------------------------------------
 def packages() -> list[str]:
     """Of contributing.md: what each package is, by its documentation, and what it may import, by its test."""
@@ -154,5 +187,6 @@ TABLES = {
     "traffic": traffic,
     "learning": learning,
     "energy": energy,
+    "prediction": prediction,
     "packages": packages,
 }

@@ -75,6 +75,8 @@ QUOTED = {
     "index.md": {"learning_135m_replay.json": ("lora", "mora-rotate")},
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
+        "learning_135m_sides.json": ("lora", "mora-rotate", "mora-gradient"),
+        "learning_13m_sides.json": ("mora-rotate", "mora-gradient", "remora-rotate", "remora-gradient"),
     },
 }
 """Page of docs/ -> JSON -> methods of which a sentence gives the perplexities on the new and on the old text."""
