@@ -211,17 +211,14 @@ def _experts_a_token(config: Any) -> int:
 def _odd_shapes(module: Any) -> str:
     """Why the shapes of a module's projections are not those that its marks say; "" where they are."""
     kind = type(module).__name__
-    first, last = (_stack_of(module, name) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"))
-    if not (isinstance(first, Tensor) and isinstance(last, Tensor) and first.dim() == last.dim() == 3):
+    stacks = [_stack_of(module, name) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    if not all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in stacks):
         return f"{kind} does not have the projections up and down"
-    (d_out, d_in), (outputs, inputs) = (
-        (stack.mT if module.is_transposed else stack).shape[1:] for stack in (first, last)
-    )
-    hidden = getattr(module.config, "hidden_size", d_in)
-    if len(first) != len(last) or d_in != outputs or d_out != inputs * (2 if module.has_gate else 1):
+    first, last = (stack.mT if module.is_transposed else stack for stack in stacks)
+    count, outputs, inputs = last.shape
+    hidden = outputs if module.has_gate else getattr(module.config, "hidden_size", outputs)
+    if first.shape != (count, inputs * (2 if module.has_gate else 1), hidden) or outputs != hidden:
         return f"{kind} has projections {tuple(first.shape)} and {tuple(last.shape)}, which do not follow each other"
-    if not module.has_gate and d_in != hidden:
-        return f"{kind} reads {d_in} numbers a token, and the model's hidden_size is {hidden}"
     return ""
 
 

@@ -5,8 +5,7 @@ A pattern reaches the experts of a mixture only where it names them (`names_expe
 the same in a model with experts as in one without.
 """
 
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -26,9 +25,10 @@ def targets_of(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     known: dict[str, Any] = {**_linear_layers(model), **stacks}
     planned = set(config.planned_layers)
     if missing := sorted(planned - known.keys()):
-        more = f"\nand {len(missing) - 3} more" if len(missing) > 3 else ""
-        named = "".join(f"\n{name}.{nearest(name, known)}" for name in missing[:3])
-        raise UserError(f"research.targets: the plan names linear layers that the model does not have:{named}{more}")
+        raise UserError(
+            f"research.targets: the plan names {len(missing)} linear layers that the model does not have, such as "
+            f"{missing[0]}.{nearest(missing[0], known)}"
+        )
     return _chosen(model, known, planned)
 
 
@@ -45,7 +45,11 @@ def match_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.M
             require_known({name: stacks[name] for name in stacks if name in experts}, pattern)
             matched |= experts
         if not matched:
-            _refuse_nothing(pattern, linear, stacks)
+            endings = sorted(map(ending_of, linear)) + [".".join(name.split(".")[-2:]) for name in sorted(stacks)]
+            there = ", ".join(dict.fromkeys(endings))
+            raise UserError(
+                f"`target_modules` {pattern!r} matches no linear layer; there are: {there}." + nearest(pattern, endings)
+            )
         chosen |= matched
     return _chosen(model, {**linear, **stacks}, chosen)
 
@@ -58,19 +62,6 @@ def _chosen(
     """In the model's order, which is that of its parameters: a stack has no module of its own yet."""
     order = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
     return {name: known[name] for name in dict.fromkeys([*order, *known]) if name in names}
-
-
-def _refuse_nothing(
-    pattern: str,
-    linear: Iterable[str],
-    stacks: Iterable[str],
-) -> NoReturn:
-    endings = sorted({ending_of(name) for name in linear})
-    endings += sorted({".".join(name.split(".")[-2:]) for name in stacks})
-    raise UserError(
-        f"`target_modules` {pattern!r} matches no linear layer; there are: {', '.join(endings)}."
-        + nearest(pattern, endings)
-    )
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:

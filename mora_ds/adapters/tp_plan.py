@@ -89,16 +89,16 @@ def _obstacle(
     degree: int,
 ) -> str:
     """Why a block cannot be split; "" where it can be."""
-    if not getattr(text_config(model), "base_model_tp_plan", None):
-        return "the model has no tensor-parallel plan"
-    known = {Style.COLWISE.value, Style.ROWWISE.value}
-    if odd := sorted({style or "none" for style in wanted.values()} - known):
-        return f"style in the model's plan: {', '.join(odd)}"
-    if list(wanted.values()).count(Style.ROWWISE.value) != 1 or len(wanted) < 2:
-        return "the model's plan has no pair of colwise and rowwise here"
-    if unplanned := [name for name in _holders(model, block) if _planned(model, name) not in {*known, SUMMED}]:
-        return f"the model's plan leaves {ending_of(unplanned[0])} out"
     config = text_config(model)
+    if not getattr(config, "base_model_tp_plan", None):
+        return "the model has no tensor-parallel plan"
+    known = {Style.COLWISE.value, Style.ROWWISE.value, SUMMED}
+    if odd := [name for name in (*wanted, *_holders(model, block)) if _planned(model, name) not in known]:
+        style = _planned(model, odd[0])
+        return f"the model's plan has {style or 'nothing'} for {ending_of(odd[0])}"
+    styles = list(wanted.values())
+    if SUMMED in styles or styles.count(Style.ROWWISE.value) != 1 or len(styles) < 2:
+        return "the model's plan has no pair of colwise and rowwise here"
     if is_attention(model.get_submodule(block)):
         heads = config.num_attention_heads
         shared = getattr(config, "num_key_value_heads", None) or heads

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mora_ds.adapters.new_embeddings import plain_tables
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format, write_json_atomic
 from mora_ds.data import (
@@ -140,20 +141,11 @@ def _vocabulary_keys(
     """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        raise UserError(f"{FLAG}: its input embeddings are a {type(embedding).__name__}, not a table of rows")
-    tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    if not tied and not isinstance(head, nn.Linear):
-        kind = "it has none" if head is None else f"it is a {type(head).__name__}"
-        raise UserError(f"{FLAG}: the output head is neither tied to the embeddings nor a linear layer ({kind})")
+    embedding, head = plain_tables(model, FLAG)
     rows = embedding.num_embeddings
     tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
-    further = [
-        name for name, table in tables.items() if table.num_embeddings == rows and table not in (embedding, head)
-    ]
-    if further or (isinstance(head, nn.Linear) and head.out_features != rows):
+    further = [name for name, table in tables.items() if table.num_embeddings == rows and table is not embedding]
+    if further or head.out_features != rows:
         raise UserError(f"{FLAG}: other tables depend on the vocabulary too ({', '.join(further) or 'the head'})")
     wanted = {id(embedding.weight), *(id(parameter) for parameter in head.parameters(recurse=False))}
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -57,7 +57,7 @@ def test_a_block_with_a_weight_unknown_to_the_plan_is_not_split():
     plan = plan_of(model, 2)
     assert "model.layers.0.mlp" not in plan.blocks
     assert "model.layers.1.mlp" in plan.blocks
-    assert "leaves extra out" in str(plan)
+    assert "nothing for extra" in str(plan)
 
 
 def test_shares_are_contiguous_and_differ_by_one_at_most():
