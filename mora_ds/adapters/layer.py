@@ -281,6 +281,12 @@ class AdaptedLinear(nn.Module):
         self._hold_merged_tables()
         return self
 
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"{self.spec.value_name}={tuple(self.value.shape)}, operator={self.spec.describe()}"
+        )
+
 
 class MoRALinear(AdaptedLinear):
     """y = W0 x + b + decompress(M compress(dropout(x))), with M (r_hat, r_hat) the only parameter."""
