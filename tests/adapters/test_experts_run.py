@@ -16,12 +16,12 @@ from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
-from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground, assert_close_losses, run
+from tests.helpers.jobs import VOCABULARY, Playground, assert_close_losses, run
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
+from tests.helpers.tables import rows as rows_of
 
-ZERO = {stage: ("--deepspeed", str(REPOSITORY / "configs" / f"zero{stage}.json")) for stage in (1, 2)}
 TARGETS = ("--target_modules", "all-linear", "experts")
 MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6, "--save_steps", 3,
            "--mora_rank", 4, "--operator", "share", "--eval_steps", 100)  # fmt: skip
@@ -100,23 +100,22 @@ def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path):
     assert not (tmp_path / "peft").exists()
 
 
+OTHERS = """
+mixtral | --bf16
+mixtral | --base_device host
+mixtral | --target_modules experts.down_proj
+qwen3_moe | --deepspeed configs/zero1.json --operator decouple
+mixtral | --deepspeed configs/zero2.json --operator rotate --base_bits 8
+deepseek_v3 | --operator truncate
+gpt_oss | --operator decouple
+gpt_oss | --base_bits 8 --gradient_checkpointing
+"""
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    "family, more",
-    [
-        ("mixtral", ("--bf16",)),
-        ("mixtral", ("--base_device", "host")),
-        ("mixtral", ("--target_modules", "experts.down_proj")),
-        ("qwen3_moe", (*ZERO[1], "--operator", "decouple")),
-        ("mixtral", (*ZERO[2], "--operator", "rotate", "--base_bits", 8)),
-        ("deepseek_v3", ("--operator", "truncate")),
-        ("gpt_oss", ("--operator", "decouple")),
-        ("gpt_oss", ("--base_bits", 8, "--gradient_checkpointing")),
-    ],
-    ids=str,
-)
-def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: tuple[Any, ...]):
-    flags = ("--model_name_or_path", mixture(user, tmp_path / "model", family), *MERGING, *more)
+@pytest.mark.parametrize("family, more", rows_of(OTHERS))
+def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: str):
+    flags = ("--model_name_or_path", mixture(user, tmp_path / "model", family), *MERGING, *more.split())
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
     run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size", 4))
     if "--bf16" in more:

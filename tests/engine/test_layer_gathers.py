@@ -13,6 +13,7 @@ from torch import nn
 
 from mora_ds.engine import layer_gathers
 from mora_ds.engine.layer_gathers import LayerGathers, free_quickly
+from tests.helpers.tables import parsed, rows
 
 
 class Coordinator:
@@ -48,25 +49,27 @@ def test_a_forward_that_runs_again_finds_its_matrices_there(
     assert coordinator.calls == (["trace", ("fetch", True), ("release", True)] if is_fetched else [])
 
 
-@pytest.mark.parametrize(
-    "status, location, kwargs, is_quick",
-    [
-        ("AVAILABLE", None, {}, True),
-        ("AVAILABLE", None, {"hierarchy": 3}, True),
-        ("NOT_AVAILABLE", None, {}, False),
-        ("AVAILABLE", None, {"param_list": ["x"]}, False),
-        ("AVAILABLE", None, {"has_been_updated": True}, False),
-        ("AVAILABLE", None, {"free_data": False}, False),
-    ],
-)
+FREED = """
+AVAILABLE | {} | quickly
+AVAILABLE | {hierarchy: 3} | quickly
+NOT_AVAILABLE | {} | by DeepSpeed
+AVAILABLE | {param_list: [x]} | by DeepSpeed
+AVAILABLE | {has_been_updated: true} | by DeepSpeed
+AVAILABLE | {free_data: false} | by DeepSpeed
+"""
+
+
+@pytest.mark.parametrize("status, options, how", rows(FREED))
 def test_what_is_gathered_and_unchanged_is_freed_at_once(
-    status: str, location: str | None, kwargs: dict[str, Any], is_quick: bool, monkeypatch: pytest.MonkeyPatch
+    status: str, options: str, how: str, monkeypatch: pytest.MonkeyPatch
 ):
+    kwargs = parsed(options)
+    is_quick = how == "quickly"
     freed = list[Any]()
     partitioned = list[Any]()
     monkeypatch.setattr(layer_gathers, "free_param", freed.append)
     parameter: Any = SimpleNamespace(
-        ds_status=ZeroParamStatus[status], ds_tensor=SimpleNamespace(final_location=location),
+        ds_status=ZeroParamStatus[status], ds_tensor=SimpleNamespace(final_location=None),
         partition=lambda *arguments: partitioned.append(arguments),
     )  # fmt: skip
     free_quickly(parameter)

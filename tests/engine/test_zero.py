@@ -13,6 +13,7 @@ from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.models import adapted_model, causal_loss, tokens
 from tests.helpers.pool import run_pooled
+from tests.helpers.tables import parsed, rows
 
 
 def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, Any]:
@@ -40,17 +41,21 @@ def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, A
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "passes, accumulation, settings",
-    [
-        (1, 1, {}),  # gathered in forward, kept for backward
-        (3, 3, {}),  # once a micro-batch
-        (2, 1, {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}),  # forward and backward
-        (1, 1, {"stage3_param_persistence_threshold": 10**6}),  # kept gathered, refreshed once a step
-        (1, 3, {"stage3_param_persistence_threshold": 10**6}),
-    ],
-)
-def test_collectives_carry_the_squares_and_nothing_else(passes: int, accumulation: int, settings: dict[str, int]):
+PASSES = """
+# gathered in forward, kept for backward; once a micro-batch
+1 | 1 | {}
+3 | 3 | {}
+# in forward and in backward
+2 | 1 | {stage3_max_live_parameters: 0, stage3_max_reuse_distance: 0}
+# kept gathered, refreshed once a step
+1 | 1 | {stage3_param_persistence_threshold: 1000000}
+1 | 3 | {stage3_param_persistence_threshold: 1000000}
+"""
+
+
+@pytest.mark.parametrize("row", rows(PASSES), ids=" ".join)
+def test_collectives_carry_the_squares_and_nothing_else(row: tuple[str, ...]):
+    passes, accumulation, settings = map(parsed, row)
     for result in run_pooled(2, count_bytes, accumulation, settings):
         gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
         assert result["gathered"] == gathers == passes * 4 * result["padded"]

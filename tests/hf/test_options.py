@@ -22,6 +22,7 @@ from mora_ds.hf import trainer as trainer_module
 from mora_ds.hf.options import REFUSED, check_options, fill_config
 from tests.helpers.hf import Trainer, ds_config
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import parsed, rows
 
 
 def arguments(out: Path, **changes: Any) -> TrainingArguments:
@@ -36,20 +37,20 @@ def _forget_the_config() -> Iterator[None]:
     hf_deepspeed.unset_hf_deepspeed_config()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"deepspeed": None}, "deepspeed=...) is missing"),
-        ({"torch_compile": True}, "torch_compile"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-        ({"optim": "adafactor"}, "optim='adafactor'"),
-        ({"deepspeed": {**ds_config(), "scheduler": {"type": "WarmupLR"}}}, '"scheduler"'),
-        ({"deepspeed": {**ds_config(), "zero_optimization": {}}}, "must be 1, 2 or 3"),
-    ],
-)
-def test_options_that_contradict_are_named(tmp_path: Path, changes: dict[str, Any], message: str):
+CONTRADICTIONS = """
+{deepspeed: null} | deepspeed=...) is missing
+{torch_compile: true} | torch_compile
+{auto_find_batch_size: true} | auto_find_batch_size
+{optim: adafactor} | optim='adafactor'
+{deepspeed: {zero_optimization: {stage: 3}, scheduler: {type: WarmupLR}}} | "scheduler"
+{deepspeed: {zero_optimization: {}}} | must be 1, 2 or 3
+"""
+
+
+@pytest.mark.parametrize("changes, message", rows(CONTRADICTIONS))
+def test_options_that_contradict_are_named(tmp_path: Path, changes: str, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        check_options(arguments(tmp_path, **changes), {})
+        check_options(arguments(tmp_path, **parsed(changes)), {})
 
 
 def test_what_goes_with_an_adapter_passes(tmp_path: Path):

@@ -11,6 +11,7 @@ from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, assert_close_losses, curve, job, launch, printed, rows, run
+from tests.helpers.tables import rows as rows_of
 
 ROWS = 4
 """Sequences a micro-batch, over all replicas."""
@@ -18,8 +19,6 @@ RUN = (
     "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--gradient_accumulation_steps", 2,
     "--eval_steps", 3, "--save_steps", 3, "--train_norms", "true",
 )  # fmt: skip
-WITHOUT_ADAPTER = ("--merge_every", 0, "--restart_warmup_steps", 10, "--train_norms", "false")
-"""What takes the settings of `RUN` back that are for an adapter."""
 
 
 def flags(user: Playground, out: Path, ranks: int, size: int, *more: Any) -> list[str]:
@@ -84,18 +83,19 @@ def test_a_checkpoint_goes_on_at_any_size(user: Playground, one: Path, tmp_path:
             assert curve(out) == curve(first), "at the same size: to the bit"
 
 
-VARIANTS: dict[str, tuple[Any, ...]] = {
-    "documents see each other": ("--no_document_mask",),
-    "gradient checkpointing": ("--gradient_checkpointing", "true"),
-    "lora": ("--adapter", "lora", "--mora_rank", 4),
-    "full": ("--adapter", "full", *WITHOUT_ADAPTER),
-    "none": ("--adapter", "none", *WITHOUT_ADAPTER),
-    "evaluation cut short": ("--max_eval_batches", 3, "--per_device_eval_batch_size", 1),
-    "all trained": ("--train_embeddings", "true", "--train_head", "true", "--async_save", "true"),
-    "muon": ("--optimizer", "muon"),
-    "base in 8 bits": ("--base_bits", 8),
-    "ZeRO-1": ("--deepspeed", "configs/zero1.json"),
-}
+VARIANTS = """
+documents see each other | --no_document_mask
+gradient checkpointing | --gradient_checkpointing
+lora | --adapter lora --mora_rank 4
+full | --adapter full --merge_every 0 --restart_warmup_steps 10 --train_norms false
+none | --adapter none --merge_every 0 --restart_warmup_steps 10 --train_norms false
+evaluation cut short | --max_eval_batches 3 --per_device_eval_batch_size 1
+all trained | --train_embeddings --train_head --async_save
+muon | --optimizer muon
+base in 8 bits | --base_bits 8
+ZeRO-1 | --deepspeed configs/zero1.json
+"""
+"""Where there is no adapter, what `RUN` says of one is taken back."""
 
 
 def job_in_fp32(argv: list[str]) -> dict[str, Any]:
@@ -108,12 +108,12 @@ def job_in_fp32(argv: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(user: Playground, tmp_path: Path, variant: str):
+@pytest.mark.parametrize("variant, more", rows_of(VARIANTS))
+def test_variants(user: Playground, tmp_path: Path, variant: str, more: str):
     ours = tmp_path / "split"
     theirs = tmp_path / "whole"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
-        summary = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *VARIANTS[variant]))[0]
+        summary = run_ranks(ranks, job_in_fp32, flags(user, out, ranks, size, *more.split()))[0]
         assert summary["perplexity_before"]
     if variant == "none":
         one, two = (read_json(out / "summary.json") for out in (theirs, ours))

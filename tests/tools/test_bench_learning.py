@@ -14,35 +14,40 @@ from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from tests.helpers.jobs import Playground
+from tests.helpers.tables import rows
 from tests.helpers.tools import call, tool
 from tools import figures
 from tools.bench.learning_methods import METHODS_FILE, Methods
 from tools.bench.trials import flags
 
-BAD = (
-    (["--methods", "loar"], "Did you mean 'lora'?"),
-    (["--methods", "lora@fast"], "'fast' is no learning rate"),
-    (["--steps", "0"], "at least 1"),
-    (["--batch", "0"], "at least 1"),
-    (["--replay", "1.0"], "--replay 1.0: a share"),
-    (["--base", "MODEL"], "belong together"),
-    (["--base", "gone", "--new", "a", "b", "--old", "c", "d"], "there is no gone"),
-    (["--methods_file", "gone.yaml"], "gone.yaml"),
-    (["--with", "gone.json"], "--with: there is no gone.json"),
-)
+BAD = """
+--methods loar | Did you mean 'lora'?
+--methods lora@fast | 'fast' is no learning rate
+--steps 0 | at least 1
+--batch 0 | at least 1
+--replay 1.0 | --replay 1.0: a share
+--base MODEL | belong together
+--base gone --new a b --old c d | there is no gone
+--methods_file gone.yaml | gone.yaml
+--with gone.json | --with: there is no gone.json
+"""
 
 
-@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_flags_are_named_before_anything_runs(tmp_path: Path, flags: list[str], message: str):
+@pytest.mark.parametrize("flags, message", rows(BAD))
+def test_bad_flags_are_named_before_anything_runs(tmp_path: Path, flags: str, message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        call("bench/learning", "--work", tmp_path / "work", *flags)
+        call("bench/learning", "--work", tmp_path / "work", *flags.split())
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize(
-    "method, message",
-    [("{rates: []}", "positive rates"), ("{rates: [1], replay: 1.5}", "a share"), ("{rates: [1], cycle: 2}", "cycle")],
-)
+BAD_METHODS = """
+{rates: []} | positive rates
+{rates: [1], replay: 1.5} | a share
+{rates: [1], cycle: 2} | cycle
+"""
+
+
+@pytest.mark.parametrize("method, message", rows(BAD_METHODS))
 def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, message: str):
     path = tmp_path / "methods.yaml"
     path.write_text(f"settings: {{}}\nmethods: {{own: {method}}}\n")

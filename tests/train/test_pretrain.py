@@ -38,6 +38,8 @@ from tests.helpers.jobs import (
     run,
 )
 from tests.helpers.models import tiny_model
+from tests.helpers.tables import parsed
+from tests.helpers.tables import rows as rows_of
 
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
 
@@ -159,13 +161,21 @@ def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path):
     assert yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["resolved"]["steps"] == one["steps"]
 
 
-@pytest.mark.parametrize(
-    "epochs, blocks, ranks, steps",
-    [(1.0, 32, 1, 8), (0.5, 32, 1, 4), (0.5, 33, 1, 5), (1.1, 40, 1, 11), (1.1, 40, 2, 6), (0.01, 32, 1, 1)],
-    ids=["whole", "half", "rounded up", "read as a decimal", "two ranks", "at least one"],
-)
-def test_parts_of_an_epoch(epochs: float, blocks: int, ranks: int, steps: int):
+EPOCHS = """
+1.0 | 32 | 1 | 8
+0.5 | 32 | 1 | 4
+0.5 | 33 | 1 | 5
+1.1 | 40 | 1 | 11
+1.1 | 40 | 2 | 6
+0.01 | 32 | 1 | 1
+"""
+"""Epochs | blocks | ranks | steps, rounded up."""
+
+
+@pytest.mark.parametrize("row", rows_of(EPOCHS), ids=" ".join)
+def test_parts_of_an_epoch(row: tuple[str, ...]):
     """1.1 times 10 is more than 11 in floating point, which must not cost a step."""
+    epochs, blocks, ranks, steps = map(parsed, row)
     training = TrainingArguments(max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4)
     assert _total_steps(training, SimpleNamespace(n_blocks=blocks, max_steps=None), ranks, done=0) == steps
 

@@ -7,23 +7,23 @@ import pytest
 from mora_ds.config.arguments import parse
 from mora_ds.train import screen
 from mora_ds.train.screen import closing
+from tests.helpers.tables import rows
 
 SUMMARY = {"steps": 1200, "tokens": 2_400_000}
 
 
-@pytest.mark.parametrize(
-    "flags, labels",
-    [
-        ([], ["done", "checkpoint", "curves", "evaluate", "export", "serve"]),
-        (["--export_merged"], ["done", "checkpoint", "curves", "evaluate", "serve"]),
-        (["--adapter", "full", "--report_to", "none"], ["done", "checkpoint"]),
-        (["--adapter", "none"], ["done"]),
-    ],
-    ids=["an adapter", "exported", "full training", "an evaluation"],
-)
-def test_the_last_lines_name_the_commands_that_work_now(flags: list[str], labels: list[str]):
-    lines = closing(parse(["--output_dir", "runs/law", *flags]), SUMMARY, 3723.4)
-    assert [line.split()[0] for line in lines] == labels
+LAST = """
+--adapter mora | done checkpoint curves evaluate export serve
+--export_merged | done checkpoint curves evaluate serve
+--adapter full --report_to none | done checkpoint
+--adapter none | done
+"""
+
+
+@pytest.mark.parametrize("flags, labels", rows(LAST))
+def test_the_last_lines_name_the_commands_that_work_now(flags: str, labels: str):
+    lines = closing(parse(["--output_dir", "runs/law", *flags.split()]), SUMMARY, 3723.4)
+    assert [line.split()[0] for line in lines] == labels.split()
     assert lines[0].endswith("in 1:02:03")
 
 
