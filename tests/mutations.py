@@ -494,8 +494,8 @@ models/rope.py | models/test_rope.py
 
 # a decay begins at a checkpoint at which one has begun
 train/pretrain.py | train/test_decay_from.py
--            if not state.at_peak:
-+            if state.at_peak is None:
+-    if not state.at_peak:
++    if state.at_peak is None:
 
 # a branch goes on in its parent's folder
 train/pretrain.py | train/test_decay_from.py

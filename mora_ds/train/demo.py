@@ -4,14 +4,12 @@ prose (language reference, docstrings) + code (the standard library)      writte
 -> a SentencePiece tokenizer -> a small Llama, warm-started full-rank on the prose
 -> continued on the code by the default recipe, with merges               the main job, the same as on 64 GPUs
    (MoRA matrices under Muon, embeddings at a learning rate of their own, 10% of every batch from the prose)
--> a table: what was learned, what was forgotten, what was communicated; a text sampled from the merged model
+-> a table: what was learned, what was forgotten, what was communicated
 """
 
 import logging
 from pathlib import Path
 from typing import Any, TypeAlias
-
-import torch
 
 from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError
@@ -84,7 +82,6 @@ REPLAY = 0.1
 """Share of every batch that is old text."""
 ROWS_PER_STEP = 8
 """Global batch size, in sequences, divided among the processes."""
-PROMPT = "def "
 
 
 def run_demo(arguments: Arguments) -> None:
@@ -240,18 +237,3 @@ def _report(folder: Path, summary: JsonObject, sharded: JsonObject | None) -> No
     merged = folder / MERGED_FOLDER
     if merged.is_dir():
         logger.info(f"{'merged model':<24}{merged}   (plain transformers loads it)")
-        text = "\n".join("    " + line for line in sample(merged, PROMPT).splitlines())
-        logger.info(f"\nthe merged model continues {PROMPT!r}:\n{text}")
-
-
-def sample(folder: Path, prompt: str) -> str:
-    """A continuation of `prompt`, sampled with plain transformers from a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
-    return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -192,38 +193,40 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     settle(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
     state = None if checkpoint is None else TrainerState.read(checkpoint)
-    branches = checkpoint is None and training.decay_from is not None
     decay_start = None if state is None else state.identity.get("decay_from")
+    branches = checkpoint is None and training.decay_from is not None
     if training.decay_from is not None:
         parent = expanded(training.decay_from, DECAY)  # gone, perhaps, once the branch has checkpoints
         # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a branch that resumes goes by its
         # record. A name with another step than that on record is refused with what else differs (`check_identity`).
-        if is_step_name(parent.name) or not isinstance(decay_start, int):
+        if is_step_name(parent.name) or decay_start is None:
             parent = parent.resolve()
             if not is_step_name(parent.name):
                 raise UserError(
                     f"{DECAY} {training.decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
                 )
             decay_start = step_of(parent)
-            checkpoint = checkpoint or resume_checkpoint(str(parent), root, DECAY)
-    if checkpoint is not None:
-        state = state or TrainerState.read(checkpoint)
         if branches:
-            if not state.at_peak:
-                raise UserError(f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins")
-            if checkpoint.parent == root.resolve():
-                raise UserError(f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own")
+            checkpoint = resume_checkpoint(str(parent), root, DECAY)
+            state = _branch(checkpoint, root)
             state.identity["decay_from"] = decay_start  # what the branch's own checkpoints have, and the parent's not
-            # What happened beside the parent, its end and its best checkpoint are not the branch's.
-            state.failures = []
-            state.finished = False
-            state.best_step = 0
-            state.best_score = None
+    if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
     is_own = checkpoint is not None and checkpoint.parent == root.resolve() and not branches
     continues = wanted == AUTO or is_own
     reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
     return checkpoint, state, decay_start
+
+
+def _branch(checkpoint: Path, root: Path) -> TrainerState:
+    """The state of a checkpoint as a branch with its checkpoints in `root` begins with it: without the parent's end and
+    what happened beside it. Raises `UserError` where no decay can begin there."""
+    state = TrainerState.read(checkpoint)
+    if not state.at_peak:
+        raise UserError(f"{DECAY} {checkpoint}: its learning rate is not at the peak, where a decay begins")
+    if checkpoint.parent == root.resolve():
+        raise UserError(f"{DECAY} {checkpoint} lies in --output_dir: give the branch a folder of its own")
+    return replace(state, failures=[], finished=False, best_step=0, best_score=None)
 
 
 # -- evaluation sets and steps -----------------------------------------------------------------------------------------

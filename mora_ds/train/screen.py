@@ -29,11 +29,9 @@ def opening(job: Job, total_steps: int) -> list[str]:
         sequences = training.rows_per_step(world)
         tokens = sequences * job.data.train.seq_len
         first_step = f"from {job.state.step:,} to " if job.state.step else ""
-        every = {"evaluated": training.eval_steps, "saved": training.save_steps}
-        intervals = "".join(f", {what} every {steps:,}" for what, steps in every.items() if steps)
         rows["trained"] = f"{job.trainable_parameters:,} parameters ({share:.2%}): {_trained(arguments.adapter)}"
         rows["data"] = f"{sequences:,} sequences of {job.data.train.seq_len:,} tokens, {tokens:,} tokens a step"
-        rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens){intervals}"
+        rows["steps"] = f"{first_step}{total_steps:,} ({total_steps * tokens:,} tokens)"
     processes = "1 process" if world == 1 else f"each of {world} processes"
     device = "a GPU" if torch.cuda.is_available() else "CPUs"
     rows["memory"] = f"{peak_memory_bytes() / 2**30:.2f} GiB in {processes} on {device}, after loading"
