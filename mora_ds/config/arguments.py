@@ -20,9 +20,6 @@ from mora_ds.config.flags import RESEARCH, parse_flat
 from mora_ds.config.training import TrainingArguments
 from mora_ds.remora.schedule import Schedule, schedule_kind
 
-RECORDED_KEYS = ("versions", "resolved")
-"""Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and they are not read."""
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -87,8 +84,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
     Raises `UserError` for anything unknown or of a wrong type. `-h` prints help and raises SystemExit(0).
     """
-    description = "Continual pretraining with MoRA under DeepSpeed."
-    recipe, flags = parse_flat(_GROUPS.values(), argv, description, RECORDED_KEYS)
+    recipe, flags = parse_flat(list(_GROUPS.values()), argv)
     for settings in (recipe, flags):
         settings.update({name: shipped(settings[name]) for name in _SHIPPED if settings.get(name) is not None})
     return with_flags(recipe, flags)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import refusal
 from mora_ds.config.adapter import AdapterKind
 from mora_ds.remora.schedule import ScheduleKind, schedule_kind
 
@@ -30,13 +30,9 @@ class Effect:
     """Names of the settings, separated by blanks."""
 
 
-def _decays(arguments: Arguments, kind: ScheduleKind | None = None) -> bool:
-    """Whether the learning rate decays, by the curve `kind` if one is named."""
-    try:
-        chosen = schedule_kind(arguments.training.lr_scheduler_type)
-    except UserError:
-        return True  # `TrainingArguments.problems` reports the name
-    return chosen is not ScheduleKind.CONSTANT if kind is None else chosen is kind
+def _curve(arguments: Arguments) -> ScheduleKind:
+    """How the learning rate goes down."""
+    return schedule_kind(arguments.training.lr_scheduler_type)
 
 
 def _trains_others(arguments: Arguments) -> bool:
@@ -77,10 +73,14 @@ EFFECTS = (
         _trains_others,
         "embedding_learning_rate",
     ),
-    Effect("an --lr_scheduler_type that decays", _decays, "min_lr_ratio"),
+    Effect(
+        "an --lr_scheduler_type that decays",
+        lambda run: _curve(run) is not ScheduleKind.CONSTANT,
+        "min_lr_ratio",
+    ),
     Effect(
         "--lr_scheduler_type warmup_stable_decay without --decay_from",
-        lambda run: _decays(run, ScheduleKind.WARMUP_STABLE_DECAY) and run.training.decay_from is None,
+        lambda run: _curve(run) is ScheduleKind.WARMUP_STABLE_DECAY and run.training.decay_from is None,
         "decay_ratio",
     ),
     Effect(
@@ -114,8 +114,9 @@ EFFECTS = (
 
 def idle_settings(arguments: Arguments) -> dict[str, str]:
     """{setting: message} of those that differ from their defaults and have no effect beside the others."""
-    if arguments.adapter.adapter not in [kind.value for kind in AdapterKind]:
-        return {}  # `AdapterArguments.problems` reports the name
+    has_known_adapter = arguments.adapter.adapter in [kind.value for kind in AdapterKind]
+    if not has_known_adapter or refusal(_curve, arguments):
+        return {}  # `validate` reports the names
     groups = (arguments.model, arguments.adapter, arguments.data, arguments.training)
     changed = {name for group in groups for name, value in vars(group).items() if value != getattr(type(group)(), name)}
     return {

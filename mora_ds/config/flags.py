@@ -52,6 +52,9 @@ def documented(cls: Class) -> Class:
     return cls
 
 
+RECORDED_KEYS = ("versions", "resolved")
+"""Top-level keys of `run.yaml` that record facts about the run; a recipe may have them, and they are not read."""
+
 RESEARCH = "research"
 """The key of a recipe that holds the settings of `mora_ds.research`."""
 
@@ -121,26 +124,16 @@ class StrictParser(HfArgumentParser):
         raise UserError(message)
 
 
-def parse_flat(
-    groups: Iterable[type],
-    argv: Sequence[str],
-    description: str,
-    ignored_keys: Iterable[str] = (),
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_flat(groups: Sequence[type], argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """({field: value} of the recipe, the same of the flags), of fields of the dataclasses `groups`; what is not given
-    is absent.
-
-    `ignored_keys` are top-level keys of a recipe that are no settings. Raises `UserError`; `-h` prints help and
-    raises SystemExit(0).
-    """
+    is absent. Raises `UserError`; `-h` prints help and raises SystemExit(0)."""
     refuse(empty_words(argv))
-    groups = list(groups)
     arguments = list(argv)
     recipe = _pop_recipe(arguments)
-    of_recipe = read_recipe(shipped(recipe), groups, ignored_keys) if recipe else {}
+    of_recipe = read_recipe(shipped(recipe), groups) if recipe else {}
     parser = StrictParser(
         cast(Any, groups),
-        description=description,
+        description="Continual pretraining with MoRA under DeepSpeed.",
         allow_abbrev=False,
         usage="%(prog)s [recipe.yaml] [--flag value ...]",
     )
@@ -173,11 +166,11 @@ def _unknown_flag(word: str, known: Iterable[str]) -> str:
     return f"unknown flag {flag}.{nearest(flag, [f'--{setting}' for setting in known])}"
 
 
-def read_recipe(path: str, groups: Iterable[type], ignored_keys: Iterable[str] = ()) -> dict[str, Any]:
+def read_recipe(path: str, groups: Iterable[type]) -> dict[str, Any]:
     """The settings of a YAML recipe, checked against the fields of `groups`; one `UserError` lists all wrong ones."""
     content = load_yaml(path, "the recipe")
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-    settings = {key: value for key, value in content.items() if key not in (*ignored_keys, RESEARCH)}
+    settings = {key: value for key, value in content.items() if key not in (*RECORDED_KEYS, RESEARCH)}
     values = typed_values(settings, hints, path)
     if RESEARCH in content:
         values[RESEARCH] = research.load("settings").read(content[RESEARCH], path)

@@ -11,7 +11,7 @@ import yaml
 from mora_ds.checkpoint.layout import RUN_FILE
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_path, load_yaml
-from mora_ds.config.arguments import RECORDED_KEYS
+from mora_ds.config.flags import RECORDED_KEYS
 from mora_ds.engine.ds_keys import masked
 
 Facts: TypeAlias = Mapping[str, Any]
