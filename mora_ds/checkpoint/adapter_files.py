@@ -35,7 +35,7 @@ from mora_ds.checkpoint.layout import (
     LedgerLocation,
     ledger_problems,
 )
-from mora_ds.common.errors import UserError, nearest
+from mora_ds.common.errors import UserError
 from mora_ds.common.files import (
     FORMAT,
     MANIFEST,
@@ -89,16 +89,6 @@ class DomainSquares:
         """The name of a layer's matrices in safetensors files."""
         return f"{module}.{OWN}"
 
-    def index(self, domain: str, flag: str) -> int:
-        """The place of a domain among `names`. Raises `UserError` that names `flag` and lists the domains."""
-        if domain not in self.names:
-            raise UserError(f"{flag} {domain}: {self.choices}.{nearest(domain, self.names)}")
-        return self.names.index(domain)
-
-    @property
-    def choices(self) -> str:
-        return f"there are the domains {', '.join(self.names)}, and {SHARED} for the shared MoRA matrices alone"
-
 
 @dataclass(frozen=True)
 class _Domains:
@@ -111,16 +101,12 @@ class _Domains:
 def chosen_domain(domains: DomainSquares | None, wanted: str | None, flag: str) -> str | None:
     """The domain that a user names; None for `shared`, and for an adapter without domains. Raises `UserError` where
     none is named or it is unknown."""
-    if domains is None:
-        if wanted is not None:
-            raise UserError(f"{flag} {wanted}: this adapter has no domains")
+    if domains is None and wanted is None:
         return None
-    if wanted is None:
-        raise UserError(f"{flag}: name a domain; {domains.choices}")
-    if wanted == SHARED:
-        return None
-    domains.index(wanted, flag)
-    return wanted
+    known = () if domains is None else (*domains.names, SHARED)
+    if wanted not in known:
+        raise UserError(f"{flag} {wanted}: name a domain of this adapter, which has {', '.join(known) or 'none'}")
+    return None if wanted == SHARED else wanted
 
 
 def logits_name(domain: str | None) -> str:
@@ -277,7 +263,7 @@ class AdapterTensors:
         """(r_hat, r_hat): the matrix of one domain."""
         domains = self._adapter.domains
         assert domains is not None
-        index = domains.index(domain, "domain")
+        index = domains.names.index(domain)
         return self._handle.get_slice(domains.tensor(module))[index : index + 1].squeeze(0)
 
     def trained(self, name: str) -> Tensor:

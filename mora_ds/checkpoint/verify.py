@@ -14,7 +14,7 @@ shards, is checked as far as it goes.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +99,6 @@ def verify(path: Path, base: Path | None = None) -> list[Verdict]:
 
 
 def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
-    verdict = Verdict(folder)
     has_run = not _is_adapter_alone(folder)
     has_adapter = not is_full_training(folder)
     checks = {
@@ -110,25 +109,31 @@ def _verify_one(folder: Path, base: BaseCheckpoint | None) -> Verdict:
         _ledger: has_adapter,
         _agreement: has_run and has_adapter,
     }
-    for check, applies in checks.items():
-        if applies:
-            _run(verdict, check)
-    if base is not None and has_adapter and verdict.is_good:
-        BaseReference.read(folder).require_base(base, folder, "--base")
-        verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
-    verdict.problems = list(dict.fromkeys(verdict.problems))
-    return verdict
+    applying = [check for check, applies in checks.items() if applies]
+    return _verdict(folder, applying, folder / LEDGER_FOLDER, base if has_adapter else None)
 
 
 def _verify_ledger(folder: Path, base: BaseCheckpoint | None) -> Verdict:
     """Of a ledger alone, such as that of a run."""
+    return _verdict(folder, [lambda folder: _cycles(Ledger.open(folder))], folder, base)
+
+
+def _verdict(
+    folder: Path,
+    checks: Iterable[Callable[[Path], Iterator[str]]],
+    ledger: Path,
+    base: BaseCheckpoint | None,
+) -> Verdict:
+    """What the checks say of a folder, and of the base with which its ledger begins."""
     verdict = Verdict(folder)
-    _run(verdict, lambda folder: _cycles(Ledger.open(folder)))
+    for check in checks:
+        _run(verdict, check)
     if base is not None and verdict.is_good:
-        recorded = Ledger.open(folder, hashes=False).base_fingerprint
+        recorded = Ledger.open(ledger, hashes=False).base_fingerprint
         if base.fingerprint() != recorded:
             raise UserError(f"--base: {base.folder} is not the base of {folder}, whose fingerprint is {recorded}")
         verdict.facts.append(f"base: {base.folder} has the recorded fingerprint")
+    verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict
 
 

@@ -11,14 +11,13 @@ optimizer step, from the gradient summed over micro-batches and processes, and i
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
@@ -32,10 +31,6 @@ from mora_ds.engine.ds_keys import DsConfig
 from mora_ds.engine.zero import Stage3View, ZeroView, view_of
 
 Engine: TypeAlias = DeepSpeedEngine
-
-CHUNK_NUMEL = 2**27
-"""Most elements of the matrices that Muon gathers at a time, as fp32 gradients and momentums: 1 GiB, in a step, when no
-activations are held."""
 
 
 @contextmanager
@@ -144,17 +139,10 @@ def repair_clipping(engine: Engine) -> None:
 
 
 def _repair_stage_3(optimizer: Any, limit: float) -> None:
-    """Wrap what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`.
-
-    Of the matrices that it gathers at a time, up to `reduce_bucket_size` elements, each process orthogonalises one
-    after the other its share: 8 of 1,024 processes would work at a time where a bucket holds 8 matrices.
-    """
+    """Wrap what `step` calls in turn: `_apply_muon_to_accumulated_grads`, then `_get_norm_groups`."""
     orthogonalise = optimizer._apply_muon_to_accumulated_grads
     find_norms = optimizer._get_norm_groups
     norms: list[Any] = []
-    groups = zip(optimizer.fp16_groups, optimizer.sub_groups_using_muon, strict=True)
-    numels = [parameter.ds_numel for group, uses_muon in groups if uses_muon for parameter in group]
-    chunk = chunk_numel(numels, dist.get_world_size(), optimizer.reduce_bucket_size)
 
     def clip_and_orthogonalise() -> None:
         optimizer.clip_grad = 0.0  # `unscale_and_clip_grads` is left with the unscaling
@@ -166,21 +154,10 @@ def _repair_stage_3(optimizer: Any, limit: float) -> None:
         for index, uses_muon in enumerate(optimizer.sub_groups_using_muon):
             scale = optimizer.loss_scale if uses_muon else 1.0
             _scale(optimizer.averaged_gradients[index], factor / scale)
-        bucket = optimizer.reduce_bucket_size
-        optimizer.reduce_bucket_size = chunk
-        try:
-            orthogonalise()
-        finally:
-            optimizer.reduce_bucket_size = bucket
+        orthogonalise()
 
     optimizer._apply_muon_to_accumulated_grads = clip_and_orthogonalise
     optimizer._get_norm_groups = lambda: norms
-
-
-def chunk_numel(numels: Sequence[int], world: int, bucket: int) -> int:
-    """Elements of the matrices that Muon gathers at a time under ZeRO-3: one matrix for each of `world` processes, at
-    most `CHUNK_NUMEL` or a `bucket`. Their updates do not depend on it."""
-    return max(bucket, min(world * max(numels, default=0), CHUNK_NUMEL))
 
 
 def _repair_stages_1_and_2(optimizer: Any, limit: float) -> None:

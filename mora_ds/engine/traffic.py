@@ -23,15 +23,10 @@ class CollectiveCounter:
     DeepSpeed's own comms logger synchronises the device for every call; this one only adds sizes up.
     """
 
-    _GATHERS = (
-        "all_gather_into_tensor",
-        "all_gather_base",
-        "all_gather",
-        "all_gather_coalesced",
-    )
-    _OTHERS = (
-        "all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
-        "all_to_all_single", "all_to_all", "gather", "scatter", "send", "isend",
+    _KINDS = (
+        "all_gather", "all_gather_base", "all_gather_coalesced", "all_gather_into_tensor", "all_reduce",
+        "all_reduce_coalesced", "all_to_all", "all_to_all_single", "broadcast", "gather", "isend", "reduce",
+        "reduce_scatter", "reduce_scatter_tensor", "scatter", "send",
     )  # fmt: skip
 
     def __init__(self, base: Iterable[Tensor] = ()) -> None:
@@ -45,13 +40,13 @@ class CollectiveCounter:
 
     @property
     def gathered_bytes(self) -> int:
-        return sum(self.bytes[kind] for kind in self._GATHERS)
+        return sum(nbytes for kind, nbytes in self.bytes.items() if kind.startswith("all_gather"))
 
     @contextmanager
     def counting(self) -> Iterator[CollectiveCounter]:
         """Count while the block runs, by wrapping the methods of `cdb`, the backend of deepspeed/comm/comm.py."""
         backend = deepspeed.comm.comm.cdb
-        kinds = [kind for kind in (*self._GATHERS, *self._OTHERS) if hasattr(backend, kind)]
+        kinds = [kind for kind in self._KINDS if hasattr(backend, kind)]
         for kind in kinds:
             setattr(backend, kind, self._counted(kind, getattr(backend, kind)))
         try:

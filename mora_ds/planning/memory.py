@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mora_ds.engine.muon import chunk_numel
 from mora_ds.planning.step import StepMemory, Streamed
 
 FP32 = 4
@@ -230,8 +229,7 @@ def _optimizer_bytes(trained: Trained) -> dict[str, int]:
 def _muon_bytes(trained: Trained) -> int:
     """The gradients and momentums that Muon gathers at a time (stage3.py, `_muon_update_sub_group`)."""
     matrices = trained.numels[: trained.squares]
-    chunk = chunk_numel(matrices, trained.ranks, trained.zero["reduce_bucket_size"])
-    return 2 * FP32 * min(chunk, sum(matrices))
+    return 2 * FP32 * min(trained.zero["reduce_bucket_size"], sum(matrices))
 
 
 def _reduction_bytes(trained: Trained) -> int:

@@ -14,7 +14,6 @@ from mora_ds.adapters.ops.mora import delta_weight
 from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
-from mora_ds.engine.muon import CHUNK_NUMEL, chunk_numel
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
@@ -225,44 +224,6 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int):
         assert_follows(ranks, expected, 0.4)
         together = sum(rank["momentum"] ** 2 for rank in ranks) ** 0.5  # shards; split, held twice
         assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], "the loss scale is in the momentum"
-
-
-def shared_out(bucket: int | str) -> tuple[list[Tensor], list[int]]:
-    """The matrices after some steps, and how many of them were gathered at a time."""
-    config = muon_config(3, ROWS // dist.get_world_size())
-    config["zero_optimization"]["reduce_bucket_size"] = bucket
-    model = small_model()
-    engine, *_ = initialize(model=model, config=config)
-    orthogonalise = engine.optimizer._muon_update_sub_group
-    sizes = []
-
-    def counted(group: int, items: list[Any], dtype: torch.dtype):
-        sizes.append(len(items))
-        orthogonalise(group, items, dtype)
-
-    engine.optimizer._muon_update_sub_group = counted
-    train(engine, range(STEPS))
-    assert bucket in ("auto", engine.optimizer.reduce_bucket_size)
-    return [zero.full_fp32(square) for square in squares_of(model)], sizes
-
-
-def test_matrices_that_are_gathered_at_a_time_fit_in_memory():
-    """One for each process, or a bucket of them, but not a thousand large ones."""
-    assert chunk_numel([100, 50], world=8, bucket=10) == 800
-    assert chunk_numel([100, 50], world=8, bucket=1000) == 1000
-    assert chunk_numel([2**20], world=1024, bucket=10) == CHUNK_NUMEL
-    assert chunk_numel([], world=8, bucket=10) == 10
-
-
-def small_and_large_bucket() -> list[tuple[list[Tensor], list[int]]]:
-    return [shared_out(2), shared_out("auto")]
-
-
-def test_every_process_has_a_matrix_to_orthogonalise_however_small_the_bucket():
-    for (matrices, sizes), (expected, _) in run_pooled(2, small_and_large_bucket):
-        assert sum(sizes) == STEPS * len(matrices)
-        assert len(sizes) <= STEPS * -(-len(matrices) // 2), f"one matrix at a time: {sizes}"
-        assert all(torch.equal(one, another) for one, another in zip(matrices, expected, strict=True))
 
 
 def learning_rates(names: tuple[str, ...]) -> list[list[float]]:

@@ -237,7 +237,7 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
 
 
 def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"`domain`: name a domain; there are the domains new, old, and shared"):
+    with pytest.raises(UserError, match=r"`domain` None: name a domain of this adapter, which has new, old, shared"):
         export_merged(out, tmp_path / "never")
     with pytest.raises(UserError, match=r"`domain` nwe: there are the domains new, old.* Did you mean 'new'"):
         export_merged(out, tmp_path / "never", domain="nwe")
