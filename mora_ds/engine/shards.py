@@ -31,7 +31,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -51,9 +51,6 @@ INDEX_FILE = "layouts.safetensors"
 
 MASTER = "master"
 """The key of a parameter's fp32 master; all other keys are those of the optimizer's state."""
-NUMBERS = (torch.int64, torch.float64)
-"""Dtypes of values without a dimension that were plain numbers, and no tensors, when they were written."""
-
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """Attributes of the engine that its own checkpoints restore (engine.py, `_load_checkpoint`)."""
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -124,7 +121,7 @@ class RankShard(NamedTuple):
         return cls(rank, file, np.array(rows, np.int64).reshape(-1, 6), digest)
 
 
-State = tuple[list[str], dict[str, Any]]
+State = tuple[list[str], dict[str, Tensor]]
 """(keys of what an optimizer keeps for every element, such as exp_avg; its other values by their keys, such as step)"""
 
 # -- the shards of all ranks -------------------------------------------------------------------------------------------
@@ -290,13 +287,12 @@ class _Shard:
                 self._shapes.setdefault(int(number), {})[key] = self._handle.get_slice(name).get_shape()
 
     def state(self, flat: int) -> State:
-        """As `EngineShards.state`, of a flat tensor. A count is the tensor, or the number, that it was when written."""
+        """As `EngineShards.state`, of a flat tensor."""
         moments = []
         counts = {}
         for key, shape in self._shapes.get(flat, {}).items():
             if not shape:
-                value = self._handle.get_tensor(_tensor_name(flat, key))
-                counts[key] = value.item() if value.dtype in NUMBERS else value.clone()  # the file is mapped once
+                counts[key] = self._handle.get_tensor(_tensor_name(flat, key)).clone()  # the file is mapped once
             elif key != MASTER:
                 moments.append(key)
         return moments, counts
@@ -394,14 +390,13 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     return layout, RankShard.of(layout, rank, f"rank-{rank:05d}.safetensors", extents), tensors
 
 
-def _as_saved(flat: Flat, value: Any) -> Tensor:
-    """A value of the optimizer's state, as the file has it: moments flat and as long as the master; step counts without
-    a dimension, plain numbers in a dtype by which a reader knows them."""
-    if not isinstance(value, Tensor):
-        whole_number, fraction = NUMBERS
-        return torch.tensor(value, dtype=whole_number if isinstance(value, int) else fraction)
-    if not value.dim() or flat.state_spans is flat.spans:
-        return value.detach().view(-1) if value.dim() else value.detach()
+def _as_saved(flat: Flat, value: Tensor) -> Tensor:
+    """A tensor of the optimizer's state, as the file has it: moments flat and as long as the master, step counts
+    without a dimension."""
+    if not value.dim():
+        return value.detach()
+    if flat.state_spans is flat.spans:
+        return value.detach().view(-1)
     # Muon's momentum holds its matrices whole: other ranks save what they have of them in their masters.
     moments = value.new_zeros(flat.master.numel())
     for whole, span in zip(flat.state_spans, flat.spans, strict=True):
@@ -465,7 +460,7 @@ def _restore_flat(
     device: torch.device | str,
 ) -> None:
     """Set a master and its state. Padding, which no gradient reaches, becomes zero as in a fresh engine. `device`:
-    where the optimizer wants counts that are tensors, as torch's fused Adam does."""
+    where the optimizer wants its counts: torch's fused Adam beside the master."""
     extents = _extents(flat.spans, parameters)
     state_extents = _extents(flat.state_spans, parameters)
 
@@ -494,9 +489,9 @@ def _restore_flat(
     for key in set(flat.state) - {*keys, *counts}:
         del flat.state[key]
     for key, count in counts.items():
-        flat.state[key] = count.to(device) if isinstance(count, Tensor) else count
+        flat.state[key] = count.to(device)
     for key in keys:
-        if not isinstance(flat.state.get(key), Tensor):
+        if key not in flat.state:
             dtype = shards.read(first.name, key, first.start, 0).dtype
             flat.state[key] = torch.zeros_like(flat.master, dtype=dtype, requires_grad=False)
             if state_extents != extents:

@@ -94,11 +94,8 @@ def reset_group(engine: Engine, group: int) -> None:
     view = view_of(engine)
     for flat in view.flats(group):
         flat.master.zero_()
-        for key, value in flat.state.items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            else:  # a step count
-                flat.state[key] = type(value)(0)
+        for value in flat.state.values():
+            value.zero_()
     view.write_copies()
 
 
@@ -140,7 +137,7 @@ class Flat(NamedTuple):
     group: int
     """Index of its parameter group."""
     master: Tensor
-    state: dict[str, Any]
+    state: dict[str, Tensor]
     spans: list[Span]
     """What the master holds."""
     state_spans: list[Span]

@@ -6,12 +6,6 @@ When an upgrade breaks a test here, the message names the symbol: adapt mora_ds/
 import inspect
 from importlib import import_module
 from importlib.metadata import version
-from types import SimpleNamespace
-
-import pytest
-import torch
-
-from mora_ds.engine import zero
 
 
 def test_the_version_is_one_that_was_tried():
@@ -23,13 +17,3 @@ def test_the_switch_that_avoids_a_build_is_read():
     assert "__compatible_ops__.get(builder.NAME" in source, "build_shm_op asks something else now"
     builder = import_module("deepspeed.ops.op_builder.cpu.comm").ShareMemCommBuilder
     assert builder.NAME == "deepspeed_shm_comm", "the switch in zero.prepare_backend has another name now"
-
-
-def test_numbers_in_the_state_are_reset(monkeypatch: pytest.MonkeyPatch):
-    """As an optimizer may count its steps."""
-    flat = zero.Flat(0, torch.ones(2), {"step": 3}, [], [])
-    view = SimpleNamespace(flats=lambda group: [flat], write_copies=lambda: None)
-    monkeypatch.setattr(zero, "view_of", lambda engine: view)
-    zero.reset_group(SimpleNamespace(), 0)
-    assert flat.state["step"] == 0
-    assert type(flat.state["step"]) is int
