@@ -169,9 +169,6 @@ def _files(folder: Path) -> Iterator[str]:
     listed = listed_files(folder)
     nbytes = sum(facts.size for facts in listed.values())
     yield f"files: {len(listed)} as the manifest says, {nbytes / 2**20:,.2f} MiB"
-    existing = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if strays := sorted(existing - set(listed) - {MANIFEST}):
-        yield f"not in the manifest, and not read by a resume: {', '.join(strays)}"
 
 
 def _state(folder: Path) -> Iterator[str]:

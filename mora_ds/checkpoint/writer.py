@@ -164,7 +164,7 @@ class CheckpointWriter:
             recorded.update(share.files)
         files.write_manifest(beside, recorded)
         # Each rank has flushed its own files: rank 0 does not open a thousand of them.
-        files.fsync_folders(beside)
+        files.fsync_tree(beside, with_files=False)
         if damage := ledger_problems(beside):  # its cycles are older than the other files, and merges read them
             raise RunError(f"the ledger was damaged during the run: {damage[0]}. Resume from an older checkpoint")
         _replace_folder(beside, final)

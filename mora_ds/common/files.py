@@ -72,18 +72,12 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(folder: Path) -> None:
-    """`fsync` for every file and folder under `folder`, and for `folder` itself."""
-    for path in sorted(folder.rglob("*")):
-        if not path.is_symlink():
+def fsync_tree(folder: Path, with_files: bool = True) -> None:
+    """`fsync` for `folder` and every folder under it, so that the names in them survive, and for the files, unless they
+    are flushed already."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        if not path.is_symlink() and (with_files or path.is_dir()):
             fsync(path)
-    fsync(folder)
-
-
-def fsync_folders(folder: Path) -> None:
-    """`fsync` for `folder` and every folder under it, whose files are flushed already: their names then survive too."""
-    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        fsync(path)
 
 
 @contextmanager

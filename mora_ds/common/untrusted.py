@@ -235,8 +235,7 @@ def links(folder: Path) -> list[str]:
 def require_plain(folder: Path) -> None:
     """Raises `UserError` where `folder`, a checkpoint or an adapter, has anything in it but files and folders."""
     if problems := links(folder):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}: make a copy that holds the files themselves (cp -rL)")
+        raise UserError(f"{problems[0]}: make a copy that holds the files themselves (cp -rL)")
 
 
 def expanded(path: str | Path, flag: str = "") -> Path:

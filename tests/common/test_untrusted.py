@@ -181,13 +181,10 @@ def test_an_entry_that_is_missing_is_named():
         entry({"a": 1}, "b", int, "file")
 
 
-def test_how_many_links_a_folder_has_is_told(tmp_path: Path):
+def test_a_link_in_a_folder_is_told(tmp_path: Path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").symlink_to("inner")
     with pytest.raises(UserError, match=r"a is a link to inner, and links are not followed: make a copy"):
-        require_plain(tmp_path)
-    (tmp_path / "inner" / "b").symlink_to("a")
-    with pytest.raises(UserError, match=r"not followed \(and 1 more\): make a copy"):
         require_plain(tmp_path)
 
 

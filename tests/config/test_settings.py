@@ -62,7 +62,7 @@ def test_the_engine_has_every_setting_of_the_flags():
     assert training.engine_settings() == EngineSettings(
         micro_batch_size=3, gradient_accumulation_steps=5, learning_rate=0.002, other_learning_rate=0.001,
         betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.2, max_grad_norm=0.5, bf16=False, fp16=True,
-        optimizer=OptimizerKind.MUON, tensor_parallel_size=2,
+        optimizer=OptimizerKind.MUON,
     )  # fmt: skip
     assert training.rows_per_step(8) == 3 * 5 * 2
 
