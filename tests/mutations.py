@@ -113,8 +113,8 @@ common/files.py | common/test_files.py
 
 # a resume does not tell what changed
 train/run_file.py | train/test_resume.py
--name in before and before[name] != value
-+name in before and before[name] is None
+-before.get(name, value) != value
++before.get(name, value) is None
 
 # a flag without effect is taken
 config/effects.py | config/test_effects.py
@@ -155,8 +155,8 @@ train/evaluator.py | train/test_evaluator.py
 
 # the re-warmup is one step short
 remora/schedule.py | remora/test_schedule.py
--(step - merged_at + 1) / (self.restart_warmup_steps + 1)
-+(step - merged_at + 2) / (self.restart_warmup_steps + 1)
+-(step - merged_at + 1) / (restart_warmup_steps + 1)
++(step - merged_at + 2) / (restart_warmup_steps + 1)
 
 # the last cycle is left out of an export
 deploy/export.py | deploy/test_export.py
