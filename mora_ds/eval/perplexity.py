@@ -53,8 +53,6 @@ class Target:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    source: str
-    """What the model was loaded from, for messages."""
 
 
 @dataclass
@@ -148,7 +146,7 @@ def load_target(
     if folder is not None and onto is not None:
         model = load_onto(folder, onto, base, dtype, domain, trust_remote_code)
         tokenizer = load_tokenizer(onto, trust_remote_code=trust_remote_code, flag="--onto")
-        return Target(prefer_documents(model.to(device)), tokenizer, f"{path} onto {onto}")
+        return Target(prefer_documents(model.to(device)), tokenizer)
     if folder is not None:
         return _adapted(folder, base, dtype, device, trust_remote_code, domain)
     if not (path / "config.json").is_file():
@@ -160,7 +158,7 @@ def load_target(
     wanted = "auto" if dtype == "auto" else compute_dtype(dtype)
     model = load_model(path, wanted, trust_remote_code=trust_remote_code, flag="MODEL")
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, flag="MODEL")
-    return Target(prefer_documents(model.to(device).eval()), tokenizer, str(path))
+    return Target(prefer_documents(model.to(device).eval()), tokenizer)
 
 
 def _adapted(
@@ -179,7 +177,7 @@ def _adapted(
     model: Any = load_adapter(folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code)
     if dtype != "auto":
         model = model.to(compute_dtype(dtype))
-    return Target(prefer_documents(model.to(device)), tokenizer, f"{checkpoint} on {folder}")
+    return Target(prefer_documents(model.to(device)), tokenizer)
 
 
 def evaluate(

@@ -256,7 +256,7 @@ def main() -> None:
     windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
     print(f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}")
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code, flag="MODEL")
-    target = Target(prefer_documents(bank.model), tokenizer, str(options.model))
+    target = Target(prefer_documents(bank.model), tokenizer)
     scores = {}
     for name in (BASE, *bank.adapters):
         with bank.use([] if name == BASE else name):

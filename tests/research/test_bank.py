@@ -255,7 +255,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(
     tokenizer = load_target(user.model).tokenizer
     for name in ("(base)", "a", "b"):
         merge(maker.model, maker.weights, updates.get(name, {}))
-        merged = Target(maker.model.eval(), tokenizer, name)
+        merged = Target(maker.model.eval(), tokenizer)
         expected = evaluate(merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4)
         assert scores[name]["held"]["nats"] == pytest.approx(expected.nats, rel=1e-6)
         assert name == "(base)" or abs(expected.nats / scores["(base)"]["held"]["nats"] - 1) > 1e-4
