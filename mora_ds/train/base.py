@@ -31,7 +31,7 @@ from mora_ds.models.load import (
 )
 from mora_ds.models.rope import rope_changes
 from mora_ds.planning.plan import Planner, place_base
-from mora_ds.planning.report import size_text, verdict
+from mora_ds.planning.report import size_text
 from mora_ds.runtime.node_memory import free_bytes
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.dry_run import planner_of
@@ -139,12 +139,11 @@ def _by_plan(make: Callable[[], Planner]) -> BaseDevice:
         if placed is planner:
             return BaseDevice.DEVICE
         placed.streamed()
-        text = verdict(planner.plan())
     except Exception as error:  # a plan is advice: a model that cannot be planned may well run
         logger.warning(
             "--base_device auto: device, as this run cannot be planned: %s",
             reason(error),
         )
         return BaseDevice.DEVICE
-    logger.info(f"--base_device auto: host, as with device {text}")
+    logger.info("--base_device auto: host, as the run does not fit otherwise")
     return BaseDevice.HOST

@@ -175,16 +175,14 @@ def _prepare(training: TrainingArguments, folder: Path, paths: DemoPaths) -> Non
 
 def write_inputs(paths: DemoPaths, seed: int, config: Path = MODEL_CONFIG) -> None:
     """Write corpora, a tokenizer and an untrained model, made from the JSON `config`, into a new folder."""
-    sizes = write_demo_corpus(
+    write_demo_corpus(
         paths.corpus,
         general_bytes=PROSE_BYTES,
         domain_bytes=CODE_BYTES,
         eval_bytes=EVAL_BYTES,
     )
-    logger.info("  corpora: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
     corpus = load_corpus([str(paths.corpus / f"{kind}_train.jsonl") for kind in ("general", "domain")])
     tokenizer = load_tokenizer(train_sentencepiece(corpus.texts(), VOCABULARY, paths.root / TOKENIZER_FOLDER))
-    logger.info(f"  tokenizer: SentencePiece, {len(tokenizer)} tokens, trained on both")
     create_base(config, paths.start, seed, tokenizer, len(tokenizer))
 
 

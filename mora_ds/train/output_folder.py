@@ -316,9 +316,7 @@ def _copy_aside(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         partial = folder / ASIDE / f".{name}.partial"
         with disk_errors(folder):
-            if (folder / name).is_symlink():
-                partial.symlink_to(os.readlink(folder / name))
-            elif (folder / name).is_dir():
+            if (folder / name).is_dir():
                 shutil.copytree(
                     folder / name, partial, symlinks=True,
                     copy_function=lambda source, target: link_or_copy(Path(source), Path(target)),

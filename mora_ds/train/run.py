@@ -227,10 +227,8 @@ class Run:
         its name there. Collective."""
 
         def export() -> None:
-            if not domains:
-                export_merged(checkpoint, target, overwrite=True)
-            for domain in domains:
-                export_merged(checkpoint, target / domain, overwrite=True, domain=domain)
+            for domain in domains or (None,):
+                export_merged(checkpoint, target / (domain or ""), overwrite=True, domain=domain)
 
         self.ranks.on_first("export of the merged model", export, long=True)
 
