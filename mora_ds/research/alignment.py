@@ -75,10 +75,10 @@ def leading_of_base(config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ra
             directions[name] = Leading(left.float().cpu(), right.float().cpu(), weight.norm().item())
         return directions
 
-    found = ranks.on_first("singular vectors of the base", decompose, long=True)
+    on_cpu = ranks.on_first("singular vectors of the base", decompose, long=True)
     return {
         name: Leading(directions.left.to(device), directions.right.to(device), directions.norm)
-        for name, directions in found.items()
+        for name, directions in on_cpu.items()
     }
 
 

@@ -208,8 +208,8 @@ def find_adapters(folder: Path) -> dict[str, Path]:
         raise UserError(f"DIR: no such folder: {folder}")
     # What begins with a dot is being written.
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    found = {path.name: adapter_folder(path) for path in paths}
-    adapters = {name: path for name, path in found.items() if path is not None}
+    folders = {path.name: adapter_folder(path) for path in paths}
+    adapters = {name: path for name, path in folders.items() if path is not None}
     if not adapters:
         raise UserError(f"DIR: no folder in {folder} holds an adapter ({ADAPTER_JSON})")
     return adapters
