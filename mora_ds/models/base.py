@@ -220,13 +220,19 @@ class BaseCheckpoint:
         `renamed`: from `renamed_keys`. Raises `NotOneToOne` with all names that have no key.
         """
         ties = ties or {}
-        renamed = renamed or {}
+        keys = {**(renamed or {}), **{key: key for key in self._file_of}}
+        prefix = f"{base_model_prefix}."
         mapping: dict[str, str] = {}
         lost = []
         for name in names:
             source = ties.get(name, name)
             twins = [source, name, *(target for target, twin in ties.items() if twin == source)]
-            key = next(filter(None, (self._find(twin, base_model_prefix, renamed) for twin in twins)), None)
+            candidates = [
+                candidate
+                for twin in twins
+                for candidate in (twin, twin.removeprefix(prefix) if twin.startswith(prefix) else prefix + twin)
+            ]
+            key = next((keys[candidate] for candidate in candidates if candidate in keys), None)
             if key is None:
                 lost.append(name)
             else:
@@ -235,20 +241,6 @@ class BaseCheckpoint:
             some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
             raise NotOneToOne(f"{self.folder} has no tensor for {len(lost)} parameter(s) of the model: {some}")
         return mapping
-
-    def _find(
-        self,
-        name: str,
-        prefix: str,
-        renamed: Mapping[str, str],
-    ) -> str | None:
-        with_other_prefix = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-        for candidate in (name, with_other_prefix) if prefix else (name,):
-            if candidate in self._file_of:
-                return candidate
-            if candidate in renamed:
-                return renamed[candidate]
-        return None
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -191,53 +191,6 @@ def _padded(tensor: Tensor, size: int) -> Tensor:
 # -- document by document ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Documents that are computed together."""
-
-    shapes: list[tuple[int, int]]
-    """(documents, tokens of each, padding included) of each group."""
-    gather: Tensor | None
-    """(M,) the token at each place of the groups; None where all are in their order already."""
-    scatter: Tensor | None
-    """(N,) the place of each token in the groups."""
-
-
-@lru_cache(maxsize=16)
-def groups_of(lengths: tuple[int, ...], device: torch.device) -> _Groups:
-    """The groups of documents with these lengths, which lie one after the other. All layers of a batch read the tables
-    that its first one has copied to the device."""
-    begins = np.cumsum((0, *lengths[:-1]))
-    by_size: dict[int, list[int]] = {}
-    for document, length in enumerate(lengths):
-        by_size.setdefault(_rounded(length), []).append(document)
-    total = sum(lengths)
-    positions = []
-    shapes = []
-    scatter = np.empty(total, dtype=np.int64)
-    used = 0
-    for members in by_size.values():
-        size = max(lengths[document] for document in members)
-        positions.append(np.minimum(begins[members][:, None] + np.arange(size), total - 1).ravel())
-        shapes.append((len(members), size))
-        for row, document in enumerate(members):
-            begin = begins[document]
-            length = lengths[document]
-            scatter[begin : begin + length] = used + row * size + np.arange(length)
-        used += len(members) * size
-    gather = np.concatenate(positions)
-    if len(gather) == total and (gather == np.arange(total)).all():
-        return _Groups(shapes, None, None)
-    return _Groups(shapes, _on_device(gather, device), _on_device(scatter, device))
-
-
-def _on_device(table: np.ndarray, device: torch.device) -> Tensor:
-    """The table on a device. The host does not wait for a copy to a GPU, which would have to end its work first."""
-    with torch.inference_mode(False):  # it may be training that takes it next
-        on_host = torch.from_numpy(table)
-        return on_host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else on_host.to(device)
-
-
 def _rounded(length: int) -> int:
     """Documents of the same rounded length are padded to the longest of them: at most a quarter of short ones."""
     if length > _SHORT:
@@ -255,19 +208,26 @@ def _by_documents(
     scores: Scores,
 ) -> Tensor:
     """(N, H, D), (N, H_kv, D), (N, H_kv, D_v) -> (N, H, D_v)."""
-    groups = groups_of(lengths, query.device)
-    pieces = []
-    for tensor in (query, key, value):
-        if groups.gather is not None:
-            tensor = tensor.index_select(0, groups.gather)
-        pieces.append(tensor.split([count * size for count, size in groups.shapes]))
-    outs = []
-    for shape, *tokens in zip(groups.shapes, *pieces, strict=True):
-        query, key, value = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in tokens)
-        out = _rows(query, key, value, window, scores)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    out = torch.cat(outs) if len(outs) > 1 else outs[0]
-    return out if groups.scatter is None else out.index_select(0, groups.scatter)
+    if len(set(lengths)) == 1:  # nothing to pad, nothing to copy
+        shape = (len(lengths), lengths[0])
+        query, key, value = (tensor.unflatten(0, shape).transpose(1, 2) for tensor in (query, key, value))
+        return _rows(query, key, value, window, scores).transpose(1, 2).flatten(0, 1)
+    by_size: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        by_size.setdefault(_rounded(length), []).append(document)
+    documents = [tensor.split(lengths) for tensor in (query, key, value)]
+    outs: dict[int, Tensor] = {}
+    for members in by_size.values():
+        query, key, value = (_stacked([of_tensor[member] for member in members]) for of_tensor in documents)
+        out = _rows(query, key, value, window, scores).transpose(1, 2)
+        outs.update({member: row[: lengths[member]] for member, row in zip(members, out, strict=True)})
+    return torch.cat([outs[document] for document in range(len(lengths))])
+
+
+def _stacked(documents: list[Tensor]) -> Tensor:
+    """(L, H, D) each -> (n, H, longest L, D), padded at the right."""
+    rows = pad_sequence(documents, batch_first=True) if len(documents) > 1 else documents[0].unsqueeze(0)
+    return rows.transpose(1, 2)
 
 
 def _rows(

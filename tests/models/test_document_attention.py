@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mora_ds.data.documents import Documents
 from mora_ds.models import document_attention as module_under_test
-from mora_ds.models.document_attention import Scores, document_attention, fits_varlen, groups_of
+from mora_ds.models.document_attention import Scores, document_attention, fits_varlen
 from tests.helpers.attention import (
     HEADS,
     LAYOUTS,
@@ -174,21 +174,29 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all():
     assert cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
 
 
-def test_short_documents_are_padded_by_a_quarter_at_most():
+def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch: pytest.MonkeyPatch):
     """And long ones not at all."""
+    attend = module_under_test._rows
+    shapes: list[tuple[int, int]] = []
+
+    def noted(query: Tensor, *more: Any) -> Tensor:
+        shapes.append((query.shape[0], query.shape[2]))
+        return attend(query, *more)
+
+    def shapes_of(*lengths: int) -> list[tuple[int, int]]:
+        shapes.clear()
+        tokens = torch.zeros(sum(lengths), 1, 4)
+        module_under_test._by_documents(tokens, tokens, tokens, lengths, None, Scores(1.0))
+        return sorted(shapes)
+
+    monkeypatch.setattr(module_under_test, "_rows", noted)
     lengths = (5, 17, 1, 1, 17, 30, 2, 700, 701, 24)
-    cpu = torch.device("cpu")
-    groups = groups_of(lengths, cpu)
-    assert groups.gather is not None
-    assert len(groups.gather) < 1.25 * sum(lengths)
-    assert len(groups.shapes) < len(lengths)
-    assert sorted(groups_of((600, 3000, 600, 16, 1), cpu).shapes) == [(1, 3000), (2, 16), (2, 600)]
+    padded = shapes_of(*lengths)
+    assert sum(count * size for count, size in padded) < 1.25 * sum(lengths)
+    assert len(padded) < len(lengths)
+    assert shapes_of(600, 3000, 600, 16, 1) == [(1, 3000), (2, 16), (2, 600)]
     for length in (40, 100, 300, 500):  # half of a length is another group
-        assert (
-            len(groups_of((length, length // 2), cpu).shapes)
-            == len(groups_of((length, 3 * length // 4 - 1), cpu).shapes)
-            == 2
-        )
+        assert len(shapes_of(length, length // 2)) == len(shapes_of(length, 3 * length // 4 - 1)) == 2
 
 
 class Largest(TorchDispatchMode):
@@ -248,33 +256,3 @@ def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch
     count = len(masks)
     out.sum().backward()
     assert len(masks) == 2 * count, "made again"
-
-
-def test_training_takes_the_tables_of_an_evaluation():
-    groups_of.cache_clear()
-    positions = torch.cat([torch.arange(length) for length in (3, 30, 7)])[None]
-    query, key, value, _ = parts(1, 40, 2)
-    with torch.inference_mode():
-        expected, _ = document_attention(torch.nn.Module(), query, key, value, None, position_ids=positions)
-    out, _ = document_attention(torch.nn.Module(), query, key, value, None, position_ids=positions)
-    out.sum().backward()
-    assert torch.equal(out, expected)
-    assert groups_of.cache_info().hits == 1
-
-
-# -- what it does not compute ------------------------------------------------------------------------------------------
-
-
-def test_attention_of_another_kind_is_refused():
-    query, key, value, _ = parts(1, 8, 2)
-    both = torch.nn.Module()
-    both.is_causal = False  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="--attn_implementation sdpa"):
-        document_attention(both, query, key, value, None)
-    with pytest.raises(ValueError, match="--attn_implementation sdpa"):
-        document_attention(torch.nn.Module(), query, key, value, None, is_causal=False)
-    document_attention(both, query, key, value, None, is_causal=True)
-    with pytest.raises(ValueError, match="--attn_implementation sdpa"):
-        document_attention(torch.nn.Module(), query, key, value, None, position_bias=query)
-    with pytest.raises(ValueError, match="documents of 9 tokens came with 1 rows of 8"):
-        document_attention(torch.nn.Module(), query, key, value, None, documents=Documents.whole_rows(1, 9))
