@@ -50,7 +50,7 @@ train_norms                 | true
 train_head                  | true
 merge_every                 | 1 | 2 | 3 | 100
 restart_warmup_steps        | 1 | 2 | 0
-replay                      | old={user}/held.txt:0.5 | old={user}/held.txt:1 | new:0.1
+replay                      | old={user}/held.txt:0.5 | old={user}/held.txt:1
 held_out_share              | 0.1 | 0.9 | 1
 streaming                   | true
 shuffle_buffer              | 0 | 1 | 100000
