@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mora_ds.common.errors import UserError, refuse
+from mora_ds.common.errors import refuse
 from mora_ds.engine.ds_config import clean_sections, fill_bucket_sizes
 from mora_ds.engine.ds_keys import AUTO, DsConfig, at
 
@@ -60,8 +60,6 @@ def fill_config(args: Any, trainable_numels: list[int]) -> None:
     config = args.hf_deepspeed_config.config
     refuse(clean_sections(config))
     optimizer_type = config.setdefault("optimizer", {}).get("type", "AdamW")
-    if not isinstance(optimizer_type, str):
-        raise UserError(f'"optimizer.type" in the DeepSpeed config must be a name, got {optimizer_type!r}')
     config["optimizer"]["type"] = "AdamW" if optimizer_type == "auto" else optimizer_type
     defaults = {
         "lr": args.learning_rate,

@@ -7,7 +7,7 @@ rows, domain_of   what layers compute besides their MoRA matrix: it may depend o
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,25 +18,12 @@ from mora_ds.models.load import LoadedBase
 from mora_ds.runtime.ranks import Ranks
 
 
-class LossTerm(Protocol):
-    """A term of the loss that is not part of the reported loss."""
-
-    name: str
-    """Of its value in metrics.jsonl."""
-    value: Tensor
-    """Of the latest `loss`, for logs."""
-
-    def recording(self) -> AbstractContextManager[None]:
-        """Surrounds a forward pass whose `loss` is wanted."""
-
-    def loss(self) -> Tensor:
-        """What the latest forward pass adds to its loss."""
-
-
 class Hooks:
     """The hooks of a run without a block `research:`; `mora_ds.research.run` derives those of one with it."""
 
-    term: LossTerm | None = None
+    term: Any = None
+    """A term of the loss that is not part of the reported loss, where there is one: its `recording()` surrounds a
+    forward pass, of which `loss()` gives the term, whose `value` is logged under its `name`."""
 
     def inputs(self) -> Iterator[tuple[str, str | None]]:
         """(setting, path) of every file and folder that is read."""

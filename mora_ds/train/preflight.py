@@ -9,7 +9,6 @@ What a model does is measured, not looked up in a list of architectures. No chec
 """
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,12 +50,6 @@ def preflight(job: Job, arguments: Arguments) -> None:
     model = job.loaded.model
     training = arguments.training
     document_mask = arguments.data.document_mask
-    sizes = {
-        1,
-        2,
-        training.per_device_train_batch_size,
-        training.per_device_eval_batch_size,
-    }
     with beside_training(job.engine, whole=True):
         if job.state.chunked_loss and not logits_are_known(job.engine):
             problem = "this model does more to its logits than its head and a known scale or cap"
@@ -66,31 +59,31 @@ def preflight(job: Job, arguments: Arguments) -> None:
             loss.whole_loss(model)
             job.state.chunked_loss = False
         job.start.hooks.check(job.engine, _random_ids(job.engine, 3, 8))
-        check_attention(job.engine, sizes, document_mask)
+        check_attention(job.engine, document_mask)
     if job.sequence is not None:
         check_split(job.engine, model, job.sequence, document_mask)
 
 
-def check_attention(engine: Any, row_counts: Iterable[int], document_mask: bool) -> None:
+def check_attention(engine: Any, document_mask: bool) -> None:
     """Raise `UserError` where documents see each other, or attention by documents is not given the config's window."""
     if document_mask:
-        check_document_mask(engine, row_counts)
+        check_document_mask(engine)
     model = getattr(engine, "module", engine)
     if attention_of(model) == NAME and _has_window(model.config.get_text_config()):
         check_window(engine)
 
 
-def check_document_mask(engine: Any, row_counts: Iterable[int] = (1, 2)) -> None:
+def check_document_mask(engine: Any) -> None:
     """Raise `UserError` where a document sees the one before it although its positions start again at 0.
 
     Not every model of transformers takes its mask from the positions (5.24: Bloom and MPT do not), state-space layers
     have no mask, and FlashAttention takes rows for packed ones only where there is a single row. Compared: what a
     changed first document does to the second one's logits, with and without the restart of positions, in batches of
-    every number of rows that the run computes. Collective: a forward pass of short rows for each number, two for one.
+    one row and of two. Collective: four forward passes of short rows.
     """
     straight = torch.arange(2 * _DOCUMENT)
     unmasked = _effect(engine, 2, straight)
-    for rows in sorted(set(row_counts)):
+    for rows in (1, 2):
         if _effect(engine, rows, straight % _DOCUMENT) > _LEAK * unmasked:
             raise UserError(
                 "this model's attention does not stop at restarting positions, so documents packed into one row would "

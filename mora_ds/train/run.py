@@ -65,7 +65,7 @@ from mora_ds.models.base import (
 )
 from mora_ds.models.node_base import node_base_of
 from mora_ds.models.rope import changes_of
-from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
+from mora_ds.remora.ledger import LEDGER_FILE, Ledger
 from mora_ds.remora.merge import MergeReport, ReMoRA, layer_entries
 from mora_ds.runtime.nodes import check_shared
 from mora_ds.runtime.ranks import Ranks
@@ -306,12 +306,11 @@ class Run:
         model = self.engine.module
         adapter = read_adapter(checkpoint)
         set_cycle(model, self.remora.config, adapter.cycle)
-        saved = adapter.layers
         live = layer_entries(model)
-        for name in different_keys(saved, live):  # its matrix would act through other permutations
+        for name in different_keys(adapter.layers, live):  # its matrix would act through other permutations
             raise UserError(
-                f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model: "
-                f"{_operator(saved.get(name))} there, {_operator(live.get(name))} here"
+                f"{checkpoint / ADAPTER_JSON}: {name} has another operator there than in this model, or is not adapted "
+                "in both"
             )
         load_checkpoint(checkpoint, self.engine, self.state)
         scheduler = self.engine.lr_scheduler
@@ -427,10 +426,6 @@ class FullRun(Run):
         if self.ranks.is_first:
             write_own_base(model, target, self.tokenizer, state_dict=gathered)
         dist.barrier()
-
-
-def _operator(entry: LayerEntry | None) -> str:
-    return "none" if entry is None else json.dumps(entry.operator.to_dict())
 
 
 def _scheduler_state(scheduler: Any) -> JsonObject | None:

@@ -164,9 +164,6 @@ def test_an_optimizer_of_the_config_stays(tmp_path: Path):
     assert optimizer["type"] == "AdamW"
     assert optimizer["params"]["lr"] == 0.5
     assert optimizer["params"]["eps"] == 1e-8
-    args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": {"type": 7}})
-    with pytest.raises(UserError, match=r'"optimizer.type" in the DeepSpeed config must be a name, got 7'):
-        fill_config(args, [100])
 
 
 @pytest.mark.parametrize("sections", [{"optimizer": None}, {"optimizer": {"params": None}}])
