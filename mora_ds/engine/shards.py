@@ -83,7 +83,7 @@ class Layout:
     groups: list[dict[FileName, list[Length]]]
     """For each parameter group, its parameters and their complete shapes."""
     counters: dict[str, int]
-    scaler: dict[str, float]
+    scaler: dict[str, int | float]
     """State of fp16's loss scaler."""
 
     @cached_property

@@ -51,7 +51,7 @@ def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
 
 def layout(**more: Any) -> Layout:
     facts: dict[str, Any] = {
-        "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {},
+        "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {"cur_scale": 4.0, "cur_iter": 3},
         "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
     }  # fmt: skip
     return Layout(**{**facts, **more})
@@ -76,6 +76,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
     shards = EngineShards.open(tmp_path)
     assert shards.layout.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
     assert shards.files == ["0.st", "1.st"]
+    assert str(shards.layout.scaler) == "{'cur_scale': 4.0, 'cur_iter': 3}", "saved again it is the same file"
     for name, values in VALUES.items():
         for key, plus, dtype in ((MASTER, 0.0, torch.float32), ("exp_avg", 0.25, torch.float64)):
             for start in range(len(values)):
