@@ -41,13 +41,13 @@ def watched(argv: list[str], last: int | None = None) -> list[tuple[int, int, to
     seen: list[tuple[int, int, torch.Tensor]] = []
     forward = Trainer._nll
 
-    def watch(trainer: Trainer, batch: MicroBatch) -> torch.Tensor:
+    def watch(trainer: Trainer, batch: MicroBatch, by_source: torch.Tensor) -> torch.Tensor:
         step = trainer.state.step
         size = trainer.training.per_device_train_batch_size
         index = sum(earlier == step for earlier, _, _ in seen)
         first = (index * trainer.replica.world + trainer.replica.rank) * size
         seen.append((step, first, batch.rows["input_ids"].clone()))
-        return forward(trainer, batch)
+        return forward(trainer, batch, by_source)
 
     Trainer._nll = watch  # in this forked rank alone
     if last is None:
