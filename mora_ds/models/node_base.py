@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
-from mora_ds.runtime.mappings import Mappings, give_back, trim
-from mora_ds.runtime.node_memory import Offer, check_room, node_members
+from mora_ds.runtime.node_memory import Offer, check_room, node_members, trim
 from mora_ds.runtime.ranks import Ranks, balanced
 
 logger = logging.getLogger(__name__)
@@ -134,10 +133,6 @@ def share_base(model: nn.Module, ranks: Ranks) -> None:
     base = _NODE_BASES[model] = _shared(frozen, ranks)
     ranks.agree("copy of the base to the memory of the node", partial(base.copy, frozen), long=True)
     put_frozen(model, base.slots)
-    mappings = Mappings.read()
-    for name in base.slots:
-        if mappings.place_of(frozen[name]) is not None:
-            give_back(frozen[name])
     del frozen
     trim()
 

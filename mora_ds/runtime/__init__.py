@@ -5,6 +5,5 @@ log_setup    configures the logger `mora_ds`
 ranks        `Ranks`: this process among all processes of the run, and collective calls on small objects
 nodes        the check that all nodes see the same output folder
 node_memory  memory that the processes of a node share, and how much of it there is
-mappings     which files lie behind a process's tensors
 signals      requests to stop, and how a process ends
 """

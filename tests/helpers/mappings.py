@@ -1,8 +1,6 @@
 """Which files, or memory of several processes, lie behind this process's tensors, by Linux's /proc/self/smaps.
 
     Mappings.read().place_of(tensor)      "260:1 1131 @4096": device, inode and offset; None for memory of its own
-    give_back(tensor)                     the pages of a mapped file leave this process; they stay in the page cache
-    trim()                                so does what tensors that are freed have left with the C library
 
 Two processes of a machine read the same physical pages where their tensors have the same place.
 """
@@ -10,10 +8,7 @@ Two processes of a machine read the same physical pages where their tensors have
 from __future__ import annotations
 
 import bisect
-import ctypes
-import mmap
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +20,6 @@ _MAPPING = re.compile(
     r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)(?:.*\n)+?Anonymous: +(\d+)", re.MULTILINE
 )
 """start-end permissions offset device inode, and among the lines below it Anonymous, as in proc_pid_smaps(5)."""
-_MADV_DONTNEED = 4
 
 
 class _Mapping(NamedTuple):
@@ -80,22 +74,3 @@ class Mappings:
         if index < 0 or address + tensor.nbytes > (mapping := self.mappings[index]).end:
             return None
         return f"{mapping.file} @{mapping.offset + address - mapping.start}"
-
-
-def give_back(tensor: Tensor) -> None:
-    """Let go of the pages that lie completely within a tensor which has a place. What reads it again finds the same."""
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end > start:  # the result does not matter: it is advice
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start),
-            ctypes.c_size_t(end - start),
-            _MADV_DONTNEED,
-        )
-
-
-def trim() -> None:
-    """Return to the system what freed tensors have left in the heap, which glibc keeps for later ones."""
-    with suppress(AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)

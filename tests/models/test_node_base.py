@@ -19,7 +19,6 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.load import load_base
 from mora_ds.models.node_base import NodeBase, node_base_of
 from mora_ds.runtime import node_memory
-from mora_ds.runtime.mappings import Mappings
 from mora_ds.runtime.node_memory import Offer, check_room, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
@@ -27,6 +26,7 @@ from tests.helpers.engines import CountedBelow, ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, refused, run
 from tests.helpers.kills import STEPS
+from tests.helpers.mappings import Mappings
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.resume import interrupted_job

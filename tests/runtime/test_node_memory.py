@@ -11,8 +11,8 @@ import torch
 
 from mora_ds.common.errors import RunError
 from mora_ds.runtime import node_memory
-from mora_ds.runtime.mappings import Mappings, give_back
 from mora_ds.runtime.node_memory import Offer, free_bytes, machine, node_members
+from tests.helpers.mappings import Mappings
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,6 @@ def test_a_descriptor_that_means_another_file_is_not_mapped():
     with pytest.raises(RunError, match="another file than the first process"):
         offer.map("layout")
     offer.close()
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
-def test_pages_that_are_given_back_lie_within_the_tensor(tmp_path: Path):
-    """Pages at its ends hold other tensors, too. What this process has written to is lost with its page, and tells."""
-    path = tmp_path / "numbers"
-    page = mmap.PAGESIZE
-    path.write_bytes(bytes(4 * page))
-    mapped = torch.from_file(str(path), shared=False, size=4 * page, dtype=torch.uint8)
-    mapped.fill_(1)
-    give_back(mapped[page // 2 : page - 1])
-    assert mapped.all(), "no complete page"
-    give_back(mapped[1 : 3 * page + 1])
-    assert [int(piece.float().mean()) for piece in mapped.view(4, page)] == [1, 0, 0, 1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
