@@ -68,7 +68,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 STARTS_PROCESSES = frozenset(
-    ("run_ranks", "run_pooled", "start_ranks", "run", "refusal", "launch", "launcher", "killed_run", "stop_and_resume")
+    (
+        "run_ranks",
+        "run_pooled",
+        "start_ranks",
+        "run",
+        "called",
+        "refusal",
+        "launch",
+        "launcher",
+        "killed_run",
+        "stop_and_resume",
+    )
 )
 """Names of the helpers, and of `subprocess.run`, that start processes."""
 

@@ -21,6 +21,7 @@ from tests.helpers.damage import another_base, change_json, flip, set_value
 from tests.helpers.exports import fake_run
 from tests.helpers.jobs import Playground
 from tests.helpers.tables import rows
+from tests.helpers.tools import called
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def checkpoint(golden: Path, tmp_path: Path) -> Path:
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "mora_ds", "verify", *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, check=False)
+    return called(program)
 
 
 def wrong(folder: Path, **options: Any) -> str:

@@ -13,6 +13,7 @@ from mora_ds.commands.dispatch import COMMANDS
 from mora_ds.common.version import __version__
 from tests.helpers.gloo import free_port
 from tests.helpers.jobs import REPOSITORY, rows
+from tests.helpers.tools import called
 
 pytestmark = [pytest.mark.heavy(seconds=15), pytest.mark.timeout(600)]
 
@@ -63,9 +64,7 @@ def call(programs: Path, folder: Path, *words: str | int) -> str:
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     program = programs / str(words[0])
-    done = subprocess.run(
-        [str(program), *map(str, words[1:])], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
-    )
+    done = called([str(program), *map(str, words[1:])], cwd=folder, env=environment, timeout=500)
     assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

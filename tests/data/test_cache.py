@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import at_work
 from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
+from tests.helpers.tools import called
 
 Build = Callable[..., TokenCache]
 
@@ -129,7 +129,7 @@ def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # Their pipe ends when the last of them has: `run` would wait for one that lives on.
-    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    ended = called([sys.executable, program], timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert ended.stdout.strip().isdigit(), ended.stderr
 

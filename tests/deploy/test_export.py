@@ -1,7 +1,6 @@
 """Export: fabricated checkpoints against models changed by hand, damage, kills, memory."""
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.helpers.adapters import summed
 from tests.helpers.exports import FakeRun, fake_run
 from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
+from tests.helpers.tools import called
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"
 
@@ -267,7 +267,7 @@ def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path: Path):
     checkpoint = run.output / "checkpoints" / "latest"
     command = [sys.executable, TOOL, "--checkpoint", checkpoint, "--output", tmp_path / "merged", "--verify"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=120, check=False)
+    done = called(command, cwd="/", env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "merged 14 layers from 2 ledger cycle(s)" in done.stdout
     assert "tolerance" in done.stdout
@@ -324,7 +324,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path):
     BaseReference(str(base), fingerprint, {name: name for name in weights}, "float32").write(checkpoint)
     repository = str(TOOL.parent.parent)
     command = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "merged")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=120, check=False)
+    done = called(command, cwd=repository, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 90, done.stdout  # about 37
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(weights)

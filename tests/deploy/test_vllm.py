@@ -23,6 +23,7 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
 from mora_ds.models.rope import rope_changes
 from tests.helpers.adapters import Maker, merge, originals
+from tests.helpers.tools import called
 
 pytestmark = [pytest.mark.heavy(seconds=240), pytest.mark.timeout(1200)]
 
@@ -95,9 +96,7 @@ def served(python: Path, model: Path, prompts: list[list[int]], tokens: int, ada
     request = json.dumps({"model": str(model), "adapters": paths, "prompts": prompts, "tokens": tokens})
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(python), "-c", SERVER, request], cwd=model.parent, env=environment, capture_output=True, text=True
-    )
+    done = called([str(python), "-c", SERVER, request], cwd=model.parent, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("SERVED "))
     return json.loads(line.removeprefix("SERVED "))

@@ -7,7 +7,6 @@ Longer runs are cut to a few steps. Of one run the guide to a healthy run shows 
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from mora_ds.common.files import read_json
 from tests.helpers.pages import PAGES, ROOT
+from tests.helpers.tools import called
 
 pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 
@@ -36,7 +36,7 @@ def run(folder: Path, script: str, language: str = "bash") -> str:
     """Runs one block in `folder` and returns what it printed."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     command = ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = called(command, cwd=folder, env=environment)
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

@@ -1,13 +1,13 @@
 """The site builds without a warning: every link, every anchor and every name of the API is there."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.pages import ROOT
+from tests.helpers.tools import called
 
 pytestmark = pytest.mark.heavy
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.heavy
 def test_the_site_builds_without_a_warning(tmp_path: Path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = called(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "load_adapter" in (tmp_path / "site" / "reference" / "api" / "index.html").read_text(encoding="utf-8")
     changelog = (tmp_path / "site" / "changelog" / "index.html").read_text(encoding="utf-8")

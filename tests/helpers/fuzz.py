@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from tests.helpers.damage import change_json
 from tests.helpers.gloo import RankFailed, run_ranks
 from tests.helpers.jobs import REPOSITORY, playground
 from tests.helpers.mutate import Mutator
-from tests.helpers.tools import call, tool
+from tests.helpers.tools import call, called, tool
 
 
 def seed_of_commit() -> int:
     """The same for every run of the tests on one commit."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = called(["git", "rev-parse", "HEAD"], cwd=REPOSITORY)
     return int(done.stdout[:8] or "0", 16)
 
 

@@ -3,7 +3,9 @@ interpreter of its own."""
 
 import importlib
 import importlib.util
+import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -29,3 +31,8 @@ def call(name: str, *flags: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         tool(name).main()
+
+
+def called(words: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
+    """A program that has ended, with what it printed. `options`: of `subprocess.run`."""
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)

@@ -11,13 +11,13 @@ import pytest
 from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from tests.helpers.jobs import REPOSITORY, Playground
-from tests.helpers.tools import call
+from tests.helpers.tools import call, called
 
 TOOL = REPOSITORY / "tools" / "bench" / "memorization.py"
 
 
 def bench(*flags: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, flags)], capture_output=True, text=True)
+    return called([sys.executable, str(TOOL), *map(str, flags)])
 
 
 def test_bad_flags_are_named_before_anything_runs(tmp_path: Path):

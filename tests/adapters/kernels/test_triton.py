@@ -1,7 +1,6 @@
 """The Triton kernels without a GPU: results in triton's interpreter, and machine code from its compiler."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from tests.helpers.operators import specs
+from tests.helpers.tools import called
 from tests.helpers.traffic import launches
 from tests.helpers.triton_code import compile_launch
 
@@ -35,10 +35,8 @@ REGISTERS = 65536
 def interpret(start: int, step: int, interpreted: str = "1") -> int:
     """Runs a slice of the operators in the interpreter, with "0" on a GPU; how many they were."""
     environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted", str(start), str(step)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    module = [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted"]
+    done = called([*module, str(start), str(step)], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return len(done.stdout.splitlines())
 
