@@ -75,7 +75,7 @@ QUOTED = {
     "index.md": {"learning_135m_replay.json": ("lora", "mora-rotate")},
     "results/learning.md": {
         "learning_135m_replay.json": ("lora", "mora-rotate"),
-        "learning_135m_sides.json": ("lora", "mora-rotate", "mora-gradient"),
+        "learning_135m_sides.json": ("lora", "mora-rotate", "mora-gradient", "full"),
         "learning_13m_sides.json": ("mora-rotate", "mora-gradient", "remora-rotate", "remora-gradient"),
     },
 }
