@@ -127,6 +127,7 @@ _LABELS = {
     "attention": "attention (--attn_implementation)",
     "optimizer": "--optimizer (None: adamw)",
     "decay_from": "step of --decay_from",
+    "decay_parent": "manifest of the checkpoint of --decay_from",
 }
 """Key of a flat identity -> what the user calls it, and what a missing value (None) means."""
 _FLAGS = {

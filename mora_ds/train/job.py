@@ -174,7 +174,7 @@ class Job:
             "dtype": compute_dtype(self.ds_config),
             "attention": "documents" if attends_by_documents(self.loaded.model) else "dense",
             **({"optimizer": training.optimizer} if training.optimizer != "adamw" else {}),
-            **({"decay_from": self.start.decay_start} if training.decay_from is not None else {}),
+            **(self.start.branch if training.decay_from is not None else {}),
         }
 
     def _check_checkpoint(self, identity: JsonObject) -> None:

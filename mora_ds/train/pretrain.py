@@ -36,7 +36,7 @@ from mora_ds.common.errors import (
     UserError,
     named_as_flags,
 )
-from mora_ds.common.files import JsonObject, write_json_atomic
+from mora_ds.common.files import MANIFEST, JsonObject, sha256_file, write_json_atomic
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.arguments import Arguments, dump
 from mora_ds.config.forgetting import Watch, change
@@ -71,6 +71,10 @@ from mora_ds.train.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 DECAY = "--decay_from"
+BRANCH_STEP = "decay_from"
+"""Key of an identity: the step of the checkpoint of --decay_from."""
+BRANCH_PARENT = "decay_parent"
+"""Key of an identity: the hash of that checkpoint's manifest."""
 
 
 def pretrain(arguments: Arguments) -> JsonObject:
@@ -123,8 +127,9 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
         if job.state.chunked_loss:
             chunk_loss(loaded.model)
         preflight(job, arguments)
-        steps = _total_steps(training, data.train, ranks.world, start.decay_start or 0)
-        schedule = arguments.schedule(steps, start.decay_start)
+        decay_start = start.branch.get(BRANCH_STEP)
+        steps = _total_steps(training, data.train, ranks.world, decay_start or 0)
+        schedule = arguments.schedule(steps, decay_start)
         if start.state is not None and start.state.step > schedule.total_steps:
             raise UserError(
                 f"{start.checkpoint} is already beyond this run's {schedule.total_steps} steps: raise --max_steps or "
@@ -164,13 +169,13 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
     hooks = hooks_of(arguments)
     hooks.read_files(ranks)  # they may lie in the folder
     try:
-        checkpoint, state, decay_start = ranks.on_first(
+        checkpoint, state, branch = ranks.on_first(
             "output folder", lambda: _reserve(arguments, root, ranks.world), long=True
         )
         if not ranks.is_first:
             join(root)
         check_shared(root, ranks)
-        yield Start(ranks, root, checkpoint, state, hooks, decay_start)
+        yield Start(ranks, root, checkpoint, state, hooks, branch)
     except BaseException:
         give_up(root)
         raise
@@ -182,9 +187,9 @@ def _output_folder(arguments: Arguments, ranks: Ranks) -> Iterator[Start]:
                 name_best(root / CHECKPOINTS, step_folder(root / CHECKPOINTS, state.best_step))
 
 
-def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, int | None]:
-    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its state, and the step of that of
-    --decay_from. On rank 0; the caller gives the folder up where this raises."""
+def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | None, TrainerState | None, JsonObject]:
+    """Reserve the output folder. Returns the checkpoint to resume from, if any, with its state, and what identifies the
+    checkpoint of --decay_from. On rank 0; the caller gives the folder up where this raises."""
     training = arguments.training
     wanted = training.resume_from_checkpoint
     root = folder / CHECKPOINTS
@@ -193,29 +198,33 @@ def _reserve(arguments: Arguments, folder: Path, world: int) -> tuple[Path | Non
     settle(root)
     checkpoint = resume_checkpoint(wanted, root) if wanted else None
     state = None if checkpoint is None else TrainerState.read(checkpoint)
-    decay_start = None if state is None else state.identity.get("decay_from")
+    recorded = {} if state is None else state.identity
+    branch = {name: recorded[name] for name in (BRANCH_STEP, BRANCH_PARENT) if name in recorded}
     branches = checkpoint is None and training.decay_from is not None
     if training.decay_from is not None:
         parent = expanded(training.decay_from, DECAY)  # gone, perhaps, once the branch has checkpoints
         # A link, such as RUN/checkpoints/latest, may have moved on with the parent: a branch that resumes goes by its
         # record. A name with another step than that on record is refused with what else differs (`check_identity`).
-        if is_step_name(parent.name) or decay_start is None:
+        if is_step_name(parent.name) or not branch:
             parent = parent.resolve()
             if not is_step_name(parent.name):
                 raise UserError(
                     f"{DECAY} {training.decay_from} must be a checkpoint, such as RUN/checkpoints/step-000500"
                 )
-            decay_start = step_of(parent)
+            branch[BRANCH_STEP] = step_of(parent)
+            if (parent / MANIFEST).is_file():
+                branch[BRANCH_PARENT] = sha256_file(parent / MANIFEST)
         if branches:
             checkpoint = resume_checkpoint(str(parent), root, DECAY)
+            assert checkpoint is not None, "only auto may find none"
             state = _branch(checkpoint, root)
-            state.identity["decay_from"] = decay_start  # what the branch's own checkpoints have, and the parent's not
+            state.identity.update(branch)  # what the branch's own checkpoints have, and the parent's not
     if checkpoint is not None and state is not None:
         check_world_size(checkpoint, state, world // training.ranks_per_replica)
     is_own = checkpoint is not None and checkpoint.parent == root.resolve() and not branches
     continues = wanted == AUTO or is_own
     reservation.prepare(training.overwrite_output_dir, continues, training.export_merged)
-    return checkpoint, state, decay_start
+    return checkpoint, state, branch
 
 
 def _branch(checkpoint: Path, root: Path) -> TrainerState:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import JsonObject
 from mora_ds.common.nested import flattened
 from mora_ds.common.untrusted import expanded
 from mora_ds.common.version import __version__
@@ -72,8 +73,8 @@ class Start:
     """Its state, which the run goes on with; None without a checkpoint."""
     hooks: Hooks
     """What the run does besides MoRA."""
-    decay_start: int | None = None
-    """The step of the checkpoint of --decay_from."""
+    branch: JsonObject = field(default_factory=dict)
+    """What identifies the checkpoint of --decay_from, to be part of the run's identity."""
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mora_ds.common.files import replace_symlink
 from tests.helpers.gloo import run_ranks
 from tests.helpers.jobs import Playground, finished_run, losses, refusal, rows, run
+from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.resume import assert_same_tensors, checkpoint_tensors, interrupted_job
 from tests.helpers.snapshot import untouched
 
@@ -45,6 +47,9 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, 
         run_ranks(1, interrupted_job, by_link, START + 3)
     later = str(checkpoint.with_name("step-000006"))
     assert "step of --decay_from: 4 there, 6 here" in refusal([*branch, later])
+    another = shutil.copytree(checkpoint, tmp_path / "another" / checkpoint.name)
+    (another / "manifest.json").write_text("{}")
+    assert "manifest of the checkpoint of --decay_from: " in refusal([*branch, str(another)])
     replace_symlink(latest, later)
     elsewhere = tmp_path / "gone"
     parent.rename(elsewhere)  # a branch that has checkpoints needs its parent's no more
@@ -54,6 +59,30 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, 
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
     assert torch.equal(losses(out), losses(whole)[START:])
     assert [row["step"] for row in rows(out) if "merge" in row] == [6]
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixture", pytest.param("stream", marks=pytest.mark.heavy), pytest.param("full", marks=pytest.mark.heavy)]
+)
+def test_a_branch_of_every_kind_of_run(user: Playground, tmp_path: Path, kind: str):
+    """Its batches go on where those of its parent stopped."""
+    mix = write_mixture(user, tmp_path / "mix.yaml")
+    of_kind = {"mixture": (), "stream": ("--streaming",), "full": ("--adapter", "full")}[kind]
+
+    def flags(name: str, *more: str | int | float) -> list[str]:
+        every = ("--lr_scheduler_type", "wsd", "--save_steps", 2, *of_kind, *more)
+        out = tmp_path / name
+        return mixture_flags(user, out, mix, *every) if kind == "mixture" else user.flags(out, *every)
+
+    run(1, flags("parent", "--max_steps", 6, "--decay_ratio", 0.25))
+    run(1, flags("whole", "--max_steps", 5, "--decay_ratio", 0.75))  # of the 4 steps after that of warm-up
+    start = tmp_path / "parent" / "checkpoints" / "step-000002"
+    run(1, flags("branch", "--max_steps", 3, "--decay_from", str(start)))
+    branch, whole = (
+        load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors") for name in ("branch", "whole")
+    )
+    assert_same_tensors(branch, whole)
+    assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "whole")[2:])
 
 
 def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: Path):
