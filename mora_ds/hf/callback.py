@@ -54,7 +54,7 @@ class MoRACallback(TrainerCallback):
 
         return factor
 
-    def on_train_begin(
+    def on_step_end(
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -63,14 +63,5 @@ class MoRACallback(TrainerCallback):
     ) -> None:
         if self.trainer is None:
             raise UserError("MoRACallback is for a trainer with MoRATrainer: class Trainer(MoRATrainer, ...)")
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        assert self.trainer is not None
         if self.schedule.merges_after(state.global_step):
             self.trainer.merge()
