@@ -19,8 +19,7 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.adapters.ops.stack import StackSpec
-from mora_ds.adapters.ops.terms import Term, add_terms_, join
+from mora_ds.adapters.ops.terms import Term, join
 from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
 from mora_ds.common.errors import RunError, UserError
 from tests.helpers.models import tiny_model, tokens
@@ -107,12 +106,6 @@ def test_factors_are_lined_up():
     assert_close(
         wide.delta_weight(value.double()), sum(spec.delta_weight(term) for _, term in updates), rtol=1e-6, atol=1e-6
     )
-
-
-def test_an_operator_that_cannot_be_a_term_is_named():
-    spec = StackSpec(2, OperatorSpec(OperatorKind.SHARE, 4, 4, 2))
-    with pytest.raises(UserError, match=r"--base_bits 4: merged cycles cannot act through"):
-        add_terms_(torch.zeros(1, 4), [(spec, torch.zeros(2, 2, 2))], torch.zeros(1, 4))
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.kernels import ops, triton_ops
+from mora_ds.adapters.kernels import triton_ops
+from mora_ds.adapters.kernels.parts import empty_product
 from mora_ds.adapters.kernels.tables import KernelTables
 from mora_ds.adapters.kernels.triton_ops import Launch
 from mora_ds.adapters.ops.index_tables import square_size
@@ -108,7 +109,7 @@ def launches(
     base = tensor(spec.d_out, spec.d_in), weight, scales, square, tables.unfold
     z_blocks = z.view(tokens, -1, side)
     c_blocks = c.view(tokens, -1, side)
-    empty = ops.empty_product(c_blocks, z_blocks, 2 * PROCESSORS)
+    empty = empty_product(c_blocks, z_blocks, 2 * PROCESSORS)
     parts = tensor(*empty.shape, dtype=empty.dtype)
     plan = triton_ops.plan_gather_sum
     return {

@@ -19,12 +19,12 @@ CUDA runs `triton_ops`. Meta tensors have shapes only; a plan or a count sees on
 layers do not call them, and only tests define them (tests/helpers/plain_kernels.py).
 """
 
-import math
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from mora_ds.adapters.kernels.parts import empty_product
 
 NAMES = ("gather_sum", "gather_add_", "form", "product", "sum_parts")
 
@@ -39,15 +39,6 @@ _LIBRARY.define(
 _LIBRARY.define("product(Tensor c, Tensor z) -> Tensor")
 _LIBRARY.define("sum_parts(Tensor partial_sums, ScalarType dtype) -> Tensor")
 
-TILE = 128
-"""Side of the tiles of M's gradient that one program of `product` sums."""
-
-_TERMS = 512
-"""Terms of a sum that a part of `product` has at least."""
-
-_READ_A_SUM = 16
-"""Numbers that a part of `product` reads for each of its partial sums, at least: in 16 bits eight times their bytes."""
-
 _PROGRAMS_ON_META = 256
 """Programs that a device runs at once, where there is no device to ask."""
 
@@ -58,21 +49,6 @@ _HAS_TRITON = find_spec("triton") is not None
 def runs_kernels(device: torch.device) -> bool:
     """Whether a device has kernels for these operations: CUDA where triton is installed."""
     return device.type == "cuda" and _HAS_TRITON
-
-
-def parts_of(c: Tensor, z: Tensor, programs: int) -> int:
-    """In how many parts `product` sums c^T z, so that about `programs` programs have work."""
-    tokens, blocks, r_hat = z.shape
-    tiles = math.ceil(r_hat / TILE) ** 2
-    worth = (c.numel() + z.numel()) // (_READ_A_SUM * r_hat**2)
-    return max(1, min(programs // tiles, tokens * blocks // _TERMS, worth))
-
-
-def empty_product(c: Tensor, z: Tensor, programs: int) -> Tensor:
-    """(parts, R, R) for `product`: one part is rounded at once, several are added up first."""
-    part_count = parts_of(c, z, programs)
-    dtype = c.dtype if part_count == 1 else torch.promote_types(c.dtype, torch.float32)
-    return c.new_empty(part_count, c.shape[2], z.shape[2], dtype=dtype)
 
 
 _ON_META: dict[str, Any] = {

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mora_ds.adapters.kernels.ops import TILE, empty_product
+from mora_ds.adapters.kernels.parts import TILE, empty_product
 
 _SHARED = 1 << 16
 """Bytes of a row that is copied to shared memory; every GPU since sm_80 has at least 99 KiB of it for a program."""

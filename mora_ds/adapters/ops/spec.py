@@ -102,8 +102,9 @@ class UpdateSpec(ABC):
         return total.add_(self.delta_weight(value))
 
     def add_update_(self, y: Tensor, value: Tensor, x: Tensor) -> Tensor:
-        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta and without a backward."""
-        raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
+        """y (..., d_out) + delta x for x (..., d_in), in place, without forming the delta and without a backward. A
+        stack, which 4 bits do not hold, has none."""
+        raise NotImplementedError
 
     def add_input_gradient_(
         self,
@@ -112,7 +113,7 @@ class UpdateSpec(ABC):
         g: Tensor,
     ) -> Tensor:
         """g_x (..., d_in) + the transpose of `add_update_`'s linear map, applied to g (..., d_out); in place."""
-        raise UserError(f"--base_bits 4: merged cycles cannot act through {self.describe()}: use another operator")
+        raise NotImplementedError
 
     def tables(self, device: torch.device) -> object:
         """What these products read on a device besides the value: they are cached as long as a caller holds them."""
