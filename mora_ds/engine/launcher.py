@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 from mora_ds.common.errors import UserError
@@ -50,9 +51,13 @@ def launcher_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def command(launcher: Sequence[str], flags: Sequence[str]) -> list[str]:
     """The command that starts `mora-ds pretrain` with `flags` on every GPU.
 
-    The launcher's one warning is that there is no hostfile: it matters where one is named.
+    The launcher's one warning is that there is no hostfile: it matters where one is named. --log_level debug or info
+    shows all that it prints.
     """
     level = "warning" if "--hostfile" in launcher else "error"
+    for flag, value in pairwise(flags):
+        if flag == "--log_level" and value in ("debug", "info"):
+            level = value
     return [
         sys.executable,
         "-m",

@@ -135,8 +135,13 @@ def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "for_launcher, level",
-    [([], "error"), (["--hostfile", "nodes"], "warning")],
+    "for_launcher, flags, level",
+    [
+        ([], [], "error"),
+        (["--hostfile", "nodes"], [], "warning"),
+        ([], ["--seed", "1", "--log_level", "debug"], "debug"),
+        ([], ["--log_level", "chatty"], "error"),
+    ],
 )
-def test_the_launcher_is_quiet(for_launcher: list[str], level: str):
-    assert runner.parse_args(launcher.command(for_launcher, [])[3:]).log_level == level
+def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher: list[str], flags: list[str], level: str):
+    assert runner.parse_args(launcher.command(for_launcher, flags)[3:]).log_level == level
