@@ -39,6 +39,10 @@ CHUNK_NUMBERS = 2**24
 GPU_CHUNK_NUMBERS = 2**27
 """The same on a GPU, which needs as many tokens at a time to be busy: 512 MiB."""
 
+_CPU_TOKENS = 256
+"""Tokens that a frozen head on a CPU computes at once, at most: enough for its products, and the logits stay in its
+cache."""
+
 _ATTRIBUTE = "_mora_chunked_head"
 
 
@@ -200,8 +204,13 @@ class _FrozenHeadLosses(torch.autograd.Function):
         labels: Tensor,
         head: ChunkedHead,
     ) -> Tensor:
-        chunks = [head._loss_and_gradient(*chunk) for chunk in head._chunks(hidden, labels)]
-        losses, gradients = zip(*chunks, strict=True)
+        results = []
+        for inputs, targets in head._chunks(hidden, labels):
+            # in parts of one size: products with a few tokens round otherwise than those with many
+            count = math.ceil(len(inputs) / _CPU_TOKENS) if inputs.device.type == "cpu" else 1
+            parts = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
+            results += [head._loss_and_gradient(*part) for part in parts]
+        losses, gradients = zip(*results, strict=True)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

@@ -169,6 +169,25 @@ def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPat
     assert max(sizes) == CHUNK
 
 
+def test_a_frozen_head_on_a_cpu_computes_parts_of_one_size(monkeypatch: pytest.MonkeyPatch):
+    model = model_of("llama", train_head=False)
+    batch = batch_of()
+    expected = gradients(model, batch)
+    monkeypatch.setattr("mora_ds.models.loss._CPU_TOKENS", CHUNK)
+    chunked = chunk_loss(model)
+    project = chunked._project
+    sizes = list[int]()
+
+    def projected(hidden: Tensor) -> Tensor:
+        sizes.append(hidden.shape[:-1].numel())
+        return project(hidden)
+
+    monkeypatch.setattr(chunked, "_project", projected)
+    assert_close(gradients(model, batch), expected)
+    assert sum(sizes) == batch["labels"].numel()
+    assert CHUNK >= max(sizes) >= min(sizes) >= max(sizes) - 1
+
+
 def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token():
     model = tiny_model()
     assert chunk_loss(model).chunk_tokens == 2**24 // 128
