@@ -83,11 +83,11 @@ class IndexMap:
         index = table[0] if missing is None and not additions else torch.cat(gathered).to(device)
         return cls(table, index, missing, tuple(additions))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., size) -> (..., Q)."""
+    def __call__(self, x: Tensor, use: str = "") -> Tensor:
+        """(..., size) -> (..., Q). `use`: as of `gather`."""
         if len(self.additions) > 1 and x.dtype in LOW_PRECISION:
             return self._rounded_once(x)
-        gathered = gather(x, self.index)
+        gathered = gather(x, self.index, use)
         if not self.additions and self.missing is None:
             return gathered
         total = gathered[..., : self.table.shape[1]]

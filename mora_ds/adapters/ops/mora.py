@@ -203,16 +203,17 @@ def decompress_transpose(spec: Maps, g: Tensor) -> Tensor:
     return torch.cat([collected] * repeats, dim=-2)[..., : spec.blocks, :] if repeats > 1 else collected
 
 
-def collect(spec: Maps, g: Tensor) -> Tensor:
-    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these."""
+def collect(spec: Maps, g: Tensor, use: str = "") -> Tensor:
+    """(..., O) -> (..., P, R): `decompress_transpose`, of whose blocks number b is number b mod P of these. `use`: as
+    of `gather`."""
     tables = spec.tables(g.device)
-    return _sums(spec, g, tables.collect, tables.spread).unflatten(-1, (-1, spec.r_hat))
+    return _sums(spec, g, tables.collect, tables.spread, use).unflatten(-1, (-1, spec.r_hat))
 
 
-def fold_input(spec: Maps, x: Tensor) -> Tensor:
-    """(..., D) -> (..., N, R): `compress` without the rotation of rotate."""
+def fold_input(spec: Maps, x: Tensor, use: str = "") -> Tensor:
+    """(..., D) -> (..., N, R): `compress` without the rotation of rotate. `use`: as of `gather`."""
     tables = spec.tables(x.device)
-    return _sums(spec, x, tables.fold, tables.unfold).unflatten(-1, (spec.blocks, spec.r_hat))
+    return _sums(spec, x, tables.fold, tables.unfold, use).unflatten(-1, (spec.blocks, spec.r_hat))
 
 
 def saved_input(spec: Maps, x: Tensor) -> Tensor:
@@ -232,12 +233,13 @@ def _sums(
     x: Tensor,
     sums: IndexMap,
     transpose: IndexMap,
+    use: str,
 ) -> Tensor:
     """The map `sums` applied to x. Where M is applied once, sums have many terms: a CPU scatters them, in low precision
     by a product with ones and zeros, which it multiplies faster than it moves numbers one by one, and sums in fp32. (On
     a GPU scattered sums are atomic, so that their order would vary.)"""
     if spec.blocks > 1 or len(sums.table) == 1 or not on_cpu(x):
-        return sums(x)
+        return sums(x, use)
     if sums_by_product(x):
         return x @ _matrix(transpose, spec.r_hat, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
@@ -279,10 +281,10 @@ def square_gradient(
     count = spec.tables(g.device).collect.table.shape[1] // spec.r_hat
     products = g.new_zeros(count, spec.r_hat, spec.r_hat)
     for saved_part, g_part in zip(saved.split(tokens), g.split(tokens), strict=True):
-        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part)
+        z = saved_part if spec.blocks == 1 else fold_input(spec, saved_part, "folded")
         if count < spec.blocks:
             z = sum_alike(spec, z, count)
-        c = collect(spec, g_part)
+        c = collect(spec, g_part, "collected")
         products.baddbmm_(c.permute(1, 2, 0), z.transpose(0, 1))
     return products.sum(dim=0) if count < spec.blocks else sum_of_blocks(spec, products)
 
