@@ -180,7 +180,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies all files, not their modes. Raises `UserError` for a link in `source`, which is not
+    """Copies all files with their times, not their modes. Raises `UserError` for a link in `source`, which is not
     followed, and `RunError` on a full disk (`shutil.copytree` has its own error)."""
     require_plain(source)
     with disk_errors(target):
@@ -191,6 +191,7 @@ def copy_folder(source: Path, target: Path) -> None:
                 (target / relative).mkdir()
             else:
                 shutil.copyfile(path, target / relative)
+                os.utime(target / relative, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
 
 
 def as_path(value: Any, argument: str) -> Path:

@@ -44,6 +44,7 @@ from mora_ds.config.training import NO_TRACKER, TrainingArguments
 from mora_ds.config.validate import validate
 from mora_ds.data import Mixture
 from mora_ds.deploy.hub import check_repository, push_adapter, push_folder
+from mora_ds.engine.device import is_cpu
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.models.attention import use_documents, why_dense
 from mora_ds.models.loss import chunk_loss, is_frozen
@@ -110,6 +111,8 @@ def _prepare(arguments: Arguments, ranks: Ranks) -> tuple[Job, Schedule]:
     with _output_folder(arguments, ranks) as start:
         folder, config = find_model(model, start)
         check_config(config, training.sequence_parallel_size, model.implementation)
+        if model.implementation == "flex_attention" and is_cpu():  # torch has no backward pass of it there
+            raise UserError("--attn_implementation flex_attention trains on a GPU alone: leave it at auto")
         arguments = settle_base_device(arguments, config, ds_config, ranks)
         dtype = getattr(torch, compute_dtype(ds_config))
         data = load_data(model, arguments.data, training, folder, config, start)
