@@ -33,6 +33,7 @@ OF_RESEARCH = {"analyze": "analyze", "evaluate-adapters": "bank", "spectrum": "s
 """Command -> its module in `mora_ds.research`."""
 
 PRETRAIN = "pretrain"
+PLAN = "plan"
 
 
 def load(name: str) -> Callable[[], None]:
@@ -71,6 +72,8 @@ def run(name: str) -> None:
     elif name not in COMMANDS:
         raise UserError(unknown("command", name, COMMANDS))
     else:
+        if name == PLAN:  # people wait for it, and its imports take seconds
+            print("loading torch, transformers and DeepSpeed, then measuring a part of the model", file=sys.stderr)
         load(name)()
 
 

@@ -39,6 +39,17 @@ def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[
     assert "Did you mean 'export'?" in message
 
 
+def test_a_plan_says_what_it_does_before_its_imports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    said_before: list[str] = []
+    monkeypatch.setattr(dispatch, "load", lambda name: lambda: said_before.append(capsys.readouterr().err))
+    dispatch.run("plan")
+    dispatch.run("verify")
+    assert "DeepSpeed" in said_before[0]
+    assert said_before[1] == ""
+
+
 # -- the package's own recipes -----------------------------------------------------------------------------------------
 def test_the_recipes_of_the_package_are_those_of_the_checkout():
     assert CONFIGS.resolve() == REPOSITORY / "configs"
