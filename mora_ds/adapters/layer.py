@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters import nf4
@@ -378,9 +379,34 @@ def value_names(model: nn.Module) -> set[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module can take an adapter: `Conv1D`, or `nn.Linear` with the forward of that class (a router's is
-    another one)."""
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    """Whether a module can take an adapter: `Conv1D`, `nn.Linear`, or a subclass of it that computes the same."""
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    return type(module).forward is nn.Linear.forward or _computes_linear(module)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a subclass's own `forward` is still W x + b (Falcon's is, a router's is not), by trying it: in bf16, as
+    one that returns fp32 whatever its input shows only there, and weights may not be in the run's dtype yet. Tensors of
+    the meta device are tried as random numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tried(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
+        return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+    tensors = {name: tried(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    x = tried(torch.randn(3, module.in_features, generator=generator, device="cpu")).to(tensors["weight"].device)
+    try:
+        output = functional_call(module, tensors, x)
+        expected = F.linear(x, tensors["weight"], tensors.get("bias"))
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # other arguments, or a weight of another layout
+    if not isinstance(output, Tensor) or (output.shape, output.dtype) != (expected.shape, expected.dtype):
+        return False
+    return torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
 def linear_shape(module: Any) -> tuple[int, int]:

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers, move_base, set_cycle
+from mora_ds.adapters.layer import is_linear
 from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
@@ -294,3 +296,26 @@ def test_layers_stay_in_training_or_evaluation():
         model = tiny_model().train(mode)
         inject(model, MoRAConfig(rank=4, dropout=0.5))
         assert {layer.training for layer in mora_layers(model).values()} == {mode}
+
+
+class Transposed(nn.Linear):
+    """Computes as `nn.Linear` by code of its own, as Falcon's layers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Router(nn.Linear):
+    """Has the shape of `nn.Linear`, and other outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).softmax(-1)
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_told_by_what_they_compute():
+    assert is_linear(Transposed(8, 4))
+    assert is_linear(Transposed(8, 4, device="meta"))
+    assert not is_linear(Router(8, 4))
+    model = FalconForCausalLM(FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=128))
+    inject(model, MoRAConfig(rank=2))
+    assert "transformer.h.0.self_attention.dense" in mora_layers(model)
