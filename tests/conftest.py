@@ -10,13 +10,12 @@ import collections
 import gc
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from tests.helpers.jobs import Playground
+    pass
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,14 +23,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config):
     """DeepSpeed's accelerator: the CPU, but for `pytest -m gpu`, which takes the one that is there."""
     if config.option.markexpr != "gpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
+def pytest_cmdline_main(config):
     """A worker for each core where more than one file is asked for, unless `-n` says otherwise.
 
     All tests of a file go to one worker, so that its fixtures are made once. Needs pytest-xdist, of the extra `test`.
@@ -49,7 +48,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 NOT_RUN = "not run: it could have run beyond --stop-at"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser):
     parser.addoption(
         "--stop-at",
         metavar="TIME",
@@ -59,9 +58,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """Move the longest files to the front: a long one at the end would leave a worker idle."""
-    seconds: collections.Counter[Path] = collections.Counter()
+    seconds = collections.Counter()
     for item in items:
         seconds[item.path] += expected_seconds(item)
     items.sort(key=lambda item: -seconds[item.path])
@@ -84,13 +83,13 @@ STARTS_PROCESSES = frozenset(
 """Names of the helpers, and of `subprocess.run`, that start processes."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+def pytest_itemcollected(item):
     """Mark a test that starts processes itself, by the names that its code uses."""
     if isinstance(item, pytest.Function) and not STARTS_PROCESSES.isdisjoint(item.function.__code__.co_names):
         item.add_marker("gloo")
 
 
-def expected_seconds(item: pytest.Item) -> int:
+def expected_seconds(item):
     """What a test takes, roughly: what its mark `heavy(seconds=...)` says; more where it starts processes."""
     if heavy := item.get_closest_marker("heavy"):
         return int(heavy.kwargs.get("seconds", 8))
@@ -98,7 +97,7 @@ def expected_seconds(item: pytest.Item) -> int:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_setup(item):
     """Leave out a test that its time limit would let run beyond `--stop-at`."""
     stop_at = item.config.getoption("stop_at")
     limit = item.get_closest_marker("timeout")
@@ -107,7 +106,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(NOT_RUN)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter):
     left_out = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if NOT_RUN in report.longrepr[2]]
     if left_out:
         terminalreporter.section(f"not run: {len(left_out)} tests, as their time was up", red=True, bold=True)
@@ -115,14 +114,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(name)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """The collector of garbage need not walk the modules and the collected tests again and again."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+def user(tmp_path_factory):
     """What a user has: a model, a tokenizer, files. Each file of tests has its own."""
     from tests.helpers.jobs import playground  # not above: it imports torch
 
@@ -130,6 +129,6 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path):
     """The output folder of a test's run, which is not there yet."""
     return tmp_path / "out"

@@ -41,7 +41,7 @@ class Mutation:
         path = root / "mora_ds" / self.file
         if not path.is_file():
             return f"mora_ds/{self.file} is missing"
-        count = path.read_text(encoding="utf-8").count(self.old)
+        count = path.read_text().count(self.old)
         return "" if count == 1 else f"the anchor is {count} times in mora_ds/{self.file}: {self.old!r}"
 
 
@@ -646,14 +646,14 @@ def fails(root: Path, tests: tuple[str, ...]) -> bool:
 def noticed(mutation: Mutation, root: Path, complete: bool) -> str:
     """What noticed the fault: "first tests", "other tests" or "nothing". The copy `root` is sound again afterwards."""
     path = root / "mora_ds" / mutation.file
-    sound = path.read_text(encoding="utf-8")
-    path.write_text(sound.replace(mutation.old, mutation.new), encoding="utf-8")
+    sound = path.read_text()
+    path.write_text(sound.replace(mutation.old, mutation.new))
     try:
         if fails(root, mutation.tests):
             return "first tests"
         return "other tests" if complete and fails(root, ("",)) else "nothing"
     finally:
-        path.write_text(sound, encoding="utf-8")
+        path.write_text(sound)
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ A package may import the packages that the table names for it, its own modules, 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
@@ -62,7 +61,7 @@ WITHOUT_DEEPSPEED = ("adapters", "data", "deploy", "eval")
 """Packages that must not need DeepSpeed at all, not even through another package: they serve outside of training."""
 
 
-def name_of(path: Path) -> str:
+def name_of(path):
     """The dotted name of a module: mora_ds/data/cache.py -> mora_ds.data.cache."""
     names = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(names[:-1] if names[-1] == "__init__" else names)
@@ -71,9 +70,9 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted((ROOT / "mora_ds").rglob("*.py"))}
 
 
-def imports(tree: ast.AST) -> set[str]:
+def imports(tree):
     """Absolute names of all that is imported while the program runs, at the top or inside a function."""
-    names: set[str] = set()
+    names = set()
     for node in _running(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -84,7 +83,7 @@ def imports(tree: ast.AST) -> set[str]:
     return names
 
 
-def _running(node: ast.AST) -> Iterator[ast.AST]:
+def _running(node):
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
@@ -92,15 +91,15 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
         yield from _running(child)
 
 
-IMPORTS = {name: imports(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
+IMPORTS = {name: imports(ast.parse(path.read_text())) for name, path in MODULES.items()}
 
 
-def package_of(module: str) -> str:
+def package_of(module):
     """mora_ds.data.cache -> data; "" for mora_ds itself."""
     return module.split(".")[1] if "." in module else ""
 
 
-def modules_imported(module: str) -> set[str]:
+def modules_imported(module):
     """The modules of mora_ds that one imports, by their longest name: `from mora_ds.engine import zero` is
     mora_ds.engine.zero."""
     modules = set()
@@ -111,19 +110,19 @@ def modules_imported(module: str) -> set[str]:
     return modules - {module}
 
 
-def libraries(module: str) -> set[str]:
+def libraries(module):
     return {imported.split(".")[0] for imported in IMPORTS[module]} - {"mora_ds"} - set(sys.stdlib_module_names)
 
 
-def forbidden(package: str, imported: set[str]) -> set[str]:
+def forbidden(package, imported):
     """Those of the `imported` modules that the table does not grant to a module of `package`."""
     granted = MAY_IMPORT[package] | {COMMON, package}
     return {module for module in imported if package_of(module) not in granted}
 
 
-def reachable(module: str) -> set[str]:
+def reachable(module):
     """The modules that importing one brings along, itself included."""
-    reached: set[str] = set()
+    reached = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
@@ -139,12 +138,12 @@ def test_every_package_is_in_the_table():
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) in MAY_IMPORT])
-def test_a_module_imports_what_its_package_may(module: str):
+def test_a_module_imports_what_its_package_may(module):
     assert not forbidden(package_of(module), modules_imported(module))
 
 
 def test_the_table_has_no_cycle_and_grants_nothing_that_is_not_used():
-    used: dict[str, set[str]] = {package: set() for package in MAY_IMPORT}
+    used = {package: set() for package in MAY_IMPORT}
     for module in MODULES:
         if package_of(module) in MAY_IMPORT:
             used[package_of(module)] |= {package_of(imported) for imported in modules_imported(module)}
@@ -181,7 +180,7 @@ def test_deepspeed_is_imported_by_two_packages():
 
 
 @pytest.mark.parametrize("package", WITHOUT_DEEPSPEED)
-def test_deepspeed_is_needed_by_few(package: str):
+def test_deepspeed_is_needed_by_few(package):
     for module in MODULES:
         if package_of(module) == package:
             needs = {name for name in reachable(module) if "deepspeed" in libraries(name)}
@@ -206,7 +205,7 @@ def test_triton_is_imported_by_one_module_and_only_layers_use_its_kernels():
 def test_research_is_loaded_through_one_door():
     """By name, which the imports above do not show."""
     doors = ("f'mora_ds.research", "'mora_ds.research", "mora_ds.research import")
-    code = {name: ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
+    code = {name: ast.unparse(ast.parse(path.read_text())) for name, path in MODULES.items()}
     named = {name for name in code if package_of(name) != "research" and any(door in code[name] for door in doors)}
     assert named == {"mora_ds.common.research"}
 
@@ -217,14 +216,14 @@ def test_entry_points_do_not_reach_around_mora_ds():
     for name in MODULES:
         assert not {imported.split(".")[0] for imported in IMPORTS[name]} & {"launch", "tools", "tests"}, name
     for entry in entries:
-        names = imports(ast.parse(entry.read_text(encoding="utf-8")))
+        names = imports(ast.parse(entry.read_text()))
         assert "deepspeed" not in {name.split(".")[0] for name in names}, entry
 
 
 def test_tests_share_code_through_helpers_only():
     """A test file that another one imports cannot be split, renamed or dropped without breaking the other."""
     for path in (ROOT / "tests").rglob("*.py"):
-        imported = imports(ast.parse(path.read_text(encoding="utf-8")))
+        imported = imports(ast.parse(path.read_text()))
         assert not [name for name in imported if name.startswith("tests.") and ".test_" in name], path
 
 

@@ -6,13 +6,12 @@ import shlex
 import subprocess
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from mora_ds.config.arguments import Arguments, parse
+from mora_ds.config.arguments import parse
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -36,11 +35,11 @@ STAND_INS = {
 }
 
 
-def sbatch(folder: Path, code: int, **environment: str) -> tuple[int, list[str]]:
+def sbatch(folder, code, **environment):
     """What the script leaves with, and the log of the stand-ins, where every rank ends with a code."""
     for name, script in STAND_INS.items():
         stand_in = folder / name
-        stand_in.write_text(f"#!/bin/bash\n{script}\n", encoding="utf-8")
+        stand_in.write_text(f"#!/bin/bash\n{script}\n")
         stand_in.chmod(0o755)
     slurm = {
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8",
@@ -51,10 +50,10 @@ def sbatch(folder: Path, code: int, **environment: str) -> tuple[int, list[str]]
     path = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python"), "LOG": str(log)}
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "recipe.yaml"]
     done = subprocess.run(command, env={**slurm, **path, "CODE": str(code), **environment}, capture_output=True)
-    return done.returncode, log.read_text(encoding="utf-8").splitlines()
+    return done.returncode, log.read_text().splitlines()
 
 
-def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path: Path):
+def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path):
     code, log = sbatch(tmp_path, 0, NCCL_SOCKET_IFNAME="ib0")
     assert code == 0
     assert log == [
@@ -67,21 +66,21 @@ def test_slurm_starts_every_rank_with_its_cores_and_a_cache_of_its_node(tmp_path
 
 
 @pytest.mark.parametrize(("code", "starts", "requeued"), [(2, 1, False), (3, 1, False), (75, 1, True), (1, 3, False)])
-def test_slurm_starts_again_what_may_go_better(tmp_path: Path, code: int, starts: int, requeued: bool):
+def test_slurm_starts_again_what_may_go_better(tmp_path, code, starts, requeued):
     left_with, log = sbatch(tmp_path, code, RESTARTS="2")
     assert left_with == code
     assert sum(line.startswith("srun") for line in log) == starts
     assert ("requeue 7" in log) == requeued
 
 
-def started(words: list[str]) -> tuple[Any, Arguments]:
+def started(words):
     """What torchrun makes of its command line, and what mora_ds makes of the rest."""
     options = get_args_parser().parse_args(words)
     flags = options.training_script_args
     return options, parse(flags[1:] if options.module else flags)
 
 
-def check(options: Any, arguments: Arguments):
+def check(options, arguments):
     assert int(options.nnodes) == NODES
     assert int(options.nproc_per_node) == GPUS
     assert options.master_port == 29500
@@ -91,7 +90,7 @@ def check(options: Any, arguments: Arguments):
 
 
 def test_kubernetes_starts_a_process_a_gpu():
-    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text(encoding="utf-8"))
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (job,) = jobset["spec"]["replicatedJobs"]
     nodes = job["template"]["spec"]
@@ -114,7 +113,7 @@ def test_kubernetes_starts_a_process_a_gpu():
 
 
 def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end():
-    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text(encoding="utf-8"))
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     *shell, hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     waited = re.search(r"sleep (\d+)$", hook)
@@ -129,9 +128,9 @@ def test_kubernetes_tells_the_ranks_to_save_before_it_tells_torchrun_to_end():
     launcher.stdout.close()
 
 
-def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_skypilot_starts_a_process_a_gpu(monkeypatch):
     monkeypatch.chdir(ROOT)
-    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text(encoding="utf-8"))
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert task["num_nodes"] == NODES
     assert task["resources"]["accelerators"].endswith(f":{GPUS}")
     *_, command = task["run"].replace("\\\n", " ").strip().splitlines()
@@ -147,7 +146,7 @@ def test_skypilot_starts_a_process_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_image_has_what_kernels_and_experts_need():
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    text = (ROOT / "Dockerfile").read_text()
     version = re.search(r"IMAGE=pytorch/pytorch:(\d+)\.(\d+)", text)
     assert version is not None
     assert (int(version[1]), int(version[2])) >= (2, 10), "torch's grouped products: adapters/ops/grouped.py"

@@ -12,7 +12,7 @@ from tests.helpers.gloo import RankFailed
 from tests.helpers.pool import run_pooled
 
 
-def seen() -> tuple[int, object]:
+def seen():
     """This process, and all that `leave_something` changes."""
     numbers = random.random(), torch.rand(1).item()
     return os.getpid(), (
@@ -39,7 +39,7 @@ def test_a_call_leaves_nothing_behind():
     assert run_pooled(2, seen) == before
 
 
-def fail(how: str):
+def fail(how):
     """On one of two ranks."""
     if dist.get_rank() == 0:
         return
@@ -53,7 +53,7 @@ def fail(how: str):
 @pytest.mark.parametrize(
     "how, message", [("an exception", "ValueError: odd"), ("no word", "rank 1 died"), ("no answer", "in time")]
 )
-def test_a_call_that_fails_ends_its_pool(how: str, message: str):
+def test_a_call_that_fails_ends_its_pool(how, message):
     before = {process for process, _ in run_pooled(2, seen)}
     with pytest.raises(RankFailed, match=message):
         run_pooled(2, fail, how, timeout_s=10 if how == "no answer" else 60)

@@ -2,7 +2,6 @@
 
 import configparser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -11,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FORMS = ("bug.yml", "feature.yml")
 
 
-def read(name: str) -> Any:
-    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+def read(name):
+    return yaml.safe_load((ROOT / name).read_text())
 
 
 def test_every_supported_python_runs_the_check_of_a_landing():
@@ -23,14 +22,14 @@ def test_every_supported_python_runs_the_check_of_a_landing():
     (job,) = workflow["jobs"].values()
     assert job["strategy"]["matrix"]["python"] == versions
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
     assert workflow[True] == {"push": {"branches": ["main"]}, "pull_request": None}, "YAML 1.1 reads `on` as true"
 
 
 def test_before_a_commit_run_the_linters_of_a_landing():
     (repository,) = read(".pre-commit-config.yaml")["repos"]
     commands = {hook["entry"].removesuffix(" --fix") for hook in repository["hooks"]}
-    landing = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    landing = (ROOT / ".ci/run").read_text()
     linters = ("ruff", "mypy", "codespell")
     lines = [line.removeprefix(".venv/bin/") for line in landing.splitlines() if line.startswith(".venv/bin/")]
     wanted = {line.removesuffix(" .").removesuffix(" --check") for line in lines if line.split()[0] in linters}
@@ -38,7 +37,7 @@ def test_before_a_commit_run_the_linters_of_a_landing():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_for_issues_asks_something(form: str):
+def test_a_form_for_issues_asks_something(form):
     content = read(f".github/ISSUE_TEMPLATE/{form}")
     assert content["name"]
     assert content["description"]

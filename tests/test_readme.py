@@ -14,24 +14,24 @@ from tests.helpers.models import tiny_model, tokens
 from tests.helpers.readme import code_with
 
 
-def plugin_code() -> str:
+def plugin_code():
     return code_with("mora_ds.inject")
 
 
-class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Rows(torch.utils.data.Dataset):
     """Token rows as Hugging Face models take them."""
 
     def __init__(self):
         self.rows = tokens(24)
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def run_plugin_code(folder: str) -> int:
+def run_plugin_code(folder):
     os.chdir(folder)
     model_folder = Path("model")
     if dist.get_rank() == 0:
@@ -44,16 +44,16 @@ def run_plugin_code(folder: str) -> int:
         "ds_config": ds_config(3, 2, 1),
     }
     exec(plugin_code(), names)
-    return names["run"].remora.cycle  # type: ignore[attr-defined]
+    return names["run"].remora.cycle
 
 
-def test_the_plugin_lines_run_as_they_stand(tmp_path: Path):
+def test_the_plugin_lines_run_as_they_stand(tmp_path):
     assert len(plugin_code().splitlines()) <= 16
     assert run_ranks(2, run_plugin_code, str(tmp_path)) == [1, 1]
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "merged/model.safetensors").is_file()
 
 
-def resumed_run(folder: str) -> tuple[int, bool]:
+def resumed_run(folder):
     """A second process: refused without `resume`, back at its place with it."""
     import mora_ds
 
@@ -76,6 +76,6 @@ def resumed_run(folder: str) -> tuple[int, bool]:
     return run.state.step, moved
 
 
-def test_a_run_of_ones_own_resumes(tmp_path: Path):
+def test_a_run_of_ones_own_resumes(tmp_path):
     run_ranks(2, run_plugin_code, str(tmp_path))
     assert run_ranks(2, resumed_run, str(tmp_path)) == [(6, True), (6, True)]

@@ -4,10 +4,7 @@ exported with the adapters."""
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,6 @@ from mora_ds import MoRAConfig, initialize, inject, load_adapter
 from mora_ds.adapters.inject import count_parameters, move_base
 from mora_ds.adapters.low_rank_embeddings import LowRankEmbedding, LowRankHead, with_product
 from mora_ds.adapters.new_embeddings import NewRowEmbedding, NewRowHead
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.data import load_corpus, load_tokenizer
@@ -31,10 +27,12 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, extend_vocabulary
 from mora_ds.train.pretrain import pretrain
 from tests.helpers.engines import ds_config
-from tests.helpers.jobs import Playground, losses, refusal, run
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import losses, refusal, run
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_good
 from tests.helpers.pool import run_pooled
+from tests.helpers.tables import heavy
 
 # -- a product of low rank ---------------------------------------------------------------------------------------------
 
@@ -42,7 +40,7 @@ RANK = 3
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def low_rank_model(tied: bool) -> Any:
+def low_rank_model(tied):
     """With products that are not zero."""
     model = tiny_model("llama", tie_word_embeddings=tied)
     report = inject(model, MoRAConfig(rank=2, embedding_rank=RANK))
@@ -58,7 +56,7 @@ def low_rank_model(tied: bool) -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied: bool):
+def test_low_rank_tables_have_the_outputs_and_gradients_of_trained_ones(tied):
     """The gradient of a product A B is (G B^T, A^T G), G being that of the table."""
     model = low_rank_model(tied)
     whole = tiny_model("llama", tie_word_embeddings=tied)
@@ -97,17 +95,17 @@ def test_a_new_product_changes_nothing_and_a_head_keeps_its_bias():
     assert_close(LowRankHead(table, torch.nn.Parameter(torch.zeros(13, 2)))(x), table(x))
 
 
-def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path: Path, out: Path):
+def test_a_run_resumes_combines_and_exports_products(user, tmp_path, out):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; half of the update is half of
     it, and a sum of two checkpoints the sum of their tables."""
     base = BaseCheckpoint.open(user.model)
     more = ("--train_embedding_rank", RANK, "--embedding_learning_rate", 0.01, "--merge_every", 3)
     more += ("--restart_warmup_steps", 1, "--save_steps", 4, "--eval_files", user.held)
     run(2, user.flags(out, *more))
-    earlier = out / "checkpoints" / "step-000004"
+    earlier = out / "checkpoints/step-000004"
     run(2, user.flags(tmp_path / "again", *more, "--resume_from_checkpoint", str(earlier)))
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
-    wider = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank", 5)
+    wider = user.flags(tmp_path / "no", *more, "--resume_from_checkpoint", str(earlier), "--train_embedding_rank 5")
     assert "--train_embedding_rank: 3 there, 5 here" in refusal(wider)
 
     assert_good(out, user.model)
@@ -117,7 +115,7 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
     combine_adapters([out, earlier], [2.0, -0.5], tmp_path / "sum", user.model)
     export_merged(tmp_path / "sum", tmp_path / "summed")
     export_peft(out, tmp_path / "peft", rank=4)
-    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    saved = load_file(tmp_path / "peft/adapter_model.safetensors")
     models = {
         name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "earlier", "half", "summed")
     }
@@ -143,7 +141,7 @@ def test_a_run_resumes_combines_and_exports_products(user: Playground, tmp_path:
 FIRST = 112
 
 
-def model_with_new_rows(tied: bool) -> Any:
+def model_with_new_rows(tied):
     model = tiny_model("llama", tie_word_embeddings=tied)
     report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
     assert report.other_trainable_params == (128 - FIRST) * 32 * (1 if tied else 2)
@@ -151,7 +149,7 @@ def model_with_new_rows(tied: bool) -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool):
+def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied):
     """The loss and the gradient of the new rows are those of a model whose complete tables are trained."""
     model = model_with_new_rows(tied)
     whole = tiny_model("llama", tie_word_embeddings=tied)
@@ -176,7 +174,7 @@ def test_new_rows_have_the_outputs_and_gradients_of_trained_tables(tied: bool):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_table_is_counted_once(tied: bool):
+def test_a_tied_table_is_counted_once(tied):
     model = tiny_model("llama", tie_word_embeddings=tied)
     before = count_parameters(model)
     report = inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
@@ -189,23 +187,24 @@ def test_a_tied_table_is_counted_once(tied: bool):
 
 
 @pytest.fixture(scope="module")
-def extended(user: Playground) -> Playground:
+def extended(user):
     corpus = load_corpus([str(user.train)], flag="--corpus")
     extend_vocabulary(user.model, corpus, 40, user.root / "extended")
     return replace(user, model=user.root / "extended")
 
 
-def test_a_run_trains_resumes_and_exports_new_rows(extended: Playground, tmp_path: Path, out: Path):
+def test_a_run_trains_resumes_and_exports_new_rows(extended, tmp_path, out):
     """Two ranks, a merge, a resume in the middle. The exported model is the live one; old rows keep their bits."""
     base = BaseCheckpoint.open(extended.model)
     first = read_json(extended.model / EXTENSION_JSON)["first_row"]
     flags = extended.flags(
-        out, "--train_new_embeddings", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4,
-        "--eval_files", extended.held,
-    )  # fmt: skip
+        out,
+        "--train_new_embeddings --merge_every 3 --restart_warmup_steps 1 --save_steps 4 --eval_files",
+        extended.held,
+    )
     run(2, flags)
     again = extended.flags(tmp_path / "again", *flags[flags.index("--train_new_embeddings") :])
-    run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints" / "step-000004")])
+    run(2, [*again, "--resume_from_checkpoint", str(out / "checkpoints/step-000004")])
     assert losses(out)[4:].tolist() == losses(tmp_path / "again").tolist()
 
     assert_good(out, extended.model)
@@ -245,12 +244,10 @@ def test_every_trained_row_is_looked_up_among_the_trained():
 # -- plans and refusals ------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_counts_them(
-    extended: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_dry_run_counts_them(extended, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
 
-    def counted(*flags: str) -> int:
+    def counted(*flags):
         """The trainable parameters that a dry run prints."""
         pretrain(parse(extended.flags(tmp_path / "out", "--dry_run", *flags)))
         printed = re.search(r"trainable ([\d,]+) ", capsys.readouterr().out)
@@ -268,12 +265,12 @@ def test_a_dry_run_counts_them(
 
 
 class Scaled(torch.nn.Embedding):
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids):
         return super().forward(ids) * 2
 
 
 class Softmax(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return super().forward(x).softmax(-1)
 
 
@@ -284,8 +281,8 @@ def test_models_that_they_do_not_fit_are_refused():
         ({"embedding_rank": 2, "new_rows_from": 9}, "`embedding_rank`: the embeddings are a NewRowEmbedding"),
         ({"new_rows_from": 128}, "none from 128 on is new"),
     ):
-        with pytest.raises(UserError, match=message):
-            inject(tiny_model("llama"), MoRAConfig(rank=2, **config))  # type: ignore[arg-type]
+        with user_error(message):
+            inject(tiny_model("llama"), MoRAConfig(rank=2, **config))
     assert inject(tiny_model("llama"), MoRAConfig(rank=2, new_rows_from=127)).other_trainable_params == 2 * 32
     for change, message in (
         ({"set_input_embeddings": Scaled(128, 32)}, "the embeddings are a Scaled"),
@@ -295,27 +292,27 @@ def test_models_that_they_do_not_fit_are_refused():
         model = tiny_model("llama")
         for setter, module in change.items():
             getattr(model, setter)(module)
-        with pytest.raises(UserError, match=f"`new_rows_from`: {message}"):
+        with user_error(f"`new_rows_from`: {message}"):
             inject(model, MoRAConfig(rank=2, new_rows_from=FIRST))
-    with pytest.raises(UserError, match=r"low_rank has 9 rows, and the base a table of \(6, 2\)"):
+    with user_error(r"low_rank has 9 rows, and the base a table of \(6, 2\)"):
         with_product(torch.zeros(6, 2), torch.zeros(9, 1))
 
 
-def test_a_model_without_new_rows_is_refused(user: Playground, tmp_path: Path):
+def test_a_model_without_new_rows_is_refused(user, tmp_path):
     message = refusal(user.flags(tmp_path / "out", "--train_new_embeddings"))
     assert message.endswith("so it was not written by mora-ds extend-vocab")
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
-MODELS: dict[str, tuple[Callable[[bool], Any], int]] = {
+MODELS = {
     "low_rank": (low_rank_model, (128 + 32) * RANK),
     "new_rows": (model_with_new_rows, (128 - FIRST) * 32),
 }
 """Name of the trained parameters: the model, and the elements of each of them."""
 
 
-def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
+def trained_on_ranks(kind, tied):
     """All trained parameters, unsharded and in fp32, after three steps on this rank's part of the same rows."""
     world = torch.distributed.get_world_size()
     rank = torch.distributed.get_rank()
@@ -338,11 +335,11 @@ def trained_on_ranks(kind: str, tied: bool) -> dict[str, torch.Tensor]:
     [
         ("low_rank", False),
         ("new_rows", True),
-        pytest.param("low_rank", True, marks=pytest.mark.heavy),
-        pytest.param("new_rows", False, marks=pytest.mark.heavy),
+        heavy("low_rank", True),
+        heavy("new_rows", False),
     ],
 )
-def test_two_ranks_train_as_one(kind: str, tied: bool):
+def test_two_ranks_train_as_one(kind, tied):
     """The same rows of data, split over two ranks: the same parameters after three steps."""
     alone = run_pooled(1, trained_on_ranks, kind, tied)[0]
     first, second = run_pooled(2, trained_on_ranks, kind, tied)

@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
@@ -21,13 +19,13 @@ from mora_ds.adapters.ops.frozen import dense
 from mora_ds.adapters.ops.grouped import grouped_linear
 from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.mora import adjoint
-from mora_ds.adapters.ops.stack import StackSpec
 from mora_ds.adapters.ops.update import spec_from_dict
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import load_base
 from mora_ds.research.spectrum import histories
+from tests.helpers.errors import user_error
 from tests.helpers.models import MIXTURES, alone, causal_loss, enable_checkpointing, tiny_model, tokens
 
 EVERYWHERE = ("all-linear", "experts")
@@ -35,7 +33,7 @@ OPERATORS = dict(zip(MIXTURES, ("share", "rotate", "decouple", "truncate"), stri
 STACKS = {"gate_up_proj": (4, 112, 32), "down_proj": (4, 32, 56)}
 
 
-def adapted(family: str = "mixtral", model: Any = None, **settings: Any) -> Any:
+def adapted(family="mixtral", model=None, **settings):
     """With matrices that are not zero."""
     model = tiny_model(family) if model is None else model
     values = {"rank": 4, "operator": OPERATORS[family], "target_modules": EVERYWHERE, **settings}
@@ -46,7 +44,7 @@ def adapted(family: str = "mixtral", model: Any = None, **settings: Any) -> Any:
     return model
 
 
-def live_of(model: Any, family: str) -> Any:
+def live_of(model, family):
     """A plain model with the updates of an adapted one in its weights, computed by transformers."""
     live = tiny_model(family)
     live.set_experts_implementation("eager")
@@ -57,7 +55,7 @@ def live_of(model: Any, family: str) -> Any:
     return live
 
 
-def stacks_in(model: nn.Module) -> dict[str, MoRAExperts]:
+def stacks_in(model):
     return {name: layer for name, layer in mora_layers(model).items() if isinstance(layer, MoRAExperts)}
 
 
@@ -65,7 +63,7 @@ def stacks_in(model: nn.Module) -> dict[str, MoRAExperts]:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family: str):
+def test_outputs_and_gradients_are_those_of_the_weights_that_the_matrices_stand_for(family):
     """Also a contract: each class of transformers computes, by its own code, what its marks say."""
     model = adapted(family)
     ids = tokens(2)
@@ -127,7 +125,7 @@ def test_bf16_and_8_bits_compute_what_their_weights_say():
         assert all(layer.square.grad.abs().sum() > 0 for layer in mora_layers(model).values())
 
 
-def one_by_one(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def one_by_one(x, weights, ends):
     segments = x.tensor_split(ends[:-1].tolist())
     return torch.cat([segment @ weight.T for segment, weight in zip(segments, weights, strict=True)])
 
@@ -137,7 +135,7 @@ with_kernel = pytest.param(True, marks=pytest.mark.skipif(not hasattr(F, "groupe
 
 @pytest.mark.parametrize("kernel", [False, with_kernel])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, kernel: bool, bits: int):
+def test_grouped_products_and_their_gradients(monkeypatch, kernel, bits):
     """The way of a GPU too, whose product torch has for CPUs as well. One matrix has no rows."""
     monkeypatch.setattr(grouped, "has_kernel", lambda x, width: kernel)
     generator = torch.Generator().manual_seed(0)
@@ -162,10 +160,10 @@ def test_grouped_products_and_their_gradients(monkeypatch: pytest.MonkeyPatch, k
 
 
 def test_a_frozen_stack_saves_no_rows_for_backward():
-    saved: list[tuple[int, ...]] = []
+    saved = []
     x = torch.randn(6, 4, requires_grad=True)
     ends = torch.tensor([2, 6], dtype=torch.int32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):  # type: ignore[func-returns-value]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         grouped_linear(x, torch.randn(2, 3, 4), ends)
     assert (6, 4) not in saved
     assert (2, 3, 4) in saved
@@ -197,12 +195,12 @@ def test_a_stack_is_its_members():
     for damaged in ({"count": 0}, {"count": 2**40}, {"operator": {}}, {"more": 1}):
         with pytest.raises(UserError):
             spec_from_dict({**spec.to_dict(), **damaged})
-    with pytest.raises(UserError, match="no operator of a stack"):
+    with user_error("no operator of a stack"):
         live_weight(original, [(spec.operator, value[0])], False, torch.float32)
 
 
 def test_the_rank_of_an_expert_and_fresh_permutations():
-    def sides(**settings: Any) -> dict[str, StackSpec]:
+    def sides(**settings):
         model = adapted("qwen3_moe", **{"rank": 16, "r_hat_multiple": 1, **settings})
         return {name.rpartition(".")[2]: layer.spec for name, layer in stacks_in(model).items()}
 
@@ -237,7 +235,7 @@ def test_the_report_and_the_names_of_frozen_weights():
 # -- which tensors are targets -----------------------------------------------------------------------------------------
 
 
-def names(pattern: str, family: str = "mixtral") -> set[str]:
+def names(pattern, family="mixtral"):
     return {name.removeprefix("model.layers.") for name in match_targets(tiny_model(family), (pattern,))}
 
 
@@ -252,14 +250,14 @@ def test_only_patterns_with_the_word_reach_experts():
         f"1.mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     }
     for pattern in ("experts.gate_proj", "down_proj"):
-        with pytest.raises(UserError, match=r"matches no linear layer; there are: .*experts\.down_proj"):
+        with user_error(r"matches no linear layer; there are: .*experts\.down_proj"):
             names(pattern)
-    with pytest.raises(UserError, match="'experts' matches no linear layer"):
+    with user_error("'experts' matches no linear layer"):
         names("experts", "llama")
 
 
 def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out():
-    def odd(**changes: Any) -> Any:
+    def odd(**changes):
         model = tiny_model("mixtral")
         for name, value in changes.items():
             setattr(model.model.layers[1].mlp.experts, name, value)
@@ -274,13 +272,13 @@ def test_an_unknown_layout_is_refused_by_name_and_stays_frozen_when_left_out():
     }
     del cases["computed by code of its own"].model.layers[1].mlp.experts.is_transposed
     for problem, model in cases.items():
-        with pytest.raises(UserError, match=rf"model\.layers\.1\.mlp\.experts\..*{problem}.*Leave them out"):
+        with user_error(rf"model\.layers\.1\.mlp\.experts\..*{problem}.*Leave them out"):
             inject(model, MoRAConfig(rank=4, target_modules=("experts",)))
         assert inject(model, MoRAConfig(rank=4)).left_out
     silent = tiny_model("mixtral")
     for layer in silent.model.layers:
         layer.mlp.experts.config = SimpleNamespace(hidden_size=32)
-    with pytest.raises(UserError, match="does not tell how many experts"):
+    with user_error("does not tell how many experts"):
         inject(silent, MoRAConfig(rank=4, target_modules=("experts",)))
 
 
@@ -290,7 +288,7 @@ def test_how_many_experts_a_token_has():
         model = tiny_model("mixtral")
         for layer in model.model.layers:
             layer.mlp.experts.config = SimpleNamespace(hidden_size=32, moe_topk=value)
-        assert {stack.experts_per_token for stack in find_stacks(model).values()} == {count}  # type: ignore[union-attr]
+        assert {stack.experts_per_token for stack in find_stacks(model).values()} == {count}
 
 
 def test_adapters_that_experts_cannot_have_are_refused():
@@ -298,7 +296,7 @@ def test_adapters_that_experts_cannot_have_are_refused():
         (LoRAConfig(rank=4, target_modules=("experts",)), "not lora"),
         (MoRAConfig(rank=4, domains=("a", "b"), target_modules=("experts",)), "research.domain_adapters"),
     ):
-        with pytest.raises(UserError, match=named):
+        with user_error(named):
             inject(tiny_model("mixtral"), config)
 
 
@@ -306,7 +304,7 @@ def test_adapters_that_experts_cannot_have_are_refused():
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family: str):
+def test_stacks_are_read_from_the_files_of_their_experts(tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path / "model", max_shard_size="40KB")
     loaded = load_base(tmp_path / "model", tmp_path / "own", alone(), torch.float32, "eager")
     assert loaded.base.folder == tmp_path / "model"
@@ -321,7 +319,7 @@ def test_stacks_are_read_from_the_files_of_their_experts(tmp_path: Path, family:
         assert torch.equal(loaded.base.read(key), live)
 
 
-def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path: Path):
+def test_a_stack_without_all_of_its_files_is_no_tensor(tmp_path):
     model = tiny_model("mixtral")
     model.save_pretrained(tmp_path)
     base = BaseCheckpoint.open(tmp_path)

@@ -1,8 +1,6 @@
 """Runs that adapt the experts of a mixture: ranks, merges, resume, exports, files, and what is refused."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,12 +9,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
-from tests.helpers.jobs import VOCABULARY, Playground, assert_close_losses, run
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import VOCABULARY, assert_close_losses, run
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.outcome import assert_good
 from tests.helpers.resume import assert_close_runs, assert_same_run, stop_and_resume
@@ -27,7 +25,7 @@ MERGING = (*TARGETS, "--merge_every", 2, "--restart_warmup_steps", 1, "--max_ste
            "--mora_rank", 4, "--operator", "share", "--eval_steps", 100)  # fmt: skip
 
 
-def mixture(user: Playground, folder: Path, family: str) -> Path:
+def mixture(user, folder, family):
     """A model folder with the user's tokenizer, its weights in several files."""
     tiny_model(family, vocab_size=VOCABULARY).save_pretrained(folder, max_shard_size="100KB")
     for path in user.model.glob("*token*"):
@@ -36,12 +34,12 @@ def mixture(user: Playground, folder: Path, family: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model_folder(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(user, tmp_path_factory):
     return mixture(user, tmp_path_factory.mktemp("mixture") / "model", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
-def whole(user: Playground, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(user, model_folder, tmp_path_factory):
     """Two ranks, two merges, and an unmerged cycle."""
     out = tmp_path_factory.mktemp("whole")
     summary = run(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING))
@@ -51,39 +49,35 @@ def whole(user: Playground, model_folder: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model):
     with torch.no_grad():
         return model(input_ids=tokens(2, vocab=VOCABULARY)).logits
 
 
-def test_one_rank_has_the_losses_and_matrices_of_two(user: Playground, model_folder: Path, whole: Path, tmp_path: Path):
+def test_one_rank_has_the_losses_and_matrices_of_two(user, model_folder, whole, tmp_path):
     """Of which each holds half of every stack of matrices."""
     flags = ("--model_name_or_path", model_folder, *MERGING)
-    run(1, user.flags(tmp_path, *flags, "--per_device_train_batch_size", 4, "--gradient_checkpointing"))
+    run(1, user.flags(tmp_path, *flags, "--per_device_train_batch_size 4 --gradient_checkpointing"))
     assert_close_runs(tmp_path, whole)
-    latest = whole / "checkpoints" / "latest"
+    latest = whole / "checkpoints/latest"
     elements = sum(matrix.numel() for matrix in load_file(latest / "adapter.safetensors").values())
     for shard in (latest / "engine").glob("rank-*.safetensors"):  # fp32 masters and two moments, and a header
         assert 0 < shard.stat().st_size - 12 * elements // 2 < 1000
 
 
-def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(
-    user: Playground, model_folder: Path, whole: Path, tmp_path: Path
-):
+def test_a_killed_run_is_the_uninterrupted_one_to_the_bit(user, model_folder, whole, tmp_path):
     out = tmp_path / "killed"
     stop_and_resume(2, user.flags(out, "--model_name_or_path", model_folder, *MERGING), 4)
     assert_same_run(out, whole)
 
 
-def test_exports_are_the_live_model_in_the_files_of_the_original(
-    user: Playground, model_folder: Path, whole: Path, tmp_path: Path
-):
+def test_exports_are_the_live_model_in_the_files_of_the_original(user, model_folder, whole, tmp_path):
     report = export_merged(whole, tmp_path / "merged", verify=True)
     assert report.comparison is not None
     assert_good(whole)
     assert_good(whole / "ledger")
     names = read_json(model_folder / "model.safetensors.index.json")["weight_map"].keys()
-    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == names, "each expert under its own name"
+    assert load_file(tmp_path / "merged/model.safetensors").keys() == names, "each expert under its own name"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     export_adapter(whole, tmp_path / "adapter")
     loaded = load_adapter(model_folder, tmp_path / "adapter")
@@ -94,8 +88,8 @@ def test_exports_are_the_live_model_in_the_files_of_the_original(
             assert_close(plain.get_parameter(name).data, layer.weight + delta, rtol=1e-5, atol=1e-6)
 
 
-def test_experts_are_refused_as_an_adapter_of_peft(whole: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"experts\.gate_up_proj are experts, which PEFT"):
+def test_experts_are_refused_as_an_adapter_of_peft(whole, tmp_path):
+    with user_error(r"experts\.gate_up_proj are experts, which PEFT"):
         export_peft(whole, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
@@ -114,10 +108,10 @@ gpt_oss | --base_bits 8 --gradient_checkpointing
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("family, more", rows_of(OTHERS))
-def test_other_families_and_settings(user: Playground, tmp_path: Path, family: str, more: str):
+def test_other_families_and_settings(user, tmp_path, family, more):
     flags = ("--model_name_or_path", mixture(user, tmp_path / "model", family), *MERGING, *more.split())
     assert run(2, user.flags(tmp_path / "two", *flags))["base_bytes_gathered"] == 0
-    run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size", 4))
+    run(1, user.flags(tmp_path / "one", *flags, "--per_device_train_batch_size 4"))
     if "--bf16" in more:
         assert_close_losses(tmp_path / "two", tmp_path / "one", rtol=1e-2)
     else:
@@ -129,23 +123,23 @@ def test_other_families_and_settings(user: Playground, tmp_path: Path, family: s
 
 
 @pytest.mark.heavy
-def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user: Playground, tmp_path: Path):
+def test_rows_that_ranks_share_give_the_losses_of_complete_rows(user, tmp_path):
     settings = ("--model_name_or_path", mixture(user, tmp_path / "model", "mixtral"), *MERGING)
-    run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size", 2))
+    run(2, user.flags(tmp_path / "split", *settings, "--sequence_parallel_size 2"))
     run(1, user.flags(tmp_path / "one", *settings))
     assert_close_losses(tmp_path / "split", tmp_path / "one", rtol=1e-4)
 
 
 @pytest.mark.heavy
-def test_it_goes_on_at_other_numbers_of_ranks(user: Playground, model_folder: Path, tmp_path: Path):
+def test_it_goes_on_at_other_numbers_of_ranks(user, model_folder, tmp_path):
     """As exact as the losses of other ranks are; what was saved is what is resumed, to the bit."""
     settings = ("--model_name_or_path", model_folder, *MERGING, "--resume_from_checkpoint", "auto")
     run(2, user.flags(tmp_path / "whole", *settings))
     for world in (1, 4):
         out = tmp_path / str(world)
         shutil.copytree(tmp_path / "whole", out, symlinks=True)
-        shutil.rmtree(out / "checkpoints" / "step-000006")
+        shutil.rmtree(out / "checkpoints/step-000006")
         run(world, user.flags(out, *settings, "--per_device_train_batch_size", 4 // world))
         assert_close_losses(out, tmp_path / "whole")
-        one, two = (load_file(folder / "ledger" / "cycle-00000.safetensors") for folder in (out, tmp_path / "whole"))
+        one, two = (load_file(folder / "ledger/cycle-00000.safetensors") for folder in (out, tmp_path / "whole"))
         assert all(torch.equal(one[name], two[name]) for name in one)

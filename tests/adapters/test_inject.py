@@ -1,7 +1,5 @@
 """Injection: which layers match, what is replaced, frozen, counted and refused."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -13,17 +11,18 @@ from mora_ds.adapters.layer import is_linear
 from mora_ds.adapters.ops.spec import Grouping
 from mora_ds.adapters.target_modules import match_targets
 from mora_ds.common.errors import UserError
+from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def matched(model: Any, *patterns: str) -> set[str]:
+def matched(model, *patterns):
     return set(match_targets(model, patterns))
 
 
-def in_layers(*paths: str, layers: tuple[int, ...] = (0, 1)) -> set[str]:
+def in_layers(*paths, layers=(0, 1)):
     return {f"model.layers.{index}.{path}" for index in layers for path in paths}
 
 
@@ -48,14 +47,14 @@ EVERY_LINEAR = in_layers(*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{
         (["q_proj", "v_proj", "q_proj"], in_layers("self_attn.q_proj", "self_attn.v_proj")),
     ],
 )
-def test_patterns(patterns: list[str], expected: set[str]):
+def test_patterns(patterns, expected):
     assert matched(tiny_model(), *patterns) == expected
 
 
 @pytest.mark.parametrize(
     "pattern", ["q_porj", "*.attention.*", r"re:layers\.9", r"re:model\.layers", "embed_tokens", "input_layernorm"]
 )
-def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern: str):
+def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern):
     with pytest.raises(UserError) as error:
         inject(tiny_model(), MoRAConfig(target_modules=("q_proj", pattern)))
     message = str(error.value)
@@ -66,11 +65,11 @@ def test_a_pattern_without_a_match_is_an_error_that_lists_what_there_is(pattern:
 
 
 def test_patterns_and_models_that_cannot_match():
-    with pytest.raises(UserError, match="no regular expression"):
+    with user_error("no regular expression"):
         matched(tiny_model(), "re:layers.(0")
-    with pytest.raises(UserError, match=r"no nn\.Linear or Conv1D"):
+    with user_error(r"no nn\.Linear or Conv1D"):
         matched(nn.Sequential(nn.Embedding(3, 4)), "all-linear")
-    with pytest.raises(UserError, match="matches no linear layer"):
+    with user_error("matches no linear layer"):
         matched(tiny_model(), "proj")  # the end of every name, but of no component
 
 
@@ -87,15 +86,15 @@ def test_all_linear_leaves_the_head_out_under_any_name():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_a_square_on_a_tied_head_is_refused(family: str):
+def test_a_square_on_a_tied_head_is_refused(family):
     model = tiny_model(family)
-    with pytest.raises(UserError, match="tied"):
+    with user_error("tied"):
         inject(model, MoRAConfig(target_modules=("lm_head",)))
     assert not mora_layers(model)
     assert causal_loss(model, tokens(1)).isfinite()  # left as it was
 
 
-def with_one_weight_twice(module: bool) -> Any:
+def with_one_weight_twice(module):
     """A model two of whose layers are one module, or have one weight."""
     model = tiny_model()
     first, second = (model.model.layers[index].mlp for index in (0, 1))
@@ -108,18 +107,18 @@ def with_one_weight_twice(module: bool) -> Any:
 
 @pytest.mark.parametrize("target", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "up_proj"])
 @pytest.mark.parametrize("module", [True, False])
-def test_a_layer_that_shares_its_weight_is_refused(module: bool, target: str):
+def test_a_layer_that_shares_its_weight_is_refused(module, target):
     """An adapter of one would change or miss the other."""
     model = with_one_weight_twice(module)
-    with pytest.raises(UserError, match="matches no linear layer" if module and ".1." in target else "tied"):
+    with user_error("matches no linear layer" if module and ".1." in target else "tied"):
         inject(model, MoRAConfig(target_modules=(target,)))
     inject(model, MoRAConfig(target_modules=("down_proj",)))
 
 
 def test_a_trained_head_and_a_rank_too_small_for_a_pair_are_refused():
-    with pytest.raises(UserError, match="`train_head`"):
+    with user_error("`train_head`"):
         inject(tiny_model(), MoRAConfig(target_modules=("all-linear", "lm_head"), train_head=True))
-    with pytest.raises(UserError, match="`rank` 1 is too small"):
+    with user_error("`rank` 1 is too small"):
         inject(nn.Sequential(nn.Linear(1, 1)), MoRAConfig(rank=1, operator="rotate"))
 
 
@@ -142,7 +141,7 @@ def test_everything_frozen_is_a_buffer_that_no_state_dict_holds():
 
 @pytest.mark.parametrize("changes", [{}, {"train_norms": True}, {"train_embeddings": True}])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_ties_stay_one_tensor(family: str, changes: dict[str, Any]):
+def test_ties_stay_one_tensor(family, changes):
     model = model_with_mora(family, **changes)
     move_base(model, "cpu", torch.bfloat16)
     embedding = model.get_input_embeddings().weight
@@ -164,11 +163,11 @@ def test_moving_the_base_leaves_squares_and_the_models_own_buffers():
 # -- what else is trained ----------------------------------------------------------------------------------------------
 
 
-def trained(model: Any) -> set[str]:
+def trained(model):
     return {name for name, _ in model.named_parameters(remove_duplicate=False) if not name.endswith(".square")}
 
 
-def train(what: list[str]) -> dict[str, Any]:
+def train(what):
     return {f"train_{name}": True for name in what}
 
 
@@ -189,7 +188,7 @@ LLAMA_NORMS = in_layers("input_layernorm.weight", "post_attention_layernorm.weig
         ("gemma3_text", ["embeddings"], {"model.embed_tokens.weight", "lm_head.weight"}),
     ],
 )
-def test_other_trainables(family: str, settings: list[str], expected: set[str]):
+def test_other_trainables(family, settings, expected):
     model = model_with_mora(family, **train(settings))
     assert trained(model) == expected
     causal_loss(model, tokens(2)).backward()
@@ -199,7 +198,7 @@ def test_other_trainables(family: str, settings: list[str], expected: set[str]):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "gpt2"])
-def test_norms_of_every_kind(family: str):
+def test_norms_of_every_kind(family):
     model = tiny_model(family)
     norms = {name for name, _ in model.named_parameters() if "norm" in name or ".ln_" in name}
     inject(model, MoRAConfig(rank=4, train_norms=True))
@@ -301,14 +300,14 @@ def test_layers_stay_in_training_or_evaluation():
 class Transposed(nn.Linear):
     """Computes as `nn.Linear` by code of its own, as Falcon's layers do."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return x @ self.weight.T + self.bias
 
 
 class Router(nn.Linear):
     """Has the shape of `nn.Linear`, and other outputs."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return super().forward(x).softmax(-1)
 
 

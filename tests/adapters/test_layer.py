@@ -1,11 +1,10 @@
 """`MoRALinear` is the layer that it replaces at M = 0, and base + delta at any other M."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +19,7 @@ D_OUT = 10
 R_HAT = 6
 
 
-def base_layer(kind: str) -> nn.Module:
+def base_layer(kind):
     torch.manual_seed(0)
     if kind == "conv1d":
         conv = Conv1D(D_OUT, D_IN)
@@ -29,11 +28,11 @@ def base_layer(kind: str) -> nn.Module:
     return nn.Linear(D_IN, D_OUT, bias=kind == "linear with bias")
 
 
-def spec(kind: OperatorKind = OperatorKind.ROTATE) -> OperatorSpec:
+def spec(kind=OperatorKind.ROTATE):
     return OperatorSpec(kind, D_IN, D_OUT, R_HAT, Grouping.PERMUTED, seed=1)
 
 
-def inputs(seed: int = 1) -> Tensor:
+def inputs(seed=1):
     return torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(seed))
 
 
@@ -41,7 +40,7 @@ BASES = ["linear", "linear with bias", "conv1d"]
 
 
 @pairwise({"kind": BASES, "operator": list(OperatorKind)})
-def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKind):
+def test_output_is_base_plus_delta_merged_or_not(kind, operator):
     base = base_layer(kind)
     x = inputs()
     expected = base(x)
@@ -58,9 +57,9 @@ def test_output_is_base_plus_delta_merged_or_not(kind: str, operator: OperatorKi
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_only_the_square_trains_and_is_saved(kind: str):
+def test_only_the_square_trains_and_is_saved(kind):
     base = base_layer(kind)
-    weight: Any = base.weight
+    weight = base.weight
     layer = MoRALinear(base, spec())
     assert [name for name, _ in layer.named_parameters()] == ["square"]
     assert list(layer.state_dict()) == ["square"]
@@ -96,7 +95,7 @@ def test_dropout_is_on_the_squares_input_and_only_while_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype):
+def test_low_precision(dtype):
     layer = MoRALinear(base_layer("linear with bias").to(dtype), spec())
     assert layer.square.dtype is dtype
     assert layer(inputs().to(dtype)).dtype is dtype
@@ -115,7 +114,7 @@ class Renamed(nn.Linear):
 
 
 class Router(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return super().forward(x).softmax(-1)
 
 
@@ -126,9 +125,9 @@ def test_what_counts_as_linear():
     assert linear_shape(nn.Linear(2, 3)) == linear_shape(Conv1D(3, 2)) == (2, 3)
 
 
-def test_layers_keep_their_tables_however_many_there_are(monkeypatch: pytest.MonkeyPatch):
+def test_layers_keep_their_tables_however_many_there_are(monkeypatch):
     """A 70B model with domains uses 1,120 operators one after the other: more than the cache of tables holds."""
-    specs: list[OperatorSpec] = []
+    specs = []
     original = index_tables.make_tables
     monkeypatch.setattr(index_tables, "make_tables", lambda spec, device: specs.append(spec) or original(spec, device))
     index_tables.clear_tables()

@@ -4,11 +4,10 @@ dense weight does."""
 import sys
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from mora_ds.adapters import nf4
@@ -19,9 +18,10 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.lora import LoRASpec
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
-from mora_ds.adapters.ops.terms import Term, join
+from mora_ds.adapters.ops.terms import join
 from mora_ds.adapters.quantized import base_bits_of, merge_bytes, quantized_bytes
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
+from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 from tests.helpers.quantized import LORA, adapt, assert_computes_as_over_dense, base_of, in_bits, model_in_few_bits
@@ -31,17 +31,17 @@ pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
 SHARE = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
 
 
-def held(weight: Tensor) -> NF4Weight:
+def held(weight):
     return NF4Weight(*quantize(weight), weight.shape)
 
 
-def next_cycle(spec: Any, cycle: int) -> Any:
+def next_cycle(spec, cycle):
     """The spec of a later cycle: other permutations, or the same (LoRA, plain)."""
     permuted = isinstance(spec, OperatorSpec) and spec.grouping is Grouping.PERMUTED
     return replace(spec, seed=100 + cycle) if permuted else spec
 
 
-def some_terms(spec: Any, cycles: int = 3) -> list[Term]:
+def some_terms(spec, cycles=3):
     return [(next_cycle(spec, cycle), 0.1 * random(*spec.value_shape, seed=cycle)) for cycle in range(cycles)]
 
 
@@ -49,7 +49,7 @@ def some_terms(spec: Any, cycles: int = 3) -> list[Term]:
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (9, 33), (5, 7), (1, 1), (1, 2), (130, 70)])
-def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape: tuple[int, int]):
+def test_a_number_is_off_by_half_a_gap_of_its_block_at_most(shape):
     weight = random(*shape).float()
     quantized = held(weight)
     assert quantized.packed.dtype is torch.uint8
@@ -117,7 +117,7 @@ in_4_bits = partial(in_bits, bits=4)
 @pytest.mark.parametrize(
     "spec", [*list(specs())[::5], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
 )
-def test_a_layer_is_the_layer_over_the_dense_sum(spec: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_is_the_layer_over_the_dense_sum(spec, monkeypatch):
     """Its merged cycles act as if they were in the weight."""
     assert_computes_as_over_dense(spec, 4, some_terms(spec), monkeypatch, rtol=1e-5, atol=2e-5)
 
@@ -139,7 +139,7 @@ def test_merges_and_a_replay_never_round_a_conv1d_again():
 
 
 @pytest.mark.parametrize("config", [MoRAConfig(rank=4, operator="share", compute="activation"), LoRAConfig(rank=4)])
-def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config: Any):
+def test_a_merge_in_bf16_leaves_the_live_function_as_it_was(config):
     """The matrix goes on acting in the same dtype: nothing is rounded to the weight's grid."""
     model = tiny_model("llama", dtype=torch.bfloat16).eval()
     inject(model, replace(config, base_bits=4))
@@ -181,9 +181,9 @@ def test_only_adapted_weights_are_packed_and_casts_leave_them():
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"`base_bits` 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
+    with user_error(r"`base_bits` 4 needs the package bitsandbytes: .*mora_ds\[bits4\]"):
         nf4.check_installed()
 
 
@@ -201,5 +201,5 @@ def test_what_needs_the_dense_weight_is_refused():
         assert config_from_dict(config.to_dict()) == config
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.full((4, 4), float("nan")))
-    with pytest.raises(UserError, match=r"`base_bits` 4: 0.weight: .* not finite"):
+    with user_error(r"`base_bits` 4: 0.weight: .* not finite"):
         inject(model, MoRAConfig(rank=1, base_bits=4))

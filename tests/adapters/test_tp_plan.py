@@ -9,10 +9,10 @@ from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.adapters.ops.spec import Style
 from mora_ds.adapters.tp_plan import plan_of
-from mora_ds.common.errors import UserError
 from mora_ds.parallel.limits import check_world
 from mora_ds.parallel.tensor_parallel import split_model
 from mora_ds.parallel.topology import Topology, share
+from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, model_with_mora, tiny_model
 
 SPLIT = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt_neox"}
@@ -21,7 +21,7 @@ MLP = {"olmo2"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_of_each_family_is_split(family: str):
+def test_what_of_each_family_is_split(family):
     model = tiny_model(family)
     plan = plan_of(model, 2)
     kinds = {"attention" if "att" in block else "mlp" for block in plan.blocks}
@@ -75,7 +75,7 @@ def test_shares_are_contiguous_and_differ_by_one_at_most():
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def split(model: nn.Module, degree: int = 2):
+def split(model, degree=2):
     split_model(model, Topology(degree, 0, None))
 
 
@@ -85,22 +85,20 @@ def test_dropout_is_refused_and_named():
     split(model)
     for model in (tiny_model("gpt2", resid_pdrop=0.1), tiny_model("llama", attention_dropout=0.1)):
         inject(model, MoRAConfig(rank=4))
-        with pytest.raises(UserError, match=r"draw a different dropout mask; set to 0: .*drop.* = 0.1"):
+        with user_error(r"draw a different dropout mask; set to 0: .*drop.* = 0.1"):
             split(model)
     model = model_with_mora(dropout=0.1)
-    with pytest.raises(UserError, match=r"q_proj.dropout = 0.1"):
+    with user_error(r"q_proj.dropout = 0.1"):
         split(model)
 
 
 def test_squares_need_a_row_a_rank():
     model = model_with_mora(rank=1, target_modules=("k_proj",))
-    with pytest.raises(UserError, match="has 6 rows: raise `rank`, or use a smaller group"):
+    with user_error("has 6 rows: raise `rank`, or use a smaller group"):
         split(model, 8)
 
 
 def test_a_degree_that_does_not_divide_the_ranks():
     check_world(4, tensor=2)
-    with pytest.raises(
-        UserError, match="--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"
-    ):
+    with user_error("--tensor_parallel_size 3 does not divide the 4 ranks of this run: 1, 2, 4 would"):
         check_world(4, tensor=3)

@@ -2,25 +2,23 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.damage import mount
-from tests.helpers.exports import FakeRun, fake_run
-from tests.helpers.jobs import Playground, golden_flags, playground, run
+from tests.helpers.exports import fake_run
+from tests.helpers.jobs import golden_flags, playground, run
 
 
 @pytest.fixture(scope="session")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+def user(tmp_path_factory):
     """One for all files of this folder, none of which changes it."""
     return playground(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="session")
-def golden(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def golden(user, tmp_path_factory):
     """The output folder of a run with `golden_flags`. Not written to."""
     out = tmp_path_factory.mktemp("golden") / "out"
     run(2, golden_flags(user, out))
@@ -28,7 +26,7 @@ def golden(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+def original(tmp_path_factory):
     """Three cycles, every kind of operator, live squares, a run's own ledger beside its checkpoint. Not written to."""
     run = fake_run(tmp_path_factory.mktemp("run"), cycles=3, num_hidden_layers=1, trained=("model.norm.weight",))
     Ledger.open(run.checkpoint / "ledger").copy_to(run.output / "ledger")
@@ -36,7 +34,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
 
 
 @pytest.fixture
-def copied(original: FakeRun, tmp_path: Path) -> Path:
+def copied(original, tmp_path):
     """The run's output folder, free to be damaged; its base lies at the same relative place."""
     shutil.copytree(original.base, tmp_path / "base")
     shutil.copytree(original.output, tmp_path / "out", symlinks=True)
@@ -44,7 +42,7 @@ def copied(original: FakeRun, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path):
     """A file system of 1 MiB."""
     mount_point = tmp_path / "disk"
     mount_point.mkdir()

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,27 +16,27 @@ from mora_ds.checkpoint.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_manifest
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.damage import change_json, flip, set_value
+from tests.helpers.errors import user_error
 from tests.helpers.ledgers import entry, layers_of, squares_for
 from tests.helpers.models import tiny_model
 from tests.helpers.tables import rows
 
-CONFIG = MoRAConfig(rank=8, layer_sizes={"a.q": 6})  # type: ignore[arg-type]  # given as JSON has it
+CONFIG = MoRAConfig(rank=8, layer_sizes={"a.q": 6})  # given as JSON has it
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> AdapterFile:
+def adapter(tmp_path):
     layers = layers_of(2)
     adapter = AdapterFile(layers, CONFIG, "bfloat16", 2, 250, trainables=("n.weight",), facts={"seed": 3})
     write_adapter(tmp_path, adapter, squares_for(layers, 0), {"n.weight": torch.ones(5).bfloat16()})
     return adapter
 
 
-def test_adapter_round_trip(adapter: AdapterFile, tmp_path: Path):
+def test_adapter_round_trip(adapter, tmp_path):
     assert read_adapter(tmp_path) == adapter
     assert read_json(tmp_path / "adapter.json")["facts"] == {"seed": 3}
     tensors = AdapterTensors(tmp_path, adapter)
@@ -57,39 +56,37 @@ config = {kind: mora, rank: 8} | the adapter's settings: target_modules is missi
 
 
 @pytest.mark.parametrize("change, words", rows(WRONG))
-def test_adapter_damage_is_named(adapter: AdapterFile, tmp_path: Path, change: str, words: str):
+def test_adapter_damage_is_named(adapter, tmp_path, change, words):
     change_json(tmp_path / "adapter.json", lambda content: set_value(content, change))
-    with pytest.raises(UserError, match=words):
+    with user_error(words):
         read_adapter(tmp_path)
 
 
-def test_a_missing_adapter_file_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"adapter\.json is missing"):
+def test_a_missing_adapter_file_is_named(tmp_path):
+    with user_error(r"adapter\.json is missing"):
         read_adapter(tmp_path)
 
 
-def test_adapter_tensors_must_fit(adapter: AdapterFile, tmp_path: Path):
+def test_adapter_tensors_must_fit(adapter, tmp_path):
     fewer = replace(adapter, layers={"a.q": adapter.layers["a.q"]})
-    with pytest.raises(UserError, match=r"a\.v\.square"):
+    with user_error(r"a\.v\.square"):
         AdapterTensors(tmp_path, fewer)
     wider = replace(adapter, layers={**adapter.layers, "a.q": entry("a.q", r_hat=8)})
-    with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\)"):
+    with user_error(r"a\.q\.square is \(6, 6\)"):
         AdapterTensors(tmp_path, wider)
     tensors = load_file(tmp_path / "adapter.safetensors")
     save_file({**tensors, "a.q.square": tensors["a.q.square"].half()}, tmp_path / "adapter.safetensors")
-    with pytest.raises(UserError, match=r"a\.q\.square is \(6, 6\) torch\.float16, which does not fit"):
+    with user_error(r"a\.q\.square is \(6, 6\) torch\.float16, which does not fit"):
         AdapterTensors(tmp_path, adapter)
     with pytest.raises(ValueError, match="not those that the adapter lists"):
         write_adapter(tmp_path, adapter, {}, {})
     os.truncate(tmp_path / "adapter.safetensors", 300)
-    with pytest.raises(UserError, match=r"adapter\.safetensors is truncated or damaged"):
+    with user_error(r"adapter\.safetensors is truncated or damaged"):
         AdapterTensors(tmp_path, adapter)
 
 
 @pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "base.json", "ledger/cycle-00000.safetensors"])
-def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
-    adapter: AdapterFile, tmp_path: Path, name: str
-):
+def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(adapter, tmp_path, name):
     """An engine's shards are larger by far; their sizes are looked at all the same."""
     BaseReference("base", "f", {}, "float32").write(tmp_path)
     ledger = Ledger.create(tmp_path / "ledger", "f")
@@ -101,17 +98,17 @@ def test_each_file_of_an_adapter_is_hashed_and_no_other_where_only_that_is_read(
     opened = Adapter.open(tmp_path)
     assert opened.file == adapter
     flip(tmp_path / name, 0.9)
-    with pytest.raises(UserError, match=f"{name} is damaged"):
+    with user_error(f"{name} is damaged"):
         Adapter.open(tmp_path)
     (tmp_path / "shard").write_bytes(b"s")
-    with pytest.raises(UserError, match="shard has 1 bytes"):
+    with user_error("shard has 1 bytes"):
         Adapter.open(tmp_path)
 
 
-def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path):
+def test_base_reference_finds_its_base_and_refuses_another(tmp_path):
     for seed in (0, 1):
         tiny_model(seed=seed).save_pretrained(tmp_path / f"base-{seed}")
-    checkpoint = tmp_path / "checkpoints" / "step-1"
+    checkpoint = tmp_path / "checkpoints/step-1"
     checkpoint.mkdir(parents=True)
     fingerprint = BaseCheckpoint.open(tmp_path / "base-0").fingerprint()
     reference = BaseReference("../../base-0", fingerprint, {"a": "b"}, "float32")
@@ -119,7 +116,7 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path):
     (tmp_path / "latest").symlink_to(checkpoint)
     assert BaseReference.read(checkpoint) == reference
     assert reference.open_base(tmp_path / "latest").fingerprint() == fingerprint
-    with pytest.raises(UserError, match=r"--base: .*base-1 is not the base of .*step-1"):
+    with user_error(r"--base: .*base-1 is not the base of .*step-1"):
         reference.open_base(checkpoint, tmp_path / "base-1", "--base")
 
 
@@ -127,13 +124,13 @@ def test_base_reference_finds_its_base_and_refuses_another(tmp_path: Path):
     "change, words",
     [("format = 2", " has format 2"), ("dtype = int4", ": unknown dtype 'int4'"), ("keys = null", " is damaged")],
 )
-def test_a_damaged_base_reference_is_named(tmp_path: Path, change: str, words: str):
+def test_a_damaged_base_reference_is_named(tmp_path, change, words):
     BaseReference("base", "f", {"a": "b"}, "float32").write(tmp_path)
     change_json(tmp_path / "base.json", lambda content: set_value(content, change))
-    with pytest.raises(UserError, match=rf"base\.json{words}"):
+    with user_error(rf"base\.json{words}"):
         BaseReference.read(tmp_path)
 
 
 def test_an_entry_has_the_weight_of_its_module():
-    with pytest.raises(UserError, match=r"a\.q: its weight cannot be 'b\.q\.weight'"):
+    with user_error(r"a\.q: its weight cannot be 'b\.q\.weight'"):
         LayerEntry.from_dict("a.q", {**entry("a.q").to_dict(), "weight": "b.q.weight"})

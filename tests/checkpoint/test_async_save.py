@@ -3,22 +3,18 @@
 import errno
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.layout import complete_checkpoints
-from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.writer import Background
 from mora_ds.common.errors import RunError
 from mora_ds.engine import shards as shard_module
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, finished_run, job, refused
+from tests.helpers.jobs import finished_run, job, refused
 from tests.helpers.outcome import assert_good, assert_same_outcome
 
 LAST_STEP = 7
@@ -29,12 +25,12 @@ MORE = (
 
 
 @pytest.fixture(scope="module")
-def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(user, tmp_path_factory):
     """A run that writes its checkpoints at once."""
     return finished_run(2, user, tmp_path_factory, *MORE)
 
 
-def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
+def slow_job(argv):
     """No shard is written before a step has been done since its save, the last one's apart: a save that waited for the
     disk would wait for ever. (shards that were written beside training, summary)."""
     write = shard_module.write_shard
@@ -42,44 +38,44 @@ def slow_job(argv: list[str]) -> tuple[int, dict[str, Any]]:
     save = checkpoints.CheckpointWriter.save
     stepped, beside = threading.Event(), 0
 
-    def slowly(path: Path, content: Any):
+    def slowly(path, content):
         nonlocal beside
         beside += not stepped.is_set()
         if not stepped.wait(60):
             raise RunError("training did not go on")
         write(path, content)
 
-    def counted(writer: checkpoints.CheckpointWriter, state: TrainerState, *args: Any) -> Path:
+    def counted(writer, state, *args):
         writer.wait()
         if state.step < LAST_STEP:
             stepped.clear()
         return save(writer, state, *args)
 
-    def step(trainer: Trainer):
+    def step(trainer):
         stepped.set()
         after_step(trainer)
 
     shard_module.write_shard = slowly
-    Trainer._after_step = step  # type: ignore[method-assign]
-    checkpoints.CheckpointWriter.save = counted  # type: ignore[method-assign]
+    Trainer._after_step = step
+    checkpoints.CheckpointWriter.save = counted
     summary = job(argv)
     return beside, summary
 
 
-def test_the_same_checkpoints_while_training_goes_on(user: Playground, whole: Path, out: Path):
+def test_the_same_checkpoints_while_training_goes_on(user, whole, out):
     """Merges fall into writes; every checkpoint is as of its own step, and the run is the other one bit for bit."""
-    for beside, summary in run_ranks(2, slow_job, user.flags(out, *MORE, "--async_save", "true")):
+    for beside, summary in run_ranks(2, slow_job, user.flags(out, *MORE, "--async_save true")):
         assert beside >= 1, "a shard was written while a step was done"
         assert summary["steps"] == LAST_STEP
     assert_same_outcome(out, whole)
 
 
-def faulty_job(argv: list[str], fault: Callable[[], None]) -> tuple[str, str]:
+def faulty_job(argv, fault):
     """The disk of rank 1 has a fault from the second checkpoint on."""
     write = shard_module.write_shard
     written = []
 
-    def write_or_fail(path: Path, content: Any):
+    def write_or_fail(path, content):
         written.append(path)
         if torch.distributed.get_rank() == 1 and "step-000004" in str(path):
             fault()
@@ -99,8 +95,8 @@ def give_no_answer():
     threading.Event().wait()
 
 
-def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user: Playground, out: Path):
-    told = run_ranks(2, faulty_job, user.flags(out, *MORE, "--async_save", "true"), be_full)
+def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(user, out):
+    told = run_ranks(2, faulty_job, user.flags(out, *MORE, "--async_save true"), be_full)
     assert [kind for kind, _ in told] == ["RunError", "RunError"]
     assert f"the disk that holds {out / 'checkpoints'} is full" in told[1][1]
     assert told[0][1].startswith("rank 1: ")
@@ -111,14 +107,14 @@ def test_what_went_wrong_is_told_on_all_ranks_and_the_checkpoint_before_stays(us
     assert_good(out)
 
 
-def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground, out: Path):
-    argv = user.flags(out, *MORE, "--async_save", "true", "--collective_timeout_s", 8)
+def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user, out):
+    argv = user.flags(out, *MORE, "--async_save true --collective_timeout_s 8")
     for kind, message in run_ranks(2, faulty_job, argv, give_no_answer, timeout_s=100):
         assert kind == "RunError", message
         assert "step-000004" in message, message
         assert "8 s" in message
         assert "--collective_timeout_s" in message
-    assert (out / "checkpoints" / "latest").resolve().name == "step-000002"
+    assert (out / "checkpoints/latest").resolve().name == "step-000002"
 
 
 # -- the pieces --------------------------------------------------------------------------------------------------------
@@ -127,8 +123,8 @@ def test_a_disk_that_does_not_answer_ends_the_run_on_all_ranks(user: Playground,
 def test_background_work_is_waited_for_and_its_error_raised_once():
     background = Background(limit_s=60)
     background.wait()
-    done: list[int] = []
-    background.start(lambda: (time.sleep(0.2), done.append(1))[0], "work")  # type: ignore[func-returns-value]
+    done = []
+    background.start(lambda: (time.sleep(0.2), done.append(1))[0], "work")
     background.wait(0.01)
     assert not done
     background.wait()

@@ -18,7 +18,7 @@ CONSTANT = 60 << 10
 """Bytes, for two ranks and 19 tensors: random states, layouts, JSON, the probe's logits."""
 
 
-def sizes(folder: str) -> dict[str, tuple[int, int]]:
+def sizes(folder):
     """Stage and dtype -> (bytes of a checkpoint without its ledger, trained parameters)."""
     root = Path(folder)
     if dist.get_rank() == 0:
@@ -44,7 +44,7 @@ def sizes(folder: str) -> dict[str, tuple[int, int]]:
     return measured
 
 
-def test_bytes_a_parameter(tmp_path: Path):
+def test_bytes_a_parameter(tmp_path):
     for combination, (nbytes, parameters) in run_pooled(2, sizes, str(tmp_path))[0].items():
         assert parameters > 27_000, "large against the constant"
         print(f"{combination}: {nbytes:,} bytes, {nbytes / parameters:.2f} a parameter")
@@ -55,11 +55,11 @@ def test_bytes_a_parameter(tmp_path: Path):
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
 
-def names(root: Path) -> list[int]:
+def names(root):
     return [int(folder.name.removeprefix("step-")) for folder in complete_checkpoints(root)]
 
 
-def test_only_whole_ones_count_and_go(tmp_path: Path):
+def test_only_whole_ones_count_and_go(tmp_path):
     """Keeping two: those without a manifest, cut short, or of a branch that was left stay as they are, uncounted."""
     folders = {step: checkpoint_at(tmp_path, step) for step in (1, 2, 3, 4, 5, 6, 9)}
     (folders[2] / "manifest.json").unlink()

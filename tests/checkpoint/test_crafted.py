@@ -2,9 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,35 +10,34 @@ from mora_ds.checkpoint.layout import resume_checkpoint
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.checkpoint.verify import verify
 from mora_ds.checkpoint.writer import _load_rng
-from mora_ds.common.errors import UserError
 from mora_ds.deploy.adapter_io import export_adapter
 from mora_ds.deploy.export import export_merged
 from tests.helpers.crafted import SHARD, change_header, change_layout, reseal, whole_checkpoint
 from tests.helpers.damage import change_json, set_value
-from tests.helpers.exports import FakeRun
+from tests.helpers.errors import user_error
 from tests.helpers.tables import rows
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+def original(tmp_path_factory):
     return whole_checkpoint(tmp_path_factory.mktemp("crafted"))
 
 
 @pytest.fixture
-def checkpoint(original: FakeRun, tmp_path: Path) -> Path:
+def checkpoint(original, tmp_path):
     shutil.copytree(original.base, tmp_path / "base")
-    return Path(shutil.copytree(original.checkpoint, tmp_path / "out" / "checkpoints" / "step-000007"))
+    return Path(shutil.copytree(original.checkpoint, tmp_path / "out/checkpoints/step-000007"))
 
 
-def test_the_checkpoint_itself_is_good(checkpoint: Path, tmp_path: Path):
+def test_the_checkpoint_itself_is_good(checkpoint, tmp_path):
     (verdict,) = verify(checkpoint, tmp_path / "base")
     assert verdict.is_good, verdict.problems
     export_merged(checkpoint, tmp_path / "merged", verify=True)
 
 
-def assert_refused(tool: Callable[[Path, Path], object], checkpoint: Path, made: Path, words: str):
+def assert_refused(tool, checkpoint, made, words):
     """Words: a regular expression. The folder `made` is not written."""
-    with pytest.raises(UserError, match=words):
+    with user_error(words):
         tool(checkpoint, made)
     assert not made.exists()
 
@@ -48,10 +45,10 @@ def assert_refused(tool: Callable[[Path, Path], object], checkpoint: Path, made:
 # -- names that become paths -------------------------------------------------------------------------------------------
 
 
-def rename_parameter(checkpoint: Path, name: str):
+def rename_parameter(checkpoint, name):
     """model.norm.weight is called `name` in the shards."""
 
-    def change(content: dict[str, Any]):
+    def change(content):
         group = content["groups"][0]
         group[name] = group.pop("model.norm.weight")
 
@@ -59,8 +56,8 @@ def rename_parameter(checkpoint: Path, name: str):
     reseal(checkpoint)
 
 
-def rename_key(checkpoint: Path, key: str):
-    def change(header: dict[str, Any]):
+def rename_key(checkpoint, key):
+    def change(header):
         header[f"0.{key}"] = header.pop("0.exp_avg")
 
     change_header(checkpoint / "engine" / SHARD, change)
@@ -69,16 +66,16 @@ def rename_key(checkpoint: Path, key: str):
 
 @pytest.mark.parametrize("name", ["../../../../evil", "/tmp/evil/mora", "", "a\\b", "a\nb", "a\0b", "x" * 300])
 @pytest.mark.parametrize("rename", [rename_parameter, rename_key])
-def test_names_in_shards_are_those_of_files(checkpoint: Path, rename: Callable[[Path, str], None], name: str):
+def test_names_in_shards_are_those_of_files(checkpoint, rename, name):
     rename(checkpoint, name)
     assert not verify(checkpoint)[0].is_good
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
-def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str):
+def test_a_manifest_lists_files_of_its_own_folder(checkpoint, name):
     from mora_ds.common.files import _seal
 
-    def change(content: dict[str, Any]):
+    def change(content):
         content["files"][name] = {"size": 1, "sha256": "a"}
         content["seal"] = _seal(content["files"])
 
@@ -88,7 +85,7 @@ def test_a_manifest_lists_files_of_its_own_folder(checkpoint: Path, name: str):
 
 # -- links -------------------------------------------------------------------------------------------------------------
 
-LINKS: dict[str, Callable[[Path, Path], object]] = {
+LINKS = {
     "merge": export_merged,
     "adapter": export_adapter,
     "resume": lambda folder, _: resume_checkpoint(str(folder), folder.parent),
@@ -97,7 +94,7 @@ LINKS: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("tool", LINKS)
 @pytest.mark.parametrize("link", ["tokenizer/vocab.txt", "stray", "engine/more", "ledger/more"])
-def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, link: str):
+def test_no_tool_follows_a_link(checkpoint, tmp_path, tool, link):
     (tmp_path / "secret").write_text("of the user")
     (checkpoint / link).symlink_to(tmp_path / "secret")
     reseal(checkpoint)
@@ -105,14 +102,14 @@ def test_no_tool_follows_a_link(checkpoint: Path, tmp_path: Path, tool: str, lin
     assert any("links are not followed" in problem for problem in verify(checkpoint)[0].problems)
 
 
-def test_no_link_is_followed_out_of_a_base(checkpoint: Path, tmp_path: Path):
+def test_no_link_is_followed_out_of_a_base(checkpoint, tmp_path):
     (tmp_path / "secret").write_text("of the user")
-    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "base/LICENSE").symlink_to(tmp_path / "secret")
     assert_refused(export_merged, checkpoint, tmp_path / "merged", "which is not copied")
 
 
-def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint: Path, tmp_path: Path):
-    os.mkfifo(checkpoint / "tokenizer" / "pipe")
+def test_a_pipe_in_a_checkpoint_does_not_hang(checkpoint, tmp_path):
+    os.mkfifo(checkpoint / "tokenizer/pipe")
     assert_refused(export_merged, checkpoint, tmp_path / "merged", "neither a file nor a folder")
 
 
@@ -149,7 +146,7 @@ engine/layouts.safetensors | scaler = {cur_scale: null} | must be a number
 
 
 @pytest.mark.parametrize("file, change, words", rows(HUGE))
-def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: str, words: str):
+def test_wrong_types_and_numbers_are_named(checkpoint, file, change, words):
     if file.endswith(".json"):
         change_json(checkpoint / file, lambda content: set_value(content, change))
     else:
@@ -160,12 +157,12 @@ def test_wrong_types_and_numbers_are_named(checkpoint: Path, file: str, change: 
     assert file.split("/")[-1] in problems[0]
 
 
-def test_random_states_that_torch_does_not_take(checkpoint: Path):
-    with pytest.raises(UserError, match=r"rng.safetensors is damaged"):
+def test_random_states_that_torch_does_not_take(checkpoint):
+    with user_error(r"rng.safetensors is damaged"):
         _load_rng(checkpoint, 0, TrainerState.read(checkpoint))
 
 
-def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path):
+def test_an_operators_seed_and_sizes_have_bounds(checkpoint):
     for change in ({"seed": 10**12}, {"d_in": 10**9}, {"d_in": True}, {"kind": ["share"]}, {"more": 1}):
         before = (checkpoint / "adapter.json").read_text()
         operator = lambda content: next(iter(content["layers"].values()))["operator"].update(change)  # noqa: B023, E731
@@ -175,19 +172,19 @@ def test_an_operators_seed_and_sizes_have_bounds(checkpoint: Path):
         (checkpoint / "adapter.json").write_text(before)
 
 
-def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint: Path, tmp_path: Path):
-    def change(header: dict[str, Any]):
+def test_a_layer_keeps_its_shape_from_cycle_to_cycle(checkpoint, tmp_path):
+    def change(header):
         header["__metadata__"]["layers"] = header["__metadata__"]["layers"].replace('"d_in": 32', '"d_in": 16777216', 1)
 
-    change_header(checkpoint / "ledger" / "cycle-00001.safetensors", change)
+    change_header(checkpoint / "ledger/cycle-00001.safetensors", change)
     reseal(checkpoint)
     assert_refused(export_merged, checkpoint, tmp_path / "merged", "another layer than in earlier cycles")
 
 
-def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint: Path, tmp_path: Path):
+def test_the_live_layers_have_the_shapes_of_the_ledgers(checkpoint, tmp_path):
     """Also where no base is read that would show it."""
 
-    def change(content: dict[str, Any]):
+    def change(content):
         next(iter(content["layers"].values()))["operator"]["d_in"] = 2**24
 
     change_json(checkpoint / "adapter.json", change)

@@ -8,9 +8,7 @@ One file because all of them share that run.
 import itertools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,16 +19,16 @@ from mora_ds.common.files import verify_manifest
 from mora_ds.data import build_cache, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
 from mora_ds.remora.ledger import Ledger
-from mora_ds.train.trainer import Trainer
 from tests.helpers.damage import HARMS, change_json, cut, flip, gone, make_own, mount
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, golden_flags, output_of, refused, refused_each, rows, run
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.jobs import golden_flags, output_of, refused, refused_each, rows, run
 from tests.helpers.outcome import assert_same_outcome, tree
 from tests.helpers.resume import disturb
 
 
 @pytest.fixture
-def out(golden: Path, tmp_path: Path) -> Path:
+def out(golden, tmp_path):
     """A copy in which files with several names are still one file each."""
     subprocess.run(["cp", "-a", str(golden), str(tmp_path / "out")], check=True)
     return tmp_path / "out"
@@ -44,8 +42,8 @@ KINDS = (
 )  # fmt: skip
 
 
-def test_every_file_of_a_checkpoint_has_its_case(golden: Path):
-    checkpoint = golden / "checkpoints" / "step-000006"
+def test_every_file_of_a_checkpoint_has_its_case(golden):
+    checkpoint = golden / "checkpoints/step-000006"
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert files - set(KINDS) == {"ledger/cycle-00000.safetensors"}
     assert not set(KINDS) - files
@@ -55,9 +53,7 @@ def test_every_file_of_a_checkpoint_has_its_case(golden: Path):
 
 
 @pytest.mark.parametrize("kind, harm", list(zip(KINDS, itertools.cycle(HARMS), strict=False)))
-def test_a_damaged_checkpoint_is_passed_over_and_refused(
-    out: Path, kind: str, harm: str, caplog: pytest.LogCaptureFixture
-):
+def test_a_damaged_checkpoint_is_passed_over_and_refused(out, kind, harm, caplog):
     root = out / "checkpoints"
     damaged = root / "step-000006" / kind
     make_own(damaged)
@@ -68,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
     assert str(damaged) in line
     asked = ["latest", str(root / "step-000006")] if kind != "manifest.json" or harm != "gone" else []
     for wanted in asked:
-        with pytest.raises(UserError, match="step-000006 is damaged") as caught:
+        with user_error("step-000006 is damaged") as caught:
             resume_checkpoint(wanted, root)
         assert str(damaged) in str(caught.value)
         assert "--resume_from_checkpoint auto" in str(caught.value)
@@ -79,17 +75,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused(
         assert not (out / "merged").exists()
 
 
-def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object]):
+def edit(checkpoint, change):
     change_json(checkpoint / "manifest.json", change)
 
 
-def lose(checkpoint: Path, name: str):
+def lose(checkpoint, name):
     """From the manifest and from the folder."""
     (checkpoint / name).unlink()
     edit(checkpoint, lambda content: content["files"].pop(name))
 
 
-EDITS: dict[str, Callable[[Path], object]] = {
+EDITS = {
     "shard in neither": lambda folder: lose(folder, KINDS[-1]),
     "random state in neither": lambda folder: lose(folder, "rng.safetensors"),
     "ledger in neither": lambda folder: lose(folder, "ledger/ledger.json"),
@@ -100,21 +96,21 @@ EDITS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", EDITS)
-def test_a_manifest_that_is_not_the_one_written(out: Path, change: str, caplog: pytest.LogCaptureFixture):
+def test_a_manifest_that_is_not_the_one_written(out, change, caplog):
     root = out / "checkpoints"
     EDITS[change](root / "step-000006")
     assert resume_checkpoint("auto", root) == root / "step-000004"
     assert "manifest.json" in caplog.messages[0]
-    with pytest.raises(UserError, match=r"manifest\.json"):
+    with user_error(r"manifest\.json"):
         resume_checkpoint("latest", root)
 
 
-def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest.LogCaptureFixture):
+def test_a_cycle_that_was_damaged_before_it_was_listed(out, caplog):
     """Manifest and file agree: both are of the damaged cycle. The ledger's own record does not."""
     from mora_ds.common.files import write_manifest
 
     root = out / "checkpoints"
-    cycle = root / "step-000006" / "ledger" / "cycle-00001.safetensors"
+    cycle = root / "step-000006/ledger/cycle-00001.safetensors"
     make_own(cycle)
     flip(cycle, 0.99)
     write_manifest(root / "step-000006")
@@ -123,10 +119,10 @@ def test_a_cycle_that_was_damaged_before_it_was_listed(out: Path, caplog: pytest
     assert str(cycle) in caplog.messages[0]
 
 
-def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, out: Path):
+def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user, out):
     """Both cycles are one file with four names each: a damaged first one leaves nothing to go on from."""
     root = out / "checkpoints"
-    flip(out / "ledger" / "cycle-00000.safetensors", 0.9)
+    flip(out / "ledger/cycle-00000.safetensors", 0.9)
     before = tree(out)
     for kind, message in run_ranks(2, refused, golden_flags(user, out, "--resume_from_checkpoint", "auto")):
         assert kind == "UserError"
@@ -135,12 +131,10 @@ def test_auto_does_not_begin_afresh_over_damaged_checkpoints(user: Playground, o
     assert tree(out) == before
 
 
-def test_auto_goes_back_to_before_a_damaged_cycle(
-    user: Playground, golden: Path, out: Path, caplog: pytest.LogCaptureFixture
-):
+def test_auto_goes_back_to_before_a_damaged_cycle(user, golden, out, caplog):
     """The run's own ledger, two checkpoints and their cycle share the damage; the run is the same in the end."""
-    flip(out / "ledger" / "cycle-00001.safetensors", 0.9)
-    assert resume_checkpoint("auto", out / "checkpoints") == out / "checkpoints" / "step-000002"
+    flip(out / "ledger/cycle-00001.safetensors", 0.9)
+    assert resume_checkpoint("auto", out / "checkpoints") == out / "checkpoints/step-000002"
     assert len(caplog.messages) == 2
     run(2, golden_flags(user, out, "--resume_from_checkpoint", "auto"))
     assert_same_outcome(out, golden)
@@ -150,14 +144,14 @@ def test_auto_goes_back_to_before_a_damaged_cycle(
 
 
 @pytest.mark.parametrize("target", [None, "step-000099", "../elsewhere/step-000008", "../elsewhere"])
-def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None):
+def test_latest_that_leads_nowhere_or_elsewhere(out, target):
     root = out / "checkpoints"
-    shutil.copytree(root / "step-000006", out / "elsewhere" / "step-000008")
+    shutil.copytree(root / "step-000006", out / "elsewhere/step-000008")
     (root / "latest").unlink()
     if target is not None:
         (root / "latest").symlink_to(target)
     assert resume_checkpoint("auto", root) == root / "step-000006"
-    with pytest.raises(UserError, match="--resume_from_checkpoint latest: "):
+    with user_error("--resume_from_checkpoint latest: "):
         resume_checkpoint("latest", root)
 
 
@@ -167,30 +161,30 @@ def test_latest_that_leads_nowhere_or_elsewhere(out: Path, target: str | None):
 @pytest.mark.parametrize(
     "kind, harm", [("ledger.json", "cut"), ("cycle-00000.safetensors", "flip"), ("cycle-00000.safetensors", "gone")]
 )
-def test_a_resume_takes_the_checkpoints_ledger(out: Path, kind: str, harm: str):
+def test_a_resume_takes_the_checkpoints_ledger(out, kind, harm):
     damaged = out / "ledger" / kind
-    latest = (out / "checkpoints" / "latest").resolve()
+    latest = (out / "checkpoints/latest").resolve()
     make_own(damaged)
     HARMS[harm](damaged)
     fingerprint = BaseReference.read(latest).fingerprint
-    with pytest.raises(UserError, match=str(out / "ledger")):
+    with user_error(str(out / "ledger")):
         Ledger.open(out / "ledger", fingerprint)
     Ledger.open(latest / "ledger", fingerprint).copy_to(out / "ledger")
     assert Ledger.open(out / "ledger", fingerprint).cycles == 2
     assert verify_manifest(latest) == []
 
 
-def harmed_job(argv: list[str]) -> tuple[str, str]:
+def harmed_job(argv):
     """A run whose first cycle is damaged after step 3. For `run_ranks`."""
-    cycle = output_of(argv) / "ledger" / "cycle-00000.safetensors"
+    cycle = output_of(argv) / "ledger/cycle-00000.safetensors"
     disturb(3, lambda trainer: flip(cycle))
     return refused(argv, may_change=True)
 
 
-def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_path: Path):
+def test_a_ledger_that_is_damaged_while_the_run_goes_on(user, tmp_path):
     """A low bit of one number: the merge's probe does not see it, the next checkpoint does, and is not written."""
     out = tmp_path / "out"
-    kind, message = run_ranks(1, harmed_job, golden_flags(user, out))[0]
+    kind, message = run_alone(harmed_job, golden_flags(user, out))
     assert kind in ("RunError", "UserError")
     assert "cycle-00000.safetensors" in message
     assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
@@ -200,7 +194,7 @@ def test_a_ledger_that_is_damaged_while_the_run_goes_on(user: Playground, tmp_pa
 # -- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, golden: Path, out: Path):
+def test_a_damaged_row_of_metrics_costs_that_row_alone(user, golden, out):
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[2] = b"\xff" + lines[2][1:]
     (out / "metrics.jsonl").write_bytes(b"".join([*lines, b"7\n", b'{"step":']))
@@ -212,12 +206,12 @@ def test_a_damaged_row_of_metrics_costs_that_row_alone(user: Playground, golden:
 # -- the base --------------------------------------------------------------------------------------------------------
 
 
-def another_rope(path: Path):
+def another_rope(path):
     """Valid JSON, the same weights, another model."""
     change_json(path, lambda content: content["rope_parameters"].update(rope_theta=12345.0))
 
 
-BASES: list[tuple[str, Callable[[Path], None], str]] = [
+BASES = [
     ("model.safetensors", cut, "model.safetensors"),
     ("model.safetensors", flip, "weights of --model_name_or_path"),
     ("model.safetensors", gone, "--model_name_or_path"),
@@ -229,7 +223,7 @@ BASES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path: Path):
+def test_a_damaged_base_is_not_trained_on(user, out, tmp_path):
     cases = []
     for index, (name, harm, _) in enumerate(BASES):
         folder = Path(shutil.copytree(user.model, tmp_path / f"base-{index}"))
@@ -243,19 +237,19 @@ def test_a_damaged_base_is_not_trained_on(user: Playground, out: Path, tmp_path:
     assert tree(out) == before
     same = Path(shutil.copytree(user.model, tmp_path / "elsewhere"))
     change_json(same / "config.json", lambda content: content.update(transformers_version="5.99.0"))
-    latest = ("--resume_from_checkpoint", out / "checkpoints" / "step-000004", "--model_name_or_path", same)
+    latest = ("--resume_from_checkpoint", out / "checkpoints/step-000004", "--model_name_or_path", same)
     run(2, golden_flags(user, out, *latest))
-    assert BaseReference.read(out / "checkpoints" / "step-000006").folder == str(same.resolve())
+    assert BaseReference.read(out / "checkpoints/step-000006").folder == str(same.resolve())
 
 
 # -- disks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def read_only() -> Iterator[Callable[[Path], None]]:
-    mounted: list[Path] = []
+def read_only():
+    mounted = []
 
-    def freeze(folder: Path):
+    def freeze(folder):
         mount(folder, "--bind", str(folder))
         mounted.append(folder)
         mount(folder, "-o", "remount,bind,ro")
@@ -265,18 +259,18 @@ def read_only() -> Iterator[Callable[[Path], None]]:
         subprocess.run(["umount", "-l", str(mount_point)], check=True)
 
 
-def fill(disk: Path, leave: int):
+def fill(disk, leave):
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
 
 
-def test_a_cache_on_a_full_disk(user: Playground, disk: Path):
+def test_a_cache_on_a_full_disk(user, disk):
     fill(disk, 16_384)
     with pytest.raises((RunError, UserError), match=f"{disk}"):
         build_cache(load_corpus([str(user.train)]), load_tokenizer(user.model), disk / "cache")
     assert not list((disk / "cache").glob("*partial*"))
 
 
-def test_a_cycle_on_a_full_disk(out: Path, disk: Path):
+def test_a_cycle_on_a_full_disk(out, disk):
     book = Ledger.open(out / "ledger").copy_to(disk / "ledger")
     fill(disk, 4_096)
     squares = {name: book.square(1, name) for name in book.layers(1)}
@@ -287,7 +281,7 @@ def test_a_cycle_on_a_full_disk(out: Path, disk: Path):
     assert Ledger.open(disk / "ledger").cycles == book.cycles == 2
 
 
-def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path):
+def test_an_export_onto_a_full_disk_leaves_the_old_one(golden, disk):
     export_merged(golden, disk / "merged")
     fill(disk, 16_384)
     before = tree(disk)
@@ -296,21 +290,21 @@ def test_an_export_onto_a_full_disk_leaves_the_old_one(golden: Path, disk: Path)
     assert tree(disk) == before
 
 
-def test_an_output_folder_that_cannot_be_written_to(user: Playground, out: Path, read_only: Callable[[Path], None]):
-    (out / "checkpoints" / ".step-000008.writing").mkdir()
+def test_an_output_folder_that_cannot_be_written_to(user, out, read_only):
+    (out / "checkpoints/.step-000008.writing").mkdir()
     before = tree(out)
     read_only(out)
     for more in (("--resume_from_checkpoint", "auto"), ("--overwrite_output_dir", "true"), ()):
-        kind, message = run_ranks(1, refused, golden_flags(user, out, *more))[0]
+        kind, message = run_alone(refused, golden_flags(user, out, *more))
         assert kind == "UserError"
         assert f"--output_dir {out} cannot be written to" in message
     assert tree(out) == before
 
 
-def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
+def frozen_job(argv, folder):
     """A run during which the file system of a folder becomes read-only, after step 3. For `run_ranks`."""
 
-    def freeze(trainer: Trainer):
+    def freeze(trainer):
         subprocess.run(["mount", "--bind", folder, folder], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
@@ -319,16 +313,14 @@ def frozen_job(argv: list[str], folder: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name, newest", [("checkpoints", "step-000002"), ("ledger", "step-000004")])
-def test_a_folder_that_becomes_read_only(
-    user: Playground, golden: Path, tmp_path: Path, read_only: Callable[[Path], None], name: str, newest: str
-):
+def test_a_folder_that_becomes_read_only(user, golden, tmp_path, read_only, name, newest):
     """The checkpoint of step 4 is written before the merge of step 4, which the ledger cannot take."""
     out = tmp_path / "out"
     probe = tmp_path / "probe"
     probe.mkdir()
     read_only(probe)  # skips where mounting is not allowed
     argv = golden_flags(user, out)
-    kind, message = run_ranks(1, frozen_job, argv, str(out / name))[0]
+    kind, message = run_alone(frozen_job, argv, str(out / name))
     subprocess.run(["umount", "-l", str(out / name)], check=True)
     assert kind == "RunError"
     assert f"writing to {out / name} failed" in message
@@ -337,11 +329,11 @@ def test_a_folder_that_becomes_read_only(
     assert run(1, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 
-def test_a_shared_cache_may_be_read_only(user: Playground, tmp_path: Path, read_only: Callable[[Path], None]):
+def test_a_shared_cache_may_be_read_only(user, tmp_path, read_only):
     run(1, golden_flags(user, tmp_path / "first", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
     read_only(tmp_path / "cache")
     run(1, golden_flags(user, tmp_path / "second", "--cache_dir", tmp_path / "cache", "--max_steps", 3))
     more = ("--cache_dir", tmp_path / "cache", "--train_files", user.held)
-    kind, message = run_ranks(1, refused, golden_flags(user, tmp_path / "third", *more))[0]
+    kind, message = run_alone(refused, golden_flags(user, tmp_path / "third", *more))
     assert kind == "UserError"
     assert f"--cache_dir {tmp_path / 'cache'} cannot be written to: Read-only file system" in message

@@ -5,7 +5,6 @@ Complete runs: `test_elastic_runs`.
 
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,12 +19,13 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_tensors
 from tests.helpers.shards import save_engine
+from tests.helpers.tables import heavy
 
 Combination = tuple[int, str]
 MOMENTS = ["exp_avg", "exp_avg_sq"]
 
 
-def trained(combination: Combination) -> Any:
+def trained(combination):
     """An engine after three steps, its second parameter's state as old as its last merge."""
     engine = new_engine(*combination)
     for number in range(3):
@@ -35,7 +35,7 @@ def trained(combination: Combination) -> Any:
     return engine
 
 
-def live(engine: Any) -> dict[str, torch.Tensor]:
+def live(engine):
     """Masters as the engine gathers them itself, and the parameters that forward reads."""
     model = engine.module
     tensors = {}
@@ -50,7 +50,7 @@ def live(engine: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def whole(folder: Path) -> dict[str, torch.Tensor]:
+def whole(folder):
     """Everything that the shards in a folder hold, put together."""
     shards = EngineShards.open(folder / "engine")
     assert set(shards.layout.shapes) == {"first", "second"}
@@ -65,11 +65,11 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def place(root: str, combination: Combination) -> Path:
+def place(root, combination):
     return Path(root) / f"{combination[0]}-{combination[1]}"
 
 
-def save_all(root: str) -> dict[Combination, Any]:
+def save_all(root):
     results = {}
     for combination in COMBINATIONS:
         engine = trained(combination)
@@ -78,23 +78,23 @@ def save_all(root: str) -> dict[Combination, Any]:
     return results
 
 
-def scale_of(engine: Any) -> Any:
+def scale_of(engine):
     return {name: getattr(view_of(engine).loss_scaler, name, None) for name in shard_module.SCALER}
 
 
-def next_loss(engine: Any) -> float:
+def next_loss(engine):
     one_step(engine)
     return engine(torch.ones(2, 5, dtype=engine.module.first.dtype)).item()
 
 
-def restored(combination: Combination, folder: Path) -> Any:
+def restored(combination, folder):
     engine = new_engine(*combination)
     shard_module.restore(engine, EngineShards.open(folder / "engine"))
     assert engine.global_steps == 3
     return engine
 
 
-def restore_all(root: str, target: str, pairs: list[tuple[Combination, Combination]]) -> list[Any]:
+def restore_all(root, target, pairs):
     """Each of `pairs`: a checkpoint of the first combination into an engine of the second, saved anew."""
     results = []
     for saved, now in pairs:
@@ -106,7 +106,7 @@ def restore_all(root: str, target: str, pairs: list[tuple[Combination, Combinati
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[Combination, Any]]:
+def saved(tmp_path_factory):
     root = str(tmp_path_factory.mktemp("saved"))
     return root, run_pooled(2, save_all, root)[0]
 
@@ -119,12 +119,10 @@ CROSS = [
 
 @pytest.mark.parametrize(
     "world, pairs",
-    [(1, SAME), (2, SAME), (4, SAME), pytest.param(3, [*SAME, *CROSS], marks=pytest.mark.heavy)],
+    [(1, SAME), (2, SAME), (4, SAME), heavy(3, [*SAME, *CROSS])],
     ids=["1", "2", "4", "3 and any stage"],
 )
-def test_masters_moments_and_counts_are_the_same_to_the_bit(
-    saved: tuple[str, dict[Combination, Any]], tmp_path: Path, world: int, pairs: list[tuple[Combination, Combination]]
-):
+def test_masters_moments_and_counts_are_the_same_to_the_bit(saved, tmp_path, world, pairs):
     root, expected = saved
     for rank in run_pooled(world, restore_all, root, str(tmp_path), pairs):
         for (before, after), result in zip(pairs, rank, strict=True):
@@ -141,7 +139,7 @@ def test_masters_moments_and_counts_are_the_same_to_the_bit(
         )
 
 
-def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]]):
+def test_steps_and_what_a_shard_holds(saved):
     """`whole` is not compared with itself alone: its masters are the engine's, its state is what the run must have."""
     root, expected = saved
     for combination in COMBINATIONS:
@@ -154,12 +152,12 @@ def test_steps_and_what_a_shard_holds(saved: tuple[str, dict[Combination, Any]])
         assert (layout.world_size, layout.stage) == (2, combination[0])
 
 
-def opened_while_restored(folder: str) -> list[list[str]]:
+def opened_while_restored(folder):
     """The files that this rank opens for each kind of shards, at the size that wrote them."""
-    opened: list[str] = []
+    opened = []
     load = shard_module.open_safetensors
 
-    def watch(path: Path) -> Any:
+    def watch(path):
         opened.append(path.name)
         return load(path)
 
@@ -174,7 +172,7 @@ def opened_while_restored(folder: str) -> list[list[str]]:
     return opened_files
 
 
-def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any]]):
+def test_a_rank_opens_its_own_file_alone(saved):
     for rank, rank_files in enumerate(run_ranks(2, opened_while_restored, saved[0])):
         assert rank_files == [[f"rank-{rank:05d}.safetensors"]] * len(COMBINATIONS)
 
@@ -182,7 +180,7 @@ def test_a_rank_opens_its_own_file_alone(saved: tuple[str, dict[Combination, Any
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def refused_by_model(folder: str) -> str:
+def refused_by_model(folder):
     engine = new_engine(3, "float32")
     engine.module.second.ds_shape = torch.Size((9,))
     try:
@@ -192,6 +190,6 @@ def refused_by_model(folder: str) -> str:
     return ""
 
 
-def test_shards_of_another_model_are_refused(saved: tuple[str, dict[Combination, Any]]):
+def test_shards_of_another_model_are_refused(saved):
     (message,) = run_pooled(1, refused_by_model, str(place(saved[0], (3, "float32")) / "engine"))
     assert "in 1 parameters, e.g. second: (7,) there, (9,) here" in message

@@ -5,43 +5,42 @@ The state of the engines alone: `test_elastic`.
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mora_ds.deploy.export import export_merged
-from mora_ds.train.loader import MicroBatch
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, assert_close_losses, job, rows, run
+from tests.helpers.jobs import REPOSITORY, assert_close_losses, job, rows, run
 from tests.helpers.outcome import assert_good
 from tests.helpers.resume import interrupted_job
+from tests.helpers.tables import heavy
 
 ROWS = 12
 """Sequences a step: shared evenly by 1, 2, 3 and 4 ranks."""
-RUN = ("--max_steps", 8, "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--train_norms", "true")
+RUN = "--max_steps 8 --merge_every 3 --restart_warmup_steps 1 --save_steps 2 --train_norms true"
 
 
-def flags(user: Playground, out: Path, world: int, *more: Any) -> list[str]:
-    return user.flags(out, *RUN, "--per_device_train_batch_size", ROWS // world, *more)
+def flags(user, out, world, *more):
+    return user.flags(out, RUN, "--per_device_train_batch_size", ROWS // world, *more)
 
 
-def changed_to(out: Path, stage: int) -> tuple[Any, ...]:
+def changed_to(out, stage):
     """Flags of a run that goes on from step 4 under another ZeRO stage."""
-    checkpoint = out / "checkpoints" / "step-000004"
+    checkpoint = out / "checkpoints/step-000004"
     return "--resume_from_checkpoint", checkpoint, "--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json"
 
 
-def watched(argv: list[str], last: int | None = None) -> list[tuple[int, int, torch.Tensor]]:
+def watched(argv, last=None):
     """Runs up to optimizer step `last`, or to the end.
 
     (step, first global row, token ids) of every training batch of this rank.
     """
-    seen: list[tuple[int, int, torch.Tensor]] = []
+    seen = []
     forward = Trainer._nll
 
-    def watch(trainer: Trainer, batch: MicroBatch, by_source: torch.Tensor) -> torch.Tensor:
+    def watch(trainer, batch, by_source):
         step = trainer.state.step
         size = trainer.training.per_device_train_batch_size
         index = sum(earlier == step for earlier, _, _ in seen)
@@ -57,9 +56,9 @@ def watched(argv: list[str], last: int | None = None) -> list[tuple[int, int, to
     return seen
 
 
-def in_order(ranks: list[list[tuple[int, int, torch.Tensor]]]) -> dict[int, torch.Tensor]:
+def in_order(ranks):
     """Step -> (ROWS, T) token ids of the global batch."""
-    steps: dict[int, dict[int, torch.Tensor]] = {}
+    steps = {}
     for rank in ranks:
         for step, first, ids in rank:
             steps.setdefault(step, {})[first] = ids
@@ -67,16 +66,14 @@ def in_order(ranks: list[list[tuple[int, int, torch.Tensor]]]) -> dict[int, torc
 
 
 @pytest.fixture(scope="module")
-def two(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, torch.Tensor]]:
+def two(user, tmp_path_factory):
     """The undisturbed run of two ranks, and its batches."""
     out = tmp_path_factory.mktemp("two") / "out"
     return out, in_order(run_ranks(2, watched, flags(user, out, 2)))
 
 
-@pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), pytest.param(3, 3, marks=pytest.mark.heavy)])
-def test_a_run_goes_on_at_another_size_and_back(
-    user: Playground, two: tuple[Path, dict[int, torch.Tensor]], tmp_path: Path, world: int, stage: int
-):
+@pytest.mark.parametrize("world, stage", [(1, 3), (4, 2), heavy(3, 3)])
+def test_a_run_goes_on_at_another_size_and_back(user, two, tmp_path, world, stage):
     """Steps 1 to 4 at two ranks (merge after 3), 5 and 6 at another number (merge after 6), 7 and 8 at two again."""
     reference, batches = two
     out = Path(shutil.copytree(reference, tmp_path / "out", symlinks=True))
@@ -100,21 +97,19 @@ MUON = ("--optimizer", "muon", "--learning_rate", 0.02)
 
 
 @pytest.fixture(scope="module")
-def muon(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def muon(user, tmp_path_factory):
     """The undisturbed run of two ranks under ZeRO-3; steps 4 and 8 are inside a cycle, with a momentum to lose."""
     out = tmp_path_factory.mktemp("muon") / "out"
     run(2, flags(user, out, 2, *MUON))
     return out
 
 
-@pytest.mark.parametrize("world, stage", [(3, 2), (2, 1), pytest.param(1, 3, marks=pytest.mark.heavy)])
-def test_muons_momentum_goes_on_at_another_size_and_stage(
-    user: Playground, muon: Path, tmp_path: Path, world: int, stage: int
-):
+@pytest.mark.parametrize("world, stage", [(3, 2), (2, 1), heavy(1, 3)])
+def test_muons_momentum_goes_on_at_another_size_and_stage(user, muon, tmp_path, world, stage):
     out = Path(shutil.copytree(muon, tmp_path / "out", symlinks=True))
     run(world, flags(user, out, world, *MUON, *changed_to(out, stage)))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)
-    assert_good(out / "checkpoints" / "step-000008", user.model)
-    back = ("--resume_from_checkpoint", out / "checkpoints" / "step-000006")  # saved as it was resumed
+    assert_good(out / "checkpoints/step-000008", user.model)
+    back = ("--resume_from_checkpoint", out / "checkpoints/step-000006")  # saved as it was resumed
     run(2, flags(user, out, 2, *MUON, *back))
     assert_close_losses(out, muon, rtol=0, atol=1e-5)

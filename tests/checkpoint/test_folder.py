@@ -3,8 +3,6 @@
 import errno
 import os
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,7 +26,7 @@ HIDDEN_FOLDERS = (".step-000002.bak.writing", ".step-x.old.writing", ".step-9.go
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     """Three checkpoints, the user's own folders and files beside them, and a link to a checkpoint elsewhere."""
     root = tmp_path / "checkpoints"
     for step in (2, 4, 6):
@@ -38,27 +36,27 @@ def root(tmp_path: Path) -> Path:
     (root / "step-000007").write_text("a file")
     (root / "step-000008.log").write_text("a file")
     checkpoint_at(tmp_path / "elsewhere", 1)
-    (root / "step-000001").symlink_to(tmp_path / "elsewhere" / "step-000001")
+    (root / "step-000001").symlink_to(tmp_path / "elsewhere/step-000001")
     replace_symlink(root / "latest", "step-000006")
     return root
 
 
-def contents(root: Path) -> set[str]:
+def contents(root):
     return {path.relative_to(root).as_posix() for path in root.rglob("*")}
 
 
-def names(root: Path) -> list[str]:
+def names(root):
     return [folder.name for folder in complete_checkpoints(root)]
 
 
-def test_steps_and_their_folders_are_in_order(tmp_path: Path):
+def test_steps_and_their_folders_are_in_order(tmp_path):
     steps = [0, 9, 40, 999_999, 1_000_000, 123_456_789]
     for step in steps:
         step_folder(tmp_path, step).mkdir()
     assert [step_of(folder) for folder in complete_checkpoints(tmp_path)] == steps
 
 
-def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: Path):
+def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root):
     before = contents(root)
     settle(root)
     assert names(root) == ["step-000001", "step-000002", "step-000004", "step-000006"]
@@ -66,10 +64,10 @@ def test_what_is_not_a_checkpoint_by_its_name_is_neither_read_nor_deleted(root: 
     writer._retain(root, 6, keep=1)
     gone = {name for name in before if name.split("/")[0] in ("step-000002", "step-000004")}
     assert contents(root) == before - gone
-    assert (root / "step-000001" / "file").read_text() == "1", "a link and what it leads to are the user's"
+    assert (root / "step-000001/file").read_text() == "1", "a link and what it leads to are the user's"
 
 
-def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(root: Path, tmp_path: Path):
+def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(root, tmp_path):
     """`latest` only where it is missing or leads nowhere; `best` whatever it was, for a checkpoint that is there."""
     name_latest(root, root / "step-000004")
     assert os.readlink(root / "latest") == "step-000006"
@@ -77,7 +75,7 @@ def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(r
         (root / "latest").unlink()
         if target is not None:
             (root / "latest").symlink_to(target)
-        name_latest(root, tmp_path / "elsewhere" / "step-000001")
+        name_latest(root, tmp_path / "elsewhere/step-000001")
         assert not (root / "latest").exists(), "no checkpoint of this run"
         name_latest(root, root / "step-000004")
         assert os.readlink(root / "latest") == "step-000004"
@@ -86,22 +84,20 @@ def test_a_link_that_a_killed_run_did_not_make_is_made_by_the_one_that_resumes(r
         assert os.readlink(root / "best") == f"step-{named:06d}"
 
 
-def test_a_copy_can_be_resumed_from_and_verified(root: Path):
+def test_a_copy_can_be_resumed_from_and_verified(root):
     copy = root / "step-000002.bak"
     assert resume_checkpoint(str(copy), root) == copy
     assert [verdict.folder.name for verdict in verify(root)] == names(root)
     assert not any("not the name of a checkpoint" in problem for problem in verify(copy)[0].problems)
 
 
-def busy(*_: object, **options: object):
+def busy(*_, **options):
     if not options.get("ignore_errors"):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
 
 @pytest.mark.parametrize("module, call", [(shutil, "rmtree"), (os, "rename")])
-def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: Any, call: str
-):
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(root, monkeypatch, caplog, module, call):
     with monkeypatch.context() as patched:
         patched.setattr(module, call, busy)
         writer._retain(root, 6, keep=1)
@@ -116,9 +112,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning_and_tried_again(
     assert not caplog.text
 
 
-def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+def test_the_checkpoint_that_a_new_one_replaces_may_be_impossible_to_delete(root, monkeypatch, caplog):
     beside = shutil.copytree(root / "step-000006", root / ".step-000006.writing")
     with monkeypatch.context() as patched:
         patched.setattr(folders.shutil, "rmtree", busy)

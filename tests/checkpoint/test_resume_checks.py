@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,25 +17,26 @@ from mora_ds.common.files import replace_symlink
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json, checkpoint_at
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone
 from tests.helpers.models import tiny_model
 
 
-def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_is_found_by_its_link_and_its_path(tmp_path, monkeypatch):
     folder = checkpoint_at(tmp_path, 3)
     monkeypatch.setenv("HOME", str(tmp_path))
     replace_symlink(tmp_path / "latest", folder.name)
     for wanted in ("latest", str(folder), str(tmp_path / "latest"), "~/step-000003"):
         assert resume_checkpoint(wanted, tmp_path) == folder
     assert resume_checkpoint("auto", tmp_path / "none") is None
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with user_error("no checkpoint at"):
         resume_checkpoint(str(tmp_path / "step-000007"), tmp_path)
-    with pytest.raises(UserError, match=r"^Run: resume gone: no checkpoint at"):
+    with user_error(r"^Run: resume gone: no checkpoint at"):
         resume_checkpoint("gone", tmp_path, "Run: resume")
 
 
 @pytest.mark.parametrize("root", [".", "linked", "absolute"])
-def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch):
+def test_auto_stays_on_the_branch_of_latest(tmp_path, root, monkeypatch):
     """However the folder is named: relative to where one is, through a link, or by its own path."""
     old, new, abandoned = (checkpoint_at(tmp_path / "own", step) for step in (2, 4, 9))
     (tmp_path / "linked").symlink_to("own")
@@ -49,7 +49,7 @@ def test_auto_stays_on_the_branch_of_latest(tmp_path: Path, root: str, monkeypat
     assert abandoned.is_dir()
 
 
-def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path):
+def test_differences_are_told_by_flag_and_all_at_once(tmp_path):
     saved = {"base": "a", "adapter": {"rank": 8, "target_modules": ["q_proj"]}, "seed": 1}
     check_identity(tmp_path, saved, {**saved, "adapter": {"rank": 8, "target_modules": ("q_proj",)}})
     with pytest.raises(UserError) as error:
@@ -70,18 +70,18 @@ def test_differences_are_told_by_flag_and_all_at_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize("rows", [12, 2, 1])
-def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path: Path, rows: int):
+def test_ranks_that_cannot_share_the_rows_are_told_who_can(tmp_path, rows):
     state = TrainerState(identity={"global_batch_size": rows})
     for world in range(1, 30):
         if rows % world == 0:
             check_world_size(tmp_path, state, world)
             continue
         words = f"{rows} sequences a step, which {world} ranks cannot share evenly: start a number .* divides {rows}"
-        with pytest.raises(UserError, match=words):
+        with user_error(words):
             check_world_size(tmp_path, state, world)
 
 
-def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path):
+def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path):
     """A rank's own state where it has one; otherwise one of its own, another at every step, the same each time."""
     states = []
     for seed in (3, 4):
@@ -89,7 +89,7 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path):
         states.append(torch.get_rng_state())
     save_file({"cpu": torch.stack(states)}, tmp_path / "rng.safetensors")
 
-    def drawn(rank: int, step: int = 5, seed: int = 0) -> float:
+    def drawn(rank, step=5, seed=0):
         checkpoints._load_rng(tmp_path, rank, TrainerState(step=step, identity={"seed": seed}))
         return torch.rand(1).item()
 
@@ -105,19 +105,19 @@ def test_random_states_of_ranks_with_and_without_a_saved_one(tmp_path: Path):
         torch.set_rng_state(rng_state)
 
 
-def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path: Path):
-    def share(rank: int, **facts: Any) -> Any:
-        return checkpoints._Share({}, SimpleNamespace(rank=rank, layout=facts), {})  # type: ignore[arg-type]
+def test_ranks_that_trained_something_else_write_no_checkpoint(tmp_path):
+    def share(rank, **facts):
+        return checkpoints._Share({}, SimpleNamespace(rank=rank, layout=facts), {})
 
     shares = [share(0, stage=3, lr=0.1), share(1, stage=3, lr=0.2), share(2, stage=3, lr=0.1)]
-    alone: Any = SimpleNamespace(on_first=lambda check, work: work())
-    writer = checkpoints.CheckpointWriter(tmp_path, None, lambda step: lambda folder: None, ranks=alone)  # type: ignore[arg-type]
+    alone = SimpleNamespace(on_first=lambda check, work: work())
+    writer = checkpoints.CheckpointWriter(tmp_path, None, lambda step: lambda folder: None, ranks=alone)
     with pytest.raises(RunError, match=r"ranks \[1\] trained other parameters or with other settings than rank 0"):
-        writer._complete(tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None)  # type: ignore[arg-type]
+        writer._complete(tmp_path / "beside", tmp_path / "step-000001", shares, None, {}, None)
     assert not any(tmp_path.iterdir())
 
 
-def refused_operator(root: str) -> str:
+def refused_operator(root):
     """What is said of a checkpoint with another operator."""
     folder = Path(root)
     tiny_model("llama").save_pretrained(folder / "model")
@@ -128,7 +128,7 @@ def refused_operator(root: str) -> str:
     where = {"base": folder / "model", "folder": folder / "out"}
     checkpoint = mora_ds.Run(engine, **where).save(1)
     change_json(checkpoint / "adapter.json", lambda adapter: other_seed(adapter["layers"]))
-    with pytest.raises(UserError, match=r"^Run: `resume` .* is damaged: .*adapter.json"):
+    with user_error(r"^Run: `resume` .* is damaged: .*adapter.json"):
         mora_ds.Run(engine, **where, resume=checkpoint)
     reseal(checkpoint)
     before = torch.cat([parameter.flatten() for parameter in engine.module.parameters()])
@@ -138,10 +138,10 @@ def refused_operator(root: str) -> str:
     return str(caught.value)
 
 
-def other_seed(layers: dict[str, Any]):
+def other_seed(layers):
     next(iter(layers.values()))["operator"]["seed"] += 1
 
 
-def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path: Path):
-    (message,) = run_ranks(1, refused_operator, str(tmp_path))
+def test_a_run_has_the_config_and_the_operators_of_its_model(tmp_path):
+    message = run_alone(refused_operator, str(tmp_path))
     assert "adapter.json: model.layers.0.self_attn.q_proj has another operator there" in message

@@ -1,27 +1,22 @@
 """A run's ledger is found, and shown as a table."""
 
-from pathlib import Path
-
-import pytest
-
 from mora_ds.checkpoint.layout import find_ledger
-from mora_ds.common.errors import UserError
-from tests.helpers.exports import FakeRun
+from tests.helpers.errors import user_error
 from tests.helpers.tools import call
 
 
-def test_every_folder_of_a_run_leads_to_its_ledger(original: FakeRun, tmp_path: Path):
-    latest = original.output / "checkpoints" / "latest"
+def test_every_folder_of_a_run_leads_to_its_ledger(original, tmp_path):
+    latest = original.output / "checkpoints/latest"
     of_run = find_ledger(original.output)
     assert (of_run.ledger, of_run.checkpoint) == (original.output / "ledger", None)
     assert find_ledger(original.output / "ledger").checkpoint is None
     for path in (original.checkpoint, latest):
         assert find_ledger(path).checkpoint == original.checkpoint.resolve()
-    with pytest.raises(UserError, match="holds no ledger"):
+    with user_error("holds no ledger"):
         find_ledger(tmp_path)
 
 
-def test_every_cycle_is_a_line(original: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_cycle_is_a_line(original, tmp_path, capsys):
     call("ledger", "show", original.output)
     lines = capsys.readouterr().out.splitlines()
     assert "3 cycle(s)" in lines[0]

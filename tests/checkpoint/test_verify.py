@@ -1,11 +1,8 @@
 """`mora-ds verify`: a good run is good, and whatever is damaged is named, manifest or not."""
 
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,35 +10,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mora_ds.checkpoint.verify import verify
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import replace_symlink, write_manifest
 from mora_ds.deploy.adapter_io import export_adapter
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import another_base, change_json, flip, set_value
+from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
-from tests.helpers.jobs import Playground
 from tests.helpers.tables import rows
 from tests.helpers.tools import called
 
 
 @pytest.fixture
-def checkpoint(golden: Path, tmp_path: Path) -> Path:
+def checkpoint(golden, tmp_path):
     """A copy to damage."""
-    return Path(shutil.copytree((golden / "checkpoints" / "latest").resolve(), tmp_path / "step-000006"))
+    return Path(shutil.copytree((golden / "checkpoints/latest").resolve(), tmp_path / "step-000006"))
 
 
-def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+def tool(*arguments):
     program = [sys.executable, "-m", "mora_ds", "verify", *map(str, arguments)]
     return called(program)
 
 
-def wrong(folder: Path, **options: Any) -> str:
+def wrong(folder, **options):
     (verdict,) = verify(folder, **options)
     assert not verdict.is_good
     return "\n".join(verdict.problems)
 
 
-def test_a_good_run(user: Playground, golden: Path):
+def test_a_good_run(user, golden):
     verdicts = verify(golden, user.model)
     assert [(verdict.is_good, verdict.is_latest) for verdict in verdicts] == [
         (True, False),
@@ -56,10 +52,10 @@ def test_a_good_run(user: Playground, golden: Path):
     ):  # fmt: skip
         assert phrase in text, text
     assert [verdict.folder for verdict in verify(golden / "checkpoints")] == [verdict.folder for verdict in verdicts]
-    assert verify(golden / "checkpoints" / "latest")[0].folder == verdicts[-1].folder.resolve()
+    assert verify(golden / "checkpoints/latest")[0].folder == verdicts[-1].folder.resolve()
 
 
-def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path: Path):
+def test_exit_codes_and_what_is_printed(golden, checkpoint, tmp_path):
     done = tool(golden)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": good") == 3, done.stderr
@@ -74,21 +70,21 @@ def test_exit_codes_and_what_is_printed(golden: Path, checkpoint: Path, tmp_path
     assert "neither a checkpoint, nor a ledger" in done.stderr
 
 
-def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint: Path):
+def test_without_a_manifest_the_rest_is_still_looked_at(checkpoint):
     (checkpoint / "manifest.json").write_text("[]")
-    (checkpoint / "engine" / "layouts.safetensors").unlink()
+    (checkpoint / "engine/layouts.safetensors").unlink()
     text = wrong(checkpoint)
     assert "manifest.json is damaged" in text
     assert "layouts.safetensors is missing" in text
 
 
-def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playground, tmp_path: Path):
+def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint, user, tmp_path):
     adapter = tmp_path / "adapter"
     export_adapter(checkpoint, adapter)
     (verdict,) = verify(adapter, user.model)
     assert verdict.is_good, verdict.problems
     assert [fact.partition(":")[0] for fact in verdict.facts] == ["files", "adapter", "ledger", "base"]
-    (adapter / "ledger" / "cycle-00000.safetensors").unlink()
+    (adapter / "ledger/cycle-00000.safetensors").unlink()
     assert "cycle-00000.safetensors is missing" in wrong(adapter)
     (checkpoint / "trainer_state.json").unlink()
     assert "trainer_state.json is missing" in wrong(checkpoint)
@@ -97,27 +93,27 @@ def test_an_adapter_alone_is_what_is_checked_of_it(checkpoint: Path, user: Playg
 # -- what hashes do not tell: somebody, or a fault of ours, wrote it like that -----------------------------------------
 
 
-def changed_tensor(folder: Path, value: float):
+def changed_tensor(folder, value):
     path = folder / "adapter.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values())).view(-1)[0] = value
     save_file(tensors, path)
 
 
-def another_tensor(folder: Path):
+def another_tensor(folder):
     path = folder / "adapter.safetensors"
     save_file({**load_file(path), "another.weight": torch.ones(2)}, path)
     change_json(folder / "adapter.json", lambda adapter: adapter["trainables"].append("another.weight"))
 
 
-def changed_shard(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]):
-    path = folder / "engine" / "rank-00001.safetensors"
+def changed_shard(folder, name, change):
+    path = folder / "engine/rank-00001.safetensors"
     tensors = load_file(path)
     save_file({**tensors, name: change(tensors[name])}, path)
 
 
-def changed_table(folder: Path, change: Callable[[torch.Tensor], torch.Tensor]):
-    path = folder / "engine" / "layouts.safetensors"
+def changed_table(folder, change):
+    path = folder / "engine/layouts.safetensors"
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()
         rows = handle.get_tensor("extents")
@@ -136,13 +132,13 @@ base.json | fingerprint = "0" | belongs to another base
 
 
 @pytest.mark.parametrize("file, change, message", rows(VALUES))
-def test_values_that_do_not_go_together(checkpoint: Path, file: str, change: str, message: str):
+def test_values_that_do_not_go_together(checkpoint, file, change, message):
     change_json(checkpoint / file, lambda content: set_value(content, change))
     write_manifest(checkpoint)
     assert message in wrong(checkpoint)
 
 
-DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
+DEEPER = [
     ("a number", lambda folder: changed_tensor(folder, 7.0), "is not what the shards hold"),
     ("no number", lambda folder: changed_tensor(folder, float("inf")), "is not finite"),
     ("no random state", lambda folder: save_file({"cuda": torch.zeros(2, 1)}, folder / "rng.safetensors"), "no random"),
@@ -155,18 +151,18 @@ DEEPER: list[tuple[str, Callable[[Path], Any], str]] = [
     ("a part", lambda folder: changed_table(folder, lambda rows: rows[:-1]), "do not hold all of"),
     ("a part twice", lambda folder: changed_table(folder, lambda rows: torch.cat([rows, rows[:1]])), "element once"),
     ("a parameter", lambda folder: changed_table(folder, lambda rows: rows + 10**6), "engine: a shard holds"),
-    ("a pickle", lambda folder: torch.save(Path, folder / "engine" / "rank-00001.safetensors"), "rank-00001"),
+    ("a pickle", lambda folder: torch.save(Path, folder / "engine/rank-00001.safetensors"), "rank-00001"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change, told", [entry[1:] for entry in DEEPER], ids=[entry[0] for entry in DEEPER])
-def test_what_the_hashes_do_not_tell(checkpoint: Path, change: Callable[[Path], Any], told: str):
+def test_what_the_hashes_do_not_tell(checkpoint, change, told):
     change(checkpoint)
     write_manifest(checkpoint)
     assert told in wrong(checkpoint)
 
 
-def not_finite(ledger: Path):
+def not_finite(ledger):
     path = ledger / "cycle-00001.safetensors"
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()
@@ -184,35 +180,35 @@ def not_finite(ledger: Path):
         (not_finite, r"the MoRA matrix of model.layers.0.self_attn.q_proj is not finite"),
     ],
 )
-def test_a_ledger_alone(tmp_path: Path, change: Callable[[Path], Any], told: str):
+def test_a_ledger_alone(tmp_path, change, told):
     fake = fake_run(tmp_path, cycles=3, num_hidden_layers=1)
     ledger = fake.checkpoint / "ledger"
     (verdict,) = verify(ledger, fake.base)
     assert verdict.is_good
     assert "ledger: 3 cycle(s), hashes and chain" in verdict.facts
     other = fake_run(tmp_path / "other", num_hidden_layers=1, hidden_size=16, probe=False, cycles=0).base
-    with pytest.raises(UserError, match=r"--base: .* is not the base of"):
+    with user_error(r"--base: .* is not the base of"):
         verify(ledger, other)
     change(ledger)
     assert told in wrong(ledger)
 
 
-def test_another_base(golden: Path, checkpoint: Path, user: Playground, tmp_path: Path):
+def test_another_base(golden, checkpoint, user, tmp_path):
     """The command is wrong then, and no checkpoint is called damaged; of a damaged one the damage is told."""
     other = another_base(user.model, tmp_path / "model")
-    with pytest.raises(UserError, match=r"--base: .* is not the base of"):
+    with user_error(r"--base: .* is not the base of"):
         verify(golden, other)
-    with pytest.raises(UserError, match="--base: no such folder"):
+    with user_error("--base: no such folder"):
         verify(golden, tmp_path / "none")
-    with pytest.raises(UserError, match=r"--base: .* is not a model folder"):
+    with user_error(r"--base: .* is not a model folder"):
         verify(checkpoint, tmp_path)
     changed_tensor(checkpoint, 7.0)
     assert "is not what the shards hold" in wrong(checkpoint, base=other)
 
 
-def test_latest_that_leads_nowhere(golden: Path, tmp_path: Path):
+def test_latest_that_leads_nowhere(golden, tmp_path):
     copy = Path(shutil.copytree(golden, tmp_path / "out", symlinks=True))
-    replace_symlink(copy / "checkpoints" / "latest", "step-000009")
+    replace_symlink(copy / "checkpoints/latest", "step-000009")
     assert "latest names step-000009, which does not exist" in "\n".join(verify(copy)[-1].problems)
-    with pytest.raises(UserError, match="neither a checkpoint"):
+    with user_error("neither a checkpoint"):
         verify(tmp_path)

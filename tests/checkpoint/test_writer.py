@@ -2,34 +2,31 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mora_ds.checkpoint import writer as checkpoints
 from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.common.files import verify_manifest
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, refused
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import job, refused
 
 # -- what it holds -------------------------------------------------------------------------------------------------
 
 
-def tensors_of(checkpoint: Path) -> Iterator[tuple[Path, torch.Tensor]]:
+def tensors_of(checkpoint):
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":
             yield from ((path, tensor) for tensor in load_file(path).values())
 
 
-def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path):
+def test_a_checkpoint_holds_no_base_weight(user, golden):
     """No tensor has the shape of one, none is large enough to hide one, no float of one stands in a row anywhere."""
     base = AutoModelForCausalLM.from_pretrained(user.model)
     frozen = {name: tensor for name, tensor in base.named_parameters() if "norm" not in name}
     shapes = {tuple(tensor.shape) for tensor in frozen.values()}
-    checkpoint = golden / "checkpoints" / "latest"
+    checkpoint = golden / "checkpoints/latest"
     tensors = list(tensors_of(checkpoint.resolve()))
     assert {path.parent.name for path, _ in tensors} >= {"engine", "ledger"}
     trainable = 1_680
@@ -41,34 +38,34 @@ def test_a_checkpoint_holds_no_base_weight(user: Playground, golden: Path):
         assert tensor.detach().numpy().tobytes()[:64] not in content, name
 
 
-def test_its_files_and_links(golden: Path):
-    checkpoint = golden / "checkpoints" / "latest"
+def test_its_files_and_links(golden):
+    checkpoint = golden / "checkpoints/latest"
     assert os.readlink(checkpoint) == "step-000006"
     assert [path.name for path in complete_checkpoints(golden / "checkpoints")] == [
         "step-000002", "step-000004", "step-000006",
     ]  # fmt: skip
     assert AutoTokenizer.from_pretrained(checkpoint / "tokenizer").eos_token == "</s>"
     assert not list((golden / "checkpoints").glob(".*")), "nothing half-written stays"
-    cycle = golden / "ledger" / "cycle-00000.safetensors"
+    cycle = golden / "ledger/cycle-00000.safetensors"
     assert (checkpoint / "ledger" / cycle.name).samefile(cycle), "a link, not a copy a checkpoint"
 
 
-def flushed_job(argv: list[str]) -> list[str]:
+def flushed_job(argv):
     """What a run flushes, renames and links, in order, from its first checkpoint's manifest on."""
-    events: list[str] = []
+    events = []
     flush = os.fsync
     rename = checkpoints._replace_folder
     link = checkpoints.files.replace_symlink
 
-    def fsync(descriptor: int):
+    def fsync(descriptor):
         flush(descriptor)
         events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    def replace_folder(beside: Path, final: Path):
+    def replace_folder(beside, final):
         rename(beside, final)
         events.append(f"{beside} -> {final.name}")
 
-    def replace_symlink(path: Path, target: str):
+    def replace_symlink(path, target):
         events.append(f"{path} links")
         link(path, target)
 
@@ -79,34 +76,34 @@ def flushed_job(argv: list[str]) -> list[str]:
     return events[next(index for index, event in enumerate(events) if "manifest.json" in event) :]
 
 
-def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user: Playground, tmp_path: Path):
+def test_folders_are_flushed_before_and_after_a_checkpoint_gets_its_name(user, tmp_path):
     """Without it a power cut may leave the name of a checkpoint without its files, or a link to no checkpoint."""
-    flags = ("--max_steps", 2, "--save_steps", 1, "--save_total_limit", 1)
-    events = run_ranks(1, flushed_job, user.flags(tmp_path / "out", *flags))[0]
+    flags = "--max_steps 2 --save_steps 1 --save_total_limit 1"
+    events = run_alone(flushed_job, user.flags(tmp_path / "out", flags))
     renamed = next(index for index, event in enumerate(events) if " -> step-000002" in event)
     beside = events[renamed].split(" -> ")[0]
     linked = next(index for index, event in enumerate(events) if event.endswith("latest links") and index > renamed)
     listed = max(index for index, event in enumerate(events[:renamed]) if event.endswith(".manifest.json.partial"))
     assert {beside, f"{beside}/engine"} <= set(events[listed:renamed]), "once more, when all their files are there"
-    assert str(tmp_path / "out" / "checkpoints") in events[renamed:linked]
-    assert [path.name for path in complete_checkpoints(tmp_path / "out" / "checkpoints")] == ["step-000002"]
+    assert str(tmp_path / "out/checkpoints") in events[renamed:linked]
+    assert [path.name for path in complete_checkpoints(tmp_path / "out/checkpoints")] == ["step-000002"]
 
 
 # -- the disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user: Playground, disk: Path):
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(user, disk):
     out = disk / "out"
     for ballast in range(2):
         (disk / f"ballast-{ballast}").write_bytes(bytes(7_000))
-        argv = user.flags(out, "--save_steps", 1, "--max_steps", 60, "--logging_steps", 60)
-        kind, message = run_ranks(1, refused, argv)[0]
+        argv = user.flags(out, "--save_steps 1 --max_steps 60 --logging_steps 60")
+        kind, message = run_alone(refused, argv)
         assert kind == "RunError"
         assert f"the disk that holds {out}" in message
         assert "is full" in message
         complete = complete_checkpoints(out / "checkpoints")
         assert complete
         assert all(verify_manifest(folder) == [] for folder in complete)
-        assert (out / "checkpoints" / "latest").resolve() == complete[-1]
+        assert (out / "checkpoints/latest").resolve() == complete[-1]
         assert not list((out / "checkpoints").glob(".*")), "half a checkpoint would keep the disk full"
         shutil.rmtree(out)

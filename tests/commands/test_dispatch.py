@@ -2,16 +2,15 @@
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from deepspeed.launcher import runner
 
 from mora_ds.commands import dispatch, pretrain, recipes
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import CONFIGS, shipped
 from mora_ds.config.arguments import parse
 from mora_ds.engine import launcher
+from tests.helpers.errors import user_error
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer
 
@@ -30,7 +29,7 @@ def test_every_command_has_its_function_and_the_list_names_it():
         assert f"  {name} " in shown
 
 
-def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[str]):
+def test_a_command_reads_the_flags_after_its_name(capsys):
     assert answer(lambda: dispatch.run("verify"), "mora-ds verify", ["/nowhere"])[0] == 2
     assert answer(lambda: dispatch.run("export"), "mora-ds export", ["--help"])[0] == 0
     assert capsys.readouterr().out.startswith("usage: mora-ds export ")
@@ -39,10 +38,8 @@ def test_a_command_reads_the_flags_after_its_name(capsys: pytest.CaptureFixture[
     assert "Did you mean 'export'?" in message
 
 
-def test_a_plan_says_what_it_does_before_its_imports(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    said_before: list[str] = []
+def test_a_plan_says_what_it_does_before_its_imports(monkeypatch, capsys):
+    said_before = []
     monkeypatch.setattr(dispatch, "load", lambda name: lambda: said_before.append(capsys.readouterr().err))
     dispatch.run("plan")
     dispatch.run("verify")
@@ -55,7 +52,7 @@ def test_the_recipes_of_the_package_are_those_of_the_checkout():
     assert CONFIGS.resolve() == REPOSITORY / "configs"
 
 
-def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = ["--mixture", "configs/mixtures/two_domains.yaml", "--model_config", "configs/models/tiny_llama.json"]
     arguments = parse(["configs/recipes/continual.yaml", "--seed", "3", *files])  # it names configs/zero3.json
@@ -63,20 +60,20 @@ def test_a_path_under_configs_is_found_outside_a_checkout(tmp_path: Path, monkey
     assert arguments.training.seed == 3
     assert arguments.data.mixture == str(CONFIGS / "mixtures/two_domains.yaml")
     assert arguments.model.model_config == str(CONFIGS / "models/tiny_llama.json")
-    with pytest.raises(UserError, match="configs/recipes/gone"):
+    with user_error("configs/recipes/gone"):
         parse(["configs/recipes/gone.yaml"])
-    local_file = tmp_path / "configs" / "zero3.json"
+    local_file = tmp_path / "configs/zero3.json"
     local_file.parent.mkdir()
     local_file.write_text("{}")
     assert shipped("configs/zero3.json") == "configs/zero3.json", "a file of the user's comes first"
 
 
-def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_recipes_are_listed_and_copied(tmp_path, capsys):
     assert answer(recipes.main, "mora-ds recipes", []) == (0, "")
     assert "configs/recipes/continual.yaml\n" in capsys.readouterr().out
     copy = tmp_path / "mine"
     assert answer(recipes.main, "mora-ds recipes", ["copy", str(copy)]) == (0, "")
-    assert (copy / "recipes" / "continual.yaml").read_bytes() == (CONFIGS / "recipes" / "continual.yaml").read_bytes()
+    assert (copy / "recipes/continual.yaml").read_bytes() == (CONFIGS / "recipes/continual.yaml").read_bytes()
     code, message = answer(recipes.main, "mora-ds recipes", ["copy", str(copy)])
     assert code == 2
     assert str(copy) in message
@@ -90,7 +87,7 @@ def test_the_launchers_flags_are_told_from_the_others():
     launch_flags, remaining = launcher.launcher_flags(FLAGS)
     assert launch_flags == ["--num_gpus", "2", "--master_port", "29501", "--no_ssh"]
     assert remaining == ["recipe.yaml", "--eval_files", "a", "b", "--seed", "3"]
-    with pytest.raises(UserError, match="--num_gpus"):
+    with user_error("--num_gpus"):
         launcher.launcher_flags(["--num_gpus"])
 
 
@@ -116,10 +113,8 @@ def test_deepspeeds_launcher_has_these_flags_and_starts_a_module():
         (["--num_gpus", "2", "--help"], 8, None, None),
     ],
 )
-def test_a_training_is_launched_once(
-    flags: list[str], gpus: int, rank: str | None, launched: list[str] | None, monkeypatch: pytest.MonkeyPatch
-):
-    calls: list[list[str]] = []
+def test_a_training_is_launched_once(flags, gpus, rank, launched, monkeypatch):
+    calls = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain", *flags])
     monkeypatch.setattr(launcher, "accelerators", lambda: gpus)
     monkeypatch.setattr(os, "execv", lambda path, words: calls.append(words))
@@ -133,9 +128,9 @@ def test_a_training_is_launched_once(
 
 
 @pytest.mark.parametrize("variable", launcher.TASKS)
-def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: pytest.MonkeyPatch):
+def test_one_of_several_tasks_is_not_the_only_rank(variable, monkeypatch):
     """srun without RANK: both tasks would train a run of their own, with half of the batch."""
-    ranks: list[str | None] = []
+    ranks = []
     monkeypatch.setattr(sys, "argv", ["mora-ds pretrain"])
     monkeypatch.setattr(launcher, "accelerators", lambda: 1)
     monkeypatch.setattr(pretrain, "main", lambda: ranks.append(os.environ.get("RANK")))
@@ -154,5 +149,5 @@ def test_one_of_several_tasks_is_not_the_only_rank(variable: str, monkeypatch: p
         ([], ["--log_level", "chatty"], "error"),
     ],
 )
-def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher: list[str], flags: list[str], level: str):
+def test_the_launcher_is_quiet_unless_it_is_asked(for_launcher, flags, level):
     assert runner.parse_args(launcher.command(for_launcher, flags)[3:]).log_level == level

@@ -1,7 +1,6 @@
 """`mora-ds plan`: what its flags mean, and what it prints."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from mora_ds.planning.plan import Cluster
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tools import call
 
-TINY = REPOSITORY / "configs" / "models" / "tiny_llama.json"
+TINY = REPOSITORY / "configs/models/tiny_llama.json"
 
 
-def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch, tmp_path):
     """The flags win, as in training; a recipe's micro-batches a step are kept."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
@@ -45,9 +44,7 @@ def test_the_tool_plans_what_its_flags_and_a_recipe_say(monkeypatch: pytest.Monk
         ("mora_rank: 8", "--fp16", torch.float16),
     ],
 )
-def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
-    tmp_path: Path, recipe: str, flags: str, dtype: torch.dtype
-):
+def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(tmp_path, recipe, flags, dtype):
     (tmp_path / "recipe.yaml").write_text(f"model_config: another.json\n{recipe}\n")
     words = f"{tmp_path}/recipe.yaml --model {TINY} --gpus 8 {flags}"
     options, settings = tool._parser().parse_known_args(words.split())
@@ -55,7 +52,7 @@ def test_a_plan_has_the_precision_of_its_recipe_and_the_model_of_its_flag(
     assert planner.work.dtype == dtype
 
 
-def test_the_tool_prints_json(capsys: pytest.CaptureFixture[str]):
+def test_the_tool_prints_json(capsys):
     call("plan", "--model", TINY, "--gpus", 16, "--gpu_memory", 1, "--json")
     printed = capsys.readouterr()
     plan = json.loads(printed.out)

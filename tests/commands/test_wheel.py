@@ -32,7 +32,7 @@ sys.addaudithook(refuse)
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs(tmp_path_factory):
     """The bin folder of an environment with the wheel, and the packages that this one has."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
@@ -48,7 +48,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     (wheel,) = folder.glob("*.whl")
-    python = environment / "bin" / "python"
+    python = environment / "bin/python"
     subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     (site,) = (environment / "lib").glob("python*/site-packages")
     installed = {Path(import_module(name).__file__ or "").parents[1] for name in ("torch", "deepspeed", "transformers")}
@@ -59,7 +59,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin"
 
 
-def call(programs: Path, folder: Path, *words: str | int) -> str:
+def call(programs, folder, *words):
     """What a program of the environment prints, started in `folder`."""
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
@@ -69,12 +69,12 @@ def call(programs: Path, folder: Path, *words: str | int) -> str:
     return done.stdout
 
 
-def test_the_watch_notices_the_checkout(programs: Path, tmp_path: Path):
+def test_the_watch_notices_the_checkout(programs, tmp_path):
     with pytest.raises(AssertionError, match="READ FROM THE CHECKOUT"):
         call(programs, tmp_path, "python", "-c", f"open({str(REPOSITORY / 'configs' / 'zero3.json')!r})")
 
 
-def test_the_wheel_is_what_runs(programs: Path, tmp_path: Path):
+def test_the_wheel_is_what_runs(programs, tmp_path):
     told = call(programs, tmp_path, "python", "-c", "import mora_ds; print(mora_ds.__file__)")
     assert Path(told.strip()).is_relative_to(programs.parent)
     assert (Path(told.strip()).parent / "py.typed").is_file()
@@ -82,7 +82,7 @@ def test_the_wheel_is_what_runs(programs: Path, tmp_path: Path):
     assert call(programs, tmp_path, "python", "-m", "mora_ds") == call(programs, tmp_path, "mora-ds", "--help")
 
 
-def test_the_wheel_has_what_every_command_imports(programs: Path, tmp_path: Path):
+def test_the_wheel_has_what_every_command_imports(programs, tmp_path):
     program = (
         "from mora_ds.commands.dispatch import COMMANDS; print(*(name for name in COMMANDS if COMMANDS[name].load()))"
     )
@@ -90,7 +90,7 @@ def test_the_wheel_has_what_every_command_imports(programs: Path, tmp_path: Path
     assert call(programs, tmp_path, "mora-ds", "plan", "--help").startswith("usage: mora-ds plan ")
 
 
-def test_the_demo_runs_and_its_checkpoint_is_used(programs: Path, tmp_path: Path):
+def test_the_demo_runs_and_its_checkpoint_is_used(programs, tmp_path):
     """In two processes, that DeepSpeed's launcher starts from the package; the recipe is the package's own."""
     flags = ["--num_gpus", 2, "--master_port", free_port(), "--deepspeed", "configs/zero3.json", "--max_steps", 6]
     flags += ["--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--eval_steps", 6]
@@ -99,4 +99,4 @@ def test_the_demo_runs_and_its_checkpoint_is_used(programs: Path, tmp_path: Path
     assert rows(tmp_path / "out")[-1]["step"] == 6
     call(programs, tmp_path, "mora-ds", "verify", "out")
     call(programs, tmp_path, "mora-ds", "export", "--checkpoint", "out", "--output", "merged", "--verify")
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "merged/model.safetensors").is_file()

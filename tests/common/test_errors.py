@@ -13,7 +13,6 @@ from mora_ds.common.errors import (
     COUNT,
     POSITIVE,
     SECONDS,
-    Bounds,
     Stopped,
     UserError,
     named_as_flags,
@@ -26,6 +25,7 @@ from mora_ds.common.errors import (
     whole_number,
     wrong_values,
 )
+from tests.helpers.errors import user_error
 
 
 class Kind(str, Enum):
@@ -71,7 +71,7 @@ def test_a_stop_passes_what_handles_errors():
         (ValueError(), "ValueError"),
     ],
 )
-def test_another_librarys_message_in_a_line(error: Exception, words: str):
+def test_another_librarys_message_in_a_line(error, words):
     assert reason(error) == words
 
 
@@ -86,7 +86,7 @@ def test_another_librarys_message_in_a_line(error: Exception, words: str):
     ],
     ids=str,
 )
-def test_bounds(bounds: Bounds, allowed: list[float], refused: list[float]):
+def test_bounds(bounds, allowed, refused):
     assert all(map(bounds.allow, allowed))
     assert not any(map(bounds.allow, [*refused, math.nan, math.inf, -math.inf]))
 
@@ -102,8 +102,8 @@ def test_a_value_out_of_bounds_is_told_with_its_flag():
 
 
 @pytest.mark.parametrize("value", ["2", 2.0, True, None, 0, 2**63, np.int64(0), np.bool_(True)])
-def test_what_is_no_whole_number(value: object):
-    with pytest.raises(UserError, match=r"^f: `x` must be a whole number from 1 on, or None, got "):
+def test_what_is_no_whole_number(value):
+    with user_error(r"^f: `x` must be a whole number from 1 on, or None, got "):
         whole_number(value, 1, "f: `x`", ", or None")
 
 
@@ -112,6 +112,6 @@ def test_whole_numbers_of_numpy_become_ints():
 
 
 def test_a_program_names_flags_where_a_function_names_arguments():
-    told = pytest.raises(UserError, match=r"^--mora_rank 0 and --verify: `hidden_size` of others$")
+    told = user_error(r"^--mora_rank 0 and --verify: `hidden_size` of others$")
     with told, named_as_flags("verify", rank="--mora_rank"):
         raise UserError("`rank` 0 and `verify`: `hidden_size` of others")

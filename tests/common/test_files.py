@@ -5,22 +5,22 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mora_ds.common import files
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.untrusted import read_text
+from tests.helpers.errors import user_error
 
 
-def flip_byte(path: Path, position: int):
+def flip_byte(path, position):
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
 
 
-def test_manifest_names_each_damage(tmp_path: Path):
+def test_manifest_names_each_damage(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("whole", "flipped", "short", "gone", "deep/flipped"):
         (tmp_path / name).write_bytes(b"0123456789" * 100)
@@ -39,14 +39,14 @@ def test_manifest_names_each_damage(tmp_path: Path):
     (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "files": {{}}}}')
     assert "it does not list what it was written with" in files.verify_manifest(tmp_path)[0]
     (tmp_path / "manifest.json").write_text('{"format": 1, "files": {}}')
-    with pytest.raises(UserError, match=f"manifest.json has format 1; mora_ds .* reads format {files.FORMAT}"):
+    with user_error(f"manifest.json has format 1; mora_ds .* reads format {files.FORMAT}"):
         files.verify_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(f'{{"format": {files.FORMAT}, "seal": "a"}}')
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    with user_error(r"manifest\.json is damaged"):
         files.verify_manifest(tmp_path)
 
 
-def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path):
+def test_symlink_moves_and_folder_replacement_recovers(tmp_path):
     (tmp_path / ".latest.partial").symlink_to("step-0")  # of a killed process
     for target in ("step-1", "step-2"):
         (tmp_path / target).mkdir()
@@ -63,7 +63,7 @@ def test_symlink_moves_and_folder_replacement_recovers(tmp_path: Path):
     assert not (tmp_path / ".model.old").exists()
 
 
-def test_half_made_link_is_never_written_through(tmp_path: Path):
+def test_half_made_link_is_never_written_through(tmp_path):
     """A killed `link_or_copy` leaves a hard link where the next write begins: the linked file must not change."""
     precious = tmp_path / "precious"
     precious.write_text("keep")
@@ -73,7 +73,7 @@ def test_half_made_link_is_never_written_through(tmp_path: Path):
 
 
 @pytest.mark.timeout(30)
-def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path: Path):
+def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path):
     reader, writer = os.pipe()
     os.write(writer, b"{}")
     os.close(writer)
@@ -82,26 +82,26 @@ def test_a_pipe_is_read_only_where_a_shell_names_it(tmp_path: Path):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else tmp_path) as memory:
         for path in (tmp_path / "pipe", Path(memory) / "pipe"):
             os.mkfifo(path)
-            with pytest.raises(UserError, match="is no file"):
+            with user_error("is no file"):
                 read_text(path)
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------
 
 
-def recorded(patch: pytest.MonkeyPatch) -> list[str]:
+def recorded(patch):
     """What is flushed and renamed from now on, in order."""
-    events: list[str] = []
+    events = []
     flush = os.fsync
     rename = os.rename
     replace = os.replace
 
-    def fsync(descriptor: int):
+    def fsync(descriptor):
         flush(descriptor)
         events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
 
-    def moved(move: Any) -> Any:
-        def named(source: Path, target: Path):
+    def moved(move):
+        def named(source, target):
             move(source, target)
             events.append(f"-> {target.name}")
 
@@ -113,7 +113,7 @@ def recorded(patch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path, monkeypatch):
     """Otherwise a power cut leaves a name without its content, or loses what was reported as written."""
     folder = tmp_path / "folder"
     events = recorded(monkeypatch)
@@ -126,7 +126,7 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path: Path,
     events.clear()
     with files.atomic_folder(folder / "model") as partial:
         (partial / "deep").mkdir()
-        (partial / "deep" / "file").write_text("")
+        (partial / "deep/file").write_text("")
     assert events == ["deep", "file", ".model.partial", "-> model", "folder"]
     events.clear()
     files.record(folder, [folder / "a.json"])
@@ -140,26 +140,26 @@ def test_contents_are_flushed_before_the_name_and_the_name_after(tmp_path: Path,
         *((getattr(errno, name), "writing to .* failed") for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")),
     ],
 )
-def test_a_disk_that_cannot_be_written_to_is_named(tmp_path: Path, code: int, words: str):
+def test_a_disk_that_cannot_be_written_to_is_named(tmp_path, code, words):
     with pytest.raises(RunError, match=words) as caught, files.disk_errors(tmp_path):
         raise OSError(code, os.strerror(code))
     assert str(tmp_path) in str(caught.value)
 
 
-def test_errors_that_say_nothing_of_the_disk_pass(tmp_path: Path):
+def test_errors_that_say_nothing_of_the_disk_pass(tmp_path):
     with pytest.raises(FileNotFoundError), files.disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file")
     with pytest.raises(RunError, match="full"), files.malformed(tmp_path / "a.json"):
         raise RunError("the disk is full")
 
 
-def test_a_hash_is_of_all_bytes(tmp_path: Path):
+def test_a_hash_is_of_all_bytes(tmp_path):
     content = bytes(9_000_000) + b"end"
     (tmp_path / "file").write_bytes(content)
     assert files.sha256_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
-def test_a_link_is_not_the_file_that_was_recorded(tmp_path: Path):
+def test_a_link_is_not_the_file_that_was_recorded(tmp_path):
     (tmp_path / "file").write_text("content")
     facts = files.record(tmp_path, [tmp_path / "file"])["file"]
     assert files.file_problem(tmp_path / "file", facts["size"], facts["sha256"]) == ""
@@ -167,21 +167,21 @@ def test_a_link_is_not_the_file_that_was_recorded(tmp_path: Path):
     assert "link is missing" in files.file_problem(tmp_path / "link", facts["size"], facts["sha256"])
 
 
-def test_a_copied_folder_has_the_files_and_their_times(tmp_path: Path):
+def test_a_copied_folder_has_the_files_and_their_times(tmp_path):
     source = tmp_path / "source"
-    (source / "kept" / "engine").mkdir(parents=True)
-    (source / "kept" / "engine" / "file").write_text("text")
+    (source / "kept/engine").mkdir(parents=True)
+    (source / "kept/engine/file").write_text("text")
     files.copy_folder(source, tmp_path / "target")
     names = {path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*")}
     assert names == {"kept", "kept/engine", "kept/engine/file"}
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old").write_text("old")
     (tmp_path / ".model.partial").mkdir()  # of a killed process
-    (tmp_path / ".model.partial" / "stale").write_text("")
+    (tmp_path / ".model.partial/stale").write_text("")
     for failure in (ValueError, KeyboardInterrupt):
         with pytest.raises(failure), files.atomic_folder(folder) as partial:
             (partial / "new").write_text("")
@@ -195,7 +195,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/new"]
 
 
-def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_link_or_a_copy(tmp_path, monkeypatch):
     source = tmp_path / "source"
     target = tmp_path / "target"
     source.write_text("content")
@@ -205,8 +205,8 @@ def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert target.samefile(source)
         assert not list(tmp_path.glob(".*"))
 
-    def refuse(code: int):
-        def link(*names: object):
+    def refuse(code):
+        def link(*names):
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "link", link)
@@ -221,7 +221,7 @@ def test_a_link_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source", "target"]
 
 
-def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_manifest_takes_what_others_have_recorded(tmp_path, monkeypatch):
     """Another node's file is not read again, but must be there in its size."""
     monkeypatch.setattr(files, "VISIBLE_WITHIN_S", 0.25)
     (tmp_path / "deep").mkdir()
@@ -242,11 +242,11 @@ def test_a_manifest_takes_what_others_have_recorded(tmp_path: Path, monkeypatch:
         files.write_manifest(tmp_path, {"gone": theirs})
 
 
-def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_comes_late_is_waited_for(tmp_path, monkeypatch):
     path = tmp_path / "late"
-    waits = list[float]()
+    waits = []
 
-    def sleep(seconds: float):
+    def sleep(seconds):
         waits.append(seconds)
         path.write_bytes(bytes(len(waits)))
 
@@ -255,20 +255,20 @@ def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytes
     assert len(waits) == 3
 
 
-def test_json_is_utf8_of_a_known_format(tmp_path: Path):
+def test_json_is_utf8_of_a_known_format(tmp_path):
     path = tmp_path / "a.json"
     files.write_json_atomic(path, {"é": 1})
     assert path.read_bytes() == '{\n  "é": 1\n}\n'.encode()
     files.require_format(path, {"format": files.FORMAT})
     for content, words in (({"format": 2}, "has format 2; mora_ds .* reads format 5"), ({}, "has format None")):
-        with pytest.raises(UserError, match=rf"a\.json {words}"):
+        with user_error(rf"a\.json {words}"):
             files.require_format(path, content)
     path.write_text("[]")
-    with pytest.raises(UserError, match=r"a\.json is damaged: a JSON object was expected, not list"):
+    with user_error(r"a\.json is damaged: a JSON object was expected, not list"):
         files.read_json(path)
-    with pytest.raises(UserError, match=r"b\.json is missing"):
+    with user_error(r"b\.json is missing"):
         files.read_json(tmp_path / "b.json")
-    with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
+    with user_error(f"{tmp_path} cannot be read"):
         files.read_json(tmp_path)
 
 
@@ -277,12 +277,12 @@ def test_json_is_utf8_of_a_known_format(tmp_path: Path):
     [(UserError("of a value"), "a.json: of a value"), (KeyError("step"), "a.json is damaged: KeyError"),
      (ZeroDivisionError("x"), "a.json is damaged"), (RuntimeError("x"), "a.json is damaged")],
 )  # fmt: skip
-def test_what_reading_a_file_raises_names_it(error: Exception, words: str):
-    with pytest.raises(UserError, match=words), files.malformed(Path("a.json")):
+def test_what_reading_a_file_raises_names_it(error, words):
+    with user_error(words), files.malformed(Path("a.json")):
         raise error
 
 
-YAML: list[tuple[str, str]] = [
+YAML = [
     ("a: 1\nb: 2\na: 3", "'a' is given twice"),
     ("x: {a: 1, a: 2}", "'a' is given twice"),
     ("[1]: 2", "is no key"),
@@ -298,23 +298,23 @@ YAML: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize("text, words", YAML, ids=[f"{index}" for index in range(len(YAML))])
-def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str):
+def test_yaml_that_is_refused(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match=words):
+    with user_error(words):
         files.load_yaml(str(tmp_path / "a.yaml"), "recipe")
 
 
-def test_yaml_that_is_read(tmp_path: Path):
+def test_yaml_that_is_read(tmp_path):
     path = tmp_path / "a.yaml"
     nested = "a: {b: 1}\n1: d", {"a": {"b": 1}, 1: "d"}
     for text, content in (("", {}), (f"a: {'9' * 200}", {"a": 10**200 - 1}), nested):
         path.write_text(text)
         assert files.load_yaml(str(path), "recipe") == content
-    with pytest.raises(UserError, match=r"cannot read recipe .*b\.yaml"):
+    with user_error(r"cannot read recipe .*b\.yaml"):
         files.load_yaml(str(tmp_path / "b.yaml"), "recipe")
 
 
-def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path: Path):
+def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path):
     assert not files.is_abandoned(tmp_path), "an empty one may be about to be locked"
     (tmp_path / "file").write_text("")
     with files.at_work(tmp_path):
@@ -325,15 +325,15 @@ def test_a_folder_is_at_work_until_its_process_leaves_it(tmp_path: Path):
 class InCloud:
     """A path of another library."""
 
-    def __init__(self, path: object):
+    def __init__(self, path):
         self.path = path
 
-    def __fspath__(self) -> object:
+    def __fspath__(self):
         return self.path
 
 
 def test_whatever_names_a_path_is_one():
     assert [files.as_path(path, "") for path in ("a/b", Path("a/b"), InCloud("a/b"))] == [Path("a/b")] * 3
     for value in ("", None, 3, b"a", InCloud(b"a"), InCloud("")):
-        with pytest.raises(UserError, match=r"^f: `x` must be a path, got "):
+        with user_error(r"^f: `x` must be a path, got "):
             files.as_path(value, "f: `x`")

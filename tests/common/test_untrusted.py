@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -30,6 +29,7 @@ from mora_ds.common.untrusted import (
     require_plain,
     typed,
 )
+from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
 
@@ -52,7 +52,7 @@ class Entry:
 LONG = "\u00e4" * 120
 """240 bytes in UTF-8."""
 
-ALLOWED: list[tuple[Any, Any]] = [
+ALLOWED = [
     (int, 2**63 - 1), (int, -(2**63)), (float, 1), (float, -0.5), (bool, True), (str, "x" * 10_000),
     (Count, 0), (Side, 1), (Side, MAX_SIDE), (int | None, None), (int | None, 3),
     (FileName, LONG), (FileName, "model.layers.0"), (RelativePath, "a/b/c"), (RelativePath, f"a/{LONG}"),
@@ -64,7 +64,7 @@ ALLOWED: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize("hint, value", ALLOWED, ids=[f"{index}" for index in range(len(ALLOWED))])
-def test_what_is_allowed_is_returned_as_it_is(hint: Any, value: Any):
+def test_what_is_allowed_is_returned_as_it_is(hint, value):
     assert typed(hint, value, "file") == value
 
 
@@ -75,7 +75,7 @@ def test_instances_are_made_of_dataclasses_enums_and_tuples():
     assert typed(tuple[int, ...], [], "file") == ()
 
 
-HINTS: dict[str, Any] = {
+HINTS = {
     "int": int, "float": float, "bool": bool, "str": str, "Count": Count, "Side": Side, "int or none": int | None,
     "FileName": FileName, "RelativePath": RelativePath, "AnyPath": AnyPath, "list": list[int], "pair": tuple[int, int],
     "mapping": dict[str, int], "files": dict[FileName, int], "Entry": Entry, "ColourKind": ColourKind,
@@ -122,7 +122,7 @@ Entry | {number: 1, made: 2} | file: made is unknown
 ColourKind | rad | should be 'red', got 'rad'
 ColourKind | [red] | should be 'red'
 """
-TOO_MUCH: list[tuple[Any, Any, str]] = [
+TOO_MUCH = [
     (Side, MAX_SIDE + 1, "at most"),
     (FileName, LONG + "b", "too long"), (AnyPath, "/" + "a" * 256, "be a path"), (AnyPath, "/a" * 2001, "be a path"),
 ]  # fmt: skip
@@ -130,25 +130,25 @@ REFUSALS = [*((HINTS[hint], parsed(value), words) for hint, value, words in rows
 
 
 @pytest.mark.parametrize("hint, value, words", REFUSALS, ids=[f"{index}" for index in range(len(REFUSALS))])
-def test_what_is_refused_is_named_with_its_place(hint: Any, value: Any, words: str):
-    with pytest.raises(UserError, match=words) as caught:
+def test_what_is_refused_is_named_with_its_place(hint, value, words):
+    with user_error(words) as caught:
         typed(hint, value, "file")
     assert str(caught.value).startswith("file")
     assert len(str(caught.value)) < 300
 
 
-def test_a_file_has_at_most_so_many_bytes(tmp_path: Path):
+def test_a_file_has_at_most_so_many_bytes(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("\u00e4bc", encoding="utf-8")
+    path.write_text("\u00e4bc")
     assert read_text(path, 4) == "\u00e4bc"
-    with pytest.raises(UserError, match=r"a\.json is larger than the 3 bytes"):
+    with user_error(r"a\.json is larger than the 3 bytes"):
         read_text(path, 3)
     path.write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"a\.json is damaged"):
+    with user_error(r"a\.json is damaged"):
         read_text(path)
 
 
-def nested(depth: int) -> str:
+def nested(depth):
     return "[" * depth + "]" * depth
 
 
@@ -163,28 +163,28 @@ def nested(depth: int) -> str:
         ("", "is damaged"),
     ],
 )
-def test_json_that_is_refused(text: str, words: str):
-    with pytest.raises(UserError, match=words):
+def test_json_that_is_refused(text, words):
+    with user_error(words):
         plain_json(text, "file")
 
 
-def test_json_that_is_too_large(monkeypatch: pytest.MonkeyPatch):
+def test_json_that_is_too_large(monkeypatch):
     monkeypatch.setattr(untrusted, "MAX_BYTES", 4)
     assert plain_json("[12]", "file") == [12]
-    with pytest.raises(UserError, match="file is larger than the 4 characters"):
+    with user_error("file is larger than the 4 characters"):
         plain_json("[123]", "file")
 
 
 def test_an_entry_that_is_missing_is_named():
     assert entry({"a": 1}, "a", int, "file") == 1
-    with pytest.raises(UserError, match="file is damaged: b is missing"):
+    with user_error("file is damaged: b is missing"):
         entry({"a": 1}, "b", int, "file")
 
 
-def test_a_link_in_a_folder_is_told(tmp_path: Path):
+def test_a_link_in_a_folder_is_told(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").symlink_to("inner")
-    with pytest.raises(UserError, match=r"a is a link to inner, and links are not followed: make a copy"):
+    with user_error(r"a is a link to inner, and links are not followed: make a copy"):
         require_plain(tmp_path)
 
 
@@ -193,19 +193,19 @@ def test_json_that_is_as_deep_as_it_may_be():
 
 
 @pytest.mark.parametrize("free, limit", [(1000, resource.RLIM_INFINITY), (10**6, 1300)])
-def test_memory_that_a_file_asks_for(free: int, limit: int, monkeypatch: pytest.MonkeyPatch):
+def test_memory_that_a_file_asks_for(free, limit, monkeypatch):
     """Of 1000 bytes that are left: on the machine, or to the process, which holds 300 of the 1300 that it may have."""
-    psutil: Any = SimpleNamespace(
+    psutil = SimpleNamespace(
         virtual_memory=lambda: SimpleNamespace(available=free),
         Process=lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=300)),
     )
-    limits: Callable[[int], tuple[int, int]] = lambda what: (limit, limit)  # noqa: E731
+    limits = lambda what: (limit, limit)  # noqa: E731
     monkeypatch.setattr(untrusted, "psutil", psutil)
     monkeypatch.setattr(untrusted.resource, "getrlimit", limits)
     require_memory(1000, "a layer")
-    with pytest.raises(UserError, match="a layer takes"):
+    with user_error("a layer takes"):
         require_memory(1001, "a layer")
-    with pytest.raises(UserError, match=r"takes 3\.0 GiB of memory, and 0\.0 are free"):
+    with user_error(r"takes 3\.0 GiB of memory, and 0\.0 are free"):
         require_memory(3 * 2**30, "a layer")
 
 
@@ -222,12 +222,12 @@ def test_no_module_runs_code_that_comes_with_a_file_unasked():
     assert all("weights_only=True" in call for call in matches["torch.load"])
 
 
-def test_a_path_that_cannot_be_looked_at_is_named(tmp_path: Path):
+def test_a_path_that_cannot_be_looked_at_is_named(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     for path, reason in (("n" * 300, "File name too long"), (loop, "Too many levels of symbolic links")):
-        with pytest.raises(UserError, match=f"^--x {path}: {reason}$"):
+        with user_error(f"^--x {path}: {reason}$"):
             untrusted.expanded(path, "--x")
-    with pytest.raises(UserError, match=r"--x .*null byte"):
+    with user_error(r"--x .*null byte"):
         untrusted.expanded("a\0b", "--x")
     assert untrusted.expanded("gone/x") == Path("gone/x")

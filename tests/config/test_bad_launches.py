@@ -10,14 +10,13 @@ import contextlib
 import importlib.util
 import io
 import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer, flags_of, make_mistakes
 
 LAUNCHES = r"""
@@ -345,9 +344,9 @@ NEED_WEIGHTS = (
 """How launches begin whose mistake shows only when the model is loaded."""
 
 
-def answers(folder: Path, user: Playground) -> dict[str, Answer]:
+def answers(folder, user):
     """Line -> exit code, message, whether the output folder was made, and whether weights were loaded."""
-    spec = importlib.util.spec_from_file_location("launch_pretrain", REPOSITORY / "launch" / "pretrain.py")
+    spec = importlib.util.spec_from_file_location("launch_pretrain", REPOSITORY / "launch/pretrain.py")
     assert spec is not None
     assert spec.loader is not None
     launch = importlib.util.module_from_spec(spec)
@@ -368,15 +367,15 @@ def answers(folder: Path, user: Playground) -> dict[str, Answer]:
 
 
 @pytest.fixture(scope="module")
-def answered(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+def answered(user, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     make_mistakes(folder, user)
-    results: dict[str, Answer] = run_ranks(1, answers, folder, user)[0]
+    results = run_alone(answers, folder, user)
     return results
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_launch_with_a_mistake(line: str, answered: dict[str, Answer]):
+def test_a_launch_with_a_mistake(line, answered):
     code, message, wrote, loaded = answered[line]
     assert code == 2, message
     assert [phrase for phrase in line.split(" | ")[1:] if phrase not in message] == [], message

@@ -7,13 +7,12 @@ folder of `tests/helpers/mistakes.py`, {user} that of a user's own files, {run} 
 
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 
 from mora_ds.common.files import write_manifest
 from tests.helpers.exports import fake_run
-from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.jobs import REPOSITORY
 from tests.helpers.mistakes import answer, make_mistakes
 from tests.helpers.tools import tool
 
@@ -111,23 +110,23 @@ CASES = [line for line in CALLS.splitlines() if line]
 
 
 @pytest.fixture(scope="module")
-def paths(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(user, tmp_path_factory):
     bad = tmp_path_factory.mktemp("bad")
     make_mistakes(bad, user)
     run = fake_run(tmp_path_factory.mktemp("run"))
     shutil.copytree(run.checkpoint, bad / "ledger_deep")
-    path = bad / "ledger_deep" / "ledger" / "ledger.json"
+    path = bad / "ledger_deep/ledger/ledger.json"
     path.unlink()  # it is a link
     path.write_text("[" * 100_000)
     (bad / "full").mkdir()
-    (bad / "full" / "trainer_state.json").write_text('{"identity": {"adapter": {"kind": "full"}}}')
+    (bad / "full/trainer_state.json").write_text('{"identity": {"adapter": {"kind": "full"}}}')
     write_manifest(bad / "full")
-    tiny = REPOSITORY / "configs" / "models" / "tiny_llama.json"
+    tiny = REPOSITORY / "configs/models/tiny_llama.json"
     return {"bad": bad, "user": user.root, "run": run.output, "step": run.checkpoint, "new": bad / "new", "tiny": tiny}
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_a_call_with_a_mistake(line: str, paths: dict[str, Path]):
+def test_a_call_with_a_mistake(line, paths):
     case, *phrases = line.format(**paths).split(" | ")
     name, *flags = shlex.split(case)
     code, message = answer(tool(name).main, f"{name}.py", flags)

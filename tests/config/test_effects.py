@@ -7,13 +7,14 @@ import pytest
 import yaml
 
 from mora_ds.common.errors import UserError
-from mora_ds.config.arguments import Arguments, dump, from_flat, parse
+from mora_ds.config.arguments import dump, from_flat, parse
 from mora_ds.config.effects import EFFECTS, idle_settings
 from mora_ds.config.validate import validate
+from tests.helpers.errors import user_error
 from tests.helpers.tables import rows
 
 RUN = ("--model_name_or_path", "m", "--train_files", "a.txt")
-RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "configs/recipes"
 
 IDLE = """
 lora_alpha: 16                  |
@@ -70,12 +71,12 @@ rope_scaling: '{"rope_type": "linear", "factor": 2}' | model_name_or_path: null,
 """
 
 
-def cases(table: str) -> list[tuple[str, str]]:
+def cases(table):
     lines = [line.partition("|") for line in table.splitlines() if line]
     return [(setting.strip(), beside.strip()) for setting, _, beside in lines]
 
 
-def arguments_of(setting: str, beside: str) -> Arguments:
+def arguments_of(setting, beside):
     return from_flat(
         {"model_name_or_path": "m", "train_files": ["a.txt"], **yaml.safe_load(f"{{{setting}, {beside}}}")}
     )
@@ -91,16 +92,16 @@ def test_every_setting_of_the_table_exists_and_stands_there_once():
 
 
 @pytest.mark.parametrize("setting, beside", cases(IDLE))
-def test_a_setting_without_effect_is_refused(setting: str, beside: str):
+def test_a_setting_without_effect_is_refused(setting, beside):
     arguments = arguments_of(setting, beside)
     name = setting.partition(":")[0]
     assert list(idle_settings(arguments)) == [name]
-    with pytest.raises(UserError, match=rf"--{name} "):
+    with user_error(rf"--{name} "):
         validate(arguments)
 
 
 @pytest.mark.parametrize("setting, beside", cases(USED))
-def test_a_setting_with_an_effect_is_taken(setting: str, beside: str):
+def test_a_setting_with_an_effect_is_taken(setting, beside):
     validate(arguments_of(setting, beside))
 
 
@@ -115,7 +116,7 @@ and has no effect here: leave it out
 
 
 @pytest.mark.parametrize("flags, message", rows(MESSAGES))
-def test_the_message_says_what_a_setting_is_for(flags: str, message: str):
+def test_the_message_says_what_a_setting_is_for(flags, message):
     with pytest.raises(UserError) as refusal:
         validate(parse(flags.split()))
     assert str(refusal.value) == message
@@ -129,14 +130,14 @@ def test_flags_may_leave_keys_of_a_recipe_without_effect():
     assert dump(arguments)["operator"] == "auto", "run.yaml is a recipe that is taken as it is"
 
 
-def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path: Path):
-    (tmp_path / "recipe.yaml").write_text("operator: share\n", encoding="utf-8")
-    with pytest.raises(UserError, match="--operator is for MoRA"):
+def test_what_a_flag_repeats_of_the_recipe_is_the_users(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("operator: share\n")
+    with user_error("--operator is for MoRA"):
         validate(parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "lora", "--operator", "share"]))
 
 
-def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path: Path):
-    (tmp_path / "recipe.yaml").write_text("merge_every: 50\nrestart_warmup_steps: 5\n", encoding="utf-8")
+def test_keys_that_depend_on_keys_left_out_go_with_them(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("merge_every: 50\nrestart_warmup_steps: 5\n")
     arguments = parse([str(tmp_path / "recipe.yaml"), *RUN, "--adapter", "full"])
     assert arguments.left_out == ("merge_every", "restart_warmup_steps")
     validate(arguments)

@@ -1,16 +1,14 @@
 """Forgetting: each set against its start, the stop at a bound, the best checkpoint, which stays."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import read_json
 from mora_ds.config.forgetting import Watch, report
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, printed, rows, run
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import printed, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
 
 
@@ -29,18 +27,18 @@ def test_bounds_and_scores():
     assert not report({}, start)
 
 
-def forgetting(user: Playground, out: Path, *more: Any) -> list[str]:
+def forgetting(user, out, *more):
     """A run that learns two letters by heart and, from its third step on, forgets the rest."""
     odd = user.root / "odd.txt"
     odd.write_text("zq " * 4000)
-    all_of_it = ("--train_embeddings", "true", "--train_head", "true", "--learning_rate", 0.03, "--max_steps", 12)
-    return user.flags(out, "--train_files", odd, *all_of_it, "--eval_steps", 2, "--save_steps", 3, *more)
+    all_of_it = "--train_embeddings true --train_head true --learning_rate 0.03 --max_steps 12"
+    return user.flags(out, "--train_files", odd, all_of_it, "--eval_steps 2 --save_steps 3", *more)
 
 
-def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path):
+def test_a_run_stops_when_a_set_is_forgotten(user, out):
     argv = forgetting(user, out, "--stop_when_forgotten", "held:1.2", "--resume_from_checkpoint", "auto")
-    run_ranks(1, interrupted_job, argv, 1)
-    told = run_ranks(1, printed, argv)[0]
+    run_alone(interrupted_job, argv, 1)
+    told = run_alone(printed, argv)
     summary = read_json(out / "summary.json")
     step = summary["steps"]
     assert step < 12
@@ -50,17 +48,17 @@ def test_a_run_stops_when_a_set_is_forgotten(user: Playground, out: Path):
     assert summary["perplexity_change_percent"]["held"] == pytest.approx(100 * (ratios[-1] - 1))
     assert "perplexity on" in told
     assert f"{100 * (ratios[-1] - 1):+.2f}%" in told
-    state = TrainerState.read(out / "checkpoints" / "latest")
+    state = TrainerState.read(out / "checkpoints/latest")
     assert state.finished
     assert state.step == step
-    again = run_ranks(1, printed, argv)[0]
+    again = run_alone(printed, argv)
     assert "--stop_when_forgotten allows 1.2" in again
     assert len(rows(out)) == len(ratios) + step
     run(1, [*argv, "--stop_when_forgotten", "held:1e9"])
     assert read_json(out / "summary.json")["steps"] == 12, "a higher bound goes on"
 
 
-def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path, out: Path):
+def test_the_best_checkpoint_stays(user, tmp_path, out):
     """Best at step 2, before the rest is forgotten; named at once, kept beyond --save_total_limit, resumed alike."""
     more = ("--save_total_limit", 1, "--best_by", "held:1", "short:0.5")
     whole = tmp_path / "whole"
@@ -79,8 +77,8 @@ def test_the_best_checkpoint_stays(user: Playground, tmp_path: Path, out: Path):
     assert TrainerState.read(root / "best").step == best
     argv = forgetting(user, out, *more, "--resume_from_checkpoint", "auto", "--async_save")
     for step in (5, 8):
-        run_ranks(1, interrupted_job, argv, step)
-    (out / "checkpoints" / "best").unlink()  # as a kill between two renames would leave it
+        run_alone(interrupted_job, argv, step)
+    (out / "checkpoints/best").unlink()  # as a kill between two renames would leave it
     run(1, argv)
     assert_same_run(out, whole)
-    assert (out / "checkpoints" / "best").resolve().name == f"step-{best:06d}"
+    assert (out / "checkpoints/best").resolve().name == f"step-{best:06d}"

@@ -1,7 +1,6 @@
 """Settings that earlier versions had are refused by name, with what to do instead."""
 
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,9 @@ from mora_ds.config.flags import REMOVED
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_a_removed_setting_is_refused_with_what_takes_its_place(name: str, tmp_path: Path):
+def test_a_removed_setting_is_refused_with_what_takes_its_place(name, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"{name}: 1\n", encoding="utf-8")
+    recipe.write_text(f"{name}: 1\n")
     for argv in ([str(recipe)], [f"--{name}", "1"], [f"--{name}=1"], [f"--{name}"]):
         with pytest.raises(UserError) as refusal:
             parse(argv)

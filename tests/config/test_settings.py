@@ -3,11 +3,11 @@
 import pytest
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
-from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import EngineSettings
 from mora_ds.engine.ds_optimizer import OptimizerKind
 from mora_ds.remora.schedule import Schedule, ScheduleKind
+from tests.helpers.errors import user_error
 
 
 def test_evaluation_sets_have_names():
@@ -32,7 +32,7 @@ def test_a_branch_decays_from_the_peak_whatever_its_warmup():
     for warmup in ("15", "20", "0.9"):
         schedule = parse(["--lr_scheduler_type", "wsd", "--warmup_steps", warmup]).schedule(15, 10)
         assert schedule.curve(14) == pytest.approx(schedule.peak / 5)
-    with pytest.raises(UserError, match="raise --max_steps"):
+    with user_error("raise --max_steps"):
         parse([]).schedule(10, 10)
 
 
@@ -90,6 +90,6 @@ def test_adapter_settings_become_the_adapters_config():
         ("--optimizer muon --embedding_learning_rate 0.001", 0.01, 0.001),
     ],
 )
-def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags: str, adapter: float, others: float):
+def test_adapter_and_other_parameters_have_a_peak_learning_rate_each(flags, adapter, others):
     training = parse(flags.split()).training
     assert (training.peak_learning_rate, training.other_learning_rate) == (adapter, others)

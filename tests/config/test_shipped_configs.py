@@ -30,7 +30,7 @@ def test_there_is_something_of_each_kind():
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("flags, dtype", [([], "float32"), (["--bf16"], "bfloat16"), (["--fp16"], "float16")])
-def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype: str):
+def test_deepspeed_configs_follow_the_flags(path, flags, dtype):
     training = parse(["--deepspeed", str(path), *flags, "--per_device_train_batch_size", "3"]).training
     settings = training.engine_settings()
     resolved = fill_bucket_sizes(resolve_ds_config(path, settings, world_size=2), [64, 128])
@@ -41,7 +41,7 @@ def test_deepspeed_configs_follow_the_flags(path: Path, flags: list[str], dtype:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_make_valid_runs(path: Path):
+def test_recipes_make_valid_runs(path):
     arguments = parse([str(path), "--model_name_or_path", "model", "--train_files", "a.txt"])
     validate(arguments)
     assert arguments.training.deepspeed is not None
@@ -52,7 +52,7 @@ def test_recipes_make_valid_runs(path: Path):
 
 
 @pytest.mark.parametrize("name, rank, rates", [("r8", 8, (4e-4, 5e-4)), ("r256", 256, (5e-5, 7e-5))])
-def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rates: tuple[float, float]):
+def test_recipes_of_the_paper_hold_the_papers_figures(name, rank, rates):
     arguments = parse([str(CONFIGS / "recipes" / f"continual_7b_{name}.yaml")])
     training = arguments.training
     assert arguments.adapter.mora_rank == rank
@@ -62,13 +62,13 @@ def test_recipes_of_the_paper_hold_the_papers_figures(name: str, rank: int, rate
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_leave_model_and_data_to_the_user(path: Path):
+def test_recipes_leave_model_and_data_to_the_user(path):
     keys = read_recipe(str(path), [ModelArguments, AdapterArguments, DataArguments, TrainingArguments])
     assert not {"model_name_or_path", "train_files", "output_dir"} & set(keys)
 
 
 @pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
-def test_mixtures_make_plans(path: Path):
+def test_mixtures_make_plans(path):
     plan = mixture_plan(DataArguments(mixture=str(path), replay=["general=old/*.jsonl:0.05"]))
     assert plan is not None
     assert len(plan.sources) == 3
@@ -77,7 +77,7 @@ def test_mixtures_make_plans(path: Path):
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_model_configs_build_a_model(path: Path):
+def test_model_configs_build_a_model(path):
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -7,16 +7,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerBase
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import at_work
 from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
+from tests.helpers.errors import user_error
 from tests.helpers.tools import called
 
 Build = Callable[..., TokenCache]
@@ -25,39 +23,39 @@ TEXTS = [f"document {number}: " + "some words and more words\n" * (number % 7) f
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+def tokenizer(tmp_path_factory):
     return load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[str]:
+def files(tmp_path):
     for name, texts in (("a.jsonl", TEXTS[:25]), ("b.jsonl", [*TEXTS[25:], ""])):
         (tmp_path / name).write_text("".join(json.dumps({"text": text, "body": text + "!"}) + "\n" for text in texts))
     return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
 
 
 @pytest.fixture
-def build(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Build:
+def build(tokenizer, tmp_path):
     """Builds or opens the cache of these files."""
     return lambda files, **settings: build_cache(load_corpus(files), tokenizer, tmp_path / "cache", **settings)
 
 
-def folders(cache_dir: Path) -> list[str]:
+def folders(cache_dir):
     return sorted(path.name for path in cache_dir.iterdir() if path.name != "index")
 
 
-def forbid_building(monkeypatch: pytest.MonkeyPatch):
-    def build(*_: object):
+def forbid_building(monkeypatch):
+    def build(*_):
         raise AssertionError("built although it was there")
 
     monkeypatch.setattr(cache, "_build", build)
 
 
 def test_documents_between_bos_and_eos(
-    files: list[str],
-    build: Build,
-    tokenizer: PreTrainedTokenizerBase,
-    monkeypatch: pytest.MonkeyPatch,
+    files,
+    build,
+    tokenizer,
+    monkeypatch,
 ):
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 300)
     built = build(files)
@@ -73,7 +71,7 @@ def test_documents_between_bos_and_eos(
     assert without.tokens[0] != 1
 
 
-def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path):
+def test_large_vocabularies_take_four_bytes(files, tmp_path):
     wide = load_tokenizer(train_sentencepiece(TEXTS, 300, tmp_path))
     wide.add_tokens([f"<extra_{number}>" for number in range(1 << 16)])
     (tmp_path / "c.txt").write_text("hello <extra_65535>")
@@ -83,10 +81,10 @@ def test_large_vocabularies_take_four_bytes(files: list[str], tmp_path: Path):
 
 
 def test_a_long_file_is_one_document(
-    build: Build,
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    build,
+    tokenizer,
+    tmp_path,
+    monkeypatch,
 ):
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 100)
     text = "some words\n" * 100
@@ -97,9 +95,7 @@ def test_a_long_file_is_one_document(
     assert built.tokens.tolist().count(1) == built.tokens.tolist().count(2) == 1
 
 
-def test_any_number_of_processes_gives_the_same(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_any_number_of_processes_gives_the_same(files, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 100)
     one, two = (build_cache(load_corpus(files), tokenizer, tmp_path / str(n), num_proc=n) for n in (1, 2))
@@ -109,15 +105,15 @@ def test_any_number_of_processes_gives_the_same(
     assert one.ends.tobytes() == two.ends.tobytes()
 
 
-def test_errors_of_worker_processes_arrive(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_errors_of_worker_processes_arrive(build, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "PARALLEL_BYTES", 0)
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(UserError, match=r"--train_files: .*a\.jsonl, line 2: field 'text' holds int"):
+    with user_error(r"--train_files: .*a\.jsonl, line 2: field 'text' holds int"):
         build([str(tmp_path / "*.jsonl")], num_proc=2)
 
 
-def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path):
+def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path):
     program = tmp_path / "caller.py"
     program.write_text(
         "import os, signal, itertools\n"
@@ -135,11 +131,11 @@ def test_worker_processes_end_with_a_caller_that_is_killed(tmp_path: Path):
 
 
 def test_the_second_call_only_opens(
-    files: list[str],
-    build: Build,
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    files,
+    build,
+    tokenizer,
+    tmp_path,
+    monkeypatch,
 ):
     built = build(files)
     forbid_building(monkeypatch)
@@ -152,10 +148,8 @@ def test_the_second_call_only_opens(
         assert build([str(path) for path in same]).folder == built.folder
 
 
-def test_contents_order_and_settings_each_make_a_new_key(
-    files: list[str], build: Build, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-):
-    def key(patterns: list[str], tokens: PreTrainedTokenizerBase = tokenizer, **settings: str) -> str:
+def test_contents_order_and_settings_each_make_a_new_key(files, build, tokenizer, tmp_path):
+    def key(patterns, tokens=tokenizer, **settings):
         return build_cache(load_corpus(patterns, **settings), tokens, tmp_path / "cache").folder.name
 
     keys = [key(files), key(files[::-1]), key(files[:1]), key(files, text_column="body")]
@@ -169,17 +163,17 @@ def test_contents_order_and_settings_each_make_a_new_key(
 
 
 def test_killed_while_writing_leaves_nothing_that_is_used(
-    files: list[str],
-    build: Build,
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    files,
+    build,
+    tokenizer,
+    tmp_path,
+    monkeypatch,
 ):
     """A kill leaves the partial folder as it is: so does this stand-in for the last write and for the clean-up."""
     good = build_cache(load_corpus(files), tokenizer, tmp_path / "good")
     cache_dir = tmp_path / "cache"
 
-    def killed(*_: object):
+    def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -198,21 +192,19 @@ def test_killed_while_writing_leaves_nothing_that_is_used(
     assert leftover not in folders(cache_dir)
 
 
-def test_a_failing_build_leaves_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+def test_a_failing_build_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(UserError, match="line 2"):
+    with user_error("line 2"):
         build_cache(load_corpus([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "c")
     assert folders(tmp_path / "c") == []
 
 
-def test_of_two_builders_at_once_the_first_wins(
-    files: list[str], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_of_two_builders_at_once_the_first_wins(files, build, tmp_path, monkeypatch):
     """Two nodes with one shared folder: the other one finishes just before this one renames."""
     sync = cache.fsync_tree
-    theirs = list[Any]()
+    theirs = []
 
-    def late(folder: Path):
+    def late(folder):
         sync(folder)
         if not theirs:
             theirs.append(None)
@@ -224,12 +216,12 @@ def test_of_two_builders_at_once_the_first_wins(
     assert folders(tmp_path / "cache") == [mine.folder.name]
 
 
-def test_nothing_to_tokenise(build: Build, tmp_path: Path):
+def test_nothing_to_tokenise(build, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": ""}\n')
-    with pytest.raises(UserError, match="--train_files: every document is empty"):
+    with user_error("--train_files: every document is empty"):
         build([str(tmp_path / "a.jsonl")])
 
 
-def test_a_cache_folder_that_cannot_be(files: list[str], tokenizer: PreTrainedTokenizerBase):
-    with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to"):
+def test_a_cache_folder_that_cannot_be(files, tokenizer):
+    with user_error(r"--cache_dir .* cannot be written to"):
         build_cache(load_corpus(files), tokenizer, Path(files[0]))

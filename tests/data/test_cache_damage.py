@@ -1,19 +1,14 @@
 """A damaged token cache or index entry is noticed, named and built again."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from mora_ds.data import build_cache, content_index, load_corpus, load_tokenizer
 from tests.helpers.damage import HARMS, flip
-from tests.helpers.jobs import Playground
 from tests.helpers.outcome import tree
 
 
 @pytest.fixture
-def build(user: Playground, tmp_path: Path) -> Callable[[], Any]:
+def build(user, tmp_path):
     """Builds or opens a cache."""
     tokenizer = load_tokenizer(user.model)
     return lambda: build_cache(load_corpus([str(user.train)]), tokenizer, tmp_path / "cache")
@@ -21,9 +16,7 @@ def build(user: Playground, tmp_path: Path) -> Callable[[], Any]:
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
-def test_a_damaged_cache_is_named_and_built_anew(
-    build: Callable[[], Any], caplog: pytest.LogCaptureFixture, name: str, harm: str
-):
+def test_a_damaged_cache_is_named_and_built_anew(build, caplog, name, harm):
     built = build()
     contents = tree(built.folder)
     for where in (0.02, 0.4, 0.97) if harm == "flip" else (0.0,):
@@ -38,7 +31,7 @@ def test_a_damaged_cache_is_named_and_built_anew(
 
 
 @pytest.mark.parametrize("where", [0.1, 0.3, 0.6, 0.9])
-def test_a_damaged_entry_of_the_index_is_not_believed(build: Callable[[], Any], where: float):
+def test_a_damaged_entry_of_the_index_is_not_believed(build, where):
     """It would name another cache, and with it another run."""
     built = build()
     (entry,) = (built.folder.parent / "index").iterdir()

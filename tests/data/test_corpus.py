@@ -15,36 +15,37 @@ import pytest
 from mora_ds.common.errors import UserError
 from mora_ds.data import document_hash, load_corpus, readers, resolve_files
 from mora_ds.data.held_out import HASHED_CHARACTERS
+from tests.helpers.errors import user_error
 
 TEXTS = ["First document.\n", "Second, with ünïcödé 😀.", "  third\twith\r\nspace "]
 
 
-def texts(*patterns: str | Path, **settings: str) -> list[str]:
+def texts(*patterns, **settings):
     return list(load_corpus([str(pattern) for pattern in patterns], **settings).texts())
 
 
-def lines(rows: list[object]) -> bytes:
+def lines(rows):
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def records() -> list[dict[str, str]]:
+def records():
     return [{"text": text} for text in TEXTS]
 
 
-def error(*patterns: str | Path, **settings: str) -> str:
+def error(*patterns, **settings):
     with pytest.raises(UserError) as caught:
         texts(*patterns, **settings)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.anything", "a", "a.txt.gz"])
-def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path, name: str):
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path, name):
     data = "one\r\ntwo\n\n\tthree é".encode()
     (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbf" + data) if name.endswith(".gz") else data)
     assert texts(tmp_path / name) == [data.decode()]
 
 
-def test_the_column_of_a_table_is_named(tmp_path: Path):
+def test_the_column_of_a_table_is_named(tmp_path):
     table = pa.table({"other": [1, 2, 3], "body": pa.array(TEXTS, pa.large_string())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert texts(tmp_path / "a.parquet", text_column="body") == TEXTS
@@ -53,28 +54,28 @@ def test_the_column_of_a_table_is_named(tmp_path: Path):
     assert "'other' holds int64, not strings" in error(tmp_path / "a.parquet", text_column="other")
 
 
-def test_a_saved_dataset(tmp_path: Path):
+def test_a_saved_dataset(tmp_path):
     dataset = datasets.Dataset.from_list(records())
     dataset.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict({"small": dataset.select([1]), "train": dataset}).save_to_disk(tmp_path / "splits")
     datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(tmp_path / "untrained")
     for name in ("plain", "splits"):
         assert list(load_corpus(dataset_name=str(tmp_path / name)).texts()) == TEXTS
-    with pytest.raises(UserError, match=r"--dataset_name.*untrained' \(split 'train'\) cannot be loaded"):
+    with user_error(r"--dataset_name.*untrained' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "untrained"))
-    with pytest.raises(UserError, match=r"--dataset_name.*no field 'txt'; there are: text"):
+    with user_error(r"--dataset_name.*no field 'txt'; there are: text"):
         load_corpus(dataset_name=str(tmp_path / "plain"), text_column="txt")
 
 
-def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(tmp_path: Path):
+def test_a_dataset_name_may_be_a_folder_of_files_and_an_unknown_one_is_an_error(tmp_path):
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "train.jsonl").write_bytes(lines(records()))
+    (tmp_path / "files/train.jsonl").write_bytes(lines(records()))
     assert list(load_corpus(dataset_name=str(tmp_path / "files")).texts()) == TEXTS
-    with pytest.raises(UserError, match=r"--dataset_name: '/no/such/set'.*cannot be loaded"):
+    with user_error(r"--dataset_name: '/no/such/set'.*cannot be loaded"):
         load_corpus(dataset_name="/no/such/set")
 
 
-def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path):
+def test_patterns_keep_their_order_and_name_each_file_once(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl", "[x].txt"):
         (tmp_path / name).write_text('{"text": "t"}\n')
@@ -87,20 +88,20 @@ def test_patterns_keep_their_order_and_name_each_file_once(tmp_path: Path):
         assert [path.name for path in resolve_files([f"{tmp_path}/{name}" for name in pattern.split()])] == names
 
 
-def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path: Path):
+def test_empty_files_that_a_pattern_or_a_folder_finds_are_left_out(tmp_path):
     for name, content in (("__init__.py", ""), ("a.py", "x = 1\n"), ("none/__init__.py", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     for pattern in (tmp_path, tmp_path / "*.py", tmp_path / "**/*.py"):
         assert texts(pattern) == ["x = 1\n"]
-    for named in (tmp_path / "__init__.py", tmp_path / "none", tmp_path / "none" / "*.py"):
+    for named in (tmp_path / "__init__.py", tmp_path / "none", tmp_path / "none/*.py"):
         assert "__init__.py is empty" in error(named)
     assert "__init__.py is empty" in error(tmp_path / "a.py", tmp_path / "__init__.py")
     (tmp_path / "b.py").symlink_to("gone")
     assert "b.py is no file" in error(tmp_path / "*.py")
 
 
-def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path):
+def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path):
     """As a shell makes one of <(zcat a.gz): what the first look takes out of it would be missing."""
     reader, writer = os.pipe()
     os.write(writer, b"text")
@@ -112,7 +113,7 @@ def test_a_pipe_is_refused_before_anything_is_read_of_it(tmp_path: Path):
     os.close(writer)
 
 
-def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 777)  # cuts two-byte characters in half
     content = "".join(f"line {number} é\n" for number in range(500)) + "x" * 2500
@@ -125,7 +126,7 @@ def test_long_text_comes_in_pieces_that_join_to_the_file(tmp_path: Path, monkeyp
     assert all(piece.text.endswith("\n") for piece in pieces[:-4])
 
 
-def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path):
+def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path):
     """A document has one hash, whether it is a text file in chunks or a JSON record."""
     text = "A title\n" + "and a text without line ends " * 40_000
     (tmp_path / "a.txt").write_text(text)
@@ -136,22 +137,22 @@ def test_a_long_first_line_does_not_decide_what_is_held_out(tmp_path: Path):
     assert document_hash(first.text) == document_hash(record.text)
 
 
-def test_no_file_matches(tmp_path: Path):
+def test_no_file_matches(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("{}")
     pattern = tmp_path / "corpsu.jsonl"
     assert error(pattern) == f"--train_files: no file matches '{pattern}'. Did you mean 'corpus.jsonl'?"
     assert "--eval_files: no file matches" in error(tmp_path / "*.txt", flag="--eval_files")
-    assert error(tmp_path / "nowhere" / "a.txt").endswith("/nowhere/a.txt'.")
+    assert error(tmp_path / "nowhere/a.txt").endswith("/nowhere/a.txt'.")
     named = f"domain={tmp_path}/*.jsonl"  # taken for a plain path, as it has no weight
     assert error(named).endswith(f"A source that has a name needs a weight, too: {named}:1")
-    with pytest.raises(UserError, match="source 'law': 'out/nothing'"):
+    with user_error("source 'law': 'out/nothing'"):
         load_corpus(dataset_name="out/nothing", flag="source 'law'")
 
 
 FIRST = lines(records())
 EMPTY_GZIP = gzip.compress(b"", mtime=0)  # with the time in it, workers would collect different tests
 CUT_GZIP = gzip.compress(bytes(range(97, 122)) * 1000, mtime=0)[:-20]
-WRONG: list[tuple[str, bytes, str]] = [
+WRONG = [
     *((name, data, "is empty") for name, data in
       [("a.txt", b""), ("a.jsonl", b"\n\n"), ("a.txt.gz", EMPTY_GZIP), ("a.jsonl", b"")]),
     ("a.txt", "one\ntwo é".encode()[:-1], "line 2: not UTF-8 (byte 0xc3: unexpected end of data)"),
@@ -177,7 +178,7 @@ WRONG: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize("name, content, message", WRONG, ids=lambda value: value if type(value) is str else "")
-def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+def test_what_is_wrong_with_a_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     text = error(tmp_path / name)
     assert text.startswith(f"--train_files: {tmp_path / name}")
@@ -186,14 +187,14 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, name: str, content: 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_text_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bom: bytes):
+def test_text_that_is_not_utf8(tmp_path, monkeypatch, name, bom):
     monkeypatch.setattr(readers, "_READ_BYTES", 7)
     data = bom + "fine\nalso fiñe\ncaf".encode() + b"\xe9 is Latin-1\n"
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert f"{name}, line 3: not UTF-8 (byte 0xe9: " in error(tmp_path / name)
 
 
-def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path):
+def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path):
     """Unpacked too: 16 MiB of one letter are 16 KiB of gzip."""
     size = 16 << 20
     path = tmp_path / "a.jsonl.gz"
@@ -206,7 +207,7 @@ def test_a_long_line_takes_a_small_multiple_of_its_size(tmp_path: Path):
         tracemalloc.stop()
 
 
-def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unpacking_ends_at_the_limit_of_a_line(tmp_path, monkeypatch):
     """Whatever the rest would unpack to, and whether or not it holds a line end."""
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"x" * (64 << 20)))
@@ -219,7 +220,7 @@ def test_unpacking_ends_at_the_limit_of_a_line(tmp_path: Path, monkeypatch: pyte
         tracemalloc.stop()
 
 
-def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path: Path):
+def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_path):
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b", None]}), tmp_path / "a.parquet")
     assert "a.parquet, row 3: the text is null" in error(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
@@ -229,7 +230,7 @@ def test_a_table_with_a_null_without_rows_or_with_a_column_twice_is_named(tmp_pa
     assert "c.parquet: no field 'text'; there are: text, text" in error(tmp_path / "c.parquet")
 
 
-def test_text_in_a_table_that_is_not_utf8(tmp_path: Path):
+def test_text_in_a_table_that_is_not_utf8(tmp_path):
     """Arrow writes and reads any bytes as strings."""
     offsets = np.array([0, *[1] * 1030, 3], np.int32)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xff\xfe")]
@@ -238,17 +239,17 @@ def test_text_in_a_table_that_is_not_utf8(tmp_path: Path):
     assert "a.parquet: not UTF-8 in row 1025, or one of the next 1024" in error(tmp_path / "a.parquet")
 
 
-def test_the_first_document_is_checked_before_anything_is_read(tmp_path: Path):
+def test_the_first_document_is_checked_before_anything_is_read(tmp_path):
     (tmp_path / "good.jsonl").write_bytes(lines(records()))
     (tmp_path / "other.jsonl").write_text('{"content": "a"}\n')
-    with pytest.raises(UserError, match=r"other.jsonl, line 1: no field 'text'"):
+    with user_error(r"other.jsonl, line 1: no field 'text'"):
         load_corpus([str(tmp_path / "*.jsonl")])
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path):
+def test_a_file_that_two_names_lead_to_is_read_once(tmp_path):
     for name in ("a.txt", "b.txt", "c.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "d.txt").symlink_to("b.txt")
@@ -259,20 +260,20 @@ def test_a_file_that_two_names_lead_to_is_read_once(tmp_path: Path):
     assert [file.label for file in corpus.members] == [str(tmp_path / name) for name in ("c.txt", "a.txt", "b.txt")]
 
 
-def test_where_files_come_from_is_said_in_one_way(tmp_path: Path):
+def test_where_files_come_from_is_said_in_one_way(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    assert error(tmp_path / "n*" / "a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
+    assert error(tmp_path / "n*/a.txt").endswith(f"no file matches '{tmp_path}/n*/a.txt'.")
     (tmp_path / "void").mkdir()
     assert f"no file matches '{tmp_path}/void'. The folder holds no file of a kind that is read" in error(
         tmp_path / "void"
     )
-    with pytest.raises(UserError, match=r"source 'law': '/no/such/set' \(split 'train'\) cannot be loaded"):
+    with user_error(r"source 'law': '/no/such/set' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name="/no/such/set", streaming=True, flag="source 'law'")
 
 
-def test_the_training_split_of_a_name_is_streamed(tmp_path: Path):
+def test_the_training_split_of_a_name_is_streamed(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines([{"text": "a"}]))
     (tmp_path / "test.jsonl").write_bytes(lines([{"text": "b"}]))
     assert list(load_corpus(dataset_name=str(tmp_path), streaming=True).texts()) == ["a"]
-    with pytest.raises(UserError, match="no field 'body'"):
+    with user_error("no field 'body'"):
         load_corpus(dataset_name=str(tmp_path), streaming=True, text_column="body")

@@ -6,26 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.data import demo_corpus, domain_documents, write_demo_corpus
+from tests.helpers.errors import user_error
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     write_demo_corpus(folder, 10**9, 10**9, 10**9)
     return folder
 
 
-def rows(path: Path) -> list[dict[str, str]]:
+def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def sources(path: Path) -> set[str]:
+def sources(path):
     return {row["source"] for row in rows(path)}
 
 
-def test_a_module_is_held_out_of_both_or_of_neither(written: Path):
+def test_a_module_is_held_out_of_both_or_of_neither(written):
     train = sources(written / "general_train.jsonl") | sources(written / "domain_train.jsonl")
     held_out = sources(written / "general_eval.jsonl") | sources(written / "domain_eval.jsonl")
     assert not train & held_out
@@ -33,7 +33,7 @@ def test_a_module_is_held_out_of_both_or_of_neither(written: Path):
     assert {"json.decoder", "topic:assert"} <= train | held_out
 
 
-def test_no_held_out_prose_is_trained_on(written: Path):
+def test_no_held_out_prose_is_trained_on(written):
     held_out, trained = (
         {paragraph for row in rows(written / name) for paragraph in demo_corpus._paragraphs(row["text"])}
         for name in ("general_eval.jsonl", "general_train.jsonl")
@@ -63,7 +63,7 @@ def test_docstrings_are_dedented_and_in_order():
     ]
 
 
-def test_limits_hold_and_the_same_bytes_come_again(written: Path, tmp_path: Path):
+def test_limits_hold_and_the_same_bytes_come_again(written, tmp_path):
     limits = {"general_bytes": 200_000, "domain_bytes": 300_000, "eval_bytes": 30_000}
     first, second = (write_demo_corpus(tmp_path / name, **limits) for name in "ab")
     assert first == second
@@ -77,9 +77,9 @@ def test_limits_hold_and_the_same_bytes_come_again(written: Path, tmp_path: Path
         assert sum(len(row["text"].encode()) for row in rows(path)) == first[path.stem]
 
 
-def test_a_python_without_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_python_without_its_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_corpus.sysconfig, "get_path", lambda _: str(tmp_path))
     demo_corpus._modules.cache_clear()
-    with pytest.raises(UserError, match=r"sources of the standard library.*--train_files"):
+    with user_error(r"sources of the standard library.*--train_files"):
         write_demo_corpus(tmp_path, 10**9, 10**9, 10**9)
     demo_corpus._modules.cache_clear()

@@ -5,7 +5,6 @@ import inspect
 import json
 import random
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -18,18 +17,17 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.data import Extension, extend_tokenizer, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.models import vocabulary
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.vocabulary import EXTENSION_JSON, VocabularyReport, extend_vocabulary, first_new_row, grown
+from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
 
 GENERAL = [text.strip()[:1500] for _, text in sorted(topics.items())]
-SOURCES = [
-    Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, subprocess, random, inspect)
-]
+SOURCES = [Path(module.__file__ or "").read_text() for module in (argparse, subprocess, random, inspect)]
 DOMAIN = [source[start : start + 1500].strip() + "\n" for source in SOURCES for start in range(0, 30_000, 1500)]
 PLAIN = ["The quick brown fox.", "two  spaces ", "def f(self):\n    return self._x\n", "naïve Ελλ 漢字 😀", "42 3.14"]
 PROBES = [*PLAIN, " leading", "", " ", "  hypothetical  "]
@@ -42,7 +40,7 @@ LLAMA = {
 """As Llama's and Mistral's tokenizer.model say of themselves (their trainer_spec and normalizer_spec)."""
 
 
-def spm(folder: Path, settings: dict[str, Any]) -> Path:
+def spm(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     sentences = (line for text in GENERAL for line in text.splitlines() if line.strip())
     sentencepiece.SentencePieceTrainer.train(
@@ -52,7 +50,7 @@ def spm(folder: Path, settings: dict[str, Any]) -> Path:
     return folder / "tokenizer.model"
 
 
-def llama_folder(folder: Path) -> Path:
+def llama_folder(folder):
     """A model folder as Llama 2's and Mistral's: tokenizer.model, tokenizer_config.json, config.json, weights."""
     spm(folder, LLAMA)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
@@ -60,13 +58,13 @@ def llama_folder(folder: Path) -> Path:
     return folder
 
 
-def folder_trained_here(folder: Path) -> Path:
+def folder_trained_here(folder):
     load_tokenizer(train_sentencepiece(GENERAL, 700, folder / "trained")).save_pretrained(folder)
     tiny_model("llama", vocab_size=700).save_pretrained(folder)
     return folder
 
 
-def byte_level_folder(folder: Path, **model: Any) -> Path:
+def byte_level_folder(folder, **model):
     """As GPT-2's, Llama 3's and SmolLM's: byte-level BPE, tied head. `model`: changes of its config."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,18 +81,18 @@ def byte_level_folder(folder: Path, **model: Any) -> Path:
     return folder
 
 
-def domain(folder: Path) -> Any:
+def domain(folder):
     path = folder / "domain.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOMAIN))
     return load_corpus([str(path)], flag="--corpus")
 
 
-def ids(tokenizer: Any, text: str) -> list[int]:
+def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("make_folder", [llama_folder, folder_trained_here, byte_level_folder])
-def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]):
+def test_an_extended_model(tmp_path, make_folder):
     folder = make_folder(tmp_path / "model")
     out = tmp_path / "extended"
     report = extend_vocabulary(folder, domain(tmp_path), 150, out)
@@ -133,30 +131,30 @@ def test_an_extended_model(tmp_path: Path, make_folder: Callable[[Path], Path]):
             assert torch.allclose(weight[first + 40], was[old_ids].mean(dim=0))
 
 
-def test_what_cannot_be_extended_is_refused(tmp_path: Path, out: Path):
+def test_what_cannot_be_extended_is_refused(tmp_path, out):
     folder = byte_level_folder(tmp_path / "model")
     few = tmp_path / "few.txt"
     few.write_text("some few words of text, some words\n" * 3)
-    with pytest.raises(UserError, match=r"--pieces 5000: the corpus yields only \d+ tokens"):
+    with user_error(r"--pieces 5000: the corpus yields only \d+ tokens"):
         extend_vocabulary(folder, load_corpus([str(few)], flag="--corpus"), 5000, out)
-    with pytest.raises(UserError, match="--pieces must be at least 1"):
+    with user_error("--pieces must be at least 1"):
         extend_vocabulary(folder, domain(tmp_path), 0, out)
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])))
-    with pytest.raises(UserError, match="the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"):
+    with user_error("the vocabulary of a Unigram tokenizer cannot be extended, only BPE's"):
         extend_tokenizer(unigram, [], 1, tmp_path)
     unigram.save_pretrained(folder)
     texts = SimpleNamespace(texts=lambda: pytest.fail("the corpus was read"))
-    with pytest.raises(UserError, match=r"the vocabulary of a .* tokenizer cannot be extended"):
+    with user_error(r"the vocabulary of a .* tokenizer cannot be extended"):
         extend_vocabulary(folder, cast(Any, texts), 1, out)
     assert not out.exists()
 
 
-def test_a_head_that_is_not_linear_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_head_that_is_not_linear_is_refused(tmp_path, monkeypatch):
     folder = llama_folder(tmp_path / "model")
     kind = type(tiny_model("llama"))
     for head, words in ((None, "a NoneType"), (torch.nn.LayerNorm(1), "a LayerNorm")):
         monkeypatch.setattr(kind, "get_output_embeddings", lambda self, head=head: head)
-        with pytest.raises(UserError, match=f"the output head is {words}, no linear layer"):
+        with user_error(f"the output head is {words}, no linear layer"):
             extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -172,14 +170,14 @@ def test_what_a_report_says():
 class Letters:
     """A tokenizer with a token a letter, which loses the letters of `lost`."""
 
-    def __init__(self, lost: str = ""):
+    def __init__(self, lost=""):
         self.lost = lost
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text, add_special_tokens):
         assert not add_special_tokens
         return {"input_ids": [ord(letter) for letter in text if letter not in self.lost]}
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return "".join(map(chr, ids))
 
 
@@ -187,7 +185,7 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
     whole = Letters()
     lossy = Letters("é")
     worse = Letters("éa")
-    compare: Any = vocabulary._compare
+    compare = vocabulary._compare
     assert compare(whole, whole, ["aé", "b"]) == (3 / 4, 3 / 4, 4)
     assert compare(lossy, worse, ["aé", "b"]) == (2 / 4, 1 / 4, 4), "the old one has lost of it too"
     with pytest.raises(RunError, match="does not decode to the same text: 'aé'"):
@@ -198,20 +196,20 @@ def test_a_text_that_only_the_old_tokenizer_keeps_is_an_error():
 
 
 @pytest.mark.parametrize("stored, new, expected", [(640, 40, 640), (640, 41, 704), (700, 10, 704)])
-def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(tmp_path: Path, stored: int, new: int, expected: int):
+def test_rows_are_a_multiple_of_64_and_never_fewer_than_before(tmp_path, stored, new, expected):
     """The tokenizer has 600 tokens."""
     folder = byte_level_folder(tmp_path / "model", vocab_size=stored)
     report = extend_vocabulary(folder, domain(tmp_path), new, tmp_path / "out")
     assert (report.new_tokens, report.vocabulary) == (new, (stored, expected))
     assert first_new_row(tmp_path / "out") == 600
-    assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == expected
+    assert read_json(tmp_path / "out/config.json")["vocab_size"] == expected
 
 
-def extension_of(folder: Path) -> Extension:
+def extension_of(folder):
     return Extension(folder, ("ab", "abc"), 6, ((0, 1), (0, 1, 2)))
 
 
-def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path):
+def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path):
     """Rows 6 and 7 of the table have no token, and count for no mean."""
     table = torch.arange(24.0).view(8, 3).square().bfloat16()
     table[6:] = 1e6
@@ -224,7 +222,7 @@ def test_new_rows_are_means_of_the_rows_that_they_replace(tmp_path: Path):
     assert grown(bias, extension_of(tmp_path), 9).tolist() == [0, 1, 2, 3, 4, 5, 0.5, 1, 2.5]
 
 
-def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Path, out: Path):
+def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path, out):
     """Also in a config that holds the text model's own, and for a head with a bias."""
     folder = tmp_path / "model"
     out.mkdir()
@@ -252,7 +250,7 @@ def test_each_tensor_keeps_its_dtype_and_the_config_the_embeddings(tmp_path: Pat
     assert torch.equal(extended.read("lm_head.bias")[6], base.read("lm_head.bias")[:2].float().mean().bfloat16())
 
 
-def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path):
+def test_a_copy_of_a_tied_head_grows_too(tmp_path):
     """Files may hold lm_head.weight though it is tied."""
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
@@ -261,9 +259,9 @@ def test_a_copy_of_a_tied_head_grows_too(tmp_path: Path):
     assert (keys, rows) == ({"model.embed_tokens.weight", "lm_head.weight"}, 128)
 
 
-def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_vocabularies_that_cannot_grow_are_refused(tmp_path, monkeypatch):
     small = byte_level_folder(tmp_path / "small", vocab_size=599)
-    with pytest.raises(UserError, match="the tokenizer does not fit the model"):
+    with user_error("the tokenizer does not fit the model"):
         extend_vocabulary(small, domain(tmp_path), 10, tmp_path / "out")
     make = vocabulary.make_model
     folder = byte_level_folder(tmp_path / "model")
@@ -273,19 +271,19 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path: Path, monkeypatch: 
         ("model.embed_tokens", torch.nn.EmbeddingBag(640, 32), "embeddings are a EmbeddingBag, no plain look-up"),
     ):
 
-        def changed(*arguments: Any, name: str = name, module: Any = module, **more: Any) -> Any:
+        def changed(*arguments, name=name, module=module, **more):
             model = make(*arguments, **more)
             model.set_submodule(name, module)
             return model
 
         monkeypatch.setattr(vocabulary, "make_model", changed)
-        with pytest.raises(UserError, match=words):
+        with user_error(words):
             extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_record_of_new_rows_is_checked(tmp_path: Path):
-    with pytest.raises(UserError, match="was not written by mora-ds extend-vocab"):
+def test_the_record_of_new_rows_is_checked(tmp_path):
+    with user_error("was not written by mora-ds extend-vocab"):
         first_new_row(tmp_path)
     for content, words in (
         ('{"format": 2, "first_row": 3}', "has format 2"),
@@ -293,5 +291,5 @@ def test_the_record_of_new_rows_is_checked(tmp_path: Path):
         ('{"format": 5, "first_row": "x"}', "is damaged"),
     ):
         (tmp_path / EXTENSION_JSON).write_text(content)
-        with pytest.raises(UserError, match=f"{EXTENSION_JSON} {words}"):
+        with user_error(f"{EXTENSION_JSON} {words}"):
             first_new_row(tmp_path)

@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +14,15 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.mixture import mixture_plan
 from mora_ds.data import Mixture, PackedDataset, TokenCache
 from mora_ds.data.mixture import LONGEST_PERIOD, SampleSchedule, integer_weights
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, curve, job, losses, refusal, rows, run
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import curve, job, losses, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, source_rows, write_mixture
 from tests.helpers.resume import assert_one_run
 from tests.helpers.tables import rows as rows_of
 
 
-def order(shares: SampleSchedule, samples: int) -> np.ndarray:
+def order(shares, samples):
     return np.array([shares.locate(sample)[0] for sample in range(samples)])
 
 
@@ -32,7 +32,7 @@ def order(shares: SampleSchedule, samples: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "weights", [(0.7, 0.25, 0.05), (1, 1, 1), (0.333, 0.333, 0.334), (math.pi, math.e, 0.01), (90, 9, 1)], ids=str
 )
-def test_shares_of_three_sources_are_exact_at_every_prefix(weights: tuple[float, ...]):
+def test_shares_of_three_sources_are_exact_at_every_prefix(weights):
     shares = SampleSchedule([(0, weights)], [None] * 3)
     wanted = np.array(weights) / sum(weights)
     counts = np.cumsum(order(shares, 10_000)[:, None] == np.arange(3), axis=0)
@@ -104,14 +104,14 @@ RECORDED = [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1]
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
-def source(first: int, blocks: int, name: str) -> PackedDataset:
+def source(first, blocks, name):
     """Blocks of 4 tokens; `first` marks whose they are."""
     tokens = np.arange(first, first + 4 * blocks + 1, dtype=np.uint32)
     cache = TokenCache(Path(name), {"settings": {"eos_id": 0}}, tokens, np.array([len(tokens)]))
     return PackedDataset(cache, 4, f"7/{name}")
 
 
-def mixture(rows: int = 12, phases: Any = ((0, (0.6, 0.4)),), epochs: Any = (None, None)) -> Mixture:
+def mixture(rows=12, phases=((0, (0.6, 0.4)),), epochs=(None, None)):
     sources = {"a": source(10_000, 31, "a"), "b": source(20_000, 9, "b")}
     return Mixture(sources, phases, epochs, 4, rows)
 
@@ -127,7 +127,7 @@ def test_sources_keep_their_own_order_and_epochs():
         assert len(epochs) > 5
         assert all(epoch == list(range(blocks)) for epoch in epochs)
     assert data.tokens(60) == {"a": 4 * 432, "b": 4 * 288}
-    alone = PackedDataset(data.sources[1].cache, 4, "7/b")  # type: ignore[attr-defined]
+    alone = PackedDataset(data.sources[1].cache, 4, "7/b")
     wanted = [int(alone.sample(n)["input_ids"][0]) for n in range(9)]
     assert drawn[marks == 1][:9].tolist() == wanted, "another source does not reorder it"
     measured = data.first_rows(33)["input_ids"][:, 0].tolist()
@@ -147,14 +147,14 @@ def test_the_end_of_capped_sources_is_known_beforehand():
     assert mixture(epochs=(1.5, 1)).schedule.limit == 46 + 9, "of 31 and 9 sequences"
     capped = Mixture({"a": source(0, 100, "a")}, ((0, (1,)),), (0.29,), 4, 12)
     assert capped.schedule.limit == 29, "although 0.29 * 100 < 29 in floats"
-    with pytest.raises(UserError, match="shorter than one batch"):
+    with user_error("shorter than one batch"):
         mixture(rows=100, epochs=(1, 1)).check_batch_size()
 
 
 # -- what the user writes --------------------------------------------------------------------------------------------
 
 
-def plan_of(tmp_path: Path, text: str = "", **flags: Any) -> Any:
+def plan_of(tmp_path, text="", **flags):
     from mora_ds.config.data import DataArguments
 
     if text:
@@ -163,14 +163,14 @@ def plan_of(tmp_path: Path, text: str = "", **flags: Any) -> Any:
     return mixture_plan(DataArguments(**flags))
 
 
-def test_plain_files_are_no_mixture(tmp_path: Path):
+def test_plain_files_are_no_mixture(tmp_path):
     odd = tmp_path / "a=b:1"
     odd.write_text("text")
     for files in (["a.txt", "b.txt"], ["x=y.txt"], ["s3://bucket:9000/x"], [str(odd)], ["a.txt:b"]):
         assert plan_of(tmp_path, train_files=files).is_plain
 
 
-def test_flags_and_file_say_the_same(tmp_path: Path):
+def test_flags_and_file_say_the_same(tmp_path):
     by_flags = plan_of(tmp_path, train_files=["web=w/*.txt:0.7", "code=c.py:0.3"], replay=["old=o.txt:0.1"])
     text = "sources:\n  web: {files: w/*.txt, weight: 7}\n  code: {files: [c.py], weight: 3}\n"
     by_file = plan_of(tmp_path, text, replay=["old=o.txt:0.1"])
@@ -179,7 +179,7 @@ def test_flags_and_file_say_the_same(tmp_path: Path):
     assert by_flags.phases == by_file.phases == ((0, (0.63, 0.27, 0.1)),)
 
 
-def test_replay_takes_its_share_of_every_phase(tmp_path: Path):
+def test_replay_takes_its_share_of_every_phase(tmp_path):
     text = (
         "sources:\n  web: {files: w, weight: 3}\n  code: {files: c, weight: 1, epochs: 2}\n"
         "phases:\n  - {from_step: 10, weights: {code: 1}}\n"
@@ -202,14 +202,14 @@ WRONG = """
 
 
 @pytest.mark.parametrize("text, phrases", [(text, phrases) for text, *phrases in rows_of(WRONG)])
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, phrases: list[str]):
+def test_what_is_wrong_is_named(tmp_path, text, phrases):
     with pytest.raises(UserError) as error:
         plan_of(tmp_path, text)
     assert all(phrase in str(error.value) for phrase in phrases), str(error.value)
 
 
-def test_a_stream_has_no_epochs(tmp_path: Path):
-    with pytest.raises(UserError, match=r"sources\.a\.epochs is for text in a cache"):
+def test_a_stream_has_no_epochs(tmp_path):
+    with user_error(r"sources\.a\.epochs is for text in a cache"):
         plan_of(tmp_path, "{sources: {a: {files: x, epochs: 2}}}", streaming=True)
 
 
@@ -219,12 +219,12 @@ def test_a_stream_has_no_epochs(tmp_path: Path):
 PHASES = "phases:\n  - {from_step: 4, weights: {new: 0.25, old: 0.75}}\n"
 
 
-def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp_path: Path, out: Path):
+def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user, tmp_path, out):
     """Per-source losses included: exact over ranks and micro-batches."""
     mix = write_mixture(user, tmp_path / "mix.yaml", PHASES)
     more = ("--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
 
-    def flags(folder: Path, *batch: Any) -> list[str]:
+    def flags(folder, *batch):
         return mixture_flags(user, folder, mix, *more, *batch)
 
     assert_one_run(flags, tmp_path)
@@ -246,7 +246,7 @@ def test_a_mixed_run_is_the_same_on_more_ranks_and_resumed(user: Playground, tmp
     assert "weights of --mixture, --train_files or --replay, from step 4.old" in refusal(resumed)
 
 
-def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Path):
+def test_the_loss_of_a_source_is_that_of_its_rows(user, tmp_path):
     """In the first step, the loss that a run reports of one source is the loss of a run on that source alone."""
     more = ("--max_steps", 1, "--warmup_steps", 0, "--seq_len", 16, "--per_device_train_batch_size", 8)
     mix = write_mixture(user, tmp_path / "mix.yaml")
@@ -262,7 +262,7 @@ def test_the_loss_of_a_source_is_that_of_its_rows(user: Playground, tmp_path: Pa
     assert not source_rows(tmp_path / "new"), "one source has its loss in the step's row"
 
 
-def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path: Path):
+def test_used_up_sources_end_the_run_early_and_say_so(user, tmp_path):
     mix = tmp_path / "mix.yaml"
     mix.write_text(f"sources:\n  a: {{files: '{user.train}', epochs: 1}}\n  b: {{files: '{user.held}', epochs: 1}}\n")
     too_many = mixture_flags(user, tmp_path / "out", mix, "--max_steps", 10_000)
@@ -277,7 +277,7 @@ def test_used_up_sources_end_the_run_early_and_say_so(user: Playground, tmp_path
 # -- held out --------------------------------------------------------------------------------------------------------
 
 
-def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path):
+def test_no_held_out_document_is_trained_on(user, tmp_path):
     """By hash, in every source: also where a document lies in two of them."""
     from mora_ds.data import Corpus, DocumentFilter, document_hash, load_corpus
 
@@ -303,12 +303,12 @@ def test_no_held_out_document_is_trained_on(user: Playground, tmp_path: Path):
     assert set(after) == {"mine", "held_out_a", "held_out_b"}
 
 
-def test_a_plain_run_may_hold_out_too(user: Playground, tmp_path: Path):
-    summary = job_alone(user.flags(tmp_path / "out", "--held_out_share", 0.2, "--max_steps", 2))
+def test_a_plain_run_may_hold_out_too(user, tmp_path):
+    summary = job_alone(user.flags(tmp_path / "out", "--held_out_share 0.2 --max_steps 2"))
     assert set(summary["perplexity_after"]) == {"held", "short", "held_out"}
-    nothing = user.flags(tmp_path / "no", "--held_out_share", 1e-9)
+    nothing = user.flags(tmp_path / "no", "--held_out_share 1e-09")
     assert "every document is empty, or on the other side of --held_out_share 1e-09" in refusal(nothing)
 
 
-def job_alone(argv: list[str]) -> dict[str, Any]:
-    return run_ranks(1, job, argv)[0]
+def job_alone(argv):
+    return run_alone(job, argv)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
-from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED, Mixture, PackedDataset, TokenCache
 from mora_ds.data.documents import Documents
+from tests.helpers.errors import user_error
 
 EOS = 9999
 RECORDED = [9, 4, 3, 6, 2, 0, 5, 1, 7, 8, 5, 9, 8, 6, 4, 2, 0, 7, 1, 3]
@@ -18,21 +18,21 @@ LENGTHS = [5, 1, 1, 17, 8, 30, 2, 8, 16, 3, 1]
 KEYS = ("input_ids", "labels", "position_ids")
 
 
-def make_cache(lengths: list[int]) -> TokenCache:
+def make_cache(lengths):
     """Tokens are numbered, so that each can be found again."""
     ends = np.cumsum(lengths, dtype=np.int64)
     tokens = np.arange(ends[-1], dtype=np.uint16)
     return TokenCache(Path("memory"), {"settings": {"eos_id": EOS}}, tokens, ends)
 
 
-def batches_of(data: PackedDataset, size: int) -> Mixture:
+def batches_of(data, size):
     """What a run draws from one plain source."""
     return Mixture({"train": data}, [(0, (1.0,))], [None], data.seq_len, size)
 
 
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 8, 16, 91, 92, 93, 200])
-def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask: bool):
+def test_each_token_is_predicted_once_from_the_one_before_it(seq_len, mask):
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len, document_mask=mask)
     predicted = []
@@ -51,7 +51,7 @@ def test_each_token_is_predicted_once_from_the_one_before_it(seq_len: int, mask:
 
 
 @pytest.mark.parametrize("seq_len", [2, 7, 8, 16, 93, 200])
-def test_document_mask_keeps_documents_and_padding_apart(seq_len: int):
+def test_document_mask_keeps_documents_and_padding_apart(seq_len):
     """As transformers reads the positions: same sequence if and only if same document within the block."""
     cache = make_cache(LENGTHS)
     data = PackedDataset(cache, seq_len)
@@ -84,7 +84,7 @@ def test_an_epoch_holds_every_block_once_and_epochs_join_within_a_batch():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_a_batch_is_the_same_for_any_number_of_ranks(world: int):
+def test_a_batch_is_the_same_for_any_number_of_ranks(world):
     whole = batches_of(PackedDataset(make_cache(LENGTHS), 7, seed=1), 12)
     rows = 12 // world
     for step in (0, 1, 7, 10**6):
@@ -111,7 +111,7 @@ def test_the_order_is_drawn_from_the_seed_and_never_changes():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size: int):
+def test_evaluation_meets_every_block_once_over_all_ranks(world, batch_size):
     data = PackedDataset(make_cache(LENGTHS), 7)
     ranks = [list(data.eval_batches(rank, world, batch_size)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
@@ -127,9 +127,9 @@ def test_evaluation_meets_every_block_once_over_all_ranks(world: int, batch_size
 def test_a_corpus_shorter_than_one_batch():
     data = PackedDataset(make_cache([50]), 8)
     batches_of(data, 7).check_batch_size()
-    with pytest.raises(UserError, match="it makes 7 sequences of --seq_len 8, one global batch takes 8; give"):
+    with user_error("it makes 7 sequences of --seq_len 8, one global batch takes 8; give"):
         batches_of(data, 8).check_batch_size()
-    with pytest.raises(UserError, match="too short"):
+    with user_error("too short"):
         PackedDataset(make_cache([1]), 8)
 
 

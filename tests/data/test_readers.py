@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.data import load_corpus, members, readers, resolve_files
+from tests.helpers.errors import user_error
 
 
-def lines(rows: list[dict[str, str]]) -> bytes:
+def lines(rows):
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "dataset"])
-def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str):
+def test_a_file_is_read_from_any_of_its_marks(tmp_path, kind):
     """Row groups and batches end within and at the mark; lines may be blank, and the first has a byte order mark."""
     rows = [f"text {number} é" for number in range(7)]
     table = pa.table({"id": range(7), "text": rows})
@@ -42,7 +42,7 @@ def test_a_file_is_read_from_any_of_its_marks(tmp_path: Path, kind: str):
     assert [mark.record for _, mark in whole] == numbers
 
 
-def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_text_file_is_read_once(tmp_path, monkeypatch):
     """The position after a chunk is that before its document."""
     (tmp_path / "a.txt").write_text("some text")
     (member,) = load_corpus([str(tmp_path / "a.txt")]).members
@@ -54,16 +54,16 @@ def test_a_text_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert chunks == [("some", readers.START), (" tex", readers.START), ("t", readers.Mark(1))]
 
 
-def test_a_dataset_without_rows_is_empty(tmp_path: Path):
+def test_a_dataset_without_rows_is_empty(tmp_path):
     none = datasets.Dataset(pa.table({"text": pa.array([], pa.string())}))
     none.save_to_disk(tmp_path / "none")
-    with pytest.raises(UserError, match=r"none' .* cannot be loaded"):
+    with user_error(r"none' .* cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "none"))
-    with pytest.raises(UserError, match="rows is empty: it holds no row"):
+    with user_error("rows is empty: it holds no row"):
         list(members.DatasetMember("rows", none, "text").marked(readers.START))
 
 
-def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPatch):
+def test_batches_end_with_the_item_that_fills_them(monkeypatch):
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 6)
     items = ["abc", "def", "", "ghijklm", "n"]
     assert list(readers.batched(items, len)) == [["abc", "def"], ["", "ghijklm"], ["n"]]
@@ -71,7 +71,7 @@ def test_batches_end_with_the_item_that_fills_them(monkeypatch: pytest.MonkeyPat
     assert not list(readers.batched([], len))
 
 
-def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
     """Unpacked, where the file is compressed."""
     content = b'{"text": "a"}\n'
     for name, data in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content))):
@@ -79,7 +79,7 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(readers, "LINE_BYTES", len(content))
         assert list(load_corpus([str(tmp_path / name)]).texts()) == ["a"]
         monkeypatch.setattr(readers, "LINE_BYTES", len(content) - 1)
-        with pytest.raises(UserError, match=f"{name}, line 1: longer"):
+        with user_error(f"{name}, line 1: longer"):
             load_corpus([str(tmp_path / name)])
 
 
@@ -94,16 +94,16 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path: Path, monkeypatch: pytest.
     ],
     ids=str,
 )
-def test_columns_that_hold_text(kind: pa.DataType, message: str | None):
+def test_columns_that_hold_text(kind, message):
     schema = pa.schema({"body": pa.string(), "text": kind})
     if message is None:
         readers.check_column(schema, "text", "a.parquet")
     else:
-        with pytest.raises(UserError, match=f"a.parquet: column 'text' {message}"):
+        with user_error(f"a.parquet: column 'text' {message}"):
             readers.check_column(schema, "text", "a.parquet")
 
 
-def test_suffixes_say_what_a_file_is(tmp_path: Path):
+def test_suffixes_say_what_a_file_is(tmp_path):
     """In either case, and below that of a compressed file."""
     (tmp_path / ".hidden").mkdir()
     names = (

@@ -1,8 +1,6 @@
 """Streaming: the same blocks as from a cache, resumed at any position. Its failures are in test_stream_failures.py."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +15,8 @@ from mora_ds.data import (
     readers,
     stream,
 )
-from mora_ds.data.packing import Block
 from mora_ds.data.stream import StreamPosition
-from tests.helpers.jobs import Playground, job, refusal
+from tests.helpers.jobs import job, refusal
 from tests.helpers.mixtures import source_rows
 from tests.helpers.resume import assert_one_run
 from tests.helpers.streams import T, assert_equal, documents, source, taken, write
@@ -28,14 +25,14 @@ from tests.helpers.streams import T, assert_equal, documents, source, taken, wri
 class InOrder(PackedDataset):
     """A source whose epochs have the order of its tokens."""
 
-    def sample(self, number: int) -> Block:
+    def sample(self, number):
         return self.block(number % self.n_blocks)
 
 
 KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt", "dataset")
 
 
-def corpus_of(folder: Path, kind: str = "jsonl", count: int = 90) -> Corpus:
+def corpus_of(folder, kind="jsonl", count=90):
     """Three shards of one format, or a `datasets` name (a folder in place of one of the hub) that is streamed."""
     if kind != "dataset":
         return load_corpus(write(folder, kind, documents(count)))
@@ -44,7 +41,7 @@ def corpus_of(folder: Path, kind: str = "jsonl", count: int = 90) -> Corpus:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, tmp_path: Path, kind: str):
+def test_a_stream_is_the_cache_token_by_token(user, tokenizer, tmp_path, kind):
     """Over two epochs: also their seams, paddings and positions."""
     corpus = corpus_of(tmp_path / "shards", kind)
     files = load_corpus([f"{tmp_path}/shards/*"])
@@ -55,9 +52,7 @@ def test_a_stream_is_the_cache_token_by_token(user: Playground, tokenizer: Any, 
 
 @pytest.mark.parametrize("buffer", [0, 10])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_is_resumed_at_any_sample(
-    tokenizer: Any, tmp_path: Path, kind: str, buffer: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stream_is_resumed_at_any_sample(tokenizer, tmp_path, kind, buffer, monkeypatch):
     """Through JSON, as in a checkpoint, again and again with a new source."""
     monkeypatch.setattr(readers, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 800)
@@ -72,7 +67,7 @@ def test_a_stream_is_resumed_at_any_sample(
         state = fresh.state()
 
 
-def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path: Path):
+def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_path):
     texts = [f"{n}" for n in range(50)]
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", texts))
     reader = DocumentStream("a", corpus, buffer=8, seed=3)
@@ -91,16 +86,14 @@ def test_windows_are_shuffled_anew_each_epoch_and_hold_each_document_once(tmp_pa
     assert set(firsts) == {"0", "1", "2"}, "each epoch has its own order of files"
 
 
-def test_a_window_of_much_text_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_window_of_much_text_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_CHARACTERS", 50)
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", ["x" * 20] * 30))
     positions = [position for _, position in DocumentStream("a", corpus).epoch(StreamPosition())]
     assert [(position.window, position.done) for position in positions] == [divmod(number, 3) for number in range(30)]
 
 
-def test_a_document_longer_than_memory_passes_in_chunks(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_document_longer_than_memory_passes_in_chunks(tokenizer, tmp_path, monkeypatch):
     """At most a chunk and a batch of it are in memory."""
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(readers, "_READ_BYTES", 500)
@@ -121,13 +114,13 @@ def test_a_document_longer_than_memory_passes_in_chunks(
 # -- mixtures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path):
+def test_a_mixture_of_streams_and_caches(tokenizer, tmp_path):
     """Batches equal those of the same mixture from caches, for rows of any rank, resumed at any step."""
     left = corpus_of(tmp_path / "left", count=70)
     right = load_corpus(write(tmp_path / "right", "txt", documents(40)[20:]))
     packed = [InOrder(build_cache(corpus, tokenizer, tmp_path / "cache"), T) for corpus in (left, right)]
 
-    def made(states: Any = None) -> Mixture:
+    def made(states=None):
         sources = {"left": source(left, tokenizer), "right": packed[1]}
         return Mixture(sources, [(0, (0.7, 0.3)), (9, (0.2, 0.8))], [None, None], T, 12, states)
 
@@ -152,10 +145,10 @@ def test_a_mixture_of_streams_and_caches(tokenizer: Any, tmp_path: Path):
 # -- complete runs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Playground, tmp_path: Path, out: Path):
+def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user, tmp_path, out):
     more = ("--streaming", "--shuffle_buffer", 7, "--save_steps", 2, "--replay", f"old={user.held}:0.25")
 
-    def flags(folder: Path, *batch: Any) -> list[str]:
+    def flags(folder, *batch):
         return user.flags(folder, *more, *batch)
 
     assert_one_run(flags, tmp_path, job_in_small_batches)
@@ -166,16 +159,16 @@ def test_a_streamed_run_is_the_same_on_two_ranks_and_after_two_resumes(user: Pla
     assert "train.shuffle_buffer: 7 there, 8 here" in message
 
 
-def job_in_small_batches(argv: list[str]):
+def job_in_small_batches(argv):
     """So that each rank tokenises some."""
     readers.BATCH_CHARACTERS = 2000
     job(argv)
 
 
-def test_a_record_without_text_ends_a_streamed_run(user: Playground, tmp_path: Path):
+def test_a_record_without_text_ends_a_streamed_run(user, tmp_path):
     late = tmp_path / "late.jsonl"
     late.write_text(user.train.read_text()[:20_000].rpartition("\n")[0] + '\n{"body": "x"}\n')
-    argv = user.flags(tmp_path / "out", "--streaming", "--train_files", late, "--shuffle_buffer", 3, "--max_steps", 300)
+    argv = user.flags(tmp_path / "out", "--streaming --train_files", late, "--shuffle_buffer 3 --max_steps 300")
     message = refusal(argv)
     assert "late.jsonl, line" in message
     assert "no field 'text'; there are: body" in message

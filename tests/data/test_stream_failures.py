@@ -3,35 +3,32 @@
 import gzip
 import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 from huggingface_hub.errors import HTTPError
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.data import (
     Corpus,
-    Document,
     DocumentStream,
     load_corpus,
     readers,
 )
 from mora_ds.data.stream import StreamPosition
+from tests.helpers.errors import user_error
 from tests.helpers.streams import documents, source, taken, write
 
 
 class Broken:
     """A member that fails as disks and networks do, before record 5."""
 
-    def __init__(self, shard: Any, error: Exception):
+    def __init__(self, shard, error):
         self.member = shard
         self.error = error
         self.label = shard.label
 
-    def marked(self, mark: Any) -> Iterator[tuple[Document, Any]]:
+    def marked(self, mark):
         for document, behind in self.member.marked(mark):
             if behind.record == 5:
                 raise self.error
@@ -39,15 +36,15 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HTTPError("no route to host")], ids=repr)
-def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer: Any, tmp_path: Path, error: Exception):
+def test_a_part_that_cannot_be_read_any_more_is_named(tokenizer, tmp_path, error):
     corpus = load_corpus(write(tmp_path / "shards", "jsonl", documents()))
-    broken_shards: Any = tuple(Broken(shard, error) for shard in corpus.members)
+    broken_shards = tuple(Broken(shard, error) for shard in corpus.members)
     with pytest.raises(RunError, match=r"source 'a': .*0.jsonl cannot be read: .*(output error|route)"):
         taken(source(Corpus(broken_shards), tokenizer), 0, 300)
 
 
-def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object):
+def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path, monkeypatch):
+    def fail(*_):
         raise OSError(116, "Stale file handle")
 
     documents_of = DocumentStream("a", load_corpus(write(tmp_path / "shards", "jsonl", documents())))
@@ -56,10 +53,10 @@ def test_a_disk_that_fails_in_a_file_is_no_mistake_of_the_user(tmp_path: Path, m
         list(documents_of.epoch(StreamPosition()))
 
 
-def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path):
+def test_damage_in_the_middle_is_named(tokenizer, tmp_path):
     lines = [json.dumps({"text": text}) for text in documents()]
     (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:40], '{"text": 5', *lines[40:]]))
-    with pytest.raises(UserError, match=r"source 'a': .*broken.jsonl, line 41, column"):
+    with user_error(r"source 'a': .*broken.jsonl, line 41, column"):
         taken(source(load_corpus([str(tmp_path / "broken.jsonl")]), tokenizer), 0, 2000)
     numbers = random.Random(0)  # do not compress
     content = b"".join(json.dumps({"text": numbers.randbytes(1000).hex()}).encode() + b"\n" for _ in range(900))
@@ -69,5 +66,5 @@ def test_damage_in_the_middle_is_named(tokenizer: Any, tmp_path: Path):
         path = tmp_path / f"damaged.jsonl.{name[2:]}"  # in b.gz the checksum
         path.write_bytes(damaged)
         documents_of = DocumentStream("a", load_corpus([str(path)]))
-        with pytest.raises(UserError, match=rf"source 'a': .*{path.name} cannot be read"):
+        with user_error(rf"source 'a': .*{path.name} cannot be read"):
             list(documents_of.epoch(StreamPosition()))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 from mora_ds.common.errors import UserError
 from mora_ds.data import check_vocabulary, load_tokenizer, train_sentencepiece, wants_bos
 from mora_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
+from tests.helpers.errors import user_error
 from tests.helpers.outcome import tree
 
 SOURCES = [Path(module.__file__ or "").read_text() for module in (json, random, io, pytest)]
@@ -34,11 +35,11 @@ AWKWARD = [
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     return train_sentencepiece(SOURCES, 600, tmp_path_factory.mktemp("trained"))
 
 
-def fuzz(count: int) -> list[str]:
+def fuzz(count):
     """Random slices of code, and random strings over an alphabet that provokes ties and byte fallback."""
     generator = random.Random(0)
     alphabet = [*"  \n\t.,()aaaeeesstt_=<>/sx0", "é", "漢", "😀", "self", "    ", "\n\n"]
@@ -49,7 +50,7 @@ def fuzz(count: int) -> list[str]:
     return strings
 
 
-def test_ids_are_those_of_sentencepiece_and_survive_saving(trained: Path, tmp_path: Path):
+def test_ids_are_those_of_sentencepiece_and_survive_saving(trained, tmp_path):
     original = sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))
     wrapped = load_tokenizer(trained)
     wrapped.save_pretrained(tmp_path)
@@ -62,7 +63,7 @@ def test_ids_are_those_of_sentencepiece_and_survive_saving(trained: Path, tmp_pa
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(wrapped)
 
 
-def test_nothing_is_normalised_away(trained: Path):
+def test_nothing_is_normalised_away(trained):
     wrapped = load_tokenizer(trained)
     for text in AWKWARD + SOURCES:
         ids = wrapped.encode(text, add_special_tokens=False)
@@ -70,7 +71,7 @@ def test_nothing_is_normalised_away(trained: Path):
         assert wrapped.decode(ids) == text.replace("\u2581", " ")  # SentencePiece's own sign for a space
 
 
-def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path):
+def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained):
     wrapped = load_tokenizer(trained)
     names = (wrapped.unk_token_id, wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id)
     assert names == (0, 1, 2, 3)
@@ -81,7 +82,7 @@ def test_trained_tokenizer_has_its_ids_and_whole_indentations(trained: Path):
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), GPT2Config()])
-def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Path, config: LlamaConfig):
+def test_saved_beside_a_model_config_it_stays_itself(trained, tmp_path, config):
     wrapped = load_tokenizer(trained)
     config.save_pretrained(tmp_path)
     wrapped.save_pretrained(tmp_path)
@@ -90,7 +91,7 @@ def test_saved_beside_a_model_config_it_stays_itself(trained: Path, tmp_path: Pa
     assert all(again.encode(text) == wrapped.encode(text) for text in AWKWARD)
 
 
-def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_training_is_deterministic(tmp_path, monkeypatch):
     first, second = (train_sentencepiece(iter(SOURCES), 400, tmp_path / name) for name in "ab")
     assert tree(first) == tree(second)
     monkeypatch.setattr("mora_ds.data.sentencepiece._SAMPLE_BYTES", 1)
@@ -98,13 +99,13 @@ def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tree(small) == tree(again)
 
 
-def test_vocabulary_must_fit_the_model(trained: Path):
+def test_vocabulary_must_fit_the_model(trained):
     wrapped = load_tokenizer(trained)
     check_vocabulary(wrapped, 600)
-    with pytest.raises(UserError, match=r"does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
+    with user_error(r"does not fit the model.*id 599, the model has embeddings for ids 0 to 598"):
         check_vocabulary(wrapped, 599)
     wrapped.add_tokens(["<added>"])
-    with pytest.raises(UserError, match="'<added>' has id 600"):
+    with user_error("'<added>' has id 600"):
         check_vocabulary(wrapped, 600)
 
 
@@ -116,22 +117,22 @@ def test_vocabulary_must_fit_the_model(trained: Path):
         (["\n\n"], 1000, r"--train_tokenizer_vocab 1000: .*sentences_.empty"),
     ],
 )
-def test_vocabulary_sizes_that_cannot_be(tmp_path: Path, texts: list[str], size: int, said: str):
-    with pytest.raises(UserError, match=said):
+def test_vocabulary_sizes_that_cannot_be(tmp_path, texts, size, said):
+    with user_error(said):
         train_sentencepiece(texts, size, tmp_path)
 
 
-def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path: Path):
-    def texts() -> object:
+def test_a_broken_corpus_stops_the_training_with_its_own_error(tmp_path):
+    def texts():
         yield "fine"
         raise UserError("--train_files: a.txt, line 3: not UTF-8")
 
-    with pytest.raises(UserError, match="line 3: not UTF-8"):
-        train_sentencepiece(texts(), 300, tmp_path)  # type: ignore[arg-type]
+    with user_error("line 3: not UTF-8"):
+        train_sentencepiece(texts(), 300, tmp_path)
 
 
-def test_no_end_of_text_token(trained: Path):
+def test_no_end_of_text_token(trained):
     wrapped = load_tokenizer(trained)
     wrapped.eos_token = None
-    with pytest.raises(UserError, match=r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"):
+    with user_error(r"no end-of-text token.*\"eos_token\" in its tokenizer_config.json"):
         end_of_text_id(wrapped)

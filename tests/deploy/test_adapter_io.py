@@ -1,9 +1,6 @@
 """load_adapter: which domain a model computes as, and what does not fit a model."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,28 +8,28 @@ import torch
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.domains import domains_of
 from mora_ds.checkpoint.adapter_files import Adapter, write_adapter
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.deploy.adapter_io import export_adapter, load_adapter
 from tests.helpers.adapters import Maker, merge, originals
 from tests.helpers.crafted import reseal
 from tests.helpers.damage import change_json
+from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
 
 NORM = "model.norm.weight"
 
 
 @pytest.fixture
-def maker(tmp_path: Path) -> Maker:
+def maker(tmp_path):
     return Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
+def logits(model):
     return model.eval()(input_ids=tokens(2), use_cache=False).logits
 
 
-def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Maker, tmp_path: Path):
+def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker, tmp_path):
     """Each domain has the shared matrices once more: none of them adds them once, a domain twice."""
     updates = maker.write(tmp_path / "adapter", MoRAConfig(rank=3, domains=("law", "code")), 1, domains=("law", "code"))
     for domain, times in ((None, 1), ("shared", 1), ("code", 2)):
@@ -44,7 +41,7 @@ def test_a_model_of_several_domains_computes_as_the_one_that_is_named(maker: Mak
         assert domains_of(model).names == ("law", "code")
 
 
-def rewritten(folder: Path, **changes: Any):
+def rewritten(folder, **changes):
     """adapter.json, and with `shape` also the shape of the norm, say something else."""
     opened = Adapter.open(folder)
     squares = {name: opened.tensors.square(name).clone() for name in opened.file.layers}
@@ -53,11 +50,11 @@ def rewritten(folder: Path, **changes: Any):
     write_adapter(folder, replace(opened.file, **changes), squares, trained)
 
 
-def configured(**changes: Any) -> Callable[[Path], None]:
+def configured(**changes):
     return lambda folder: change_json(folder / "adapter.json", lambda content: content["config"].update(changes))
 
 
-UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
+UNFIT = {
     "another size": (configured(rank=5), "the shape of .*up_proj.square is"),
     "fewer layers": (configured(target_modules=["q_proj"]), "the shape of .*up_proj.square is .* there, None here"),
     "another shape": (
@@ -76,24 +73,22 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("change, words", UNFIT.values(), ids=UNFIT)
-def test_an_adapter_that_does_not_fit_its_model_is_refused(
-    maker: Maker, tmp_path: Path, change: Callable[[Path], Any], words: str
-):
+def test_an_adapter_that_does_not_fit_its_model_is_refused(maker, tmp_path, change, words):
     config = MoRAConfig(rank=3, target_modules=("q_proj", "up_proj"), train_norms=True)
     norms = {name: weight for name, weight in maker.weights.items() if "norm" in name}
     maker.write(tmp_path / "adapter", config, trained=norms)
     load_adapter(maker.folder, tmp_path / "adapter")
     change(tmp_path / "adapter")
     reseal(tmp_path / "adapter")
-    with pytest.raises(UserError, match=words):
+    with user_error(words):
         load_adapter(maker.folder, tmp_path / "adapter")
 
 
-def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker: Maker, tmp_path: Path):
+def test_a_base_that_moves_with_its_run_is_found_from_an_exported_adapter(maker, tmp_path):
     """A relative folder in base.json is relative to where it lies: a copy elsewhere names the same base."""
-    maker.write(tmp_path / "runs" / "adapter", MoRAConfig(rank=3))
-    replace(maker.reference, folder="../../base").write(tmp_path / "runs" / "adapter")
+    maker.write(tmp_path / "runs/adapter", MoRAConfig(rank=3))
+    replace(maker.reference, folder="../../base").write(tmp_path / "runs/adapter")
     reseal(tmp_path / "runs")
-    export_adapter(tmp_path / "runs" / "adapter", tmp_path / "far" / "away" / "adapter")
-    content = read_json(tmp_path / "far" / "away" / "adapter" / "base.json")
+    export_adapter(tmp_path / "runs/adapter", tmp_path / "far/away/adapter")
+    content = read_json(tmp_path / "far/away/adapter/base.json")
     assert content["folder"] == str((tmp_path / "base").resolve())

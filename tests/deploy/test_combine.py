@@ -1,14 +1,11 @@
 """Sums of updates against the same sums formed by hand in fp64, and what they refuse."""
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
@@ -16,14 +13,15 @@ from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, write_adapt
 from mora_ds.checkpoint.layout import step_folder
 from mora_ds.checkpoint.verify import verify
 from mora_ds.common import files
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.combine import COMBINED, combine_adapters
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import Ledger
-from tests.helpers.adapters import Maker, Updates
-from tests.helpers.exports import FakeRun, fake_run, layers_of, random_squares
+from tests.helpers.adapters import Maker
+from tests.helpers.errors import user_error
+from tests.helpers.exports import fake_run, layers_of, random_squares
 from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
 
@@ -31,7 +29,7 @@ TRAINED = ("model.embed_tokens.weight", "model.norm.weight")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
+def run(tmp_path_factory):
     """A run with two merges, embeddings and norm trained too; before its checkpoint lies one with a single merge."""
     fake = fake_run(tmp_path_factory.mktemp("run"), trained=TRAINED, num_hidden_layers=1, tie_word_embeddings=True)
     earlier = step_folder(fake.checkpoint.parent, 3)
@@ -45,12 +43,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     return fake
 
 
-def content(folder: Path) -> dict[str, Tensor]:
+def content(folder):
     base = BaseCheckpoint.open(folder)
     return {key: base.read(key) for key in base.keys()}  # noqa: SIM118  (not a mapping)
 
 
-def by_hand(terms: Sequence[tuple[float, Path]]) -> dict[str, Tensor]:
+def by_hand(terms):
     """What the sum must be in every tensor, formed in fp64 from complete deltas."""
     reference = BaseReference.read(terms[0][1])
     original = content((terms[0][1] / reference.folder).resolve())
@@ -67,7 +65,7 @@ def by_hand(terms: Sequence[tuple[float, Path]]) -> dict[str, Tensor]:
     return total
 
 
-def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]):
+def check(tensors, expected):
     for key, tensor in tensors.items():
         assert_close(tensor.double(), expected[key], rtol=2e-7, atol=2e-7, msg=key)
 
@@ -75,7 +73,7 @@ def check(tensors: dict[str, Tensor], expected: dict[str, Tensor]):
 # -- scale -------------------------------------------------------------------------------------------------------------
 
 
-def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path):
+def test_scale_one_is_the_plain_export_to_the_bit(run, tmp_path):
     lines = combine_adapters([run.checkpoint], [1.0], tmp_path / "same")
     assert lines[1] == "3 term(s), 2 of them in its ledger"
     export_merged(tmp_path / "same", tmp_path / "merged")
@@ -83,16 +81,16 @@ def test_scale_one_is_the_plain_export_to_the_bit(run: FakeRun, tmp_path: Path):
     plain = content(tmp_path / "plain")
     assert all(torch.equal(tensor, plain[key]) for key, tensor in content(tmp_path / "merged").items())
     assert verify(tmp_path / "same")[0].is_good
-    assert (tmp_path / "same" / "tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
+    assert (tmp_path / "same/tokenizer").is_dir() == (run.checkpoint / "tokenizer").is_dir()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1.2, -1.0])
-def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: float):
+def test_scale_multiplies_the_whole_update(run, tmp_path, scale):
     report = export_merged(run.checkpoint, tmp_path / "merged", delta_scale=scale)
     merged = content(tmp_path / "merged")
     check(merged, by_hand([(scale, run.checkpoint)]))
     assert scale or all(torch.equal(tensor, content(run.base)[key]) for key, tensor in merged.items())
-    card = (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "merged/README.md").read_text()
     assert report.cycles == 2
     assert COMBINED in card
     assert f'"weight": {scale}' in card
@@ -101,7 +99,7 @@ def test_scale_multiplies_the_whole_update(run: FakeRun, tmp_path: Path, scale: 
 # -- sums of checkpoints ---------------------------------------------------------------------------------------------
 
 
-def test_a_sum_of_checkpoints_is_no_larger_than_one(run: FakeRun, tmp_path: Path):
+def test_a_sum_of_checkpoints_is_no_larger_than_one(run, tmp_path):
     earlier = step_folder(run.checkpoint.parent, 3)
     combine_adapters([earlier, run.checkpoint], [0.45, 0.45], tmp_path / "mean")
     export_merged(tmp_path / "mean", tmp_path / "merged")
@@ -112,15 +110,15 @@ def test_a_sum_of_checkpoints_is_no_larger_than_one(run: FakeRun, tmp_path: Path
     assert [record.step for record in opened.ledger.records] == [1, 3], "the newest step of what each term sums"
 
 
-def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path):
+def test_a_sum_stands_alone(run, tmp_path):
     """With the tokenizer of its last source, the base where it was said to be, and hashes of all that."""
     source = Path(shutil.copytree(run.checkpoint, tmp_path / "source"))
     (source / "tokenizer").mkdir()
-    (source / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
+    (source / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
     files.write_manifest(source)
     base = shutil.copytree(run.base, tmp_path / "moved")
     combine_adapters([run.checkpoint, source], [0.5, 0.5], tmp_path / "sum", base)
-    assert (tmp_path / "sum" / "tokenizer" / "tokenizer_config.json").read_text() == '{"from": "run"}'
+    assert (tmp_path / "sum/tokenizer/tokenizer_config.json").read_text() == '{"from": "run"}'
     assert BaseReference.read(tmp_path / "sum").folder == str(base.resolve())
     listed = files.listed_files(tmp_path / "sum")
     assert files.verify_manifest(tmp_path / "sum") == []
@@ -131,7 +129,7 @@ def test_a_sum_stands_alone(run: FakeRun, tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+def maker(tmp_path_factory):
     return Maker(tiny_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("maker") / "base")
 
 
@@ -145,7 +143,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("first, second, terms", SETTINGS.values(), ids=SETTINGS)
-def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, terms: int):
+def test_sum_of_two_runs(maker, tmp_path, first, second, terms):
     maker.write(tmp_path / "a", first)
     maker.write(tmp_path / "b", second)
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.75, -0.5], tmp_path / "sum")
@@ -158,9 +156,9 @@ def test_sum_of_two_runs(maker: Maker, tmp_path: Path, first: Any, second: Any, 
     assert_close(live, merged, rtol=0, atol=1e-5)
 
 
-def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path):
+def test_sum_of_the_cycles_apart_is_their_merge(maker, tmp_path):
     """Each cycle as an adapter of its own, summed, is the adapter that holds them all."""
-    updates: Updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
+    updates = maker.write(tmp_path / "all", MoRAConfig(rank=3, seed=0), cycles=2)
     opened = Adapter.open(tmp_path / "all")
     folders = []
     for cycle in range(3):
@@ -178,7 +176,7 @@ def test_sum_of_the_cycles_apart_is_their_merge(maker: Maker, tmp_path: Path):
     assert all(torch.equal(tensor, whole[key]) for key, tensor in content(tmp_path / "sum-merged").items())
 
 
-def test_domains_are_summed_too(maker: Maker, tmp_path: Path):
+def test_domains_are_summed_too(maker, tmp_path):
     for seed, name in enumerate("ab"):
         maker.write(tmp_path / name, MoRAConfig(rank=3, seed=0), scale=0.02 + seed, domains=("law", "code"))
     combine_adapters([tmp_path / "a", tmp_path / "b"], [0.5, 2.0], tmp_path / "sum")
@@ -191,7 +189,7 @@ def test_domains_are_summed_too(maker: Maker, tmp_path: Path):
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_path: Path):
+def test_bases_layers_and_trained_tensors_must_be_the_same(maker, tmp_path):
     """Other refusals are lines of tests/config/test_bad_tool_calls.py."""
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     maker.write(tmp_path / "fewer", MoRAConfig(rank=3, target_modules=("q_proj",)))
@@ -204,12 +202,12 @@ def test_bases_layers_and_trained_tensors_must_be_the_same(maker: Maker, tmp_pat
         ("fewer", "adapt different layers"), ("norms", "train different tensors"), ("law", "have different domains"),
         ("other", "have different bases"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
+        with user_error(message):
             combine_adapters([tmp_path / "a", tmp_path / name], [1, 1], tmp_path / "sum")
     assert not (tmp_path / "sum").exists()
 
 
-def test_a_sum_that_is_not_finite_is_not_written(maker: Maker, tmp_path: Path):
+def test_a_sum_that_is_not_finite_is_not_written(maker, tmp_path):
     maker.write(tmp_path / "a", MoRAConfig(rank=3))
     with pytest.raises(RunError, match="is not finite"):
         combine_adapters([tmp_path / "a"], [1e300], tmp_path / "sum")

@@ -4,7 +4,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,17 +22,18 @@ from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from tests.helpers.adapters import summed
-from tests.helpers.exports import FakeRun, fake_run
+from tests.helpers.errors import user_error
+from tests.helpers.exports import fake_run
 from tests.helpers.ledgers import shortened
 from tests.helpers.models import tiny_model
 from tests.helpers.tools import called
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "export_hf.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools/export_hf.py"
 
 
-def check(run: FakeRun, output: Path, dtype: torch.dtype):
+def check(run, output, dtype):
     """The export, loaded by plain transformers, has every expected value bit for bit, in `dtype`."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    loaded = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -47,7 +47,7 @@ def check(run: FakeRun, output: Path, dtype: torch.dtype):
     assert len(changed) == len(run.adapter.layers)  # the live squares are in the export and not in the live weights
 
 
-def assert_refused(run: FakeRun, output: Path, words: str, error: type[Exception] = UserError):
+def assert_refused(run, output, words, error=UserError):
     """Words: a regular expression. Nothing is written."""
     with pytest.raises(error, match=words):
         export_merged(run.checkpoint, output)
@@ -59,7 +59,7 @@ def assert_refused(run: FakeRun, output: Path, words: str, error: type[Exception
 HEADS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+SETTINGS = {
     "plain": ("float32", {"family": "llama"}),
     "tied-trained": ("bfloat16", {"family": "llama", "tie_word_embeddings": True, "trained": HEADS[:2]}),
     "untied-trained": ("float16", {"family": "llama", "trained": HEADS}),
@@ -73,7 +73,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dtype, settings", SETTINGS.values(), ids=SETTINGS)
-def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, settings: dict[str, Any]):
+def test_export_is_the_model_changed_by_hand(tmp_path, dtype, settings):
     run = fake_run(tmp_path, dtype=dtype, **settings)
     report = export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     check(run, tmp_path / "merged", COMPUTE_DTYPES[dtype])
@@ -82,20 +82,20 @@ def test_export_is_the_model_changed_by_hand(tmp_path: Path, dtype: str, setting
     assert (report.merged, report.replaced) == (len(run.adapter.layers), len(run.adapter.trainables))
 
 
-def test_dtype_can_be_chosen(tmp_path: Path):
+def test_dtype_can_be_chosen(tmp_path):
     """From a bfloat16 run to float32: the update is not rounded at all."""
     run = fake_run(tmp_path, stored=torch.bfloat16, dtype="bfloat16")
     export_merged(run.checkpoint, tmp_path / "merged", dtype="float32", verify=True)
-    assert read_json(tmp_path / "merged" / "config.json")["dtype"] == "float32"
+    assert read_json(tmp_path / "merged/config.json")["dtype"] == "float32"
     ledger = Ledger.open(run.checkpoint / "ledger")
     base = BaseCheckpoint.open(run.base)
-    exported = load_file(tmp_path / "merged" / "model.safetensors")
+    exported = load_file(tmp_path / "merged/model.safetensors")
     for name, entry in run.adapter.layers.items():
         updates = [*ledger.squares_of(name), (entry.operator, run.squares[name])]
         assert torch.equal(exported[entry.weight], summed(base.read(entry.weight), updates, False, torch.float32))
 
 
-def test_a_model_in_several_files_is_that_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
     run = fake_run(tmp_path)
     whole = export_merged(run.checkpoint, tmp_path / "whole")
     monkeypatch.setattr("mora_ds.deploy.export._SHARD_BYTES", 20_000)
@@ -109,16 +109,16 @@ def test_a_model_in_several_files_is_that_in_one(tmp_path: Path, monkeypatch: py
     assert len(prints) == 1
 
 
-def test_stale_copy_of_a_tied_head_is_left_out(tmp_path: Path):
+def test_stale_copy_of_a_tied_head_is_left_out(tmp_path):
     """Files that hold lm_head.weight though it is tied: kept, it would come apart from the trained embedding."""
     run = fake_run(tmp_path, trained=HEADS[:1], tie_word_embeddings=True, twice=True)
     assert "lm_head.weight" in load_file(run.base / "model.safetensors")
     export_merged(run.checkpoint, tmp_path / "merged", verify=True)
-    assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "merged/model.safetensors")
     check(run, tmp_path / "merged", torch.float32)
 
 
-def test_companions(tmp_path: Path):
+def test_companions(tmp_path):
     run = fake_run(tmp_path, dtype="bfloat16", trained=HEADS[1:2])
     output = tmp_path / "merged"
     export_merged(run.output, output)
@@ -133,7 +133,7 @@ def test_companions(tmp_path: Path):
         assert words in card
 
 
-def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path: Path):
+def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     run = fake_run(tmp_path, probe=False)
     summary = {"steps": 7, "perplexity_before": {"code": 9.5}, "perplexity_after": {"code": 8.25}}
     files.write_json_atomic(run.output / "summary.json", summary)
@@ -141,16 +141,16 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path: Path)
     write_adapter(run.checkpoint, adapter, run.squares, {})
     files.write_manifest(run.checkpoint)
     export_merged(run.output, tmp_path / "merged")
-    card = (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "merged/README.md").read_text()
     assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
     files.write_json_atomic(run.output / "summary.json", {**summary, "steps": 8})
     export_merged(run.output, tmp_path / "earlier")
-    assert "perplexity" not in (tmp_path / "earlier" / "README.md").read_text()
+    assert "perplexity" not in (tmp_path / "earlier/README.md").read_text()
 
 
-def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path):
+def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -161,16 +161,16 @@ def test_tokenizer_of_the_checkpoint_wins_over_that_of_the_base(tmp_path: Path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("hello")["input_ids"] == [1]
 
 
-def test_base_that_moved(tmp_path: Path):
+def test_base_that_moved(tmp_path):
     run = fake_run(tmp_path)
-    moved = tmp_path / "elsewhere" / "base"
+    moved = tmp_path / "elsewhere/base"
     moved.parent.mkdir()
     run.base.rename(moved)
     assert_refused(run, tmp_path / "merged", r"`base_folder`: no such folder: .*/base")
     export_merged(run.checkpoint, tmp_path / "merged", base_folder=moved)
     check(run, tmp_path / "merged", torch.float32)
     tiny_model(seed=5).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"`base_folder`: .*other is not the base of"):
+    with user_error(r"`base_folder`: .*other is not the base of"):
         export_merged(run.checkpoint, tmp_path / "merged-2", base_folder=tmp_path / "other")
     assert not (tmp_path / "merged-2").exists()
 
@@ -178,13 +178,13 @@ def test_base_that_moved(tmp_path: Path):
 # -- damage and refusals ---------------------------------------------------------------------------------------------
 
 
-def flip_byte(path: Path):
+def flip_byte(path):
     content = bytearray(path.read_bytes())
     content[-9] ^= 4
     path.write_bytes(content)
 
 
-def shorten(path: Path):
+def shorten(path):
     os.truncate(path, path.stat().st_size - 30)
 
 
@@ -198,7 +198,7 @@ def shorten(path: Path):
         ("base.json", Path.unlink),
     ],
 )
-def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any):
+def test_damaged_checkpoint_is_named(tmp_path, name, damage):
     run = fake_run(tmp_path, probe=False)
     damage(run.checkpoint / name)
     assert_refused(run, tmp_path / "merged", f"is damaged: .*{name}")
@@ -207,14 +207,14 @@ def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: Any):
         assert_refused(run, tmp_path / "merged", name if (run.checkpoint / name).exists() else "missing|neither")
 
 
-def test_ledger_of_another_length_is_refused(tmp_path: Path):
+def test_ledger_of_another_length_is_refused(tmp_path):
     run = fake_run(tmp_path, probe=False)
     shortened(run.checkpoint / "ledger", 1)
     (run.checkpoint / "manifest.json").unlink()
     assert_refused(run, tmp_path / "merged", r"1 cycles, but .* in cycle 2")
 
 
-def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path):
+def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
     run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
     spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
     layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", "lm_head.weight", False, spec)}
@@ -224,7 +224,7 @@ def test_square_on_one_of_two_tied_weights_is_refused(tmp_path: Path):
     assert_refused(run, tmp_path / "merged", r"lm_head\.weight is tied to model\.embed_tokens\.weight")
 
 
-def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path):
+def test_a_trained_tensor_of_another_shape_is_refused(tmp_path):
     run = fake_run(tmp_path, trained=HEADS[1:2], probe=False)
     write_adapter(run.checkpoint, run.adapter, run.squares, {HEADS[1]: torch.ones(31)})
     files.write_manifest(run.checkpoint)
@@ -235,36 +235,36 @@ def test_a_trained_tensor_of_another_shape_is_refused(tmp_path: Path):
     assert_refused(run, tmp_path / "merged", r"base\.json names no tensor of .* for model\.norm\.weight")
 
 
-def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path: Path):
+def test_output_is_overwritten_only_when_told_and_never_what_is_read(tmp_path):
     run = fake_run(tmp_path, probe=False)
     output = tmp_path / "merged"
     output.mkdir()
     export_merged(run.checkpoint, output)  # an empty folder is no loss
     (output / "mine").write_text("")
-    with pytest.raises(UserError, match=r"`output` .* exists already"):
+    with user_error(r"`output` .* exists already"):
         export_merged(run.checkpoint, output)
     export_merged(run.checkpoint, output, overwrite=True)
     assert not (output / "mine").exists()
     assert not list(tmp_path.glob(".merged*"))
     for inside in ("merged", "ledger/merged"):
-        with pytest.raises(UserError, match="lies in the checkpoint"):
+        with user_error("lies in the checkpoint"):
             export_merged(run.checkpoint, run.checkpoint / inside)
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_text("")
+    (tmp_path / "photos/cat.jpg").write_text("")
     for path, words in ((run.base, "holds the base"), (run.output, "holds the base or"), (tmp_path, "holds the base")):
-        with pytest.raises(UserError, match=words):
+        with user_error(words):
             export_merged(run.checkpoint, path, overwrite=True)
-    with pytest.raises(UserError, match="something other than a model"):
+    with user_error("something other than a model"):
         export_merged(run.checkpoint, tmp_path / "photos", overwrite=True)
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path: Path):
+def test_the_program_of_a_checkout_exports_from_anywhere(tmp_path):
     """How it ends where it cannot: tests/runtime/test_cli.py, tests/config/test_bad_tool_calls.py."""
     run = fake_run(tmp_path)
-    checkpoint = run.output / "checkpoints" / "latest"
+    checkpoint = run.output / "checkpoints/latest"
     command = [sys.executable, TOOL, "--checkpoint", checkpoint, "--output", tmp_path / "merged", "--verify"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = called(command, cwd="/", env=environment, timeout=120)
@@ -303,7 +303,7 @@ print(max(peaks) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_is_that_of_a_few_tensors(tmp_path: Path):
+def test_memory_is_that_of_a_few_tensors(tmp_path):
     """224 MiB in 56 tensors of 4 MiB, in one file: the export may hold some of them, never the model."""
     side = 1024
     count = 56
@@ -327,4 +327,4 @@ def test_memory_is_that_of_a_few_tensors(tmp_path: Path):
     done = called(command, cwd=repository, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 90, done.stdout  # about 37
-    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(weights)
+    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(weights)

@@ -2,19 +2,16 @@
 
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from mora_ds.common.errors import UserError
 from mora_ds.deploy.adapter_io import load_adapter
 from mora_ds.deploy.fork_adapters import TYPES, convert_fork
+from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.tools import call
 
@@ -24,7 +21,7 @@ SQUARE = ("q_proj", "o_proj", "gate_proj", "up_proj")
 NARROWING = ("k_proj", "v_proj", "down_proj")
 
 
-def compress(kind: int, x: Tensor, side: int) -> Tensor:
+def compress(kind, x, side):
     """(..., d_in) -> (..., side), or (..., blocks, side) for type 6: the fork's sums over inputs."""
     d_in = x.shape[-1]
     if kind in (2, 3):
@@ -38,7 +35,7 @@ def compress(kind: int, x: Tensor, side: int) -> Tensor:
     return (blocks * angles.cos() + torch.cat([-halves[1], halves[0]], dim=-1) * angles.sin()).to(x.dtype)
 
 
-def decompress(kind: int, z: Tensor, d_out: int) -> Tensor:
+def decompress(kind, z, d_out):
     """The fork's copies to outputs."""
     if kind in (2, 4):
         copies = [len(part) for part in torch.arange(d_out).tensor_split(z.shape[-1])]
@@ -50,7 +47,7 @@ def decompress(kind: int, z: Tensor, d_out: int) -> Tensor:
 class Fork:
     """An adapter as the fork saves it, and the model that it was trained on."""
 
-    def __init__(self, folder: Path, kind: int, targets: tuple[str, ...], **settings: Any):
+    def __init__(self, folder, kind, targets, **settings):
         self.path = folder / "fork"
         self.path.mkdir()
         self.model = tiny_model().eval()
@@ -71,24 +68,24 @@ class Fork:
         self.write(base_model_name_or_path=str(self.base), r=RANK, use_mora=True, mora_type=kind, **settings)
 
     @staticmethod
-    def hook(kind: int, matrix: Tensor, d_out: int) -> Any:
-        def add(_: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def hook(kind, matrix, d_out):
+        def add(_, inputs, output):
             return output + decompress(kind, compress(kind, inputs[0], len(matrix)) @ matrix.T, d_out)
 
         return add
 
-    def write(self, **changes: Any):
+    def write(self, **changes):
         path = self.path / "adapter_config.json"
         known = json.loads(path.read_text()) if path.exists() else {"peft_type": "LORA", "fan_in_fan_out": False}
         path.write_text(json.dumps({**known, **changes}))
 
-    def logits(self) -> Tensor:
+    def logits(self):
         with torch.no_grad():
             return self.model(tokens(2)).logits
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path: Path, kind: int):
+def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path, kind):
     fork = Fork(tmp_path, kind, SQUARE if kind == 6 else (*SQUARE, *NARROWING))
     call("convert", "mora", fork.path, "--output", tmp_path / "adapter")
     expected = fork.logits()
@@ -103,20 +100,20 @@ def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path: Path, kind: int
         assert (bare(tokens(2)).logits - expected).abs().max() > 1e-3
 
 
-def assert_refused(fork: Fork, words: str):
+def assert_refused(fork, words):
     output = fork.path.parent / "adapter"
-    with pytest.raises(UserError, match=words):
+    with user_error(words):
         convert_fork(fork.path, output)
     assert not output.exists()
 
 
 @pytest.mark.parametrize("target", NARROWING)
-def test_inputs_that_the_fork_drops_are_refused(tmp_path: Path, target: str):
+def test_inputs_that_the_fork_drops_are_refused(tmp_path, target):
     fork = Fork(tmp_path, 6, (target,))
     assert_refused(fork, rf"mora_type 6 leaves inputs of .*{target} \(\d+ inputs, \d+ outputs\) without any effect")
 
 
-def test_what_is_more_than_matrices_is_refused(tmp_path: Path):
+def test_what_is_more_than_matrices_is_refused(tmp_path):
     fork = Fork(tmp_path, 1, SQUARE)
     for changes, words in (
         ({"mora_type": 5}, "unknown mora_type '5'; known: 1, 2, 3, 4, 6"),
@@ -152,7 +149,7 @@ def test_what_is_more_than_matrices_is_refused(tmp_path: Path):
     assert_refused(fork, "truncated or damaged")
 
 
-def test_other_commands_say_how_such_an_adapter_is_read(tmp_path: Path):
+def test_other_commands_say_how_such_an_adapter_is_read(tmp_path):
     fork = Fork(tmp_path, 1, SQUARE)
-    with pytest.raises(UserError, match="mora-ds convert mora reads"):
+    with user_error("mora-ds convert mora reads"):
         load_adapter(fork.base, fork.path)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -17,8 +16,8 @@ from mora_ds.common.errors import FailedBeside, RunError
 from mora_ds.common.files import read_json
 from mora_ds.deploy.hub import push_folder
 from tests.helpers.exports import contents, fake_run
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import job
 from tests.helpers.mistakes import answer
 
 TOKEN = "hf_SecretOfTheTest"
@@ -30,18 +29,18 @@ NO_NETWORK = HTTPError("connection refused")
 
 
 @contextmanager
-def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
+def uploads_to(folder, error=None):
     """Within it this process has a token, and uploads go to `folder`/REPOSITORY in place of the Hub, which may answer
     everything with an error. Calls that huggingface_hub's own methods would not take fail."""
 
-    def create_repo(api: HfApi, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+    def create_repo(api, repo_id, *, private, exist_ok):
         if error is not None:
             raise error
         assert private
         assert exist_ok
         return f"https://hub.test/{repo_id}"
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: Path, commit_message: str):
+    def upload_folder(api, *, repo_id, folder_path, commit_message):
         shutil.rmtree(folder / repo_id, ignore_errors=True)
         shutil.copytree(folder_path, folder / repo_id)
 
@@ -53,7 +52,7 @@ def uploads_to(folder: Path, error: Exception | None = None) -> Iterator[None]:
         yield
 
 
-def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path):
+def test_an_export_is_uploaded_as_it_was_written(tmp_path):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
     flags = ["--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
@@ -63,7 +62,7 @@ def test_an_export_is_uploaded_as_it_was_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [NO_PERMISSION, NO_NETWORK])
-def test_an_export_that_is_refused_stays_where_it_is(tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch):
+def test_an_export_that_is_refused_stays_where_it_is(tmp_path, error, monkeypatch):
     run = fake_run(tmp_path)
     merged = tmp_path / "merged"
     words = ["mora-ds export", "--checkpoint", str(run.output), "--output", str(merged), "--push_to_hub", REPOSITORY]
@@ -75,7 +74,7 @@ def test_an_export_that_is_refused_stays_where_it_is(tmp_path: Path, error: Exce
     assert (merged / "model.safetensors").is_file()
 
 
-def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path):
+def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path):
     error = OSError(f"the token {TOKEN} is refused")
     with uploads_to(tmp_path, error), pytest.raises(RunError, match=r"the token \*\*\* is refused") as failed:
         push_folder(tmp_path, REPOSITORY)
@@ -83,13 +82,13 @@ def test_an_error_that_repeats_the_token_is_told_without_it(tmp_path: Path):
     assert failed.value.__cause__ is None
 
 
-def uploading_job(folder: Path, argv: list[str]):
+def uploading_job(folder, argv):
     """A run that uploads. For `run_ranks`."""
     with uploads_to(folder):
         job(argv)
 
 
-def failing_job(is_offline: bool, argv: list[str]) -> str:
+def failing_job(is_offline, argv):
     """What failed beside a run that the Hub refuses, or that has no network. For `run_ranks`."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FailedBeside) as failure:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
@@ -98,24 +97,24 @@ def failing_job(is_offline: bool, argv: list[str]) -> str:
     return str(failure.value)
 
 
-def test_a_run_uploads_its_model_or_its_adapter(user: Playground, tmp_path: Path):
-    flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
-    run_ranks(1, uploading_job, tmp_path / "hub", flags)
+def test_a_run_uploads_its_model_or_its_adapter(user, tmp_path):
+    flags = user.flags(tmp_path / "out", "--max_steps 2 --push_to_hub", REPOSITORY)
+    run_alone(uploading_job, tmp_path / "hub", flags)
     adapter = contents(tmp_path / "hub" / REPOSITORY)
     assert {"adapter.json", "adapter.safetensors", "base.json", "README.md"} <= set(adapter)
     assert json.loads(adapter["adapter.json"])["step"] == 2
-    run_ranks(1, uploading_job, tmp_path / "hub", [*flags, "--export_merged", "--overwrite_output_dir"])
-    assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out" / "merged")
+    run_alone(uploading_job, tmp_path / "hub", [*flags, "--export_merged", "--overwrite_output_dir"])
+    assert contents(tmp_path / "hub" / REPOSITORY) == contents(tmp_path / "out/merged")
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.*"))
     assert REPOSITORY.encode() in written
     assert TOKEN.encode() not in written
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_a_run_goes_on_without_the_hub(user: Playground, tmp_path: Path, is_offline: bool):
-    flags = user.flags(tmp_path / "out", "--max_steps", 2, "--push_to_hub", REPOSITORY)
-    (failure,) = run_ranks(1, failing_job, is_offline, flags)
+def test_a_run_goes_on_without_the_hub(user, tmp_path, is_offline):
+    flags = user.flags(tmp_path / "out", "--max_steps 2 --push_to_hub", REPOSITORY)
+    failure = run_alone(failing_job, is_offline, flags)
     assert "--push_to_hub" in failure
     assert "not uploaded" in failure
     assert TOKEN not in failure
-    assert read_json(tmp_path / "out" / "summary.json")["steps"] == 2
+    assert read_json(tmp_path / "out/summary.json")["steps"] == 2

@@ -1,8 +1,5 @@
 """The logits of an export against those that the live model left in the checkpoint."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,16 +11,17 @@ from mora_ds.common.tensor_files import write_safetensors_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.logits_check import _compare, compare_logits
 from mora_ds.remora import stored_weights
+from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import with_own_code
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("fault", ["square forgotten", "cycle forgotten"])
-def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, monkeypatch: pytest.MonkeyPatch):
+def test_verify_finds_a_wrong_export(tmp_path, dtype, fault, monkeypatch):
     run = fake_run(tmp_path, dtype=dtype)
 
-    def wrong(original: torch.Tensor, updates: Any, *rest: Any) -> torch.Tensor:
+    def wrong(original, updates, *rest):
         updates = list(updates)
         return live_weight(original, updates[:-1] if fault == "square forgotten" else updates[1:], *rest)
 
@@ -33,22 +31,22 @@ def test_verify_finds_a_wrong_export(tmp_path: Path, dtype: str, fault: str, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_code_of_the_model_is_run_where_that_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     run = fake_run(tmp_path)
     with_own_code(run.base, run.base)
     export_merged(run.checkpoint, tmp_path / "plain")
-    assert (tmp_path / "plain" / "modeling_own.py").is_file()
-    with pytest.raises(UserError, match=r"base.*its own code must be run: allow that with --trust_remote_code"):
+    assert (tmp_path / "plain/modeling_own.py").is_file()
+    with user_error(r"base.*its own code must be run: allow that with --trust_remote_code"):
         export_merged(run.checkpoint, tmp_path / "refused", verify=True)
     export_merged(run.checkpoint, tmp_path / "merged", verify=True, trust_remote_code=True)
     assert not (tmp_path / "refused").exists()
-    assert (tmp_path / "merged" / "modeling_own.py").is_file()
+    assert (tmp_path / "merged/modeling_own.py").is_file()
 
 
-def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path):
+def test_verify_needs_a_probe_and_says_so_first(tmp_path):
     run = fake_run(tmp_path, probe=False)
-    with pytest.raises(UserError, match=r"`verify` needs probe\.safetensors"):
+    with user_error(r"`verify` needs probe\.safetensors"):
         export_merged(run.checkpoint, tmp_path / "merged", verify=True)
     assert export_merged(run.checkpoint, tmp_path / "merged").comparison is None
 
@@ -62,7 +60,7 @@ def test_verify_needs_a_probe_and_says_so_first(tmp_path: Path):
         (torch.float16, 8, 4.0, 2 * 2**-10 * 3),
     ],
 )
-def test_tolerance(dtype: torch.dtype, layers: int, largest: float, tolerance: float):
+def test_tolerance(dtype, layers, largest, tolerance):
     """As `logits_check` documents it: absolute in fp32, otherwise relative to the norm of all logits."""
     live = torch.tensor([largest, -0.1, 0.2])
     comparison = _compare(live, live + torch.tensor([0.0, 3e-3, -4e-3]), dtype, layers)
@@ -72,7 +70,7 @@ def test_tolerance(dtype: torch.dtype, layers: int, largest: float, tolerance: f
     assert comparison.error == pytest.approx(4e-3 if dtype is torch.float32 else relative, rel=1e-3)
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path):
+def test_what_cannot_be_compared_is_told(tmp_path):
     run = fake_run(tmp_path)
     export_merged(run.checkpoint, tmp_path / "merged")
     whole = load_file(run.checkpoint / "probe.safetensors")
@@ -86,14 +84,14 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path):
         write_safetensors_atomic(tmp_path / "probe.safetensors", {**whole, **change}, {"dtype": "float32"})
         with pytest.raises(error, match=words):
             compare_logits(tmp_path / "merged", tmp_path / "probe.safetensors", torch.float32)
-    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    tensors = load_file(tmp_path / "merged/model.safetensors")
     del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    save_file(tensors, tmp_path / "merged/model.safetensors", {"format": "pt"})
     with pytest.raises(RunError, match=r"the export lacks weights: .*lm_head\.weight"):
         compare_logits(tmp_path / "merged", run.checkpoint / "probe.safetensors", torch.float32)
 
 
-def test_nan_logits_do_not_pass(tmp_path: Path):
+def test_nan_logits_do_not_pass(tmp_path):
     run = fake_run(tmp_path)
     probe = load_file(run.checkpoint / "probe.safetensors")
     probe["logits"] = probe["logits"].clone()

@@ -4,7 +4,6 @@ import copy
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, set_cycle
 from mora_ds.common import files
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.common.tensor_files import SafetensorsWriter
 from mora_ds.data import load_corpus
@@ -24,8 +23,8 @@ from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.rope import changed, rope_changes
 from mora_ds.remora.merge import layer_entries
 from tests.helpers.adapters import Maker
+from tests.helpers.errors import user_error
 from tests.helpers.exports import contents
-from tests.helpers.jobs import Playground
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.tools import call
 
@@ -37,7 +36,7 @@ MORE_TOKENS = 8
 class Update:
     """A run's update of a tiny model: two merged cycles, live matrices, and trained tensors."""
 
-    def __init__(self, folder: Path, family: str, product: bool, rope: dict[str, Any] | None = None, **changes: Any):
+    def __init__(self, folder, family, product, rope=None, **changes):
         """`product`: embeddings and head have a trained product of low rank, instead of trained embeddings. `rope`:
         what the run has changed in the base's config."""
         self.folder = folder
@@ -50,7 +49,7 @@ class Update:
         injected = copy.deepcopy(model)
         inject(injected, config)
 
-        def layers_of(cycle: int) -> Any:
+        def layers_of(cycle):
             set_cycle(injected, config, cycle)
             return layer_entries(injected)
 
@@ -67,7 +66,7 @@ class Update:
             self.checkpoint, config, 2, trained=self.trained, layers_of=layers_of, config_changes=rope or {}
         )
 
-    def change(self, name: str) -> Tensor | int:
+    def change(self, name):
         """merged - base of a parameter of the base, in fp64."""
         module = name.removesuffix(".weight")
         if module in self.updates:
@@ -79,7 +78,7 @@ class Update:
         return self.trained[name].double() - self.weights[name] if name in self.trained else 0
 
 
-def expected(update: Update, target: Any, scale: float = 1.0) -> dict[str, Tensor]:
+def expected(update, target, scale=1.0):
     """Every parameter of the target with the update, by hand in fp64: rows of new tokens stay."""
     total = {}
     for name, tensor in target.named_parameters(remove_duplicate=False):
@@ -91,7 +90,7 @@ def expected(update: Update, target: Any, scale: float = 1.0) -> dict[str, Tenso
     return total
 
 
-def check(model: Any, exact: dict[str, Tensor], dtype: torch.dtype):
+def check(model, exact, dtype):
     """Each number is that of fp64, up to errors of sums in fp32, rounded to `dtype` once: at most half a step off."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert set(parameters) == set(exact)
@@ -101,14 +100,14 @@ def check(model: Any, exact: dict[str, Tensor], dtype: torch.dtype):
         assert ((tensor.double() - exact[name]).abs() <= half_step * 1.001 + 3e-7).all(), name
 
 
-def loaded(folder: Path) -> Any:
-    answer: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+def loaded(folder):
+    answer = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model, info = answer
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model
 
 
-CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], torch.dtype]] = {
+CASES = {
     "llama": ("llama", True, {}, {"attention_bias": True}, torch.bfloat16),
     "qwen3-tied": ("qwen3", False, {"tie_word_embeddings": True}, {"tie_word_embeddings": True}, torch.float32),
     "qwen3-untied-there": ("qwen3", False, {"tie_word_embeddings": True}, {}, torch.bfloat16),
@@ -119,13 +118,13 @@ CASES: dict[str, tuple[str, bool, dict[str, Any], dict[str, Any], torch.dtype]] 
 
 @pytest.mark.parametrize("family, product, of_base, of_target, dtype", CASES.values(), ids=CASES)
 def test_it_is_the_target_and_the_difference_by_hand(
-    tmp_path: Path,
-    family: str,
-    product: bool,
-    of_base: Any,
-    of_target: Any,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path,
+    family,
+    product,
+    of_base,
+    of_target,
+    dtype,
+    monkeypatch,
 ):
     """On a target with new tokens, in its own dtype, in files and in memory."""
     update = Update(tmp_path, family, product, **of_base)
@@ -136,7 +135,7 @@ def test_it_is_the_target_and_the_difference_by_hand(
     merged = loaded(tmp_path / "merged")
     check(merged, expected(update, target), dtype)
     assert len(BaseCheckpoint.open(tmp_path / "merged").files()) > 1
-    (tmp_path / "target" / "tokenizer.json").symlink_to(tokenizer(tmp_path / "words", "ab") / "tokenizer.json")
+    (tmp_path / "target/tokenizer.json").symlink_to(tokenizer(tmp_path / "words", "ab") / "tokenizer.json")
     in_memory = load_target(update.checkpoint, onto=tmp_path / "target").model
     for name, tensor in merged.named_parameters():
         assert torch.equal(in_memory.get_parameter(name), tensor), name
@@ -145,13 +144,13 @@ def test_it_is_the_target_and_the_difference_by_hand(
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0])
-def test_the_update_is_scaled(tmp_path: Path, scale: float):
+def test_the_update_is_scaled(tmp_path, scale):
     update = Update(tmp_path, "llama", True)
     target = tiny_model("llama", seed=7)
     target.save_pretrained(tmp_path / "target")
     export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target", delta_scale=scale)
     check(loaded(tmp_path / "merged"), expected(update, target, scale), torch.float32)
-    card = (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "merged/README.md").read_text()
     fingerprints = [BaseCheckpoint.open(folder).fingerprint() for folder in (update.base, tmp_path / "target")]
     for words in (
         *fingerprints,
@@ -162,7 +161,7 @@ def test_the_update_is_scaled(tmp_path: Path, scale: float):
         assert words in card
 
 
-def test_the_target_gets_the_longer_window_of_the_run(tmp_path: Path):
+def test_the_target_gets_the_longer_window_of_the_run(tmp_path):
     """`--rope_scaling`: the model that is written computes with the run's positions, as does the one in memory."""
     target = tiny_model("llama", seed=7)
     changes = rope_changes(target.config, {"rope_type": "yarn", "factor": 4.0})
@@ -187,7 +186,7 @@ def test_the_target_gets_the_longer_window_of_the_run(tmp_path: Path):
 # -- what stays the target's -------------------------------------------------------------------------------------------
 
 
-def tokenizer(folder: Path, letters: str, **settings: Any) -> Path:
+def tokenizer(folder, letters, **settings):
     """A tokenizer of words with a token for each letter, in their order; returns the folder."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -199,7 +198,7 @@ def tokenizer(folder: Path, letters: str, **settings: Any) -> Path:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Update:
+def pair(tmp_path):
     """A base with a tokenizer, its update, and in the folder "target" an instruct model with more tokens."""
     update = Update(tmp_path, "llama", False)
     tokenizer(update.checkpoint / "tokenizer", "abc")
@@ -213,18 +212,18 @@ def pair(tmp_path: Path) -> Update:
     return update
 
 
-def test_tokens_template_and_settings_stay_the_target_s(pair: Update):
+def test_tokens_template_and_settings_stay_the_target_s(pair):
     export_merged(pair.checkpoint, pair.folder / "merged", onto=pair.folder / "target")
     known = AutoTokenizer.from_pretrained(pair.folder / "merged")
     assert known.get_vocab() == {"<unk>": 0, "a": 1, "b": 2, "c": 3, "d": 4}
     assert known.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
-    assert read_json(pair.folder / "merged" / "generation_config.json")["temperature"] == 0.25
-    assert read_json(pair.folder / "merged" / "config.json") == read_json(pair.folder / "target" / "config.json")
-    card = (pair.folder / "merged" / "README.md").read_text()
+    assert read_json(pair.folder / "merged/generation_config.json")["temperature"] == 0.25
+    assert read_json(pair.folder / "merged/config.json") == read_json(pair.folder / "target/config.json")
+    card = (pair.folder / "merged/README.md").read_text()
     assert "perplexity" not in card.lower(), "the run's figures are another model's"
 
 
-def test_the_command_measures_what_it_would_write(pair: Update, user: Playground, tmp_path: Path):
+def test_the_command_measures_what_it_would_write(pair, user, tmp_path):
     target = pair.folder / "target"
     call(
         "export", "--checkpoint", pair.checkpoint, "--onto", target, "--output", tmp_path / "out", "--delta_scale", 0.5
@@ -238,34 +237,34 @@ def test_the_command_measures_what_it_would_write(pair: Update, user: Playground
     score = evaluate(merged, load_corpus([str(text)]), Windows(8, 4, "b"))
     assert read_json(tmp_path / "scores.json")["sets"]["a"]["nats"] == score.nats
     assert contents(target) == before
-    with pytest.raises(UserError, match="--onto belongs to a checkpoint"):
+    with user_error("--onto belongs to a checkpoint"):
         call("evaluate", target, "--onto", target, *flags)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def assert_refused(update: Update, words: str, target: Path | None = None, **settings: Any):
+def assert_refused(update, words, target=None, **settings):
     before = set(update.folder.iterdir())
-    with pytest.raises(UserError, match=words):
+    with user_error(words):
         export_merged(update.checkpoint, update.folder / "merged", onto=target or update.folder / "target", **settings)
     assert set(update.folder.iterdir()) == before
 
 
-def test_tokens_with_other_ids_are_named(pair: Update):
+def test_tokens_with_other_ids_are_named(pair):
     for letters, words in (
         ("acbd", r"2 token\(s\) .* 'b' \(2, here 3\), 'c' \(3, here 2\)"),
         ("ab", r"1 .*'c' \(3, here None"),
     ):
         tokenizer(pair.folder / "target", letters)
         assert_refused(pair, words)
-    (pair.folder / "target" / "tokenizer.json").unlink()
-    (pair.folder / "target" / "tokenizer_config.json").unlink()
+    (pair.folder / "target/tokenizer.json").unlink()
+    (pair.folder / "target/tokenizer_config.json").unlink()
     assert_refused(pair, "`onto`: the folder .* holds no tokenizer")
 
 
-def test_what_does_not_fit_is_named(pair: Update, tmp_path: Path):
-    def model(name: str, family: str = "llama", **changes: Any) -> Path:
+def test_what_does_not_fit_is_named(pair, tmp_path):
+    def model(name, family="llama", **changes):
         tiny_model(family, seed=7, **changes).save_pretrained(tmp_path / name)
         return tmp_path / name
 
@@ -282,27 +281,27 @@ def test_what_does_not_fit_is_named(pair: Update, tmp_path: Path):
     config = read_json(relabelled / "config.json")
     files.write_json_atomic(relabelled / "config.json", {**config, "vocab_size": 128})
     assert_refused(pair, r"2 tensor\(s\) .*lm_head.weight \(136, 32\), not", relabelled)
-    files.write_json_atomic(pair.folder / "target" / "config.json", {**config, "quantization_config": {}})
+    files.write_json_atomic(pair.folder / "target/config.json", {**config, "quantization_config": {}})
     assert_refused(pair, "`onto`: .*holds quantized weights")
     assert_refused(pair, "`onto`: .*has no config.json", pair.checkpoint)
     assert_refused(pair, "`onto`: no such folder", tmp_path / "gone")
 
 
-def test_the_base_itself_other_scales_and_logits_are_refused(pair: Update, tmp_path: Path):
+def test_the_base_itself_other_scales_and_logits_are_refused(pair, tmp_path):
     copied = Path(shutil.copytree(pair.base, tmp_path / "copy"))
     tokenizer(copied, "abc")
     assert_refused(pair, r"`onto` .*copy holds the weights of the base itself", copied)
     for scale in (float("nan"), float("inf"), "half", None):
         assert_refused(pair, "`delta_scale` must be a finite number, got", delta_scale=scale)
     assert_refused(pair, "nor of another model", verify=True)
-    with pytest.raises(UserError, match="or is `onto`"):
+    with user_error("or is `onto`"):
         export_merged(pair.checkpoint, pair.folder / "target", onto=pair.folder / "target", overwrite=True)
 
 
-def test_an_export_that_ends_halfway_leaves_nothing(pair: Update, monkeypatch: pytest.MonkeyPatch):
+def test_an_export_that_ends_halfway_leaves_nothing(pair, monkeypatch):
     write = SafetensorsWriter.write
 
-    def full(self: SafetensorsWriter, name: str, tensor: Tensor):
+    def full(self, name, tensor):
         if "layers.1" in name:
             raise OSError(28, os.strerror(28))
         write(self, name, tensor)

@@ -1,43 +1,40 @@
 """A checkpoint as PEFT's LoRA adapter: PEFT loads it, and on the base it is the merged model."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
-from mora_ds.common.errors import UserError
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.common.files import read_json
 from mora_ds.deploy.peft_export import CONFIG_FILE, export_peft
-from tests.helpers.adapters import Maker, Updates, merge, originals, summed
+from tests.helpers.adapters import Maker, merge, originals, summed
+from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import tiny_model, tokens
 
 
 @torch.inference_mode()
-def logits_of(model: Any) -> torch.Tensor:
+def logits_of(model):
     return model.eval()(input_ids=tokens(2, 24), use_cache=False).logits
 
 
-def loaded(base: Path, adapter: Path) -> Any:
+def loaded(base, adapter):
     """PEFT's model, all of whose tensors came from the files."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     assert any("lora_A" in name for name, _ in model.named_parameters())
     return model
 
 
-def close(one: torch.Tensor, another: torch.Tensor):
+def close(one, another):
     assert (one - another).abs().max() <= 1e-5 * max(1.0, another.abs().max().item())
 
 
-def adapter(folder: Path, config: AdapterConfig, cycles: int, family: str = "llama") -> tuple[Any, Updates]:
+def adapter(folder, config, cycles, family="llama"):
     """The base, with the adapter at `folder`/adapter merged into it, and the updates."""
     model = tiny_model(family)
     maker = Maker(model, folder / "base")
-    updates = maker.write(folder / "adapter", config, cycles)  # type: ignore[arg-type]
+    updates = maker.write(folder / "adapter", config, cycles)
     merge(model, originals(model), updates)
     return model, updates
 
@@ -54,7 +51,7 @@ def adapter(folder: Path, config: AdapterConfig, cycles: int, family: str = "lla
     ],
     ids=str,
 )
-def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterConfig, cycles: int, family: str):
+def test_an_exact_adapter_is_the_merged_model(tmp_path, config, cycles, family):
     merged, updates = adapter(tmp_path, config, cycles, family)
     lines = export_peft(tmp_path / "adapter", tmp_path / "lora")
     assert any(line.startswith("exact") for line in lines), lines
@@ -64,12 +61,12 @@ def test_an_exact_adapter_is_the_merged_model(tmp_path: Path, config: AdapterCon
     ranks = read_json(tmp_path / "lora" / CONFIG_FILE)
     name, terms = next(iter(updates.items()))
     side = min(terms[0][0].d_in, terms[0][0].d_out)
-    total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in terms)  # type: ignore[attr-defined]
+    total = sum(spec.rank if hasattr(spec, "rank") else spec.r_hat for spec, _ in terms)
     assert ranks["rank_pattern"].get(name, ranks["r"]) == min(side, total)
 
 
 @pytest.mark.parametrize("operator", ["rotate", "decouple"])
-def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str):
+def test_a_rank_keeps_the_leading_directions(tmp_path, operator):
     config = MoRAConfig(rank=2, operator=operator)
     rank = 5
     _, updates = adapter(tmp_path, config, cycles=1)
@@ -89,10 +86,10 @@ def test_a_rank_keeps_the_leading_directions(tmp_path: Path, operator: str):
     assert f"{sum(shares.values()) / len(shares):.2%} on average" in "\n".join(lines)
 
 
-def test_every_rank_is_the_merged_model_too(tmp_path: Path):
+def test_every_rank_is_the_merged_model_too(tmp_path):
     """rotate has no bound on its rank, so that one must be named; the layer's shorter side loses nothing."""
     merged, _ = adapter(tmp_path, MoRAConfig(rank=2, operator="rotate"), cycles=2)
-    with pytest.raises(UserError, match="`rank` is missing"):
+    with user_error("`rank` is missing"):
         export_peft(tmp_path / "adapter", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     export_peft(tmp_path / "adapter", tmp_path / "lora", 10_000)
@@ -107,7 +104,7 @@ def test_every_rank_is_the_merged_model_too(tmp_path: Path):
         ("gpt2", ("transformer.wte.weight", "transformer.ln_f.weight"), 3),  # the head is tied; ln_f has a bias
     ],
 )
-def test_other_trained_tensors_are_modules_to_save(tmp_path: Path, family: str, trained: tuple[str, ...], saved: int):
+def test_other_trained_tensors_are_modules_to_save(tmp_path, family, trained, saved):
     run = fake_run(tmp_path, family, trained=trained)
     lines = export_peft(run.output, tmp_path / "lora", 10_000)
     assert any("modules_to_save" in line for line in lines)
@@ -115,7 +112,7 @@ def test_other_trained_tensors_are_modules_to_save(tmp_path: Path, family: str, 
     close(logits_of(loaded(run.base, tmp_path / "lora")), logits_of(run.live))
 
 
-def test_the_domain_that_is_named_is_written(tmp_path: Path):
+def test_the_domain_that_is_named_is_written(tmp_path):
     """Each has the shared matrices once more, so that its update is twice theirs."""
     maker = Maker(tiny_model("llama", num_hidden_layers=1), tmp_path / "base")
     maker.write(tmp_path / "adapter", MoRAConfig(rank=1, operator="share"), domains=("law", "code"))

@@ -8,16 +8,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.common.rope import rope_settings
 from mora_ds.deploy.export import export_merged
 from mora_ds.deploy.peft_export import export_peft
@@ -50,7 +48,7 @@ tokens = [list(output.outputs[0].token_ids) for output in outputs]
 print("SERVED " + json.dumps([tokens, llm.llm_engine.model_config.max_model_len]))
 """
 
-CONFIGS: dict[str, tuple[AdapterConfig, int, int | None]] = {
+CONFIGS = {
     "law": (MoRAConfig(rank=2, operator="share", seed=1), 2, None),
     "code": (LoRAConfig(rank=8, seed=2), 0, None),
     "prose": (MoRAConfig(rank=2, operator="rotate", seed=3), 1, 128),
@@ -59,11 +57,11 @@ CONFIGS: dict[str, tuple[AdapterConfig, int, int | None]] = {
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
+def python():
     """The interpreter of an environment with vLLM."""
-    default = Path.home() / ".cache" / "mora_ds" / "vllm"
+    default = Path.home() / ".cache/mora_ds/vllm"
     folder = Path(os.environ.get("MORA_DS_VLLM", default))
-    program = folder / "bin" / "python"
+    program = folder / "bin/python"
     done = folder / "complete"
     if not done.is_file():
         pip = [str(program), "-m", "pip", "--disable-pip-version-check"]
@@ -77,7 +75,7 @@ def python() -> Path:
     return program
 
 
-def base(model_class: Any = LlamaForCausalLM, config_class: Any = LlamaConfig) -> Any:
+def base(model_class=LlamaForCausalLM, config_class=LlamaConfig):
     """A small model for 64 positions, whose heads have a size that vLLM serves, and whose random logits are far
     apart."""
     torch.manual_seed(0)
@@ -90,7 +88,7 @@ def base(model_class: Any = LlamaForCausalLM, config_class: Any = LlamaConfig) -
     return model
 
 
-def served(python: Path, model: Path, prompts: list[list[int]], tokens: int, adapters: Mapping[str, Path]) -> Any:
+def served(python, model, prompts, tokens, adapters):
     """[(1 + adapters) x prompts lists of tokens by vLLM in one batch, the base's first; positions of the window]."""
     paths = {name: str(path) for name, path in adapters.items()}
     request = json.dumps({"model": str(model), "adapters": paths, "prompts": prompts, "tokens": tokens})
@@ -102,14 +100,14 @@ def served(python: Path, model: Path, prompts: list[list[int]], tokens: int, ada
     return json.loads(line.removeprefix("SERVED "))
 
 
-def greedy(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def greedy(model, prompts, tokens):
     """Greedy tokens by plain transformers."""
     rows = (torch.tensor([ids]) for ids in prompts)
-    settings: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     return [model.generate(ids, pad_token_id=0, **settings)[0, ids.shape[1] :].tolist() for ids in rows]
 
 
-def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path):
+def test_three_adapters_are_served_side_by_side(tmp_path, python):
     model = base()
     maker = Maker(model, tmp_path / "base")
     weights = originals(model)
@@ -118,7 +116,7 @@ def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path):
     expected = greedy(model, prompts, tokens)
     adapters = {}
     for name, (config, cycles, rank) in CONFIGS.items():
-        updates = maker.write(tmp_path / name, config, cycles, scale=0.1)  # type: ignore[arg-type]
+        updates = maker.write(tmp_path / name, config, cycles, scale=0.1)
         adapters[name] = tmp_path / f"{name}-lora"
         export_peft(tmp_path / name, adapters[name], rank)
         merge(model, weights, updates)
@@ -130,7 +128,7 @@ def test_three_adapters_are_served_side_by_side(tmp_path: Path, python: Path):
 @pytest.mark.parametrize(
     "classes", [(LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)], ids=["llama", "qwen3"]
 )
-def test_a_merged_model_of_four_times_the_positions_is_served(tmp_path: Path, python: Path, classes: tuple[Any, Any]):
+def test_a_merged_model_of_four_times_the_positions_is_served(tmp_path, python, classes):
     model = base(*classes)
     maker = Maker(model, tmp_path / "base")
     changes = rope_changes(model.config, rope_settings('{"rope_type": "yarn", "factor": 4.0}'))

@@ -19,7 +19,7 @@ from tests.helpers.tools import called
 pytestmark = [pytest.mark.heavy(seconds=120), pytest.mark.timeout(1200)]
 
 BLOCK = re.compile(r"<!-- run: demo -->\n```(bash|python)\n(.*?)```", re.DOTALL)
-WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
+WITH_COMMANDS = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 PRINTED = re.compile(r"<!-- run: terminal -->\n```bash\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 """A run's command, and its first and last `SHOWN` lines."""
@@ -32,7 +32,7 @@ DEMO = "deepspeed --num_gpus 2 launch/pretrain.py --deepspeed configs/zero3.json
 DEMO += " --restart_warmup_steps 2 --warmup_steps 2 --eval_steps 12 --save_steps 12"
 
 
-def run(folder: Path, script: str, language: str = "bash") -> str:
+def run(folder, script, language="bash"):
     """Runs one block in `folder` and returns what it printed."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     command = ["bash", "-euc", script] if language == "bash" else [sys.executable, "-c", script]
@@ -42,7 +42,7 @@ def run(folder: Path, script: str, language: str = "bash") -> str:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory):
     """A folder with links to the repository's own, in which a short demo has run."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("mora_ds", "launch", "tools", "configs", "LICENSE"):
@@ -52,13 +52,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_a_page_run(checkout: Path, page: Path):
-    for language, script in BLOCK.findall(page.read_text(encoding="utf-8")):
+def test_the_commands_of_a_page_run(checkout, page):
+    for language, script in BLOCK.findall(page.read_text()):
         run(checkout, re.sub(r"--max_steps \d+", "--max_steps 6", script), language)
 
 
-def test_a_run_prints_what_the_page_shows(checkout: Path):
-    page = (ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8")
+def test_a_run_prints_what_the_page_shows(checkout):
+    page = (ROOT / "docs/guides/healthy-run.md").read_text()
     ((command, shown),) = PRINTED.findall(page)
     printed = run(checkout, command).splitlines()
     lines = "\n".join([*printed[:SHOWN], "...", *printed[-SHOWN:], ""])
@@ -68,7 +68,7 @@ def test_a_run_prints_what_the_page_shows(checkout: Path):
     assert shown_numbers == pytest.approx(numbers, rel=0.05), f"for the page:\n{lines}"
 
 
-def words_and_numbers(text: str) -> tuple[str, list[float]]:
+def words_and_numbers(text):
     """A text without its decimals, and these, which other processors round differently."""
     steady = VARIES.sub("#", text)
     return DECIMAL.sub("#", steady), [float(number) for number in DECIMAL.findall(steady)]
@@ -76,8 +76,8 @@ def words_and_numbers(text: str) -> tuple[str, list[float]]:
 
 @pytest.mark.heavy(seconds=1)
 def test_the_notebook_has_the_commands_of_its_page():
-    page = ROOT / "docs" / "tutorials" / "first-run.md"
-    blocks = re.findall(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    page = ROOT / "docs/tutorials/first-run.md"
+    blocks = re.findall(r"<!-- run: (?:demo|ci) -->\n```(bash|python)\n(.*?)```", page.read_text(), re.DOTALL)
     commands = [f"%%bash\n{script}" if language == "bash" else script for language, script in blocks]
     cells = read_json(page.with_suffix(".ipynb"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

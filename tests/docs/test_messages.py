@@ -2,8 +2,6 @@
 
 import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 from tests.helpers.pages import ROOT
 
@@ -11,7 +9,7 @@ GAP = "\0"
 """Stands for what is filled in when the message is printed."""
 
 
-def texts(node: ast.AST) -> Iterator[str]:
+def texts(node):
     """Every string in a module, with gaps for what an f-string fills in."""
     for child in ast.walk(node):
         if isinstance(child, ast.Constant) and isinstance(child.value, str):
@@ -20,12 +18,12 @@ def texts(node: ast.AST) -> Iterator[str]:
             yield "".join(str(segment.value) if isinstance(segment, ast.Constant) else GAP for segment in child.values)
 
 
-def quoted(page: Path) -> list[str]:
+def quoted(page):
     """Lines that a page quotes as messages: `> ...`."""
-    return re.findall(r"^> (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return re.findall(r"^> (.+)$", page.read_text(), flags=re.MULTILINE)
 
 
-def matches(message: str, text: str) -> bool:
+def matches(message, text):
     """Whether the parts of a message between its dots stand in a string of the code, in order."""
     patterns = [re.escape(phrase) for phrase in (segment.strip(" ") for segment in message.split("...")) if phrase]
     return re.search(rf"[\s\S]*?{GAP}?".join(patterns), text) is not None
@@ -33,9 +31,9 @@ def matches(message: str, text: str) -> bool:
 
 def test_every_quoted_message_is_in_the_code():
     files = [path for name in ("mora_ds", "launch", "tools") for path in (ROOT / name).rglob("*.py")]
-    known = [text for path in files for text in texts(ast.parse(path.read_text(encoding="utf-8")))]
+    known = [text for path in files for text in texts(ast.parse(path.read_text()))]
     known += [re.sub(r"`(\w+)`", r"--\1", text) for text in known]  # as programs print arguments (`named_as_flags`)
-    messages = quoted(ROOT / "docs" / "help" / "troubleshooting.md")
+    messages = quoted(ROOT / "docs/help/troubleshooting.md")
     assert len(messages) >= 15
     gone = [message for message in messages if not any(matches(message, text) for text in known)]
     assert not gone

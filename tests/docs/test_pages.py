@@ -1,9 +1,7 @@
 """What the documentation promises: pages equal the code, links lead somewhere, commands are marked."""
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,7 @@ from tools.docs_matrix import COLUMNS, OPTIONS, refusal
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """What the titles of a page are called in links, as GitHub and mkdocs make it of them."""
     names = set()
     for title in re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE):
@@ -24,7 +22,7 @@ def anchors(page: Path) -> set[str]:
     return names
 
 
-def links() -> Iterator[tuple[Path, str]]:
+def links():
     for page in PAGES:
         for target in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))):
             if not re.match(r"https?:", target):
@@ -45,13 +43,13 @@ GENERATED = ["cli.md", "api.md", "support-matrix.md"]
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_generated_page_is_what_the_code_says(name: str):
+def test_a_generated_page_is_what_the_code_says(name):
     (path,) = (path for path in written() if path.name == name)
-    assert path.read_text(encoding="utf-8") == written()[path], "run tools/docs.py"
+    assert path.read_text() == written()[path], "run tools/docs.py"
 
 
 @lru_cache
-def written() -> dict[Path, str]:
+def written():
     """All generated pages, made once."""
     return docs.pages()
 
@@ -66,7 +64,7 @@ def test_the_support_matrix_asks_the_checks_of_a_run():
 
 
 def test_the_readme_is_one_screen_of_reading():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120
     assert len(text.split()) <= 1000
 
@@ -74,7 +72,7 @@ def test_the_readme_is_one_screen_of_reading():
 def test_every_block_of_commands_says_whether_it_is_run():
     unmarked = []
     for page in PAGES:
-        lines = page.read_text(encoding="utf-8").splitlines()
+        lines = page.read_text().splitlines()
         for number, line in enumerate(lines):
             if line.strip() == "```bash" and page.parent != ROOT / "tools":
                 mark = lines[number - 1]
@@ -89,31 +87,31 @@ def test_every_block_of_commands_says_whether_it_is_run():
 def test_commands_are_not_cut_off():
     wide = []
     for page in (ROOT / "docs").rglob("*.md"):
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             wide += [f"{page.relative_to(ROOT)}: {line}" for line in block.splitlines() if len(line) > 75]
     assert not wide
 
 
 def test_the_pages_can_be_read_in_an_afternoon():
-    assert sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md")) <= 25_000
+    assert sum(len(page.read_text().split()) for page in (ROOT / "docs").rglob("*.md")) <= 25_000
 
 
 def test_what_the_check_of_a_landing_runs_is_what_the_pages_say():
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
-        (block,) = re.findall(r"<!-- run: ci -->\n```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    script = (ROOT / ".ci/run").read_text()
+    for page in (ROOT / "README.md", ROOT / "docs/quickstart.md"):
+        (block,) = re.findall(r"<!-- run: ci -->\n```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
         (demo,) = re.findall(r"deepspeed (--num_gpus.*)", block)
         assert f"deepspeed {demo}" in script
 
 
 def test_the_pages_of_the_site_are_all_in_its_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    navigation = (ROOT / "mkdocs.yml").read_text()
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     assert pages == set(re.findall(r": (\S+\.md)$", navigation, flags=re.MULTILINE))
 
 
 def test_the_citation_names_this_version():
-    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 OTHERS = {
@@ -125,12 +123,12 @@ OTHERS = {
 
 
 def test_every_flag_that_a_page_names_exists():
-    folders = (ROOT / "tools", ROOT / "mora_ds" / "research")
-    programs = [ROOT / "docs" / "reference" / "cli.md", *(path for folder in folders for path in folder.rglob("*.py"))]
-    known = {flag for path in programs for flag in re.findall(r"--\w+", path.read_text(encoding="utf-8"))}
+    folders = (ROOT / "tools", ROOT / "mora_ds/research")
+    programs = [ROOT / "docs/reference/cli.md", *(path for folder in folders for path in folder.rglob("*.py"))]
+    known = {flag for path in programs for flag in re.findall(r"--\w+", path.read_text())}
     unknown = {}
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = page.read_text()
         code = " ".join([*FENCE.findall(text), *re.findall(r"`([^`\n]+)`", FENCE.sub("", text))])
         named = set(re.findall(r"(?<![\w-])--[a-z]\w+", code)) - known - OTHERS
         if named and page.name != "CONTRIBUTING.md":

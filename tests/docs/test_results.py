@@ -1,7 +1,6 @@
 """No figure without its JSON: what the pages of results show is drawn by tools/docs.py and tools/figures.py."""
 
 import re
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -12,7 +11,7 @@ from tools import docs_results, plans
 from tools.figures import points
 from tools.tables import mean_and_spread, table_row
 
-RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
+RESULTS = sorted((ROOT / "docs/results").glob("*.md"))
 DRAWN = re.compile(r"<!-- (?P<name>.+?), by tools/docs\.py -->.*?<!-- end of (?P=name) -->", re.DOTALL)
 TABLE = re.compile(r"^(\|.+\|)\n\|[ :|-]+\|$", re.MULTILINE)
 """The titles of a table."""
@@ -29,14 +28,14 @@ IMAGES = {
 """Image of docs/ -> the JSON that it is drawn from, or what it shows in place of a measurement."""
 
 
-def typed(text: str) -> list[str]:
+def typed(text):
     """The titles of the tables that stand outside of drawn blocks and are no facts."""
     return [titles for titles in TABLE.findall(FENCE.sub("", DRAWN.sub("", text))) if titles not in FACTS]
 
 
 @pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.name)
-def test_no_table_of_results_is_typed_by_hand(page: Path):
-    assert typed(page.read_text(encoding="utf-8")) == []
+def test_no_table_of_results_is_typed_by_hand(page):
+    assert typed(page.read_text()) == []
 
 
 def test_a_table_that_is_typed_by_hand_is_found():
@@ -47,8 +46,8 @@ def test_a_table_that_is_typed_by_hand_is_found():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_drawn_table_is_what_its_json_says(page: Path):
-    text = page.read_text(encoding="utf-8")
+def test_a_drawn_table_is_what_its_json_says(page):
+    text = page.read_text()
     assert docs_results.with_tables(text) == text, "run tools/docs.py"
 
 
@@ -57,10 +56,10 @@ CURVE = re.compile(r"^\| `(\S+\.json)` `(\S+)` (\S+) \| (\d+) \| ([\d., ]+) \| (
 
 
 def test_the_curves_of_a_healthy_run_are_those_of_the_json():
-    rows = CURVE.findall((ROOT / "docs" / "guides" / "healthy-run.md").read_text(encoding="utf-8"))
+    rows = CURVE.findall((ROOT / "docs/guides/healthy-run.md").read_text())
     assert len(rows) >= 6
     for file, method, learning_rate, seeds, *sides in rows:
-        runs = read_json(ROOT / "docs" / "results" / "data" / file)["runs"]
+        runs = read_json(ROOT / "docs/results/data" / file)["runs"]
         (start,) = (run["perplexity"] for run in runs if run["method"] == "none")
         curves = [
             run["curve"] for run in runs if (run["method"], run["learning_rate"]) == (method, float(learning_rate))
@@ -86,17 +85,17 @@ QUOTED = {
     ("page", "file", "method"),
     [(page, file, method) for page, files in QUOTED.items() for file, methods in files.items() for method in methods],
 )
-def test_perplexities_in_a_sentence_are_those_of_the_json(page: str, file: str, method: str):
-    text = " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+def test_perplexities_in_a_sentence_are_those_of_the_json(page, file, method):
+    text = " ".join((ROOT / "docs" / page).read_text().split())
     (point,) = (each for each in points(plans.DATA / file) if each.method == method)
     assert f"{fmean(point.new):.1f} and {fmean(point.old):.1f}" in text
 
 
 def test_every_json_is_shown_somewhere():
-    names = {name for page in PAGES for name in docs_results.TABLE.findall(page.read_text("utf-8"))}
+    names = {name for page in PAGES for name in docs_results.TABLE.findall(page.read_text())}
     shown = {name.split()[0] for name in names}
     energies = {f"energy_{size}.json" for size in docs_results.SIZES}
-    files = {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
+    files = {path.name for path in (ROOT / "docs/results/data").glob("*.json")}
     assert files - shown - energies - set(IMAGES.values()) == {"plans.json"}, "the tables of results/memory.md"
 
 
@@ -104,7 +103,7 @@ def test_every_image_has_its_data_or_shows_none():
     files = {path.name for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".svg", ".png", ".jpg")}
     assert files == set(IMAGES)
     data = {source for source in IMAGES.values() if source.endswith(".json")}
-    assert data <= {path.name for path in (ROOT / "docs" / "results" / "data").glob("*.json")}
+    assert data <= {path.name for path in (ROOT / "docs/results/data").glob("*.json")}
 
 
 def test_one_seed_has_no_deviation():

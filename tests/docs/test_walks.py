@@ -5,7 +5,7 @@ import re
 
 from tests.helpers.pages import ROOT
 
-PAGE = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/contributing.md").read_text()
 WALKS = re.findall(r"^\*\*(A \w+)\*\*.*\n\n((?:\d+\. .*\n)+)", PAGE, re.MULTILINE)
 """(title, its numbered lines)"""
 STATION = re.compile(r"`(\w[\w/]*\.py)` `([\w.]+)`")
@@ -16,10 +16,10 @@ TO_OPEN = {
 """What happens -> how many files of mora_ds that takes, and which."""
 
 
-def defined(path: str) -> set[str]:
+def defined(path):
     """The functions, methods and classes of a file: `function`, `Class`, `Class.method`."""
-    names: set[str] = set()
-    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+    names = set()
+    for node in ast.parse((ROOT / path).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):

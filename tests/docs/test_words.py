@@ -1,7 +1,6 @@
 """The documentation is written in the field's words: the project's old jargon does not come back."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -25,7 +24,7 @@ BANNED = {
 }
 
 
-def written_by_hand(text: str) -> str:
+def written_by_hand(text):
     """Without code in the line, links' targets, comments, quoted messages and mathematics."""
     text = re.sub(r"``?[^`\n]+``?|<!--.*?-->|\]\([^)]*\)", " ", text, flags=re.DOTALL)
     text = re.sub(r"^(>| {4}).*$", "", text, flags=re.MULTILINE)
@@ -33,7 +32,7 @@ def written_by_hand(text: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_has_none_of_the_banned_words(page: Path):
+def test_a_page_has_none_of_the_banned_words(page):
     text = written_by_hand(prose(page))
     problems = [
         f"{match[0]!r} in {text[max(0, match.start() - 40) : match.end() + 20]!r}: say {better}"

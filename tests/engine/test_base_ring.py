@@ -3,24 +3,22 @@
 The device is another buffer of the CPU. Its copies come as late as the ring permits (`Late`) or at once.
 """
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.quantized import base_bits_of
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.engine import base_ring, zero
-from mora_ds.engine.base_ring import BaseRing, ring_of, stream_base
+from mora_ds.engine.base_ring import ring_of, stream_base
 from mora_ds.engine.device import BUFFERS
 from mora_ds.engine.host_copies import Copies
 from mora_ds.engine.initialize import initialize
@@ -29,6 +27,7 @@ from mora_ds.models.decoder_layers import find_decoder_layers, stored_bytes, wei
 from mora_ds.models.node_base import node_base_of
 from mora_ds.planning.step import Streamed, Work, planned_model
 from tests.helpers.engines import ds_config
+from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES, causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 
@@ -40,9 +39,9 @@ class Late(Copies):
     """Copies when something waits for them; until then a buffer holds numbers that would be noticed."""
 
     def __init__(self):
-        self.waiting: list[tuple[object, list[tuple[Tensor, Tensor]]]] = []
+        self.waiting = []
 
-    def start(self, pairs: Any) -> Any:
+    def start(self, pairs):
         ticket = object()
         pending = list(pairs)
         for target, _ in pending:
@@ -50,7 +49,7 @@ class Late(Copies):
         self.waiting.append((ticket, pending))
         return ticket
 
-    def wait(self, ticket: Any):
+    def wait(self, ticket):
         known = [queued for queued, _ in self.waiting]
         for _, pairs in self.waiting[: known.index(ticket) + 1]:  # a stream copies in order
             super().start(pairs)
@@ -61,11 +60,11 @@ class Late(Copies):
             self.wait(self.waiting[-1][0])
 
 
-CASES: list[dict[str, Any]] = yaml.safe_load("""
+CASES = yaml.safe_load("""
 - {checkpointing: true, bf16: true, accumulation: 4}
 - {base_bits: 8, operator: share, compute: weight}
 """)
-MORE: list[dict[str, Any]] = yaml.safe_load("""
+MORE = yaml.safe_load("""
 - {accumulation: 4}
 - {checkpointing: true}
 - {bf16: true}
@@ -83,7 +82,7 @@ MORE: list[dict[str, Any]] = yaml.safe_load("""
 """)
 
 
-def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
+def trained(case, streamed):
     """Two steps of this rank, with a change of the base in host memory between them."""
     bf16 = case.get("bf16", False)
     accumulation = case.get("accumulation", 1)
@@ -118,14 +117,14 @@ def trained(case: dict[str, Any], streamed: bool) -> dict[str, Any]:
     return {"losses": losses, "values": values, "frozen": frozen, "sent": counter.base_bytes, "used": used}
 
 
-def change(model: Any):
+def change(model):
     """As a merge does."""
     if ring := ring_of(model):
         ring.forget()
     layers = mora_layers(model)
     node = node_base_of(model)
 
-    def grow(_: str, layer: Any):
+    def grow(_, layer):
         if base_bits_of(model) != 4:  # which no merge writes
             layer.form(layer.read().float() * 1.5, [])
 
@@ -135,28 +134,28 @@ def change(model: Any):
 class Seen:
     """Storages that hold the weights of linear layers within decoder layers while these run."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model):
         prefix = next(iter(find_decoder_layers(model))).rpartition(".")[0]
         self.layers = [layer for name, layer in mora_layers(model).items() if name.startswith(prefix)]
-        self.storages: set[int] = set()
+        self.storages = set()
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def counting(self):
         handles = [layer.register_forward_hook(self._note, prepend=True) for layer in self.layers]
         yield
         for handle in handles:
             handle.remove()
 
-    def _note(self, layer: Any, *_: Any):
+    def _note(self, layer, *_):
         self.storages.add(layer.weight.untyped_storage().data_ptr())
 
 
-def both(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def both(cases):
     return [(trained(case, False), trained(case, True)) for case in cases]
 
 
 @pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.heavy(seconds=40))])
-def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]]):
+def test_a_streamed_base_is_a_resident_one_to_the_bit(cases):
     if any(case.get("base_bits") == 4 for case in cases):
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
     for results in run_pooled(2, both, cases):
@@ -172,14 +171,14 @@ def test_a_streamed_base_is_a_resident_one_to_the_bit(cases: list[dict[str, Any]
 # -- the ring alone ---------------------------------------------------------------------------------------------------
 
 
-def streamed_model(family: str = "llama", bits: int = 16) -> tuple[Any, BaseRing]:
+def streamed_model(family="llama", bits=16):
     model = tiny_model(family, num_hidden_layers=LAYERS)
     inject(model, MoRAConfig(rank=4, base_bits=bits))
     return model, stream_base(model, CPU)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing: bool):
+def test_a_micro_batch_copies_what_buffers_do_not_hold(checkpointing):
     """And as many bytes as the plan says, which a buffer that held another layer than it should would exceed."""
     model, ring = streamed_model()
     if checkpointing:
@@ -208,7 +207,7 @@ def test_an_evaluation_copies_each_layer_once():
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_modules_hold_host_memory_outside_of_their_forward(family: str, bits: int):
+def test_modules_hold_host_memory_outside_of_their_forward(family, bits):
     model, ring = streamed_model(family, bits)
     host = {name: (id(tensor), tensor.clone()) for name, tensor in frozen_buffers(model).items()}
     causal_loss(model.train(), tokens(2)).backward()
@@ -238,7 +237,7 @@ def test_a_saved_weight_is_there_again_when_backward_asks_for_it():
         assert torch.equal(parameter.grad, expected[name]), name
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def gradients(model):
     causal_loss(model.train(), tokens(2)).backward()
     by_name = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -271,14 +270,14 @@ def test_what_is_refused():
     model = tiny_model("llama", num_hidden_layers=3)
     inject(model, MoRAConfig(rank=4))
     model.model.layers = nn.ModuleList([*model.model.layers, nn.Identity()])
-    with pytest.raises(UserError, match=r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"):
+    with user_error(r"LlamaForCausalLM has no list of 3 decoder layers.*--base_device device"):
         weights_of_layers(model)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing: bool):
+def test_a_gpu_computes_the_same_with_weights_in_locked_memory(checkpointing):
     device = torch.device("cuda")
     all_gradients = []
     for streamed in (False, True):

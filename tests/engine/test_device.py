@@ -2,27 +2,26 @@
 
 import os
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from mora_ds.common.errors import UserError
 from mora_ds.engine import device
 from mora_ds.engine.device import DETERMINISTIC, check_kernels, make_deterministic, take_device, warn_of_slow_precision
 from mora_ds.engine.ds_config import complete_ds_config
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, losses, run
+from tests.helpers.jobs import job, losses, run
 
 
-def deterministic_job(argv: list[str]) -> tuple[bool, dict[str, str | None]]:
+def deterministic_job(argv):
     os.environ["NCCL_ALGO"] = "Tree"
     job(argv)
     return torch.are_deterministic_algorithms_enabled(), {name: os.environ.get(name) for name in DETERMINISTIC}
 
 
-def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, tmp_path: Any):
-    results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic", "true"))
+def test_a_deterministic_run_is_set_up_and_computes_the_same(user, tmp_path):
+    results = run_ranks(2, deterministic_job, user.flags(tmp_path / "one", "--deterministic true"))
     for enabled, environment in results:
         assert enabled
         assert environment == {**DETERMINISTIC, "NCCL_ALGO": "Tree"}, "what the user has set stays"
@@ -32,8 +31,8 @@ def test_a_deterministic_run_is_set_up_and_computes_the_same(user: Playground, t
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_fp32_on_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
+def test_fp32_on_a_gpu_is_warned_of(monkeypatch):
+    said = []
     monkeypatch.setattr(device.logger, "warning", said.append)
     warn_of_slow_precision("float32")
     monkeypatch.setattr(device, "is_cpu", lambda: False)
@@ -57,9 +56,9 @@ def test_torchs_fused_adam_is_a_key():
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[int]:
+def gpus(monkeypatch, tmp_path):
     """Two of them, with all that triton needs; the one that is taken is put into the list."""
-    taken: list[int] = []
+    taken = []
     stand_in = SimpleNamespace(
         device_count=lambda: 2,
         device_name=lambda: "cuda",
@@ -76,22 +75,20 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> list[int]:
     return taken
 
 
-def test_a_process_takes_the_gpu_of_its_rank(gpus: list[int]):
+def test_a_process_takes_the_gpu_of_its_rank(gpus):
     take_device(1)
     assert gpus == [1]
-    with pytest.raises(UserError, match=r"LOCAL_RANK is 2, .* sees 2 GPUs: .*--gpus-per-node"):
+    with user_error(r"LOCAL_RANK is 2, .* sees 2 GPUs: .*--gpus-per-node"):
         take_device(2)
 
 
-def test_what_triton_compiles_with_is_there_before_anything_is_placed(
-    gpus: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-):
+def test_what_triton_compiles_with_is_there_before_anything_is_placed(gpus, monkeypatch, tmp_path):
     (tmp_path / "Python.h").unlink()
-    with pytest.raises(UserError, match=r"triton.*need .*Python\.h: install python3-dev"):
+    with user_error(r"triton.*need .*Python\.h: install python3-dev"):
         check_kernels()
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(device, "which", lambda name: None)
-    with pytest.raises(UserError, match="need a C compiler: install gcc"):
+    with user_error("need a C compiler: install gcc"):
         check_kernels()
     monkeypatch.setenv("CC", "/opt/cc")
     check_kernels()

@@ -4,7 +4,6 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,7 +35,7 @@ SETTINGS = EngineSettings(
 )
 
 
-def refusal(config: dict[str, Any], settings: EngineSettings = SETTINGS, world_size: int = 3) -> str:
+def refusal(config, settings=SETTINGS, world_size=3):
     with pytest.raises(UserError) as caught:
         resolve_ds_config(config, settings, world_size)
     return str(caught.value)
@@ -82,7 +81,7 @@ def test_the_users_config_is_not_touched_and_own_values_stay():
 
 @pytest.mark.parametrize("flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
 @pytest.mark.parametrize("written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}])
-def test_compute_dtype_follows_the_flag(flag: str | None, dtype: str, written: dict[str, Any]):
+def test_compute_dtype_follows_the_flag(flag, dtype, written):
     settings = replace(SETTINGS, bf16=flag == "bf16", fp16=flag == "fp16")
     assert compute_dtype(resolve_ds_config(written, settings, 1)) == dtype
 
@@ -150,9 +149,7 @@ MATRICES_7B = [256**2] * 128 + [344**2] * 96
         "large gradients",
     ],
 )
-def test_many_ranks_take_collectives_without_loops(
-    numels: list[int], ranks: int, written: dict[str, Any], chosen: dict[str, bool]
-):
+def test_many_ranks_take_collectives_without_loops(numels, ranks, written, chosen):
     config = resolve_ds_config({"zero_optimization": {"stage": 3, **written}}, replace(SETTINGS, bf16=True), 2)
     before = dict(config["zero_optimization"])
     text = avoid_slices(config, numels, ranks)
@@ -165,7 +162,7 @@ def test_many_ranks_take_collectives_without_loops(
 # -- refusing ----------------------------------------------------------------------------------------------------
 
 
-def test_contradictions_are_listed_at_once(tmp_path: Path):
+def test_contradictions_are_listed_at_once(tmp_path):
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 1,
@@ -175,7 +172,7 @@ def test_contradictions_are_listed_at_once(tmp_path: Path):
         "optimizer": {"params": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.0}},
     }
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(config), encoding="utf-8")
+    path.write_text(json.dumps(config))
     with pytest.raises(UserError) as caught:
         resolve_ds_config(path, SETTINGS, 3)
     lines = str(caught.value).splitlines()
@@ -207,15 +204,15 @@ WRONG = """
 
 
 @pytest.mark.parametrize("config, message", rows(WRONG))
-def test_each_wrong_setting_is_named(config: str, message: str):
+def test_each_wrong_setting_is_named(config, message):
     text = refusal(parsed(config))
     assert message in text
     assert len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_refused_keys_give_their_reason_and_pass_when_off(path: str):
-    def nested(value: Any) -> dict[str, Any]:
+def test_refused_keys_give_their_reason_and_pass_when_off(path):
+    def nested(value):
         for key in reversed(path.split(".")):
             value = {key: value}
         return value
@@ -239,5 +236,5 @@ def test_every_known_top_level_key_is_named_in_deepspeeds_source():
     assert spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0])
     names = ("config.py", "constants.py", "config_utils.py", "precision_config.py", "aio_config.py")
-    source = "".join(path.read_text(encoding="utf-8") for name in names for path in root.rglob(name))
+    source = "".join(path.read_text() for name in names for path in root.rglob(name))
     assert not [key for key in TOP_LEVEL if f'"{key}"' not in source and f"'{key}'" not in source]

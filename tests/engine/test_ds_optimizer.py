@@ -1,16 +1,15 @@
 """The optimizer's part of a DeepSpeed config: filled from the flags, and refused where it cannot be."""
 
-from typing import Any
-
 import pytest
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.engine.ds_config import complete_ds_config, resolve_ds_config
+from tests.helpers.errors import user_error
 from tests.helpers.tables import parsed, rows
 
 
-def flags(*argv: str) -> Any:
+def flags(*argv):
     return parse(["--model_name_or_path", "m", "--train_files", "t", *argv])
 
 
@@ -52,7 +51,7 @@ WRONG = """
 
 
 @pytest.mark.parametrize("config, message", rows(WRONG))
-def test_each_wrong_setting_is_named(config: str, message: str):
+def test_each_wrong_setting_is_named(config, message):
     settings = flags("--optimizer", "muon").training.engine_settings()
     with pytest.raises(UserError) as error:
         resolve_ds_config(parsed(config), settings, 2)
@@ -60,7 +59,7 @@ def test_each_wrong_setting_is_named(config: str, message: str):
 
 
 def test_a_config_that_names_muon_contradicts_the_other_flag():
-    with pytest.raises(UserError, match=r'optimizer\.type = "Muon" but --optimizer = adamw'):
+    with user_error(r'optimizer\.type = "Muon" but --optimizer = adamw'):
         resolve_ds_config({"optimizer": {"type": "Muon"}}, flags().training.engine_settings(), 1)
-    with pytest.raises(UserError, match=r"optimizer\.params\.momentum is not for AdamW"):
+    with user_error(r"optimizer\.params\.momentum is not for AdamW"):
         complete_ds_config({"optimizer": {"params": {"momentum": 0.9}}}, [1])

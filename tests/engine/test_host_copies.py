@@ -1,14 +1,13 @@
 """Copies from host memory: what is asked of CUDA and in which order, with a stand-in for it, and the twin for CPUs."""
 
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 
-from mora_ds.common.errors import UserError
 from mora_ds.engine import host_copies
 from mora_ds.engine.host_copies import Copies, copies_for, page_ranges
+from tests.helpers.errors import user_error
 
 PAGE = 4096
 
@@ -16,14 +15,14 @@ PAGE = 4096
 class Memory:
     """A tensor of bytes at an address."""
 
-    def __init__(self, start: int, nbytes: int):
+    def __init__(self, start, nbytes):
         self.start = start
         self.nbytes = nbytes
 
-    def data_ptr(self) -> int:
+    def data_ptr(self):
         return self.start
 
-    def element_size(self) -> int:
+    def element_size(self):
         return 2
 
 
@@ -38,12 +37,10 @@ class Memory:
         ([(0, 102), (150, 10), (300, 2)], [(0, 200), (300, 400)]),
     ],
 )
-def test_whole_pages_once_and_in_order(
-    tensors: list[tuple[int, int]], ranges: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-):
+def test_whole_pages_once_and_in_order(tensors, ranges, monkeypatch):
     monkeypatch.setattr(host_copies.mmap, "PAGESIZE", 100)
     monkeypatch.setattr(host_copies, "extent", lambda memory: memory.nbytes // 2)
-    pieces: list[Any] = [Memory(*tensor) for tensor in tensors]
+    pieces = [Memory(*tensor) for tensor in tensors]
     assert page_ranges(pieces) == ranges
 
 
@@ -56,67 +53,67 @@ def test_a_cpu_copies_at_once():
     copies.wait(copies.start([(target, source)]))
     copies.finish()
     assert target.tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="is for CUDA devices and CPUs, not for meta: use --base_device device"):
+    with user_error("is for CUDA devices and CPUs, not for meta: use --base_device device"):
         copies_for(torch.device("meta"))
 
 
 class Cuda:
     """Stands for `torch.cuda`: what is called, in order. `answer`: of cudaHostRegister."""
 
-    def __init__(self, answer: int = 0):
-        self.calls = list[Any]()
+    def __init__(self, answer=0):
+        self.calls = []
         self.answer = answer
         self.current = "arithmetic"
 
-    def Stream(self, device: Any) -> Any:
+    def Stream(self, device):
         return self._named("copies")
 
-    def Event(self) -> Any:
-        event: Any = type("Event", (), {})()
+    def Event(self):
+        event = type("Event", (), {})()
         event.record = lambda stream: self.calls.append(("record", stream.name, self.current))
         return event
 
-    def _named(self, name: str) -> Any:
-        stream: Any = type("Stream", (), {"name": name})()
+    def _named(self, name):
+        stream = type("Stream", (), {"name": name})()
         stream.wait_stream = lambda other: self.calls.append((name, "waits for", other.name))
         stream.wait_event = lambda event: self.calls.append((name, "waits for", event))
         stream.synchronize = lambda: self.calls.append((name, "is waited for"))
         return stream
 
-    def current_stream(self, device: Any) -> Any:
+    def current_stream(self, device):
         return self._named(self.current)
 
     @contextmanager
-    def stream(self, stream: Any) -> Any:
+    def stream(self, stream):
         before = self.current
         self.current = stream.name
         yield
         self.current = before
 
-    def cudart(self) -> Any:
-        library: Any = type("Library", (), {})()
+    def cudart(self):
+        library = type("Library", (), {})()
         library.cudaHostRegister = lambda *given: self.calls.append(given) or self.answer
         library.cudaHostUnregister = self.calls.append
         library.cudaGetErrorString = lambda error: f"error {error}"
         return library
 
-    def is_available(self) -> bool:
+    def is_available(self):
         return False
 
 
 class Target:
-    def __init__(self, cuda: Cuda):
+    def __init__(self, cuda):
         self.cuda = cuda
 
-    def copy_(self, source: Any, non_blocking: bool):
+    def copy_(self, source, non_blocking):
         self.cuda.calls.append((self.cuda.current, "copy", source, non_blocking))
 
 
-def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch: pytest.MonkeyPatch):
+def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     copies = copies_for(torch.device("cuda"))
-    targets: list[Any] = [Target(cuda), Target(cuda)]
+    targets = [Target(cuda), Target(cuda)]
     ticket = copies.start(zip(targets, ("a", "b"), strict=True))
     copies.wait(ticket)
     copies.finish()
@@ -130,7 +127,7 @@ def test_copies_follow_the_arithmetic_so_far_and_precede_the_one_that_waits(monk
     ]
 
 
-def test_pages_are_locked_where_the_system_permits_it(monkeypatch: pytest.MonkeyPatch):
+def test_pages_are_locked_where_the_system_permits_it(monkeypatch):
     cuda = Cuda()
     monkeypatch.setattr(host_copies.torch, "cuda", cuda)
     monkeypatch.setattr(host_copies, "page_ranges", lambda tensors: [(PAGE, 3 * PAGE), (8 * PAGE, 9 * PAGE)])
@@ -138,5 +135,5 @@ def test_pages_are_locked_where_the_system_permits_it(monkeypatch: pytest.Monkey
     copies.pin([])
     assert cuda.calls == [(PAGE, 2 * PAGE, 0), (8 * PAGE, PAGE, 0)]
     cuda.answer = 2
-    with pytest.raises(UserError, match=r"0\.00 GB of host memory .*\(error 2\): raise the limits .*ulimit -l"):
+    with user_error(r"0\.00 GB of host memory .*\(error 2\): raise the limits .*ulimit -l"):
         copies.pin([])

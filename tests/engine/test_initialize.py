@@ -2,7 +2,6 @@
 
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,13 +23,14 @@ from mora_ds.engine.initialize import (
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from tests.helpers.engines import ds_config
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import model_with_mora, tiny_model
 from tests.helpers.pool import run_pooled
 
 
-def devices_chosen() -> list[Any]:
-    chosen: list[Any] = []
+def devices_chosen():
+    chosen = []
     accelerator = get_accelerator()
     accelerator.set_device = chosen.append
     start_distributed()
@@ -42,24 +42,24 @@ def test_every_rank_takes_its_own_device_before_anything_is_placed():
 
 
 @pytest.mark.parametrize("section, other", [("fp16", "--bf16"), ("bf16", "--fp16")])
-def test_a_dtype_that_the_device_lacks_is_refused(section: str, other: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_dtype_that_the_device_lacks_is_refused(section, other, monkeypatch):
     accelerator = get_accelerator()
     for name in ("fp16", "bf16"):
         monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda name=name: name != section)
-    with pytest.raises(UserError, match=rf"--{section}.*use {other}"):
+    with user_error(rf"--{section}.*use {other}"):
         check_compute_dtype({section: {"enabled": True}})
     check_compute_dtype({})
 
 
-def test_a_process_without_a_launcher_is_told_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_without_a_launcher_is_told_so(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("mora_ds.engine.initialize.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"RANK.*write deepspeed in place of python"):
+    with user_error(r"RANK.*write deepspeed in place of python"):
         start_distributed()
 
 
-def different_base() -> str:
+def different_base():
     model = tiny_model("llama", seed=dist.get_rank())
     inject(model, MoRAConfig(rank=4))
     try:
@@ -69,19 +69,19 @@ def different_base() -> str:
     return ""
 
 
-def test_a_port_that_is_in_use_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_port_that_is_in_use_is_named(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         settings = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"port {port} of this machine.* give this one another with --master_port"):
+        with user_error(f"port {port} of this machine.* give this one another with --master_port"):
             start_distributed()
 
 
-def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch):
     """On one node of several: the others would wait for it to join until --collective_timeout_s."""
-    joined: list[bool] = []
+    joined = []
 
     def refused():
         raise UserError("install gcc")
@@ -92,7 +92,7 @@ def test_a_rank_without_a_compiler_joins_the_others_to_tell_them(monkeypatch: py
     monkeypatch.setattr("deepspeed.init_distributed", lambda **arguments: joined.append(True))
     monkeypatch.setattr("mora_ds.engine.initialize.check_kernels", refused)
     monkeypatch.setattr("mora_ds.engine.initialize.take_device", lambda local_rank: None)
-    with pytest.raises(UserError, match="install gcc"):
+    with user_error("install gcc"):
         start_distributed()
     assert joined
 
@@ -103,7 +103,7 @@ def test_ranks_that_hold_other_bases_are_named():
         assert "--model_name_or_path" in message
 
 
-def tensors_of_the_node(folder: str) -> tuple[int, int]:
+def tensors_of_the_node(folder):
     """(tensors of the live base whose memory is the node's, all of them)"""
     path = Path(folder)
     model = load_base(path, path / "own", Ranks.current(), torch.bfloat16, None).model
@@ -116,7 +116,7 @@ def tensors_of_the_node(folder: str) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path):
+def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path):
     """No rank has a copy of the frozen base."""
     tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
     for mapped, tensors in run_pooled(2, tensors_of_the_node, str(tmp_path)):
@@ -124,7 +124,7 @@ def test_ranks_of_a_node_share_the_pages_of_the_base(tmp_path: Path):
 
 
 def test_a_model_without_squares_is_refused():
-    with pytest.raises(UserError, match=r"mora_ds\.inject"):
+    with user_error(r"mora_ds\.inject"):
         initialize(model=tiny_model("llama"), config=ds_config(3, 2, 1))
 
 
@@ -133,10 +133,10 @@ def test_what_an_engine_is_not_made_of_is_refused():
     experts = tiny_model("mixtral")
     inject(model, MoRAConfig(rank=4))
     inject(experts, MoRAConfig(rank=4, target_modules=("all-linear", "experts")))
-    with pytest.raises(UserError, match="leave model_parameters out"):
+    with user_error("leave model_parameters out"):
         initialize(model=model, config=ds_config(3, 2, 1), model_parameters=list(model.parameters()))
     muon = {"type": "Muon", "params": {"lr": 0.1, "muon_lr": 0.1, "weight_decay": 0.0}}
-    with pytest.raises(UserError, match=r"Muon is for single MoRA matrices, and model\.layers.*use AdamW"):
+    with user_error(r"Muon is for single MoRA matrices, and model\.layers.*use AdamW"):
         initialize(model=experts, config=ds_config(3, 2, 1, optimizer=muon))
 
 
@@ -150,14 +150,12 @@ def test_what_an_engine_is_not_made_of_is_refused():
         ({"OMP_NUM_THREADS": "5", "LOCAL_SIZE": "2"}, None),
     ],
 )
-def test_processes_of_a_machine_share_its_cores(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int | None
-):
+def test_processes_of_a_machine_share_its_cores(monkeypatch, environment, threads):
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    chosen: list[int] = []
+    chosen = []
     monkeypatch.setattr(start.os, "sched_getaffinity", lambda process: range(12))
     monkeypatch.setattr(start.torch, "set_num_threads", chosen.append)
     start._share_cores()
@@ -182,7 +180,7 @@ def test_bucket_sizes_are_those_of_the_largest_share():
 def test_tensor_parallelism_needs_stage_3():
     config = {"zero_optimization": {"stage": 2}}
     check_splittable(config, degree=1)
-    with pytest.raises(UserError, match="--tensor_parallel_size 2 needs ZeRO stage 3"):
+    with user_error("--tensor_parallel_size 2 needs ZeRO stage 3"):
         check_splittable(config, degree=2)
 
 

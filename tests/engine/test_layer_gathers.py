@@ -4,7 +4,6 @@ What is gathered when, and equal numbers, in several processes: test_module_hook
 """
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,31 +17,29 @@ from tests.helpers.tables import parsed, rows
 
 class Coordinator:
     def __init__(self):
-        self.calls = list[Any]()
+        self.calls = []
 
-    def trace_prologue(self, module: Any):
+    def trace_prologue(self, module):
         self.calls.append("trace")
 
-    def is_record_trace(self) -> bool:
+    def is_record_trace(self):
         return False
 
-    def fetch_sub_module(self, module: Any, forward: bool):
+    def fetch_sub_module(self, module, forward):
         self.calls.append(("fetch", forward))
 
-    def release_sub_module(self, module: Any, forward: bool):
+    def release_sub_module(self, module, forward):
         self.calls.append(("release", forward))
 
 
 @pytest.mark.parametrize(
     "in_backward, active, is_fetched", [(True, {7}, False), (True, set(), True), (False, {7}, True)]
 )
-def test_a_forward_that_runs_again_finds_its_matrices_there(
-    in_backward: bool, active: set[int], is_fetched: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_forward_that_runs_again_finds_its_matrices_there(in_backward, active, is_fetched, monkeypatch):
     """Within the backward pass of its own layer, which has fetched them."""
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 0 if in_backward else -1)
     coordinator = Coordinator()
-    layer: Any = nn.Linear(3, 3)
+    layer = nn.Linear(3, 3)
     layer.ds_id = 7
     LayerGathers(coordinator, layer, [SimpleNamespace(ds_active_sub_modules=active), SimpleNamespace()])
     layer(torch.ones(2, 3))
@@ -60,15 +57,13 @@ AVAILABLE | {free_data: false} | by DeepSpeed
 
 
 @pytest.mark.parametrize("status, options, how", rows(FREED))
-def test_what_is_gathered_and_unchanged_is_freed_at_once(
-    status: str, options: str, how: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_is_gathered_and_unchanged_is_freed_at_once(status, options, how, monkeypatch):
     kwargs = parsed(options)
     is_quick = how == "quickly"
-    freed = list[Any]()
-    partitioned = list[Any]()
+    freed = []
+    partitioned = []
     monkeypatch.setattr(layer_gathers, "free_param", freed.append)
-    parameter: Any = SimpleNamespace(
+    parameter = SimpleNamespace(
         ds_status=ZeroParamStatus[status], ds_tensor=SimpleNamespace(final_location=None),
         partition=lambda *arguments: partitioned.append(arguments),
     )  # fmt: skip

@@ -7,7 +7,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.engine import ds_config as ds_config_module
@@ -24,7 +23,7 @@ from tests.helpers.pool import run_pooled
 SETTINGS = ("persistent", "some", "checkpointing", "embeddings", "sharded again")
 
 
-def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) -> Any:
+def engine_of(setting, zero=None, **changes):
     torch.manual_seed(0)
     model = model_with_mora(
         setting if setting in FAMILIES else "gpt2" if setting == "some" else "llama",
@@ -41,7 +40,7 @@ def engine_of(setting: str, zero: dict[str, int] | None = None, **changes: Any) 
     return initialize(model=model, config=config)[0]
 
 
-def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
+def trained(setting):
     """Losses and trained tensors after 3 steps, and how many modules have DeepSpeed's hooks."""
     engine = engine_of(setting)
     losses = []
@@ -57,7 +56,7 @@ def trained(setting: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
     return losses, values, count
 
 
-def with_and_without(setting: str, module: Any = initialize_module, **replaced: Any) -> tuple[int, int]:
+def with_and_without(setting, module=initialize_module, **replaced):
     """How many modules have DeepSpeed's hooks: with `replaced` in `module`, every one by default, and without it."""
     with patch.multiple(module, **(replaced or {"drop_idle_hooks": lambda engine: []})):
         losses, values, everywhere = trained(setting)
@@ -68,7 +67,7 @@ def with_and_without(setting: str, module: Any = initialize_module, **replaced: 
     return everywhere, hooked
 
 
-def with_the_collectives_for_many_ranks() -> list[int]:
+def with_the_collectives_for_many_ranks():
     """Trains with them and without. The bytes of all reduce-scatters and of all all-reduces."""
     with CollectiveCounter().counting() as counter:
         for setting in ("persistent", "sharded"):
@@ -82,14 +81,14 @@ def test_the_collectives_for_many_ranks_give_the_same_bits():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting: str):
+def test_a_step_is_the_same_to_the_bit_with_hooks_where_something_is_gathered(setting):
     for everywhere, hooked in run_pooled(2, with_and_without, setting):
         layers = len(mora_layers(model_with_mora("gpt2" if setting == "some" else "llama")))
         assert everywhere > 2 * layers
         assert hooked == (3 if setting == "embeddings" else 1)
 
 
-def families_with_and_without() -> list[tuple[str, int]]:
+def families_with_and_without():
     return [(family, with_and_without(family)[1]) for family in FAMILIES]
 
 
@@ -99,7 +98,7 @@ def test_every_familys_layers_gather_together_with_the_same_bits():
         assert hook_counts == [(family, 1) for family in FAMILIES]
 
 
-def held_at_once(setting: str) -> list[set[str]]:
+def held_at_once(setting):
     """The decoder layers whose matrices are gathered, at each linear layer that runs or has its gradient computed."""
     none = {f"stage3_{name}": 0 for name in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")}
     engine = engine_of(setting, zero=none)
@@ -107,14 +106,14 @@ def held_at_once(setting: str) -> list[set[str]]:
     layers = mora_layers(engine.module)
     matrices = {name: layer.value for name, layer in layers.items()}  # asked for in a forward, DeepSpeed gathers them
 
-    def gathered() -> set[str]:
+    def gathered():
         return {name for name, matrix in matrices.items() if matrix.ds_status.name == "AVAILABLE"}
 
-    def note(module: nn.Module):
+    def note(module):
         assert any(layers[name] is module for name in gathered())
         gathered_layers.append({name.split(".")[2] for name in gathered()})
 
-    def note_all(module: nn.Module, _: Any, output: torch.Tensor):
+    def note_all(module, _, output):
         note(module)
         if output.requires_grad:
             output.register_hook(lambda _: note(module))
@@ -129,7 +128,7 @@ def held_at_once(setting: str) -> list[set[str]]:
 
 
 @pytest.mark.parametrize("setting", ["sharded", "sharded again", "sharded reentrant"])
-def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting: str):
+def test_one_decoder_layers_matrices_are_gathered_at_a_time(setting):
     for gathered_layers in run_pooled(2, held_at_once, setting):
         assert all(len(layers) == 1 for layers in gathered_layers)
         assert set.union(*gathered_layers) == {"0", "1"}
@@ -139,12 +138,12 @@ class Recorder:
     """In place of a layer's gathers: what happens in backward."""
 
     def __init__(self):
-        self.calls: list[str] = []
+        self.calls = []
 
-    def fetch(self, forward: bool):
+    def fetch(self, forward):
         self.calls.append(f"fetch {forward}")
 
-    def release(self, forward: bool):
+    def release(self, forward):
         self.calls.append(f"release {forward}")
 
 
@@ -155,7 +154,7 @@ class Pair(NamedTuple):
 
 def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
     """Arguments and results of any form, with what needs no gradient left as it is."""
-    recorder: Any = Recorder()
+    recorder = Recorder()
     inputs = [torch.randn(3, requires_grad=True) for _ in range(4)]
     plain = torch.randn(3)
     ids = torch.arange(3)
@@ -180,7 +179,7 @@ def test_backward_is_noticed_whatever_a_layer_takes_and_returns():
         assert marked(arguments, partial(recorder.release, forward=False))[0][0] is inputs[0], "no graph, no mark"
 
 
-def gathered_when_needed() -> list[Any]:
+def gathered_when_needed():
     """Steps after fp16 has skipped one, and after a context that gathers a matrix and shards it again."""
     engine = engine_of("persistent", fp16={"enabled": True, "initial_scale_power": 30, "hysteresis": 1})
     persistent = engine.optimizer.parameter_offload.persistent_parameters

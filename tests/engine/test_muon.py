@@ -1,24 +1,21 @@
 """Muon on the MoRA matrices, AdamW on the other parameters: sharded = one plain process, merged, resumed, refused."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mora_ds.adapters.config import LoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
-from mora_ds.common.errors import UserError
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.engine.zero import view_of
 from tests.helpers.engines import EPSILON, ds_config, merge_by_hand, state_tensors
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, rows, run
+from tests.helpers.jobs import refused, rows, run
 from tests.helpers.models import adapted_model, causal_loss, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_run, interrupted_job
@@ -40,12 +37,12 @@ MUON = {
 }  # fmt: skip
 
 
-def muon_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **changes: Any) -> dict[str, Any]:
+def muon_config(stage, micro, accumulation=ACCUMULATION, **changes):
     types = {"grad_accum_dtype": "fp32"}
     return ds_config(stage, micro, accumulation, optimizer=MUON, gradient_clipping=CLIP, data_types=types, **changes)
 
 
-def small_model(lora: bool = False) -> Any:
+def small_model(lora=False):
     if not lora:
         return adapted_model(train_norms=True, train_embeddings=True, train_head=True)
     model = tiny_model()
@@ -55,11 +52,11 @@ def small_model(lora: bool = False) -> Any:
     return model
 
 
-def squares_of(model: nn.Module) -> list[nn.Parameter]:
+def squares_of(model):
     return [layer.value for layer in mora_layers(model).values()]
 
 
-def others_of(model: nn.Module) -> list[nn.Parameter]:
+def others_of(model):
     squares = {id(square) for square in squares_of(model)}
     return [parameter for parameter in model.parameters() if id(parameter) not in squares]
 
@@ -67,7 +64,7 @@ def others_of(model: nn.Module) -> list[nn.Parameter]:
 # -- one process ---------------------------------------------------------------------------------------------------
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal(matrix):
     """Five Newton-Schulz steps with the coefficients that Muon is known by; towards U V^T of the matrix's SVD."""
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
@@ -76,7 +73,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x
 
 
-def orthogonal_factors(factors: Tensor, d_in: int) -> Tensor:
+def orthogonal_factors(factors, d_in):
     """Of [A | B^T]: A and B each by itself; Muon multiplies the update of a tall matrix, which B is."""
     down, up = factors[:, :d_in], factors[:, d_in:]
     return torch.cat([orthogonal(down), orthogonal(up) * (up.shape[1] / len(up)) ** 0.5], dim=1)
@@ -90,7 +87,7 @@ def without_half_precision():
     original_muon.ns_compute_dtype = lambda method="gram": torch.float32
 
 
-def plain_run(merge_at: int | None = None, lora: bool = False) -> dict[str, Any]:
+def plain_run(merge_at=None, lora=False):
     """No DeepSpeed, the complete global batch at once: gradient clipped, then Muon and AdamW."""
     model = small_model(lora)
     layers = list(mora_layers(model).values())
@@ -119,14 +116,14 @@ def plain_run(merge_at: int | None = None, lora: bool = False) -> dict[str, Any]
     return {"squares": squares, "others": adam_parameters, "norms": norms, "momentum": _norm(momentum)}
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors):
     return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5
 
 
 # -- several ---------------------------------------------------------------------------------------------------------
 
 
-def train(engine: zero.Engine, steps: range, merge_at: int | None = None) -> list[float]:
+def train(engine, steps, merge_at=None):
     """Gradient norms of the steps."""
     world = dist.get_world_size()
     rank = dist.get_rank()
@@ -142,7 +139,7 @@ def train(engine: zero.Engine, steps: range, merge_at: int | None = None) -> lis
     return norms
 
 
-def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> dict[str, Any]:
+def sharded_run(stage, merge_at, changes):
     without_half_precision()
     half = {name: {"enabled": True} for name in ("bf16",) if changes.get(name)}
     half |= {"fp16": {"enabled": True, "initial_scale_power": 8}} if changes.get("fp16") else {}
@@ -163,13 +160,13 @@ def sharded_run(stage: int, merge_at: int | None, changes: dict[str, Any]) -> di
     }
 
 
-def worst(tensors: list[Tensor], expected: list[Any], unit: float) -> float:
+def worst(tensors, expected, unit):
     """The largest difference, in learning rates."""
     differences = [one - another.detach() for one, another in zip(tensors, expected, strict=True)]
     return max(difference.abs().max().item() for difference in differences) / unit
 
 
-def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float):
+def assert_follows(ranks, expected, tolerance):
     """A step moves a matrix by one learning rate: an update that is clipped itself, or orthogonalised in parts, is off
     by more than that."""
     for rank in ranks:
@@ -183,12 +180,12 @@ def assert_follows(ranks: list[dict[str, Any]], expected: dict[str, Any], tolera
         assert rank["frames"] == 0, "something was compiled"
 
 
-def several(stage: int, merge_at: int | None, variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def several(stage, merge_at, variants):
     return [sharded_run(stage, merge_at, variant) for variant in variants]
 
 
 @pytest.mark.parametrize("world, stage", [(2, 3), (3, 3), (2, 1)])
-def test_squares_and_the_rest_follow_one_process(world: int, stage: int):
+def test_squares_and_the_rest_follow_one_process(world, stage):
     """Clipped, accumulated, decayed."""
     expected = plain_run()
     assert min(expected["norms"]) > 2 * CLIP
@@ -196,27 +193,27 @@ def test_squares_and_the_rest_follow_one_process(world: int, stage: int):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_factors_of_lora_are_orthogonalised_each_by_itself(stage: int):
+def test_factors_of_lora_are_orthogonalised_each_by_itself(stage):
     assert_follows(run_ranks(2, sharded_run, stage, None, {"lora": True}), plain_run(lora=True), 2e-3)
 
 
 def test_where_factors_would_be_taken_for_one_matrix_they_are_refused():
     config = muon_config(1, ROWS, bf16={"enabled": True})
-    with pytest.raises(UserError, match="in bf16 needs ZeRO stage 2 or 3"):
+    with user_error("in bf16 needs ZeRO stage 2 or 3"):
         initialize(model=small_model(lora=True), config=config)
     aligned = muon_config(2, ROWS)
     aligned["zero_optimization"]["parameter_alignment"] = True
-    with pytest.raises(UserError, match=r"leave zero_optimization\.parameter_alignment out"):
+    with user_error(r"leave zero_optimization\.parameter_alignment out"):
         initialize(model=small_model(lora=True), config=aligned)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_merge_zeroes_the_momentum(stage: int):
+def test_a_merge_zeroes_the_momentum(stage):
     assert_follows(run_ranks(2, sharded_run, stage, 2, {}), plain_run(merge_at=2), 2e-3)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int):
+def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage):
     results = run_ranks(2, several, stage, None, [{"bf16": True}, {"fp16": True}])
     expected = plain_run()
     for index in range(2):
@@ -226,7 +223,7 @@ def test_low_precision_keeps_an_unscaled_momentum_in_fp32(stage: int):
         assert 0.9 * expected["momentum"] < together < 1.5 * expected["momentum"], "the loss scale is in the momentum"
 
 
-def learning_rates(names: tuple[str, ...]) -> list[list[float]]:
+def learning_rates(names):
     engine, *_ = initialize(model=small_model(), config=muon_config(3, 2))
     zero.set_learning_rate(engine, RATE / 4, OTHERS_RATE / RATE)
     return [[group[name] for group in engine.optimizer.param_groups if name in group] for name in names]
@@ -237,7 +234,7 @@ def test_the_schedule_keeps_the_two_rates_in_proportion():
     assert settings == [pytest.approx([RATE / 4, OTHERS_RATE / 4]), [BETA], [EPSILON], [DECAY, DECAY]]
 
 
-def groups_of(family: str) -> tuple[list[int], list[int], bool]:
+def groups_of(family):
     """Elements of each parameter group, as the optimizer has them and as they should be."""
     model = adapted_model(family, train_embeddings=True, train_head=True)
     expected = [sum(parameter.numel() for parameter in half) for half in (squares_of(model), others_of(model))]
@@ -247,7 +244,7 @@ def groups_of(family: str) -> tuple[list[int], list[int], bool]:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str):
+def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family):
     """By names, GPT-2's embeddings would get Muon."""
     ((numels, expected, muon),) = run_pooled(1, groups_of, family)
     assert numels == expected
@@ -258,24 +255,26 @@ def test_squares_are_group_0_and_all_of_muon_whatever_the_names(family: str):
 # -- the main job --------------------------------------------------------------------------------------------------
 
 
-JOB = ("--optimizer", "muon", "--learning_rate", 0.05, "--max_steps", 6, "--merge_every", 2,
-       "--restart_warmup_steps", 1, "--save_steps", 3, "--train_norms", "true")  # fmt: skip
+JOB = (
+    "--optimizer muon --learning_rate 0.05 --max_steps 6 --merge_every 2 --restart_warmup_steps 1 "
+    "--save_steps 3 --train_norms true"
+)
 
 
-def test_the_job_learns_merges_and_resumes_bit_for_bit(user: Playground, tmp_path: Path, out: Path):
+def test_the_job_learns_merges_and_resumes_bit_for_bit(user, tmp_path, out):
     whole = tmp_path / "whole"
-    run(2, user.flags(whole, *JOB))
-    run_ranks(2, interrupted_job, user.flags(out, *JOB), 5)
-    run(2, user.flags(out, *JOB, "--resume_from_checkpoint", "latest"))
+    run(2, user.flags(whole, JOB))
+    run_ranks(2, interrupted_job, user.flags(out, JOB), 5)
+    run(2, user.flags(out, JOB, "--resume_from_checkpoint latest"))
     assert_same_run(out, whole)
     steps = [row for row in rows(out) if "loss" in row]
     assert min(row["loss"] for row in steps) < steps[0]["loss"] - 0.02
     assert max(row["learning_rate"] for row in steps) <= 0.05
-    flags = user.flags(out, *JOB, "--resume_from_checkpoint", "latest", "--optimizer", "adamw")
+    flags = user.flags(out, JOB, "--resume_from_checkpoint latest --optimizer adamw")
     assert "--optimizer" in run_ranks(2, refused, flags)[0][1]
 
 
-def carried(persistent: bool) -> dict[str, int]:
+def carried(persistent):
     """Bytes that one optimizer step at stage 3 gathers, and those of the MoRA matrices."""
     model = adapted_model()
     config = muon_config(3, 3, 1)
@@ -292,7 +291,7 @@ def carried(persistent: bool) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_a_step_gathers_the_squares_five_times(persistent: bool):
+def test_a_step_gathers_the_squares_five_times(persistent):
     """Once for forward and backward, as ever; then gradients and momentum before Newton-Schulz, both again after."""
     for traffic in run_pooled(2, carried, persistent):
         assert 4.9 < traffic["gathered"] / traffic["squares"] < 5.5  # padding apart

@@ -6,7 +6,6 @@ A fault that is gone is a failure too: drop the repair then.
 import inspect
 import re
 from importlib import import_module
-from typing import Any
 
 import deepspeed
 import torch
@@ -47,11 +46,11 @@ class Small(nn.Module):
         self.square = nn.Parameter(torch.randn(5, 5))
         self.other = nn.Parameter(torch.randn(5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return ((x @ self.square).sin() * self.other).square().mean()
 
 
-def plain_engine(stage: int, **zero_settings: Any) -> Any:
+def plain_engine(stage, **zero_settings):
     """What DeepSpeed does by itself, but for compiling."""
     muon.load_kernels()
     model = Small()
@@ -71,12 +70,12 @@ def plain_engine(stage: int, **zero_settings: Any) -> Any:
     return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
 
 
-def one_step(engine: Any):
+def one_step(engine):
     engine.backward(engine(torch.linspace(-1, 1, 20).view(4, 5)))
     engine.step()
 
 
-def moved(stage: int) -> float:
+def moved(stage):
     """Norm of the first update of the square in learning rates: about sqrt(5) for an orthogonal matrix."""
     engine = plain_engine(stage)
     before = zero.full_fp32(engine.module.square).clone()
@@ -84,7 +83,7 @@ def moved(stage: int) -> float:
     return ((zero.full_fp32(engine.module.square) - before).norm() / 0.1).item()
 
 
-def everything(folder: str) -> dict[str, Any]:
+def everything(folder):
     clipped = {stage: moved(stage) for stage in (1, 2, 3)}
     engine, resumed = (plain_engine(3, save_muon_momentum_buffer_in_memory=True) for _ in range(2))
     one_step(engine)
@@ -96,7 +95,7 @@ def everything(folder: str) -> dict[str, Any]:
     return {"clipped": clipped, "buffer resumed": same, "tags": [g["use_muon"] for g in engine.optimizer.param_groups]}
 
 
-def test_the_faults_are_still_there(tmp_path: Any):
+def test_the_faults_are_still_there(tmp_path):
     for faults in run_ranks(2, everything, str(tmp_path)):
         for stage, norm in faults["clipped"].items():
             assert 0.009 < norm <= 0.01, f"stage {stage}: the gradient is clipped now? See muon.repair_clipping"

@@ -4,15 +4,12 @@ In fp32 each run must follow one plain PyTorch process. In bf16 and fp16 a merge
 does, leave nothing of the old MoRA matrices behind, and touch nothing else that is trained.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers, set_cycle
@@ -50,11 +47,11 @@ class Case:
     loss_scale_power: int = 12
     """fp16: the first loss scale is 2 to this."""
 
-    def mora(self) -> MoRAConfig:
+    def mora(self):
         return MoRAConfig(**{"rank": 4, "operator": "share", "r_hat_multiple": 1, **self.adapter})
 
-    def deepspeed(self) -> dict[str, Any]:
-        config: dict[str, Any] = {
+    def deepspeed(self):
+        config = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": CLIP,
@@ -67,7 +64,7 @@ class Case:
             config["fp16"] = {"enabled": True, "initial_scale_power": self.loss_scale_power, "hysteresis": 1}
         return config
 
-    def model(self) -> Any:
+    def model(self):
         model = tiny_model(self.family, dtype=getattr(torch, self.dtype))
         if self.checkpointing:
             enable_checkpointing(model)
@@ -103,10 +100,10 @@ OVERFLOW = """
 overflow, stage 3 | {dtype: float16, loss_scale_power: 24, tied: true, accumulation: 2}
 overflow, stage 2 | {dtype: float16, loss_scale_power: 24, tied: true, stage: 2}
 """
-TIED: dict[str, Any] = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
+TIED = {"family": "qwen2", "adapter": {"train_embeddings": True, "train_norms": True}}
 
 
-def case_of(tied: bool = False, **settings: Any) -> Case:
+def case_of(tied=False, **settings):
     """`tied`: a model whose embeddings are its head's weight, all of it trained."""
     return Case(**{**(TIED if tied else {}), **settings})
 
@@ -119,7 +116,7 @@ OVERFLOW_CASES = {name: case_of(**parsed(settings)) for name, settings in rows(O
 # -- one process, no DeepSpeed ----------------------------------------------------------------------------------------
 
 
-def plain_run(case: Case) -> dict[str, Any]:
+def plain_run(case):
     """The complete global batch at once, in fp32."""
     case = replace(case, dtype="float32", checkpointing=False)
     model = case.model()
@@ -145,30 +142,30 @@ def plain_run(case: Case) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "squares": detached(squares), "others": detached(other_parameters)}
 
 
-def batch(step: int, accumulation: int) -> Tensor:
+def batch(step, accumulation):
     """(accumulation, WORLD, ROWS, T)."""
     return tokens(accumulation * WORLD * ROWS, seed=step).view(accumulation, WORLD, ROWS, -1)
 
 
-def others_of(model: Any, squares: dict[str, Any]) -> dict[str, Any]:
+def others_of(model, squares):
     ids = {id(square) for square in squares.values()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ids}
 
 
-def detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def detached(parameters):
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
 
-def sharded_run(case: Case, folder: Path) -> dict[str, Any]:
+def sharded_run(case, folder):
     model = case.model()
     engine, *_ = initialize(model=model, config=case.deepspeed())
     merger = new_merger(case, engine, folder)
     squares = {name: layer.square for name, layer in mora_layers(model).items()}
     other_parameters = others_of(model, squares)
-    result: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "probes": []}
+    result = {"losses": [], "norms": [], "skipped": [], "probes": []}
     for step in range(STEPS):
         result["losses"].append(train_step(engine, batch(step, case.accumulation)))
         if step == 0:
@@ -193,7 +190,7 @@ def sharded_run(case: Case, folder: Path) -> dict[str, Any]:
     return result
 
 
-def new_merger(case: Case, engine: zero.Engine, folder: Path) -> ReMoRA:
+def new_merger(case, engine, folder):
     """Merges onto the original on disk, which is always fp32."""
     base = BaseCheckpoint.open(folder.parent / case.family)
     if dist.get_rank() == 0:
@@ -205,7 +202,7 @@ def new_merger(case: Case, engine: zero.Engine, folder: Path) -> ReMoRA:
     return ReMoRA(engine, case.mora(), Ledger.open(folder), base, keys)
 
 
-def train_step(engine: zero.Engine, rows: Tensor) -> float:
+def train_step(engine, rows):
     """Global mean loss of a step over all micro-batches."""
     total = torch.zeros(())
     for micro_batch in rows:
@@ -218,35 +215,35 @@ def train_step(engine: zero.Engine, rows: Tensor) -> float:
 
 
 @torch.no_grad()
-def probe(engine: zero.Engine) -> float:
+def probe(engine):
     return causal_loss(engine, PROBE).item()
 
 
-def masters(engine: zero.Engine, parameters: dict[str, Any]) -> dict[str, Tensor]:
+def masters(engine, parameters):
     return {name: zero.full_fp32(parameter).clone() for name, parameter in parameters.items()}
 
 
-def largest(tensors: dict[str, Tensor]) -> float:
+def largest(tensors):
     return max(tensor.abs().max().item() for tensor in tensors.values())
 
 
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def others_state(engine: zero.Engine, parameters: dict[str, Any]) -> bool:
+def others_state(engine, parameters):
     """Whether the other group, if any, still has its moments on this rank."""
     if not parameters:
         return True
     return any(tensor.numel() > 1 and bool(tensor.abs().max() > 0) for _, tensor in state_tensors(engine, 1))
 
 
-def all_cases(cases: dict[str, Case], root: Path) -> dict[str, dict[str, Any]]:
+def all_cases(cases, root):
     return {name: sharded_run(case, root / name.replace(" ", "-")) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def runs(tmp_path_factory):
     """What each rank saw in each case."""
     root = tmp_path_factory.mktemp("precision")
     for family in ("llama", "qwen2", "gpt2"):
@@ -258,7 +255,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("name", EXACT_CASES)
-def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any):
+def test_fp32_follows_one_process_across_a_merge(name, runs):
     expected = plain_run(EXACT_CASES[name])
     for result in (rank[name] for rank in runs):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
@@ -276,7 +273,7 @@ def test_fp32_follows_one_process_across_a_merge(name: str, runs: Any):
 
 
 @pytest.mark.parametrize("name", ROUNDED_CASES)
-def test_low_precision_stays_near_fp32(name: str, runs: Any):
+def test_low_precision_stays_near_fp32(name, runs):
     expected = plain_run(ROUNDED_CASES[name])
     for result in (rank[name] for rank in runs):
         assert not any(result["skipped"])
@@ -287,7 +284,7 @@ def test_low_precision_stays_near_fp32(name: str, runs: Any):
 
 
 @pytest.mark.parametrize("name", [*EXACT_CASES, *ROUNDED_CASES])
-def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs: Any):
+def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name, runs):
     case = {**EXACT_CASES, **ROUNDED_CASES}[name]
     tolerance = {"float32": 1e-6, "bfloat16": 5e-3, "float16": 5e-4}[case.dtype]
     for result in (rank[name] for rank in runs):
@@ -306,7 +303,7 @@ def test_a_merge_leaves_nothing_behind_and_touches_nothing_else(name: str, runs:
 
 
 @pytest.mark.parametrize("name", OVERFLOW_CASES)
-def test_a_skipped_step_can_be_followed_by_a_merge(name: str, runs: Any):
+def test_a_skipped_step_can_be_followed_by_a_merge(name, runs):
     """The loss scale starts far too high: the steps before the merge are skipped, the MoRA matrices are still zero."""
     for result in (rank[name] for rank in runs):
         assert result["skipped"][:MERGE_AFTER] == [True] * MERGE_AFTER

@@ -4,18 +4,15 @@ Those that engines write, in several processes: tests/checkpoint/test_elastic.py
 """
 
 import math
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mora_ds.common.errors import UserError
 from mora_ds.engine import shards as shard_module
 from mora_ds.engine.shards import MASTER, EngineShards, Extent, Layout, RankShard
 from mora_ds.engine.zero import Flat, Span
+from tests.helpers.errors import user_error
 
 SHAPES = {"a": [3, 4], "b": [5], "c": [2, 2]}
 LAYOUTS = [
@@ -27,7 +24,7 @@ VALUES = {"a": torch.arange(12.0) + 100, "b": torch.arange(5.0) + 200, "c": torc
 FLAT_NUMEL = 16
 
 
-def flat_of(pieces: list[Extent], plus: float) -> Tensor:
+def flat_of(pieces, plus):
     """The values of a flat tensor, -1 where no parameter is."""
     flat = torch.full((FLAT_NUMEL,), -1.0)
     for piece in pieces:
@@ -36,7 +33,7 @@ def flat_of(pieces: list[Extent], plus: float) -> Tensor:
     return flat
 
 
-def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
+def contents(rank, step=3):
     """The tensors in a rank's file; `step` as it counts the steps of both flat tensors."""
     tensors = {}
     for number, pieces in enumerate(LAYOUTS[rank]):
@@ -49,21 +46,21 @@ def contents(rank: int, step: Any = 3) -> dict[str, Tensor]:
     return tensors
 
 
-def layout(**more: Any) -> Layout:
-    facts: dict[str, Any] = {
+def layout(**more):
+    facts = {
         "world_size": 2, "stage": 1, "optimizer": "AdamW", "counters": {}, "scaler": {"cur_scale": 4.0, "cur_iter": 3},
         "groups": [{"a": SHAPES["a"]}, {"b": SHAPES["b"], "c": SHAPES["c"]}],
     }  # fmt: skip
     return Layout(**{**facts, **more})
 
 
-def shards_of(folder: Path, common: Layout, shards: list[list[list[Extent]]]) -> EngineShards:
+def shards_of(folder, common, shards):
     """Those of ranks with these extents."""
     rows = [RankShard.of(common, n, f"{n}.st", flats) for n, flats in enumerate(shards)]
     return EngineShards.of(folder, common, rows)
 
 
-def write(folder: Path, *files: dict[str, Tensor], **more: Any):
+def write(folder, *files, **more):
     """The shards of both ranks and their table."""
     folder.mkdir(exist_ok=True)
     for rank, content in enumerate(files or (contents(0), contents(1))):
@@ -71,7 +68,7 @@ def write(folder: Path, *files: dict[str, Tensor], **more: Any):
     shards_of(folder, layout(**more), LAYOUTS).write_table()
 
 
-def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
+def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path):
     write(tmp_path)
     shards = EngineShards.open(tmp_path)
     assert shards.layout.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
@@ -89,7 +86,7 @@ def test_any_range_is_read_from_the_ranks_that_hold_it(tmp_path: Path):
         assert shards.state(name) == (["exp_avg", "exp_avg_sq"], {"step": 3})
 
 
-def one_flat_each(folder: Path) -> EngineShards:
+def one_flat_each(folder):
     """One rank's file with a flat tensor for each parameter; the first has stepped once, the others four times."""
     flats = [[Extent(name, 0, math.prod(shape), 0)] for name, shape in SHAPES.items()]
     tensors = {}
@@ -104,7 +101,7 @@ def one_flat_each(folder: Path) -> EngineShards:
     return EngineShards.open(folder)
 
 
-def test_a_count_that_was_read_is_a_copy(tmp_path: Path):
+def test_a_count_that_was_read_is_a_copy(tmp_path):
     shards = one_flat_each(tmp_path)
     first, again = (shards.state("b")[1]["step"] for _ in range(2))
     first += 1
@@ -112,7 +109,7 @@ def test_a_count_that_was_read_is_a_copy(tmp_path: Path):
     assert shards.state("b")[1]["step"] == 4
 
 
-def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path):
+def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path):
     fresh = [{name: tensor for name, tensor in contents(rank).items() if "master" in name} for rank in range(2)]
     write(tmp_path, *fresh)
     shards = EngineShards.open(tmp_path)
@@ -120,8 +117,8 @@ def test_an_optimizer_that_has_not_stepped_has_no_state(tmp_path: Path):
     assert torch.equal(shards.read("a", MASTER), VALUES["a"])
 
 
-def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path):
-    def broken(remove: str = "", **changes: Tensor) -> EngineShards:
+def test_what_is_wrong_with_a_shard_is_named(tmp_path):
+    def broken(remove="", **changes):
         """The second rank's file without the first flat tensor's `remove`, or with other values of it."""
         content = {**contents(1), **{f"0.{key}": value for key, value in changes.items()}}
         content.pop(f"0.{remove}", None)
@@ -129,42 +126,36 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path: Path):
         return EngineShards.open(tmp_path)
 
     shards = broken("exp_avg")
-    with pytest.raises(UserError, match=r"1.st is incomplete: .* elements 8 to 13 of 0.exp_avg"):
+    with user_error(r"1.st is incomplete: .* elements 8 to 13 of 0.exp_avg"):
         shards.read("a", "exp_avg")
     assert shards.read("a", "exp_avg", 0, 7).tolist() == (VALUES["a"][:7] + 0.25).tolist(), "rank 0 has them"
     assert shards.state("a", 0, 7)[0] == ["exp_avg", "exp_avg_sq"]
     assert shards.state("a", 7, 1)[0] == ["exp_avg_sq"]
-    with pytest.raises(
-        UserError, match=r"1.st: a has \(\['exp_avg_sq'\], {'step': tensor\(3\)}\), another rank's shard"
-    ):
+    with user_error(r"1.st: a has \(\['exp_avg_sq'\], {'step': tensor\(3\)}\), another rank's shard"):
         shards.state("a")
-    with pytest.raises(UserError, match=r"1.st is incomplete: .* of 0.master"):
+    with user_error(r"1.st is incomplete: .* of 0.master"):
         broken("master").read("b", MASTER)
     shards = broken(master=torch.zeros(12))
-    with pytest.raises(UserError, match=r"1.st is incomplete: .* elements 8 to 13 of 0.master"):
+    with user_error(r"1.st is incomplete: .* elements 8 to 13 of 0.master"):
         shards.read("a", MASTER)
     assert shards.read("b", MASTER, 2, 3).tolist() == [0, 0, 0]
     assert shards.read("c", MASTER, 3, 1).tolist() == [303]
     shards = broken(step=torch.tensor(4))
-    with pytest.raises(
-        UserError, match=r"1.st: a has .*{'step': tensor\(4\)}\), another rank's shard .*{'step': tensor\(3\)}"
-    ):
+    with user_error(r"1.st: a has .*{'step': tensor\(4\)}\), another rank's shard .*{'step': tensor\(3\)}"):
         shards.state("a")
     assert shards.state("a", 0, 7)[1] == {"step": 3}
     assert shards.state("a", 7, 2)[1] == {"step": 4}
-    with pytest.raises(UserError, match=r"1.st: a has .*{}\), another rank's shard .*{'step': tensor\(3\)}"):
+    with user_error(r"1.st: a has .*{}\), another rank's shard .*{'step': tensor\(3\)}"):
         broken("step").state("a")
     write(tmp_path, groups=[SHAPES])
-    with pytest.raises(UserError, match=r"layouts.safetensors is damaged: .*index out of range"):
+    with user_error(r"layouts.safetensors is damaged: .*index out of range"):
         restored(EngineShards.open(tmp_path), [])
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
 
 
-def restored(
-    shards: EngineShards, spans: list[tuple[str, int, int, int]], device: str = "cpu", /, **state: Any
-) -> Flat:
+def restored(shards, spans, device="cpu", /, **state):
     """A flat tensor of ones, set from the shards; counts that are tensors, on `device`."""
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
     listed = [Span(parameters[name], *numbers) for name, *numbers in spans]
@@ -174,7 +165,7 @@ def restored(
     return flat
 
 
-def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path):
+def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path):
     write(tmp_path)
     stale = {"momentum": torch.ones(9), "exp_avg": torch.ones(9)}
     flat = restored(EngineShards.open(tmp_path), [("a", 6, 2, 1), ("b", 0, 0, 3), ("b", 1, 3, 4)], **stale)
@@ -193,7 +184,7 @@ def test_a_flat_tensor_is_set_with_zeros_where_no_parameter_is(tmp_path: Path):
     assert list(fresh.state) == ["step", "exp_avg", "exp_avg_sq"]
 
 
-def test_padding_alone_has_the_state_of_its_group(tmp_path: Path):
+def test_padding_alone_has_the_state_of_its_group(tmp_path):
     """A rank may hold nothing of a group; its optimizer steps on zeros, as many times as the others."""
     flat = restored(one_flat_each(tmp_path), [])
     assert not flat.master.any()
@@ -202,7 +193,7 @@ def test_padding_alone_has_the_state_of_its_group(tmp_path: Path):
     assert not flat.state["exp_avg"].any()
 
 
-def test_a_count_keeps_its_kind(tmp_path: Path):
+def test_a_count_keeps_its_kind(tmp_path):
     write(tmp_path, contents(0, torch.tensor(3.0)), contents(1, torch.tensor(3.0)))
     shards = EngineShards.open(tmp_path)
     assert isinstance(restored(shards, [("b", 0, 5, 0)], step=torch.tensor(0.0)).state["step"], Tensor)
@@ -210,7 +201,7 @@ def test_a_count_keeps_its_kind(tmp_path: Path):
     assert restored(shards, [("b", 0, 5, 0)], "meta").state["step"].device.type == "meta"
 
 
-def test_parameters_with_different_states_are_not_one_tensor(tmp_path: Path):
+def test_parameters_with_different_states_are_not_one_tensor(tmp_path):
     write(tmp_path, *({**contents(rank), "1.step": torch.tensor(9)} for rank in range(2)))
-    with pytest.raises(UserError, match="a and c are one tensor here, with different state there"):
+    with user_error("a and c are one tensor here, with different state there"):
         restored(EngineShards.open(tmp_path), [("a", 0, 4, 0), ("b", 0, 1, 4), ("c", 0, 4, 5)])

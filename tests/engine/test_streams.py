@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 from deepspeed.accelerator import get_accelerator
@@ -15,29 +14,29 @@ from tests.helpers.engines import ds_config
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import adapted_model, causal_loss, tokens
 
-CALLS: list[str] = []
+CALLS = []
 
 
 class Stream:
     """A stream, or an event on one."""
 
-    def __init__(self, *_: Any, name: str = "reductions", **__: Any):
+    def __init__(self, *_, name="reductions", **__):
         self.name = name
 
     def synchronize(self):
         CALLS.append(f"the host waits for {self.name}")
 
-    def wait_stream(self, stream: Stream):
+    def wait_stream(self, stream):
         CALLS.append(f"{self.name} wait for {stream.name}")
 
     def record(self):
         pass
 
-    def query(self) -> bool:
+    def query(self):
         return True
 
 
-def arithmetic(*_: Any) -> Stream:
+def arithmetic(*_):
     return Stream(name="arithmetic")
 
 
@@ -51,14 +50,14 @@ STREAMS = {
 """What DeepSpeed asks an accelerator about streams."""
 
 
-def micro_batches(streams: bool, repaired: bool, zero_settings: dict[str, Any]) -> tuple[list[list[str]], list[Tensor]]:
+def micro_batches(streams, repaired, zero_settings):
     """The calls of each micro-batch, two a step, and M of every layer after them."""
     if streams:
         for name, answer in STREAMS.items():
             setattr(type(get_accelerator()), name, answer)
-        Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
+        Tensor.record_stream = lambda tensor, stream: None
     if not repaired:
-        Stage3View._order_reductions = lambda view: None  # type: ignore[method-assign]
+        Stage3View._order_reductions = lambda view: None
     model = adapted_model()
     config = ds_config(3, 2, 2)
     config["zero_optimization"].update(zero_settings)
@@ -73,8 +72,8 @@ def micro_batches(streams: bool, repaired: bool, zero_settings: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_arithmetic_waits_for_reductions_and_the_host_does_not(overlap: bool):
-    settings: dict[str, Any] = {"overlap_comm": overlap}
+def test_arithmetic_waits_for_reductions_and_the_host_does_not(overlap):
+    settings = {"overlap_comm": overlap}
     stream = "reductions" if overlap else "arithmetic"
     for unrepaired, _ in run_ranks(2, micro_batches, True, False, settings):
         # DeepSpeed's own: where this fails, an upgrade has changed what the repair is for.

@@ -1,7 +1,5 @@
 """What ZeRO puts on the wire, the MoRA matrices and nothing of the base; what sets these matrices and resets them."""
 
-from typing import Any
-
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -16,14 +14,14 @@ from tests.helpers.pool import run_pooled
 from tests.helpers.tables import parsed, rows
 
 
-def count_bytes(accumulation: int, zero_settings: dict[str, int]) -> dict[str, Any]:
+def count_bytes(accumulation, zero_settings):
     """Everything torch.distributed itself carries while one step runs, counted below DeepSpeed."""
     model = adapted_model()
     config = ds_config(3, 3, accumulation)
     config["zero_optimization"].update(zero_settings)
     engine, *_ = initialize(model=model, config=config)
     counter = CollectiveCounter(frozen_buffers(model).values())
-    seen: dict[str, int] = {}
+    seen = {}
     with counter.counting(), CountedBelow(seen):
         for step in range(3):
             counter.reset()
@@ -54,7 +52,7 @@ PASSES = """
 
 
 @pytest.mark.parametrize("row", rows(PASSES), ids=" ".join)
-def test_collectives_carry_the_squares_and_nothing_else(row: tuple[str, ...]):
+def test_collectives_carry_the_squares_and_nothing_else(row):
     passes, accumulation, settings = map(parsed, row)
     for result in run_pooled(2, count_bytes, accumulation, settings):
         gathers = sum(count for name, count in result["seen"].items() if "gather" in name)
@@ -65,7 +63,7 @@ def test_collectives_carry_the_squares_and_nothing_else(row: tuple[str, ...]):
         assert result["base_bytes"] == 0
 
 
-def set_and_reset() -> list[float]:
+def set_and_reset():
     """What the first matrix holds, which forward reads, once it is set to 1, and after a reset."""
     model = adapted_model().to(torch.bfloat16)
     config = ds_config(1, 2, 1, bf16={"enabled": True}, data_types={"grad_accum_dtype": "fp32"})

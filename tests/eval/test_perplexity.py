@@ -2,9 +2,7 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.data import Document, load_corpus, load_tokenizer
 from mora_ds.deploy.export import export_merged
@@ -26,13 +23,14 @@ from mora_ds.eval.perplexity import (
 )
 from mora_ds.models.load import load_model
 from tests.helpers.adapters import Maker
-from tests.helpers.jobs import Playground, run
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import run
 from tests.helpers.models import with_own_code
 from tests.helpers.streams import Letters
 from tests.helpers.tools import call
 
 
-def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[float, int]:
+def naive(folder, texts, window, stride):
     """(nats, tokens): one token at a time, each in the first window that reaches it."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder)
@@ -52,7 +50,7 @@ def naive(folder: Path, texts: list[str], window: int, stride: int) -> tuple[flo
 
 
 @pytest.mark.parametrize("window, stride", [(128, 64), (24, 7), (24, 23), (5, 1)])
-def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: int, stride: int):
+def test_perplexity_is_the_naive_one(user, tmp_path, window, stride):
     texts = [json.loads(line)["text"][:250] for line in user.train.read_text().splitlines()[:2]] + ["naïve ☃\n", "x"]
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
@@ -73,9 +71,9 @@ def test_perplexity_is_the_naive_one(user: Playground, tmp_path: Path, window: i
 
 def test_a_chunk_has_the_end_of_the_one_before_as_context():
     """Every token is scored once; a document begins with the end-of-text token where there is no BOS."""
-    tokenizer: Any = Letters()
+    tokenizer = Letters()
     chunks = [Document("abcde", ends=False), Document("fgh", begins=False), Document("i")]
-    corpus: Any = [*chunks, Document("ü")]
+    corpus = [*chunks, Document("ü")]
     count = Score()
     assert list(perplexity._windows(corpus, tokenizer, Windows(4, 1), 2, count)) == [
         ([0, 1, 2, 3], 3), ([1, 2, 3, 4], 1), ([2, 3, 4, 5], 1),
@@ -91,11 +89,11 @@ def test_a_chunk_has_the_end_of_the_one_before_as_context():
     ]
     assert whole.text_bytes == 11, "bytes, not characters"
     tokenizer.eos_token_id = None
-    with pytest.raises(UserError, match="neither a BOS nor an end-of-text token"):
+    with user_error("neither a BOS nor an end-of-text token"):
         perplexity._document_start(tokenizer, "auto")
 
 
-def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch):
+def test_windows_are_sorted_a_few_batches_at_a_time(monkeypatch):
     monkeypatch.setattr(perplexity, "_SORTED_AT_ONCE", 2)
     windows = [([0] * length, 1) for length in (5, 2, 9, 3, 1)]
     batches = list(perplexity._batches(iter(windows), 2))
@@ -110,18 +108,16 @@ def test_figures_of_a_score():
     }  # fmt: skip
 
 
-def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user: Playground):
+def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(user):
     assert load_target(user.model).model.dtype == torch.float32
     target = load_target(user.model, dtype="bfloat16")
     assert target.model.dtype == torch.bfloat16
     assert not target.model.training
-    with pytest.raises(UserError, match="--domain belongs to a checkpoint"):
+    with user_error("--domain belongs to a checkpoint"):
         load_target(user.model, domain="law")
 
 
-def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(
-    user: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_allowed(user, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = with_own_code(user.model, tmp_path / "own")
     maker = Maker(load_model(folder, torch.float32, trust_remote_code=True), folder)
@@ -129,16 +125,14 @@ def test_a_checkpoint_of_a_model_with_its_own_code_is_evaluated_where_that_is_al
     for path in (folder, tmp_path / "adapter"):
         target = load_target(path, trust_remote_code=True)
         assert type(target.model).__name__ == "OwnForCausalLM"
-        with pytest.raises(UserError, match="trust_remote_code"):
+        with user_error("trust_remote_code"):
             load_target(path)
     assert len(mora_layers(target.model)) == 14
 
 
-def test_a_checkpoint_and_its_export_give_the_same_figures(
-    user: Playground, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_checkpoint_and_its_export_give_the_same_figures(user, tmp_path, out, capsys):
     """A checkpoint with a merge, live MoRA matrices and trained norms; its figures are not those of its base."""
-    run(1, user.flags(out, "--merge_every", 3, "--restart_warmup_steps", 1, "--warmup_steps", 1, "--train_norms"))
+    run(1, user.flags(out, "--merge_every 3 --restart_warmup_steps 1 --warmup_steps 1 --train_norms"))
     export_merged(out, tmp_path / "merged")
     window = ("--window", 64, "--stride", 32)
     call("evaluate", out, "--sets", f"held={user.held}", user.other, *window, "--json", tmp_path / "scores.json")
@@ -159,14 +153,14 @@ def test_a_checkpoint_and_its_export_give_the_same_figures(
     assert scaled["held"]["nats"] == pytest.approx(score.nats, rel=1e-6)
 
 
-def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path):
+def test_what_cannot_be_evaluated_is_named(user, tmp_path):
     target = load_target(user.model)
     for window, stride, message in (
         (4096, None, "--window must be from 2 to the model's 128 positions, got 4096"),
         (64, 64, r"--stride must be from 1 to --window less 1 \(63\), got 64"),
         (64, 0, "--stride"),
     ):
-        with pytest.raises(UserError, match=message):
+        with user_error(message):
             Windows.of(target.model, window, stride)
     assert Windows.of(target.model, None, None) == Windows(128, 64)
     assert Windows.of(target.model, 2, None) == Windows(2, 1)
@@ -174,17 +168,17 @@ def test_what_cannot_be_evaluated_is_named(user: Playground, tmp_path: Path):
     assert Windows.of(unlimited, None, None) == Windows(1024, 512)
     assert Windows.of(unlimited, 4096, None).stride == 2048
     assert Score(1, 2, 2, nats=1e4).perplexity == math.inf, "of a model that has diverged"
-    with pytest.raises(UserError, match=r"--json .*nowhere/scores.json: name a file in a folder that exists"):
-        call("evaluate", user.model, "--sets", user.held, "--json", tmp_path / "nowhere" / "scores.json")
-    with pytest.raises(UserError, match="neither a Hugging Face folder nor a checkpoint"):
+    with user_error(r"--json .*nowhere/scores.json: name a file in a folder that exists"):
+        call("evaluate", user.model, "--sets", user.held, "--json", tmp_path / "nowhere/scores.json")
+    with user_error("neither a Hugging Face folder nor a checkpoint"):
         load_target(tmp_path)
-    with pytest.raises(UserError, match="--base belongs to a checkpoint"):
+    with user_error("--base belongs to a checkpoint"):
         load_target(user.model, base=user.model)
-    with pytest.raises(UserError, match="a would name two sets"):
+    with user_error("a would name two sets"):
         named_sets(["a=x.txt", "b/a.txt"])
     assert named_sets(["a=x=y.txt", "b/c.jsonl.gz", "/d=e/f.txt"]) == {
         "a": "x=y.txt", "c": "b/c.jsonl.gz", "f": "/d=e/f.txt"
     }  # fmt: skip
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match="not a single token"):
+    with user_error("not a single token"):
         evaluate(target, load_corpus([str(tmp_path / "empty.jsonl")]), Windows(64, 32))

@@ -6,7 +6,6 @@ Each commit tries others. FUZZ="SEED COUNT" in the environment has the heavy tes
 import os
 from collections import Counter
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,6 @@ from mora_ds.config.training import TrainingArguments
 from mora_ds.research.settings import ResearchSettings
 from tests.helpers.fuzz import seed_of_commit
 from tests.helpers.fuzz_runs import SMALL, fuzz, prepare, values_of_settings
-from tests.helpers.jobs import Playground
 
 CASES = 70
 """Of a commit: about 200 runs, and 30 resumes."""
@@ -35,7 +33,7 @@ def test_every_setting_is_tried():
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(1200)
-def test_settings_run_or_are_refused_by_name(user: Playground, tmp_path: Path):
+def test_settings_run_or_are_refused_by_name(user, tmp_path):
     first, count = map(int, os.environ.get("FUZZ", f"{seed_of_commit()} {CASES}").split())
     prepare(user)
     findings = fuzz(user, range(first, first + count), tmp_path)

@@ -4,31 +4,30 @@ Each commit tries other mutations.
 """
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.fuzz import Subject, fuzz, seed_of_commit, subjects
+from tests.helpers.fuzz import fuzz, seed_of_commit, subjects
 
 FEW = 40
 MANY = 600
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+def made(tmp_path_factory):
     return subjects(tmp_path_factory.mktemp("subjects"))
 
 
-def check(made: list[Subject], seeds: range, scratch: Path):
+def check(made, seeds, scratch):
     failures = fuzz(made, seeds, scratch)
     assert not failures, json.dumps(failures[:5], indent=1)
 
 
-def test_a_few_mutations(made: list[Subject], tmp_path: Path):
+def test_a_few_mutations(made, tmp_path):
     check(made, range(FEW), tmp_path)
 
 
 @pytest.mark.heavy(seconds=40)
-def test_many_mutations(made: list[Subject], tmp_path: Path):
+def test_many_mutations(made, tmp_path):
     first = seed_of_commit()
     check(made, range(first, first + MANY), tmp_path)

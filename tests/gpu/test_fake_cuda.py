@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -26,23 +25,23 @@ pytestmark = [
 NAMED = [name for name in configurations() if not name.startswith(("{", "grouping"))]
 
 
-def faults_of(names: Iterable[str], folder: Path) -> dict[str, str]:
+def faults_of(names, folder):
     """What went wrong in each configuration, in a process of its own with the shim."""
     report = folder / "faults.json"
     command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.fake_steps", str(report), *names]
     environment = {**os.environ, "LD_PRELOAD": str(build_shim(folder))}
     subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
-    faults: dict[str, str] = json.loads(report.read_text(encoding="utf-8"))
+    faults = json.loads(report.read_text())
     return faults
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def faults(tmp_path_factory):
     return faults_of([*PAIRS, *NAMED, *PLANTS], tmp_path_factory.mktemp("steps"))
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *NAMED])
-def test_a_step_places_every_tensor_and_waits_for_nothing(faults: dict[str, str], name: str):
+def test_a_step_places_every_tensor_and_waits_for_nothing(faults, name):
     assert not faults[name], faults[name]
 
 
@@ -55,11 +54,11 @@ def test_a_step_places_every_tensor_and_waits_for_nothing(faults: dict[str, str]
         ("copy that is not pinned", r"\(1,\) is copied to the device from memory that is not pinned"),
     ],
 )
-def test_planted_faults_are_noticed(faults: dict[str, str], name: str, message: str):
+def test_planted_faults_are_noticed(faults, name, message):
     assert re.search(f"Fault: {message}", faults[name]), faults[name]
 
 
 @pytest.mark.heavy(seconds=150)
-def test_every_combination_of_an_operator_and_every_grouping(tmp_path: Path):
+def test_every_combination_of_an_operator_and_every_grouping(tmp_path):
     names = configurations().keys() - {*PAIRS, *NAMED}
     assert not {name: fault for name, fault in faults_of(sorted(names), tmp_path).items() if fault}

@@ -1,14 +1,10 @@
 """Portable adapters for tests and benchmarks, written from random squares by the project's own writers: no training."""
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.layer import linear_shape
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import match_targets
@@ -25,7 +21,7 @@ Updates = dict[str, list[tuple[UpdateSpec, Tensor]]]
 class Maker:
     """Writes adapters of one base."""
 
-    def __init__(self, model: Any, folder: Path, dtype: str = "float32") -> None:
+    def __init__(self, model, folder, dtype="float32"):
         """`model`: of transformers, which is saved to `folder` as the base where none lies there. `dtype`: of the live
         model."""
         if not (folder / "config.json").exists():
@@ -35,7 +31,7 @@ class Maker:
         self.keys = map_model(base, model, dict(model.named_parameters(remove_duplicate=False)))
         self.reference = BaseReference(str(folder.resolve()), base.fingerprint(), self.keys, dtype)
 
-    def layers(self, config: MoRAConfig, cycle: int) -> dict[str, LayerEntry]:
+    def layers(self, config, cycle):
         """Of a cycle, for every layer that the config targets."""
         entries = {}
         for name, module in match_targets(self.model, config.target_modules).items():
@@ -45,17 +41,17 @@ class Maker:
 
     def write(
         self,
-        folder: Path,
-        config: MoRAConfig,
-        cycles: int = 0,
-        scale: float = 0.02,
-        trained: Mapping[str, Tensor] | None = None,
-        dtype: str = "float32",
-        layers_of: Callable[[int], dict[str, LayerEntry]] | None = None,
-        facts: Mapping[str, Any] | None = None,
-        domains: tuple[str, ...] = (),
-        **reference: Any,
-    ) -> Updates:
+        folder,
+        config,
+        cycles=0,
+        scale=0.02,
+        trained=None,
+        dtype="float32",
+        layers_of=None,
+        facts=None,
+        domains=(),
+        **reference,
+    ):
         """An adapter after `cycles` merges, with random squares drawn from the config's seed; what is in it.
 
         `trained`: tensors beside the squares. `layers_of`: the layers of a cycle, in place of the config's. `facts`: of
@@ -65,7 +61,7 @@ class Maker:
         generator = torch.Generator().manual_seed(config.seed)
         about = replace(self.reference, **reference)
         ledger = Ledger.create(folder / LEDGER_FOLDER, about.fingerprint)
-        updates: Updates = {}
+        updates = {}
         for cycle in range(cycles + 1):
             layers = self.layers(config, cycle) if layers_of is None else layers_of(cycle)
             squares = {}
@@ -88,7 +84,7 @@ class Maker:
 
 
 @torch.no_grad()
-def summed(original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]], transposed: bool, dtype: Any) -> Tensor:
+def summed(original, updates, transposed, dtype):
     """What `live_weight` must return, to the bit, by complete deltas: the original in fp32, plus the delta of each
     update in turn, rounded to `dtype` once."""
     total = (original.T if transposed else original).float()
@@ -98,7 +94,7 @@ def summed(original: Tensor, updates: Iterable[tuple[UpdateSpec, Tensor]], trans
 
 
 @torch.no_grad()
-def merge(model: Any, originals: Mapping[str, Tensor], updates: Updates) -> None:
+def merge(model, originals, updates):
     """Weights of `model` = originals with the updates merged, in place. `originals`: by name of the weight."""
     for name, cycles in updates.items():
         module = model.get_submodule(name)
@@ -107,6 +103,6 @@ def merge(model: Any, originals: Mapping[str, Tensor], updates: Updates) -> None
         module.weight.copy_(summed(original, cycles, transposed, original.dtype))
 
 
-def originals(model: Any) -> dict[str, Tensor]:
+def originals(model):
     """A copy of every weight, for `merge`."""
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}

@@ -1,9 +1,6 @@
 """Attention from complete scores, and the queries, keys and documents that it is compared on."""
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 LENGTH = 96
@@ -17,12 +14,12 @@ LAYOUTS = {
 }
 
 
-def positions_of(layout: list[list[int]]) -> Tensor:
+def positions_of(layout):
     """(B, T) positions of documents with these lengths in each row."""
     return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in layout])
 
 
-def parts(rows: int, length: int, shared: int, value_size: int = SIZE, dtype: torch.dtype = torch.float64) -> Any:
+def parts(rows, length, shared, value_size=SIZE, dtype=torch.float64):
     """Query, key, value and sinks that need gradients; scores of about 3."""
     generator = torch.Generator().manual_seed(rows + length + shared)
     shapes = [(rows, HEADS, length, SIZE), (rows, shared, length, SIZE), (rows, shared, length, value_size), (HEADS,)]
@@ -30,9 +27,9 @@ def parts(rows: int, length: int, shared: int, value_size: int = SIZE, dtype: to
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scale: float, window: int | None,
-    softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+    query, key, value, positions, scale, window,
+    softcap, sinks,
+) :  # fmt: skip
     """(B, T, H, D_v), from complete scores."""
     groups = query.shape[1] // key.shape[1]
     length = query.shape[2]
@@ -48,13 +45,13 @@ def reference(
     return (scores.softmax(-1)[..., :length] @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 
 
-def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def gradients(out, inputs):
     """Those of a fixed random sum of the output."""
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
     return list(torch.autograd.grad((out * weights).sum(), inputs))
 
 
-def assert_same_attention(output: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+def assert_same_attention(output, expected, inputs):
     """Of outputs in fp64, and of their gradients with respect to `inputs`."""
     assert_close(output, expected, rtol=1e-6, atol=1e-6)
     for one, another in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):

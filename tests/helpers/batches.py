@@ -1,7 +1,5 @@
 """Batches whose rows hold several documents."""
 
-from typing import Any
-
 import torch
 
 from mora_ds.data import IGNORED
@@ -14,7 +12,7 @@ LAYOUTS = {1: [[9, 1, 23, 7]], 4: [[9, 1, 23, 7], [LENGTH], [5] * 8, [39, 1]]}
 """Rows -> the lengths of the documents in each."""
 
 
-def batch_of(rows: int) -> dict[str, Any]:
+def batch_of(rows):
     """1 or 4 rows with their documents, as `data.packing.stack` makes them."""
     ids = tokens(rows, LENGTH + 1)
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LAYOUTS[rows]])

@@ -2,8 +2,6 @@
 
 import json
 import struct
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,12 +10,12 @@ from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common import files
 from mora_ds.engine.shards import INDEX_FILE, EngineShards, Extent, Layout, RankShard
 from mora_ds.remora.ledger import _link
-from tests.helpers.exports import FakeRun, fake_run
+from tests.helpers.exports import fake_run
 
 SHARD = "rank-00000.safetensors"
 
 
-def whole_checkpoint(folder: Path) -> FakeRun:
+def whole_checkpoint(folder):
     """As `fake_run`, with the shards of one process, random states, and a tokenizer's folder."""
     run = fake_run(folder, cycles=2, num_hidden_layers=1, trained=("model.norm.weight",))
     checkpoint = run.checkpoint
@@ -25,13 +23,13 @@ def whole_checkpoint(folder: Path) -> FakeRun:
     files.write_json_atomic(checkpoint / "trainer_state.json", vars(state))
     save_file({"cpu": torch.zeros(1, 8, dtype=torch.uint8)}, checkpoint / "rng.safetensors")
     (checkpoint / "tokenizer").mkdir()
-    (checkpoint / "tokenizer" / "tokenizer_config.json").write_text('{"from": "run"}')
+    (checkpoint / "tokenizer/tokenizer_config.json").write_text('{"from": "run"}')
     _write_engine(checkpoint)
     files.write_manifest(checkpoint)
     return run
 
 
-def _write_engine(checkpoint: Path) -> None:
+def _write_engine(checkpoint):
     tensors = load_file(checkpoint / "adapter.safetensors")
     pieces = []
     offset = 0
@@ -51,10 +49,10 @@ def _write_engine(checkpoint: Path) -> None:
     EngineShards.of(checkpoint / "engine", layout, [shard]).write_table()
 
 
-def change_layout(checkpoint: Path, change: Any) -> None:
+def change_layout(checkpoint, change):
     """Applies `change` to what engine/layouts.safetensors says of all ranks."""
 
-    def change_metadata(header: dict[str, Any]) -> None:
+    def change_metadata(header):
         content = json.loads(header["__metadata__"]["layout"])
         change(content)
         header["__metadata__"]["layout"] = json.dumps(content)
@@ -62,7 +60,7 @@ def change_layout(checkpoint: Path, change: Any) -> None:
     change_header(checkpoint / "engine" / INDEX_FILE, change_metadata)
 
 
-def reseal(folder: Path) -> None:
+def reseal(folder):
     """Makes every hash that is recorded under `folder` that of the file as it is: ledgers first, then manifests."""
     for path in folder.rglob("ledger.json"):
         if path.is_file() and not path.is_symlink():
@@ -72,9 +70,9 @@ def reseal(folder: Path) -> None:
             files.write_manifest(path.parent)
 
 
-def _reseal_ledger(path: Path) -> None:
+def _reseal_ledger(path):
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text())
         chain = content["base_fingerprint"]
         for cycle in content["cycles"]:
             file = path.parent / cycle["file"]
@@ -84,10 +82,10 @@ def _reseal_ledger(path: Path) -> None:
             cycle["chain"] = chain = _link(chain, cycle["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return  # a mutation that has no such structure is left as it is
-    path.write_text(json.dumps(content), encoding="utf-8")
+    path.write_text(json.dumps(content))
 
 
-def change_header(path: Path, change: Any) -> None:
+def change_header(path, change):
     """Applies `change` to the JSON header of a safetensors file."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])

@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from mora_ds.common.files import write_manifest
 
 
-def cut(path: Path) -> None:
+def cut(path):
     os.truncate(path, path.stat().st_size - 2)  # one would be the line break that ends our JSON
 
 
-def flip(path: Path, where: float = 0.5) -> None:
+def flip(path, where=0.5):
     with path.open("r+b") as file:
         file.seek(int(path.stat().st_size * where))
         byte = file.read(1)[0]
@@ -27,18 +24,18 @@ def flip(path: Path, where: float = 0.5) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def gone(path: Path) -> None:
+def gone(path):
     path.unlink()
 
 
-def make_own(path: Path) -> None:
+def make_own(path):
     """Make it a file of its own, for cycles of the ledger have several names."""
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(content)
 
 
-def another_base(model: Path, folder: Path) -> Path:
+def another_base(model, folder):
     """A copy of a model folder in which one number of a norm is another one."""
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -47,24 +44,24 @@ def another_base(model: Path, folder: Path) -> Path:
     return folder
 
 
-HARMS: dict[str, Callable[[Path], None]] = {"cut": cut, "flip": flip, "gone": gone}
+HARMS = {"cut": cut, "flip": flip, "gone": gone}
 
 
-def mount(folder: Path, *options: str) -> None:
+def mount(folder, *options):
     """Skips the test where mounting is not allowed."""
     done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("mounting needs root")
 
 
-def change_json(path: Path, change: Callable[[Any], object]) -> None:
+def change_json(path, change):
     """Applies `change` to the content of a JSON file."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def set_value(content: Any, change: str) -> None:
+def set_value(content, change):
     """Change JSON in place, as `cycles.0.file = ../x` says: keys and positions, and a value as YAML; without one, the
     entry goes."""
     path, _, text = change.partition(" = ")
@@ -77,7 +74,7 @@ def set_value(content: Any, change: str) -> None:
         del content[last]
 
 
-def checkpoint_at(root: Path, step: int) -> Path:
+def checkpoint_at(root, step):
     """A checkpoint of one file and its manifest."""
     folder = root / f"step-{step:06d}"
     folder.mkdir(parents=True)

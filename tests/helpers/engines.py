@@ -1,8 +1,6 @@
 """DeepSpeed engines for the tests: the settings, a merge by hand, a small model without adapters, a run with merges."""
 
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -35,7 +33,7 @@ COMBINATIONS = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "
 """(ZeRO stage, dtype) of every engine that `new_engine` builds."""
 
 
-def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **changes: Any) -> dict[str, Any]:
+def ds_config(stage, micro, accumulation=ACCUMULATION, **changes):
     config = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -55,11 +53,11 @@ def ds_config(stage: int, micro: int, accumulation: int = ACCUMULATION, **change
 
 
 def plain_steps(
-    model: nn.Module,
-    losses_of: Callable[[int], Iterable[Tensor]],
-    steps: int,
-    learning_rate: float = LEARNING_RATE,
-) -> dict[str, Any]:
+    model,
+    losses_of,
+    steps,
+    learning_rate=LEARNING_RATE,
+):
     """Train in one process without DeepSpeed, by AdamW with clipped gradients.
 
     `losses_of`: the losses of a step, whose gradients are summed. Returns the sum of losses and the gradient norm of
@@ -67,7 +65,7 @@ def plain_steps(
     """
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, eps=EPSILON, weight_decay=0.0)
-    results: dict[str, Any] = {"losses": [], "norms": []}
+    results = {"losses": [], "norms": []}
     for step in range(steps):
         total = 0.0
         for loss in losses_of(step):
@@ -83,7 +81,7 @@ def plain_steps(
     return results
 
 
-def state_tensors(engine: zero.Engine, group: int) -> Iterator[tuple[str, Tensor]]:
+def state_tensors(engine, group):
     """(key, this process's flat partition) of a group's optimizer state, e.g. ("exp_avg", ...)."""
     for flat in view_of(engine).flats(group):
         for key, value in flat.state.items():
@@ -91,13 +89,13 @@ def state_tensors(engine: zero.Engine, group: int) -> Iterator[tuple[str, Tensor
                 yield key, value
 
 
-def merge_by_hand(engine: zero.Engine) -> None:
+def merge_by_hand(engine):
     model = engine.module
     layers = mora_layers(model)
     node = node_base_of(model)
     squares = {name: zero.full_fp32(layer.square) for name, layer in layers.items()}
 
-    def add(name: str, square: Tensor) -> None:
+    def add(name, square):
         layers[name].weight += delta_weight(layers[name].spec, square)
 
     node.form(model, [(name, squares[name]) for name in node.layers(model)], add)
@@ -107,11 +105,11 @@ def merge_by_hand(engine: zero.Engine) -> None:
 class CountedBelow(TorchDispatchMode):
     """Counts the bytes of every c10d operator at PyTorch's dispatcher, independently of `CollectiveCounter`."""
 
-    def __init__(self, seen: dict[str, int]) -> None:
+    def __init__(self, seen):
         super().__init__()
         self.seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             name = func._schema.name
             self.seen[name] = self.seen.get(name, 0) + max(nbytes_of(value) for value in args)
@@ -123,21 +121,21 @@ class Small(nn.Module):
 
     base: Tensor
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype):
         super().__init__()
         torch.manual_seed(0)
         self.first = nn.Parameter(torch.randn(5, 5).to(dtype))
         self.second = nn.Parameter(torch.randn(7).to(dtype))
         self.register_buffer("base", torch.randn(5, 7), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return ((x @ self.first) @ self.base.to(x.dtype) * self.second + 1).float().square().mean()
 
 
-def new_engine(stage: int, dtype: str, accumulation: int = 1, **changes: Any) -> Any:
+def new_engine(stage, dtype, accumulation=1, **changes):
     """Plain `deepspeed.initialize`: what DeepSpeed does by itself."""
     model = Small(getattr(torch, dtype))
-    config: dict[str, Any] = {
+    config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
@@ -154,14 +152,14 @@ def new_engine(stage: int, dtype: str, accumulation: int = 1, **changes: Any) ->
     return deepspeed.initialize(model=model, config=config, model_parameters=groups)[0]
 
 
-def one_step(engine: Any) -> None:
+def one_step(engine):
     x = torch.ones(2, 5, dtype=engine.module.first.dtype)
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(engine(x))
         engine.step()
 
 
-def merging_run(folder: str, dtype: str, merges: int) -> dict[str, Any]:
+def merging_run(folder, dtype, merges):
     """Train a step, merge, train a step, ... on this rank of several."""
     world = dist.get_world_size()
     rank = dist.get_rank()
@@ -185,7 +183,7 @@ def merging_run(folder: str, dtype: str, merges: int) -> dict[str, Any]:
     probe = tokens(2, seed=777)
 
     @torch.no_grad()
-    def loss_of_probe() -> float:
+    def loss_of_probe():
         return causal_loss(engine, probe).item()
 
     reports = []

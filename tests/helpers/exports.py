@@ -42,21 +42,21 @@ class FakeRun:
 
 
 def fake_run(
-    folder: Path,
-    family: str = "llama",
-    stored: torch.dtype = torch.float32,
-    dtype: str = "float32",
-    cycles: int = 2,
-    trained: tuple[str, ...] = (),
-    shard: str = "5GB",
-    probe: bool = True,
-    twice: bool = False,
-    **changes: Any,
-) -> FakeRun:
+    folder,
+    family="llama",
+    stored=torch.float32,
+    dtype="float32",
+    cycles=2,
+    trained=(),
+    shard="5GB",
+    probe=True,
+    twice=False,
+    **changes,
+):
     """A checkpoint after `cycles` merges with live squares, made without any training. `twice`: the base's file holds
     tied weights under each of their names."""
     base_folder = folder / "base"
-    checkpoint = folder / "out" / "checkpoints" / "step-000007"
+    checkpoint = folder / "out/checkpoints/step-000007"
     original_model = tiny_model(family, dtype=stored, **changes)
     original_model.save_pretrained(base_folder, max_shard_size=shard)
     if twice:
@@ -102,9 +102,9 @@ def fake_run(
     return FakeRun(folder / "out", checkpoint, base_folder, expected, model, adapter, squares)
 
 
-def layers_of(model: nn.Module, cycle: int) -> dict[str, LayerEntry]:
+def layers_of(model, cycle):
     """All linear layers but the head, with every kind of operator among them."""
-    layers: dict[str, LayerEntry] = {}
+    layers = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name:
             transposed = isinstance(module, Conv1D)
@@ -116,23 +116,23 @@ def layers_of(model: nn.Module, cycle: int) -> dict[str, LayerEntry]:
     return layers
 
 
-def random_squares(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
+def random_squares(layers, seed):
     generator = torch.Generator().manual_seed(seed)
     sides = {name: entry.operator.r_hat for name, entry in layers.items()}
     return {name: 0.02 * torch.randn(side, side, generator=generator) for name, side in sides.items()}
 
 
-def add_square(spec: OperatorSpec, square: torch.Tensor) -> Any:
+def add_square(spec, square):
     return lambda _, inputs, output: output + mora_update(spec, square.to(output.dtype), inputs[0])
 
 
-def write_probe(checkpoint: Path, model: Any, dtype: str) -> None:
+def write_probe(checkpoint, model, dtype):
     ids = tokens(2, 24)
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False).logits
     write_safetensors_atomic(checkpoint / "probe.safetensors", {"input_ids": ids, "logits": logits}, {"dtype": dtype})
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     """Relative name -> content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

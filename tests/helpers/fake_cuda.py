@@ -15,11 +15,9 @@ A CPU build of torch needs `fake_cuda.cpp` for it, loaded before torch: LD_PRELO
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -54,7 +52,7 @@ class Permits(Enum):
     READS = "ask for numbers, and be told yes and zero: a merge, a checkpoint, an export"
 
 
-def build_shim(folder: Path) -> Path:
+def build_shim(folder):
     """Compile the shim against this torch; takes seconds."""
     library = folder / "fake_cuda.so"
     installed = Path(torch.__file__).parent
@@ -64,11 +62,11 @@ def build_shim(folder: Path) -> Path:
     return library
 
 
-def pin(tensors: Iterable[Tensor]) -> list[Tensor]:
+def pin(tensors):
     """Note that tensors on the host lie in pinned memory."""
     pinned = list(tensors)
     for tensor in pinned:
-        tensor.lies_pinned = True  # type: ignore[attr-defined]
+        tensor.lies_pinned = True
     return pinned
 
 
@@ -77,19 +75,19 @@ class FakeCuda(TorchDispatchMode):
 
     permits = Permits.COPIES
 
-    def __enter__(self) -> FakeCuda:
+    def __enter__(self):
         self._patches = ExitStack()
         for patcher in _PATCHES:
             self._patches.enter_context(patcher)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is then a copy that is seen here
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error):
         super().__exit__(*error)
         torch._C._set_only_lift_cpu_tensors(False)
         self._patches.close()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = torch.device(kwargs.get("device") or "cpu")
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -113,7 +111,7 @@ class FakeCuda(TorchDispatchMode):
                 raise Fault(f"the host waits for the device: {func}") from None
             return args[0].dtype is torch.bool or 0
 
-    def _check_copy(self, source: Tensor, target: torch.device, non_blocking: bool) -> None:
+    def _check_copy(self, source, target, non_blocking):
         is_pinned = hasattr(source, "lies_pinned")
         if target.type == "cpu" and self.permits is not Permits.READS:
             raise Fault(f"{tuple(source.shape)} is copied to the host")
@@ -122,7 +120,7 @@ class FakeCuda(TorchDispatchMode):
             raise Fault(f"{tuple(source.shape)} is copied to the device {how}")
 
 
-def _operand(tensor: Tensor) -> Tensor:
+def _operand(tensor):
     """What stands for a tensor that the device computes with: of the host's, single numbers only."""
     if tensor.device.type == "cpu" and tensor.dim():
         raise Fault(f"a tensor {tuple(tensor.shape)} on the host is among those on the device")

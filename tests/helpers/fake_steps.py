@@ -7,12 +7,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import deepspeed
@@ -20,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mora_ds.adapters import layer as layer_module
@@ -29,7 +27,7 @@ from mora_ds.adapters.inject import inject, mora_layers, move_base, set_cycle
 from mora_ds.adapters.ops import index_tables
 from mora_ds.adapters.ops.index_tables import clear_tables, make_tables
 from mora_ds.adapters.ops.linear import mora_linear
-from mora_ds.config.arguments import Arguments, from_flat
+from mora_ds.config.arguments import from_flat
 from mora_ds.data.documents import Documents
 from mora_ds.engine import zero
 from mora_ds.engine.base_ring import BaseRing, names_on_host
@@ -43,14 +41,14 @@ from tests.helpers.fake_cuda import CUDA, FakeCuda, Permits, pin
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.pairwise import pairwise_cases
 
-RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+RECIPES = Path(__file__).parents[2] / "configs/recipes"
 WORLD = 2
 """Processes of the tensor- or sequence-parallel steps; collectives of torch's fake group change nothing."""
 ROWS = 2
 LENGTH = 48
 DEFAULTS = {"mora_rank": 4, "bf16": True, "family": "llama", "chunked_loss": True}
 
-OPERATORS: dict[str, list[Any]] = {
+OPERATORS = {
     "operator": ["truncate", "share", "decouple", "rotate"],
     "compute": ["activation", "weight"],
     "base_bits": [16, 8],
@@ -59,11 +57,11 @@ OPERATORS: dict[str, list[Any]] = {
 }
 
 
-def configurations() -> dict[str, dict[str, Any]]:
+def configurations():
     """Name -> settings: those of the YAML file, every recipe, every combination of an operator."""
-    named: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    named = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     for path in RECIPES.glob("*.yaml"):
-        named[f"recipe {path.stem}"] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        named[f"recipe {path.stem}"] = yaml.safe_load(path.read_text())
     for values in product(*OPERATORS.values()):
         settings = dict(zip(OPERATORS, values, strict=True))
         named[str(settings)] = {**settings, settings["checkpointing"]: True}
@@ -77,14 +75,14 @@ PAIRS = [str(case) for case in pairwise_cases(OPERATORS)]
 class FakeCopies(Copies):
     """`CudaCopies` without streams."""
 
-    pin = staticmethod(pin)  # type: ignore[assignment]
+    pin = staticmethod(pin)
 
-    def start(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def start(self, pairs):
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
 
 
-def run(settings: dict[str, Any]) -> None:
+def run(settings):
     """A step in which tables are copied to the device, one that waits for nothing, a merge, what a checkpoint and an
     export read, and the first step of the next cycle."""
     clear_tables()
@@ -116,7 +114,7 @@ def run(settings: dict[str, Any]) -> None:
         step(model, settings, first=20)
 
 
-def prepare(model: Any, arguments: Arguments, dense: bool) -> None:
+def prepare(model, arguments, dense):
     """What `load_base` and `initialize` make of an injected model: split, and on the device."""
     training = arguments.training
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
@@ -140,7 +138,7 @@ def prepare(model: Any, arguments: Arguments, dense: bool) -> None:
     model.train()
 
 
-def step(model: Any, settings: dict[str, Any], first: int) -> None:
+def step(model, settings, first):
     """Forward and backward of rows whose first document has so many tokens; every trained tensor gets a gradient."""
     positions = torch.cat((torch.arange(first), torch.arange(LENGTH - first))).expand(ROWS, -1).contiguous()
     ids = tokens(ROWS, LENGTH // settings.get("sequence_parallel_size", 1))
@@ -155,7 +153,7 @@ def step(model: Any, settings: dict[str, Any], first: int) -> None:
         parameter.grad = None
 
 
-def merge(layer: Any) -> None:
+def merge(layer):
     square = layer.unshard(layer.value.detach()).float()
     norms = layer.merge(torch.randn(layer.shape).bfloat16(), [(layer.spec, square)], square)
     assert {norm.device for norm in norms} == {CUDA}
@@ -164,7 +162,7 @@ def merge(layer: Any) -> None:
 attend = F.scaled_dot_product_attention
 
 
-def without_grouped_heads(*tensors: Tensor, enable_gqa: bool = False, **options: Any) -> Tensor:
+def without_grouped_heads(*tensors, enable_gqa=False, **options):
     """Torch's attention, which takes its kernel that keeps all scores for grouped heads in fp32, and says nothing."""
     assert not enable_gqa, "grouped heads make torch take its kernel that keeps all (T, T) scores"
     return attend(*tensors, **options)
@@ -173,12 +171,12 @@ def without_grouped_heads(*tensors: Tensor, enable_gqa: bool = False, **options:
 # -- planted faults ----------------------------------------------------------------------------------------------------
 
 
-def before_layers(work: Callable[[Tensor], object]) -> tuple[Any, str, Any]:
+def before_layers(work):
     """A patch that has layers do more with their input."""
     return layer_module, "mora_linear", lambda x, *others: (work(x), mora_linear(x, *others))[1]
 
 
-PLANTS: dict[str, tuple[Any, str, Any]] = {
+PLANTS = {
     "misplaced table": (index_tables, "make_tables", lambda spec, device: make_tables(spec, torch.device("cpu"))),
     "item": before_layers(lambda x: x.sum().item()),
     "blocking copy": before_layers(lambda x: torch.ones(1).to(x)),
@@ -187,7 +185,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
 """What is replaced, by what, in layers of plain torch."""
 
 
-def main() -> None:
+def main():
     file, *names = sys.argv[1:]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
     zero.prepare_backend()
@@ -200,7 +198,7 @@ def main() -> None:
                 run(settings[name])
         except Exception as error:
             faults[name] = "".join(traceback.format_exception(error))
-    Path(file).write_text(json.dumps(faults), encoding="utf-8")
+    Path(file).write_text(json.dumps(faults))
 
 
 if __name__ == "__main__":

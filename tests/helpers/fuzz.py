@@ -11,11 +11,8 @@ import resource
 import shutil
 import signal
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -24,13 +21,13 @@ from mora_ds.common.errors import RunError, UserError
 from tests.helpers.adapters import Maker
 from tests.helpers.crafted import reseal, whole_checkpoint
 from tests.helpers.damage import change_json
-from tests.helpers.gloo import RankFailed, run_ranks
+from tests.helpers.gloo import RankFailed, run_alone
 from tests.helpers.jobs import REPOSITORY, playground
 from tests.helpers.mutate import Mutator
 from tests.helpers.tools import call, called, tool
 
 
-def seed_of_commit() -> int:
+def seed_of_commit():
     """The same for every run of the tests on one commit."""
     done = called(["git", "rev-parse", "HEAD"], cwd=REPOSITORY)
     return int(done.stdout[:8] or "0", 16)
@@ -57,7 +54,7 @@ _CHECKPOINT = "{case}/out/checkpoints/step-000007"
 _EXPORT = ("export_hf", "--checkpoint", _CHECKPOINT, "--output", "{out}")
 
 
-def subjects(folder: Path) -> list[Subject]:
+def subjects(folder):
     """Made once, without training. The slow tools, which load a model, are listed apart and seldom."""
     run = folder / "run"
     base = "{case}/base"
@@ -66,12 +63,12 @@ def subjects(folder: Path) -> list[Subject]:
     user = playground(folder / "user")
     model = folder / "model"
     shutil.copytree(user.model, model / "base")
-    (model / "held.txt").write_text("a b c", encoding="utf-8")
+    (model / "held.txt").write_text("a b c")
     from transformers import AutoModelForCausalLM
 
     maker = Maker(AutoModelForCausalLM.from_pretrained(model / "base"), model / "base")
     maker.write(model / "adapter", MoRAConfig(rank=3), cycles=1)
-    change_json(model / "adapter" / "base.json", lambda content: content.update(folder="../base"))
+    change_json(model / "adapter/base.json", lambda content: content.update(folder="../base"))
     reseal(model / "adapter")
     sets = ("--sets", "a={case}/held.txt")
     fast = (
@@ -106,7 +103,7 @@ class _TooLong(BaseException):
     pass
 
 
-def _stop(_: int, __: FrameType | None) -> None:
+def _stop(_, __):
     raise _TooLong
 
 
@@ -114,20 +111,18 @@ SEEDS_OF_A_PROCESS = 100
 """What a call leaves in memory is at most so many later ones' too."""
 
 
-def fuzz(made: list[Subject], seeds: Sequence[int], scratch: Path) -> list[dict[str, Any]]:
+def fuzz(made, seeds, scratch):
     """What one call for each seed has done wrong: its seed, tool, changes and error."""
-    findings: list[dict[str, Any]] = []
+    findings = []
     for first in range(0, len(seeds), SEEDS_OF_A_PROCESS):
         try:
-            findings += run_ranks(1, _judged, made, seeds[first : first + SEEDS_OF_A_PROCESS], scratch, timeout_s=1200)[
-                0
-            ]
+            findings += run_alone(_judged, made, seeds[first : first + SEEDS_OF_A_PROCESS], scratch, timeout_s=1200)
         except RankFailed as error:
             findings.append({"seed": int((scratch / "seed").read_text()), "error": str(error)})
     return findings
 
 
-def _judged(made: list[Subject], seeds: Sequence[int], scratch: Path) -> list[dict[str, Any]]:
+def _judged(made, seeds, scratch):
     """What goes wrong with these seeds, on one rank."""
     for subject in made:
         for name, *_ in subject.tools:
@@ -144,7 +139,7 @@ def _judged(made: list[Subject], seeds: Sequence[int], scratch: Path) -> list[di
     return findings
 
 
-def _one(made: list[Subject], seed: int, scratch: Path) -> dict[str, Any]:
+def _one(made, seed, scratch):
     chosen = random.Random(seed)
     (subject,) = chosen.choices(made, WEIGHTS)
     words = chosen.choice(subject.tools)
@@ -159,14 +154,14 @@ def _one(made: list[Subject], seed: int, scratch: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             reseal(target)
     before = _state(case)
-    error = _error([word.format(case=case, out=case / "made" / "output") for word in words])
+    error = _error([word.format(case=case, out=case / "made/output") for word in words])
     if not error and _state(case) != before:
         changed = sorted({name for name, _ in before ^ _state(case)})
         error = f"written outside of the output: {changed[:3]}"
     return {"tool": " ".join(words), "subject": subject.mutated, "changes": changes, "error": error}
 
 
-def _state(case: Path) -> set[tuple[str, tuple[int, int]]]:
+def _state(case):
     """Names, sizes and times of everything but the output."""
     facts = set()
     for path in case.rglob("*"):
@@ -176,7 +171,7 @@ def _state(case: Path) -> set[tuple[str, tuple[int, int]]]:
     return facts
 
 
-def _error(words: Sequence[str]) -> str:
+def _error(words):
     """The traceback of anything but the project's own errors, else ""."""
     quiet = io.StringIO()
     signal.alarm(6 * SECONDS)  # for a call that waits, such as on a pipe

@@ -13,9 +13,7 @@ import re
 import shutil
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 import yaml
 
@@ -25,8 +23,8 @@ from mora_ds.config.arguments import parse
 from mora_ds.data import load_tokenizer
 from mora_ds.train.loader import NotFinite
 from mora_ds.train.pretrain import pretrain
-from tests.helpers.gloo import RankFailed, run_ranks
-from tests.helpers.jobs import REPOSITORY, VOCABULARY, Playground
+from tests.helpers.gloo import RankFailed, run_alone
+from tests.helpers.jobs import REPOSITORY, VOCABULARY
 from tests.helpers.models import tiny_model
 from tests.helpers.outcome import assert_same_outcome
 
@@ -141,23 +139,23 @@ Finding = tuple[int, str, str, Settings]
 """Seed; ok, diverged, refused, resumed, told or fault; what was said; the settings."""
 
 
-def values_of_settings() -> dict[str, list[str]]:
+def values_of_settings():
     """{setting: its values} of the table."""
     lines = [[cell.strip() for cell in line.split(" | ")] for line in SETTINGS.strip().splitlines()]
     return {name: values for name, *values in lines}
 
 
-def prepare(user: Playground) -> None:
+def prepare(user):
     """Write a model of each family, of one layer and one vocabulary, and a mixture into the user's folder."""
     for family in MODELS:
         layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
         tiny_model(family, vocab_size=VOCABULARY, **{layers: 1}).save_pretrained(user.root / family)
         load_tokenizer(user.model).save_pretrained(user.root / family)
     sources = {name: {"files": str(path), "weight": 1} for name, path in (("new", user.train), ("old", user.held))}
-    (user.root / "mixture.yaml").write_text(yaml.safe_dump({"sources": sources}), encoding="utf-8")
+    (user.root / "mixture.yaml").write_text(yaml.safe_dump({"sources": sources}))
 
 
-def argv_of(settings: Settings, user: Playground) -> list[str]:
+def argv_of(settings, user):
     """The command line; those of `mora_ds.research` stand in a recipe."""
     research = {}
     flags = []
@@ -167,16 +165,16 @@ def argv_of(settings: Settings, user: Playground) -> list[str]:
         else:
             flags += [f"--{name}", *text.format(user=user.root, configs=REPOSITORY / "configs").split()]
     recipe = user.root / "research.yaml"
-    recipe.write_text(yaml.safe_dump({"research": research} if research else {}), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump({"research": research} if research else {}))
     return [str(recipe), *flags]
 
 
-def named_in(message: str, settings: Settings) -> list[str]:
+def named_in(message, settings):
     names = {flag or key for flag, key in re.findall(r"--(\w+)|(research\.\w+)", message)}
     return [name for name in settings if name in names]
 
 
-def attempt(settings: Settings, user: Playground) -> tuple[str, str]:
+def attempt(settings, user):
     """(ok, diverged, refused or fault; what was printed or said) of one run, which writes `out` alone."""
     entries = set(os.listdir("."))
     printed = io.StringIO()
@@ -200,11 +198,11 @@ def attempt(settings: Settings, user: Playground) -> tuple[str, str]:
     return "ok", printed.getvalue()
 
 
-def _too_long(_: int, __: FrameType | None) -> None:
+def _too_long(_, __):
     raise TimeoutError(f"more than {SECONDS} s")
 
 
-def attempts(seed: int, user: Playground) -> Iterator[tuple[str, str, Settings]]:
+def attempts(seed, user):
     """Every run of a case, without a refused setting each time; then the resumes of every third that ends well."""
     draw = random.Random(seed)
     text = dict([draw.choice(TEXTS)])
@@ -230,7 +228,7 @@ def attempts(seed: int, user: Playground) -> Iterator[tuple[str, str, Settings]]
         yield *_resumed(changed, user, name), changed
 
 
-def _resumed(settings: Settings, user: Playground, changed: str = "") -> tuple[str, str]:
+def _resumed(settings, user, changed=""):
     """(resumed, told, refused, diverged or fault; what was said) of the run `whole` gone on with from its first
     checkpoint: equal to the bit, or what has `changed` is refused or told by its name."""
     shutil.rmtree("out", ignore_errors=True)
@@ -254,7 +252,7 @@ def _resumed(settings: Settings, user: Playground, changed: str = "") -> tuple[s
     return "resumed", ""
 
 
-def _judged(user: Playground, seeds: Sequence[int], scratch: Path) -> list[Finding]:
+def _judged(user, seeds, scratch):
     """Every attempt of the cases with these seeds, on one rank."""
     findings = []
     for seed in seeds:
@@ -266,14 +264,12 @@ def _judged(user: Playground, seeds: Sequence[int], scratch: Path) -> list[Findi
     return findings
 
 
-def fuzz(user: Playground, seeds: Sequence[int], scratch: Path) -> list[Finding]:
+def fuzz(user, seeds, scratch):
     """Every attempt of the cases with these seeds, in processes that may die."""
-    findings: list[Finding] = []
+    findings = []
     for start in range(0, len(seeds), CASES_OF_A_PROCESS):
         try:
-            findings += run_ranks(1, _judged, user, seeds[start : start + CASES_OF_A_PROCESS], scratch, timeout_s=3600)[
-                0
-            ]
+            findings += run_alone(_judged, user, seeds[start : start + CASES_OF_A_PROCESS], scratch, timeout_s=3600)
         except RankFailed as error:
             findings.append((int((scratch / "seed").read_text()), "fault", str(error), {}))
     return findings

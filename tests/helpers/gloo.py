@@ -15,15 +15,12 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.helpers.preload"])
-_reservations: deque[socket.socket] = deque(maxlen=64)
+_reservations = deque(maxlen=64)
 """The ports drawn last: by the time that a socket leaves the queue and is closed, its job has ended or listens."""
 
 
@@ -31,7 +28,7 @@ class RankFailed(AssertionError):
     """A rank raised or died; carries its traceback."""
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+def run_ranks(world, function, *arguments, timeout_s=240):
     pipes, processes = start_ranks(world, function, *arguments)
     try:
         return collect(pipes, time.monotonic() + timeout_s)
@@ -39,7 +36,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
         end(processes, patience_s=2)
 
 
-def end(processes: list[Any], patience_s: float = 0) -> None:
+def end(processes, patience_s=0):
     """Kill what has not ended by itself within `patience_s`."""
     for process in processes:
         process.join(patience_s)
@@ -47,7 +44,12 @@ def end(processes: list[Any], patience_s: float = 0) -> None:
         process.join()
 
 
-def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tuple[list[Connection], list[Any]]:
+def run_alone(function, *arguments, **options):
+    """The result of a function on a single rank. `options`: of `run_ranks`."""
+    return run_ranks(1, function, *arguments, **options)[0]
+
+
+def start_ranks(world, function, *arguments):
     """The pipes that results come through and the processes, in rank order, for a caller that ends them itself."""
     port = free_port()
     pipes = []
@@ -62,9 +64,9 @@ def start_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> tu
     return pipes, processes
 
 
-def collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def collect(pipes, deadline):
     """What every rank sends, in rank order. Raises `RankFailed` where one fails, dies, or is late."""
-    results: dict[int, Any] = {}
+    results = {}
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -82,7 +84,7 @@ def collect(pipes: list[Connection], deadline: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(rank: int, world: int, port: int, sender: Connection, function: Callable[..., Any], args: Any) -> None:
+def _rank_main(rank, world, port, sender, function, args):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -107,7 +109,7 @@ def _rank_main(rank: int, world: int, port: int, sender: Connection, function: C
     os._exit(0)  # gloo's threads often abort at interpreter exit, after right results
 
 
-def free_port() -> int:
+def free_port():
     """A port that no process listens on, below those that Linux gives to outgoing connections (32768 and up).
 
     It stays reserved for a while, by a socket that is bound and does not listen. Another test process that draws the

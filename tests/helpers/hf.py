@@ -1,12 +1,8 @@
 """Runs by Hugging Face's Trainer for the tests, and the same run by a loop of its own."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import mora_ds
@@ -27,7 +23,7 @@ class Trainer(MoRATrainer, transformers.Trainer):
     """What a user writes."""
 
 
-def ds_config(stage: int = 3) -> dict[str, Any]:
+def ds_config(stage=3):
     return {
         "zero_optimization": {
             "stage": stage,
@@ -41,9 +37,9 @@ def ds_config(stage: int = 3) -> dict[str, Any]:
     }
 
 
-def arguments(out: Path, accumulation: int = 1, **changes: Any) -> TrainingArguments:
+def arguments(out, accumulation=1, **changes):
     micro = ROWS // accumulation // dist.get_world_size()
-    values: dict[str, Any] = {
+    values = {
         "deepspeed": ds_config(),
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": 2,
@@ -65,15 +61,15 @@ def arguments(out: Path, accumulation: int = 1, **changes: Any) -> TrainingArgum
 class InOrder(Trainer):
     """Reads its rows in the order of the dataset, as the loop does."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def dataset(rows: int = ROWS * STEPS) -> list[dict[str, Tensor]]:
+def dataset(rows=ROWS * STEPS):
     return [{"input_ids": row, "labels": row} for row in tokens(rows, seed=5)]
 
 
-def base_in(folder: Path) -> Path:
+def base_in(folder):
     """A tiny model in `folder`, written once."""
     if dist.get_rank() == 0 and not folder.exists():
         write_own_base(tiny_model(), folder)
@@ -82,13 +78,13 @@ def base_in(folder: Path) -> Path:
 
 
 def trainer_in(
-    root: Path,
-    name: str,
-    accumulation: int = 1,
-    merges: int = MERGE_EVERY,
-    kind: type[Trainer] = InOrder,
-    **changes: Any,
-) -> Trainer:
+    root,
+    name,
+    accumulation=1,
+    merges=MERGE_EVERY,
+    kind=InOrder,
+    **changes,
+):
     """A trainer of a run in root/name, before training."""
     base = base_in(root / "base")
     return kind(
@@ -101,19 +97,19 @@ def trainer_in(
     )
 
 
-def matrices(engine: zero.Engine) -> dict[str, Tensor]:
+def matrices(engine):
     """The unsharded MoRA matrices and the live weights. Collective."""
     layers = mora_ds.mora_layers(engine.module)
     squares = {name: zero.full_fp32(layer.value).clone() for name, layer in layers.items()}
     return {**squares, **{f"{name}.weight": layer.weight.clone() for name, layer in layers.items()}}
 
 
-def assert_same_parameters(one: torch.nn.Module, another: torch.nn.Module) -> None:
+def assert_same_parameters(one, another):
     """To the bit, in order."""
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), another.parameters(), strict=True))
 
 
-def own_loop(root: Path, rates: list[float]) -> tuple[dict[str, Tensor], list[float]]:
+def own_loop(root, rates):
     """The same run by a loop around `mora_ds.initialize`: (matrices and weights at the end, losses)."""
     world = dist.get_world_size()
     rank = dist.get_rank()
@@ -148,12 +144,12 @@ def own_loop(root: Path, rates: list[float]) -> tuple[dict[str, Tensor], list[fl
     return matrices(engine), losses
 
 
-def run_merges() -> list[int]:
+def run_merges():
     """The steps after which the runs above merge."""
     return [step for step in range(MERGE_EVERY, STEPS, MERGE_EVERY) if STEPS - step > REWARMUP]
 
 
-def rates() -> list[float]:
+def rates():
     """The learning rate of each step: linear decay, with a re-warmup of one step after each merge."""
     curve = [RATE * (1 - step / STEPS) for step in range(STEPS + 1)]
     return [curve[step + 1] / 2 if step in run_merges() else curve[step] for step in range(STEPS)]

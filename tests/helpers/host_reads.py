@@ -9,10 +9,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from importlib.util import find_spec
-from types import TracebackType
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -31,8 +28,8 @@ FOLDERS = {
 class HostReads:
     """Those of the thread that enters it. A read within another one counts once."""
 
-    def __init__(self) -> None:
-        self.places: Counter[str] = Counter()
+    def __init__(self):
+        self.places = Counter()
         self._thread = threading.get_ident()
         self._depth = 0
         self._patches = [
@@ -40,8 +37,8 @@ class HostReads:
             *(patch.object(torch, name, self._counted(getattr(torch, name))) for name in FUNCTIONS),
         ]
 
-    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def read(*args: Any, **kwargs: Any) -> Any:
+    def _counted(self, original):
+        def read(*args, **kwargs):
             if threading.get_ident() != self._thread:
                 return original(*args, **kwargs)
             if not self._depth:
@@ -54,17 +51,17 @@ class HostReads:
 
         return read
 
-    def __enter__(self) -> HostReads:
+    def __enter__(self):
         for patcher in self._patches:
             patcher.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind, error, at):
         for patcher in self._patches:
             patcher.stop()
 
 
-def _asker() -> str:
+def _asker():
     for frame in reversed(traceback.extract_stack()):
         for folder, package in FOLDERS.items():
             if frame.filename.startswith(folder):

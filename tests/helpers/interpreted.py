@@ -8,11 +8,9 @@ several parts, as wide ones are.
 """
 
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -48,7 +46,7 @@ VARIANTS = {"shared": {}, "global": {"_SHARED": 0}, "parts": {"_PART": 16, "_FOR
 """Constants of `triton_ops` that choose another branch of a kernel."""
 
 
-def same(result: Tensor, expected: Tensor, what: str) -> None:
+def same(result, expected, what):
     """To the bit in fp32 and fp64. In half precision within one unit in the last place, as the interpreter cuts bf16
     off where torch rounds."""
     assert result.shape == expected.shape, what
@@ -60,20 +58,20 @@ def same(result: Tensor, expected: Tensor, what: str) -> None:
     assert apart <= 1, f"{what}: {apart} units in the last place"
 
 
-def _ordinal(x: Tensor) -> Tensor:
+def _ordinal(x):
     """Numbers in 16 bits as integers in their order."""
     bits = x.contiguous().view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
-def launched(kernel: Callable[..., Tensor | None], *operands: Any) -> Tensor:
+def launched(kernel, *operands):
     """What a kernel makes of operands, which are not written to: of one that works in place, its first operand."""
     on_device = [operand.to(DEVICE, copy=True) if isinstance(operand, Tensor) else operand for operand in operands]
     result = kernel(*on_device)
     return (on_device[0] if result is None else result).to(CPU)
 
 
-def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
+def check_kernels(spec, dtype):
     tables = KernelTables(spec, CPU)
     rotation = tables.rotation
     x = random(TOKENS, spec.d_in).to(dtype)
@@ -102,7 +100,7 @@ def check_kernels(spec: OperatorSpec, dtype: torch.dtype) -> None:
     same(launched(triton_ops.sum_parts, stack, dtype), plain.sum_parts(stack, dtype), "sum_parts")
 
 
-def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> None:
+def check_form(spec, tables, dtype):
     square = random(spec.r_hat, spec.r_hat, seed=2).to(dtype)
     weight = random(spec.d_out, spec.d_in, seed=3).to(dtype)
     operands = square, tables.unfold, tables.slots, tables.members, *tables.rotation, tables.blocks_out
@@ -113,7 +111,7 @@ def check_form(spec: OperatorSpec, tables: KernelTables, dtype: torch.dtype) -> 
     same(launched(triton_ops.form, values, scales, *operands), plain.form(values, scales, *operands), "form of int8")
 
 
-def check_parts() -> None:
+def check_parts():
     """A sum so long that it is made in several parts, the last of them shorter; with sides of several tiles."""
     for terms, r_hat in ((1300, 18), (70, 150)):
         c = random(terms, 1, r_hat).half()
@@ -125,21 +123,21 @@ def check_parts() -> None:
         assert_close(partial_sums.double().sum(0), expected, rtol=1e-3, atol=1e-4)
 
 
-def check_wide() -> None:
+def check_wide():
     """Rows that are in several parts by their own width."""
     for d_in, d_out in ((2200, 40), (40, 2200)):
         for kind in (OperatorKind.ROTATE, OperatorKind.SHARE):
             check_kernels(OperatorSpec(kind, d_in, d_out, 24, Grouping.PERMUTED, seed=1), torch.float32)
 
 
-def check_pieces(spec: OperatorSpec) -> None:
+def check_pieces(spec):
     """What programs read is what `traffic` counts: of a tensor in pieces, programs of other pieces read
     other numbers; of a tensor that no two programs share, each reads its own."""
     builder = interpreter.interpreter_builder
     load = builder.create_masked_load
-    addresses: dict[int, list[Any]] = {}
+    addresses = {}
 
-    def noted(pointers: Any, mask: Any, *options: Any) -> Any:
+    def noted(pointers, mask, *options):
         x, y, _ = builder.grid_idx
         addresses.setdefault(x + y * builder.grid_dim[0], []).append(pointers.data[mask.data])
         return load(pointers, mask, *options)
@@ -151,7 +149,7 @@ def check_pieces(spec: OperatorSpec) -> None:
         pieces = traffic.pieces(launch)
         for argument, tensor in traffic.operands(launch).items():
             start = tensor.data_ptr()
-            read: dict[int, set[int]] = {}
+            read = {}
             for program, loads in addresses.items():
                 piece = int(pieces[argument][program]) if argument in pieces else program
                 read.setdefault(piece, set()).update(np.concatenate(loads, axis=None).tolist())
@@ -159,7 +157,7 @@ def check_pieces(spec: OperatorSpec) -> None:
             assert sum(map(len, inside)) == len(set.union(*inside)), f"{name} reads {argument} otherwise than counted"
 
 
-def check_outputs_that_read_several_rows() -> None:
+def check_outputs_that_read_several_rows():
     """`form` of an operator that is not shipped, turned and not."""
     shipped = OPERATORS[OperatorKind.TRUNCATE]
     for rotates in (False, True):
@@ -169,12 +167,12 @@ def check_outputs_that_read_several_rows() -> None:
     OPERATORS[OperatorKind.TRUNCATE] = shipped
 
 
-def check_layer(spec: OperatorSpec) -> None:
+def check_layer(spec):
     """Outputs and gradients of both paths, by the kernels and by plain torch."""
     tables = KernelTables(spec, DEVICE)
     for path in (Compute.ACTIVATION, Compute.WEIGHT):
 
-        def layer(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor, path: Compute = path) -> Tensor:
+        def layer(x, weight, bias, square, path=path):
             x, weight, bias, square = (tensor.to(DEVICE) for tensor in (x, weight, bias, square))
             with_bias = linear.kernel_linear(x, weight, bias, square, tables, path)
             bias_after = linear.kernel_linear(x, weight, None, square, tables, path) + bias
@@ -191,10 +189,10 @@ def check_layer(spec: OperatorSpec) -> None:
 
 
 @contextmanager
-def by_triton() -> Iterator[None]:
+def by_triton():
     """Within it, layers call the interpreted kernels."""
     registered = linear.ops
-    linear.ops = SimpleNamespace(**{name: getattr(triton_ops, name) for name in NAMES})  # type: ignore[assignment]
+    linear.ops = SimpleNamespace(**{name: getattr(triton_ops, name) for name in NAMES})
     try:
         yield
     finally:
@@ -202,7 +200,7 @@ def by_triton() -> Iterator[None]:
 
 
 @contextmanager
-def variant(constants: dict[str, int]) -> Iterator[None]:
+def variant(constants):
     before = {name: getattr(triton_ops, name) for name in constants}
     vars(triton_ops).update(constants)
     try:
@@ -211,7 +209,7 @@ def variant(constants: dict[str, int]) -> Iterator[None]:
         vars(triton_ops).update(before)
 
 
-def main() -> None:
+def main():
     check_parts()
     check_outputs_that_read_several_rows()
     check_wide()

@@ -11,10 +11,8 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pytest
 import torch
 import yaml
 
@@ -29,7 +27,7 @@ from tests.helpers.models import tiny_model
 from tests.helpers.snapshot import assert_same, snapshot
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ZERO3 = REPOSITORY / "configs" / "zero3.json"
+ZERO3 = REPOSITORY / "configs/zero3.json"
 VOCABULARY = 400
 
 
@@ -45,13 +43,15 @@ class Playground:
     other: Path
     """Two texts for evaluation; `other` is shorter than one block."""
 
-    def texts(self) -> list[str]:
+    def texts(self):
         """The documents of `train`."""
         return [json.loads(line)["text"] for line in self.train.read_text().splitlines()]
 
-    def flags(self, out: str | Path, *more: str | int | float) -> list[str]:
-        """A small run; later flags win."""
-        words = list(map(str, more))
+    def flags(self, out, *more):
+        """A small run; later flags win. Text that begins with a flag is split at its spaces."""
+        words = []
+        for text in map(str, more):
+            words += text.split() if text.startswith("--") else [text]
         adapter = (["mora"] + [value for flag, value in pairwise(words) if flag == "--adapter"])[-1]
         rank = ["--mora_rank", "2"] if adapter in ("mora", "lora") else []
         return [
@@ -63,18 +63,20 @@ class Playground:
         ]  # fmt: skip
 
 
-def golden_flags(user: Playground, out: Path, *more: str | int | Path) -> list[str]:
+def golden_flags(user, out, *more):
     """A short run: checkpoints 2 (one cycle), 4 and 6 (two); each of the cycles is one file with a name in every
     checkpoint since. Norms are trained too, and one set is evaluated."""
     return user.flags(
-        out, "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--save_steps", 2,
-        "--train_norms", "true", "--eval_files", f"short={user.other}", *map(str, more),
-    )  # fmt: skip
+        out,
+        "--max_steps 6 --merge_every 2 --restart_warmup_steps 1 --save_steps 2 --train_norms true --eval_files",
+        f"short={user.other}",
+        *map(str, more),
+    )
 
 
-def playground(root: Path) -> Playground:
+def playground(root):
     """Model, tokenizer and texts under `root`."""
-    sources = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, subprocess, random)]
+    sources = [Path(module.__file__ or "").read_text() for module in (argparse, subprocess, random)]
     texts = [source[start : start + 700] for source in sources for start in range(0, 14_000, 700)]
     trained = train_sentencepiece(texts, VOCABULARY, root / "trained")
     model = tiny_model(vocab_size=VOCABULARY, num_hidden_layers=2)
@@ -83,38 +85,38 @@ def playground(root: Path) -> Playground:
     train = root / "train.jsonl"
     held_file = root / "held.txt"
     other_file = root / "other.txt"
-    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    held_file.write_text(sources[1][20_000:21_200], encoding="utf-8")
-    other_file.write_text("def f(x):\n    return x\n", encoding="utf-8")
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held_file.write_text(sources[1][20_000:21_200])
+    other_file.write_text("def f(x):\n    return x\n")
     return Playground(root, root / "model", train, held_file, other_file)
 
 
-def research(flags: list[str], folder: Path, **settings: Any) -> list[str]:
+def research(flags, folder, **settings):
     """The flags after a recipe in `folder` with a block `research:` of these settings."""
     path = folder / "research.yaml"
     values = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    path.write_text(yaml.safe_dump({"research": values}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"research": values}))
     return [str(path), *flags]
 
 
-def job(argv: list[str]) -> dict[str, Any]:
+def job(argv):
     """One rank's share of a run. For `run_ranks`."""
     return pretrain(parse(argv))
 
 
-def run(ranks: int, argv: list[str]) -> dict[str, Any]:
+def run(ranks, argv):
     """A run on so many ranks of this machine; rank 0's summary."""
     return run_ranks(ranks, job, argv)[0]
 
 
-def finished_run(ranks: int, user: Playground, folders: pytest.TempPathFactory, *more: str | int | float) -> Path:
+def finished_run(ranks, user, folders, *more):
     """The output folder, in a new one of `folders`, of a run with the flags `more` that nothing has disturbed."""
     out = folders.mktemp("finished") / "out"
     run(ranks, user.flags(out, *more))
     return out
 
 
-def printed(argv: list[str]) -> str:
+def printed(argv):
     """What a run prints, to stdout and stderr. For `run_ranks`."""
     with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told):
         arguments = parse(argv)
@@ -123,7 +125,7 @@ def printed(argv: list[str]) -> str:
     return told.getvalue()
 
 
-def refused(argv: list[str], may_change: bool = False) -> tuple[str, str]:
+def refused(argv, may_change=False):
     """(kind of error, its message) of a run that must fail. For `run_ranks`.
 
     A `UserError` must leave the output folder to the byte as it was, as rank 0 finds it. It `may_change` where it is
@@ -143,25 +145,25 @@ def refused(argv: list[str], may_change: bool = False) -> tuple[str, str]:
     raise AssertionError("the run was not refused")
 
 
-def refused_each(cases: list[list[str]]) -> list[tuple[str, str]]:
+def refused_each(cases):
     """`refused` of several runs, one after the other. For `run_ranks`."""
     return [refused(argv) for argv in cases]
 
 
-def output_of(argv: list[str]) -> Path:
+def output_of(argv):
     """The output folder that a command line names, the default one where it names none."""
     named = [value for flag, value in pairwise(argv) if flag == "--output_dir"]
     return Path([*["out"], *named][-1])
 
 
-def refusal(argv: list[str], ranks: int = 1) -> str:
+def refusal(argv, ranks=1):
     """The message of the `UserError` with which all ranks refuse a run."""
     ((kind, message),) = set(run_ranks(ranks, refused, argv))
     assert kind == "UserError", message
     return message
 
 
-def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def launch(ranks, argv, cwd, timeout_s=300):
     """The real launcher, as in the README. Where it ends with a user's error, the output folder must be as it was."""
     out = cwd / output_of(argv)
     before = snapshot(out)
@@ -173,13 +175,13 @@ def launch(ranks: int, argv: list[str], cwd: Path, timeout_s: float = 300) -> su
     return done
 
 
-def launcher(ranks: int, argv: list[str]) -> list[str]:
+def launcher(ranks, argv):
     program = Path(sys.executable).with_name("deepspeed")
     port = ["--master_port", str(free_port())]  # its default is taken where two test runs share a machine
-    return [str(program), *port, "--num_gpus", str(ranks), str(REPOSITORY / "launch" / "pretrain.py"), *argv]
+    return [str(program), *port, "--num_gpus", str(ranks), str(REPOSITORY / "launch/pretrain.py"), *argv]
 
 
-def ranks_below(launcher: int) -> list[int]:
+def ranks_below(launcher):
     """Process ids of the ranks that a launcher has started; none once it has ended."""
     try:
         family = psutil.Process(launcher).children(recursive=True)
@@ -188,7 +190,7 @@ def ranks_below(launcher: int) -> list[int]:
     return [process.pid for process in family if is_rank(process.pid)]
 
 
-def is_rank(process: int) -> bool:
+def is_rank(process):
     """Whether it runs the job itself: it is no launcher, and no worker process of a rank."""
     try:
         running = psutil.Process(process)
@@ -198,19 +200,19 @@ def is_rank(process: int) -> bool:
         return False
 
 
-def environment() -> dict[str, str]:
+def environment():
     """The launcher starts `python` by name: the one that runs the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
+def rows(out):
     """`metrics.jsonl`, read as strictly as any JSON reader would (no NaN, no Infinity)."""
 
-    def refuse(name: str) -> float:
+    def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
-    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    text = (out / "metrics.jsonl").read_text()
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
@@ -218,16 +220,16 @@ MEASURED = ("tokens_per_s", "tokens_per_s_per_rank", "step_time_s", "peak_memory
 """Fields of a row that two equal runs need not share (the first step of an engine gathers more than the others)."""
 
 
-def curve(out: Path) -> list[dict[str, Any]]:
+def curve(out):
     """`metrics.jsonl` without what was measured on the machine."""
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows(out)]
 
 
-def losses(out: Path) -> torch.Tensor:
+def losses(out):
     """(steps,) the loss of every logged step."""
     return torch.tensor([row["loss"] for row in rows(out) if "loss" in row], dtype=torch.float64)
 
 
-def assert_close_losses(out: Path, reference: Path, rtol: float = 1e-5, atol: float = 0) -> None:
+def assert_close_losses(out, reference, rtol=1e-5, atol=0):
     """The losses of a run are those of another one, to within rounding."""
     torch.testing.assert_close(losses(out), losses(reference), rtol=rtol, atol=atol)

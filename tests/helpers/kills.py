@@ -15,11 +15,10 @@ import pkgutil
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import transformers
@@ -36,7 +35,7 @@ from tests.helpers.tables import rows
 Install = Callable[[], None]
 
 
-def die() -> None:
+def die():
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)  # the signal may take a moment to arrive; nothing else must run meanwhile
 
@@ -44,14 +43,12 @@ def die() -> None:
 # -- ways to die -----------------------------------------------------------------------------------------------------
 
 
-def at_call(
-    owner: Any, name: str, nth: int, begins: Install | None = None, has_ended: Callable[..., None] | None = None
-) -> None:
+def at_call(owner, name, nth, begins=None, has_ended=None):
     """Call `begins` when the n-th call of a function begins, and `has_ended` with its arguments when it has ended."""
     original = getattr(owner, name)
     calls = itertools.count(1)
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args, **kwargs):
         is_nth = next(calls) == nth
         if is_nth and begins is not None:
             begins()
@@ -63,25 +60,25 @@ def at_call(
     setattr(owner, name, patched)
 
 
-def before(owner: Any, name: str, nth: int = 1) -> None:
+def before(owner, name, nth=1):
     """Die when the n-th call begins."""
     at_call(owner, name, nth, begins=die)
 
 
-def after(owner: Any, name: str, nth: int = 1) -> None:
+def after(owner, name, nth=1):
     """Die when the n-th call has ended."""
     at_call(owner, name, nth, has_ended=lambda *args, **kwargs: die())
 
 
-def within(owner: Any, name: str, nth: int, install: Install) -> None:
+def within(owner, name, nth, install):
     """`install` another death when the n-th call begins."""
     at_call(owner, name, nth, begins=install)
 
 
-def torn(owner: Any, name: str, path_of: Callable[..., Path]) -> None:
+def torn(owner, name, path_of):
     """Die in the middle of the first call, which writes the file that `path_of(*arguments)` names."""
 
-    def tear(*args: Any, **kwargs: Any) -> None:
+    def tear(*args, **kwargs):
         path = path_of(*args, **kwargs)
         os.truncate(path, path.stat().st_size // 2)
         die()
@@ -89,11 +86,11 @@ def torn(owner: Any, name: str, path_of: Callable[..., Path]) -> None:
     at_call(owner, name, 1, has_ended=tear)
 
 
-def half_deleted(folder_name: str) -> None:
+def half_deleted(folder_name):
     """Die in the middle of `shutil.rmtree` of a folder whose name contains `folder_name`."""
     original = shutil.rmtree
 
-    def patched(path: Any, *args: Any, **kwargs: Any) -> None:
+    def patched(path, *args, **kwargs):
         if folder_name in Path(path).name and Path(path).exists():
             contents = sorted(file for file in Path(path).rglob("*") if file.is_file())
             assert len(contents) > 1, f"{path} has too few files to be half deleted"
@@ -102,41 +99,41 @@ def half_deleted(folder_name: str) -> None:
             die()
         original(path, *args, **kwargs)
 
-    shutil.rmtree = patched  # type: ignore[assignment]
+    shutil.rmtree = patched
 
 
-def half_a_row() -> None:
+def half_a_row():
     """Die in the middle of a row of metrics.jsonl."""
     record = metrics.MetricsLog._record
 
-    def patched(log: Any, row: dict[str, Any]) -> None:
+    def patched(log, row):
         if log.enabled and row["step"] == 4 and "loss" in row:
             log._file.write(json.dumps(row)[:40])
             log._file.flush()
             die()
         record(log, row)
 
-    metrics.MetricsLog._record = patched  # type: ignore[method-assign]
+    metrics.MetricsLog._record = patched
 
 
-def half_a_tokenizer() -> None:
+def half_a_tokenizer():
     """Die when the tokenizer's folder lacks tokenizer.json."""
     save = transformers.PreTrainedTokenizerBase.save_pretrained
 
-    def patched(tokenizer: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+    def patched(tokenizer, folder, *args, **kwargs):
         save(tokenizer, folder, *args, **kwargs)
         (Path(folder) / "tokenizer.json").unlink()
         die()
 
-    transformers.PreTrainedTokenizerBase.save_pretrained = patched  # type: ignore[assignment,method-assign]
+    transformers.PreTrainedTokenizerBase.save_pretrained = patched
 
 
-def half_a_layer(nth: int) -> None:
+def half_a_layer(nth):
     """Die when half of the n-th frozen weight that is written has its new numbers."""
     calls = itertools.count(1)
     form = AdaptedLinear.form
 
-    def patched(layer: AdaptedLinear, original: Any, updates: Any) -> None:
+    def patched(layer, original, updates):
         before = layer.weight.clone()
         form(layer, original, updates)
         if next(calls) == nth:
@@ -144,19 +141,19 @@ def half_a_layer(nth: int) -> None:
             layer.weight[half:].copy_(before[half:])
             die()
 
-    AdaptedLinear.form = patched  # type: ignore[method-assign]
+    AdaptedLinear.form = patched
 
 
-def cycle_without_its_line() -> None:
+def cycle_without_its_line():
     """Die when the file of the second cycle exists and ledger.json does not name it yet."""
     write = ledger.Ledger._write
 
-    def patched(book: Any, records: Sequence[Any]) -> None:
+    def patched(book, records):
         if len(records) == 2 and "checkpoints" not in book.folder.parts:
             die()
         write(book, records)
 
-    ledger.Ledger._write = patched  # type: ignore[method-assign]
+    ledger.Ledger._write = patched
 
 
 # -- the moments -----------------------------------------------------------------------------------------------------
@@ -198,7 +195,7 @@ STEPS = (
 BEST = ("--best_by", "short:1", "--eval_steps", 1)
 """Flags for an evaluation after each step, most of which make a new best checkpoint."""
 
-UNUSUAL: dict[str, Install] = {
+UNUSUAL = {
     "half a row": half_a_row,
     "half a tokenizer": half_a_tokenizer,
     "half a layer": lambda: half_a_layer(2),
@@ -267,17 +264,17 @@ those of a run with the flags `STEPS`: a checkpoint after every step, merges aft
 before the last evaluation, there is a checkpoint more."""
 
 
-def call_of(text: str) -> tuple[Any, str, int]:
+def call_of(text):
     """(owner, function, number of the call)."""
     name, number = text.split()
     owner, _, function = name.rpartition(".")
     return pkgutil.resolve_name(f"mora_ds{owner}" if owner.startswith(".") else owner), function, int(number)
 
 
-def installer(outer: str, death: str) -> Install:
+def installer(outer, death):
     """What patches a process so that it dies so, in the call `outer` unless that is "-"."""
 
-    def install() -> None:
+    def install():
         when, _, call = death.partition(" ")
         if death in UNUSUAL:
             UNUSUAL[death]()
@@ -298,14 +295,14 @@ MOMENTS["some_layers_replayed"].only_heavy = True
 # -- killing ---------------------------------------------------------------------------------------------------------
 
 
-def doomed_job(argv: list[str], moment: str, victims: Sequence[int]) -> None:
+def doomed_job(argv, moment, victims):
     """A run in which the processes with the ranks `victims` die. For `start_ranks`."""
     if dist.get_rank() in victims:
         MOMENTS[moment].install()
     job(argv)
 
 
-def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int]) -> None:
+def killed_run(world, argv, moment, victims):
     """Run until the processes with the ranks `victims` have died; the others must then end within 30 s.
 
     With all ranks as victims, the others are killed as soon as the first has died, as when a node fails.
@@ -327,7 +324,7 @@ def killed_run(world: int, argv: list[str], moment: str, victims: Sequence[int])
             process.join()
 
 
-def _first_death(processes: list[Any], timeout_s: float) -> Any:
+def _first_death(processes, timeout_s):
     ready = multiprocessing.connection.wait([process.sentinel for process in processes], timeout_s)
     assert ready, "no process died"
     process = next(process for process in processes if process.sentinel in ready)
@@ -335,7 +332,7 @@ def _first_death(processes: list[Any], timeout_s: float) -> Any:
     return process
 
 
-def _last_words(pipes: list[Any]) -> str:
+def _last_words(pipes):
     words = []
     for pipe in pipes:
         try:

@@ -1,7 +1,5 @@
 """Layers and MoRA matrices to put into a merge ledger."""
 
-from pathlib import Path
-
 import torch
 
 from mora_ds.adapters.ops.mora import OperatorSpec
@@ -10,22 +8,22 @@ from mora_ds.common import files
 from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 
 
-def entry(module: str, cycle: int = 0, kind: OperatorKind = OperatorKind.ROTATE, r_hat: int = 6) -> LayerEntry:
+def entry(module, cycle=0, kind=OperatorKind.ROTATE, r_hat=6):
     spec = OperatorSpec(kind, 32, 32, r_hat, Grouping.PERMUTED, permutation_seed(0, module, cycle))
     return LayerEntry(module, f"{module}.weight", False, spec)
 
 
-def layers_of(cycle: int, modules: tuple[str, ...] = ("a.q", "a.v")) -> dict[str, LayerEntry]:
+def layers_of(cycle, modules=("a.q", "a.v")):
     return {module: entry(module, cycle) for module in modules}
 
 
-def squares_for(layers: dict[str, LayerEntry], seed: int) -> dict[str, torch.Tensor]:
+def squares_for(layers, seed):
     generator = torch.Generator().manual_seed(seed)
     sides = {name: layer.operator.r_hat for name, layer in layers.items()}
     return {name: torch.randn(side, side, generator=generator) for name, side in sides.items()}
 
 
-def shortened(folder: Path, cycles: int) -> Ledger:
+def shortened(folder, cycles):
     """The ledger in the folder, of which only the first cycles are left."""
     content = files.read_json(folder / LEDGER_FILE)
     for dropped in content["cycles"][cycles:]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 _SMAPS = Path("/proc/self/smaps")
 _MAPPING = re.compile(
     r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) (\d+)(?:.*\n)+?Anonymous: +(\d+)", re.MULTILINE
@@ -39,7 +37,7 @@ class Mappings:
     mappings: list[_Mapping]
 
     @classmethod
-    def read(cls) -> Mappings:
+    def read(cls):
         """The mappings as they are now."""
         mappings = []
         for mapping in _MAPPING.finditer(_SMAPS.read_text() if _SMAPS.exists() else ""):
@@ -57,7 +55,7 @@ class Mappings:
                 )
         return cls(sorted(mappings))
 
-    def place_of(self, tensor: Tensor) -> str | None:
+    def place_of(self, tensor):
         """Where the tensor's bytes come from; None for one on another device, in memory of its own, or in a mapped
         file some of which this process has written to."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():

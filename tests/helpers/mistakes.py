@@ -5,15 +5,11 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mora_ds.commands import dispatch
 from mora_ds.common.errors import UserError
-from tests.helpers.jobs import Playground
 from tests.helpers.tables import parsed, rows
 
 NUMBER_5000 = "1" * 5_000
@@ -23,7 +19,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 """More brackets than Python's JSON reader follows."""
 
 
-def answer(program: Callable[[], Any], name: str, flags: list[str]) -> tuple[int, str]:
+def answer(program, name, flags):
     """(exit code, message) of a program in this process. An error that is not the project's own has code 1 and a
     traceback, as on a command line."""
     with pytest.MonkeyPatch.context() as patch:
@@ -39,12 +35,12 @@ def answer(program: Callable[[], Any], name: str, flags: list[str]) -> tuple[int
     return 0, ""
 
 
-def command(name: str, flags: list[str]) -> tuple[int, str]:
+def command(name, flags):
     """`answer` of `mora-ds NAME`."""
     return answer(lambda: dispatch.run(name), f"mora-ds {name}", flags)
 
 
-def flags_of(case: str, defaults: list[str], paths: dict[str, Path]) -> list[str]:
+def flags_of(case, defaults, paths):
     """The words of `case`, with the paths of `places` in place of {NAME}, after the flags `defaults`; "-FLAG" takes a
     flag and its value out of them. A recipe comes first, as it has to."""
     words = shlex.split(case.format(**paths))
@@ -56,7 +52,7 @@ def flags_of(case: str, defaults: list[str], paths: dict[str, Path]) -> list[str
     return [*recipe, *remaining, *words]
 
 
-def write(folder: Path, name: str, content: str | bytes) -> None:
+def write(folder, name, content):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -94,7 +90,7 @@ comma | {"zero_optimization": {"stage": 3},}
 """
 
 
-def deepspeed_files(folder: Path) -> None:
+def deepspeed_files(folder):
     """ds/NAME.json, each with one wrong value."""
     unusual = {
         "empty": "",
@@ -134,7 +130,7 @@ targets/format | format: 99
 """
 
 
-def yaml_files(folder: Path) -> None:
+def yaml_files(folder):
     """recipes/NAME.yaml, mix/NAME.yaml and targets/NAME.yaml, each with one mistake."""
     unusual = {
         "recipes/tab": "seed:\t1\n\tbf16: true\n",
@@ -173,12 +169,10 @@ code | {auto_map: {AutoModelForCausalLM: modeling.Model}, model_type: own}
 """Changes of a good config."""
 
 
-def model_folders(folder: Path, user: Playground) -> None:
+def model_folders(folder, user):
     """models/NAME, each a copy of the user's model with one mistake."""
     config = json.loads((user.model / "config.json").read_text())
-    files: dict[str, dict[str, str | bytes]] = {
-        name: {"config.json": json.dumps({**config, **parsed(change)})} for name, change in rows(CONFIGS)
-    }
+    files = {name: {"config.json": json.dumps({**config, **parsed(change)})} for name, change in rows(CONFIGS)}
     tokens = json.loads((user.model / "tokenizer_config.json").read_text())
     weights = (user.model / "model.safetensors").read_bytes()
     (length,) = memoryview(weights[:8]).cast("Q")
@@ -187,13 +181,13 @@ def model_folders(folder: Path, user: Playground) -> None:
     names = list(tensors)
     first = next(iter(tensors))
 
-    def with_header(content: str) -> bytes:
+    def with_header(content):
         return len(content).to_bytes(8, "little") + content.encode() + weights[8 + length :]
 
-    def changed(**facts: Any) -> str:
+    def changed(**facts):
         return json.dumps({**tensors, first: {**tensors[first], **facts}})
 
-    def index(weight_map: Any) -> dict[str, str | bytes]:
+    def index(weight_map):
         return {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}), "part.safetensors": weights}
 
     files |= {
@@ -218,7 +212,7 @@ def model_folders(folder: Path, user: Playground) -> None:
         "tokenizer_deep": {"tokenizer_config.json": f'{{"a": {DEEP}}}'},
         "tokenizer_class": {"tokenizer_config.json": '{"tokenizer_class": "NoTokenizer"}'},
     }  # fmt: skip
-    sharded: dict[str, Any] = {
+    sharded = {
         "index_lists": {name: ["part.safetensors"] for name in names},
         "index_numbers": dict.fromkeys(names, 3),
         "index_none": {},
@@ -243,15 +237,15 @@ def model_folders(folder: Path, user: Playground) -> None:
             path.unlink()
 
 
-def broken_tokenizer(user: Playground, **model: Any) -> str:
+def broken_tokenizer(user, **model):
     content = json.loads((user.model / "tokenizer.json").read_text())
     content["model"].update({"type": "BPE", "vocab": {"a": 0, "b": 1}, **model})
     return json.dumps(content)
 
 
-def text_files(folder: Path) -> None:
+def text_files(folder):
     """text/NAME, each with one mistake."""
-    contents: dict[str, str | bytes] = {
+    contents = {
         "empty.txt": b"",
         "torn.jsonl": b'{"text": "fine"}\n{"text": "torn\n',
         "column.jsonl": b'{"txt": "fine"}\n',
@@ -277,7 +271,7 @@ def text_files(folder: Path) -> None:
     (folder / "emptydir").mkdir()
 
 
-def make_mistakes(folder: Path, user: Playground) -> None:
+def make_mistakes(folder, user):
     """All of the files above, in `folder`."""
     deepspeed_files(folder)
     yaml_files(folder)

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import yaml
@@ -13,19 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
 
-_CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-FAMILIES: dict[str, dict[str, Any]] = _CONFIGS["families"]
-MIXTURES: dict[str, dict[str, Any]] = _CONFIGS["mixtures"]
+_CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+FAMILIES = _CONFIGS["families"]
+MIXTURES = _CONFIGS["mixtures"]
 """Models with experts in one tensor a projection, each of another class."""
 
-MASKLESS: dict[str, dict[str, Any]] = _CONFIGS["maskless"]
+MASKLESS = _CONFIGS["maskless"]
 """Small configs of models that take no mask from the positions: documents in one row see each other."""
 
 NO_SDPA = ("gemma2", "gpt_oss")
 """transformers refuses sdpa for capped scores and for sinks."""
 
 
-def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def tiny_model(family="llama", seed=0, dtype=torch.float32, **changes):
     """A randomly initialised causal LM; the same on every call with the same arguments."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**{**FAMILIES, **MIXTURES}[family], **changes})
@@ -46,33 +45,31 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def with_own_code(llama: Path, folder: Path) -> Path:
+def with_own_code(llama, folder):
     """The Llama in a folder, which may be the same, as a model whose code comes with it."""
     if folder != llama:
         shutil.copytree(llama, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config.update(model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=auto_map)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "modeling_own.py").write_text(OWN_CODE, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text(OWN_CODE)
     return folder
 
 
-def model_with_mora(family: str = "llama", **adapter: Any) -> Any:
+def model_with_mora(family="llama", **adapter):
     """A tiny model with new MoRA matrices. `adapter`: settings of `MoRAConfig`, of rank 4 unless they say otherwise."""
     model = tiny_model(family)
     inject(model, MoRAConfig(**{"rank": 4, **adapter}))
     return model
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model):
     """Recompute activations in the backward pass, as a run with --gradient_checkpointing does."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def adapted_model(
-    family: str = "llama", checkpointing: bool = False, model: dict[str, Any] | None = None, **adapter: Any
-) -> Any:
+def adapted_model(family="llama", checkpointing=False, model=None, **adapter):
     """A tiny model with MoRA matrices (rank 4, operator share) that are not zero, so that every path has a gradient.
 
     `model`: changes of its config; `adapter`: of `MoRAConfig`.
@@ -86,18 +83,18 @@ def adapted_model(
     return adapted
 
 
-def tokens(rows: int, length: int = 16, seed: int = 0, vocab: int = 128) -> torch.Tensor:
+def tokens(rows, length=16, seed=0, vocab=128):
     """(rows, length) random token ids."""
     return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def causal_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def causal_loss(model, ids):
     """Mean next-token loss; works on models and engines."""
     logits = model(input_ids=ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def alone() -> Any:
+def alone():
     """What `load_base` asks of the ranks of a run, in one process without a group."""
     return SimpleNamespace(
         agree=lambda what, work, long=False: work(), on_first=lambda what, work, long=False: work(),

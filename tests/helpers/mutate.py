@@ -3,15 +3,12 @@
 import json
 import os
 import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 from tests.helpers.crafted import change_header
 
-VALUES: tuple[Any, ...] = (
+VALUES = (
     None, True, False, -1, 0, 1, 2, 3, 7, 1000, 2**16, 2**24, 2**31, 2**32, 2**63, 10**12, 10**30, 0.5, 1e308,
     float("nan"), float("inf"), "", ".", "..", "../../escape", "../escape", "{case}/escape", "/dev/zero", "a/b", "a\0b",
     "a\nb", "\ud800", "x" * 300, "x" * 100_000, "re:(x+x+)+y", "*", "model.norm.weight", "rotate", "lora", "stack",
@@ -24,11 +21,11 @@ TEXTS = ("[" * 5000, "9" * 5000, "{}", "[]", "", "null", '"text"', "\xff\xfe", "
 class Mutator:
     """Changes one thing in a folder. The same seed makes the same changes."""
 
-    def __init__(self, seed: int, case: Path) -> None:
+    def __init__(self, seed, case):
         self._random = random.Random(seed)
         self._case = case
 
-    def mutate(self, folder: Path) -> str:
+    def mutate(self, folder):
         """Change one file below `folder`. Returns its name and the kind of change, for the report."""
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         if not files:
@@ -42,10 +39,10 @@ class Mutator:
             outcome = f"unchanged, {type(error).__name__}"
         return f"{path.relative_to(folder)}: {outcome}"
 
-    def _replace(self, path: Path) -> None:
+    def _replace(self, path):
         """Take the file away, or put something else in its place."""
         path.unlink()
-        replacements: tuple[Callable[[], object], ...] = (
+        replacements = (
             lambda: None,
             lambda: path.symlink_to(self._case / "canary"),
             lambda: path.symlink_to(path.parent),
@@ -55,7 +52,7 @@ class Mutator:
         )
         self._random.choice(replacements)()
 
-    def _damage(self, path: Path) -> None:
+    def _damage(self, path):
         """Cut the file off somewhere, or change some of its first bytes."""
         content = bytearray(path.read_bytes())
         if self._random.random() < 0.5:
@@ -65,32 +62,32 @@ class Mutator:
                 content[self._random.randrange(min(len(content), 4096))] = self._random.randrange(256)
         path.write_bytes(bytes(content))
 
-    def _rewrite(self, path: Path) -> None:
+    def _rewrite(self, path):
         """Change one value of what the file holds, in its own format."""
         if path.suffix == ".json":
-            path.write_text(json.dumps(self._changed(json.loads(path.read_text("utf-8")))), encoding="utf-8")
+            path.write_text(json.dumps(self._changed(json.loads(path.read_text()))))
         elif path.suffix == ".yaml":
-            path.write_text(yaml.safe_dump(self._changed(yaml.safe_load(path.read_text("utf-8")))), encoding="utf-8")
+            path.write_text(yaml.safe_dump(self._changed(yaml.safe_load(path.read_text()))))
         elif path.suffix == ".safetensors":
             change_header(path, self._change_header)
         else:
             self._damage(path)
 
-    def _change_header(self, header: dict[str, Any]) -> None:
+    def _change_header(self, header):
         metadata = header.get("__metadata__", {})
         if "layers" in metadata and self._random.random() < 0.7:
             metadata["layers"] = json.dumps(self._changed(json.loads(metadata["layers"])))
         else:
             self._changed(header)
 
-    def _changed(self, content: Any) -> Any:
+    def _changed(self, content):
         """`content` with one change somewhere: mostly in place, seldom another value instead of the whole."""
-        entries: list[tuple[Any, Any]] = []
+        entries = []
         waiting = [content]
         while waiting:
             container = waiting.pop()
             if isinstance(container, dict):
-                keys: list[Any] = list(container)
+                keys = list(container)
             else:
                 keys = list(range(len(container))) if isinstance(container, list) else []
             entries += [(container, key) for key in keys]
@@ -109,6 +106,6 @@ class Mutator:
             container[key] = self._value()
         return content
 
-    def _value(self) -> Any:
+    def _value(self):
         value = self._random.choice(VALUES)
         return value.replace("{case}", str(self._case)) if isinstance(value, str) else value

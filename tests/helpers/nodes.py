@@ -7,10 +7,7 @@ with two_nodes() as nodes:
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tests.helpers.jobs import environment
 
@@ -23,27 +20,27 @@ class Node:
     """A process that does nothing but live in the node's namespaces."""
     address: str
 
-    def command(self, words: Sequence[str]) -> list[str]:
+    def command(self, words):
         return ["nsenter", "-t", str(self.holder), "-U", "-n", "-m", "--preserve-credentials", *words]
 
-    def start(self, words: Sequence[str], log: Path, **more: Any) -> subprocess.Popen[str]:
+    def start(self, words, log, **more):
         """gloo would look for the machine's own name otherwise, which no namespace has an address for."""
         env = {**environment(), "GLOO_SOCKET_IFNAME": INTERFACE}
         with log.open("w") as file:
             return subprocess.Popen(self.command(words), stdout=file, stderr=file, env=env, text=True, **more)
 
-    def run(self, *words: str) -> None:
+    def run(self, *words):
         subprocess.run(self.command(words), check=True, capture_output=True, text=True)
 
-    def mount(self, folder: Path) -> None:
+    def mount(self, folder):
         """A disk of the node's own in place of what the others see there."""
         self.run("mount", "-t", "tmpfs", "none", str(folder))
 
-    def unplug(self) -> None:
+    def unplug(self):
         self.run("ip", "link", "set", INTERFACE, "down")
 
 
-def trouble() -> str | None:
+def trouble():
     """Why this machine cannot do it, if it cannot."""
     try:
         with two_nodes():
@@ -53,7 +50,7 @@ def trouble() -> str | None:
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[tuple[Node, Node]]:
+def two_nodes():
     with contextlib.ExitStack() as stack:
         first = Node(_hold(stack, ["unshare", "-rnm"]), "10.77.0.1")
         inner = first.command(["unshare", "-nm"])
@@ -67,7 +64,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
         yield first, second
 
 
-def _hold(stack: contextlib.ExitStack, unshare: list[str]) -> int:
+def _hold(stack, unshare):
     """Start a process in namespaces of its own, which live as long as it does."""
     ready = subprocess.Popen([*unshare, "sh", "-c", "echo ready; exec sleep 3600"], stdout=subprocess.PIPE, text=True)
     stack.callback(ready.wait)
@@ -78,7 +75,7 @@ def _hold(stack: contextlib.ExitStack, unshare: list[str]) -> int:
     return ready.pid
 
 
-def wait_for(path: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
+def wait_for(path, processes):
     """Until `path` exists; the processes must go on meanwhile."""
     until = time.monotonic() + 120
     while not path.exists():

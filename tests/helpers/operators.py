@@ -1,13 +1,10 @@
 """Every MoRA operator on every shape that the tests try, and a layer computed in each of the two ways."""
 
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from mora_ds.adapters.ops.index_tables import OPERATORS
-from mora_ds.adapters.ops.linear import Compute, mora_linear
+from mora_ds.adapters.ops.linear import mora_linear
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import OperatorKind
 from tests.helpers import plain_kernels  # noqa: F401  (layers of a CPU can take the path of a GPU)
@@ -53,7 +50,7 @@ SHAPES = """
 """d_in | d_out | r_hat"""
 
 
-def specs() -> Iterator[OperatorSpec]:
+def specs():
     for kind, grouping in KINDS_AND_GROUPINGS:
         for d_in, d_out, r_hat in (map(int, row) for row in rows(SHAPES)):
             if r_hat % OPERATORS[kind].smallest_side:
@@ -61,22 +58,22 @@ def specs() -> Iterator[OperatorSpec]:
             yield OperatorSpec(kind, d_in, d_out, r_hat, grouping, seed=17)
 
 
-def spec_id(spec: OperatorSpec) -> str:
+def spec_id(spec):
     return f"{spec.kind.value}-{spec.grouping.value}-{spec.d_in}-{spec.d_out}-{spec.r_hat}"
 
 
-def blocks_onto_wrapped_outputs(spec: OperatorSpec) -> tuple[Tensor, Tensor]:
+def blocks_onto_wrapped_outputs(spec):
     """One number of all blocks after the other onto one output after the other, from the first again: an output reads
     several blocks, in each another row of M."""
     numbers = torch.arange(spec.blocks_in * spec.r_hat).unsqueeze(0)
     return numbers % spec.d_in, numbers % spec.d_out
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
+def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same_bits_for_every_number_of_threads(compute: Callable[[], Tensor]) -> None:
+def assert_same_bits_for_every_number_of_threads(compute):
     threads = torch.get_num_threads()
     results = []
     try:
@@ -88,12 +85,12 @@ def assert_same_bits_for_every_number_of_threads(compute: Callable[[], Tensor]) 
     assert torch.equal(*results)
 
 
-def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
+def saved_bytes(step, *not_counted):
     """Bytes of the storages that autograd saves from a forward, each once."""
-    storages: dict[int, int] = {}
+    storages = {}
     excluded = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
 
-    def save(tensor: Tensor) -> Tensor:
+    def save(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             storages[storage.data_ptr()] = storage.nbytes()
@@ -105,7 +102,7 @@ def saved_bytes(step: Callable[[], Tensor], *not_counted: Tensor) -> int:
     return sum(storages.values())
 
 
-def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+def outputs_and_gradients(spec, dtype, layer):
     """2 y, dL/dx, dL/dM of one layer, in float64; y is doubled in place, which a model may do with a layer's output."""
     x = random(2, 3, spec.d_in)
     square = random(spec.r_hat, spec.r_hat, seed=1)
@@ -118,9 +115,9 @@ def outputs_and_gradients(spec: OperatorSpec, dtype: torch.dtype, layer: Callabl
     return tuple(tensor.double() for tensor in (y, *torch.autograd.grad(y, (x, square), g.to(dtype))))
 
 
-def by_definition(spec: OperatorSpec) -> Callable[..., Tensor]:
+def by_definition(spec):
     return lambda x, weight, bias, square: F.linear(x, weight + delta_weight(spec, square), bias)
 
 
-def by_path(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
+def by_path(spec, path):
     return lambda x, weight, bias, square: mora_linear(x, weight, bias, square, spec, path)

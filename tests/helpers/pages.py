@@ -13,6 +13,6 @@ PAGES = [
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
-def prose(page: Path) -> str:
+def prose(page):
     """A page without its blocks of code."""
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
+    return FENCE.sub("", page.read_text())

@@ -7,24 +7,18 @@
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import pytest
 
 
-def pairwise(
-    parameters: Mapping[str, Sequence[Any]], valid: Callable[..., bool] = lambda **case: True
-) -> pytest.MarkDecorator:
+def pairwise(parameters, valid=lambda **case: True):
     """Parametrize a test with cases that hold every pair of values, of all that `valid(**case)` accepts."""
     return pytest.mark.parametrize(
         list(parameters), [pytest.param(*case.values(), id=_name(case)) for case in pairwise_cases(parameters, valid)]
     )
 
 
-def pairwise_cases(
-    parameters: Mapping[str, Sequence[Any]], valid: Callable[..., bool] = lambda **case: True
-) -> list[dict[str, Any]]:
+def pairwise_cases(parameters, valid=lambda **case: True):
     """The same cases, as dicts.
 
     Greedy: the next case is the one of the product with the most pairs that no earlier case has; the first of equals.
@@ -41,7 +35,7 @@ def pairwise_cases(
     return chosen
 
 
-def _pairs(case: Mapping[str, Any], parameters: Mapping[str, Sequence[Any]]) -> set[Any]:
+def _pairs(case, parameters):
     """Every two (parameter, position of its value); the single one, where there is one parameter.
 
     Positions, as a value need not be hashable.
@@ -50,7 +44,7 @@ def _pairs(case: Mapping[str, Any], parameters: Mapping[str, Sequence[Any]]) -> 
     return set(itertools.combinations(settings, min(2, len(settings))))
 
 
-def _name(case: Mapping[str, Any]) -> str:
+def _name(case):
     """Such as "stage=3-bf16-offload": a string stands for itself, True for its parameter, False for nothing."""
     words = []
     for name, value in case.items():

@@ -7,39 +7,38 @@ Shape legend: `mora_ds.adapters.kernels.tables`.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from mora_ds.adapters.kernels.ops import NAMES
 from mora_ds.adapters.ops.gather import rotate, signed
 
 
 def gather_sum(
-    x: Tensor,
-    table: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    back: bool,
-) -> Tensor:
+    x,
+    table,
+    cos,
+    sin,
+    back,
+):
     """See `ops.gather_sum`."""
     return _sums(x, table, cos, sin, back).to(x.dtype)
 
 
 def gather_add_(
-    y: Tensor,
-    x: Tensor,
-    table: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    back: bool,
-) -> None:
+    y,
+    x,
+    table,
+    cos,
+    sin,
+    back,
+):
     """See `ops.gather_add_`."""
     y.copy_(_sums(x, table, cos, sin, back).add_(y))
 
 
 def form(
-    weight: Tensor, scales: Tensor | None, square: Tensor, unfold: Tensor, slots: Tensor, members: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, blocks: int,
-) -> Tensor:  # fmt: skip
+    weight, scales, square, unfold, slots, members,
+    cos, sin, blocks,
+) :  # fmt: skip
     """See `ops.form`."""
     del members
     r_hat = len(square)
@@ -56,25 +55,25 @@ def form(
     return delta.add_(base).to(square.dtype)
 
 
-def product(c: Tensor, z: Tensor) -> Tensor:
+def product(c, z):
     """See `ops.product`."""
     blocks = torch.arange(z.shape[1], device=c.device) % c.shape[1]
     terms_of_c = _wide(c).index_select(1, blocks).flatten(0, 1)
     return (terms_of_c.T @ _wide(z).flatten(0, 1)).unsqueeze(0).to(c.dtype)
 
 
-def sum_parts(partial_sums: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_parts(partial_sums, dtype):
     """See `ops.sum_parts`."""
     return partial_sums.sum(dim=0).to(dtype)
 
 
 def _sums(
-    x: Tensor,
-    table: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    back: bool,
-) -> Tensor:
+    x,
+    table,
+    cos,
+    sin,
+    back,
+):
     wide = _wide(x)
     if back:
         wide = _unturned(wide, cos, sin)
@@ -88,17 +87,17 @@ def _sums(
 
 
 def _unturned(
-    rows: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> Tensor:
+    rows,
+    cos,
+    sin,
+):
     """(T, N * R), each block rotated back; itself where nothing is rotated."""
     if cos is None or sin is None:
         return rows
     return rotate(rows.view(-1, len(cos), 2 * cos.shape[1]), *signed(cos, sin), back=True).flatten(1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(x):
     """x in the dtype that sums are made in."""
     return x if x.dtype == torch.float64 else x.float()
 

@@ -14,10 +14,7 @@ import os
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from typing import Any
 
 import deepspeed.utils.groups
 import numpy as np
@@ -26,11 +23,11 @@ import torch.distributed as dist
 
 from tests.helpers import gloo
 
-_pools: dict[int, tuple[list[Connection], list[Any]]] = {}
+_pools = {}
 """Number of ranks -> the connections to them and their processes, of those that wait for work."""
 
 
-def run_pooled(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
+def run_pooled(world, function, *arguments, timeout_s=240):
     """The results of all ranks. Raises `RankFailed` where one of them fails, and throws the pool away."""
     connections, processes = _pools.pop(world, None) or _start(world)
     try:
@@ -44,7 +41,7 @@ def run_pooled(world: int, function: Callable[..., Any], *arguments: Any, timeou
     return results
 
 
-def _start(world: int) -> tuple[list[Connection], list[Any]]:
+def _start(world):
     pairs = [gloo.context.Pipe() for _ in range(world)]
     _, processes = gloo.start_ranks(world, _serve, [theirs for _, theirs in pairs])
     for _, theirs in pairs:
@@ -53,12 +50,12 @@ def _start(world: int) -> tuple[list[Connection], list[Any]]:
 
 
 @atexit.register
-def _end_all() -> None:
+def _end_all():
     for _, processes in _pools.values():
         gloo.end(processes)
 
 
-def _serve(connections: list[Connection]) -> None:
+def _serve(connections):
     """On a rank: calls what arrives, until nobody asks any more."""
     connection = connections[dist.get_rank()]
     for other in connections:
@@ -80,7 +77,7 @@ def _serve(connections: list[Connection]) -> None:
 
 
 @contextmanager
-def _as_before() -> Iterator[None]:
+def _as_before():
     """Puts back what a call may change of its process."""
     environment = dict(os.environ)
     folder = os.getcwd()

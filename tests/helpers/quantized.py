@@ -1,16 +1,14 @@
 """Layers over a base of few bits: what the tests of 8 and of 4 bits share."""
 
 from itertools import product
-from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.inject import count_parameters, frozen_buffers, inject, mora_layers
-from mora_ds.adapters.layer import AdaptedLinear, LoRALinear, MoRALinear
+from mora_ds.adapters.layer import LoRALinear, MoRALinear
 from mora_ds.adapters.ops import mora
 from mora_ds.adapters.ops.linear import Compute
 from mora_ds.adapters.ops.lora import LoRASpec
@@ -20,7 +18,7 @@ from tests.helpers.operators import random
 LORA = [LoRASpec(12, 9, 3, 6.0), LoRASpec(7, 20, 2, 4.0)]
 
 
-def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
+def base_of(spec, conv, dtype=torch.float64):
     """A linear layer of the sides of `spec`, stored transposed with `conv`."""
     base = Conv1D(spec.d_out, spec.d_in) if conv else nn.Linear(spec.d_in, spec.d_out)
     weight = random(spec.d_out, spec.d_in, seed=2)
@@ -29,18 +27,18 @@ def base_of(spec: Any, conv: bool, dtype: torch.dtype = torch.float64) -> nn.Mod
     return base
 
 
-def adapt(base: nn.Module, spec: Any, path: Compute = Compute.AUTO) -> AdaptedLinear:
+def adapt(base, spec, path=Compute.AUTO):
     """The layer that replaces `base`."""
     return LoRALinear(base, spec, seed=1) if isinstance(spec, LoRASpec) else MoRALinear(base, spec, compute=path)
 
 
-def in_bits(layer: AdaptedLinear, bits: int) -> AdaptedLinear:
+def in_bits(layer, bits):
     """The layer with its frozen weight in so many bits."""
     layer.quantize(layer.weight, bits)
     return layer
 
 
-def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
+def found_by(layer, spec):
     """y, dL/dx, dL/dM."""
     dtype = layer.value.dtype
     x = random(2, 3, spec.d_in).to(dtype).requires_grad_()
@@ -49,15 +47,13 @@ def found_by(layer: Any, spec: Any) -> tuple[Tensor, ...]:
     return (y, *torch.autograd.grad(y, (x, layer.value), g))
 
 
-def assert_computes_as_over_dense(
-    spec: Any, bits: int, merged: list[tuple[Any, Tensor]], monkeypatch: pytest.MonkeyPatch, rtol: float, atol: float
-) -> None:
+def assert_computes_as_over_dense(spec, bits, merged, monkeypatch, rtol, atol):
     """A layer over few bits, beside which the cycles `merged` act, finds what the layer over the dense weight plus all
     their deltas does: by both paths, as on a CPU and on a GPU, in a linear layer and in a Conv1D."""
     for sums, path, conv in product((True, False), (Compute.ACTIVATION, Compute.WEIGHT), (False, True)):
         monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
-        layer: Any = in_bits(adapt(base_of(spec, conv), spec, path), bits)
-        base: Any = base_of(spec, conv)
+        layer = in_bits(adapt(base_of(spec, conv), spec, path), bits)
+        base = base_of(spec, conv)
         base.weight.data = layer.read().double()
         for update, value in merged:
             delta = update.delta_weight(value)
@@ -74,7 +70,7 @@ def assert_computes_as_over_dense(
             assert_close(one, right, rtol=rtol, atol=atol)
 
 
-def model_in_few_bits(config: Any) -> tuple[Any, int]:
+def model_in_few_bits(config):
     """A tiny model with tied embeddings and biases, of which the adapted weights alone are in few bits and every
     parameter still counts once; and the bytes of these weights with their scales."""
     model = tiny_model("qwen2")

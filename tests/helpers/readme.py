@@ -6,8 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def code_with(word: str, page: str = "README.md") -> str:
+def code_with(word, page="README.md"):
     """The one block of Python on a page that contains `word`."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     (code,) = (block for block in blocks if word in block)
     return code

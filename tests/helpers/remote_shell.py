@@ -17,7 +17,7 @@ NODES = "TEST_NODES"
 """Environment variable: ADDRESS=PID,ADDRESS=PID; the process lives in the node's namespaces."""
 
 
-def install(folder: Path) -> Path:
+def install(folder):
     folder.mkdir()
     for name in ("ssh", "pdsh"):
         program = folder / name
@@ -26,14 +26,14 @@ def install(folder: Path) -> Path:
     return folder
 
 
-def start(host: str, line: str) -> subprocess.Popen[bytes]:
+def start(host, line):
     holder = dict(pair.split("=") for pair in os.environ[NODES].split(","))[host]
     enter = ["nsenter", "-t", holder, "-U", "-n", "--preserve-credentials", "sh", "-c", line]
     clean = {name: os.environ[name] for name in ("HOME", "PATH") if name in os.environ}
     return subprocess.Popen(enter, env=clean, cwd=clean.get("HOME", "/"), stdin=subprocess.DEVNULL)
 
 
-def main(program: str, words: list[str]) -> int:
+def main(program, words):
     hosts = ""
     while words and words[0].startswith("-"):
         option = words.pop(0)

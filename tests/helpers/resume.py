@@ -1,9 +1,5 @@
 """Interrupted runs, and what must be the same after they have been resumed."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -16,16 +12,16 @@ MERGING = ("--max_steps", 9, "--merge_every", 3, "--restart_warmup_steps", 1, "-
 """Merges after steps 3 and 6; checkpoints at 2, 4, 6 (right after a merge), 8 and 9."""
 
 
-def interrupted_job(argv: list[str], step: int) -> None:
+def interrupted_job(argv, step):
     """A run that stops dead after optimizer step `step`, and whatever follows it (a merge, a checkpoint)."""
     after_step = Trainer._after_step
 
-    def stop(trainer: Trainer) -> None:
+    def stop(trainer):
         after_step(trainer)
         if trainer.state.step == step:
             raise KeyboardInterrupt
 
-    Trainer._after_step = stop  # type: ignore[method-assign]  # in this forked rank alone
+    Trainer._after_step = stop  # in this forked rank alone
     try:
         job(argv)
     except KeyboardInterrupt:
@@ -33,19 +29,19 @@ def interrupted_job(argv: list[str], step: int) -> None:
     raise AssertionError("the run was to be interrupted")
 
 
-def disturb(step: int, act: Callable[[Trainer], object]) -> None:
+def disturb(step, act):
     """From now on this forked rank calls `act` once optimizer step `step` is done, before whatever follows it."""
     after_step = Trainer._after_step
 
-    def patched(trainer: Trainer) -> None:
+    def patched(trainer):
         if trainer.state.step == step:
             act(trainer)
         after_step(trainer)
 
-    Trainer._after_step = patched  # type: ignore[method-assign]  # in this forked rank alone
+    Trainer._after_step = patched  # in this forked rank alone
 
 
-def stop_and_resume(ranks: int, argv: list[str], *steps: int) -> dict[str, Any]:
+def stop_and_resume(ranks, argv, *steps):
     """A run that stops dead after each of `steps` and is resumed by auto each time; the summary of the last part."""
     argv = [*argv, "--resume_from_checkpoint", "auto"]
     for step in steps:
@@ -53,7 +49,7 @@ def stop_and_resume(ranks: int, argv: list[str], *steps: int) -> dict[str, Any]:
     return run(ranks, argv)
 
 
-def assert_one_run(flags: Callable[..., list[str]], folder: Path, wide_job: Callable[[list[str]], Any] = job) -> None:
+def assert_one_run(flags, folder, wide_job=job):
     """A run of one rank, in folder/whole, is the same to the bit where it is stopped twice and resumed, in folder/out,
     and has the same losses on two ranks with micro-batches of one row, in folder/wide.
 
@@ -68,9 +64,9 @@ def assert_one_run(flags: Callable[..., list[str]], folder: Path, wide_job: Call
     assert_close_losses(wide, whole)
 
 
-def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:
+def checkpoint_tensors(out):
     """Squares, other trained tensors and every cycle of the ledger, as the last checkpoint has them."""
-    latest = out / "checkpoints" / "latest"
+    latest = out / "checkpoints/latest"
     tensors = load_file(latest / "adapter.safetensors")
     tensors |= {f"probe.{name}": tensor for name, tensor in load_file(latest / "probe.safetensors").items()}
     for cycle in sorted((latest / "ledger").glob("cycle-*")):
@@ -78,24 +74,24 @@ def checkpoint_tensors(out: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_same_tensors(one: dict[str, torch.Tensor], another: dict[str, torch.Tensor], where: object = "") -> None:
+def assert_same_tensors(one, another, where=""):
     assert one.keys() == another.keys(), where
     for name in one:
         assert torch.equal(one[name], another[name]), (name, where)
 
 
-def assert_same_result(out: Path, whole: Path) -> None:
+def assert_same_result(out, whole):
     """The same losses and the same last checkpoint, whatever else was logged."""
     assert torch.equal(losses(out), losses(whole))
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
-def assert_same_run(out: Path, whole: Path) -> None:
+def assert_same_run(out, whole):
     assert curve(out) == curve(whole)
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
 
 
-def assert_close_runs(out: Path, whole: Path) -> None:
+def assert_close_runs(out, whole):
     """The same losses and the same last checkpoint, up to the order in which ranks sum."""
     assert_close_losses(out, whole)
     tensors = checkpoint_tensors(out)

@@ -1,8 +1,5 @@
 """Engine shards, written as a checkpoint has them."""
 
-from pathlib import Path
-from typing import Any
-
 import torch.distributed as dist
 
 from mora_ds.engine import shards
@@ -10,7 +7,7 @@ from mora_ds.runtime.exchange import gather_to_first
 from mora_ds.runtime.ranks import Ranks
 
 
-def save_engine(engine: Any, folder: Path) -> None:
+def save_engine(engine, folder):
     """The shards of all ranks and their table in `folder/engine`. Collective."""
     layout, shard, tensors = shards.take(engine)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,12 @@
 
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 Snapshot = dict[str, tuple[str, int, bytes]]
 
 
-def snapshot(path: Path) -> Snapshot:
+def snapshot(path):
     """{relative name: (kind, mode, content)} of `path` and all below it, links not followed; {} where it is missing.
 
     The content of a link is its target, that of a folder empty.
@@ -19,7 +17,7 @@ def snapshot(path: Path) -> Snapshot:
     return {os.path.relpath(entry, path): _facts(entry) for entry in (path, *sorted(path.rglob("*")))}
 
 
-def _facts(path: Path) -> tuple[str, int, bytes]:
+def _facts(path):
     mode = stat.S_IMODE(path.lstat().st_mode)
     if path.is_symlink():
         return "link", mode, os.readlink(path).encode()
@@ -27,14 +25,14 @@ def _facts(path: Path) -> tuple[str, int, bytes]:
 
 
 @contextmanager
-def untouched(path: Path) -> Iterator[None]:
+def untouched(path):
     """Fails where the block changes anything at `path`, or makes it."""
     before = snapshot(path)
     yield
     assert_same(path, before)
 
 
-def assert_same(path: Path, before: Snapshot) -> None:
+def assert_same(path, before):
     """Fails, naming what differs, where `path` does not hold what it held."""
     after = snapshot(path)
     names = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))

@@ -2,14 +2,12 @@
 
 import gzip
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from mora_ds.data import Corpus, DocumentStream, Encoder, StreamSource
+from mora_ds.data import DocumentStream, Encoder, StreamSource
 
 T = 16
 
@@ -20,16 +18,16 @@ class Letters:
     bos_token_id = None
     eos_token_id = 0
 
-    def __call__(self, text: str, **anything: Any) -> dict[str, list[int]]:
+    def __call__(self, text, **anything):
         return {"input_ids": [ord(letter) - 96 for letter in text]}
 
 
-def documents(count: int = 90) -> list[str]:
+def documents(count=90):
     """Of all lengths, empty ones among them."""
     return ["" if n % 17 == 3 else f"document {n}: " + "def f(x): return x\n" * (n * n % 23) for n in range(count)]
 
 
-def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
+def write(folder, kind, texts):
     """Three shards of one format."""
     folder.mkdir()
     for number in range(3):
@@ -50,15 +48,15 @@ def write(folder: Path, kind: str, texts: list[str]) -> list[str]:
     return [str(folder / f"*.{kind}")]
 
 
-def source(corpus: Corpus, tokenizer: Any, buffer: int = 0, **more: Any) -> StreamSource:
+def source(corpus, tokenizer, buffer=0, **more):
     return StreamSource(DocumentStream("a", corpus, buffer, "5/a"), Encoder.of(tokenizer), T, True, None, **more)
 
 
-def taken(stream: StreamSource, first: int, last: int) -> list[dict[str, np.ndarray]]:
+def taken(stream, first, last):
     return [stream.sample(number) for number in range(first, last)]
 
 
-def assert_equal(one: Any, another: Any) -> None:
+def assert_equal(one, another):
     for mine, expected in zip(one, another, strict=True):
         for key in expected:
             assert np.array_equal(mine[key], expected[key]), key

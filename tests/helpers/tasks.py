@@ -2,15 +2,13 @@
 
 import json
 import random
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 WORDS = "value name result index return string number list"
 
 
-def task_files(folder: Path) -> dict[str, Path]:
+def task_files(folder):
     """Three tasks of seven documents, one of each kind of request: choices, continuation, perplexity."""
     draw = random.Random(0)
     words = WORDS.split()
@@ -19,9 +17,9 @@ def task_files(folder: Path) -> dict[str, Path]:
         for row in range(7)
     ]
     data = folder / "rows.json"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    kinds: dict[str, dict[str, Any]] = {
+    kinds = {
         "choices": {
             "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
             "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
@@ -39,5 +37,5 @@ def task_files(folder: Path) -> dict[str, Path]:
     files = {}
     for name, kind in kinds.items():
         files[name] = folder / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump({"task": name, **common, **kind}), encoding="utf-8")
+        files[name].write_text(yaml.safe_dump({"task": name, **common, **kind}))
     return files

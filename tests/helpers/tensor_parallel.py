@@ -1,6 +1,5 @@
 """Runs for the tests of tensor parallelism: one process, and the same on t x dp ranks."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +28,12 @@ by them), and everything else for `MoRAConfig`."""
 OWN_KEYS = ("family", "checkpointing", "model", "documents")
 
 
-def config_of(case: Case) -> MoRAConfig:
+def config_of(case):
     settings = {key: value for key, value in case.items() if key not in OWN_KEYS}
     return MoRAConfig(**{"rank": 4, "operator": "share", **settings})
 
 
-def model_of(case: Case) -> torch.nn.Module:
+def model_of(case):
     """A tiny model whose squares are not zero, and whose norms and biases are not ones and zeros."""
     model = tiny_model(case["family"], **case.get("model", {}))
     generator = torch.Generator().manual_seed(1)
@@ -49,18 +48,18 @@ def model_of(case: Case) -> torch.nn.Module:
     return model.train()
 
 
-def base_in_memory(model: torch.nn.Module) -> tuple[Any, dict[str, str]]:
+def base_in_memory(model):
     """(a base to merge into, keys) for a model that was never saved: copies of its frozen weights."""
     copies = {name: tensor.clone() for name, tensor in frozen_buffers(model).items()}
     return SimpleNamespace(read=copies.__getitem__, release=lambda: None), {name: name for name in copies}
 
 
-def batches(step: int) -> torch.Tensor:
+def batches(step):
     """(ACCUMULATION, BATCHES, T)."""
     return tokens(BATCHES * ACCUMULATION, seed=step).view(ACCUMULATION, BATCHES, -1)
 
 
-def loss_of(case: Case, model: Any, ids: torch.Tensor) -> torch.Tensor:
+def loss_of(case, model, ids):
     """Mean loss over the tokens of rows that are one document each, or several."""
     if not case.get("documents"):
         return causal_loss(model, ids)
@@ -69,18 +68,18 @@ def loss_of(case: Case, model: Any, ids: torch.Tensor) -> torch.Tensor:
     return token_nll(model, {**batch, "documents": Documents.of(positions)}) / ids.numel()
 
 
-def plain_run(case: Case) -> dict[str, Any]:
+def plain_run(case):
     """One process, no DeepSpeed."""
     model = model_of(case)
     logits_before = logits(model)
 
-    def losses_of(step: int) -> Iterator[torch.Tensor]:
+    def losses_of(step):
         return (loss_of(case, model, ids) / ACCUMULATION for ids in batches(step))
 
     return {"logits": logits_before, **plain_steps(model, losses_of, STEPS)}
 
 
-def start(case: Case, degree: int, more: dict[str, Any] | None = None, **zero_settings: Any) -> tuple[Any, int, int]:
+def start(case, degree, more=None, **zero_settings):
     """(engine, replica, replicas) of this rank. `more`: changes of DeepSpeed's config."""
     replicas = dist.get_world_size() // degree
     config = ds_config(3, BATCHES // replicas)
@@ -93,11 +92,11 @@ def start(case: Case, degree: int, more: dict[str, Any] | None = None, **zero_se
     return engine, dist.get_rank() // degree, replicas
 
 
-def split_run(case: Case, degree: int, steps: int = STEPS, **zero_settings: Any) -> dict[str, Any]:
+def split_run(case, degree, steps=STEPS, **zero_settings):
     """The same on this rank of t x dp. `gradients` and `values` are put together, as one process has them."""
     engine, replica, replicas = start(case, degree, **zero_settings)
     micro = BATCHES // replicas
-    results: dict[str, Any] = {"losses": [], "norms": [], "logits": logits(engine)}
+    results = {"losses": [], "norms": [], "logits": logits(engine)}
     for step in range(steps):
         total = 0.0
         for index, ids in enumerate(batches(step)):
@@ -115,7 +114,7 @@ def split_run(case: Case, degree: int, steps: int = STEPS, **zero_settings: Any)
     return results
 
 
-def whole(engine: Any, get: Any) -> dict[str, torch.Tensor]:
+def whole(engine, get):
     layers = {f"{name}.square": layer for name, layer in mora_layers(engine.module).items()}
     tensors = {}
     for name, parameter in engine.module.named_parameters():
@@ -125,11 +124,11 @@ def whole(engine: Any, get: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
+def logits(model):
     return model(input_ids=tokens(1, seed=99), use_cache=False).logits
 
 
-def assert_same_run(results: dict[str, Any], expected: dict[str, Any], where: object = "") -> None:
+def assert_same_run(results, expected, where=""):
     for mine, theirs in zip(results["losses"], expected["losses"], strict=True):
         assert abs(mine - theirs) <= 1e-6 * max(1.0, abs(theirs)), (where, results["losses"], expected["losses"])
     assert_close(results["logits"], expected["logits"], rtol=0, atol=2e-6, msg=lambda text: f"{where} {text}")

@@ -5,8 +5,6 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -18,7 +16,7 @@ COMMANDS = {
 """Longer names of commands -> their modules in mora_ds.commands; others have the name of the command."""
 
 
-def tool(name: str) -> Any:
+def tool(name):
     """The module mora_ds.commands.NAME, or else tools.NAME."""
     command = f"mora_ds.commands.{COMMANDS.get(name, name)}"
     if "/" not in name and importlib.util.find_spec(command) is not None:
@@ -26,13 +24,13 @@ def tool(name: str) -> Any:
     return importlib.import_module(f"tools.{name.replace('/', '.')}")
 
 
-def call(name: str, *flags: object) -> None:
+def call(name, *flags):
     """Its `main` with these flags. What it raises is raised here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         tool(name).main()
 
 
-def called(words: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
+def called(words, **options):
     """A program that has ended, with what it printed. `options`: of `subprocess.run`."""
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, **options)

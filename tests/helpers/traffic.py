@@ -17,7 +17,6 @@ from torch import Tensor
 from mora_ds.adapters.kernels import triton_ops
 from mora_ds.adapters.kernels.parts import empty_product
 from mora_ds.adapters.kernels.tables import KernelTables
-from mora_ds.adapters.kernels.triton_ops import Launch
 from mora_ds.adapters.ops.index_tables import square_size
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -43,7 +42,7 @@ STEPS = {
 }  # fmt: skip
 
 
-def main() -> None:
+def main():
     report = Report(bench_parser(__doc__).parse_args())
     by_shape = [["operator", "d_in x d_out", "tokens", *(f"{step}, MB" for step in STEPS), *STEPS]]
     most = [["bytes / least, at most", *STEPS]]
@@ -64,11 +63,11 @@ def main() -> None:
     report.write()
 
 
-def layer_spec(kind: OperatorKind, rank: int, shape: tuple[int, int]) -> OperatorSpec:
+def layer_spec(kind, rank, shape):
     return OperatorSpec(kind, *shape, square_size(*shape, rank, kind), Grouping.PERMUTED, seed=1)
 
 
-def step_bytes(spec: OperatorSpec, tokens: int) -> dict[str, tuple[float, float]]:
+def step_bytes(spec, tokens):
     """Step -> (bytes that its kernels read and write, the least)."""
     planned = launches(spec, torch.bfloat16, tokens=tokens)
     counted = {}
@@ -88,12 +87,10 @@ def step_bytes(spec: OperatorSpec, tokens: int) -> dict[str, tuple[float, float]
     return counted
 
 
-def launches(
-    spec: OperatorSpec, dtype: torch.dtype, int8: bool = False, tokens: int = 4096, device: torch.device = META
-) -> dict[str, Launch]:
+def launches(spec, dtype, int8=False, tokens=4096, device=META):
     """What one layer starts, by name."""
 
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def tensor(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device=device)
 
     tables = KernelTables(spec, device)
@@ -127,12 +124,12 @@ def launches(
 # -- what a launch reads ----------------------------------------------------------------------------------------------
 
 
-def operands(launch: Launch) -> dict[str, Tensor]:
+def operands(launch):
     """The tensors of a launch, by the names of the kernel's arguments."""
     return {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
 
 
-def pieces(launch: Launch) -> dict[str, np.ndarray]:
+def pieces(launch):
     """Name of a tensor that programs share -> which piece of it each of them reads, in the order in which they start.
 
     Of tensors that are left out, programs read or write a part each. A piece 0 of every program is the whole tensor.
@@ -157,7 +154,7 @@ def pieces(launch: Launch) -> dict[str, np.ndarray]:
     return {}
 
 
-def launch_bytes(launch: Launch) -> float:
+def launch_bytes(launch):
     """Bytes from and to memory."""
     shared = pieces(launch)
     tensors = operands(launch)
@@ -174,14 +171,14 @@ def launch_bytes(launch: Launch) -> float:
     return streamed + sum(sizes[name] * _reads(*by_wave, passed) for name, by_wave in touched.items())
 
 
-def _by_wave(piece: np.ndarray, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_wave(piece, wave):
     """(piece, wave) of each piece that a wave reads, once, in order."""
     waves = int(wave[-1]) + 1
     both = np.unique(piece * waves + wave)
     return both // waves, both % waves
 
 
-def _reads(piece: np.ndarray, wave: np.ndarray, passed: np.ndarray) -> int:
+def _reads(piece, wave, passed):
     """How often a piece comes from memory. `passed`: bytes up to the end of each wave."""
     again = piece[1:] == piece[:-1]
     in_l2 = passed[wave[1:]] - passed[wave[:-1]] <= L2

@@ -11,8 +11,6 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mora_ds.adapters.kernels.triton_ops import Launch
-
 
 @dataclass(frozen=True)
 class _Device:
@@ -21,17 +19,17 @@ class _Device:
 
     capability: int
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self):
         return GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self):
         return self.capability  # compiled kernels are kept by device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device):
         return 0
 
 
-_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+_CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Code:
     local: int
     shared: int
 
-    def loads(self, bits: int) -> int:
+    def loads(self, bits):
         """Loads from global memory of so many bits a thread, to registers or, of 128 bits, to shared memory."""
         sizes = {f".v{count}.b{width}": count * width for count in (1, 2, 4, 8) for width in (8, 16, 32, 64)}
         kinds = re.findall(r"ld\.global[\w.:]*?((?:\.v\d)?\.b\d+) ", self.ptx)
@@ -53,7 +51,7 @@ class Code:
         return to_shared + sum(sizes.get(kind if kind.startswith(".v") else f".v1{kind}") == bits for kind in kinds)
 
 
-def compile_launch(launch: Launch, capability: int) -> Code:
+def compile_launch(launch, capability):
     """Compiles what `launch` would start on a GPU of compute capability 80 or 90, by the code that would start it, with
     its checks of arguments and its specialisations. `launch` may be made of meta tensors."""
     with patch.object(driver, "_active", _Device(capability)):  # `reset_active` would look for a GPU

@@ -2,10 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,21 +13,21 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.trainer_utils import HubStrategy
 
 import mora_ds
-from mora_ds.common.errors import UserError
 from mora_ds.hf import MoRACallback, MoRATrainer, load_model
 from mora_ds.hf import trainer as trainer_module
 from mora_ds.hf.options import REFUSED, check_options, fill_config
+from tests.helpers.errors import user_error
 from tests.helpers.hf import Trainer, ds_config
 from tests.helpers.models import tiny_model
 from tests.helpers.tables import parsed, rows
 
 
-def arguments(out: Path, **changes: Any) -> TrainingArguments:
+def arguments(out, **changes):
     return TrainingArguments(output_dir=str(out), report_to=[], **{"deepspeed": ds_config(), **changes})
 
 
 @pytest.fixture(autouse=True)
-def _forget_the_config() -> Iterator[None]:
+def _forget_the_config():
     """transformers shards every model that is made while `TrainingArguments` with ZeRO-3 live, and an exception of a
     test may keep them."""
     yield
@@ -48,12 +45,12 @@ CONTRADICTIONS = """
 
 
 @pytest.mark.parametrize("changes, message", rows(CONTRADICTIONS))
-def test_options_that_contradict_are_named(tmp_path: Path, changes: str, message: str):
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_options_that_contradict_are_named(tmp_path, changes, message):
+    with user_error(re.escape(message)):
         check_options(arguments(tmp_path, **parsed(changes)), {})
 
 
-def test_what_goes_with_an_adapter_passes(tmp_path: Path):
+def test_what_goes_with_an_adapter_passes(tmp_path):
     check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
     with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
     check_options(arguments(tmp_path, optim="adafactor", deepspeed=with_optimizer), {})
@@ -61,8 +58,8 @@ def test_what_goes_with_an_adapter_passes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["model_init", "optimizers", "optimizer_cls_and_kwargs", "peft_config"])
-def test_arguments_that_contradict_are_named(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match=name):
+def test_arguments_that_contradict_are_named(tmp_path, name):
+    with user_error(name):
         Trainer(tiny_model(), arguments(tmp_path), mora=mora_ds.MoRAConfig(), base="x", **{name: (1, 2)})
     check_options(arguments(tmp_path), {"optimizers": (None, None), name: None})
 
@@ -73,16 +70,16 @@ def test_every_refused_option_exists():
     assert set(REFUSED) <= known, "an option was renamed: what is refused now?"
 
 
-def test_a_model_that_is_sharded_is_refused(tmp_path: Path):
+def test_a_model_that_is_sharded_is_refused(tmp_path):
     model = tiny_model()
     next(iter(model.parameters())).ds_id = 0
-    with pytest.raises(UserError, match="loaded after TrainingArguments"):
+    with user_error("loaded after TrainingArguments"):
         Trainer(model, arguments(tmp_path), mora=mora_ds.MoRAConfig(), base="x")
-    with pytest.raises(UserError, match=r"base=.* is missing"):
+    with user_error(r"base=.* is missing"):
         Trainer(tiny_model(), arguments(tmp_path), mora=mora_ds.MoRAConfig())
 
 
-def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path):
+def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     args = arguments(tmp_path)
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
@@ -91,10 +88,10 @@ def test_a_model_is_loaded_unsharded_in_spite_of_the_arguments(tmp_path: Path):
     assert hf_deepspeed.is_deepspeed_zero3_enabled()
 
 
-def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_path_is_loaded_as_the_arguments_say(tmp_path, monkeypatch):
     """trl's arguments have `model_init_kwargs`."""
     tiny_model().save_pretrained(tmp_path / "model")
-    loaded: list[Any] = []
+    loaded = []
     monkeypatch.setattr(trainer_module, "inject", lambda model, mora: loaded.append(model) or 1 / 0)
     args = arguments(tmp_path)
     for more, dtype in (({"dtype": "bfloat16"}, torch.bfloat16), (None, torch.float32)):
@@ -114,15 +111,13 @@ def test_a_path_is_loaded_as_the_arguments_say(tmp_path: Path, monkeypatch: pyte
         ({"push_to_hub": True, "hub_strategy": HubStrategy.END}, True, False),
     ],
 )
-def test_where_the_merged_model_is_written(
-    tmp_path: Path, settings: dict[str, Any], is_checkpoint: bool, is_merged: bool
-):
+def test_where_the_merged_model_is_written(tmp_path, settings, is_checkpoint, is_merged):
     """The tokenizer lies in every folder, written by one process."""
     defaults = {"save_only_model": False, "push_to_hub": False, "hub_strategy": None, "should_save": True}
     folder = tmp_path / "checkpoint-1" if is_checkpoint else tmp_path
     written = []
     tokenizers = []
-    trainer: Any = SimpleNamespace(
+    trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=str(tmp_path), **{**defaults, **settings}),
         _write_merged=written.append,
         processing_class=SimpleNamespace(save_pretrained=tokenizers.append),
@@ -137,15 +132,15 @@ def test_where_the_merged_model_is_written(
     assert tokenizers == [folder]
 
 
-def test_the_callback_needs_the_mixin(tmp_path: Path):
+def test_the_callback_needs_the_mixin(tmp_path):
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
     plain = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1)
     trainer = transformers.Trainer(tiny_model(), plain, train_dataset=rows, callbacks=[MoRACallback(merge_every=10)])
-    with pytest.raises(UserError, match="MoRATrainer"):
+    with user_error("MoRATrainer"):
         trainer.train()
 
 
-def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path):
+def test_the_config_is_filled_from_the_adapters_parameters(tmp_path):
     betas = {"adam_beta1": 0.8, "adam_beta2": 0.95}
     args = arguments(tmp_path, learning_rate=3e-4, weight_decay=0.1, adam_epsilon=1e-7, **betas)
     fill_config(args, [100, 100])
@@ -156,8 +151,8 @@ def test_the_config_is_filled_from_the_adapters_parameters(tmp_path: Path):
     assert config["zero_optimization"]["stage3_param_persistence_threshold"] == 0, "what the user sets stays"
 
 
-def test_an_optimizer_of_the_config_stays(tmp_path: Path):
-    section: dict[str, Any] = {"type": "auto", "params": {"lr": 0.5}}
+def test_an_optimizer_of_the_config_stays(tmp_path):
+    section = {"type": "auto", "params": {"lr": 0.5}}
     args = arguments(tmp_path, deepspeed={**ds_config(), "optimizer": section})
     fill_config(args, [100])
     optimizer = args.hf_deepspeed_config.config["optimizer"]
@@ -167,7 +162,7 @@ def test_an_optimizer_of_the_config_stays(tmp_path: Path):
 
 
 @pytest.mark.parametrize("sections", [{"optimizer": None}, {"optimizer": {"params": None}}])
-def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: dict[str, Any]):
+def test_a_section_that_is_null_is_one_that_is_absent(tmp_path, sections):
     args = arguments(tmp_path, deepspeed={**ds_config(), **sections})
     check_options(args, {})
     fill_config(args, [100])
@@ -176,8 +171,8 @@ def test_a_section_that_is_null_is_one_that_is_absent(tmp_path: Path, sections: 
 
 def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
     """None in the warm-up of 4 steps, or 2 steps before the end; a re-warmup leads to the curve's value after it."""
-    callback: Any = MoRACallback(merge_every=3, restart_warmup_steps=2)
-    args: Any = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
+    callback = MoRACallback(merge_every=3, restart_warmup_steps=2)
+    args = SimpleNamespace(learning_rate=1.0, get_warmup_steps=lambda total: 4)
     callback.plan(args, 12)
     merges = [step for step in range(1, 13) if callback.schedule.merges_after(step)]
     assert merges == [6, 9]

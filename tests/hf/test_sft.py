@@ -1,7 +1,6 @@
 """trl's SFTTrainer with MoRA: 20 steps with two merges on two ranks, exported and verified."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from tests.helpers.jobs import playground
 pytestmark = pytest.mark.heavy
 
 
-def fine_tuned(root: str) -> dict[str, Any]:
+def fine_tuned(root):
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(MoRATrainer, SFTTrainer):
@@ -48,13 +47,13 @@ def fine_tuned(root: str) -> dict[str, Any]:
     }
 
 
-def test_supervised_fine_tuning_with_two_merges(tmp_path: Path):
+def test_supervised_fine_tuning_with_two_merges(tmp_path):
     for rank in run_ranks(2, fine_tuned, str(tmp_path)):
         assert rank["merges"] == [8, 16]
         assert len(rank["losses"]) == 4
         assert rank["losses"][-1] < rank["losses"][0]
         assert rank["evaluated"][1] < rank["evaluated"][0]
-    report = export_merged(tmp_path / "out" / "checkpoint-20", tmp_path / "exported", verify=True)
+    report = export_merged(tmp_path / "out/checkpoint-20", tmp_path / "exported", verify=True)
     assert report.comparison is not None
     assert report.cycles == 2
     saved, exported = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("saved", "exported"))

@@ -1,7 +1,6 @@
 """Hugging Face's Trainer with MoRA: equal to a loop of its own, resumed bit for bit, the base never sharded."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,15 +9,15 @@ from transformers import AutoModelForCausalLM
 
 import mora_ds
 from mora_ds.adapters.inject import frozen_buffers
-from mora_ds.common.errors import UserError
 from mora_ds.deploy.export import export_merged
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.hf import MoRACallback
 from tests.helpers import hf
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 
 
-def trained_both_ways(root: str) -> dict[str, Any]:
+def trained_both_ways(root):
     by_loop, losses = hf.own_loop(Path(root), hf.rates())
     trainers = {}
     for accumulation in (1, 2):
@@ -34,7 +33,7 @@ def trained_both_ways(root: str) -> dict[str, Any]:
     }
 
 
-def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path):
+def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path):
     both = run_ranks(2, trained_both_ways, str(tmp_path))
     for rank in both:
         assert rank["planned"] == [hf.STEPS] * 2
@@ -46,7 +45,7 @@ def test_a_run_by_trainer_is_the_run_by_a_loop(tmp_path: Path):
                 assert_close(rank["trainer"][number][name], tensor, rtol=0, atol=1e-6)
 
 
-def interrupted_and_not(root: str) -> dict[str, Any]:
+def interrupted_and_not(root):
     """One run to its end, and another one that begins at its checkpoint-4 anew, after one merge and before another."""
     steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
     whole = hf.trainer_in(Path(root), "out", **steps)
@@ -60,14 +59,12 @@ def interrupted_and_not(root: str) -> dict[str, Any]:
     with counter.counting():
         resumed.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
     resumed_history = _later_rows(resumed)
-    with pytest.raises(UserError, match="called before"):
+    with user_error("called before"):
         resumed.train()
     for step in (2, 4):  # before the first merge, and after it
         without = hf.trainer_in(Path(root), "out", **steps)
         without.remove_callback(MoRACallback)
-        with pytest.raises(
-            UserError, match=rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"
-        ):
+        with user_error(rf"checkpoint-{step} is of a run that merges every 3 steps: add MoRACallback"):
             without.train(resume_from_checkpoint=f"{root}/out/checkpoint-{step}")
     told = hf.trainer_in(Path(root), "out", merges=0, max_steps=7, save_strategy="no")
     told.train(resume_from_checkpoint=f"{root}/out/checkpoint-4")
@@ -82,14 +79,14 @@ def interrupted_and_not(root: str) -> dict[str, Any]:
     }
 
 
-def _later_rows(trainer: hf.Trainer) -> list[dict[str, float]]:
+def _later_rows(trainer):
     """What was logged after step 4, without times."""
     history = [row for row in trainer.state.log_history if row["step"] > 4 and "train_runtime" not in row]
     measured = ("runtime", "per_second", "preparation_time")
     return [{key: value for key, value in row.items() if not key.endswith(measured)} for row in history]
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path):
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     both = run_ranks(2, interrupted_and_not, str(tmp_path))
     for rank in both:
         assert rank["history"][0] == rank["history"][1]
@@ -110,12 +107,12 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path):
         spec = mora_ds.MoRAConfig(rank=4).operator_for(layer, tensor.shape[1], tensor.shape[0], 2)
         merged = tensor + mora_ds.delta_weight(spec, both[0]["expected"][layer])
         assert_close(saved.get_parameter(name), merged, rtol=0, atol=1e-6)
-    export_merged(tmp_path / "out" / "checkpoint-8", tmp_path / "exported", verify=True)
+    export_merged(tmp_path / "out/checkpoint-8", tmp_path / "exported", verify=True)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     hf.assert_same_parameters(saved, exported)
 
 
-def best_is_loaded(root: str) -> dict[str, Any]:
+def best_is_loaded(root):
     """The first checkpoint is the best one: a metric that grows with every evaluation, to be kept small."""
     calls = iter(range(100))
     trainer = hf.trainer_in(
@@ -132,7 +129,7 @@ def best_is_loaded(root: str) -> dict[str, Any]:
 
 
 @pytest.mark.heavy
-def test_the_best_checkpoint_brings_its_base_back(tmp_path: Path):
+def test_the_best_checkpoint_brings_its_base_back(tmp_path):
     for rank in run_ranks(2, best_is_loaded, str(tmp_path)):
         assert Path(rank["best"]).name == "checkpoint-2"
         assert rank["merges"] == []

@@ -2,12 +2,10 @@
 
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
-from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -28,7 +26,7 @@ from tests.helpers.models import FAMILIES, adapted_model, tiny_model, tokens
 from tests.helpers.pairwise import pairwise
 
 
-def model_of(family: str, checkpointing: bool = False) -> Any:
+def model_of(family, checkpointing=False):
     """Weights large enough that attention is not uniform."""
     model = adapted_model(family, checkpointing)
     for name, parameter in model.named_parameters():
@@ -37,14 +35,14 @@ def model_of(family: str, checkpointing: bool = False) -> Any:
     return model.train()
 
 
-def losses_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+def losses_and_gradients(model, batch):
     loss = token_nll(model, batch) / (batch["labels"] != -100).sum()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pairwise({"family": list(FAMILIES), "rows": list(LAYOUTS), "checkpointing": [False, True]})
-def test_documents_are_dense_attention(family: str, rows: int, checkpointing: bool):
+def test_documents_are_dense_attention(family, rows, checkpointing):
     batch = batch_of(rows)
     expected, wanted = losses_and_gradients(model_of(family), batch)
     model = model_of(family, checkpointing)
@@ -76,7 +74,7 @@ class OwnConfig(LlamaConfig):
     ],
     ids=["not causal", "both ways", "direct", "direct, though one is chosen", "of its text model", "own code"],
 )
-def test_attention_that_must_stay_dense_has_a_reason(config: Any, reason: str):
+def test_attention_that_must_stay_dense_has_a_reason(config, reason):
     assert why_dense(config, None) == reason
     assert why_dense(config, "eager") == "--attn_implementation eager reads masks"
 
@@ -86,7 +84,7 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
     batch = batch_of(4)
     assert "documents" not in model_inputs(tiny_model(), batch)
     model = prefer_documents(tiny_model())
-    engine: Any = SimpleNamespace(module=model)
+    engine = SimpleNamespace(module=model)
     assert attention_of(model) == NAME
     assert model_inputs(engine, batch)["documents"] is batch["documents"]
     assert model_inputs(model, {"input_ids": batch["input_ids"]}).keys() == {"input_ids", "use_cache"}
@@ -102,7 +100,7 @@ def test_documents_are_preferred_where_the_model_can_and_told_to_no_other():
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
-def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monkeypatch: pytest.MonkeyPatch):
+def test_padding_and_caches_are_as_in_the_models_own_attention(family, monkeypatch):
     """A model that attends by documents also generates: sinks, capped scores and windows included."""
     monkeypatch.setattr(document_attention, "QUERIES", 20)
     original = tiny_model(family).eval()
@@ -131,7 +129,7 @@ def test_padding_and_caches_are_as_in_the_models_own_attention(family: str, monk
 # -- FlashAttention ----------------------------------------------------------------------------------------------------
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **told: Any) -> Tensor:
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **told):
     """A stand-in for `flash_attn_varlen_func`: (N, H, D), documents by their bounds."""
     assert told["causal"]
     assert cu_seqlens_q is cu_seqlens_k
@@ -143,12 +141,12 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     return _by_documents(q, k, v, tuple(lengths.tolist()), window, Scores(told["softmax_scale"]))
 
 
-def unused(*args: Any, **kwargs: Any) -> Any:
+def unused(*args, **kwargs):
     raise AssertionError("rows were not taken for documents")
 
 
 @pytest.mark.parametrize("rows", LAYOUTS)
-def test_flash_attention_is_given_the_documents_of_all_rows(rows: int, monkeypatch: pytest.MonkeyPatch):
+def test_flash_attention_is_given_the_documents_of_all_rows(rows, monkeypatch):
     """transformers' own code around a stand-in for the kernel: it takes rows for packed ones at one row only, but
     flattens any number of them where it is told the bounds."""
     supports = {

@@ -4,16 +4,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.models.base import (
     BaseChanged,
@@ -24,28 +22,29 @@ from mora_ds.models.base import (
     write_own_base,
 )
 from mora_ds.models.stored_names import renamed_keys
+from tests.helpers.errors import user_error
 from tests.helpers.models import tiny_model
 
 SHARD = "20KB"
 
 
-def parameters(model: Any) -> dict[str, torch.Tensor]:
+def parameters(model):
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def mapping_of(model: Any, base: BaseCheckpoint) -> dict[str, str]:
+def mapping_of(model, base):
     renamed = renamed_keys(model, base.keys())
     return base.map_parameters(parameters(model), model.base_model_prefix, model.all_tied_weights_keys, renamed)
 
 
 @pytest.fixture
-def llama(tmp_path: Path) -> Path:
+def llama(tmp_path):
     tiny_model().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
+def sharded(tmp_path):
     tiny_model().save_pretrained(tmp_path / "sharded", max_shard_size=SHARD)
     return tmp_path / "sharded"
 
@@ -53,7 +52,7 @@ def sharded(tmp_path: Path) -> Path:
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
-def test_reads_what_is_stored(llama: Path):
+def test_reads_what_is_stored(llama):
     base = BaseCheckpoint.open(llama)
     stored = load_file(llama / "model.safetensors")
     assert set(base.keys()) == set(stored)
@@ -62,7 +61,7 @@ def test_reads_what_is_stored(llama: Path):
     assert base.files() == [llama / "model.safetensors"]
 
 
-def test_sharded_folder_reads_the_same(llama: Path, sharded: Path):
+def test_sharded_folder_reads_the_same(llama, sharded):
     one = BaseCheckpoint.open(llama)
     many = BaseCheckpoint.open(sharded)
     assert len(many.files()) > 2
@@ -70,20 +69,18 @@ def test_sharded_folder_reads_the_same(llama: Path, sharded: Path):
     assert one.fingerprint() == many.fingerprint()
 
 
-def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_below_home_needs_a_config_of_weights_that_are_not_quantized(llama, monkeypatch):
     """A shell leaves the ~ of `--base=~/model` as it is."""
     monkeypatch.setenv("HOME", str(llama.parent))
     content = read_json(llama / "config.json")
     (llama / "config.json").write_text(json.dumps({**content, "quantization_config": None}))
     assert BaseCheckpoint.open(f"~/{llama.name}").keys()
     (llama / "config.json").unlink()
-    with pytest.raises(UserError, match=r"--base: .*/llama is not a model folder: it has no config.json"):
+    with user_error(r"--base: .*/llama is not a model folder: it has no config.json"):
         BaseCheckpoint.open(llama, "--base")
 
 
-def test_pickled_weights_lead_to_an_own_base(tmp_path: Path):
+def test_pickled_weights_lead_to_an_own_base(tmp_path):
     folder = tmp_path / "bin"
     model = tiny_model()
     model.config.save_pretrained(folder)
@@ -94,13 +91,13 @@ def test_pickled_weights_lead_to_an_own_base(tmp_path: Path):
     verify_against_model(base, mapping_of(model, base), parameters(model), parameters(model))
 
 
-def overwritten(path: Path):
+def overwritten(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 0x40
     path.write_bytes(content)
 
 
-def replaced(path: Path):
+def replaced(path):
     content = path.read_bytes()
     status = path.stat()
     path.unlink()
@@ -108,12 +105,12 @@ def replaced(path: Path):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def shortened(path: Path):
+def shortened(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize("harm", [overwritten, replaced, shortened, Path.unlink])
-def test_a_file_that_changes_after_it_was_opened_is_named(sharded: Path, harm: Callable[[Path], None]):
+def test_a_file_that_changes_after_it_was_opened_is_named(sharded, harm):
     base = BaseCheckpoint.open(sharded)
     fingerprint = base.fingerprint()
     base.require_unchanged(fingerprint)
@@ -125,9 +122,7 @@ def test_a_file_that_changes_after_it_was_opened_is_named(sharded: Path, harm: C
 
 
 @pytest.mark.parametrize("how", [os.utime, lambda path: shutil.move(shutil.copy(path, f"{path}.copy"), path)])
-def test_a_file_that_was_only_touched_or_copied_is_read_once(
-    sharded: Path, how: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_file_that_was_only_touched_or_copied_is_read_once(sharded, how, monkeypatch):
     base = BaseCheckpoint.open(sharded)
     fingerprint = base.fingerprint()
     how(base.files()[0])
@@ -152,7 +147,7 @@ def test_a_file_that_was_only_touched_or_copied_is_read_once(
     ],
 )
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, changes: Any, stored: torch.dtype):
+def test_every_parameter_is_mapped_and_equal(tmp_path, family, changes, stored):
     tiny_model(family, dtype=stored, **changes).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     base = BaseCheckpoint.open(tmp_path)
@@ -161,7 +156,7 @@ def test_every_parameter_is_mapped_and_equal(tmp_path: Path, family: str, change
     verify_against_model(base, mapping, parameters(model), mapping)
 
 
-def test_hub_files_without_the_prefix(tmp_path: Path):
+def test_hub_files_without_the_prefix(tmp_path):
     model = tiny_model("gpt2")
     model.config.save_pretrained(tmp_path)
     state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
@@ -172,7 +167,7 @@ def test_hub_files_without_the_prefix(tmp_path: Path):
     assert mapping["lm_head.weight"] == mapping["transformer.wte.weight"] == "wte.weight"
 
 
-def test_tie_is_symmetric_and_prefers_the_twin(llama: Path):
+def test_tie_is_symmetric_and_prefers_the_twin(llama):
     base = BaseCheckpoint.open(llama)
     ties = {"lm_head.weight": "model.embed_tokens.weight"}
     names = ["lm_head.weight", "model.embed_tokens.weight"]
@@ -181,12 +176,12 @@ def test_tie_is_symmetric_and_prefers_the_twin(llama: Path):
     assert set(only_head.map_parameters(names, "model", ties).values()) == {"lm_head.weight"}
 
 
-def test_unmapped_names_are_listed(llama: Path):
+def test_unmapped_names_are_listed(llama):
     with pytest.raises(NotOneToOne, match=r"2 parameter\(s\) of the model: a\.weight, b\.weight$"):
         BaseCheckpoint.open(llama).map_parameters(["lm_head.weight", "a.weight", "b.weight"], "model")
 
 
-def test_first_differing_tensor_is_named(llama: Path):
+def test_first_differing_tensor_is_named(llama):
     model = tiny_model()
     base = BaseCheckpoint.open(llama)
     mapping = mapping_of(model, base)
@@ -201,7 +196,7 @@ def test_first_differing_tensor_is_named(llama: Path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_own_base_loads_and_replaces(tmp_path: Path, family: str):
+def test_own_base_loads_and_replaces(tmp_path, family):
     folder = tmp_path / "own"
     write_own_base(tiny_model(family, seed=1), folder)
     model = tiny_model(family)
@@ -212,12 +207,12 @@ def test_own_base_loads_and_replaces(tmp_path: Path, family: str):
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path):
+def test_own_base_that_fails_leaves_the_old_one(tmp_path):
     folder = tmp_path / "own"
     before = write_own_base(tiny_model(), folder).fingerprint()
 
     class Tokenizer:
-        def save_pretrained(self, _: Path):
+        def save_pretrained(self, _):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(RunError, match="full"):
@@ -229,7 +224,7 @@ def test_own_base_that_fails_leaves_the_old_one(tmp_path: Path):
 # -- fingerprint and checksum ----------------------------------------------------------------------------------------
 
 
-def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path: Path):
+def test_fingerprint_tells_name_dtype_shape_and_bytes(tmp_path):
     tensor = torch.arange(24, dtype=torch.int32)
     variants = [
         {"a": tensor},
@@ -261,7 +256,7 @@ def test_checksum_never_changes():
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 262_143, 262_144, 262_145, 600_001])
-def test_checksum_sees_every_kind_of_change(size: int):
+def test_checksum_sees_every_kind_of_change(size):
     data = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
     original = tensor_checksum(data)
     assert tensor_checksum(torch.cat((data, torch.zeros(1, dtype=torch.uint8)))) != original

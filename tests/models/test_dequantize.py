@@ -2,25 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json, write_json_atomic
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.dequantize import dequantize_fp8
 from mora_ds.models.load import _local_folder, resolve_folder
-from tests.helpers.jobs import VOCABULARY, Playground, losses, refusal, run
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import VOCABULARY, losses, refusal, run
 from tests.helpers.models import alone, tiny_model
 from tests.helpers.resume import MERGING
 
@@ -30,13 +27,13 @@ FAMILIES = {"fp8": "qwen3", "mxfp4": "gpt_oss"}
 SIZES = {"vocab_size": VOCABULARY, "intermediate_size": 64}
 
 
-def to_fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
+def to_fp8(name, weight):
     """By transformers' own quantizer."""
-    quantizer: Any = SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16)))
+    quantizer = SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=(16, 16)))
     return Fp8Quantize(quantizer).convert({name: weight}) if "proj" in name else {name: weight}
 
 
-def to_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
+def to_mxfp4(name, weight):
     """Any bytes are numbers in MXFP4; transformers' quantizer needs kernels for a GPU."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return {name: weight}
@@ -47,24 +44,24 @@ def to_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
-def quantized_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def quantized_model(kind, folder, dtype=torch.float32):
     """A tiny model as it is published in `folder`. Returns the tensors of its file."""
     tiny_model(FAMILIES[kind], dtype=dtype, **SIZES).save_pretrained(folder)
     convert, settings = {"fp8": (to_fp8, FP8), "mxfp4": (to_mxfp4, MXFP4)}[kind]
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         tensors.update(convert(name, weight))
     write(folder, tensors, settings)
     return tensors
 
 
-def write(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def write(folder, tensors, settings):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {**read_json(folder / "config.json"), "quantization_config": settings}
     write_json_atomic(folder / "config.json", config)
 
 
-def dequantized_by_transformers(kind: str, folder: Path, target: Path, dtype: torch.dtype) -> None:
+def dequantized_by_transformers(kind, folder, target, dtype):
     """A plain model folder with the weights that transformers makes of those in `folder`."""
     settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[kind](dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings)
@@ -78,9 +75,7 @@ def dequantized_by_transformers(kind: str, folder: Path, target: Path, dtype: to
     ("fp8", ("--bf16", "true"), torch.bfloat16),
     ("mxfp4", ("--bf16", "true"), torch.bfloat16),
 ])  # fmt: skip
-def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
-    user: Playground, tmp_path: Path, kind: str, flags: tuple[str, ...], dtype: torch.dtype
-):
+def test_a_run_is_that_on_the_model_that_transformers_dequantizes(user, tmp_path, kind, flags, dtype):
     """With two merges; its export is verified, and has nothing of the quantization left."""
     quantized_model(kind, tmp_path / "quantized", dtype)
     dequantized_by_transformers(kind, tmp_path / "quantized", tmp_path / "plain", dtype)
@@ -89,24 +84,28 @@ def test_a_run_is_that_on_the_model_that_transformers_dequantizes(
         assert run(1, user.flags(tmp_path / f"of-{name}", *more, str(tmp_path / name)))["merges"] == 2
     ours, theirs = (tmp_path / f"of-{name}" for name in ("quantized", "plain"))
     assert torch.equal(losses(ours), losses(theirs))
-    weights, expected = (load_file(out / "merged" / "model.safetensors") for out in (ours, theirs))
+    weights, expected = (load_file(out / "merged/model.safetensors") for out in (ours, theirs))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    assert "quantization_config" not in read_json(ours / "merged" / "config.json")
+    assert "quantization_config" not in read_json(ours / "merged/config.json")
     assert export_merged(ours, tmp_path / "verified", verify=True).comparison is not None
 
 
-def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(user: Playground, tmp_path: Path):
+def test_a_resumed_run_keeps_the_base_that_it_has_made_unless_the_files_are_others(user, tmp_path):
     tensors = quantized_model("fp8", tmp_path / "model")
     out = tmp_path / "out"
     flags = user.flags(
-        out, "--model_name_or_path", str(tmp_path / "model"), "--tokenizer_name", str(user.model), "--max_steps", 2,
-        "--resume_from_checkpoint", "auto",
-    )  # fmt: skip
+        out,
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+        "--tokenizer_name",
+        str(user.model),
+        "--max_steps 2 --resume_from_checkpoint auto",
+    )
     run(1, flags)
-    before = (out / "base" / "model.safetensors").stat()
+    before = (out / "base/model.safetensors").stat()
     run(2, [*flags, "--max_steps", "3", "--per_device_train_batch_size", "1"])
-    assert (out / "base" / "model.safetensors").stat().st_ino == before.st_ino
+    assert (out / "base/model.safetensors").stat().st_ino == before.st_ino
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     write(tmp_path / "model", {**tensors, name: tensors[name] * 2}, FP8)
     assert "weights of --model_name_or_path" in refusal([*flags, "--max_steps", "4"])
@@ -124,22 +123,22 @@ def test_blocks_at_the_edge_may_be_smaller():
     assert torch.equal(dequantize_fp8(weight, scales, [2, 4], torch.float32), torch.tensor(expected))
 
 
-def without_scales(tensors: dict[str, Tensor]) -> None:
+def without_scales(tensors):
     del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
 
 
-def with_short_scales(tensors: dict[str, Tensor]) -> None:
+def with_short_scales(tensors):
     name = "model.layers.1.mlp.up_proj.weight_scale_inv"
     tensors[name] = tensors[name][:-1].contiguous()
 
 
-def with_scales_in_bytes(tensors: dict[str, Tensor]) -> None:
+def with_scales_in_bytes(tensors):
     """Exponents, as MXFP8 has them."""
     name = "model.layers.1.mlp.up_proj.weight_scale_inv"
     tensors[name] = torch.full_like(tensors[name], 127).to(torch.uint8)
 
 
-def with_another_float8(tensors: dict[str, Tensor]) -> None:
+def with_another_float8(tensors):
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name].float().to(torch.float8_e5m2)
 
@@ -150,9 +149,7 @@ def with_another_float8(tensors: dict[str, Tensor]) -> None:
     (with_scales_in_bytes, "has no model.layers.1.mlp.up_proj.weight_scale_inv of shape (4, 2)"),
     (with_another_float8, "model.layers.1.mlp.up_proj.weight is torch.float8_e5m2 without block scales"),
 ])  # fmt: skip
-def test_scales_that_do_not_fit_are_named(
-    user: Playground, tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], words: str
-):
+def test_scales_that_do_not_fit_are_named(user, tmp_path, damage, words):
     tensors = quantized_model("fp8", tmp_path / "model")
     damage(tensors)
     write(tmp_path / "model", tensors, FP8)
@@ -161,7 +158,7 @@ def test_scales_that_do_not_fit_are_named(
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors"])
-def test_what_is_quantized_otherwise_is_named(user: Playground, tmp_path: Path, method: str):
+def test_what_is_quantized_otherwise_is_named(user, tmp_path, method):
     model = Path(shutil.copytree(user.model, tmp_path / "model"))
     config = {**read_json(model / "config.json"), "quantization_config": {"quant_method": method, "bits": 4}}
     (model / "config.json").write_text(json.dumps(config))
@@ -169,10 +166,10 @@ def test_what_is_quantized_otherwise_is_named(user: Playground, tmp_path: Path, 
     assert f"--model_name_or_path: the model holds quantized weights ({method})" in message
 
 
-def test_gguf_is_named(tmp_path: Path):
+def test_gguf_is_named(tmp_path):
     (tmp_path / "model-Q4_K_M.gguf").touch()
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
-        with pytest.raises(UserError, match="GGUF is not read: give the unquantized model"):
+        with user_error("GGUF is not read: give the unquantized model"):
             resolve_folder(str(name), alone())
     (tmp_path / "config.json").write_text("{}")
     assert _local_folder(str(tmp_path)) == tmp_path, "a model beside it"

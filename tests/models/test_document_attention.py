@@ -2,7 +2,6 @@
 
 import weakref
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from tests.helpers.pairwise import pairwise
 
 
 @pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40, LENGTH - 1], "kind": ["plain", "capped", "sinks"]})
-def test_it_is_dense_attention(layout: str, window: int | None, kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_it_is_dense_attention(layout, window, kind, monkeypatch):
     monkeypatch.setattr(module_under_test, "QUERIES", 20)  # blocks that end within documents
     positions = positions_of(LAYOUTS[layout])
     for shared, value_size in ((HEADS, SIZE), (2, 8), (1, SIZE)):
@@ -63,7 +62,7 @@ def test_documents_are_read_from_the_positions_of_all_rows():
     module = torch.nn.Module()
     split = positions_of([[40, 56]])
 
-    def attended(positions: Tensor | None) -> Tensor:
+    def attended(positions):
         return document_attention(module, query, key, value, None, position_ids=positions)[0]
 
     assert torch.equal(attended(split), attended(split.expand(2, -1)))
@@ -75,10 +74,10 @@ def test_documents_are_read_from_the_positions_of_all_rows():
 
 
 @pytest.mark.parametrize("kind", ["plain", "capped", "sinks"])
-def test_the_output_has_the_precision_of_the_query(kind: str):
+def test_the_output_has_the_precision_of_the_query(kind):
     inputs = parts(1, LENGTH, 2)[: 4 if kind == "sinks" else 3]
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
-    more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": half[3] if kind == "sinks" else None}
+    more = {"softcap": 2.0 if kind == "capped" else None, "s_aux": half[3] if kind == "sinks" else None}
     out, _ = document_attention(torch.nn.Module(), *half[:3], None, **more)
     exact = [tensor.detach().double() for tensor in half]
     sinks = exact[3] if kind == "sinks" else None
@@ -88,7 +87,7 @@ def test_the_output_has_the_precision_of_the_query(kind: str):
     assert {gradient.dtype for gradient in gradients(out, half)} == {torch.bfloat16}
 
 
-def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_registered_is_not_replaced(monkeypatch):
     """Sequence parallelism wraps itself around it."""
     name = module_under_test.NAME
     known = module_under_test.ALL_ATTENTION_FUNCTIONS
@@ -99,7 +98,7 @@ def test_what_is_registered_is_not_replaced(monkeypatch: pytest.MonkeyPatch):
     assert known[name] is wrapped
 
 
-def layer_of(shared: int) -> torch.nn.Module:
+def layer_of(shared):
     """An attention layer as transformers' own attention reads it."""
     layer = torch.nn.Module()
     vars(layer)["num_key_value_groups"] = HEADS // shared
@@ -107,10 +106,10 @@ def layer_of(shared: int) -> torch.nn.Module:
 
 
 @pairwise({"window": [None, 12], "kind": ["plain", "capped", "sinks"], "masked": [False, True]})
-def test_dropout_is_applied(window: int | None, kind: str, masked: bool):
+def test_dropout_is_applied(window, kind, masked):
     """Of all weights but one in a thousand nothing is left, whichever way they are computed."""
     query, key, value, sinks = parts(2, LENGTH, 2)
-    more: Any = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
+    more = {"softcap": 2.0 if kind == "capped" else None, "s_aux": sinks if kind == "sinks" else None}
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril() if masked else None
     torch.manual_seed(0)
     out, _ = document_attention(layer_of(2), query, key, value, mask, dropout=0.999, sliding_window=window, **more)
@@ -120,7 +119,7 @@ def test_dropout_is_applied(window: int | None, kind: str, masked: bool):
 def test_what_the_varlen_kernel_can_compute():
     """The meta device stands for a GPU."""
 
-    def fits(dtype: torch.dtype, size: int = 64, value_size: int = 64, device: str = "meta", **scores: Any) -> bool:
+    def fits(dtype, size=64, value_size=64, device="meta", **scores):
         query, value = (torch.empty(1, 2, 4, head_size, dtype=dtype, device=device) for head_size in (size, value_size))
         return fits_varlen(query, value, Scores(1.0, **scores))
 
@@ -137,15 +136,13 @@ def test_what_the_varlen_kernel_can_compute():
 
 
 @pytest.mark.parametrize("capability, has_flash", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_gpus_from_ampere_on_have_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has_flash: bool
-):
+def test_gpus_from_ampere_on_have_the_kernel(monkeypatch, capability, has_flash):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert module_under_test._has_flash.__wrapped__(torch.device("cuda", 0)) is has_flash
 
 
 def test_capped_scores_are_not_kept_for_backward():
-    saved: list[int] = []
+    saved = []
     query, key, value, _ = parts(1, 1024, 2)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.is_floating_point()) or t, id):
         document_attention(torch.nn.Module(), query, key, value, None, softcap=2.0)
@@ -174,16 +171,16 @@ def test_transformers_masks_are_made_where_documents_do_not_say_all():
     assert cached.tolist() == [[[[True, True, True, False], [True] * 4]]]
 
 
-def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch: pytest.MonkeyPatch):
+def test_short_documents_are_padded_by_a_quarter_at_most(monkeypatch):
     """And long ones not at all."""
     attend = module_under_test._rows
-    shapes: list[tuple[int, int]] = []
+    shapes = []
 
-    def noted(query: Tensor, *more: Any) -> Tensor:
+    def noted(query, *more):
         shapes.append((query.shape[0], query.shape[2]))
         return attend(query, *more)
 
-    def shapes_of(*lengths: int) -> list[tuple[int, int]]:
+    def shapes_of(*lengths):
         shapes.clear()
         tokens = torch.zeros(sum(lengths), 1, 4)
         module_under_test._by_documents(tokens, tokens, tokens, lengths, None, Scores(1.0))
@@ -206,7 +203,7 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.numbers = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         sizes = [storage.nbytes() // 4 for storage in storages]
@@ -221,7 +218,7 @@ LENGTHS = {"one": [LONG], "some": [1000, 2500, 596], "many": [64] * 64}
 
 
 @pairwise({"lengths": list(LENGTHS), "kind": ["plain", "window", "capped", "sinks"], "device": ["cpu", "meta"]})
-def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str):
+def test_no_tensor_has_t_times_t_numbers(lengths, kind, device):
     """On the meta device bf16 takes the branch of a GPU."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     documents = Documents.of(positions_of([LENGTHS[lengths]])).to(device)
@@ -239,10 +236,10 @@ def test_no_tensor_has_t_times_t_numbers(lengths: str, kind: str, device: str):
     assert LONG * 8 <= largest.numbers < LONG * LONG / 2
 
 
-def test_capped_scores_keep_no_mask_for_backward(monkeypatch: pytest.MonkeyPatch):
-    masks: list[weakref.ref[Tensor]] = []
+def test_capped_scores_keep_no_mask_for_backward(monkeypatch):
+    masks = []
 
-    def noted(*arguments: Any) -> Tensor:
+    def noted(*arguments):
         mask = seen(*arguments)
         masks.append(weakref.ref(mask))
         return mask

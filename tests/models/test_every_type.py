@@ -2,8 +2,6 @@
 an upgrade that brings a layer which adapters, merges or loading would get wrong fails here."""
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +29,7 @@ LEAST_TYPES = 115
 """Parameters of a model that is still tried; types that must be left."""
 
 
-def small_models() -> Iterator[tuple[str, Any]]:
+def small_models():
     """Type -> a model that computes and trains by itself."""
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
@@ -50,7 +48,7 @@ def small_models() -> Iterator[tuple[str, Any]]:
         yield kind, model
 
 
-def check_merged(model: Any):
+def check_merged(model):
     """Adapted layers whose matrices get a gradient compute what the model with the updates in its weights computes."""
     adapted = copy.deepcopy(model)
     inject(adapted, MoRAConfig(rank=4))

@@ -2,8 +2,6 @@
 folders on disk are loaded by most other tests."""
 
 import fnmatch
-from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -11,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import write_json_atomic
 from mora_ds.models import load
 from mora_ds.models.base import write_own_base
+from tests.helpers.errors import user_error
 from tests.helpers.models import alone, tiny_model, with_own_code
 
 
@@ -25,12 +23,10 @@ from tests.helpers.models import alone, tiny_model, with_own_code
         (["config.json", "pytorch_model.bin", "rust_model.ot"], ["config.json", "pytorch_model.bin"]),
     ],
 )
-def test_pickled_weights_are_downloaded_where_there_are_no_others(
-    stored_files: list[str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_pickled_weights_are_downloaded_where_there_are_no_others(stored_files, wanted, tmp_path, monkeypatch):
     """facebook/opt-125m and many of its age have no safetensors."""
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def snapshot(name, allow_patterns):
         for file in stored_files:
             if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
                 (tmp_path / file).touch()
@@ -43,7 +39,7 @@ def test_pickled_weights_are_downloaded_where_there_are_no_others(
 # -- code that comes with a model ------------------------------------------------------------------------------------
 
 
-def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     tiny_model().save_pretrained(tmp_path / "llama")
     folder = with_own_code(tmp_path / "llama", tmp_path / "own")
@@ -63,29 +59,29 @@ def test_a_models_own_code_is_run_where_that_is_allowed(tmp_path: Path, monkeypa
         lambda: load.named_config(str(folder)),
         lambda: load.load_base(folder, tmp_path / "base", alone(), torch.float32, None),
     ):
-        with pytest.raises(UserError, match="/own: its own code must be run: allow that with --trust_remote_code"):
+        with user_error("/own: its own code must be run: allow that with --trust_remote_code"):
             use()
 
 
 def test_attention_that_a_family_does_not_have_is_named_where_no_weights_are_read():
     """As by a plan of the model."""
-    with pytest.raises(UserError, match=r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
+    with user_error(r"--attn_implementation sdpa: .*Gemma2ForCausalLM does not support"):
         load.make_model(tiny_model("gemma2").config, "the model", attn_implementation="sdpa")
     config = tiny_model("gemma2").config
     config._attn_implementation_internal = "sdpa"
-    with pytest.raises(UserError, match=r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"):
+    with user_error(r"--model_config own\.json: no model .*Gemma2ForCausalLM does not support"):
         load.make_model(config, "--model_config own.json")
 
 
 def test_a_mistyped_path_is_no_name_of_the_hub():
-    with pytest.raises(UserError, match=r"--model_name_or_path \./no/such/model: no such folder, and no name"):
+    with user_error(r"--model_name_or_path \./no/such/model: no such folder, and no name"):
         load.named_config("./no/such/model")
 
 
 # -- pickled weights -----------------------------------------------------------------------------------------------
 
 
-def pickled(folder: Path, dtype: torch.dtype, shards: int = 1, zipped: bool = True) -> dict[str, torch.Tensor]:
+def pickled(folder, dtype, shards=1, zipped=True):
     """A folder with pickled weights only. Returns them."""
     model = tiny_model(dtype=dtype)
     model.config.save_pretrained(folder)
@@ -101,10 +97,10 @@ def pickled(folder: Path, dtype: torch.dtype, shards: int = 1, zipped: bool = Tr
     return weights
 
 
-def originals(folder: Path, own: Path, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
+def originals(folder, own, dtype):
     """The live model, and the tensors of the run's own base."""
 
-    def loaded(dtype: torch.dtype) -> Any:
+    def loaded(dtype):
         return load.load_model(folder, dtype)
 
     model = loaded(dtype)
@@ -122,9 +118,7 @@ def originals(folder: Path, own: Path, dtype: torch.dtype) -> tuple[Any, dict[st
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, 2, True),
     (torch.bfloat16, torch.float32, torch.float32, 1, True),
 ])  # fmt: skip
-def test_a_run_keeps_the_precision_of_pickled_weights(
-    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, kept: torch.dtype, shards: int, zipped: bool
-):
+def test_a_run_keeps_the_precision_of_pickled_weights(tmp_path, stored, dtype, kept, shards, zipped):
     weights = pickled(tmp_path / "model", stored, shards, zipped)
     model, base_tensors = originals(tmp_path / "model", tmp_path / "own", dtype)
     for name, tensor in base_tensors.items():
@@ -133,25 +127,25 @@ def test_a_run_keeps_the_precision_of_pickled_weights(
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
-def test_a_resumed_run_reads_the_base_that_it_has(tmp_path: Path):
+def test_a_resumed_run_reads_the_base_that_it_has(tmp_path):
     """Whatever its precision, as its fingerprint is in every checkpoint."""
     pickled(tmp_path / "model", torch.float32)
     write_own_base(load.load_model(tmp_path / "model", torch.bfloat16), tmp_path / "own")
-    before = (tmp_path / "own" / "model.safetensors").stat()
+    before = (tmp_path / "own/model.safetensors").stat()
     _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
-    after = (tmp_path / "own" / "model.safetensors").stat()
+    after = (tmp_path / "own/model.safetensors").stat()
     assert {tensor.dtype for tensor in base_tensors.values()} == {torch.bfloat16}
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_the_base_of_another_model_is_replaced(tmp_path: Path):
+def test_the_base_of_another_model_is_replaced(tmp_path):
     weights = pickled(tmp_path / "model", torch.float32)
     write_own_base(tiny_model(seed=5), tmp_path / "own")
     _, base_tensors = originals(tmp_path / "model", tmp_path / "own", torch.bfloat16)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in base_tensors.items())
 
 
-def test_precision_that_cannot_be_kept_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_precision_that_cannot_be_kept_is_said(tmp_path, caplog):
     pickled(tmp_path / "model", torch.float32)
     model = load.load_model(tmp_path / "model", torch.bfloat16)
     with torch.no_grad():

@@ -1,22 +1,17 @@
 """The loss in chunks equals the model's own: values, gradients, evaluation, also under ZeRO-3."""
 
-from collections.abc import Mapping
 from functools import wraps
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
-from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.loss import (
@@ -30,14 +25,16 @@ from mora_ds.models.loss import (
 )
 from mora_ds.train import pretrain
 from mora_ds.train.preflight import logits_are_known
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, assert_close_losses, job, printed, refused, run
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import assert_close_losses, job, printed, refused, run
 from tests.helpers.models import enable_checkpointing, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import assert_same_run, interrupted_job, stop_and_resume
+from tests.helpers.tables import heavy
 
 CHUNK = 7  # divides neither rows nor batch
-SMALL: dict[str, Any] = {
+SMALL = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -46,7 +43,7 @@ SCALED = {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0, "t
 """Families that cap or scale their logits."""
 
 
-def model_of(family: str, train_head: bool = True) -> Any:
+def model_of(family, train_head=True):
     if family in SCALED:
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **{**SMALL, **SCALED[family]})
@@ -57,7 +54,7 @@ def model_of(family: str, train_head: bool = True) -> Any:
     return model
 
 
-def batch_of(rows: int = 3, length: int = 16) -> dict[str, Tensor]:
+def batch_of(rows=3, length=16):
     """Two documents a row, and padding."""
     ids = tokens(rows, length + 1)
     labels = ids[:, 1:].clone()
@@ -67,14 +64,14 @@ def batch_of(rows: int = 3, length: int = 16) -> dict[str, Tensor]:
     return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
 
 
-def gradients(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model, batch):
     model.zero_grad()
     nll = token_nll(model, batch)
     nll.backward()
     return nll.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]):
+def assert_same(results, expected):
     assert_close(results[0], expected[0], rtol=1e-6, atol=0)
     assert results[1].keys() == expected[1].keys()
     for name, right in expected[1].items():
@@ -89,7 +86,7 @@ def assert_same(results: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tenso
         *[("gpt_neox", True), ("mixtral", False), ("cohere", True), ("granite", False)],
     ],
 )
-def test_loss_and_gradients_are_the_models_own(family: str, train_head: bool, checkpointing: bool):
+def test_loss_and_gradients_are_the_models_own(family, train_head, checkpointing):
     model = model_of(family, train_head)
     batch = batch_of()
     if checkpointing:
@@ -125,7 +122,7 @@ def test_evaluation_and_whole_logits_are_as_before():
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, near: float):
+def test_gradients_through_a_frozen_head_in_half_precision(dtype, near):
     """As near to those of fp32 as the dtype's rounding, in fp16 with a scaled loss."""
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 20_000, bias=False).to(dtype).requires_grad_(False)
@@ -145,16 +142,16 @@ def test_gradients_through_a_frozen_head_in_half_precision(dtype: torch.dtype, n
 
 
 @pytest.mark.parametrize("train_head, times", [(True, 2), (False, 1)])
-def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPatch, train_head: bool, times: int):
+def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch, train_head, times):
     """Nothing of the size of logits is kept for backward, which makes them again where the head is trained."""
     model = model_of("llama", train_head)
     batch = batch_of()
     chunked = chunk_loss(model, CHUNK)
     project = chunked._project
-    sizes = list[int]()
-    saved = list[int]()
+    sizes = []
+    saved = []
 
-    def projected(hidden: Tensor) -> Tensor:
+    def projected(hidden):
         sizes.append(hidden.shape[:-1].numel())
         return project(hidden)
 
@@ -169,16 +166,16 @@ def test_no_more_logits_than_a_chunk_are_ever_made(monkeypatch: pytest.MonkeyPat
     assert max(sizes) == CHUNK
 
 
-def test_a_frozen_head_on_a_cpu_computes_parts_of_one_size(monkeypatch: pytest.MonkeyPatch):
+def test_a_frozen_head_on_a_cpu_computes_parts_of_one_size(monkeypatch):
     model = model_of("llama", train_head=False)
     batch = batch_of()
     expected = gradients(model, batch)
     monkeypatch.setattr("mora_ds.models.loss._CPU_TOKENS", CHUNK)
     chunked = chunk_loss(model)
     project = chunked._project
-    sizes = list[int]()
+    sizes = []
 
-    def projected(hidden: Tensor) -> Tensor:
+    def projected(hidden):
         sizes.append(hidden.shape[:-1].numel())
         return project(hidden)
 
@@ -197,7 +194,7 @@ def test_a_chunk_follows_the_vocabulary_and_is_no_smaller_than_a_token():
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("train_head", [False, True])
-def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool):
+def test_losses_are_summed_in_fp32(chunked, train_head):
     """Of logits in bf16, whose own losses would have two digits."""
     model = model_of("llama", train_head).bfloat16()
     batch = batch_of()
@@ -213,7 +210,7 @@ def test_losses_are_summed_in_fp32(chunked: bool, train_head: bool):
     assert_close(total.double(), expected.sum(), rtol=2e-6, atol=0)
 
 
-def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyPatch):
+def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch):
     model = model_of("llama")
     batch = batch_of()
     logits = model(batch["input_ids"]).logits
@@ -222,7 +219,7 @@ def test_a_pass_that_fails_leaves_the_head_as_it_was(monkeypatch: pytest.MonkeyP
     assert bound(model) is chunked
     assert bound(_Engine(model)) is chunked
 
-    def fails(hidden: Tensor, labels: Tensor) -> Any:
+    def fails(hidden, labels):
         raise KeyError("of a chunk")
 
     monkeypatch.setattr(chunked, "_chunks", fails)
@@ -245,24 +242,24 @@ class _Engine:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: Any):
+    def __init__(self, model):
         self.module = model
         self.train = model.train
         self.eval = model.eval
 
-    def __call__(self, **batch: Tensor) -> Any:
+    def __call__(self, **batch):
         return self.module(**batch)
 
 
 def test_a_model_without_a_head_is_refused():
-    with pytest.raises(UserError, match="--chunked_loss: this model names no output head"):
+    with user_error("--chunked_loss: this model names no output head"):
         chunk_loss(tiny_model().model)
 
 
 # -- ZeRO-3 -----------------------------------------------------------------------------------------------------------
 
 
-def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
+def zero3_gradients(family):
     """Of the same batch on every rank, the head sharded over them."""
     model = model_of(family)
     batch = batch_of()
@@ -290,8 +287,8 @@ def zero3_gradients(family: str) -> tuple[float, dict[str, Tensor]]:
     return first, gradient
 
 
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.heavy), "qwen2"])
-def test_a_trained_head_that_zero_3_shards(family: str):
+@pytest.mark.parametrize("family", [heavy("llama"), "qwen2"])
+def test_a_trained_head_that_zero_3_shards(family):
     """llama: a head of its own; qwen2: tied to the embeddings, which are trained with it."""
     model = model_of(family)
     batch = batch_of()
@@ -307,38 +304,38 @@ def test_a_trained_head_that_zero_3_shards(family: str):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user: Playground, tmp_path: Path):
+def test_a_run_that_is_split_has_the_curve_of_one_process_with_whole_logits(user, tmp_path):
     whole = tmp_path / "whole"
     expected = run(1, user.flags(whole))
     for split in ("sequence", "tensor"):
         chunked = tmp_path / split
-        summary = run(2, user.flags(chunked, "--chunked_loss", "true", f"--{split}_parallel_size", 2))
+        summary = run(2, user.flags(chunked, "--chunked_loss true", f"--{split}_parallel_size", 2))
         assert_close_losses(chunked, whole)
         assert summary["perplexity_after"] == pytest.approx(expected["perplexity_after"], rel=1e-5)
 
 
-KEPT = ("--max_steps", 6, "--save_steps", 2, "--merge_every", 3, "--restart_warmup_steps", 1)
+KEPT = "--max_steps 6 --save_steps 2 --merge_every 3 --restart_warmup_steps 1"
 
 
-def whole(argv: list[str], step: int | None = None):
+def whole(argv, step=None):
     """A run with whole logits, stopped after `step` where one is given. For `run_ranks`."""
-    pretrain.is_frozen = lambda head: False  # type: ignore[assignment]  # in this forked rank alone
+    pretrain.is_frozen = lambda head: False  # in this forked rank alone
     job(argv) if step is None else interrupted_job(argv, step)
 
 
-def chunks_in(out: Path) -> bool:
-    return TrainerState.read(out / "checkpoints" / "latest").chunked_loss
+def chunks_in(out):
+    return TrainerState.read(out / "checkpoints/latest").chunked_loss
 
 
-def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, tmp_path: Path):
+def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user, tmp_path):
     """A new run with a frozen head computes it in chunks; one that has begun with whole logits goes on with them."""
     new, resumed, old, gone_on = (tmp_path / name for name in ("new", "resumed", "old", "gone-on"))
-    run(1, user.flags(new, *KEPT))
-    stop_and_resume(1, user.flags(resumed, *KEPT), 4)
+    run(1, user.flags(new, KEPT))
+    stop_and_resume(1, user.flags(resumed, KEPT), 4)
     assert_same_run(resumed, new)
-    run_ranks(1, whole, user.flags(old, *KEPT))
-    run_ranks(1, whole, user.flags(gone_on, *KEPT), 4)
-    run(1, user.flags(gone_on, *KEPT, "--resume_from_checkpoint", "auto"))
+    run_alone(whole, user.flags(old, KEPT))
+    run_alone(whole, user.flags(gone_on, KEPT), 4)
+    run(1, user.flags(gone_on, KEPT, "--resume_from_checkpoint auto"))
     assert_same_run(gone_on, old)
     assert_close_losses(new, old)
     assert chunks_in(new)
@@ -347,22 +344,22 @@ def test_a_run_keeps_its_way_of_computing_the_loss_to_the_bit(user: Playground, 
     assert not chunks_in(gone_on)
 
 
-def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user: Playground, tmp_path: Path):
-    ((told, refusal_told),) = run_ranks(1, with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
+def test_a_model_that_does_more_to_its_logits_is_trained_with_whole_ones(user, tmp_path):
+    told, refusal_told = run_alone(with_changed_logits, user.flags(tmp_path / "out"), tmp_path)
     assert "loss: from the logits of complete batches, because this model does more to its logits" in told
     assert "--chunked_loss: this model does more to its logits" in refusal_told
     assert not chunks_in(tmp_path / "out")
 
 
-def with_changed_logits(argv: list[str], folder: Path) -> tuple[str, str]:
+def with_changed_logits(argv, folder):
     """What two runs say whose model scales its logits unlike any that is known, the second with --chunked_loss."""
-    LlamaForCausalLM.forward = _scaled(LlamaForCausalLM.forward)  # type: ignore[method-assign]  # in this rank alone
+    LlamaForCausalLM.forward = _scaled(LlamaForCausalLM.forward)  # in this rank alone
     told = printed(argv)
     return told, refused([*argv, "--chunked_loss", "--output_dir", str(folder / "other")])[1]
 
 
-def _scaled(forward: Any) -> Any:
-    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _scaled(forward):
+    def scaled(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         output.logits = output.logits * 1.5
         return output

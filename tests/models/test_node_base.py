@@ -3,7 +3,6 @@
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.engine import initialize as engine_start
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
@@ -23,18 +22,20 @@ from mora_ds.runtime.node_memory import Offer, check_room, free_bytes
 from mora_ds.runtime.ranks import Ranks, balanced
 from mora_ds.train.run import Run
 from tests.helpers.engines import CountedBelow, ds_config
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, run
+from tests.helpers.jobs import refused, run
 from tests.helpers.kills import STEPS
 from tests.helpers.mappings import Mappings
 from tests.helpers.models import causal_loss, model_with_mora, tiny_model, tokens
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.resume import interrupted_job
+from tests.helpers.tables import heavy
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 
 MERGES = 2
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "fp32": {},
     "bf16 of a fp32 file": {"dtype": torch.bfloat16},
     "int8": {"bits": 8},
@@ -48,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 FEW = ("fp32", "Conv1D, int8, bf16")
 
 
-def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
+def merged(folder, choice, case):
     """A run of one process of several, with merges after its steps: its frozen tensors and what was sent."""
     family, dtype, bits = (CASES[case].get(key, default) for key, default in _DEFAULTS.items())
     rank = dist.get_rank()
@@ -98,7 +99,7 @@ def merged(folder: Path, choice: str, case: str) -> dict[str, Any]:
 _DEFAULTS = {"family": "llama", "dtype": torch.float32, "bits": 16}
 
 
-def private_and_shared(folder: str, cases: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def private_and_shared(folder, cases):
     return {case: {choice: merged(Path(folder), choice, case) for choice in ("private", "auto")} for case in cases}
 
 
@@ -106,11 +107,11 @@ def private_and_shared(folder: str, cases: tuple[str, ...]) -> dict[str, dict[st
     "world, cases",
     [
         (2, FEW),
-        pytest.param(2, tuple(CASES), marks=pytest.mark.heavy),
-        pytest.param(3, (*FEW, "experts"), marks=pytest.mark.heavy),
+        heavy(2, tuple(CASES)),
+        heavy(3, (*FEW, "experts")),
     ],
 )
-def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int, cases: tuple[str, ...]):
+def test_a_shared_merge_is_that_of_each_process_alone(tmp_path, world, cases):
     ranks = run_ranks(world, private_and_shared, str(tmp_path), cases)
     for case in cases:
         alone = ranks[0][case]["private"]
@@ -129,14 +130,14 @@ def test_a_shared_merge_is_that_of_each_process_alone(tmp_path: Path, world: int
             assert result["sent"] - rank[case]["private"]["sent"] < small
 
 
-def on_two_nodes(folder: str) -> dict[str, Any]:
+def on_two_nodes(folder):
     """Rank 0 is a node, ranks 1 and 2 are another one."""
     os.environ["LOCAL_RANK"] = str(max(0, dist.get_rank() - 1))
     return {choice: merged(Path(folder), choice, "fp32") for choice in ("private", "auto")}
 
 
 @pytest.mark.heavy
-def test_nodes_of_one_and_of_two_processes(tmp_path: Path):
+def test_nodes_of_one_and_of_two_processes(tmp_path):
     ranks = run_ranks(3, on_two_nodes, str(tmp_path))
     assert ranks[1]["auto"]["places"] == ranks[2]["auto"]["places"]
     assert None not in ranks[1]["auto"]["places"].values()
@@ -146,7 +147,7 @@ def test_nodes_of_one_and_of_two_processes(tmp_path: Path):
             assert torch.equal(rank["auto"]["frozen"][name], tensor), name
 
 
-def faults() -> dict[str, str]:
+def faults():
     """What goes wrong on one process only, and what all are told."""
     model = tiny_model()
     errors = {}
@@ -154,7 +155,7 @@ def faults() -> dict[str, str]:
     initialize(model=model, config=ds_config(3, 2, 1))
     node = node_base_of(model)
 
-    def fail(name: str, item: None):
+    def fail(name, item):
         raise RunError(f"no room for {name}")
 
     items = [(name, None) for name in node.layers(model)]
@@ -175,7 +176,7 @@ def test_an_error_of_one_process_is_one_of_all():
         assert "replaced after the start" in errors["replaced"]
 
 
-def checked(folder: str) -> str:
+def checked(folder):
     """The error for files that differ; none for those that are the same."""
     rank = dist.get_rank()
     model = load_base(Path(folder), Path(folder) / "own", Ranks.current(), torch.float32, None).model
@@ -188,7 +189,7 @@ def checked(folder: str) -> str:
     return ""
 
 
-def test_a_base_that_differs_between_ranks_is_refused(tmp_path: Path):
+def test_a_base_that_differs_between_ranks_is_refused(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     for rank in range(3):
@@ -197,27 +198,27 @@ def test_a_base_that_differs_between_ranks_is_refused(tmp_path: Path):
     assert all("[2] do not hold what rank 0 holds" in message for message in messages)
 
 
-def without_memory(argv: list[str]) -> tuple[str, str]:
+def without_memory(argv):
     """The refusal of a run on a node that is nearly full."""
-    node_memory.free_bytes = lambda: (1000, "left by the memory limit of the job")  # type: ignore[assignment]
+    node_memory.free_bytes = lambda: (1000, "left by the memory limit of the job")
     return refused(argv)
 
 
-def test_too_little_memory_is_told_at_the_start(user: Playground, tmp_path: Path):
+def test_too_little_memory_is_told_at_the_start(user, tmp_path):
     ((kind, message),) = set(run_ranks(2, without_memory, user.flags(tmp_path / "out", *STEPS)))
     assert kind == "UserError"
     assert "the base that the processes of this node share takes 0.000 GB" in message
     assert "0.000 GB are left by the memory limit of the job" in message
 
 
-def interrupted_with_private_bases(argv: list[str], step: int):
+def interrupted_with_private_bases(argv, step):
     """A run on processes that cannot share memory, which stops dead after `step`."""
     with mock.patch.object(Offer, "make", side_effect=OSError("no memory to share")):
         interrupted_job(argv, step)
 
 
 @pytest.mark.heavy
-def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user: Playground, tmp_path: Path, out: Path):
+def test_a_run_with_private_bases_is_resumed_with_a_shared_one(user, tmp_path, out):
     flags = [*STEPS, "--eval_files", f"short={user.other}", "--resume_from_checkpoint", "auto"]
     whole = tmp_path / "whole"
     run(2, user.flags(whole, *flags))
@@ -245,7 +246,7 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     total = torch.zeros(len(layers), 1)
     written = []
     for rank in range(2):
-        ranks: Any = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
+        ranks = mock.Mock(rank=rank, is_first=rank == 0, sum=lambda table: table)
         base = NodeBase(ranks, (0, 1), slots)
         written += base.layers(model)
         rows = {name: [torch.tensor(float(1 + list(layers).index(name)))] for name in base.layers(model)}
@@ -254,7 +255,7 @@ def test_a_layer_that_is_not_shared_is_written_by_each_process_and_counts_once()
     assert total.flatten().tolist() == list(range(1, 1 + len(layers)))
 
 
-def named_memory() -> set[str]:
+def named_memory():
     """But for semaphores, which other processes may make meanwhile."""
     folder = Path("/dev/shm")
     return {path.name for path in folder.iterdir() if not path.name.startswith("sem.")} if folder.is_dir() else set()
@@ -279,7 +280,7 @@ def test_memory_has_no_name_and_ends_with_its_last_mapping():
         offer.map("layout")
 
 
-def test_a_file_that_was_written_to_is_no_place(tmp_path: Path):
+def test_a_file_that_was_written_to_is_no_place(tmp_path):
     path = tmp_path / "numbers"
     path.write_bytes(bytes(range(256)) * 64)
     mapped = torch.from_file(str(path), shared=False, size=256 * 64, dtype=torch.uint8)
@@ -290,7 +291,7 @@ def test_a_file_that_was_written_to_is_no_place(tmp_path: Path):
     assert Mappings.read().place_of(torch.zeros(10)) is None
 
 
-def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_limits_of_a_container_are_read_and_named(tmp_path, monkeypatch):
     group = tmp_path / "job"
     group.mkdir()
     (group / "memory.max").write_text("5000000\n")
@@ -300,5 +301,5 @@ def test_limits_of_a_container_are_read_and_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(node_memory, "_cgroup_folders", lambda: [group, tmp_path])
     assert free_bytes() == (1_500_000, f"left by the memory limit of {group}")
     check_room(1_500_000)
-    with pytest.raises(UserError, match=r"the base that .* takes 0\.002 GB, and .* left .*job: --base_bits 8"):
+    with user_error(r"the base that .* takes 0\.002 GB, and .* left .*job: --base_bits 8"):
         check_room(1_600_000)

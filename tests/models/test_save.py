@@ -3,14 +3,11 @@
 import json
 import os
 import struct
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.common.tensor_files import (
     CODES,
@@ -22,11 +19,12 @@ from mora_ds.common.tensor_files import (
 )
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.save import layout_of, write_companions, write_shards
+from tests.helpers.errors import user_error
 
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_filled_up_to_its_limit(tmp_path: Path):
+def test_a_file_is_filled_up_to_its_limit(tmp_path):
     """A tensor above the limit has a file alone; none is empty."""
     sizes = {"large": 30, "a": 4, "b": 6, "c": 1, "huge": 40, "d": 10}
     layout = {key: ((size,), torch.uint8) for key, size in sizes.items()}
@@ -34,7 +32,7 @@ def test_a_file_is_filled_up_to_its_limit(tmp_path: Path):
     assert [sorted(load_file(tmp_path / name)) for name in names] == [["large"], ["a", "b"], ["huge"], ["c"], ["d"]]
 
 
-def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
+def base_folder(folder, config):
     folder.mkdir()
     tensors = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3).half(), "count": torch.tensor([7, 8])}
     save_file(tensors, folder / "model.safetensors")
@@ -42,11 +40,11 @@ def base_folder(folder: Path, config: dict[str, Any]) -> BaseCheckpoint:
     return BaseCheckpoint.open(folder)
 
 
-def test_an_index_is_written_for_several_files_alone(tmp_path: Path):
+def test_an_index_is_written_for_several_files_alone(tmp_path):
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
-    asked = list[tuple[str, torch.dtype]]()
+    asked = []
 
-    def tensor_of(key: str, dtype: torch.dtype) -> torch.Tensor:
+    def tensor_of(key, dtype):
         asked.append((key, dtype))
         return base.read(key).to(dtype)
 
@@ -71,14 +69,14 @@ def test_an_index_is_written_for_several_files_alone(tmp_path: Path):
 # -- the other files ---------------------------------------------------------------------------------------------------
 
 
-def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path: Path, out: Path):
+def test_a_config_has_the_new_dtype_wherever_it_has_one(tmp_path, out):
     config = {
         "model_type": "é", "torch_dtype": "float32", "text_config": {"dtype": "float32", "inner_config": {"dtype": 1}},
         "quant_config": None, "other": {"dtype": "float32"},
     }  # fmt: skip
     out.mkdir()
     write_companions(base_folder(tmp_path / "base", config), out, torch.bfloat16)
-    written = (out / "config.json").read_text(encoding="utf-8")
+    written = (out / "config.json").read_text()
     assert "é" in written and json.loads(written) == {
         "model_type": "é", "torch_dtype": "bfloat16", "dtype": "bfloat16", "quant_config": None,
         "text_config": {"dtype": "bfloat16", "inner_config": {"dtype": "bfloat16"}}, "other": {"dtype": "float32"},
@@ -92,7 +90,7 @@ COPIED = {
 }  # fmt: skip
 
 
-def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path):
+def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path):
     base = base_folder(tmp_path / "base", {"model_type": "llama"})
     tokenizer_folder = tmp_path / "tokenizer"
     for name in (*COPIED, "README.md", "optimizer.pt"):
@@ -115,13 +113,13 @@ def test_the_bases_files_and_one_tokenizer_are_copied(tmp_path: Path):
             assert of_base == {"generation_config.json", "modeling_own.py", "LICENSE.txt", "vocabulary_extension.json"}
 
 
-def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: Path, out: Path):
+def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path, out):
     """The cache keeps the files of snapshots/REVISION in blobs/ beside them."""
     hub = tmp_path / "hub"
     (hub / "snapshots").mkdir(parents=True)
-    base = base_folder(hub / "snapshots" / "1a2b", {"model_type": "llama"})
+    base = base_folder(hub / "snapshots/1a2b", {"model_type": "llama"})
     (hub / "blobs").mkdir()
-    for path in (hub / "blobs" / "ff", base.folder / "kept.txt", tmp_path / "secret", hub / "secret"):
+    for path in (hub / "blobs/ff", base.folder / "kept.txt", tmp_path / "secret", hub / "secret"):
         path.write_text(path.name)
     (base.folder / "tokenizer.json").symlink_to("../../blobs/ff")
     (base.folder / "merges.txt").symlink_to("kept.txt")
@@ -133,7 +131,7 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
     for target in (tmp_path / "secret", hub / "secret"):
         (base.folder / "vocab.json").unlink(missing_ok=True)
         (base.folder / "vocab.json").symlink_to(target)
-        with pytest.raises(UserError, match=r"vocab.json is a link to .*secret, which is not copied"):
+        with user_error(r"vocab.json is a link to .*secret, which is not copied"):
             write_companions(base, out, torch.float32)
         assert not (out / "vocab.json").exists()
 
@@ -141,10 +139,10 @@ def test_links_are_followed_within_the_model_and_the_hubs_cache_alone(tmp_path: 
 # -- safetensors files -------------------------------------------------------------------------------------------------
 
 
-def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path):
+def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path):
     """Each tensor begins at a multiple of its element size, which readers that map the file rely on."""
     path = tmp_path / "t.safetensors"
-    tensors = dict[str, torch.Tensor]()
+    tensors = {}
     for note in ("xx", "xxx"):  # tensors begin at a multiple of eight bytes, however long the header is
         write_safetensors_atomic(path, {"a": torch.ones(1)}, {"note": note})
         assert struct.unpack("<Q", path.read_bytes()[:8])[0] % 8 == 0
@@ -169,7 +167,7 @@ def test_every_dtype_reads_back_from_a_place_that_fits_it(tmp_path: Path):
         assert tensor_nbytes(tensor.shape, tensor.dtype) == tensor.nbytes
 
 
-def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path):
+def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path):
     layout = {"small": ((3,), torch.uint8), "large": ((2,), torch.float64), "none": ((0, 4), torch.float32)}
     with SafetensorsWriter(tmp_path / "t", layout, {"about": "x"}) as writer:
         writer.write("small", torch.tensor([1, 2, 3], dtype=torch.uint8))
@@ -189,14 +187,14 @@ def test_a_file_may_end_with_a_tensor_that_is_written_first(tmp_path: Path):
         SafetensorsWriter(tmp_path / "v", layout, {}).__exit__(None, None, None)
 
 
-def test_what_is_no_file_of_tensors_is_named(tmp_path: Path):
+def test_what_is_no_file_of_tensors_is_named(tmp_path):
     path = tmp_path / "t.safetensors"
-    with pytest.raises(UserError, match=r"t.safetensors is missing"):
+    with user_error(r"t.safetensors is missing"):
         open_safetensors(path)
     save_file({"a": torch.zeros(64), "b": torch.zeros(1, dtype=torch.complex64)}, path)
     assert shape_dtype(open_safetensors(path), "a") == ((64,), torch.float32)
-    with pytest.raises(UserError, match="tensor 'b' has dtype C64, which is not supported"):
+    with user_error("tensor 'b' has dtype C64, which is not supported"):
         shape_dtype(open_safetensors(path), "b")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"t.safetensors is truncated or damaged"):
+    with user_error(r"t.safetensors is truncated or damaged"):
         open_safetensors(path)

@@ -1,13 +1,12 @@
 """Leading singular vectors of a matrix that is too large to be decomposed exactly."""
 
-import pytest
 import torch
 
 from mora_ds.models.svd import OVERSAMPLED, leading_vectors
 from tests.helpers.operators import random
 
 
-def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch: pytest.MonkeyPatch):
+def test_a_matrix_too_large_for_lapack_is_decomposed_by_iteration(monkeypatch):
     count = 4
     side = 2 * OVERSAMPLED + 40
     values = torch.cat((torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((side - count,), 0.01))).double()

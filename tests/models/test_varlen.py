@@ -1,10 +1,7 @@
 """torch's flash attention over all documents, as it is called on CUDA: on the meta device, and by stand-ins for it."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from mora_ds.data.documents import Documents
@@ -25,7 +22,7 @@ from tests.helpers.pairwise import pairwise
 
 
 @pytest.mark.parametrize("size, value_size", [(16, 16), (20, 12), (192, 128)])
-def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int):
+def test_head_sizes_are_padded_for_the_kernel(size, value_size):
     shapes = ((2, 4, 32, size), (2, 2, 32, size), (2, 2, 32, value_size))
     query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
     out, _ = document_attention(torch.nn.Module(), query, key, value, None)
@@ -35,7 +32,7 @@ def test_head_sizes_are_padded_for_the_kernel(size: int, value_size: int):
     assert query.grad.shape == query.shape
 
 
-def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale: float) -> tuple[Tensor, Tensor]:
+def as_varlen(q, k, v, bounds, left, scale):
     """(N, H, N) scores under the mask of causal documents with `left` keys before a query's own, and values (H, N, D)
     with their heads repeated: what torch's kernels compute with."""
     groups = q.shape[1] // k.shape[1]
@@ -47,7 +44,7 @@ def as_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int, scale:
     return (q.transpose(0, 1) @ keys.mT * scale).masked_fill(~seen, float("-inf")), values
 
 
-def forward_stand_in(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, return_debug_mask: bool, **told: Any) -> Any:
+def forward_stand_in(q, k, v, *lengths, return_debug_mask, **told):
     assert return_debug_mask is False
     scores, values = as_varlen(q, k, v, *told_of(q, k, v, lengths, told))
     out = (scores.softmax(-1) @ values).transpose(0, 1)
@@ -55,7 +52,7 @@ def forward_stand_in(q: Tensor, k: Tensor, v: Tensor, *lengths: Any, return_debu
     return out, scores.logsumexp(-1), None, None, nothing  # no state of dropout, as there is none
 
 
-def told_of(q: Tensor, k: Tensor, v: Tensor, lengths: Any, told: dict[str, Any]) -> tuple[Tensor, int, float]:
+def told_of(q, k, v, lengths, told):
     """The documents' bounds, the keys that a query sees and the scale, all as torch's flash attention wants them."""
     begins, ends, longest, most, dropout, is_causal = lengths
     assert begins is ends
@@ -72,7 +69,7 @@ def told_of(q: Tensor, k: Tensor, v: Tensor, lengths: Any, told: dict[str, Any])
 
 
 @pairwise({"layout": list(LAYOUTS), "window": [None, 12, 40]})
-def test_varlen_is_called_for_dense_attention(layout: str, window: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_varlen_is_called_for_dense_attention(layout, window, monkeypatch):
     """A stand-in takes the place of torch's kernel, which needs a GPU."""
     monkeypatch.setattr(module_under_test, "fits_varlen", lambda *arguments: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
@@ -92,7 +89,7 @@ def test_varlen_is_called_for_dense_attention(layout: str, window: int | None, m
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [None, 12])
-def test_varlen_is_dense_attention(layout: str, window: int | None):
+def test_varlen_is_dense_attention(layout, window):
     positions = positions_of(LAYOUTS[layout])
     documents = Documents.of(positions).to("cuda")
     inputs = parts(len(positions), LENGTH, 2)[:3]

@@ -1,16 +1,14 @@
 """Split equals unsplit: t x dp ranks follow one plain PyTorch process, for every family and operator."""
 
-from typing import Any
-
 import pytest
 import torch
 import yaml
 
 from tests.helpers.gloo import run_ranks
 from tests.helpers.pairwise import pairwise_cases
-from tests.helpers.tensor_parallel import Case, assert_same_run, plain_run, split_run
+from tests.helpers.tensor_parallel import assert_same_run, plain_run, split_run
 
-CORE: list[Case] = yaml.safe_load("""
+CORE = yaml.safe_load("""
 - {family: llama, operator: share, train_norms: true, train_embeddings: true, train_head: true}
 - {family: llama, operator: share, compute: weight}  # at t = 4 the attention falls back
 - {family: llama, operator: rotate, checkpointing: true, compute: weight}
@@ -26,17 +24,17 @@ CORE: list[Case] = yaml.safe_load("""
 """)
 
 
-def split_runs(cases: list[Case], degree: int, **settings: Any) -> list[dict[str, Any]]:
+def split_runs(cases, degree, **settings):
     return [split_run(case, degree, **settings) for case in cases]
 
 
 @pytest.mark.parametrize("degree, cases", [(2, CORE), (4, CORE[:2])], ids=["t2", "t4"])
-def test_the_core(degree: int, cases: list[Case]):
+def test_the_core(degree, cases):
     """At t = 4 two key-value heads do not divide: the attention falls back."""
     compare(degree, degree, cases)
 
 
-def compare(world: int, degree: int, cases: list[Case]):
+def compare(world, degree, cases):
     ranks = run_ranks(world, split_runs, cases, degree, timeout_s=max(240, 40 * len(cases)))
     for index, case in enumerate(cases):
         expected = plain_run(case)
@@ -49,13 +47,13 @@ def compare(world: int, degree: int, cases: list[Case]):
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 
-SETTINGS: list[dict[str, Any]] = [
+SETTINGS = [
     {"offload_optimizer": {"device": "cpu"}},
     {"stage3_param_persistence_threshold": 10**6},
 ]
 
 
-def with_settings(case: Case) -> list[dict[str, Any]]:
+def with_settings(case):
     return [split_run(case, 2, **settings) for settings in SETTINGS]
 
 
@@ -72,21 +70,21 @@ def test_an_offloaded_optimizer_and_squares_that_stay_gathered():
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "gpt2")
 RANKS = [(2, 2), (4, 4), (4, 2)]
 """(ranks, tensor-parallel degree)"""
-OPERATORS: dict[str, Case] = yaml.safe_load("""
+OPERATORS = yaml.safe_load("""
 share: {operator: share}
 rotate: {operator: rotate}
 decouple: {operator: decouple}
 truncate: {operator: truncate}
 share, alternate: {operator: share, grouping: alternate}
 """)
-FORMS: dict[str, Case] = yaml.safe_load("""
+FORMS = yaml.safe_load("""
 others trained: {train_norms: true, train_embeddings: true}
 over the weight: {compute: weight, checkpointing: true}
 documents: {documents: true, checkpointing: true}
 """)
 
 
-def has_heads(ranks: tuple[int, int], family: str, kv_heads: int | None, **others: str) -> bool:
+def has_heads(ranks, family, kv_heads, **others):
     """Four key-value heads, which four ranks can split, in place of two, where the attention falls back."""
     return kv_heads is None or (ranks == (4, 4) and family not in ("gpt2", "gpt_neox"))
 
@@ -99,7 +97,7 @@ EVERY_TWO = pairwise_cases(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("ranks", RANKS)
-def test_every_two_of_family_operator_and_form(ranks: tuple[int, int]):
+def test_every_two_of_family_operator_and_form(ranks):
     cases = [
         {
             "family": case["family"],

@@ -1,11 +1,9 @@
 """Low precision at t = 2 follows one rank in the same precision; what every rank holds stays the same everywhere."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import Tensor
 
 from mora_ds.adapters.inject import frozen_buffers
 from mora_ds.engine import zero
@@ -18,7 +16,6 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss
 from tests.helpers.tensor_parallel import (
     BATCHES,
-    Case,
     base_in_memory,
     batches,
     config_of,
@@ -28,7 +25,7 @@ from tests.helpers.tensor_parallel import (
 STEPS = 20
 COMPARED_EVERY = 5
 LEARNING_RATE = 2e-3
-PRECISIONS: dict[str, dict[str, Any]] = {
+PRECISIONS = {
     "float32": {},
     "bfloat16": {"bf16": {"enabled": True}},
     "float16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
@@ -36,23 +33,23 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8, "float16": 2**-11}
 """Of the loss: half a unit in the last place of numbers that are rounded so; in fp32 that of the other tests."""
 EVERYTHING = {"train_norms": True, "train_embeddings": True, "train_head": True}
-CASES: list[Case] = [
+CASES = [
     {"family": "qwen3", "operator": "share", **EVERYTHING},  # q_norm and k_norm see a rank's heads alone
     {"family": "gpt2", "operator": "rotate", **EVERYTHING},  # only the MoRA matrices are split
 ]
 
 
-def trained(case: Case, dtypes: list[str], degree: int, folder: str) -> dict[str, Any]:
+def trained(case, dtypes, degree, folder):
     return {dtype: trained_in(dtype, case, degree, Path(folder) / dtype) for dtype in dtypes}
 
 
-def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, Any]:
+def trained_in(dtype, case, degree, folder):
     """Losses, norms, now and then the checksums of what all ranks hold, and in the end those of the merged base."""
     optimizer = ds_config(3, 1)["optimizer"]
     optimizer["params"]["lr"] = LEARNING_RATE
     engine, replica, replicas = start(case, degree, more={**PRECISIONS[dtype], "optimizer": optimizer})
     micro = BATCHES // replicas
-    results: dict[str, Any] = {"losses": [], "norms": [], "replicated": []}
+    results = {"losses": [], "norms": [], "replicated": []}
     for step in range(STEPS):
         total = 0.0
         for ids in batches(step % 3):
@@ -72,24 +69,24 @@ def trained_in(dtype: str, case: Case, degree: int, folder: Path) -> dict[str, A
     return results
 
 
-def replicated(engine: Any) -> dict[str, Any]:
+def replicated(engine):
     """Checksums of the masters that all ranks of a group hold alike."""
     parameters = {name: p for name, p in engine.module.named_parameters() if share_of(p) is None}
-    masters: dict[str, Tensor] = {name: zero.full_fp32(parameter) for name, parameter in parameters.items()}
+    masters = {name: zero.full_fp32(parameter) for name, parameter in parameters.items()}
     return {name: tensor_checksum(master.contiguous()) for name, master in masters.items()}
 
 
-def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path: Path):
+def test_it_follows_one_rank_and_ranks_do_not_drift(tmp_path):
     compare(CASES[0], ["bfloat16"], tmp_path)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["family"])
-def test_so_in_every_precision(case: Case, tmp_path: Path):
+def test_so_in_every_precision(case, tmp_path):
     compare(case, list(PRECISIONS), tmp_path)
 
 
-def compare(case: Case, dtypes: list[str], folder: Path):
+def compare(case, dtypes, folder):
     alone, *_ = run_ranks(1, trained, case, dtypes, 1, str(folder / "alone"))
     ranks = run_ranks(2, trained, case, dtypes, 2, str(folder / "split"))
     for dtype, expected in alone.items():
@@ -109,11 +106,11 @@ def compare(case: Case, dtypes: list[str], folder: Path):
 # -- by construction --------------------------------------------------------------------------------------------------
 
 
-def with_noise() -> list[dict[str, Any]]:
+def with_noise():
     """Checksums of what all ranks hold after each of three steps; the second rank's gradients are a little off."""
     engine, *_ = start(CASES[1], 2)
 
-    def disturb(gradient: Tensor) -> Tensor:
+    def disturb(gradient):
         return gradient * (1 + 1e-3 * dist.get_rank())
 
     engine.module.lm_head.register_forward_hook(lambda module, args, out: out.register_hook(disturb) and None)

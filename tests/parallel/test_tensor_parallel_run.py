@@ -1,45 +1,51 @@
 """The main job at t x dp: the run of one rank, its checkpoints resumed at any other t x dp, its merges and exports."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import sha256_file
 from mora_ds.engine.shards import EngineShards
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, launch, losses, playground, printed, rows, run
+from tests.helpers.jobs import launch, losses, playground, printed, rows, run
 from tests.helpers.outcome import assert_good
+from tests.helpers.tables import heavy
 
 STEPS = 6
 HALF = 4
 ROWS = 4
 """Sequences a step."""
-RUNS: dict[str, tuple[str, ...]] = {
+RUNS = {
     "rotate": ("--operator", "rotate", "--train_norms", "--train_embeddings"),
     "share": ("--operator", "share", "--mora_rank", "4", "--train_embedding_rank", "3"),
 }
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Playground:
+def ground(tmp_path_factory):
     return playground(tmp_path_factory.mktemp("tensor_parallel"))
 
 
-def flags(ground: Playground, out: Path, degree: int, replicas: int, *more: str | int) -> list[str]:
+def flags(ground, out, degree, replicas, *more):
     return ground.flags(
-        out, "--tensor_parallel_size", degree, "--per_device_train_batch_size", ROWS // replicas // 2,
-        "--gradient_accumulation_steps", 2, "--max_steps", STEPS, "--merge_every", 3, "--restart_warmup_steps", 1,
-        "--save_steps", HALF, "--adam_epsilon", 1e-4, *more,
-    )  # fmt: skip
+        out,
+        "--tensor_parallel_size",
+        degree,
+        "--per_device_train_batch_size",
+        ROWS // replicas // 2,
+        "--gradient_accumulation_steps 2 --max_steps",
+        STEPS,
+        "--merge_every 3 --restart_warmup_steps 1 --save_steps",
+        HALF,
+        "--adam_epsilon 0.0001",
+        *more,
+    )
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def saved(request: Any, ground: Playground) -> tuple[str, Path, torch.Tensor]:
+def saved(request, ground):
     """(name, run of (2, 2), losses of (1, 1))."""
     more = RUNS[request.param]
     alone = ground.root / f"{request.param}-alone"
@@ -49,7 +55,7 @@ def saved(request: Any, ground: Playground) -> tuple[str, Path, torch.Tensor]:
     return request.param, shared, losses(alone)
 
 
-def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground: Playground):
+def test_it_is_the_run_of_one_rank(saved, ground):
     name, out, expected = saved
     assert_close(losses(out), expected, rtol=1e-5, atol=0)
     alone = ground.root / f"{name}-alone"
@@ -73,12 +79,8 @@ def test_it_is_the_run_of_one_rank(saved: tuple[str, Path, torch.Tensor], ground
         assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize(
-    "degree, replicas", [(1, 2), (4, 1), *(pytest.param(*size, marks=pytest.mark.heavy) for size in ((2, 1), (1, 4)))]
-)
-def test_it_resumes_at_another_size(
-    saved: tuple[str, Path, torch.Tensor], ground: Playground, degree: int, replicas: int
-):
+@pytest.mark.parametrize("degree, replicas", [(1, 2), (4, 1), *(heavy(*size) for size in ((2, 1), (1, 4)))])
+def test_it_resumes_at_another_size(saved, ground, degree, replicas):
     name, out, expected = saved
     copy = ground.root / f"{name}-{degree}-{replicas}"
     shutil.copytree(out, copy, symlinks=True)
@@ -91,11 +93,11 @@ def test_it_resumes_at_another_size(
     assert_close(losses(copy)[-1], expected[-1], rtol=1e-5, atol=0)
 
 
-def hashes(folder: Path, pattern: str) -> dict[str, str]:
+def hashes(folder, pattern):
     return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], ground: Playground):
+def test_the_same_bytes_at_every_size(saved, ground):
     """Adapter, merge ledger and merged model of one state, saved and exported by one rank and by others."""
     name, out, _ = saved
     hashed = []
@@ -114,11 +116,11 @@ def test_the_same_bytes_at_every_size(saved: tuple[str, Path, torch.Tensor], gro
 # -- before it begins --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out: Path):
+def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground, out):
     out.mkdir()
     (out / "run.yaml").write_text("seed: 1")
     (out / "metrics.jsonl").write_text("")
-    argv = ground.flags(out, "--tensor_parallel_size", 2, "--dry_run", "--overwrite_output_dir")
+    argv = ground.flags(out, "--tensor_parallel_size 2 --dry_run --overwrite_output_dir")
     text = run_ranks(2, printed, argv)[0]
     assert "tensor parallel, 2 ranks a group; every rank has the complete base" in text
     assert "split: 2 q_proj" in text
@@ -131,8 +133,8 @@ def test_a_dry_run_tells_and_leaves_the_folder_as_it_was(ground: Playground, out
 
 
 @pytest.mark.heavy
-def test_the_launcher_runs_it(ground: Playground, tmp_path: Path):
-    flags = ground.flags(tmp_path / "out", "--tensor_parallel_size", 2, "--max_steps", 2, "--log_level", "debug")
+def test_the_launcher_runs_it(ground, tmp_path):
+    flags = ground.flags(tmp_path / "out", "--tensor_parallel_size 2 --max_steps 2 --log_level debug")
     done = launch(2, flags, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tensor parallel, 2 ranks a group" in done.stdout

@@ -1,12 +1,10 @@
 """What tensor parallelism puts on the wire, counted: nothing of the base."""
 
-from typing import Any
-
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.engine.traffic import CollectiveCounter
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tokens
-from tests.helpers.tensor_parallel import Case, model_of, start
+from tests.helpers.tensor_parallel import model_of, start
 
 ROWS = 2
 LENGTH = 16
@@ -14,7 +12,7 @@ PASSES = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 """MoRA matrices are gathered in forward and again in backward, as at a size that matters."""
 SHAPE = {"num_key_value_heads": 4, "intermediate_size": 68}
 """MoRA matrices of 16 and 20 rows: no padding."""
-CASES: dict[str, Case] = {
+CASES = {
     "gather": {"family": "llama", "model": SHAPE},
     "fallback": {"family": "llama", "model": {**SHAPE, "num_key_value_heads": 1, "num_attention_heads": 1}},
     "rotate": {"family": "llama", "operator": "rotate", "model": SHAPE},
@@ -23,7 +21,7 @@ DEGREE = 2
 REPLICAS = 2
 
 
-def counted(case: Case) -> dict[str, Any]:
+def counted(case):
     """Bytes of one micro-batch's forward and backward, by kind, and those of the base."""
     engine, replica, replicas = start(case, DEGREE, **PASSES)
     engine.module.enable_input_require_grads()  # or the first layers would be spared their backward
@@ -39,7 +37,7 @@ def counted(case: Case) -> dict[str, Any]:
     return {"bytes": bytes_by_kind, "base": counter.base_bytes}
 
 
-def all_counted() -> dict[Any, Any]:
+def all_counted():
     return {name: counted(case) for name, case in CASES.items()}
 
 

@@ -1,7 +1,5 @@
 """What `topology` gathers, sums and names, beside the groups of DeepSpeed that it reads."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
@@ -11,7 +9,7 @@ from mora_ds.parallel.topology import Topology
 from tests.helpers.gloo import run_ranks
 
 
-def places() -> dict[str, Any]:
+def places():
     topology = Topology.of(2)
     shard = torch.arange(2 + topology.index) + 10 * topology.index  # uneven shares of 5
     whole = topology.gather(shard.float(), 5)

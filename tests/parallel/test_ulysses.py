@@ -1,7 +1,6 @@
 """Split rows, attended by documents, give what complete rows give densely: s = 2, 4 and 2 x 2 under ZeRO-3 follow one
 plain PyTorch process."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from torch import Tensor
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers
 from mora_ds.adapters.ops.mora import delta_weight
@@ -49,11 +47,11 @@ class Case:
     adapter: dict[str, Any] = field(default_factory=dict)
 
 
-def model_of(case: Case) -> Any:
+def model_of(case):
     return adapted_model(case.family, case.checkpointing, case.model, operator=case.operator, **case.adapter)
 
 
-def batch_of(case: Case, step: int) -> dict[str, Tensor]:
+def batch_of(case, step):
     """The global batch: documents that end anywhere, over boundaries between ranks too; a row without an end; padding.
     Every rank draws all of it."""
     rows = ROWS * ACCUMULATION
@@ -70,11 +68,11 @@ def batch_of(case: Case, step: int) -> dict[str, Tensor]:
     return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
 
 
-def plain_run(case: Case) -> dict[str, Any]:
+def plain_run(case):
     """One process, no DeepSpeed, complete rows."""
     model = model_of(case)
 
-    def losses_of(step: int) -> list[Tensor]:
+    def losses_of(step):
         batch = batch_of(case, step)
         return [token_nll(model, batch) / (batch["labels"] != IGNORED).sum()]
 
@@ -84,7 +82,7 @@ def plain_run(case: Case) -> dict[str, Any]:
     return results
 
 
-def split_run(case: Case, size: int) -> dict[str, Any]:
+def split_run(case, size):
     """The same on this rank of several, `size` of which share each row."""
     world = dist.get_world_size()
     replicas = dist.get_world_size() // size
@@ -98,14 +96,14 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     config["optimizer"]["params"]["lr"] = LEARNING_RATE
     engine, *_ = initialize(model=model, config=config)
     check_split(engine, model, sequence, case.documents)
-    results: dict[str, Any] = {"losses": [], "norms": []}
+    results = {"losses": [], "norms": []}
     for step in range(STEPS):
         batch = batch_of(case, step)
         total = torch.zeros((), dtype=torch.float64)
         predicted = int((batch["labels"] != IGNORED).sum())
         for index in range(ACCUMULATION):
             first = (index * replicas + replica) * micro
-            rows: dict[str, Any] = {name: tensor[first : first + micro] for name, tensor in batch.items()}
+            rows = {name: tensor[first : first + micro] for name, tensor in batch.items()}
             if index == 0:  # else attention reads them from the positions
                 rows["documents"] = Documents.of(rows["position_ids"])
             local_batch = sequence.split(rows)
@@ -127,17 +125,17 @@ def split_run(case: Case, size: int) -> dict[str, Any]:
     return results
 
 
-def add_deltas(model: Any, whole: Callable[[Any], Tensor]):
+def add_deltas(model, whole):
     for layer in mora_layers(model).values():
         delta = delta_weight(layer.spec, whole(layer.square))
         layer.weight = layer.weight + (delta.T if layer.transposed else delta)  # processes may share it
 
 
-def split_runs(cases: list[Case], size: int) -> list[dict[str, Any]]:
+def split_runs(cases, size):
     return [split_run(case, size) for case in cases]
 
 
-def assert_equal_runs(cases: list[Case], ranks: int, size: int):
+def assert_equal_runs(cases, ranks, size):
     results = run_ranks(ranks, split_runs, cases, size, timeout_s=max(240, 40 * len(cases)))
     for index, case in enumerate(cases):
         expected = plain_run(case)
@@ -146,7 +144,7 @@ def assert_equal_runs(cases: list[Case], ranks: int, size: int):
             assert_equal_run(actual, expected, case)
 
 
-def assert_equal_run(results: dict[str, Any], expected: dict[str, Any], case: Case):
+def assert_equal_run(results, expected, case):
     assert results["losses"] == pytest.approx(expected["losses"], rel=1e-6), case
     assert results["norms"] == pytest.approx(expected["norms"], rel=1e-5), case
     for what, tolerance in (("gradients", 1e-5), ("values", 2e-5), ("base", 1e-5)):
@@ -161,7 +159,7 @@ def assert_equal_run(results: dict[str, Any], expected: dict[str, Any], case: Ca
     [(4, 4, Case("qwen2", "rotate", checkpointing=True)), (4, 2, Case("qwen3", "share", adapter=EVERYTHING))],
     ids=["s4", "s2 x dp2"],
 )
-def test_split_rows_are_whole_rows(ranks: int, size: int, case: Case):
+def test_split_rows_are_whole_rows(ranks, size, case):
     """Of two ranks that share rows: the heavy tests, and test_ulysses_run.py."""
     assert_equal_runs([case], ranks, size)
 
@@ -182,7 +180,7 @@ EVERY_TWO = pairwise_cases(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_two_of_family_operator_and_the_rest(group: tuple[int, int]):
+def test_every_two_of_family_operator_and_the_rest(group):
     chosen = [case for case in EVERY_TWO if case["group"] == group]
     cases = [Case(**{name: value for name, value in case.items() if name != "group"}) for case in chosen]
     assert_equal_runs(cases, *group)
@@ -190,5 +188,5 @@ def test_every_two_of_family_operator_and_the_rest(group: tuple[int, int]):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("size", [2, 4])
-def test_one_key_value_head(size: int):
+def test_one_key_value_head(size):
     assert_equal_runs([Case("llama", model={"num_key_value_heads": 1})], size, size)

@@ -1,11 +1,9 @@
 """What a model bound to sequence parallelism leaves alone, and what is refused before a step is made."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -14,6 +12,7 @@ from mora_ds.models.attention import prefer_documents, use_documents
 from mora_ds.parallel.ulysses import SequenceParallel, bound, share_rows, whole_rows
 from mora_ds.parallel.ulysses_checks import check_config, describe
 from mora_ds.train.preflight import check_split
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, tiny_model, tokens
 from tests.helpers.pool import run_pooled
@@ -25,7 +24,7 @@ LENGTH = 24
 # -- a bound model -----------------------------------------------------------------------------------------------------
 
 
-def in_and_out_of_the_way() -> dict[str, float]:
+def in_and_out_of_the_way():
     """What a bound model, within `whole_rows`, and another model in the same process compute, against plain ones."""
     ids = tokens(3, LENGTH, seed=5)
     plain, bound_one, unbound = (prefer_documents(tiny_model("mistral", num_key_value_heads=1)) for _ in range(3))
@@ -55,7 +54,7 @@ def test_whole_rows_and_models_that_are_not_bound():
         assert {name: error for name, error in errors.items() if error} == {}
 
 
-def handed_to_flash_attention() -> float:
+def handed_to_flash_attention():
     """Largest difference of a split row's logits, with a stand-in for the kernel that reads its arguments."""
     batch = {"input_ids": tokens(1, LENGTH, seed=5), "position_ids": torch.arange(LENGTH).expand(1, -1).clone()}
     batch["position_ids"][0, 7:] -= 7
@@ -63,7 +62,7 @@ def handed_to_flash_attention() -> float:
     expected = model(**batch, use_cache=False).logits
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def kernel(module: Any, query: Any, key: Any, value: Any, mask: None, **told: Any) -> Any:
+    def kernel(module, query, key, value, mask, **told):
         assert mask is None
         assert query.shape[1:3] == (2, LENGTH)
         assert key.shape[1:3] == (1, LENGTH)
@@ -91,7 +90,7 @@ def test_a_flash_attention_is_handed_whole_rows():
 PARTS = 2
 
 
-def part_of(rank: int) -> SequenceParallel:
+def part_of(rank):
     """A rank of a group that is not there."""
     sequence = object.__new__(SequenceParallel)
     sequence.size = PARTS
@@ -112,13 +111,13 @@ def test_a_part_is_a_ranks_tokens_and_documents_stay_whole():
 
 
 @pytest.mark.parametrize("rank", range(PARTS))
-def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank, monkeypatch):
     sequence = part_of(rank)
     module = nn.Module()
-    told = list[Any]()
+    told = []
     module.num_key_value_groups = 2
 
-    def split_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> Any:
+    def split_attention(module, query, key, value, mask, **kwargs):
         module.num_key_value_groups = 1  # as Ulysses does where it repeats key-value heads
         told.append(kwargs["s_aux"])
         if kwargs.get("fails"):
@@ -130,24 +129,22 @@ def test_a_layer_is_given_its_ranks_sinks_and_keeps_its_groups(rank: int, monkey
     key = torch.randn(2, 2, 3, 8)
     sinks = torch.arange(4.0)
     told_layer = {"s_aux": sinks, "position_ids": torch.arange(3).expand(2, -1)}
-    split_attention.attn = None  # type: ignore[attr-defined]
-    out, _ = sequence.attend(lambda: None, module, query, key, key, **told_layer)  # type: ignore[arg-type, return-value]
+    split_attention.attn = None
+    out, _ = sequence.attend(lambda: None, module, query, key, key, **told_layer)
     assert torch.equal(out, query.transpose(1, 2))
     assert torch.equal(told[0], sinks.view(PARTS, 2)[rank])
     assert module.num_key_value_groups == 2
     assert not sequence.saw_window
     with pytest.raises(ValueError):
-        sequence.attend(  # type: ignore[arg-type]
-            lambda: None, module, query, key, key, fails=True, sliding_window=2, **told_layer
-        )
+        sequence.attend(lambda: None, module, query, key, key, fails=True, sliding_window=2, **told_layer)
     assert module.num_key_value_groups == 2
     assert sequence.saw_window
     for wrong, words in (
         ({**told_layer, "position_ids": None}, "does not pass its attention the position_ids"),
         ({**told_layer, "position_bias": sinks}, "has a position bias"),
     ):
-        with pytest.raises(UserError, match=words):
-            sequence.attend(lambda: None, module, query, key, key, **wrong)  # type: ignore[arg-type, return-value]
+        with user_error(words):
+            sequence.attend(lambda: None, module, query, key, key, **wrong)
 
 
 def test_what_a_rank_computes_is_told():
@@ -159,7 +156,7 @@ def test_what_a_rank_computes_is_told():
 # -- what cannot be split ----------------------------------------------------------------------------------------------
 
 
-def config_of(kind: str, **values: Any) -> Any:
+def config_of(kind, **values):
     return AutoConfig.for_model(kind, **{**FAMILIES.get(kind, {}), **values})
 
 
@@ -175,34 +172,34 @@ llama | {rope_parameters: {rope_type: dynamic, rope_theta: 10000.0, factor: 2.0}
 
 
 @pytest.mark.parametrize("kind, values, size, message", rows(UNSPLIT))
-def test_what_a_config_tells(kind: str, values: str, size: str, message: str):
+def test_what_a_config_tells(kind, values, size, message):
     config = config_of(kind, **parsed(values))
-    with pytest.raises(UserError, match="--sequence_parallel_size") as error:
+    with user_error("--sequence_parallel_size") as error:
         check_config(config, int(size), None)
     assert message in str(error.value)
     check_config(config, 1, None)
 
 
 def test_an_attention_that_reads_masks_is_not_split():
-    with pytest.raises(UserError, match=r"--sequence_parallel_size.*because --attn_implementation sdpa reads masks"):
+    with user_error(r"--sequence_parallel_size.*because --attn_implementation sdpa reads masks"):
         check_config(config_of("llama"), 2, "sdpa")
     check_config(config_of("llama"), 1, "sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_configs_that_pass(family: str):
+def test_configs_that_pass(family):
     for size in (2, 4):
         check_config(config_of(family), size, None)
 
 
-def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
+def split_checked(kinds):
     """What `check_split` says of each model with documents in its rows."""
     said = {}
     for kind, values in kinds.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values))
         use_documents(model)
-        engine: Any = model
+        engine = model
         try:
             sequence = share_rows(model, 2)
             assert sequence is not None
@@ -213,7 +210,7 @@ def split_checked(kinds: dict[str, dict[str, Any]]) -> dict[str, str]:
     return said
 
 
-MIXING: dict[str, dict[str, Any]] = {
+MIXING = {
     "llama": FAMILIES["llama"],
     "lfm2": {**FAMILIES["llama"], "layer_types": ["conv", "full_attention"], "block_ff_dim": 32},
     "deepseek_v3": {

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,31 +9,31 @@ import torch
 from mora_ds.common.files import read_json
 from mora_ds.deploy.export import export_merged
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, assert_close_losses, curve, job, launch, printed, rows, run
+from tests.helpers.jobs import assert_close_losses, curve, job, launch, printed, rows, run
 from tests.helpers.tables import rows as rows_of
 
 ROWS = 4
 """Sequences a micro-batch, over all replicas."""
 RUN = (
-    "--max_steps", 6, "--merge_every", 2, "--restart_warmup_steps", 1, "--gradient_accumulation_steps", 2,
-    "--eval_steps", 3, "--save_steps", 3, "--train_norms", "true",
-)  # fmt: skip
+    "--max_steps 6 --merge_every 2 --restart_warmup_steps 1 --gradient_accumulation_steps 2 "
+    "--eval_steps 3 --save_steps 3 --train_norms true"
+)
 
 
-def flags(user: Playground, out: Path, ranks: int, size: int, *more: Any) -> list[str]:
+def flags(user, out, ranks, size, *more):
     shared = ("--sequence_parallel_size", size, "--per_device_train_batch_size", ROWS * size // ranks)
-    return user.flags(out, *RUN, *shared, *more)
+    return user.flags(out, RUN, *shared, *more)
 
 
 @pytest.fixture(scope="module")
-def one(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(user, tmp_path_factory):
     """The run of one process."""
     out = tmp_path_factory.mktemp("one") / "out"
     run(1, flags(user, out, 1, 1))
     return out
 
 
-def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6):
+def assert_same_curve(out, expected, rel=2e-6):
     points = curve(out)
     wanted = curve(expected)
     assert len(points) == len(wanted)
@@ -42,7 +41,7 @@ def assert_same_curve(out: Path, expected: Path, rel: float = 2e-6):
         assert_close(mine, theirs, rel)
 
 
-def assert_close(results: dict[str, Any], wanted: dict[str, Any], rel: float):
+def assert_close(results, wanted, rel):
     assert results.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, dict):
@@ -54,15 +53,15 @@ def assert_close(results: dict[str, Any], wanted: dict[str, Any], rel: float):
             assert results[key] == value, key
 
 
-def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, tmp_path: Path, out: Path):
+def test_a_run_over_split_rows_and_on_at_one_rank(user, one, tmp_path, out):
     told = run_ranks(2, printed, flags(user, out, 2, 2))[0]
     assert "2 processes share every row; each computes 16 of its 32 tokens, in attention 2 of 4 heads" in told
     assert_same_curve(out, one)
     assert read_json(out / "summary.json")["base_bytes_gathered"] == 0
-    report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
+    report = export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
     assert report.comparison is not None
     assert report.cycles == 2
-    resume = ("--resume_from_checkpoint", out / "checkpoints" / "step-000003")
+    resume = ("--resume_from_checkpoint", out / "checkpoints/step-000003")
     run(1, flags(user, out, 1, 1, *resume))
     assert_close_losses(out, one, rtol=0, atol=1e-5)
 
@@ -71,13 +70,13 @@ def test_a_run_over_split_rows_and_on_at_one_rank(user: Playground, one: Path, t
 
 
 @pytest.mark.heavy
-def test_a_checkpoint_goes_on_at_any_size(user: Playground, one: Path, tmp_path: Path):
+def test_a_checkpoint_goes_on_at_any_size(user, one, tmp_path):
     first = tmp_path / "first"
     run(4, flags(user, first, 4, 2))
     assert_same_curve(first, one)
     for ranks, size in ((4, 4), (4, 1), (2, 2), (2, 1), (1, 1), (4, 2)):
         out = Path(shutil.copytree(first, tmp_path / f"{ranks}-{size}", symlinks=True))
-        run(ranks, flags(user, out, ranks, size, "--resume_from_checkpoint", out / "checkpoints" / "step-000003"))
+        run(ranks, flags(user, out, ranks, size, "--resume_from_checkpoint", out / "checkpoints/step-000003"))
         assert_close_losses(out, one, rtol=0, atol=1e-5)
         if (ranks, size) == (4, 2):
             assert curve(out) == curve(first), "at the same size: to the bit"
@@ -98,7 +97,7 @@ ZeRO-1 | --deepspeed configs/zero1.json
 """Where there is no adapter, what `RUN` says of one is taken back."""
 
 
-def job_in_fp32(argv: list[str]) -> dict[str, Any]:
+def job_in_fp32(argv):
     """`job`, where Muon makes gradients orthogonal in fp32. In bf16, as it does, a rounding of 1e-7 in a gradient
     becomes one of 4e-4 in the norm of a MoRA matrix."""
     from deepspeed.runtime.zero.muon import original_muon
@@ -109,7 +108,7 @@ def job_in_fp32(argv: list[str]) -> dict[str, Any]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("variant, more", rows_of(VARIANTS))
-def test_variants(user: Playground, tmp_path: Path, variant: str, more: str):
+def test_variants(user, tmp_path, variant, more):
     ours = tmp_path / "split"
     theirs = tmp_path / "whole"
     for out, ranks, size in ((theirs, 1, 1), (ours, 2, 2)):
@@ -123,7 +122,7 @@ def test_variants(user: Playground, tmp_path: Path, variant: str, more: str):
 
 
 @pytest.mark.heavy
-def test_bf16_and_the_real_launcher(user: Playground, tmp_path: Path):
+def test_bf16_and_the_real_launcher(user, tmp_path):
     one = tmp_path / "one"
     two = tmp_path / "two"
     run(1, flags(user, one, 1, 1, "--bf16", "true"))

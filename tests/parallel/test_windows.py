@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from mora_ds.adapters.ops.linear import LayerProducts
@@ -21,16 +20,16 @@ SPECS = [OperatorSpec(kind, *shape, grouping, seed=3) for kind, grouping in KIND
 PARTS = 3
 
 
-def bounds(size: int) -> list[tuple[int, int]]:
+def bounds(size):
     return list(pairwise(size * index // PARTS for index in range(PARTS + 1)))
 
 
-def random(*shape: int, seed: int) -> Tensor:
+def random(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_windows_make_up_the_operator(spec: OperatorSpec):
+def test_windows_make_up_the_operator(spec):
     square = random(spec.r_hat, spec.r_hat, seed=1).requires_grad_()
     weight = random(spec.d_out, spec.d_in, seed=2)
     x = random(6, spec.d_in, seed=3).requires_grad_()
@@ -52,7 +51,7 @@ def test_windows_make_up_the_operator(spec: OperatorSpec):
             assert torch.equal(torch.cat(weights, dim=0 if is_colwise else 1), formed)
 
 
-def computed(window: Window, weight: Tensor, square: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+def computed(window, weight, square, x, g):
     """Of a window: output, gradients of its inputs and of M on either path, and the weight that it forms."""
     products = LayerProducts(window)
     x = x[:, slice(*window.inputs)]
@@ -69,12 +68,12 @@ def computed(window: Window, weight: Tensor, square: Tensor, x: Tensor, g: Tenso
     )
 
 
-def joined(results: tuple[Tensor, ...], are_slices: bool) -> Tensor:
+def joined(results, are_slices):
     return torch.cat(results, dim=-1) if are_slices else torch.stack(results).sum(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_sums_in_low_precision_are_rounded_once(dtype: torch.dtype):
+def test_long_sums_in_low_precision_are_rounded_once(dtype):
     spec = OperatorSpec(OperatorKind.SHARE, 1024, 1024, 32, Grouping.PERMUTED)
     window = Window(spec, (0, 1024), (0, 512))
     x = random(16, 1024, seed=1).to(dtype)

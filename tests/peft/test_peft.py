@@ -1,24 +1,21 @@
 """MoRA as a method of PEFT: the numbers of mora_ds's own layers, through PEFT's own functions."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import mora_ds
 from mora_ds.adapters.inject import inject, mora_layers
 from mora_ds.adapters.ops.spec import OperatorKind
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.peft import PEFT_TYPE, MoraConfig
 from mora_ds.peft.model import MoraLinear
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.tables import parsed, rows
@@ -26,13 +23,13 @@ from tests.helpers.tables import parsed, rows
 IDS = tokens(3)
 
 
-def layers(model: Any) -> dict[str, MoraLinear]:
+def layers(model):
     """Name in the base model -> layer."""
     inner = model.base_model.model if hasattr(model, "peft_config") else model
     return {name: module for name, module in inner.named_modules() if isinstance(module, MoraLinear)}
 
 
-def fill(model: Any, adapter: str, seed: int):
+def fill(model, adapter, seed):
     """Matrices that are not zero."""
     for index, layer in enumerate(layers(model).values()):
         square = layer.mora_square[adapter]
@@ -40,14 +37,14 @@ def fill(model: Any, adapter: str, seed: int):
         square.data = 0.05 * torch.randn(square.shape, generator=generator).to(square)
 
 
-def logits(model: Any) -> Tensor:
+def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("operator", [kind.value for kind in OperatorKind])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str):
+def test_logits_and_gradients_are_those_of_our_layers(family, operator):
     ours = tiny_model(family)
     theirs = tiny_model(family)
     inject(ours, mora_ds.MoRAConfig(rank=4, operator=operator))
@@ -67,7 +64,7 @@ def test_logits_and_gradients_are_those_of_our_layers(family: str, operator: str
     assert all("mora_square.default" in name for name in trained)
 
 
-def test_an_adapter_is_saved_and_loaded(tmp_path: Path):
+def test_an_adapter_is_saved_and_loaded(tmp_path):
     model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj", "down_proj"], seed=7))
     fill(model, "default", seed=1)
     expected = logits(model)
@@ -84,7 +81,7 @@ def test_an_adapter_is_saved_and_loaded(tmp_path: Path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_keeps_the_model(family: str, dtype: torch.dtype):
+def test_merging_keeps_the_model(family, dtype):
     model = get_peft_model(tiny_model(family, dtype=dtype), MoraConfig(r=4))
     fill(model, "default", seed=1)
     expected = logits(model)
@@ -122,7 +119,7 @@ def test_a_merge_is_summed_in_fp32_and_can_be_refused():
     layer.unmerge()
     before = layer.base_layer.weight.detach().clone()
     layer.mora_square["a1"].data[0, 0] = torch.nan
-    with pytest.raises(UserError, match="merging a1 gives a weight that is not finite"):
+    with user_error("merging a1 gives a weight that is not finite"):
         layer.merge(safe_merge=True, adapter_names=["a1"])
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged_adapters
@@ -152,7 +149,7 @@ def test_a_merged_adapter_is_taken_out_where_adapters_are_disabled():
         assert not any(layer.merged for layer in layers(model).values())
 
 
-def test_several_adapters_are_chosen_by_name(tmp_path: Path):
+def test_several_adapters_are_chosen_by_name(tmp_path):
     base = logits(tiny_model())
     model = get_peft_model(tiny_model(), MoraConfig(r=4), adapter_name="law")
     model.add_adapter("physics", MoraConfig(r=8, operator="share"))
@@ -166,7 +163,7 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("physics" in name for name in trained)
-    with pytest.raises(UserError, match="adapter_names: all rows of a batch have the same MoRA adapters"):
+    with user_error("adapter_names: all rows of a batch have the same MoRA adapters"):
         model(input_ids=IDS, adapter_names=["law", "physics", "law"])
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
@@ -186,7 +183,7 @@ def test_several_adapters_are_chosen_by_name(tmp_path: Path):
 def test_a_further_adapter_is_trained_once_it_is_chosen():
     """Whether its modules have an adapter already, or not."""
 
-    def trained_by(model: Any) -> set[str]:
+    def trained_by(model):
         return {name.split(".")[-3] + name[-2:] for name, value in model.named_parameters() if value.requires_grad}
 
     model = get_peft_model(tiny_model(), MoraConfig(r=4, target_modules=["q_proj"]), adapter_name="x")
@@ -215,30 +212,30 @@ TYPES = """
 
 
 @pytest.mark.parametrize("settings, message", rows(TYPES))
-def test_values_of_another_type_are_named(tmp_path: Path, settings: str, message: str):
+def test_values_of_another_type_are_named(tmp_path, settings, message):
     """Those of adapter_config.json too, whose matrices would else be read under other permutations, or not at all."""
     get_peft_model(tiny_model(), MoraConfig(r=4)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**read_json(path), **parsed(settings)}))
-    with pytest.raises(UserError, match=message):
+    with user_error(message):
         PeftModel.from_pretrained(tiny_model(), tmp_path)
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(UserError, match="rank"):
+    with user_error("rank"):
         MoraConfig(r=0)
-    with pytest.raises(UserError, match="embed_tokens"):
+    with user_error("embed_tokens"):
         get_peft_model(tiny_model(), MoraConfig(target_modules=["embed_tokens"]))
     model = tiny_model()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(UserError, match="Conv1D with floating-point weights"):
+    with user_error("Conv1D with floating-point weights"):
         get_peft_model(model, MoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(UserError, match="MoRA adapts"):
+    with user_error("MoRA adapts"):
         model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
         get_peft_model(model, MoraConfig(target_modules=["q_proj"]))
 
 
-def trained(world: int) -> dict[str, Tensor]:
+def trained(world):
     """Three steps over the same six rows, however many processes share them."""
     model = get_peft_model(tiny_model(), MoraConfig(r=4))
     wrapped = DistributedDataParallel(model) if world > 1 else model

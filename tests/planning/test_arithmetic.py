@@ -1,7 +1,6 @@
 """The arithmetic of plans, with figures counted by hand: bytes under every ZeRO stage."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,7 @@ STEP = StepMemory(saved=300, peak=500, tables=20)
 GATHERED = Gathers(200, 90, 40)
 
 
-def trained(stage: int, **changes: Any) -> Trained:
+def trained(stage, **changes):
     """Two matrices and a norm on four ranks, 169 elements in bf16; a shard has 43, and under ZeRO-3, padded, 44."""
     zero = {
         "stage": stage,
@@ -32,9 +31,7 @@ def trained(stage: int, **changes: Any) -> Trained:
         (3, 88, 176, 352, 176, 100),
     ],
 )
-def test_what_a_rank_holds_at_each_stage(
-    stage: int, squares: int, masters: int, moments: int, gradients: int, bucket: int
-):
+def test_what_a_rank_holds_at_each_stage(stage, squares, masters, moments, gradients, bucket):
     memory = rank_memory(1000, 70, STEP, trained(stage), GATHERED if stage == 3 else Gathers())
     sizes = (memory.squares, memory.masters, memory.moments, memory.gradients, memory.bucket)
     assert sizes == (squares, masters, moments, gradients, bucket)
@@ -89,7 +86,7 @@ def test_volumes_of_a_step_at_each_stage():
         ({"max_live_parameters": 0, "max_reuse_distance": 0}, Gathers(2 * 162, 90, 90)),
     ],
 )
-def test_what_stays_is_gathered_once(settings: dict[str, int], expected: Gathers):
+def test_what_stays_is_gathered_once(settings, expected):
     sizes = {"max_reuse_distance": 60, "prefetch_bucket_size": 90, **settings}
     sharded = trained(3, zero={f"stage3_{name}": size for name, size in sizes.items()})
     assert gathers(sharded) == expected

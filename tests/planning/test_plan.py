@@ -3,7 +3,6 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,13 +18,14 @@ from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.attention import use_documents
 from mora_ds.models.loss import chunk_loss, token_nll
 from mora_ds.planning.memory_meter import MemoryMeter
-from mora_ds.planning.plan import Cluster, Plan, Planner, recommend
+from mora_ds.planning.plan import Cluster, Planner, recommend
 from mora_ds.planning.report import report
 from mora_ds.planning.step import Work, measure_step, planned_model, step_memory, with_layers
 from tests.helpers.engines import state_tensors
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import saved_bytes
+from tests.helpers.tables import heavy
 
 ROWS = 2
 LENGTH = 64
@@ -33,12 +33,12 @@ ADAPTER = MoRAConfig(rank=8, operator="share")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def work_of(family: str, **changes: Any) -> Work:
+def work_of(family, **changes):
     config = AutoConfig.for_model(family, **FAMILIES[family])
     return replace(Work(config, ADAPTER, LENGTH, ROWS, torch.float32), **changes)
 
 
-def batch(packed: bool = True) -> dict[str, torch.Tensor]:
+def batch(packed=True):
     ids = tokens(ROWS, LENGTH)
     positions = torch.arange(LENGTH).expand(ROWS, -1) % (40 if packed else LENGTH)
     return {"input_ids": ids, "position_ids": positions.contiguous(), "labels": ids}
@@ -49,7 +49,7 @@ def batch(packed: bool = True) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_activations_are_those_that_autograd_saves(family: str, packed: bool):
+def test_activations_are_those_that_autograd_saves(family, packed):
     """Each storage once, by another count than the plan's."""
     model = tiny_model(family).train()
     inject(model, ADAPTER)
@@ -66,9 +66,7 @@ def test_activations_are_those_that_autograd_saves(family: str, packed: bool):
     "family, by_documents", [*product(["llama", "gemma2", "gpt_neox", "gpt2"], [False, True]), ("mixtral", False)]
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
-    monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: bool, by_documents: bool
-):
+def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(monkeypatch, family, checkpointing, by_documents):
     """Mixtral in bf16, which on the meta device is planned for a GPU's kernel of attention by documents."""
     as_on_a_cpu(monkeypatch)
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32  # torch has no grouped product of fp32 shapes
@@ -76,18 +74,18 @@ def test_a_micro_batch_that_is_not_there_takes_what_a_real_one_takes(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_adapted_experts_take_what_is_planned(monkeypatch: pytest.MonkeyPatch, checkpointing: bool):
+def test_adapted_experts_take_what_is_planned(monkeypatch, checkpointing):
     as_on_a_cpu(monkeypatch)
     adapter = replace(ADAPTER, target_modules=("all-linear", "experts"))
     compare(work_of("mixtral", checkpointing=checkpointing, adapter=adapter), "mixtral")
 
 
-def as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_a_cpu(monkeypatch):
     """Without a device sums go the way of a GPU: here planned and real ones take that of a CPU."""
     monkeypatch.setattr(mora, "on_cpu", lambda x: True)
 
 
-def compare(work: Work, family: str) -> None:
+def compare(work, family):
     """A planned micro-batch with a real one."""
     assert work.adapter is not None
     dtype = work.dtype
@@ -115,7 +113,7 @@ def compare(work: Work, family: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_deep_models_are_measured_by_shallow_ones(checkpointing: bool):
+def test_deep_models_are_measured_by_shallow_ones(checkpointing):
     """Also where layers are of two kinds in turn."""
     for family in ("llama", "gemma2"):
         work = with_layers(work_of(family, checkpointing=checkpointing), 2)
@@ -140,7 +138,7 @@ P = "stage3_param_persistence_threshold"
 PREFETCH = "stage3_prefetch_bucket_size"
 REUSE = "stage3_max_reuse_distance"
 LIVE = "stage3_max_live_parameters"
-CASES: list[tuple[Any, ...]] = [
+CASES = [
     (False, 1, {}),
     (True, 2, {P: 0}),
     (True, 1, {P: 600, REUSE: 20000, PREFETCH: 0}),
@@ -152,7 +150,7 @@ CASES: list[tuple[Any, ...]] = [
 """Checkpointing, accumulation, ZeRO's settings, bf16, a base in host memory."""
 
 
-def ds_config(accumulation: int, settings: dict[str, int], bf16: bool = False) -> dict[str, Any]:
+def ds_config(accumulation, settings, bf16=False):
     return {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_accumulation_steps": accumulation,
@@ -162,9 +160,7 @@ def ds_config(accumulation: int, settings: dict[str, int], bf16: bool = False) -
     }
 
 
-def measured(
-    checkpointing: bool, accumulation: int, settings: dict[str, int], bf16: bool = False, base_on_host: bool = False
-) -> dict[str, int]:
+def measured(checkpointing, accumulation, settings, bf16=False, base_on_host=False):
     """Of one step of this rank, the third micro-batch or a later one, and what the engine holds after it."""
     model = tiny_model("llama", dtype=torch.bfloat16 if bf16 else torch.float32, **SHAPE)
     if checkpointing:
@@ -202,18 +198,18 @@ def measured(
     }
 
 
-def all_measured(cases: list[tuple[Any, ...]]) -> list[dict[str, int]]:
+def all_measured(cases):
     return [measured(*case) for case in cases]
 
 
 def plan_for(
-    ranks: int,
-    checkpointing: bool,
-    accumulation: int,
-    settings: dict[str, int],
-    bf16: bool = False,
-    base_on_host: bool = False,
-) -> Plan:
+    ranks,
+    checkpointing,
+    accumulation,
+    settings,
+    bf16=False,
+    base_on_host=False,
+):
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
     work = Work(config, ADAPTER, LENGTH, ROWS, dtype, checkpointing, base_on_host=base_on_host)
@@ -231,7 +227,7 @@ def test_squares_that_persist_are_whole_again_after_the_optimizer_step():
 
 
 @pytest.mark.parametrize("operator", ["rotate", "share"])
-def test_a_split_plan_counts_its_tables_every_time(operator: str):
+def test_a_split_plan_counts_its_tables_every_time(operator):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
     adapter = replace(ADAPTER, operator=operator, compute="weight")
     work = Work(config, adapter, LENGTH, ROWS, torch.float32, tensor_parallel=2)
@@ -239,7 +235,7 @@ def test_a_split_plan_counts_its_tables_every_time(operator: str):
     assert first == second > 0
 
 
-def assert_as_planned(plan: Plan, measured_bytes: dict[str, int], case: tuple[Any, ...]) -> None:
+def assert_as_planned(plan, measured_bytes, case):
     exact_to = plan.gathered * 1e-3  # padding of what is gathered twice
     if REUSE in case[2]:
         exact_to += 2 * plan.trained.layer * plan.trained.bytes_each
@@ -252,8 +248,8 @@ def assert_as_planned(plan: Plan, measured_bytes: dict[str, int], case: tuple[An
         assert getattr(memory, name) == measured_bytes[name], (case, name)
 
 
-@pytest.mark.parametrize("ranks, cases", [(2, CASES), pytest.param(4, [CASES[0], CASES[-1]], marks=pytest.mark.heavy)])
-def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[tuple[Any, ...]]):
+@pytest.mark.parametrize("ranks, cases", [(2, CASES), heavy(4, [CASES[0], CASES[-1]])])
+def test_what_ranks_hold_and_gather_is_what_was_planned(ranks, cases):
     for rank_results in run_ranks(ranks, all_measured, cases):
         for case, result in zip(cases, rank_results, strict=True):
             assert_as_planned(plan_for(ranks, *case), result, case)
@@ -262,12 +258,12 @@ def test_what_ranks_hold_and_gather_is_what_was_planned(ranks: int, cases: list[
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def llama(**changes: int) -> Any:
+def llama(**changes):
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     return AutoConfig.for_model("llama", **{**sizes, "vocab_size": 32000, "max_position_embeddings": 4096, **changes})
 
 
-def planner(cluster: Cluster, config: Any = None, seq_len: int = 1024) -> Planner:
+def planner(cluster, config=None, seq_len=1024):
     settings = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
     completed = complete_ds_config(settings, [1])
     for key in ("reduce_bucket_size", "allgather_bucket_size", PREFETCH, P):

@@ -1,7 +1,6 @@
 """How a plan's figures follow from those of its model: on tiny models, in no time."""
 
 from dataclasses import replace
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -14,12 +13,12 @@ from tests.helpers.models import FAMILIES
 ADAPTER = MoRAConfig(rank=4, operator="share")
 
 
-def work(**changes: Any) -> Work:
+def work(**changes):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_key_value_heads": 2, "num_hidden_layers": 1})
     return replace(Work(config, ADAPTER, seq_len=32, micro_batch=2, by_documents=True), **changes)
 
 
-def planner(cluster: Cluster, **changes: Any) -> Planner:
+def planner(cluster, **changes):
     completed = complete_ds_config({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, [1])
     return Planner(work(**changes), cluster, completed)
 

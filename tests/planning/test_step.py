@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -12,11 +11,11 @@ from mora_ds.planning.step import StepMemory, Streamed, Work, layer_period, step
 
 
 class Config(SimpleNamespace):
-    def get_text_config(self) -> Config:
+    def get_text_config(self):
         return self
 
 
-def config_of(**values: Any) -> Any:
+def config_of(**values):
     return Config(**values)
 
 
@@ -26,7 +25,7 @@ def test_ranks_that_share_rows_have_a_part_of_the_tokens():
 
 
 @pytest.mark.parametrize("buffers, on_device, copied", [(1, 40, 150), (2, 80, 100), (4, 160, 0)])
-def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, copied: int):
+def test_layers_that_are_there_are_not_copied(buffers, on_device, copied):
     """The first ones from the end of the last backward pass, the last ones from the end of forward."""
     streamed = Streamed((10, 20, 30, 40), buffers, 40)
     assert (streamed.total, streamed.on_device, streamed.copied) == (100, on_device, copied)
@@ -36,7 +35,7 @@ def test_layers_that_are_there_are_not_copied(buffers: int, on_device: int, copi
     "kinds, period",
     [("aaaaa", 1), ("abab", 2), ("ababa", 2), ("abbabb", 3), ("abba", 3), ("abc", 3), ("aab", 3), ("a", 1)],
 )
-def test_kinds_of_layers_repeat(kinds: str, period: int):
+def test_kinds_of_layers_repeat(kinds, period):
     assert layer_period(config_of(layer_types=list(kinds), num_hidden_layers=len(kinds))) == period
 
 
@@ -49,11 +48,11 @@ def test_layers_that_differ_in_their_experts_do_not_repeat():
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
-def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(period: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(period, monkeypatch):
     """Each kind of layer takes its own; the deep model is never made."""
-    depths: list[int] = []
+    depths = []
 
-    def measure(model: Any, work: Work) -> StepMemory:
+    def measure(model, work):
         text = work.config
         depths.append(text.num_hidden_layers)
         costs = [10 ** "abc".index(kind) for kind in text.layer_types]
@@ -69,7 +68,7 @@ def test_the_memory_of_a_deep_model_is_that_of_all_its_layers(period: int, monke
         assert step_memory(work) == expected, layers
         assert len(depths) == (1 if layers <= 3 * period else 2)
         assert max(depths) <= 4 * period
-    planned: Any = SimpleNamespace(planned_layers=True)
+    planned = SimpleNamespace(planned_layers=True)
     depths.clear()
     step_memory(Work(config_of(num_hidden_layers=23, layer_types=["a"] * 23), planned, 8))
     assert depths == [23], "every layer may be different"

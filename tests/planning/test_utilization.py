@@ -1,7 +1,5 @@
 """Model FLOPs, counted from shapes, against what torch counts; the peaks of cards."""
 
-from typing import Any
-
 import pytest
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +15,7 @@ LENGTH = 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_a_model_that_is_trained_whole_takes_what_torch_counts(family: str):
+def test_a_model_that_is_trained_whole_takes_what_torch_counts(family):
     model = tiny_model(family)
     model.set_attn_implementation("eager")  # torch counts no attention of a CPU's own kernel
     with FlopCounterMode(display=False) as counter:
@@ -30,7 +28,7 @@ def test_a_model_that_is_trained_whole_takes_what_torch_counts(family: str):
 
 
 @pytest.mark.parametrize("operator", ["share", "rotate"])
-def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator: str):
+def test_a_frozen_weight_takes_two_thirds_and_a_matrix_its_blocks(operator):
     whole = token_flops(tiny_model("llama"), LENGTH)
     head = 128 * 32
     model = tiny_model("llama")
@@ -58,7 +56,7 @@ def test_a_config_of_any_type_is_counted():
     """Some say no heads, or other ones in each layer, which transformers refuses to give."""
     attention = {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        model: Any = nn.Module()
+        model = nn.Module()
         try:
             model.config = AutoConfig.for_model(kind).get_text_config()
         except Exception:  # no config of its own, or of one text model
@@ -90,5 +88,5 @@ def test_experts_that_no_adapter_has_are_frozen():
         ("", None),
     ],
 )
-def test_a_card_that_the_table_lacks_has_no_peak(card: str, peak: float | None):
+def test_a_card_that_the_table_lacks_has_no_peak(card, peak):
     assert peak_flops(card) == peak

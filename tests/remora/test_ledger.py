@@ -3,9 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,11 +12,12 @@ from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.common import files
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.common.files import read_json
 from mora_ds.remora import ledger as ledger_room
 from mora_ds.remora.ledger import Ledger
 from tests.helpers.damage import change_json, set_value
+from tests.helpers.errors import user_error
 from tests.helpers.ledgers import entry, layers_of, shortened, squares_for
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
 from tests.helpers.tables import rows
@@ -27,20 +25,20 @@ from tests.helpers.tables import rows
 BASE = "f" * 64
 
 
-def append(ledger: Ledger, modules: tuple[str, ...] = ("a.q", "a.v")):
+def append(ledger, modules=("a.q", "a.v")):
     layers = layers_of(ledger.cycles, modules)
     ledger.append(100 * (ledger.cycles + 1), layers, squares_for(layers, ledger.cycles).items())
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", BASE)
     for _ in range(3):
         append(ledger)
     return ledger.folder
 
 
-def state(ledger: Ledger) -> list[tuple[OperatorSpec, list[float]]]:
+def state(ledger):
     pairs = [pair for module in ("a.q", "a.v") for pair in ledger.squares_of(module)]
     return [(spec, square.flatten().tolist()) for spec, square in pairs]
 
@@ -48,7 +46,7 @@ def state(ledger: Ledger) -> list[tuple[OperatorSpec, list[float]]]:
 # -- contents --------------------------------------------------------------------------------------------------------
 
 
-def test_squares_come_back_in_cycle_order(folder: Path):
+def test_squares_come_back_in_cycle_order(folder):
     ledger = Ledger.open(folder, BASE)
     assert ledger.cycles == 3
     for cycle, (spec, square) in enumerate(ledger.squares_of("a.v")):
@@ -58,7 +56,7 @@ def test_squares_come_back_in_cycle_order(folder: Path):
     assert [record.step for record in ledger.records] == [100, 200, 300]
 
 
-def test_file_format(folder: Path):
+def test_file_format(folder):
     """As the plan's readers expect it."""
     content = read_json(folder / "ledger.json")
     assert (content["format"], content["base_fingerprint"]) == (files.FORMAT, BASE)
@@ -74,14 +72,14 @@ def test_file_format(folder: Path):
     assert json.loads(metadata["layers"])["a.q"]["weight"] == "a.q.weight"
 
 
-def test_layer_that_joins_late(tmp_path: Path):
+def test_layer_that_joins_late(tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", BASE)
     append(ledger)
     append(ledger, ("a.q", "b.q"))
     assert [len(list(ledger.squares_of(name))) for name in ("a.q", "a.v", "b.q", "none")] == [2, 1, 1, 0]
 
 
-def test_a_snapshot_stays_as_it_is(folder: Path):
+def test_a_snapshot_stays_as_it_is(folder):
     ledger = Ledger.open(folder)
     snapshot = ledger.snapshot()
     append(ledger)
@@ -91,14 +89,14 @@ def test_a_snapshot_stays_as_it_is(folder: Path):
 # -- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def flip(folder: Path):
+def flip(folder):
     path = folder / "cycle-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 16
     path.write_bytes(content)
 
 
-def exchange(folder: Path):
+def exchange(folder):
     first, second = (folder / f"cycle-0000{i}.safetensors" for i in (0, 2))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -116,9 +114,9 @@ def exchange(folder: Path):
         (lambda folder: (folder / "ledger.json").write_text("{"), "ledger.json is damaged"),
     ],
 )
-def test_damage_is_found_and_named(folder: Path, damage: Any, words: str):
+def test_damage_is_found_and_named(folder, damage, words):
     damage(folder)
-    with pytest.raises(UserError, match=words) as caught:
+    with user_error(words) as caught:
         Ledger.open(folder)
     assert str(folder) in str(caught.value)
 
@@ -136,48 +134,48 @@ cycles.1.sha256 = "{"0" * 64}" | broken at cycle 1
 
 
 @pytest.mark.parametrize("change, words", rows(HOLES))
-def test_a_ledger_file_with_a_wrong_value_is_named(folder: Path, change: str, words: str):
+def test_a_ledger_file_with_a_wrong_value_is_named(folder, change, words):
     change_json(folder / "ledger.json", lambda content: set_value(content, change))
-    with pytest.raises(UserError, match=words) as caught:
+    with user_error(words) as caught:
         Ledger.open(folder)
     assert str(folder) in str(caught.value)
 
 
-def test_matrices_that_are_not_those_of_the_header_are_named(folder: Path):
+def test_matrices_that_are_not_those_of_the_header_are_named(folder):
     ledger = Ledger.open(folder)
     for layers, words in (
         (layers_of(1, ("a.q",)), r"cycle-00001\.safetensors does not hold the matrices that its header lists"),
         ({name: entry(name, 1, r_hat=8) for name in ("a.q", "a.v")}, r"a\.q\.square is not fp32 \(8, 8\)"),
     ):
         ledger._layers[1] = layers
-        with pytest.raises(UserError, match=words):
+        with user_error(words):
             ledger.verify()
 
 
-def test_another_base_is_refused(folder: Path):
-    with pytest.raises(UserError, match="belongs to another base"):
+def test_another_base_is_refused(folder):
+    with user_error("belongs to another base"):
         Ledger.open(folder, "e" * 64)
 
 
-def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder: Path):
+def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder):
     (folder / "notes.txt").touch()
     assert Ledger.create(folder, BASE).cycles == 0
     assert {path.name for path in folder.iterdir()} == {"ledger.json", "notes.txt"}
     assert Ledger.open(folder, BASE).cycles == 0
 
 
-def test_operator_unknown_to_this_version_is_named(folder: Path):
+def test_operator_unknown_to_this_version_is_named(folder):
     ledger = Ledger.open(folder)
     layers = {"a.q": entry("a.q")}
     text = json.dumps(ledger_room.layers_to_dict(layers)).replace("rotate", "swirl")
     ledger._handles[0] = type("Handle", (), {"metadata": lambda self: {"layers": text}})()
     ledger._layers.clear()
-    with pytest.raises(UserError, match=r"cycle-00000\.safetensors: .*'swirl'"):
+    with user_error(r"cycle-00000\.safetensors: .*'swirl'"):
         ledger.layers(0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_square_that_is_not_finite_is_not_merged(folder: Path, bad: float):
+def test_square_that_is_not_finite_is_not_merged(folder, bad):
     ledger = Ledger.open(folder)
     layers = layers_of(3)
     squares = squares_for(layers, 3)
@@ -195,12 +193,12 @@ class Killed(BaseException):
     pass
 
 
-def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_append_killed_before_the_ledger_names_it(folder, monkeypatch):
     """The stray file is overwritten by the next append, not appended to the ledger."""
     ledger = Ledger.open(folder)
     before = state(Ledger.open(folder))
 
-    def kill(*_: Any):
+    def kill(*_):
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -216,12 +214,12 @@ def test_append_killed_before_the_ledger_names_it(folder: Path, monkeypatch: pyt
     assert set(Ledger.open(folder).layers(3)) == {"a.q", "a.v"}
 
 
-def test_process_killed_while_writing(folder: Path):
+def test_process_killed_while_writing(folder):
     """A real one: nothing is cleaned up, and the half-written file is in nobody's way."""
     child = os.fork()
     if child == 0:
 
-        def squares() -> Iterator[tuple[str, torch.Tensor]]:
+        def squares():
             yield "a.q", torch.ones(6, 6)
             os._exit(9)
 
@@ -238,7 +236,7 @@ def test_process_killed_while_writing(folder: Path):
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path):
+def test_copy_is_made_of_links_and_lives_on_its_own(folder, tmp_path):
     ledger = Ledger.open(folder)
     copy = ledger.copy_to(tmp_path / "copy")
     assert (copy.folder / "cycle-00000.safetensors").samefile(folder / "cycle-00000.safetensors")
@@ -248,7 +246,7 @@ def test_copy_is_made_of_links_and_lives_on_its_own(folder: Path, tmp_path: Path
     assert set(Ledger.open(copy.folder).layers(1)) == {"a.q", "a.v"}
 
 
-def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path):
+def test_copy_replaces_a_longer_ledger(folder, tmp_path):
     Ledger.open(folder).copy_to(tmp_path / "checkpoint")
     short = shortened(tmp_path / "checkpoint", 2)
     run = Ledger.open(folder)
@@ -262,11 +260,11 @@ def test_copy_replaces_a_longer_ledger(folder: Path, tmp_path: Path):
     assert short.copy_to(short.folder).cycles == Ledger.open(short.folder).cycles == 2
 
 
-def test_copy_killed_half_way_leaves_a_valid_ledger(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_copy_killed_half_way_leaves_a_valid_ledger(folder, tmp_path, monkeypatch):
     another = Ledger.create(tmp_path / "other", BASE)
     append(another, ("c.q",))
 
-    def kill(source: Path, target: Path):
+    def kill(source, target):
         files.link_or_copy(source, target)
         raise Killed
 
@@ -282,7 +280,7 @@ def test_copy_killed_half_way_leaves_a_valid_ledger(folder: Path, tmp_path: Path
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored_as_fp32", [False, True])
-def test_live_weight_is_the_sum_in_order_rounded_once(transposed: bool, dtype: torch.dtype, stored_as_fp32: bool):
+def test_live_weight_is_the_sum_in_order_rounded_once(transposed, dtype, stored_as_fp32):
     """An original that is stored in fp32 is not rounded to the run's dtype before the deltas are added."""
     generator = torch.Generator().manual_seed(0)
     specs = [OperatorSpec(kind, 20, 12, 6, Grouping.PERMUTED, i) for i, kind in enumerate(OperatorKind)]

@@ -1,10 +1,8 @@
 """Merging, many times over: the live base is the replayed ledger bit for bit, and every reset does what it says."""
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,18 +16,19 @@ from mora_ds.remora.ledger import Ledger
 from mora_ds.remora.merge import ReMoRA
 from tests.helpers.adapters import summed
 from tests.helpers.engines import ds_config, merging_run
-from tests.helpers.gloo import run_ranks
+from tests.helpers.gloo import run_alone
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.pool import run_pooled
+from tests.helpers.tables import heavy
 
 HEAVY = ((3, "float32", 50), (3, "bfloat16", 50), (2, "bfloat16", 50))
 
 
 @pytest.mark.parametrize(
     "world, dtype, merges",
-    [(2, "float32", 20), *(pytest.param(*case, marks=pytest.mark.heavy) for case in HEAVY)],
+    [(2, "float32", 20), *(heavy(*case) for case in HEAVY)],
 )
-def test_after_many_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, world: int, dtype: str, merges: int):
+def test_after_many_merges_every_rank_holds_the_replayed_ledger(tmp_path, world, dtype, merges):
     ranks = run_pooled(world, merging_run, str(tmp_path), dtype, merges)
     ledger = Ledger.open(tmp_path / "ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
@@ -48,11 +47,11 @@ def test_after_many_merges_every_rank_holds_the_replayed_ledger(tmp_path: Path, 
     check_norms(ranks[0]["reports"][0], base, ledger)
 
 
-def norm(tensors: Iterable[torch.Tensor]) -> float:
+def norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-def check_norms(report: dict[str, Any], base: BaseCheckpoint, ledger: Ledger) -> list[torch.Tensor]:
+def check_norms(report, base, ledger):
     """Those of the first merge; returns its deltas."""
     entries = ledger.layers(0)
     deltas = [entry.operator.delta_weight(ledger.square(0, name)) for name, entry in entries.items()]
@@ -62,11 +61,11 @@ def check_norms(report: dict[str, Any], base: BaseCheckpoint, ledger: Ledger) ->
     return deltas
 
 
-def one_merge_each(folder: str) -> dict[str, dict[str, Any]]:
+def one_merge_each(folder):
     return {dtype: merging_run(f"{folder}/{dtype}", dtype, 1) for dtype in ("float32", "bfloat16")}
 
 
-def check_rounding(results: dict[str, Any], folder: Path):
+def check_rounding(results, folder):
     """What bf16 does not take up of a merge."""
     (report,), base, ledger = results["reports"], BaseCheckpoint.open(folder / "base"), Ledger.open(folder / "ledger")
     deltas = check_norms(report, base, ledger)
@@ -78,7 +77,7 @@ def check_rounding(results: dict[str, Any], folder: Path):
     assert 0.001 < report["rounding_loss"] < 0.1
 
 
-def test_a_merge_zeroes_the_optimizer_s_state(tmp_path: Path):
+def test_a_merge_zeroes_the_optimizer_s_state(tmp_path):
     for results in run_pooled(2, one_merge_each, str(tmp_path)):
         check_rounding(results["bfloat16"], tmp_path / "bfloat16")
         for result in results.values():
@@ -86,7 +85,7 @@ def test_a_merge_zeroes_the_optimizer_s_state(tmp_path: Path):
             assert not any(value.any() for value in result["moments"].values())
 
 
-def moved_probe(folder: str) -> str:
+def moved_probe(folder):
     """A probe that jumps as if the merge had changed the model."""
     model = tiny_model("llama")
     base = write_own_base(model, Path(folder) / "base")
@@ -113,7 +112,7 @@ def test_what_a_probe_may_move_by():
     ):  # fmt: skip
         model = tiny_model("llama", dtype=dtype)
         inject(model, MoRAConfig(rank=4, target_modules=("q_proj",), base_bits=bits))
-        remora: Any = ReMoRA.__new__(ReMoRA)
+        remora = ReMoRA.__new__(ReMoRA)
         remora.engine = SimpleNamespace(module=model)
         for before in (0.1, 5.0):
             most = share * max(before, 1.0)
@@ -124,7 +123,7 @@ def test_what_a_probe_may_move_by():
     remora._check_probe(1, None, None)
 
 
-def test_a_moved_probe_stops_the_run(tmp_path: Path):
-    (message,) = run_ranks(1, moved_probe, str(tmp_path))
+def test_a_moved_probe_stops_the_run(tmp_path):
+    message = run_alone(moved_probe, str(tmp_path))
     assert "step 1" in message
     assert "3.000000 to 3.500000" in message

@@ -10,6 +10,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.config.adapter import AdapterArguments
 from mora_ds.config.training import TrainingArguments
 from mora_ds.remora.schedule import Schedule, ScheduleKind, schedule_kind
+from tests.helpers.errors import user_error
 
 JAGGED = Schedule(
     ScheduleKind.COSINE,
@@ -22,7 +23,7 @@ JAGGED = Schedule(
 )
 
 
-def merge_steps(schedule: Schedule) -> list[int]:
+def merge_steps(schedule):
     """All step counts after which a merge is planned, in order."""
     return [done for done in range(1, schedule.total_steps) if schedule.merges_after(done)]
 
@@ -37,7 +38,7 @@ def test_first_warmup_climbs_by_equal_steps_and_never_starts_at_zero():
     "kind, middle, end",
     [(ScheduleKind.LINEAR, 0.6, 0.2), (ScheduleKind.COSINE, 0.6, 0.2), (ScheduleKind.CONSTANT, 1.0, 1.0)],
 )
-def test_global_curve_at_its_corners(kind: ScheduleKind, middle: float, end: float):
+def test_global_curve_at_its_corners(kind, middle, end):
     schedule = Schedule(kind, peak=2e-3, total_steps=110, warmup_steps=10, min_ratio=0.2)
     at = [schedule.learning_rate(step) / 2e-3 for step in (10, 60, 110, 500)]
     assert at == pytest.approx([1.0, middle, end, end])
@@ -77,7 +78,7 @@ def test_nothing_is_merged_at_interval_zero():
 
 
 @pytest.mark.parametrize("kind", list(ScheduleKind))
-def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind: ScheduleKind):
+def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind):
     for total, warmup, every, ramp in itertools.product((7, 40, 101), (0, 3), (2, 5, 13), (1, 4, 12)):
         if every <= ramp:
             continue
@@ -92,7 +93,7 @@ def test_every_ramp_stays_below_the_curve_and_above_zero_for_many_settings(kind:
 
 def test_names_of_schedules():
     assert schedule_kind("constant_with_warmup") is ScheduleKind.CONSTANT
-    with pytest.raises(UserError, match=r"--lr_scheduler_type 'cosin'.*Did you mean 'cosine'"):
+    with user_error(r"--lr_scheduler_type 'cosin'.*Did you mean 'cosine'"):
         schedule_kind("cosin")
 
 

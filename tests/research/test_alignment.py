@@ -1,23 +1,20 @@
 """The alignment loss is that of the dense delta, with its gradient, for any number of processes and accumulation."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers, set_cycle
 from mora_ds.adapters.ops.spec import OperatorKind
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.models.load import LoadedBase
-from mora_ds.research.alignment import FLOOR, Alignment, Leading, leading_of_base
+from mora_ds.research.alignment import FLOOR, Alignment, leading_of_base
 from mora_ds.runtime.ranks import Ranks
-from tests.helpers.jobs import Playground, curve, refusal, research, rows, run
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import curve, refusal, research, rows, run
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import random
 from tests.helpers.resume import assert_close_runs
@@ -26,7 +23,7 @@ ALONE = Ranks(0, 1, 0, None, timeout_s=60)
 EVERY = [kind.value for kind in OperatorKind]
 
 
-def test_leading_directions_are_those_of_the_weight(tmp_path: Path):
+def test_leading_directions_are_those_of_the_weight(tmp_path):
     _, _, leading = aligned_model(tmp_path, "share")
     weight = BaseCheckpoint.open(tmp_path / "base").read("model.layers.1.mlp.up_proj.weight").double()
     directions = leading["model.layers.1.mlp.up_proj"]
@@ -37,21 +34,21 @@ def test_leading_directions_are_those_of_the_weight(tmp_path: Path):
     assert directions.norm == pytest.approx(weight.norm().item(), rel=1e-6)
 
 
-def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path: Path):
+def test_a_weight_that_is_not_finite_or_too_small_is_refused(tmp_path):
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[1, 2] = float("nan")
     base = BaseCheckpoint.open(write_own_base(model, tmp_path / "base").folder)
     loaded = LoadedBase(model, base, {name: name for name, _ in model.named_parameters()})
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight has NaN or infinite values"):
+    with user_error(r"layers\.0\.mlp\.up_proj\.weight has NaN or infinite values"):
         leading_of_base(MoRAConfig(), loaded, 4, ALONE)
-    with pytest.raises(UserError, match=r"alignment_rank 17: model\.layers\.0\.self_attn\.k_proj has 16 singular"):
+    with user_error(r"alignment_rank 17: model\.layers\.0\.self_attn\.k_proj has 16 singular"):
         leading_of_base(MoRAConfig(), loaded, 17, ALONE)
 
 
 # -- on a model --------------------------------------------------------------------------------------------------------
 
 
-def aligned_model(folder: Path, operator: str) -> tuple[Any, MoRAConfig, dict[str, Leading]]:
+def aligned_model(folder, operator):
     """A tiny Llama in float64 with MoRA matrices that are not zero, its config, and its 4 leading directions."""
     torch.manual_seed(0)
     model = tiny_model("llama")
@@ -66,7 +63,7 @@ def aligned_model(folder: Path, operator: str) -> tuple[Any, MoRAConfig, dict[st
     return model, config, leading
 
 
-def mean_share(model: Any, leading: dict[str, Leading]) -> Tensor:
+def mean_share(model, leading):
     """From dense deltas, differentiable in the MoRA matrices."""
     layer_shares = []
     for module, layer in mora_layers(model).items():
@@ -79,7 +76,7 @@ def mean_share(model: Any, leading: dict[str, Leading]) -> Tensor:
 
 
 @pytest.mark.parametrize("operator, checkpointing", [*((operator, False) for operator in EVERY), ("share", True)])
-def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: bool, tmp_path: Path):
+def test_the_loss_of_a_model_and_its_gradients(operator, checkpointing, tmp_path):
     """Two micro-batches before a step; then the same with the operators of the next cycle."""
     model, config, leading = aligned_model(tmp_path, operator)
     model.train()
@@ -105,7 +102,7 @@ def test_the_loss_of_a_model_and_its_gradients(operator: str, checkpointing: boo
             assert_close(square.grad, expected, rtol=1e-7, atol=1e-10)
 
 
-def test_it_is_silent_where_nothing_is_trained(tmp_path: Path):
+def test_it_is_silent_where_nothing_is_trained(tmp_path):
     model, _, leading = aligned_model(tmp_path, "share")
     alignment = Alignment(model, leading, weight=0.7)
     ids = tokens(2)
@@ -127,24 +124,24 @@ ALIGNED = {"alignment_weight": 0.5, "alignment_rank": 4}
 MERGING = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1, "--max_steps", 6)
 
 
-IN_PARTS = ("--gradient_accumulation_steps", 2, "--gradient_checkpointing")
+IN_PARTS = "--gradient_accumulation_steps 2 --gradient_checkpointing"
 
 
-def shares(out: Path) -> list[float]:
+def shares(out):
     return [row["alignment"] for row in rows(out) if "alignment" in row]
 
 
-def test_one_curve_for_any_ranks_and_accumulation(user: Playground, tmp_path: Path):
+def test_one_curve_for_any_ranks_and_accumulation(user, tmp_path):
     """4 sequences a step under ZeRO-3: 1 x 2 x 2, checkpointed, and 2 x 2; with merges, a resume and an export."""
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
-    run(1, research(user.flags(one, *MERGING, *IN_PARTS), tmp_path, **ALIGNED))
-    run(2, research(user.flags(two, *MERGING, "--save_steps", 3), tmp_path, **ALIGNED))
+    run(1, research(user.flags(one, *MERGING, IN_PARTS), tmp_path, **ALIGNED))
+    run(2, research(user.flags(two, *MERGING, "--save_steps 3"), tmp_path, **ALIGNED))
     first, second, third, *_ = shares(one)
     assert first == 0 == third
     assert second > 0, "squares of zeros begin each cycle"
     assert_close_runs(two, one)
     assert shares(two) == pytest.approx(shares(one), rel=1e-4)
-    resume = (*MERGING, "--resume_from_checkpoint", two / "checkpoints" / "step-000003")
+    resume = (*MERGING, "--resume_from_checkpoint", two / "checkpoints/step-000003")
     run(2, research(user.flags(again, *resume), tmp_path, **ALIGNED))
     assert [row for row in curve(two) if row["step"] > 3] == curve(again)
     export_merged(again, tmp_path / "merged", verify=True)

@@ -3,24 +3,22 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.layout import ADAPTER_TENSORS
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.data import load_corpus
 from mora_ds.eval.perplexity import Target, Windows, evaluate, load_target
 from mora_ds.research.bank import AdapterBank
 from tests.helpers.adapters import Maker, Updates, merge, originals
+from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
-from tests.helpers.jobs import Playground
 from tests.helpers.mistakes import command
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.readme import code_with
@@ -37,13 +35,13 @@ class Bench:
     maker: Maker
     updates: dict[str, Updates]
 
-    def open(self, **settings: Any) -> AdapterBank:
+    def open(self, **settings):
         return AdapterBank.open(self.folder / "base", self.folder / "bank", **settings)
 
-    def add(self, name: str, config: Any, cycles: int = 0, **more: Any):
+    def add(self, name, config, cycles=0, **more):
         self.updates[name] = self.maker.write(self.folder / "bank" / name, config, cycles, **more)
 
-    def merged(self, name: str | None) -> Any:
+    def merged(self, name):
         """A plain model with all squares of an adapter merged; the same one every time."""
         model = self.maker.model.eval()
         weights = self.maker.weights
@@ -53,16 +51,16 @@ class Bench:
         return model
 
 
-def bench_of(folder: Path, **changes: Any) -> Bench:
+def bench_of(folder, **changes):
     return Bench(folder, Maker(tiny_model("llama", **changes), folder / "base"), {})
 
 
 @torch.no_grad()
-def logits(model: Any, ids: Tensor, **more: Any) -> Tensor:
+def logits(model, ids, **more):
     return model(input_ids=ids, use_cache=False, **more).logits
 
 
-def check_rows(bench: Bench, bank: AdapterBank, names: list[str | None], ids: Tensor):
+def check_rows(bench, bank, names, ids):
     """Each row is its adapter's, and no two adapters' are alike."""
     with bank.use(names):
         mixed = logits(bank.model, ids)
@@ -74,7 +72,7 @@ def check_rows(bench: Bench, bank: AdapterBank, names: list[str | None], ids: Te
 
 
 @pytest.fixture(scope="module")
-def rotating(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def rotating(tmp_path_factory):
     """Adapters of 0, 1 and 3 merged cycles."""
     bench = bench_of(tmp_path_factory.mktemp("rotating"))
     for seed, (name, cycles) in enumerate(CYCLES.items()):
@@ -86,7 +84,7 @@ def rotating(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     "family, operator, rank",
     [("llama", "truncate", 3), ("llama", "share", 40), ("gpt2", "decouple", 3), ("qwen2", "rotate", 2)],
 )
-def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: str, operator: str, rank: int):
+def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path, family, operator, rank):
     """With 0, 1 and 3 merged cycles in one batch, Conv1D, biases, narrow keys and values, and the bare base."""
     model = tiny_model(family)
     for name, module in model.named_modules():
@@ -101,7 +99,7 @@ def test_every_row_of_a_mixed_batch_is_its_merged_model(tmp_path: Path, family: 
     assert torch.equal(logits(bank.model, tokens(2)), logits(bench.merged(None), tokens(2))), "the base is as it was"
 
 
-def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path):
+def test_operators_sizes_layers_and_groupings_may_differ(tmp_path):
     """Cycles without permutations are one matrix; two adapters may have the same operator."""
     bench = bench_of(tmp_path, intermediate_size=53)
     for name in ("permuted", "plain", "alternate", "strided-contiguous"):
@@ -110,7 +108,7 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path):
     bench.add("other", MoRAConfig(rank=5, operator="decouple"), cycles=1, scale=0.05)
     bench.add("queries", MoRAConfig(rank=3, target_modules=("q_proj",)), cycles=1, scale=0.1)
     bank = bench.open()
-    names: list[str | None] = list(bank.adapters)
+    names = list(bank.adapters)
     check_rows(bench, bank, names, tokens(len(names)))
     layer = "model.layers.0.mlp.up_proj"
     counts = {name: len(bank.squares_of(name).get(layer, {})) for name in bank.adapters}
@@ -119,7 +117,7 @@ def test_operators_sizes_layers_and_groupings_may_differ(tmp_path: Path):
     }  # fmt: skip
 
 
-def test_a_block_leaves_the_model_as_it_was(rotating: Bench):
+def test_a_block_leaves_the_model_as_it_was(rotating):
     bank = rotating.open()
     ids = tokens(2)
     weights = {name: weight.clone() for name, weight in bank.model.named_parameters()}
@@ -136,44 +134,44 @@ def test_a_block_leaves_the_model_as_it_was(rotating: Bench):
         assert not weight.requires_grad
 
 
-def test_generation_with_mixed_adapters_is_each_merged_alone(rotating: Bench):
+def test_generation_with_mixed_adapters_is_each_merged_alone(rotating):
     """Greedy, left-padded; several sequences a row are refused."""
     bank = rotating.open()
     names = ["three", None, "one", "three"]
     lengths = (7, 4, 6, 2)
     mask = torch.stack([torch.arange(7) >= 7 - length for length in lengths]).long()
     ids = tokens(4, length=7) * mask
-    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generated = bank.generate(ids, adapters=names, attention_mask=mask, **settings)
     for row, (name, length) in enumerate(zip(names, lengths, strict=True)):
         alone = rotating.merged(name).generate(ids[row : row + 1, -length:], **settings)
         assert torch.equal(generated[row, -8:], alone[0, -8:]), row
-    with pytest.raises(UserError, match=r"named for 2 row\(s\), but the batch has 4"):
+    with user_error(r"named for 2 row\(s\), but the batch has 4"):
         bank.generate(ids, adapters=["one", "three"])
-    with pytest.raises(UserError, match=r"named for 4 row\(s\), but .* reads \(12, 7, 32\)"):
+    with user_error(r"named for 4 row\(s\), but .* reads \(12, 7, 32\)"):
         bank.generate(ids, adapters=names, attention_mask=mask, num_beams=3, **settings)
-    with pytest.raises(UserError, match=r"named for 12 row\(s\), but the batch has 4"):
+    with user_error(r"named for 12 row\(s\), but the batch has 4"):
         bank.generate(ids, adapters=3 * names, attention_mask=mask, num_beams=3, **settings)
 
 
-def test_the_lines_of_the_guide_run(rotating: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_lines_of_the_guide_run(rotating, tmp_path, monkeypatch):
     (tmp_path / "MODEL").symlink_to(rotating.folder / "base")
     (tmp_path / "bank").mkdir()
     for name, adapter in {"law": "one", "code": "three"}.items():
         (tmp_path / "bank" / name).symlink_to(rotating.folder / "bank" / adapter)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
+    names = {"ids": tokens(3), "mask": torch.ones(3, 16, dtype=torch.long)}
     exec(code_with("AdapterBank", "docs/research/bank.md"), names)
     assert names["logits"].shape == (3, 16, 128)
     assert names["bank"].squares_of.cache_info().currsize == 2
 
 
-def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path):
+def test_runs_and_checkpoints_are_adapters_too(tmp_path):
     """A layer each of another operator, which is no matter: one a layer it is. Their engine's shards are not hashed."""
     trained = fake_run(tmp_path / "run", cycles=2)
     (tmp_path / "bank").mkdir()
-    (tmp_path / "bank" / "whole").symlink_to(trained.output)
-    shutil.copytree(trained.checkpoint, tmp_path / "bank" / "step")
+    (tmp_path / "bank/whole").symlink_to(trained.output)
+    shutil.copytree(trained.checkpoint, tmp_path / "bank/step")
     bank = AdapterBank.open(trained.base, tmp_path / "bank", cache=1)
     ids = tokens(2)
     expected = logits(trained.live, ids)
@@ -187,59 +185,57 @@ def test_runs_and_checkpoints_are_adapters_too(tmp_path: Path):
 
 
 @pytest.mark.parametrize("file", ["ledger/cycle-00000.safetensors", ADAPTER_TENSORS])
-def test_a_damaged_adapter_is_named(rotating: Bench, tmp_path: Path, file: str):
+def test_a_damaged_adapter_is_named(rotating, tmp_path, file):
     shutil.copytree(rotating.folder, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "bank" / "one" / file
+    path = tmp_path / "bank/one" / file
     path.write_bytes(path.read_bytes()[:-1] + b"\x77")
-    with pytest.raises(UserError, match=f"adapter 'one' cannot be used: .*{file}"):
+    with user_error(f"adapter 'one' cannot be used: .*{file}"):
         Bench(tmp_path, rotating.maker, {}).open()
 
 
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path):
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     """Of another base, of another update, with other trained tensors, with several matrices a layer."""
     bench = bench_of(tmp_path)
     bench.add("a", MoRAConfig(rank=3), cycles=1)
     norm = {"model.norm.weight": torch.ones(32)}
-    refusals: list[tuple[str, Any, dict[str, Any]]] = [
+    refusals = [
         ("is not the base of .*odd", MoRAConfig(rank=3), {"fingerprint": "abc"}),
         ("q_proj has lora, which is none of the operators truncate, share, decouple, rotate", LoRAConfig(rank=3), {}),
         ("it has other trained tensors than MoRA matrices", MoRAConfig(rank=3), {"trained": norm}),
         ("it has MoRA matrices of domains", MoRAConfig(rank=3), {"domains": ("law", "code")}),
     ]
-    odd = tmp_path / "bank" / "odd"
+    odd = tmp_path / "bank/odd"
     for message, config, more in refusals:
         bench.add("odd", config, **more)
-        with pytest.raises(UserError, match=f"adapter 'odd' cannot be used: .*{message}"):
+        with user_error(f"adapter 'odd' cannot be used: .*{message}"):
             bench.open()
         shutil.rmtree(odd)
 
 
-def test_names_folders_and_rows_that_do_not_fit_are_named(rotating: Bench, tmp_path: Path):
+def test_names_folders_and_rows_that_do_not_fit_are_named(rotating, tmp_path):
     bank = rotating.open()
     with (
-        pytest.raises(UserError, match=r"unknown adapter 'thre'; .*Did you mean 'three'"),
+        user_error(r"unknown adapter 'thre'; .*Did you mean 'three'"),
         bank.use(["one", "thre"]),
     ):
         pass
     with bank.use(["one", "three"]):
-        with pytest.raises(UserError, match=r"named for 2 row\(s\), but .*q_proj reads \(4, 16, 32\)"):
+        with user_error(r"named for 2 row\(s\), but .*q_proj reads \(4, 16, 32\)"):
             logits(bank.model, tokens(4))
         layer = bank.model.model.layers[0].mlp.up_proj
-        with pytest.raises(UserError, match=r"up_proj reads \(2, 32\); where it does not see complete rows, give all"):
+        with user_error(r"up_proj reads \(2, 32\); where it does not see complete rows, give all"):
             layer(torch.zeros(2, 32))
     with bank.use("one"):
         layer(torch.zeros(2, 32))
-    (tmp_path / "empty" / "x").mkdir(parents=True)
+    (tmp_path / "empty/x").mkdir(parents=True)
     for folder, message in {"empty": "no folder in .*empty holds an adapter", "nowhere": "no such folder"}.items():
-        with pytest.raises(UserError, match=message):
+        with user_error(message):
             AdapterBank.open(rotating.folder / "base", tmp_path / folder)
-    with pytest.raises(UserError, match="MODEL: no such folder"):
+    with user_error("MODEL: no such folder"):
         AdapterBank.open(tmp_path / "base", rotating.folder / "bank")
 
 
-def test_the_command_scores_every_adapter_as_its_merged_model(
-    tmp_path: Path, user: Playground, capsys: pytest.CaptureFixture[str]
-):
+def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, capsys):
     maker = Maker(AutoModelForCausalLM.from_pretrained(user.model), user.model)
     updates = {
         name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)

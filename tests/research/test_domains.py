@@ -1,8 +1,5 @@
 """A MoRA matrix for each domain: sums over rows, merges, refusals, sharded ranks, complete runs."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import yaml
@@ -25,10 +22,10 @@ from mora_ds.eval.perplexity import load_target
 from mora_ds.models.loss import chunk_loss
 from mora_ds.research.run import ResearchHooks
 from mora_ds.train.run_file import RUN_FILE
-from tests.helpers.gloo import run_ranks
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import (
     REPOSITORY,
-    Playground,
     refusal,
     research,
     run,
@@ -42,7 +39,7 @@ from tests.helpers.tables import parsed, rows
 NAMES = ("law", "code", "news", "prose")
 
 
-def domain_model(operator: str, family: str = "llama", cycle: int = 0, **config: Any) -> Any:
+def domain_model(operator, family="llama", cycle=0, **config):
     """With matrices that are not zero, so that every path carries a gradient."""
     model = tiny_model(family)
     wanted = MoRAConfig(rank=4, operator=operator, domains=NAMES, **config)
@@ -58,7 +55,7 @@ def domain_model(operator: str, family: str = "llama", cycle: int = 0, **config:
 ROWS = ("code", "law", "prose", "code", "news", "law", "law", "prose")
 
 
-def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def row_losses(model, ids):
     """(rows,) summed next-token losses."""
     logits = model(input_ids=ids, use_cache=False).logits
     nll = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
@@ -76,7 +73,7 @@ def row_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ("rotate", "llama", 3),
     ],
 )
-def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: str, family: str, cycle: int):
+def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator, family, cycle):
     """Losses of every row and gradients of every matrix, against plain models with the deltas of M and of one M_k in
     their weights; also after merges, when the two have different operators."""
     model = domain_model(operator, family, cycle)
@@ -107,7 +104,7 @@ def test_a_mixed_batch_is_what_one_model_a_domain_makes_of_its_rows(operator: st
         assert shared[name].abs().max() > 1e-3
 
 
-def assert_close(gradient: Any, expected: torch.Tensor, domain: int | None = None):
+def assert_close(gradient, expected, domain=None):
     """To within a few millionths of the largest element. `domain`: the index of the one that is meant."""
     if domain is not None:
         gradient = gradient[domain]
@@ -115,13 +112,13 @@ def assert_close(gradient: Any, expected: torch.Tensor, domain: int | None = Non
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
-def test_gradients_of_rows(kind: OperatorKind):
+def test_gradients_of_rows(kind):
     """By finite differences, also where r_hat is larger than a side, or divides none; a row without a domain."""
     choice = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     for d_in, d_out, r_hat in ((10, 7, 4), (3, 9, 6), (9, 3, 4), (5, 5, 8)):
         spec = OperatorSpec(kind, d_in, d_out, r_hat, Grouping.PERMUTED, seed=3)
 
-        def update(squares: torch.Tensor, x: torch.Tensor, spec: OperatorSpec = spec) -> torch.Tensor:
+        def update(squares, x, spec=spec):
             return update_rows(spec, squares_of_rows(squares, choice), x)
 
         generator = torch.Generator().manual_seed(0)
@@ -134,7 +131,7 @@ def test_a_row_without_a_square_is_refused_by_name():
     model = domain_model("share")
     ids = tokens(2, 8)
     domains = domains_of(model)
-    with pytest.raises(UserError, match=r"unknown domain 'lwa'; known: law, code, news, prose.*'law'"):
+    with user_error(r"unknown domain 'lwa'; known: law, code, news, prose.*'law'"):
         domains.set(["code", "lwa"])
     with pytest.raises(RunError, match="training needs the domain of each row"):
         row_losses(model.train(), ids)
@@ -153,12 +150,12 @@ class Wrapped:
 
     device = "cpu"
 
-    def __init__(self, module: Any):
+    def __init__(self, module):
         self.module = module
         self.eval = module.eval
         self.train = module.train
 
-    def __call__(self, **batch: Any) -> Any:
+    def __call__(self, **batch):
         return self.module(**batch)
 
 
@@ -172,14 +169,14 @@ def test_a_layer_that_does_not_see_complete_rows_is_refused():
     model = domain_model("rotate", target_modules=("q_proj", "lm_head"))
     chunk_loss(model)
     hooks.injected(model, MoRAConfig())
-    with pytest.raises(UserError, match=r"domains are set for 3 rows, but a layer reads .*--target_modules"):
+    with user_error(r"domains are set for 3 rows, but a layer reads .*--target_modules"):
         hooks.check(Wrapped(model), tokens(3, 8))
 
 
 # -- complete runs -----------------------------------------------------------------------------------------------------
 
 
-def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings: Any) -> list[str]:
+def domain_flags(user, out, mix, *more, **settings):
     """Flags after a recipe with domains; each set of `settings` has a recipe of its own."""
     flags = mixture_flags(user, out, mix, *more)
     folder = mix.parent / f"recipe-{len(list(mix.parent.glob('recipe-*')))}"
@@ -190,7 +187,7 @@ def domain_flags(user: Playground, out: Path, mix: Path, *more: Any, **settings:
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2, "--learning_rate", 5e-2)
 
 
-def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, tmp_path: Path, out: Path):
+def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user, tmp_path, out):
     """Two ranks and a merge; begun on one rank, stopped in step 5 and resumed on two; every domain's model is live."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"
@@ -203,12 +200,12 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert after["old"] != after["plain"], "one text, read with a domain and with none"
     resume = (*flags, "--resume_from_checkpoint", "auto")
     argv = domain_flags(user, out, mix, *resume)
-    run_ranks(1, interrupted_job, [*argv, "--per_device_train_batch_size", "4"], 5)
+    run_alone(interrupted_job, [*argv, "--per_device_train_batch_size", "4"], 5)
     run(2, argv)
     assert_close_runs(out, whole)
     assert_good(whole)
 
-    latest = whole / "checkpoints" / "latest"
+    latest = whole / "checkpoints/latest"
     facts = read_json(latest / "adapter.json")
     assert facts["domains"]["names"] == ["new", "old"]
     assert facts["cycle"] == 1
@@ -220,14 +217,14 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
         assert report.merged == 14
         recorded = probe["logits" if domain == "shared" else f"logits.{domain}"]
         with torch.no_grad():
-            model: Any = load_adapter(user.model, latest, domain=domain)
+            model = load_adapter(user.model, latest, domain=domain)
             live[domain] = model(input_ids=probe["input_ids"], use_cache=False).logits
-            plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / domain)
+            plain = AutoModelForCausalLM.from_pretrained(tmp_path / domain)
             exported = plain(input_ids=probe["input_ids"], use_cache=False).logits
         torch.testing.assert_close(live[domain], recorded, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exported, recorded, rtol=1e-5, atol=1e-5)
     assert (live["new"] - live["old"]).abs().max() > 1e-3 < (live["new"] - live["shared"]).abs().max()
-    assert "| domain | old |" in (tmp_path / "old" / "README.md").read_text()
+    assert "| domain | old |" in (tmp_path / "old/README.md").read_text()
     assert_choices_are_named(user, whole, tmp_path)
 
     mix.write_text(mix.read_text().replace("  old:", "  older:"))
@@ -236,14 +233,14 @@ def test_a_run_merges_resumes_on_other_ranks_and_is_exported(user: Playground, t
     assert "['new', 'old'] there, ['new', 'older'] here" in message
 
 
-def assert_choices_are_named(user: Playground, out: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"`domain` None: name a domain of this adapter, which has new, old, shared"):
+def assert_choices_are_named(user, out, tmp_path):
+    with user_error(r"`domain` None: name a domain of this adapter, which has new, old, shared"):
         export_merged(out, tmp_path / "never")
-    with pytest.raises(UserError, match=r"`domain` nwe: there are the domains new, old.* Did you mean 'new'"):
+    with user_error(r"`domain` nwe: there are the domains new, old.* Did you mean 'new'"):
         export_merged(out, tmp_path / "never", domain="nwe")
-    with pytest.raises(UserError, match="`domain` third: there are the domains new, old"):
+    with user_error("`domain` third: there are the domains new, old"):
         load_adapter(user.model, out, domain="third")
-    with pytest.raises(UserError, match=r"--domain: name a domain"):
+    with user_error(r"--domain: name a domain"):
         load_target(out)
     target = load_target(out, domain="old")
     assert target.model.get_submodule("model.layers.0.mlp.up_proj").domains is domains_of(target.model)
@@ -264,7 +261,7 @@ RESEARCH = ("domain_adapters", "alignment_weight")
 
 
 @pytest.mark.parametrize("changes, message", rows(WRONG))
-def test_what_does_not_go_together_is_named(changes: str, message: str):
+def test_what_does_not_go_together_is_named(changes, message):
     settings = {
         "model_name_or_path": "m",
         "train_files": ["a=x:1", "b=y:1"],
@@ -287,7 +284,7 @@ BLOCKS = """
 
 
 @pytest.mark.parametrize("block, message", rows(BLOCKS))
-def test_a_block_is_read_as_strictly_as_flags(tmp_path: Path, block: str, message: str):
+def test_a_block_is_read_as_strictly_as_flags(tmp_path, block, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"research: {block}\n")
     with pytest.raises(UserError) as caught:
@@ -303,7 +300,7 @@ def test_a_set_is_read_as_the_domain_with_its_name_or_that_it_was_held_out_of():
     assert {name: hooks.domain_of(name) for name in expected} == expected
 
 
-WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
+WAYS = {
     "muon": (2, ("--optimizer", "muon", "--train_norms", "--train_embeddings", "--train_head")),
     "8 bits": (1, ("--base_bits", 8, "--bf16", "--chunked_loss")),
     "streaming": (2, ("--streaming", "--gradient_checkpointing")),
@@ -312,7 +309,7 @@ WAYS: dict[str, tuple[int, tuple[Any, ...]]] = {
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
-def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path, way: str):
+def test_domains_with_other_options(user, tmp_path, out, way):
     """A merge, and exports that give the live model's logits (within the tolerances of `logits_check`)."""
     world, more = WAYS[way]
     mix = write_mixture(user, tmp_path / "mix.yaml")
@@ -330,7 +327,7 @@ def test_domains_with_other_options(user: Playground, tmp_path: Path, out: Path,
 
 ZERO = {stage: ("--deepspeed", REPOSITORY / "configs" / f"zero{stage}.json") for stage in (1, 2)}
 ROWS_OF_A_RANK = "--per_device_train_batch_size"
-SHARDED: dict[str, tuple[Any, ...]] = {
+SHARDED = {
     "ZeRO-1": (*ZERO[1], ROWS_OF_A_RANK, 2),
     "ZeRO-2": (*ZERO[2], ROWS_OF_A_RANK, 1, "--gradient_accumulation_steps", 2),
     "shared rows": ("--sequence_parallel_size", 2, ROWS_OF_A_RANK, 4),
@@ -338,7 +335,7 @@ SHARDED: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.heavy
-def test_two_ranks_follow_one(user: Playground, tmp_path: Path):
+def test_two_ranks_follow_one(user, tmp_path):
     """However they share the work, with gradient checkpointing."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     whole = tmp_path / "whole"

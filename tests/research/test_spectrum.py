@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.checkpoint.adapter_files import AdapterFile, BaseReference, write_adapter
 from mora_ds.checkpoint.layout import find_ledger
-from mora_ds.common.errors import UserError
 from mora_ds.remora.ledger import LayerEntry, Ledger
 from mora_ds.research.spectrum import layer_spectra, spectra, spectrum_lines
+from tests.helpers.errors import user_error
 from tests.helpers.mistakes import command
 
 
-def square(side: int, seed: int = 0) -> torch.Tensor:
+def square(side, seed=0):
     return torch.randn(side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -37,7 +36,7 @@ def square(side: int, seed: int = 0) -> torch.Tensor:
     ],
     ids=OperatorSpec.describe,
 )
-def test_history_is_that_of_the_formed_matrices(spec: OperatorSpec):
+def test_history_is_that_of_the_formed_matrices(spec):
     updates = [(replace(spec, seed=seed), square(6, seed) / (seed + 1)) for seed in range(3)]
     total = torch.zeros(23, 18, dtype=torch.float64)
     for cycle, spectrum in enumerate(layer_spectra(updates)):
@@ -61,7 +60,7 @@ def test_zeros_have_no_rank():
     assert (second.rank, second.new_span) == (6, 1.0)
 
 
-def expected_span(newest: torch.Tensor, earlier: torch.Tensor) -> float:
+def expected_span(newest, earlier):
     left, values, right = torch.linalg.svd(earlier)
     rank = int((values > values[0] * 1e-5).sum())
     inside = left[:, :rank] @ left[:, :rank].T @ newest @ right[:rank].T @ right[:rank]
@@ -78,13 +77,13 @@ def test_factors_of_lora_have_spectra_too():
 # -- a ledger --------------------------------------------------------------------------------------------------------
 
 
-def entries(cycle: int, names: tuple[str, ...]) -> dict[str, LayerEntry]:
+def entries(cycle, names):
     spec = OperatorSpec(OperatorKind.SHARE, 32, 24, 6, Grouping.PERMUTED, cycle)
     return {name: LayerEntry(name, f"{name}.weight", False, spec) for name in names}
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
+def checkpoint(tmp_path):
     """Two merged cycles, the second with a layer more, and live MoRA matrices."""
     folder = tmp_path / "step"
     ledger = Ledger.create(folder / "ledger", "f" * 64)
@@ -96,7 +95,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path):
+def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint):
     rows = list(spectra(find_ledger(checkpoint)))
     origins = [(row.layer, row.cycle, row.step, row.is_live) for row in rows]
     of_v = [("a.v", 1, 20, False), ("a.v", 2, 25, True)]
@@ -106,22 +105,22 @@ def test_rows_of_a_checkpoint_end_with_its_live_squares(checkpoint: Path):
     assert [row.is_live for row in spectra(find_ledger(checkpoint / "ledger"))] == [False] * 3
 
 
-def test_layers_are_chosen_by_pattern(checkpoint: Path, tmp_path: Path):
+def test_layers_are_chosen_by_pattern(checkpoint, tmp_path):
     assert {row.layer for row in spectra(find_ledger(checkpoint), "*.v")} == {"a.v"}
-    with pytest.raises(UserError, match=r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"):
+    with user_error(r"--layers 'a\.k' matches none of the 2 layers\. Did you mean 'a\.[qv]'"):
         next(spectra(find_ledger(checkpoint), "a.k"))
-    with pytest.raises(UserError, match="nothing was merged yet"):
+    with user_error("nothing was merged yet"):
         next(spectra(find_ledger(Ledger.create(tmp_path / "empty", "f").folder)))
 
 
-def test_the_table_has_a_line_for_each_layer_and_cycle(checkpoint: Path):
+def test_the_table_has_a_line_for_each_layer_and_cycle(checkpoint):
     rows = list(spectra(find_ledger(checkpoint)))
     cells = [line.split() for line in spectrum_lines(rows)]
     assert [line[:3] for line in cells[1:4]] == [["a.q", "0", "10"], ["a.q", "1", "20"], ["a.q", "2*", "25"]]
     assert cells[3][3:5] == [str(rows[2].spectrum.rank), "24"]
 
 
-def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command(checkpoint, tmp_path, capsys):
     flags = [str(checkpoint), "--json", str(tmp_path / "out.json"), "--layers", "a.*"]
     assert command("spectrum", flags) == (0, "")
     assert "a.v" in capsys.readouterr().out
@@ -137,7 +136,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ],
     ids=str,
 )
-def test_mistakes_in_flags_are_named(checkpoint: Path, flags: list[str], named: str):
+def test_mistakes_in_flags_are_named(checkpoint, flags, named):
     code, message = command("spectrum", [str(checkpoint), *flags])
     assert code == 2
     assert named in message

@@ -3,8 +3,6 @@
 import math
 import random
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,8 @@ from mora_ds.models.base import BaseCheckpoint, write_own_base
 from mora_ds.research.analyze import WeightMeasures, layers_of, measure, parse_budget, spend
 from mora_ds.research.targets import TargetPlan, read_plan
 from mora_ds.train.dry_run import planned
-from tests.helpers.jobs import Playground, refusal, research, run
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import refusal, research, run
 from tests.helpers.mistakes import command
 from tests.helpers.models import tiny_model
 from tests.helpers.outcome import assert_good
@@ -28,10 +27,10 @@ from tests.helpers.resume import assert_same_run
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
-MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4)
+MERGING = "--merge_every 3 --restart_warmup_steps 1 --save_steps 4"
 
 
-def low_rank(d_out: int, d_in: int, values: torch.Tensor) -> torch.Tensor:
+def low_rank(d_out, d_in, values):
     """A matrix with these singular values."""
     generator = torch.Generator().manual_seed(0)
     left, right = (
@@ -42,7 +41,7 @@ def low_rank(d_out: int, d_in: int, values: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 9)])
-def test_measures_are_their_formulas(shape: tuple[int, int]):
+def test_measures_are_their_formulas(shape):
     values = torch.tensor([4.0, 2.0, 1.0, 0.5])
     measures = measure("a", low_rank(*shape, values))
     energy = values.double().square()
@@ -63,7 +62,7 @@ def test_measures_of_equal_singular_values_of_zeros_and_of_what_is_not_finite():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_layers_of_a_folder_are_those_of_injection(tmp_path: Path, family: str):
+def test_layers_of_a_folder_are_those_of_injection(tmp_path, family):
     model = tiny_model(family)
     base = write_own_base(model, tmp_path / "model")
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -75,7 +74,7 @@ def test_layers_of_a_folder_are_those_of_injection(tmp_path: Path, family: str):
         assert torch.equal(base.read(key), weights[f"{name}.weight"])
 
 
-def test_the_command_prints_and_plans(user: Playground, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_prints_and_plans(user, tmp_path, capsys):
     path = tmp_path / "targets.yaml"
     assert command("analyze", [str(user.model), "--trainable_budget", "3%", "--write", str(path)]) == (0, "")
     assert "model.layers.1.mlp.down_proj" in capsys.readouterr().out
@@ -96,7 +95,7 @@ def test_the_command_prints_and_plans(user: Playground, tmp_path: Path, capsys: 
     ],
     ids=str,
 )
-def test_mistakes_in_flags_are_named(user: Playground, flags: list[str], named: str):
+def test_mistakes_in_flags_are_named(user, flags, named):
     code, message = command("analyze", [str(user.model), *flags])
     assert code == 2
     assert named in message
@@ -105,7 +104,7 @@ def test_mistakes_in_flags_are_named(user: Playground, flags: list[str], named: 
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def weights_of(*shapes_and_scores: tuple[int, int, float]) -> list[WeightMeasures]:
+def weights_of(*shapes_and_scores):
     return [
         WeightMeasures(f"l{number}", (d_out, d_in), 1.0, 1.0, score * min(d_out, d_in))
         for number, (d_out, d_in, score) in enumerate(shapes_and_scores)
@@ -116,7 +115,7 @@ def test_budgets_are_read_or_refused():
     for text, parameters in {"0.5%": 50, "10%": 1_000, "250": 250, "1e3": 1_000}.items():
         assert parse_budget(text, 10_000) == parameters
     for text in ("much", "0", "-1%", "nan", "1e999999"):
-        with pytest.raises(UserError, match="--trainable_budget must be like"):
+        with user_error("--trainable_budget must be like"):
             parse_budget(text, 10_000)
 
 
@@ -141,21 +140,21 @@ def test_a_small_budget_goes_to_the_best_layers_and_a_large_one_to_all():
     weights = weights_of((32, 32, 0.2), (32, 32, 0.9), (32, 32, 0.1), (32, 32, 0.8))
     assert spend(weights, 200) == {"l0": 0, "l1": 10, "l2": 0, "l3": 10}
     assert spend(weights, 10**9) == dict.fromkeys(("l0", "l1", "l2", "l3"), 32)
-    with pytest.raises(UserError, match="--trainable_budget: 63 parameters are too few for one MoRA matrix"):
+    with user_error("--trainable_budget: 63 parameters are too few for one MoRA matrix"):
         spend(weights, 63)
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_read_as_it_was_written(tmp_path: Path):
+def test_a_plan_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "targets.yaml"
     plan = TargetPlan("abc", {"layers.0.q": 12, "layers.0.k": 0})
     plan.write(path)
     assert read_plan(path) == plan
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text()
     assert "  layers.0.q: 12\n  layers.0.k: 0\n" in text
-    path.write_text(text.replace("q: 12", "q: 8"), encoding="utf-8")
+    path.write_text(text.replace("q: 12", "q: 8"))
     assert read_plan(path).layers["layers.0.q"] == 8
 
 
@@ -173,9 +172,9 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path):
         ('format: 1\nfingerprint: f\nlayers: {"../a": 1}\n', "cannot be the name"),
     ],
 )
-def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str):
+def test_files_that_are_no_plan(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text)
     with pytest.raises(UserError) as caught:
         read_plan(path)
     assert str(path) in str(caught.value)
@@ -190,7 +189,7 @@ def test_files_that_are_no_plan(tmp_path: Path, text: str, message: str):
         ({"model.layers.0.self_attn.q_prj": 8}, f"Did you mean '{QUERY}'?"),
     ],
 )
-def test_sides_that_do_not_fit_are_named(sides: dict[str, int], message: str):
+def test_sides_that_do_not_fit_are_named(sides, message):
     with pytest.raises(UserError) as caught:
         inject(tiny_model(), TargetPlan("f", sides).put_into(MoRAConfig(rank=8)))
     assert message in str(caught.value)
@@ -199,50 +198,50 @@ def test_sides_that_do_not_fit_are_named(sides: dict[str, int], message: str):
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def trained_sides(out: Path) -> dict[str, int]:
+def trained_sides(out):
     """r_hat of the layers in the latest checkpoint."""
-    layers = read_json(out / "checkpoints" / "latest" / "adapter.json")["layers"]
+    layers = read_json(out / "checkpoints/latest/adapter.json")["layers"]
     return {name: layer["operator"]["r_hat"] for name, layer in layers.items()}
 
 
-def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user: Playground, tmp_path: Path):
+def test_a_run_trains_merges_resumes_and_exports_what_the_plan_says(user, tmp_path):
     """Two ranks. The plan is edited, and then that of another model, after the start."""
     out = tmp_path / "planned"
     resumed = tmp_path / "resumed"
     path = tmp_path / "mine.yaml"
     fingerprint = BaseCheckpoint.open(user.model).fingerprint()
     TargetPlan(fingerprint, {QUERY: 10, DOWN: 6, "lm_head": 0}).write(path)
-    run(2, research(user.flags(out, *MERGING, "--export_merged"), tmp_path, targets=path))
+    run(2, research(user.flags(out, MERGING, "--export_merged"), tmp_path, targets=path))
     assert trained_sides(out) == {QUERY: 10, DOWN: 6}
     assert_good(out, user.model)
-    live: Any = mora_ds.load_adapter(user.model, out / "checkpoints" / "latest")
-    merged: Any = type(live).from_pretrained(out / "merged")
+    live = mora_ds.load_adapter(user.model, out / "checkpoints/latest")
+    merged = type(live).from_pretrained(out / "merged")
     ids = torch.arange(3, 35).unsqueeze(0)
     assert torch.allclose(live(ids).logits, merged(ids).logits, atol=1e-5)
 
     shutil.copytree(out, resumed, symlinks=True)
-    shutil.rmtree(resumed / "checkpoints" / "step-000006")
-    (resumed / "checkpoints" / "latest").unlink()
+    shutil.rmtree(resumed / "checkpoints/step-000006")
+    (resumed / "checkpoints/latest").unlink()
     resume = research(
-        user.flags(resumed, *MERGING, "--resume_from_checkpoint", "auto"),
+        user.flags(resumed, MERGING, "--resume_from_checkpoint auto"),
         tmp_path,
         targets=path,
     )
     run(2, resume)
     assert_same_run(resumed, out)
-    assert TrainerState.read(resumed / "checkpoints" / "latest").step == 6
+    assert TrainerState.read(resumed / "checkpoints/latest").step == 6
 
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace(f"{QUERY}: 10", f"{QUERY}: 12"), encoding="utf-8")
+    text = path.read_text()
+    path.write_text(text.replace(f"{QUERY}: 10", f"{QUERY}: 12"))
     message = refusal(resume, ranks=2)
     assert f"research.targets, {QUERY}: 10 there, 12 here" in message
-    path.write_text(text.replace(fingerprint, "abc"), encoding="utf-8")
+    path.write_text(text.replace(fingerprint, "abc"))
     argv = research(user.flags(tmp_path / "other"), tmp_path, targets=path)
     assert "the plan is for a model with the fingerprint 'abc'" in refusal(argv)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_dry_run_counts_what_the_plan_says(user: Playground, tmp_path: Path):
+def test_a_dry_run_counts_what_the_plan_says(user, tmp_path):
     path = tmp_path / "targets.yaml"
     TargetPlan("another", {QUERY: 10, DOWN: 6}).write(path)
     report, lines = planned(parse(research(user.flags(tmp_path / "out", "--dry_run"), tmp_path, targets=path)), 1)

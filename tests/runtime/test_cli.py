@@ -2,8 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from torch.distributed import DistNetworkError, DistStoreError
@@ -19,13 +17,13 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def pauses(monkeypatch):
     """How long each error was held back."""
 
-    def leave(code: int):
+    def leave(code):
         raise Left(code)
 
-    waits: list[float] = []
+    waits = []
     logger = logging.getLogger(LOGGER)
     before = list(logger.handlers), logger.propagate, logger.level
     monkeypatch.setattr(cli, "leave", leave)
@@ -37,7 +35,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     logger.setLevel(before[2])
 
 
-def code_of(error: BaseException) -> Any:
+def code_of(error):
     def main():
         raise error
 
@@ -46,14 +44,14 @@ def code_of(error: BaseException) -> Any:
     return left.value.args[0]
 
 
-def shared(error: Exception) -> Exception:
+def shared(error):
     """As `Ranks` raises it, on all ranks at the same time."""
-    error.is_shared = True  # type: ignore[attr-defined]
+    error.is_shared = True
     return error
 
 
 CLOSED = "[/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242\nstack"
-KINDS: dict[str, type[BaseException]] = {
+KINDS = {
     kind.__name__: kind
     for kind in (SystemExit, Stopped, UserError, RunError, RuntimeError, KeyError, DistNetworkError, DistStoreError)
 }
@@ -83,9 +81,7 @@ KeyError | name | 1 | Traceback
 
 
 @pytest.mark.parametrize("kind, message, code, told", rows(ENDS))
-def test_the_code_and_the_message_of_each_end(
-    capsys: pytest.CaptureFixture[str], pauses: list[float], kind: str, message: str, code: str, told: str
-):
+def test_the_code_and_the_message_of_each_end(capsys, pauses, kind, message, code, told):
     assert code_of(KINDS[kind](parsed(message))) == int(code)
     text = capsys.readouterr().err
     assert told in text if text else told == "nothing"
@@ -94,9 +90,7 @@ def test_the_code_and_the_message_of_each_end(
     assert bool(pauses) == ("lost contact" in told), "the launcher is to see the other's code"
 
 
-def test_other_ranks_hold_their_message_back_and_say_who_they_are(
-    capsys: pytest.CaptureFixture[str], pauses: list[float], monkeypatch: pytest.MonkeyPatch
-):
+def test_other_ranks_hold_their_message_back_and_say_who_they_are(capsys, pauses, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert code_of(UserError("mine")) == 2
@@ -106,19 +100,15 @@ def test_other_ranks_hold_their_message_back_and_say_who_they_are(
     assert capsys.readouterr().err == "[rank 1] error: mine\n[rank 1] error: of all\n"
 
 
-def test_signals_have_their_own_effect_while_an_error_is_held_back(
-    pauses: list[float], monkeypatch: pytest.MonkeyPatch
-):
+def test_signals_have_their_own_effect_while_an_error_is_held_back(pauses, monkeypatch):
     """The launcher ends a rank that only waits to repeat rank 0's message."""
-    given_back: list[bool] = []
+    given_back = []
     monkeypatch.setattr(signals, "uninstall", lambda: given_back.append(True))
     assert code_of(UserError("mine")) == 2
     assert given_back == [True]
 
 
-def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
-    capsys: pytest.CaptureFixture[str], pauses: list[float], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(capsys, pauses, monkeypatch):
     """Python raises in the main thread when the collective has returned, which is when its failure is handled."""
 
     def uninstall():
@@ -130,9 +120,7 @@ def test_a_rank_that_was_asked_to_stop_while_another_one_left_has_stopped(
     assert capsys.readouterr().err == "stopped by SIGTERM with nothing to save\n"
 
 
-def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(
-    pauses: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_an_empty_word_is_refused_with_its_flag_before_the_program_runs(pauses, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mora-ds export", "--checkpoint", "out", "--output", "", "--device="])
     with pytest.raises(Left) as left:
         cli.run(lambda: pytest.fail("the program ran"))

@@ -3,7 +3,6 @@
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -13,13 +12,13 @@ from mora_ds.runtime.ranks import Ranks
 from tests.helpers.gloo import run_ranks, start_ranks
 
 
-def sockets() -> int:
+def sockets():
     """Connections of this process over TCP, listening ones included."""
     links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     return sum(os.readlink(path).startswith("socket:") for path in links if os.path.lexists(path))
 
 
-def gathered() -> tuple[Any, Any]:
+def gathered():
     group = Ranks.current().group
     rank = dist.get_rank()
     value = {"rank": rank, "text": "x" * (1 + 1000 * rank)}
@@ -27,7 +26,7 @@ def gathered() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
-def test_every_value_arrives_in_the_order_of_ranks(world: int):
+def test_every_value_arrives_in_the_order_of_ranks(world):
     results = run_ranks(world, gathered)
     assert [value["rank"] for value in results[0][0]] == list(range(world))
     assert [len(value["text"]) for value in results[0][0]] == [1 + 1000 * rank for rank in range(world)]
@@ -35,7 +34,7 @@ def test_every_value_arrives_in_the_order_of_ranks(world: int):
     assert [every for _, every in results] == [list(range(world))] * world
 
 
-def counted() -> tuple[int, int, int]:
+def counted():
     """Sockets before the group is made, once it is made, and after every kind of exchange."""
     before = sockets()
     ranks = Ranks.current()
@@ -60,7 +59,7 @@ def test_ranks_are_connected_where_they_talk_and_not_before():
 VICTIM = 1
 
 
-def waiting(connected: bool) -> tuple[str, float]:
+def waiting(connected):
     """(how a check ends where one rank never comes, seconds)"""
     ranks = Ranks.current(timeout_s=4.0)
     if connected:
@@ -77,7 +76,7 @@ def waiting(connected: bool) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("connected", [True, False])
-def test_ranks_do_not_wait_for_one_that_has_ended(connected: bool):
+def test_ranks_do_not_wait_for_one_that_has_ended(connected):
     """Also where they were never connected to it, so that no broken connection tells them."""
     pipes, processes = start_ranks(3, waiting, connected)
     try:

@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +12,7 @@ log = logging.getLogger("mora_ds.train.trainer")
 
 
 @pytest.fixture(autouse=True)
-def unchanged_logger() -> Iterator[None]:
+def unchanged_logger():
     logger = logging.getLogger(LOGGER)
     before = list(logger.handlers), logger.propagate, logger.level
     yield
@@ -34,9 +33,7 @@ def unchanged_logger() -> Iterator[None]:
         ("1", "error", "", ""),
     ],
 )
-def test_rank_and_level_decide(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, level: str, out: str, err: str
-):
+def test_rank_and_level_decide(monkeypatch, capsys, rank, level, out, err):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for _ in range(2):  # set up again, as launch/pretrain.py does: no message may be printed twice

@@ -3,7 +3,6 @@
 import mmap
 import os
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,16 +19,14 @@ from tests.helpers.mappings import Mappings
     [("0::/jobs/17\n", ["jobs/17", "jobs", ""]), ("1:name=a:b:/\n0::/\n", [""]), ("", [])],
     ids=["a job", "in a container", "none"],
 )
-def test_limits_are_those_of_a_group_and_of_all_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: list[str]
-):
+def test_limits_are_those_of_a_group_and_of_all_around_it(tmp_path, monkeypatch, text, expected):
     (tmp_path / "cgroup").write_text(text)
     monkeypatch.setattr(node_memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(node_memory, "Path", lambda name: tmp_path / Path(name).name)
     assert node_memory._cgroup_folders() == [tmp_path / folder for folder in expected]
 
 
-def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_limit_it_is_the_memory_of_the_machine(monkeypatch):
     memory = mock.Mock(total=900, free=20, available=50)
     monkeypatch.setattr(node_memory, "_cgroup_folders", list)
     monkeypatch.setattr(node_memory.psutil, "virtual_memory", lambda: memory)
@@ -40,8 +37,8 @@ def test_processes_of_a_node_are_those_that_see_each_other():
     """Nodes begin at local rank 0. The second one is the first one's machine, as in tests, the third has containers."""
     facts = [(0, "a"), (1, "a"), (0, "a"), (1, "a"), (2, "a"), (0, "b"), (1, "c"), (2, "b")]
 
-    def members(rank: int) -> tuple[int, ...]:
-        ranks: Any = mock.Mock(rank=rank, gather=lambda check, value: facts)
+    def members(rank):
+        ranks = mock.Mock(rank=rank, gather=lambda check, value: facts)
         return node_members(ranks)
 
     nodes = [(0, 1), (2, 3, 4), (5, 7), (6,)]
@@ -49,7 +46,7 @@ def test_processes_of_a_node_are_those_that_see_each_other():
     assert all(rank in members(rank) for rank in range(len(facts)))
 
 
-def test_a_machine_is_the_same_for_its_processes(monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_is_the_same_for_its_processes(monkeypatch):
     assert machine() == machine()
     monkeypatch.setattr(node_memory, "_BOOT_ID", Path("/nowhere"))
     assert str(os.getpid()) in machine()[1], "else a process that cannot know takes part in nothing"
@@ -65,7 +62,7 @@ def test_a_descriptor_that_means_another_file_is_not_mapped():
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
-def test_places_are_told_by_file_and_offset(tmp_path: Path):
+def test_places_are_told_by_file_and_offset(tmp_path):
     path = tmp_path / "numbers"
     page = mmap.PAGESIZE
     path.write_bytes(bytes(2 * page))

@@ -2,17 +2,16 @@
 
 import os
 import platform
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from mora_ds.runtime import nodes
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, output_of, refused
+from tests.helpers.jobs import output_of, refused
 
 
-def refused_on_two_nodes(argv: list[str], second_folder: str) -> tuple[str, str]:
+def refused_on_two_nodes(argv, second_folder):
     """A run in which rank 2 is another node, on whose disk the output folder is `other`. For `run_ranks`."""
     nodes.VISIBLE_WITHIN_S = 0.5
     if dist.get_rank() == 2:
@@ -25,7 +24,7 @@ def refused_on_two_nodes(argv: list[str], second_folder: str) -> tuple[str, str]
 
 
 @pytest.mark.parametrize("more", [(), ("--resume_from_checkpoint", "auto")], ids=["new", "resumed"])
-def test_both_nodes_and_the_folder_are_named(user: Playground, tmp_path: Path, more: tuple[str, ...]):
+def test_both_nodes_and_the_folder_are_named(user, tmp_path, more):
     argv = user.flags(tmp_path / "first", *more)
     local = tmp_path / "other"
     local.mkdir()

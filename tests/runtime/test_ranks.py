@@ -1,8 +1,6 @@
 """Ranks meet at checks that have names: they go on together, or all of them fail with the same error."""
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -13,11 +11,11 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.pool import run_pooled
 
 
-def fail(error: Exception):
+def fail(error):
     raise error
 
 
-def error_of(work: Callable[[], Any]) -> str:
+def error_of(work):
     try:
         work()
     except Exception as error:
@@ -25,7 +23,7 @@ def error_of(work: Callable[[], Any]) -> str:
     return "none"
 
 
-def meetings(rank: int) -> dict[str, str]:
+def meetings(rank):
     """Case -> the error of this rank where `rank` alone does something else than the others."""
     ranks = Ranks.current()
     is_odd = dist.get_rank() == rank
@@ -44,7 +42,7 @@ def meetings(rank: int) -> dict[str, str]:
         """A check inside of a check, as the token cache has."""
         ranks.agree("outer", lambda: fail(UserError(odd)) if is_odd else ranks.barrier("inner"))
 
-    cases: dict[str, Callable[[], Any]] = {
+    cases = {
         "same check": lambda: ranks.agree("loading", lambda: fail(UserError(odd)) if is_odd else None),
         "user error first": lambda: ranks.agree("loading", lambda: fail(UserError(odd) if is_odd else RunError("no"))),
         "unexpected": lambda: ranks.agree("loading", lambda: fail(KeyError(odd)) if is_odd else None),
@@ -61,7 +59,7 @@ def meetings(rank: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int):
+def test_all_ranks_fail_alike_and_meet_again_afterwards(rank):
     results = run_pooled(2, meetings, rank)
     where = "" if rank == 0 else "rank 1: "
     for name in ("same check", "user error first", "between checks", "nested", "shared work"):
@@ -77,7 +75,7 @@ def test_all_ranks_fail_alike_and_meet_again_afterwards(rank: int):
         assert result["healthy"] == "none"
 
 
-def late(seconds: float) -> tuple[str, float]:
+def late(seconds):
     ranks = Ranks.current(timeout_s=seconds)
     since = time.monotonic()
     ranks.barrier("both are here")
@@ -95,7 +93,7 @@ def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
     assert seconds < 3
 
 
-def long_work() -> int:
+def long_work():
     return Ranks.current(timeout_s=1.0).on_first("tokens", lambda: (time.sleep(2), 5)[1], long=True)
 
 

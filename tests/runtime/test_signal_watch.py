@@ -1,7 +1,6 @@
 """What the thread that watches a rank's launcher does, without the thread."""
 
 import time
-from typing import Any
 
 import pytest
 
@@ -14,8 +13,8 @@ class Left(BaseException):
 
 
 @pytest.fixture
-def leaving(monkeypatch: pytest.MonkeyPatch):
-    def leave(code: int):
+def leaving(monkeypatch):
+    def leave(code):
         raise Left(code)
 
     monkeypatch.setattr(signals.os, "_exit", leave)
@@ -23,9 +22,9 @@ def leaving(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def watch(leaving: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+def watch(leaving, monkeypatch):
     """A rank that was asked to stop, in training; it has no thread."""
-    stand_in: Any = object.__new__(signals._Watch)
+    stand_in = object.__new__(signals._Watch)
     stand_in.since = time.monotonic()
     stand_in.defers = True
     stand_in.settled = False
@@ -34,7 +33,7 @@ def watch(leaving: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     return stand_in
 
 
-def test_a_rank_with_nothing_to_save_is_given_some_seconds(watch: Any):
+def test_a_rank_with_nothing_to_save_is_given_some_seconds(watch):
     watch.defers = False
     watch._check()
     watch.since -= signals._PATIENCE_S

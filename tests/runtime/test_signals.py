@@ -5,47 +5,46 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import Stopped, UserError
+from mora_ds.common.errors import Stopped
 from mora_ds.runtime import signals
 from mora_ds.runtime.signals import EXIT_STOPPED
 from mora_ds.train.output_folder import reserve
 from mora_ds.train.trainer import Trainer
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import free_port, run_ranks
-from tests.helpers.jobs import REPOSITORY, Playground, environment, is_rank, job, launcher, ranks_below, rows, run
+from tests.helpers.jobs import REPOSITORY, environment, is_rank, job, launcher, ranks_below, rows, run
 from tests.helpers.nodes import wait_for
 from tests.helpers.resume import assert_same_run
 
-MERGING = ("--max_steps", 9, "--merge_every", 4, "--restart_warmup_steps", 1, "--eval_steps", 4, "--save_steps", 3)
+MERGING = "--max_steps 9 --merge_every 4 --restart_warmup_steps 1 --eval_steps 4 --save_steps 3"
 """Merges and evaluations after steps 4 and 8; checkpoints at 3, 6 and 9."""
-AUTO = ("--resume_from_checkpoint", "auto")
+AUTO = "--resume_from_checkpoint auto"
 
 
 @pytest.fixture(scope="module")
-def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(user, tmp_path_factory):
     """The uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    run(2, user.flags(out, *MERGING))
+    run(2, user.flags(out, MERGING))
     return out
 
 
 # -- agreement, on forked ranks --------------------------------------------------------------------------------------
 
 
-def signalled_job(argv: list[str], number: int, rank: int, method: str, step: int) -> str:
+def signalled_job(argv, number, rank, method, step):
     """A run in which `rank` receives the signal when it enters `method` of the trainer at `step`; the message of
     `Stopped`."""
     signals.install()
-    original: Callable[..., Any] = getattr(Trainer, method)
+    original = getattr(Trainer, method)
 
-    def hit(trainer: Trainer, *arguments: Any) -> Any:
+    def hit(trainer, *arguments):
         if trainer.replica.rank == rank and trainer.state.step == step and not signals.requested():
             os.kill(os.getpid(), number)
             while not signals.requested():
@@ -72,19 +71,19 @@ def signalled_job(argv: list[str], number: int, rank: int, method: str, step: in
     ids=["step", "merge", "evaluation", "save", "last evaluation"],
 )
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_nothing_is_lost(
-    user: Playground, whole: Path, out: Path, number: int, rank: int, method: str, step: int, saved: int
+    user, whole, out, number, rank, method, step, saved
 ):
-    told = run_ranks(2, signalled_job, user.flags(out, *MERGING), number, rank, method, step)
+    told = run_ranks(2, signalled_job, user.flags(out, MERGING), number, rank, method, step)
     assert told[0] == told[1]
     assert f"stopped at step {saved}" in told[0]
-    state = TrainerState.read(out / "checkpoints" / "latest")
+    state = TrainerState.read(out / "checkpoints/latest")
     assert (state.step, state.finished) == (saved, False)
-    run(2, user.flags(out, *MERGING, *AUTO))
+    run(2, user.flags(out, MERGING, AUTO))
     assert_same_run(out, whole)
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user: Playground, whole: Path, out: Path):
-    flags = user.flags(out, *MERGING, *AUTO)
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(user, whole, out):
+    flags = user.flags(out, MERGING, AUTO)
     told = run_ranks(2, signalled_job, flags, signal.SIGUSR1, 1, "_evaluate", 0)
     assert "before the first step" in told[0]
     assert not (out / "checkpoints").exists()
@@ -135,20 +134,20 @@ cli.run(globals()[sys.argv[1]], restartable=True)
 """
 
 
-def script(function: str, **more: Any) -> subprocess.Popen[str]:
+def script(function, **more):
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, function], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
     )
 
 
-def ready(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+def ready(process):
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number: signal.Signals):
+def test_with_nothing_to_save_a_signal_ends_the_process_at_once(number):
     process = ready(script("starting"))
     process.send_signal(number)
     _, told = process.communicate(timeout=5)
@@ -187,14 +186,14 @@ def test_the_end_of_a_pool_is_no_request_to_stop():
 
 
 @pytest.fixture
-def start(user: Playground, tmp_path: Path) -> Any:
+def start(user, tmp_path):
     """Starts a long job under `deepspeed` in a new process group and waits for its first checkpoint."""
-    processes: list[subprocess.Popen[str]] = []
+    processes = []
 
-    def begin(*more: str | int, script: Path | None = None, past: str = "step-000003") -> tuple[Any, Path, list[int]]:
+    def begin(*more, script=None, past="step-000003"):
         out = tmp_path / "out"
         log = tmp_path / "log"
-        words = launcher(2, user.flags(out, *MERGING, "--max_steps", 5000, "--eval_steps", 0, *more))
+        words = launcher(2, user.flags(out, MERGING, "--max_steps 5000 --eval_steps 0", *more))
         words[1:1] = ["--master_port", str(free_port())]
         if script is not None:
             words[words.index("--num_gpus") + 2] = str(script)
@@ -215,7 +214,7 @@ def start(user: Playground, tmp_path: Path) -> Any:
         process.wait()
 
 
-def gone_within(ranks: list[int], seconds: float) -> bool:
+def gone_within(ranks, seconds):
     until = time.monotonic() + seconds
     while any(is_rank(rank) for rank in ranks):
         if time.monotonic() > until:
@@ -224,14 +223,14 @@ def gone_within(ranks: list[int], seconds: float) -> bool:
     return True
 
 
-def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playground, out: Path):
+def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start, user, out):
     process, log, ranks = start()
     os.kill(ranks[1], signal.SIGTERM)
     seen = rows(out)[-1]["step"]
     assert process.wait(timeout=60) == EXIT_STOPPED
     assert "[rank 1] SIGTERM: saving" in log.read_text()
     assert "--resume_from_checkpoint auto goes on" in log.read_text()
-    saved = TrainerState.read(out / "checkpoints" / "latest").step
+    saved = TrainerState.read(out / "checkpoints/latest").step
     assert saved == rows(out)[-1]["step"] <= seen + 3, "two steps, and one that was logged meanwhile"
 
 
@@ -243,18 +242,18 @@ def test_a_signal_to_one_rank_reaches_the_launcher_as_75(start: Any, user: Playg
         pytest.param(signal.SIGKILL, False, id="SIGKILL to the launcher", marks=pytest.mark.heavy),
     ],
 )
-def test_ranks_save_and_leave_when_their_launcher_ends(start: Any, out: Path, number: int, group: bool):
+def test_ranks_save_and_leave_when_their_launcher_ends(start, out, number, group):
     """Ctrl-C and SIGTERM to all processes; SIGKILL to the parent of the ranks alone."""
     process, log, ranks = start()
     os.kill(-process.pid if group else psutil.Process(ranks[0]).ppid(), number)
     process.wait(timeout=60)
     assert len(ranks) == 2, log.read_text()
     assert gone_within(ranks, 30), log.read_text()
-    assert TrainerState.read(out / "checkpoints" / "latest").step == rows(out)[-1]["step"], "no step was lost"
+    assert TrainerState.read(out / "checkpoints/latest").step == rows(out)[-1]["step"], "no step was lost"
 
 
 @pytest.mark.heavy
-def test_a_killed_rank_takes_the_job_down(start: Any):
+def test_a_killed_rank_takes_the_job_down(start):
     process, log, ranks = start()
     began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
@@ -264,17 +263,17 @@ def test_a_killed_rank_takes_the_job_down(start: Any):
 
 
 @pytest.mark.heavy
-def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user: Playground, whole: Path, tmp_path: Path, out: Path):
+def test_torchrun_starts_a_run_again_that_has_lost_a_rank(user, whole, tmp_path, out):
     """As the guide says: --max-restarts, --resume_from_checkpoint auto, and a new store for each start. In the one that
     torch 2.13 shares by default, processes which are started again find the addresses of the dead ones."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
-    script = str(REPOSITORY / "launch" / "pretrain.py")
-    words = [*torchrun, "--max-restarts", "2", script, *user.flags(out, *MERGING, *AUTO)]
+    script = str(REPOSITORY / "launch/pretrain.py")
+    words = [*torchrun, "--max-restarts", "2", script, *user.flags(out, MERGING, AUTO)]
     settings = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(words, cwd=tmp_path, env=settings, stdout=log, stderr=log)
         try:
-            wait_for(out / "checkpoints" / "step-000003", [process])
+            wait_for(out / "checkpoints/step-000003", [process])
             os.kill(ranks_below(process.pid)[1], signal.SIGKILL)
             assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
         finally:
@@ -307,7 +306,7 @@ cli.run(main, restartable=True)
 
 
 @pytest.mark.heavy
-def test_an_exception_on_one_rank_is_told_once_by_that_rank(start: Any, tmp_path: Path):
+def test_an_exception_on_one_rank_is_told_once_by_that_rank(start, tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(FAULTY.format(repository=str(REPOSITORY)))
     process, log, _ = start(script=script, past="")
@@ -329,10 +328,10 @@ time.sleep(60)
 """
 
 
-def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path: Path):
+def test_the_lock_of_a_folder_goes_with_its_process_however_that_ends(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     ready(holder)
-    with pytest.raises(UserError, match="another run is writing to it"):
+    with user_error("another run is writing to it"):
         reserve(tmp_path)
     holder.kill()
     holder.wait()

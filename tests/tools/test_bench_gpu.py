@@ -4,27 +4,26 @@ import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from mora_ds.common.files import read_json
 from tests import conftest
-from tests.helpers.gloo import run_ranks
+from tests.helpers.gloo import run_alone
 from tests.helpers.tools import call, tool
 
 QUESTIONS = ("ceilings", "operators", "layer", "attention", "step", "resume")
 
 
-def answers(folder: str, questions: tuple[str, ...], *flags: str) -> dict[str, list[list[str]]]:
+def answers(folder, questions, *flags):
     for question in questions:
         call("bench/gpu", question, *flags, "--json", f"{folder}/{question}.json")
     contents = {question: read_json(Path(folder, f"{question}.json")) for question in questions}
     return {question: content["tables"][question][1:] for question, content in contents.items()}
 
 
-def check(results: dict[str, Any], waits: str):
+def check(results, waits):
     for name, dtype, _, *errors, merge in results["operators"]:
         assert merge == "same bits", name
         assert max(map(float, errors)) < (1e-5 if dtype == "float32" else 5e-2), (name, dtype)
@@ -42,21 +41,21 @@ def test_it_names_every_question():
     assert set(tool("bench/gpu").QUESTIONS) == set(QUESTIONS)
 
 
-def test_every_question_runs_at_toy_size(tmp_path: Path):
-    (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
+def test_every_question_runs_at_toy_size(tmp_path):
+    tables = run_alone(answers, str(tmp_path), QUESTIONS, "--device", "cpu", "--toy")
     check(tables, "only a GPU can say")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_question_runs_on_a_gpu(tmp_path: Path):
-    (tables,) = run_ranks(1, answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
+def test_every_question_runs_on_a_gpu(tmp_path):
+    tables = run_alone(answers, str(tmp_path), QUESTIONS, "--device", "cuda", "--toy")
     check(tables, "0")
 
 
-def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch):
     """With a stand-in for what torch does on CUDA."""
-    modes: list[str] = []
+    modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     called = "called a synchronizing CUDA operation"
     with tool("bench/gpu")._counted_waits(torch.device("cuda")) as waits:
@@ -67,16 +66,14 @@ def test_waits_of_the_host_are_counted_and_end_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("asked, accelerator", [("gpu", None), ("not heavy and not gpu", "cpu"), ("heavy", "cpu")])
-def test_gpu_tests_alone_take_the_accelerator_that_is_there(
-    asked: str, accelerator: str | None, monkeypatch: pytest.MonkeyPatch
-):
+def test_gpu_tests_alone_take_the_accelerator_that_is_there(asked, accelerator, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR")
-    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=asked)))  # type: ignore[arg-type]
+    conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=asked)))
     assert os.environ.get("DS_ACCELERATOR") == accelerator
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str]):
+def test_without_a_gpu_one_line_says_so(capsys):
     call("bench/gpu", "ceilings")
     assert capsys.readouterr().out.startswith("no GPU here")
     assert not torch.cuda.is_available()

@@ -5,15 +5,13 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
-from tests.helpers.jobs import Playground
+from tests.helpers.errors import user_error
 from tests.helpers.tables import rows
 from tests.helpers.tools import call, tool
 from tools import figures
@@ -34,8 +32,8 @@ BAD = """
 
 
 @pytest.mark.parametrize("flags, message", rows(BAD))
-def test_bad_flags_are_named_before_anything_runs(tmp_path: Path, flags: str, message: str):
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_bad_flags_are_named_before_anything_runs(tmp_path, flags, message):
+    with user_error(re.escape(message)):
         call("bench/learning", "--work", tmp_path / "work", *flags.split())
     assert not (tmp_path / "work").exists()
 
@@ -48,15 +46,15 @@ BAD_METHODS = """
 
 
 @pytest.mark.parametrize("method, message", rows(BAD_METHODS))
-def test_bad_methods_are_named_with_their_file(tmp_path: Path, method: str, message: str):
+def test_bad_methods_are_named_with_their_file(tmp_path, method, message):
     path = tmp_path / "methods.yaml"
     path.write_text(f"settings: {{}}\nmethods: {{own: {method}}}\n")
-    with pytest.raises(UserError, match=f"methods.yaml.*{message}"):
+    with user_error(f"methods.yaml.*{message}"):
         call("bench/learning", "--work", tmp_path / "work", "--methods_file", path)
 
 
 @pytest.mark.parametrize("path", sorted(METHODS_FILE.parent.glob("learning*.yaml")), ids=lambda path: path.stem)
-def test_every_method_is_one_that_the_training_program_takes(user: Playground, path: Path):
+def test_every_method_is_one_that_the_training_program_takes(user, path):
     methods = Methods.read(path)
     files = {"model_name_or_path": user.model, "train_files": [user.train], "eval_files": [user.held]}
     for method in methods.methods.values():
@@ -86,17 +84,17 @@ def test_of_rates_that_learn_alike_the_one_that_forgets_least_is_best():
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def ran(monkeypatch):
     """The settings of all runs. The runs are pretended: 0.01 is the best learning rate."""
-    ran: list[dict[str, Any]] = []
+    ran = []
 
-    def pretend(settings: dict[str, Any], log: Path):
+    def pretend(settings, log):
         folder = Path(settings["output_dir"])
         folder.mkdir()
         ran.append(settings)
         perplexities = {"new": 100.0 + settings["seed"] + 1e4 * abs(settings["learning_rate"] - 1e-2), "old": 200.0}
         (folder / "summary.json").write_text(json.dumps({"trainable_params": 7, "perplexity_after": perplexities}))
-        rows: list[dict[str, Any]] = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": perplexities}]
+        rows = [{"step": 10, "loss": 5.0}, {"step": 20, "eval": perplexities}]
         if "eval_tasks" in settings:
             rows += [{"step": 20, "tasks": {"quiz": {"acc_norm": 0.5, "acc": 0.1 + settings["seed"] / 10}}}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,14 +103,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return ran
 
 
-def texts(user: Playground) -> list[object]:
+def texts(user):
     return ["--base", user.model, "--new", user.train, user.held, "--old", user.train, user.other, "--jobs", 1]
 
 
 FLAGS = ["--steps", 40, "--seeds", 2, "--sweep_seeds", 1]
 
 
-def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]):
+def test_a_finished_run_is_not_repeated(user, tmp_path, ran):
     flags = [*texts(user), "--work", tmp_path / "work", "--json", tmp_path / "all.json", *FLAGS]
     flags += ["--methods", "lora@0.003", "lora@0.01", "lora@0.03", "relora@0.01"]
     call("bench/learning", *flags)
@@ -135,7 +133,7 @@ def test_a_finished_run_is_not_repeated(user: Playground, tmp_path: Path, ran: l
     assert changed == [(2, None, None), *[(2, "weight", [f"old={user.train}:0.25"])] * 2]
 
 
-def test_a_table_grows_by_the_runs_of_an_earlier_one(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]):
+def test_a_table_grows_by_the_runs_of_an_earlier_one(user, tmp_path, ran):
     first = tmp_path / "first.json"
     second = tmp_path / "second.json"
     call("bench/learning", *texts(user), *FLAGS, "--work", tmp_path / "one", "--methods", "lora", "--json", first)
@@ -150,8 +148,8 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(user: Playground, tmp_path:
     runs = [(run["method"], run["learning_rate"], run["seed"]) for run in report["runs"]]
     assert runs[:5] == [("lora", 3e-3, 1), ("lora", 1e-2, 1), ("lora", 1e-2, 2), ("lora", 1e-2, 3), ("lora", 3e-2, 1)]
 
-    def refused(message: str, *flags: object, **changes: Path):
-        with pytest.raises(UserError, match=f"--with .*first.json: {re.escape(message)}"):
+    def refused(message, *flags, **changes):
+        with user_error(f"--with .*first.json: {re.escape(message)}"):
             call("bench/learning", *texts(replace(user, **changes)), *more, "--methods", "none", *flags)
 
     refused("not the same flags as here: r8-41-lora-0.003-1", *FLAGS, "--steps", 41)
@@ -159,7 +157,7 @@ def test_a_table_grows_by_the_runs_of_an_earlier_one(user: Playground, tmp_path:
     assert len(ran) == 8
 
 
-def test_ranks_and_scores_of_tasks_are_in_one_table(user: Playground, tmp_path: Path, ran: list[dict[str, Any]]):
+def test_ranks_and_scores_of_tasks_are_in_one_table(user, tmp_path, ran):
     quiz = tmp_path / "quiz.yaml"
     flags = [*texts(user), *FLAGS, "--work", tmp_path, "--rank", 2, 4, "--tasks", quiz, "--json", tmp_path / "all.json"]
     call("bench/learning", *flags, "--methods", "full@0.01", "lora@0.01")

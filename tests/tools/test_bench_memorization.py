@@ -1,36 +1,33 @@
 """tools/bench/memorization.py, as small as it gets: every method learns on one engine, and what it prints is right."""
 
 import re
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
-from tests.helpers.jobs import REPOSITORY, Playground
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tools import call, called
 
-TOOL = REPOSITORY / "tools" / "bench" / "memorization.py"
+TOOL = REPOSITORY / "tools/bench/memorization.py"
 
 
-def bench(*flags: object) -> subprocess.CompletedProcess[str]:
+def bench(*flags):
     return called([sys.executable, str(TOOL), *map(str, flags)])
 
 
-def test_bad_flags_are_named_before_anything_runs(tmp_path: Path):
+def test_bad_flags_are_named_before_anything_runs(tmp_path):
     for flags, message in (
         (("--methods", "loar"), "Did you mean 'lora'?"),
         (("--batch", 7, "--micro_batch", 2), "--batch 7 is no multiple"),
     ):
-        with pytest.raises(UserError, match=re.escape(message)):
+        with user_error(re.escape(message)):
             call("bench/memorization", "--work", tmp_path / "work", *flags)
     assert not (tmp_path / "work").exists()
 
 
-def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[list[dict[str, Any]], str]:
+def learned_by_heart(folder, user, *flags):
     """Results of two pairs on the tiny model, and what was printed."""
     done = bench(
         "--work", folder, "--base", user.model, "--pairs", 2, "--batch", 4, "--micro_batch", 2, "--steps", 60,
@@ -48,7 +45,7 @@ def learned_by_heart(folder: Path, user: Playground, *flags: object) -> tuple[li
 
 
 @pytest.mark.heavy
-def test_two_pairs_are_known_by_heart(tmp_path: Path, user: Playground):
+def test_two_pairs_are_known_by_heart(tmp_path, user):
     """Every method learns; MoRA, with no more parameters, more than LoRA."""
     results, told = learned_by_heart(tmp_path, user, "--seeds", 1, "--rates", 1e-2)
     named = {result["method"]: result for result in results}

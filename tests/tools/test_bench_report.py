@@ -1,26 +1,21 @@
 """tools/bench/report.py: what is printed is what the file holds, and tools/docs.py makes the pages' tables from it."""
 
 import argparse
-from pathlib import Path
-
-import pytest
 
 from mora_ds.common.files import read_json
 from tools import docs_results, plans
 from tools.bench.report import Report, bench_parser
 
 
-def test_a_file_holds_what_is_printed_and_a_page_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    flags = ["--rows", "2", "--json", str(tmp_path / "new" / "bench.json")]
-    monkeypatch.setattr("sys.argv", [str(plans.ROOT / "tools" / "bench" / "loss.py"), *flags])
+def test_a_file_holds_what_is_printed_and_a_page_shows_it(tmp_path, monkeypatch, capsys):
+    flags = ["--rows", "2", "--json", str(tmp_path / "new/bench.json")]
+    monkeypatch.setattr("sys.argv", [str(plans.ROOT / "tools/bench/loss.py"), *flags])
     report = Report(bench_parser("Rows.").parse_known_args()[0])
     report.say("Two rows.")
     report.show("times", [["what", "seconds"], ["a step", "0.5"]])
     report.write()
     assert capsys.readouterr().out.split("\n") == ["Two rows.", "  what  seconds", "a step      0.5", ""]
-    written = read_json(tmp_path / "new" / "bench.json")
+    written = read_json(tmp_path / "new/bench.json")
     assert written["command"] == "python tools/bench/loss.py --rows 2"
     assert written["tables"] == {"times": [["what", "seconds"], ["a step", "0.5"]]}
     assert written["sentences"] == ["Two rows."]
@@ -36,7 +31,7 @@ def test_a_file_holds_what_is_printed_and_a_page_shows_it(
     assert page.endswith("\n\nText.")
 
 
-def test_without_json_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_json_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Report(argparse.Namespace(json=None)).write()
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """The benchmark of one rank among many: every phase runs, and what must not grow with the ranks does not."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from tools.bench.measuring import llama_config
 
 
 @pytest.mark.heavy
-def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_phase_of_four_and_of_sixteen_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "MODELS", {"tiny": (llama_config(64, 2, 512, 64), 4, 2)})
     out = tmp_path / "found.json"
     argv = [

@@ -1,7 +1,5 @@
 """tools/measures.py on a small package: nodes, lines of code, packed assignments."""
 
-from pathlib import Path
-
 from tools.measures import count_flags, measure
 
 SOURCE = '''"""A module."""
@@ -30,8 +28,8 @@ class Other:
 '''
 
 
-def test_measures_of_a_module(tmp_path: Path):
-    (tmp_path / "module.py").write_text(SOURCE, encoding="utf-8")
+def test_measures_of_a_module(tmp_path):
+    (tmp_path / "module.py").write_text(SOURCE)
     measures = measure(tmp_path)
     # Module; def, its arguments and two arg; the assignment with a tuple of two names, and a tuple of a sum (4) and a
     # constant; return with a sum (4); print with its name, and add with its name and two constants.
@@ -43,6 +41,6 @@ def test_measures_of_a_module(tmp_path: Path):
     assert measures["comment lines in 1,000 lines"] == 1 / 4 * 1000
 
 
-def test_flags_are_the_fields_of_documented_classes(tmp_path: Path):
-    (tmp_path / "settings.py").write_text(SETTINGS, encoding="utf-8")
+def test_flags_are_the_fields_of_documented_classes(tmp_path):
+    (tmp_path / "settings.py").write_text(SETTINGS)
     assert count_flags(tmp_path) == 2

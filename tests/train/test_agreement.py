@@ -3,10 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -18,7 +15,7 @@ from mora_ds.research.targets import TargetPlan
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train import pretrain, setup
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, research, run
+from tests.helpers.jobs import refused, research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.tables import rows
 
@@ -42,7 +39,7 @@ DIFFERENT = """
 """What rank 1 is given in addition, and what is in the message that both ranks end with."""
 
 
-def refused_each(cases: list[list[list[str]]]) -> list[tuple[str, str, float]]:
+def refused_each(cases):
     """(kind of error, message, seconds) of each case, whose list has the arguments of every rank."""
     results = []
     for argv in cases:
@@ -52,7 +49,7 @@ def refused_each(cases: list[list[list[str]]]) -> list[tuple[str, str, float]]:
     return results
 
 
-def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
+def _refused_in_start_up(argv):
     try:
         with setup.start_up():  # as launch/pretrain.py reads its command line
             parse(argv)
@@ -61,7 +58,7 @@ def _refused_in_start_up(argv: list[str]) -> tuple[str, str]:
     return refused(argv)
 
 
-def test_ranks_with_different_settings(user: Playground, out: Path):
+def test_ranks_with_different_settings(user, out):
     cases = [[user.flags(out, *MERGES), user.flags(out, *MERGES, *more.split())] for more, *_ in rows(DIFFERENT)]
     results = run_ranks(2, refused_each, cases)
     for (more, *phrases), *ranks in zip(rows(DIFFERENT), *results, strict=True):
@@ -72,31 +69,31 @@ def test_ranks_with_different_settings(user: Playground, out: Path):
     assert not out.exists(), "nothing was written"
 
 
-def other_version(argv: list[str]) -> tuple[str, str]:
+def other_version(argv):
     if dist.get_rank() == 1:
-        setup.version = lambda name: "0.0.1" if name == "safetensors" else "1"  # type: ignore[attr-defined]
+        setup.version = lambda name: "0.0.1" if name == "safetensors" else "1"
     return refused(argv)
 
 
-def test_ranks_with_different_packages(user: Playground, tmp_path: Path):
+def test_ranks_with_different_packages(user, tmp_path):
     for kind, message in run_ranks(2, other_version, user.flags(tmp_path / "out")):
         assert kind == "UserError"
         assert "version of safetensors: " in message
         assert '"0.0.1" on rank 1' in message
 
 
-def refused_in(folders: list[str], argv: list[str]) -> tuple[str, str]:
+def refused_in(folders, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folders[dist.get_rank()])
         return refused(argv)
 
 
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_relative_model_folder_that_one_node_does_not_have(user: Playground, tmp_path: Path, missing: int):
+def test_a_relative_model_folder_that_one_node_does_not_have(user, tmp_path, missing):
     """There the name is taken for one of the Hub's."""
     folders = [str(user.root), str(user.root)]
     folders[missing] = str(tmp_path)
-    argv = user.flags(tmp_path / "out", "--model_name_or_path", "model")
+    argv = user.flags(tmp_path / "out", "--model_name_or_path model")
     for kind, message in run_ranks(2, refused_in, folders, argv, timeout_s=60):
         assert kind == "UserError"
         assert "--model_name_or_path is" in message
@@ -104,13 +101,13 @@ def test_a_relative_model_folder_that_one_node_does_not_have(user: Playground, t
         assert f'"a folder" on rank {1 - missing}' in message
 
 
-def refused_on_its_node(argv: list[list[str]]) -> tuple[str, str]:
+def refused_on_its_node(argv):
     """Every rank is the first one of a node, which tokenises for itself."""
     os.environ["LOCAL_RANK"] = "0"
     return refused(argv[dist.get_rank()])
 
 
-def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path, out: Path):
+def test_texts_that_differ_under_one_name(user, tmp_path, out):
     changed_text = tmp_path / "train.jsonl"
     changed_text.write_text(user.train.read_text().replace("def", "fed"))
     argv = [user.flags(out), user.flags(out, "--train_files", changed_text, "--cache_dir", tmp_path / "cache")]
@@ -124,12 +121,12 @@ def test_texts_that_differ_under_one_name(user: Playground, tmp_path: Path, out:
 
 
 @contextmanager
-def before_meetings(act: Callable[[int, str | None], None]) -> Iterator[None]:
+def before_meetings(act):
     """`act(number, check)` is called whenever this rank is about to meet the others."""
     original = Ranks._meet
     numbers = iter(range(10_000))
 
-    def watched(self: Ranks, check: str | None, *more: Any, **named: Any) -> Any:
+    def watched(self, check, *more, **named):
         if check is not None:
             act(next(numbers), check)
         return original(self, check, *more, **named)
@@ -143,11 +140,11 @@ class Begun(Exception):
     """The first step would be trained now."""
 
 
-def checks_of(argv: list[str]) -> list[str]:
+def checks_of(argv):
     """The checks of a start, in order; nothing is trained."""
-    names: list[str] = []
+    names = []
 
-    def begin(*_: Any):
+    def begin(*_):
         raise Begun
 
     with before_meetings(lambda number, check: names.append(str(check))), pytest.MonkeyPatch.context() as patch:
@@ -157,11 +154,11 @@ def checks_of(argv: list[str]) -> list[str]:
     return names
 
 
-def walk(argv: list[str], numbers: list[int], failing: int) -> list[tuple[str, str]]:
+def walk(argv, numbers, failing):
     """The errors of this rank where rank `failing` fails before the check of each number."""
 
-    def act_at(wanted: int) -> Callable[[int, str | None], None]:
-        def act(number: int, check: str | None):
+    def act_at(wanted):
+        def act(number, check):
             if dist.get_rank() == failing and number == wanted:
                 raise UserError(f"injected before {number}")
 
@@ -174,14 +171,14 @@ def walk(argv: list[str], numbers: list[int], failing: int) -> list[tuple[str, s
     return results
 
 
-def assert_all_fail(world: int, argv: list[str], numbers: list[int], failing: int):
+def assert_all_fail(world, argv, numbers, failing):
     results = run_ranks(world, walk, argv, numbers, failing, timeout_s=900)
     where = "" if failing == 0 else f"rank {failing}: "
     for result in results:
         assert result == [("UserError", f"{where}injected before {number}") for number in numbers]
 
 
-def assert_all_fail_at_each(world: int, argv: list[str], healthy: Path, failing: int):
+def assert_all_fail_at_each(world, argv, healthy, failing):
     """At each check that the same start, in the folder `healthy`, comes to."""
     names = run_ranks(world, checks_of, [*argv, "--output_dir", str(healthy)])[0]
     assert len(names) >= 20
@@ -189,7 +186,7 @@ def assert_all_fail_at_each(world: int, argv: list[str], healthy: Path, failing:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_at_some_checks(user: Playground, tmp_path: Path, failing: int):
+def test_a_failure_at_some_checks(user, tmp_path, failing):
     argv = user.flags(tmp_path / "out", *MERGES)
     names = run_ranks(2, checks_of, user.flags(tmp_path / "healthy", *MERGES))[0] if failing else [""] * 20
     assert len(names) >= 20
@@ -202,7 +199,7 @@ AT_EACH = pytest.mark.parametrize("world, failing", [(2, 0), (2, 1), (3, 0), (3,
 
 @pytest.mark.heavy
 @AT_EACH
-def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, failing: int):
+def test_a_failure_at_each_check(user, tmp_path, world, failing):
     plan = tmp_path / "targets.yaml"
     TargetPlan(BaseCheckpoint.open(user.model).fingerprint(), {"model.layers.0.mlp.up_proj": 8}).write(plan)
     argv = research(user.flags(tmp_path / "out", *MERGES), tmp_path, targets=plan, alignment_weight=0.1)
@@ -212,8 +209,8 @@ def test_a_failure_at_each_check(user: Playground, tmp_path: Path, world: int, f
 
 @pytest.mark.heavy
 @AT_EACH
-def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Path, world: int, failing: int):
-    argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint", "auto")
+def test_a_failure_at_each_check_of_a_resumed_run(user, tmp_path, world, failing):
+    argv = user.flags(tmp_path / "out", *MERGES, "--resume_from_checkpoint auto")
     run(world, [*argv, "--max_steps", "3"])
     shutil.copytree(tmp_path / "out", tmp_path / "healthy", symlinks=True)
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)
@@ -221,7 +218,7 @@ def test_a_failure_at_each_check_of_a_resumed_run(user: Playground, tmp_path: Pa
 
 @pytest.mark.heavy
 @AT_EACH
-def test_a_failure_at_each_check_of_a_mixture(user: Playground, tmp_path: Path, world: int, failing: int):
+def test_a_failure_at_each_check_of_a_mixture(user, tmp_path, world, failing):
     mix = write_mixture(user, tmp_path / "mix.yaml", "phases:\n  - {from_step: 3, weights: {new: 0.9, old: 0.1}}\n")
     argv = mixture_flags(user, tmp_path / "out", mix, *MERGES)
     assert_all_fail_at_each(world, argv, tmp_path / "healthy", failing)

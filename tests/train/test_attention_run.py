@@ -1,9 +1,7 @@
 """The attention of whole runs: what is chosen, and what dense attention stays. Resumed runs: test_resume."""
 
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mora_ds.checkpoint.state import TrainerState
-from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.config.data import ModelArguments
 from mora_ds.models.attention import NAME, attention_of, model_inputs, use_documents
@@ -21,7 +18,8 @@ from mora_ds.train.dry_run import implementation_of
 from mora_ds.train.hooks import Hooks
 from mora_ds.train.preflight import check_attention, check_document_mask, preflight
 from tests.helpers.batches import batch_of
-from tests.helpers.jobs import Playground, assert_close_losses, finished_run, refusal
+from tests.helpers.errors import user_error
+from tests.helpers.jobs import assert_close_losses, finished_run, refusal
 from tests.helpers.models import MASKLESS, tiny_model
 from tests.helpers.tables import rows
 
@@ -29,28 +27,28 @@ MORE = ("--per_device_train_batch_size", 4, "--save_steps", 2, "--merge_every", 
 
 
 @pytest.fixture(scope="module")
-def by_documents(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def by_documents(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory, *MORE)
 
 
 @pytest.fixture(scope="module")
-def dense(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(user, tmp_path_factory):
     return finished_run(1, user, tmp_path_factory, *MORE, "--attn_implementation", "sdpa")
 
 
-def attention_in(out: Path) -> str:
+def attention_in(out):
     """What the last checkpoint says."""
-    return str(TrainerState.read(out / "checkpoints" / "latest").identity["attention"])
+    return str(TrainerState.read(out / "checkpoints/latest").identity["attention"])
 
 
-def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(by_documents: Path, dense: Path):
+def test_a_run_attends_by_documents_and_its_losses_are_those_of_dense_attention(by_documents, dense):
     assert attention_in(by_documents) == "documents"
     assert attention_in(dense) == "dense"
     assert_close_losses(by_documents, dense)
 
 
-def test_another_attention_does_not_continue_a_run(user: Playground, dense: Path, tmp_path: Path):
-    checkpoint = dense / "checkpoints" / "step-000004"
+def test_another_attention_does_not_continue_a_run(user, dense, tmp_path):
+    checkpoint = dense / "checkpoints/step-000004"
     flags = user.flags(tmp_path / "other", *MORE, "--resume_from_checkpoint", str(checkpoint))
     assert "attention (--attn_implementation): 'dense' there, 'documents' here" in refusal(flags)
 
@@ -75,7 +73,7 @@ def test_dense_attention_is_what_it_was_to_the_bit():
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
-def config_of(kind: str, **values: Any) -> Any:
+def config_of(kind, **values):
     return AutoConfig.for_model(kind, **values)
 
 
@@ -92,7 +90,7 @@ mamba | auto | none
 
 
 @pytest.mark.parametrize("kind, asked_for, runs", rows(CHOSEN))
-def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str):
+def test_documents_wherever_the_model_can(kind, asked_for, runs):
     implementation = implementation_of(ModelArguments(attn_implementation=asked_for), config_of(kind))
     assert implementation == {"documents": NAME, "none": None}.get(runs, runs)
 
@@ -101,32 +99,32 @@ def test_documents_wherever_the_model_can(kind: str, asked_for: str, runs: str):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_leak_at_one_batch_size_is_found(rows: int):
+def test_a_leak_at_one_batch_size_is_found(rows):
     """A stand-in for FlashAttention without bounds, which takes rows for packed ones where there is a single row."""
-    model: Any = tiny_model("llama").eval()
+    model = tiny_model("llama").eval()
     for parameter in model.parameters():
         parameter.data *= 3
     forward = model.forward
 
-    def leaks(input_ids: Any, position_ids: Any, **kwargs: Any) -> Any:
+    def leaks(input_ids, position_ids, **kwargs):
         if len(input_ids) == rows:
             position_ids = torch.arange(position_ids.shape[1]).expand_as(position_ids)
         return forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
 
     check_document_mask(model)
     model.forward = leaks
-    with pytest.raises(UserError, match=f"in batches of {rows} rows"):
+    with user_error(f"in batches of {rows} rows"):
         check_document_mask(model)
 
 
 @pytest.mark.parametrize("kind, flags", [("opt", {"attn_implementation": "eager"}), ("bloom", {}), ("mamba", {})])
-def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(kind: str, flags: dict[str, str]):
+def test_documents_that_see_each_other_are_refused_with_the_flags_that_help(kind, flags):
     model = AutoModelForCausalLM.from_config(config_of(kind, **MASKLESS[kind]))
     start = SimpleNamespace(hooks=Hooks())
-    job: Any = SimpleNamespace(
+    job = SimpleNamespace(
         engine=model, state=TrainerState(), loaded=SimpleNamespace(model=model), sequence=None, start=start
     )
-    with pytest.raises(UserError, match="leave --attn_implementation at auto, or give --no_document_mask"):
+    with user_error("leave --attn_implementation at auto, or give --no_document_mask"):
         preflight(job, from_flat(flags))
 
 
@@ -137,7 +135,7 @@ SINKS = {
 }  # fmt: skip
 
 
-def with_sinks() -> Any:
+def with_sinks():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of("gpt_oss", **SINKS))
     for name, parameter in model.named_parameters():
@@ -150,7 +148,7 @@ def with_sinks() -> Any:
 
 def test_attention_sinks_by_documents():
     """GPT-OSS, which takes no mask from the positions: its documents in one row are what each is alone."""
-    with pytest.raises(UserError, match="--no_document_mask"):
+    with user_error("--no_document_mask"):
         check_attention(with_sinks(), document_mask=True)
     model = with_sinks()
     alone = with_sinks()
@@ -165,9 +163,9 @@ def test_attention_sinks_by_documents():
         assert_close(logits[row], expected, rtol=1e-5, atol=1e-5)
 
 
-def with_lost_window() -> Any:
+def with_lost_window():
     """A model whose layers do not hand their attention the window of its config."""
-    model: Any = tiny_model("mistral")
+    model = tiny_model("mistral")
     use_documents(model)
     check_attention(model, document_mask=False)
     for layer in model.model.layers:
@@ -177,5 +175,5 @@ def with_lost_window() -> Any:
 
 
 def test_a_window_that_does_not_reach_attention_is_noticed():
-    with pytest.raises(UserError, match="its attention does not receive: give --attn_implementation sdpa"):
+    with user_error("its attention does not receive: give --attn_implementation sdpa"):
         check_attention(with_lost_window(), document_mask=False)

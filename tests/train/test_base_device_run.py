@@ -1,6 +1,5 @@
 """Runs with --base_device host: curve, checkpoints and merge ledger are those of a run with its base on the device."""
 
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,15 +15,15 @@ from mora_ds.train.base import settle_base_device
 from mora_ds.train.dry_run import planned
 from mora_ds.train.pretrain import pretrain
 from mora_ds.train.setup import engine_config
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, research, run
+from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.jobs import refused, research, run
 from tests.helpers.models import FAMILIES
 from tests.helpers.resume import MERGING, assert_same_run, interrupted_job
 
 HOST = ("--base_device", "host")
 
 
-def deep(user: Playground, out: str, *more: Any) -> list[str]:
+def deep(user, out, *more):
     """Flags of a run with more decoder layers than buffers, and no file of weights."""
     model = user.root / "deep.json"
     if not model.exists():
@@ -34,12 +33,12 @@ def deep(user: Playground, out: str, *more: Any) -> list[str]:
     return [*flags[:at], "--model_config", str(model), "--tokenizer_name", str(user.model), *flags[at + 2 :]]
 
 
-def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
+def counted(argv):
     """A run's summary, and the bytes that it copied to the buffers."""
-    rings: list[BaseRing] = []
+    rings = []
     original = BaseRing.__init__
 
-    def noted(ring: BaseRing, *args: Any):
+    def noted(ring, *args):
         original(ring, *args)
         rings.append(ring)
 
@@ -48,15 +47,15 @@ def counted(argv: list[str]) -> tuple[dict[str, Any], int]:
     return summary, sum(ring.copied for ring in rings)
 
 
-def test_a_run_is_the_same_and_goes_on_on_the_other_side(user: Playground):
+def test_a_run_is_the_same_and_goes_on_on_the_other_side(user):
     """Two merges; stopped right after the first one, and resumed with the base on the device."""
     more = ("--gradient_checkpointing", "--bf16")
     run(1, deep(user, "resident", *more))
-    summary, copied = run_ranks(1, counted, deep(user, "streamed", *more, *HOST))[0]
+    summary, copied = run_alone(counted, deep(user, "streamed", *more, *HOST))
     assert copied > 0 == summary["base_bytes_gathered"]
     assert_same_run(user.root / "streamed", user.root / "resident")
     argv = deep(user, "changed", *more, "--resume_from_checkpoint", "auto")
-    run_ranks(1, interrupted_job, [*argv, *HOST], 4)
+    run_alone(interrupted_job, [*argv, *HOST], 4)
     run(1, argv)
     assert_same_run(user.root / "changed", user.root / "resident")
 
@@ -74,7 +73,7 @@ MORE = """
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("more", MORE.strip().splitlines())
-def test_more_runs(user: Playground, more: str):
+def test_more_runs(user, more):
     """On two ranks; the streamed run begins with its base on the device."""
     name = more.replace(" ", "").replace("-", "")
     run(2, deep(user, f"{name}-resident", *more.split()))
@@ -85,7 +84,7 @@ def test_more_runs(user: Playground, more: str):
 
 
 @pytest.mark.heavy
-def test_domains_work(user: Playground):
+def test_domains_work(user):
     sources = [f"a={user.train}:1", f"b={user.other}:1"]
     for out, more in (("domains", ()), ("domains-streamed", HOST)):
         argv = deep(user, out, "--train_files", *sources, *more)
@@ -96,19 +95,19 @@ def test_domains_work(user: Playground):
 # -- where the base is ------------------------------------------------------------------------------------------------
 
 
-def without_memory(argv: list[str]) -> tuple[str, str]:
+def without_memory(argv):
     with patch.object(base, "free_bytes", lambda: (10_000, "free")):
         return refused(argv)
 
 
-def test_too_little_host_memory_is_said_before_anything_is_loaded(user: Playground):
-    kind, message = run_ranks(1, without_memory, deep(user, "none", *HOST))[0]
+def test_too_little_host_memory_is_said_before_anything_is_loaded(user):
+    kind, message = run_alone(without_memory, deep(user, "none", *HOST))
     assert kind == "UserError"
     assert "0.01 MB are available" in message
     assert "--base_device host" in message
 
 
-def settled(argv: list[str], memory: float) -> str:
+def settled(argv, memory):
     """What auto becomes on a GPU with so much memory."""
     from mora_ds.engine import device
     from mora_ds.engine.initialize import start_distributed
@@ -124,22 +123,22 @@ def settled(argv: list[str], memory: float) -> str:
         return settle_base_device(arguments, config, ds_config, Ranks.current()).training.base_device
 
 
-def test_auto_takes_the_host_where_the_base_does_not_fit(user: Playground):
+def test_auto_takes_the_host_where_the_base_does_not_fit(user):
     argv = deep(user, "auto")
-    assert run_ranks(1, settled, argv, 80e9)[0] == BaseDevice.DEVICE.value
-    assert run_ranks(1, settled, argv, 1e5)[0] == BaseDevice.HOST.value
+    assert run_alone(settled, argv, 80e9) == BaseDevice.DEVICE.value
+    assert run_alone(settled, argv, 1e5) == BaseDevice.HOST.value
 
 
-def unplannable(argv: list[str]) -> str:
+def unplannable(argv):
     with patch.object(base, "planner_of", side_effect=RuntimeError("no such kernel")):
         return settled(argv, 1e5)
 
 
-def test_a_model_that_cannot_be_planned_stays_on_the_device(user: Playground):
-    assert run_ranks(1, unplannable, deep(user, "auto"))[0] == BaseDevice.DEVICE.value
+def test_a_model_that_cannot_be_planned_stays_on_the_device(user):
+    assert run_alone(unplannable, deep(user, "auto")) == BaseDevice.DEVICE.value
 
 
-def test_a_dry_run_plans_both(user: Playground):
+def test_a_dry_run_plans_both(user):
     resident, streamed = (planned(parse(deep(user, "dry", *more)), 1)[0] for more in ((), HOST))
     assert resident.memory.host_base == 0 < streamed.memory.host_base
     assert streamed.memory.base == resident.memory.base - streamed.memory.host_base + streamed.memory.base_buffers

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,24 +11,24 @@ import pytest
 
 from mora_ds.checkpoint.layout import complete_checkpoints
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refused, rows, run
+from tests.helpers.jobs import refused, rows, run
 from tests.helpers.resume import disturb
 
 
-def disturbed_job(argv: list[str], model: Path, change: Callable[[Path], object]) -> tuple[str, str]:
+def disturbed_job(argv, model, change):
     """A run whose base, the folder `model`, gets a `change` of its weights after step 3. For `run_ranks`."""
     disturb(3, lambda trainer: trainer.ranks.is_first and change(model / "model.safetensors"))
     return refused(argv)
 
 
-def overwrite(weights: Path, word: int):
+def overwrite(weights, word):
     """The last 4,096 numbers become `word`."""
     with weights.open("r+b") as file:
         file.seek(-4096 * 4, 2)
         file.write(np.full(4096, word, np.uint32).tobytes())
 
 
-def messages_of(user: Playground, argv: list[str], change: Callable[[Path], object]) -> list[str]:
+def messages_of(user, argv, change):
     """What two ranks end with, each of which names the changed file."""
     messages = []
     for kind, message in run_ranks(2, disturbed_job, argv, user.model, change):
@@ -40,16 +39,14 @@ def messages_of(user: Playground, argv: list[str], change: Callable[[Path], obje
 
 
 @pytest.fixture
-def copied_user(user: Playground, tmp_path: Path) -> Playground:
+def copied_user(user, tmp_path):
     """With a model folder of its own, to change."""
     return replace(user, model=Path(shutil.copytree(user.model, tmp_path / "model")))
 
 
 @pytest.mark.parametrize("word", [0x3C000000, 0x7FC00000], ids=["small numbers", "NaN"])
-def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
-    user: Playground, copied_user: Playground, out: Path, word: int
-):
-    argv = copied_user.flags(out, "--save_steps", 2, "--eval_steps", 0, "--merge_every", 5, "--restart_warmup_steps", 1)
+def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(user, copied_user, out, word):
+    argv = copied_user.flags(out, "--save_steps 2 --eval_steps 0 --merge_every 5 --restart_warmup_steps 1")
     for message in messages_of(copied_user, argv, partial(overwrite, word=word)):
         assert f"Newest checkpoint: {out / 'checkpoints' / 'step-000002'}" in message
     assert [folder.name for folder in complete_checkpoints(out / "checkpoints")] == ["step-000002"]
@@ -59,7 +56,7 @@ def test_a_base_that_is_overwritten_ends_the_run_and_the_original_continues_it(
         assert run(2, [*argv, "--resume_from_checkpoint", "auto"])["steps"] == 6
 
 
-def test_a_base_that_is_cut_off_is_found_before_it_is_read(copied_user: Playground, out: Path):
+def test_a_base_that_is_cut_off_is_found_before_it_is_read(copied_user, out):
     """When a checkpoint is due: to go on would be a bus error."""
-    argv = copied_user.flags(out, "--save_steps", 3, "--eval_steps", 0)
+    argv = copied_user.flags(out, "--save_steps 3 --eval_steps 0")
     assert len(messages_of(copied_user, argv, partial(os.truncate, length=1000))) == 2

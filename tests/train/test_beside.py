@@ -3,10 +3,7 @@
 import builtins
 import itertools
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,8 +22,8 @@ from mora_ds.train.loader import NotFinite
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.tasks import TaskSuite
 from mora_ds.train.trainer import Trainer
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, finished_run, losses, rows, run
+from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.jobs import finished_run, losses, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
 from tests.helpers.tables import rows as rows_of
 from tests.helpers.tasks import task_files
@@ -35,12 +32,12 @@ FLAGS = ("--max_steps", 4, "--eval_steps", 1, "--save_steps", 2, "--report_to", 
 
 
 @contextmanager
-def failing_calls(target: type, method: str, error: BaseException, calls: tuple[int, ...]) -> Iterator[None]:
+def failing_calls(target, method, error, calls):
     """These calls of a method, counted from 0, fail; those of the log when they have done their work."""
     real = getattr(target, method)
     call_numbers = itertools.count()
 
-    def call(*arguments: Any, **options: Any) -> Any:
+    def call(*arguments, **options):
         is_failing = next(call_numbers) in calls
         result = None if is_failing and target is not MetricsLog else real(*arguments, **options)
         if is_failing:
@@ -51,15 +48,13 @@ def failing_calls(target: type, method: str, error: BaseException, calls: tuple[
         yield
 
 
-def failing(
-    argv: list[str], target: type, method: str, error: BaseException, calls: tuple[int, ...]
-) -> tuple[str, str]:
+def failing(argv, target, method, error, calls):
     """(kind of error, its message) of a run in which these calls of a method fail on every rank."""
     with failing_calls(target, method, error, calls):
         return ended(argv)
 
 
-def ended(argv: list[str]) -> tuple[str, str]:
+def ended(argv):
     """(kind of error, its message) of a run, empty where it has none. For `run_ranks`."""
     try:
         program.pretrain(parse(argv))
@@ -68,14 +63,12 @@ def ended(argv: list[str]) -> tuple[str, str]:
     return "", ""
 
 
-def last_state(out: Path) -> TrainerState:
-    return TrainerState.read(out / "checkpoints" / "step-000004")
+def last_state(out):
+    return TrainerState.read(out / "checkpoints/step-000004")
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def ranks_and_whole(
-    request: pytest.FixtureRequest, user: Playground, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, Path]:
+def ranks_and_whole(request, user, tmp_path_factory):
     """A number of ranks, and the output folder of their undisturbed run."""
     return request.param, finished_run(request.param, user, tmp_path_factory, *FLAGS)
 
@@ -89,9 +82,7 @@ def ranks_and_whole(
         pytest.param(TaskSuite, (1, 2), id="tasks within the run and at its end", marks=pytest.mark.heavy),
     ],
 )
-def test_a_failed_evaluation_does_not_end_the_run(
-    user: Playground, tmp_path: Path, ranks_and_whole: tuple[int, Path], out: Path, target: type, calls: tuple[int, ...]
-):
+def test_a_failed_evaluation_does_not_end_the_run(user, tmp_path, ranks_and_whole, out, target, calls):
     ranks, whole = ranks_and_whole
     error = RuntimeError("no evaluation today")
     of_tasks = ("--eval_tasks", task_files(tmp_path)["choices"], "--eval_tasks_steps", 2) if target is TaskSuite else ()
@@ -107,17 +98,15 @@ def test_a_failed_evaluation_does_not_end_the_run(
     assert not last_state(out).evaluation_pending
 
 
-def without_room_for_traces(argv: list[str]) -> tuple[str, str]:
+def without_room_for_traces(argv):
     """A run on a disk that is full once a trace is written. For `run_ranks`."""
     with mock.patch.object(profile, "export_chrome_trace", side_effect=OSError(28, "No space left on device")):
         return ended(argv)
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(
-    user: Playground, ranks_and_whole: tuple[int, Path], out: Path
-):
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(user, ranks_and_whole, out):
     ranks, whole = ranks_and_whole
-    for kind, message in run_ranks(ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile", 1)):
+    for kind, message in run_ranks(ranks, without_room_for_traces, user.flags(out, *FLAGS, "--profile 1")):
         assert kind == "FailedBeside"
         assert f"--profile: {out / 'profile'} got no complete trace: " in message
         assert "No space left on device" in message
@@ -125,18 +114,18 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(
     assert last_state(out).finished
 
 
-def interrupted(argv: list[str], error: Exception):
+def interrupted(argv, error):
     """A run whose evaluations fail after the steps 1 and 2, and that ends dead after step 3. For `run_ranks`."""
     with mock.patch.object(Evaluator, "evaluate", side_effect=[{}, error, error, error]):
         interrupted_job(argv, 3)
 
 
-def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user: Playground, out: Path):
+def test_a_failed_evaluation_is_told_at_the_end_of_a_run_that_was_stopped(user, out):
     """That after step 1, whose model a checkpoint does not hold; that after step 2 is made by the resumed run."""
-    argv = user.flags(out, *FLAGS, "--resume_from_checkpoint", "auto")
+    argv = user.flags(out, *FLAGS, "--resume_from_checkpoint auto")
     error = RuntimeError("no evaluation today")
-    run_ranks(1, interrupted, argv, error)
-    ((kind, message),) = run_ranks(1, failing, argv, Evaluator, "evaluate", error, ())
+    run_alone(interrupted, argv, error)
+    kind, message = run_alone(failing, argv, Evaluator, "evaluate", error, ())
     assert kind == "FailedBeside"
     assert re.findall(r"after step (\d)", message) == ["1"]
     assert [row["step"] for row in rows(out) if "eval" in row] == [2, 3, 4]
@@ -156,7 +145,7 @@ Trainer _probe_loss | 5 | RuntimeError | RuntimeError | 6
 the step of its newest checkpoint."""
 
 
-def ends_of_runs(argvs: list[list[str]], failures: list[tuple[type, str, BaseException, int]]) -> list[str]:
+def ends_of_runs(argvs, failures):
     """The kind of error of several runs, one after the other, each with a failure. For `run_ranks`."""
     return [
         failing(argv, target, method, error, (call,))[0]
@@ -164,7 +153,7 @@ def ends_of_runs(argvs: list[list[str]], failures: list[tuple[type, str, BaseExc
     ]
 
 
-def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Playground, tmp_path: Path):
+def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user, tmp_path):
     """An evaluation fails beside the run. What the run cannot do without ends it, --save_steps after a checkpoint at
     most."""
     targets = {target.__name__: target for target in (Evaluator, MetricsLog, ReMoRA, Trainer)}
@@ -176,11 +165,11 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Play
         failures.append((targets[owner], name, getattr(builtins, error)("injected"), int(call)))
         argvs.append(
             user.flags(
-                tmp_path / str(number), "--save_steps", 2, "--eval_steps", 1, "--merge_every", 3,
-                "--restart_warmup_steps", 1, "--report_to", "none",
+                tmp_path / str(number),
+                "--save_steps 2 --eval_steps 1 --merge_every 3 --restart_warmup_steps 1 --report_to none",
             )
-        )  # fmt: skip
-    (kinds,) = run_ranks(1, ends_of_runs, argvs, failures)
+        )
+    kinds = run_alone(ends_of_runs, argvs, failures)
     newest = []
     for number in range(len(table)):
         folders = complete_checkpoints(tmp_path / str(number) / "checkpoints")
@@ -188,25 +177,25 @@ def test_at_every_moment_the_newest_checkpoint_is_as_new_as_saves_are(user: Play
     assert list(zip(kinds, newest, strict=True)) == [(kind, int(step)) for *_, kind, step in table]
 
 
-def test_before_the_first_step_a_failed_evaluation_ends_the_run(user: Playground, tmp_path: Path):
+def test_before_the_first_step_a_failed_evaluation_ends_the_run(user, tmp_path):
     error = RuntimeError("no evaluation today")
-    ((kind, message),) = run_ranks(1, failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
+    kind, message = run_alone(failing, user.flags(tmp_path, *FLAGS), Evaluator, "evaluate", error, (0,))
     assert (kind, message) == ("RuntimeError", "no evaluation today")
 
 
-def test_a_model_that_is_not_finite_still_ends_the_run(user: Playground, tmp_path: Path):
+def test_a_model_that_is_not_finite_still_ends_the_run(user, tmp_path):
     """The checkpoint of its step holds that model: --save_total_limit has left the one before."""
     error = NotFinite("the loss is nan")
-    argv = user.flags(tmp_path, *FLAGS, "--save_total_limit", 1, "--resume_from_checkpoint", "auto")
+    argv = user.flags(tmp_path, *FLAGS, "--save_total_limit 1 --resume_from_checkpoint auto")
     for call in (4, 0):  # at the end, and in a resumed run, which evaluates first
-        ((kind, message),) = run_ranks(1, failing, argv, Evaluator, "evaluate", error, (call,))
+        kind, message = run_alone(failing, argv, Evaluator, "evaluate", error, (call,))
         assert kind == "RunError"
         assert "the loss is nan" in message
         assert "Newest checkpoint: " in message
     assert [step_of(folder) for folder in complete_checkpoints(tmp_path / "checkpoints")] == [2, 4]
 
 
-def failing_upload(argv: list[str], error: BaseException) -> tuple[str, str]:
+def failing_upload(argv, error):
     """`ended` of a run whose upload fails. For `run_ranks`."""
     upload = mock.patch.object(program, "push_adapter", side_effect=error)
     with mock.patch.object(program, "check_repository"), upload:
@@ -214,15 +203,15 @@ def failing_upload(argv: list[str], error: BaseException) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("error, ranks", [(OSError("no way out"), 1), (SystemExit("no way out"), 2)])
-def test_a_failed_upload_is_told_after_the_end(user: Playground, tmp_path: Path, error: BaseException, ranks: int):
-    argv = user.flags(tmp_path, "--max_steps", 2, "--push_to_hub", "me/adapter", "--report_to", "none")
+def test_a_failed_upload_is_told_after_the_end(user, tmp_path, error, ranks):
+    argv = user.flags(tmp_path, "--max_steps 2 --push_to_hub me/adapter --report_to none")
     for kind, message in run_ranks(ranks, failing_upload, argv, error):
         assert kind == "FailedBeside"
         assert "the upload to the Hub: no way out" in message
     assert read_json(tmp_path / "summary.json")["steps"] == 2
 
 
-def ended_within(argv: list[str], target: type, method: str, call: int):
+def ended_within(argv, target, method, call):
     """A run that ends in the `call`-th call of a method, counted from 0, without another word. For `run_ranks`."""
     with failing_calls(target, method, KeyboardInterrupt(), (call,)), pytest.raises(KeyboardInterrupt):
         program.pretrain(parse(argv))
@@ -232,7 +221,7 @@ DUE = ("--save_steps", 4, "--eval_steps", 4, "--merge_every", 4, "--restart_warm
 
 
 @pytest.fixture(scope="module")
-def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(user, tmp_path_factory):
     """A run in whose fourth step a checkpoint, an evaluation and a merge are due."""
     return finished_run(1, user, tmp_path_factory, *DUE)
 
@@ -250,25 +239,23 @@ def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(MetricsLog, "evaluation", 2, 6, id="after the last evaluation", marks=pytest.mark.heavy),
     ],
 )
-def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(
-    user: Playground, whole: Path, out: Path, target: type, method: str, call: int, step: int
-):
+def test_a_checkpoint_that_is_due_is_there_before_what_may_fail(user, whole, out, target, method, call, step):
     """And the run that resumes there does what was pending, once."""
-    run_ranks(1, ended_within, user.flags(out, *DUE), target, method, call)
-    assert TrainerState.read(out / "checkpoints" / "latest").step == step
-    run(1, user.flags(out, *DUE, "--resume_from_checkpoint", "auto"))
+    run_alone(ended_within, user.flags(out, *DUE), target, method, call)
+    assert TrainerState.read(out / "checkpoints/latest").step == step
+    run(1, user.flags(out, *DUE, "--resume_from_checkpoint auto"))
     assert_same_run(out, whole)
 
 
-def failing_tracker(argv: list[str]) -> tuple[str, str]:
+def failing_tracker(argv):
     """`ended` of a run whose tracker fails. For `run_ranks`."""
     broken = mock.Mock(side_effect=OSError("the service is gone"))
     with mock.patch.object(trackers, "_start_wandb", broken), mock.patch.object(program, "check_installed"):
         return ended(argv)
 
 
-def test_a_failed_tracker_is_told_on_every_rank(user: Playground, tmp_path: Path):
-    argv = user.flags(tmp_path, "--max_steps", 2, "--report_to", "wandb")
+def test_a_failed_tracker_is_told_on_every_rank(user, tmp_path):
+    argv = user.flags(tmp_path, "--max_steps 2 --report_to wandb")
     for kind, message in run_ranks(2, failing_tracker, argv):
         assert kind == "FailedBeside"
         assert "--report_to wandb" in message

@@ -1,15 +1,11 @@
 """Every forward pass of a run is training's, or one of `beside_training`: nothing of a training batch acts on it."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
 
@@ -20,8 +16,8 @@ from mora_ds.config.arguments import parse
 from mora_ds.research.run import ResearchHooks
 from mora_ds.train import pretrain as program
 from mora_ds.train.beside import beside_training
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, research
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import research
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import tiny_model, tokens
 from tests.helpers.tasks import task_files
@@ -46,23 +42,23 @@ def test_what_layers_read_is_set_and_put_back_even_after_an_error():
 
 
 @contextmanager
-def rows_that_stay(hooks: ResearchHooks, sources: Sequence[str]) -> Iterator[None]:
+def rows_that_stay(hooks, sources):
     """`ResearchHooks.rows` that leaves the domains of a training batch as they were in it."""
     hooks.domains.set(sources)
     yield
 
 
-def kinds_of_passes(argv: list[str]) -> Counter[tuple[bool, bool, bool]]:
+def kinds_of_passes(argv):
     """Passes of a run's model by (training mode, gradients, domains of no single rows); each of them finds what a batch
     of other rows has set before it. For `run_ranks`."""
-    kinds: Counter[tuple[bool, bool, bool]] = Counter()
+    kinds = Counter()
     real = ResearchHooks.injected
 
-    def injected(hooks: ResearchHooks, model: nn.Module, config: Any):
+    def injected(hooks, model, config):
         real(hooks, model, config)
         hooks.domains.set(["new"] * 7)
 
-    def note(module: nn.Module, inputs: object):
+    def note(module, inputs):
         if isinstance(module, LlamaForCausalLM):
             domains = domains_of(module)
             is_reset = domains._choice is None or domains._same_for_all
@@ -75,14 +71,14 @@ def kinds_of_passes(argv: list[str]) -> Counter[tuple[bool, bool, bool]]:
     return kinds
 
 
-def test_each_pass_of_a_run_sets_what_layers_read(user: Playground, tmp_path: Path, out: Path):
+def test_each_pass_of_a_run_sets_what_layers_read(user, tmp_path, out):
     """Checks before the first step, evaluations, tasks, probes of saves and merges, and the recorded probe."""
     flags = (
         "--max_steps", 3, "--save_steps", 2, "--eval_steps", 1, "--merge_every", 2, "--restart_warmup_steps", 1,
         "--mora_dropout", 0.1, "--eval_tasks", task_files(tmp_path)["choices"], "--report_to", "none",
     )  # fmt: skip
     argv = mixture_flags(user, out, write_mixture(user, tmp_path / "mix.yaml"), *flags)
-    (kinds,) = run_ranks(1, kinds_of_passes, research(argv, tmp_path, domain_adapters=True))
+    kinds = run_alone(kinds_of_passes, research(argv, tmp_path, domain_adapters=True))
     assert kinds.pop((False, False, False)) == 1, "a check of rows before the first step"
     of_training = kinds.pop((True, True, False))
     assert {*kinds} == {(False, False, True)}, kinds

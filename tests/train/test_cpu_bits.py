@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.jobs import Playground, environment, run
+from tests.helpers.jobs import environment, run
 from tests.helpers.outcome import assert_same_outcome
 
 INSTRUCTIONS = {"DEFAULT": ("default",), "AVX2": ("default", "avx2"), "AVX512": ("default", "avx2", "avx512")}
@@ -32,14 +31,14 @@ print(hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest())
 """
 
 
-def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: Playground, tmp_path: Path):
+def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user, tmp_path):
     """Losses, checkpoints, merge ledger and merged model: no path is chosen by a time that was measured."""
-    flags = ("--merge_every", 2, "--restart_warmup_steps", 1, "--export_merged", "true", "--train_embeddings", "true")
-    run(2, user.flags(tmp_path / "idle", *flags))
+    flags = "--merge_every 2 --restart_warmup_steps 1 --export_merged true --train_embeddings true"
+    run(2, user.flags(tmp_path / "idle", flags))
     spin = [sys.executable, "-c", "while True: pass"]
     spinning = [subprocess.Popen(spin) for _ in range(2 * (os.cpu_count() or 1))]
     try:
-        run(2, user.flags(tmp_path / "busy", *flags))
+        run(2, user.flags(tmp_path / "busy", flags))
     finally:
         for process in spinning:
             process.kill()
@@ -48,10 +47,10 @@ def test_a_command_has_the_same_bits_when_it_is_started_again_under_load(user: P
 
 
 @pytest.mark.heavy(seconds=12)
-def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(user: Playground, tmp_path: Path):
-    merges = ("--operator", "rotate", "--merge_every", 2, "--restart_warmup_steps", 1)
-    run(1, user.flags(tmp_path / "out", *merges))
-    checkpoint = tmp_path / "out" / "checkpoints" / "latest"
+def test_a_ledger_of_rotations_is_replayed_to_the_same_bits_by_all_instructions(user, tmp_path):
+    merges = "--operator rotate --merge_every 2 --restart_warmup_steps 1"
+    run(1, user.flags(tmp_path / "out", merges))
+    checkpoint = tmp_path / "out/checkpoints/latest"
     printed = []
     variables = environment()
     for name in INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()]:

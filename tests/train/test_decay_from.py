@@ -1,18 +1,18 @@
 """--decay_from: a branch that decays from a checkpoint is the run that was told so from the beginning."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mora_ds.common.files import replace_symlink
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, finished_run, losses, refusal, rows, run
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import finished_run, losses, refusal, rows, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.resume import assert_same_tensors, checkpoint_tensors, interrupted_job
 from tests.helpers.snapshot import untouched
+from tests.helpers.tables import heavy
 
 STABLE = (
     "--lr_scheduler_type", "wsd", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 2,
@@ -27,24 +27,24 @@ DECAY = 5
 
 
 @pytest.fixture(scope="module")
-def parent(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parent(user, tmp_path_factory):
     """A finished run with all its checkpoints."""
     return finished_run(1, user, tmp_path_factory, *PARENT)
 
 
-def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, parent: Path, tmp_path: Path):
+def test_a_branch_is_the_run_that_was_told_from_the_beginning(user, parent, tmp_path):
     """In its weights, and in what it has logged; ended in between and resumed, when a link to its parent has moved."""
     whole = tmp_path / "whole"
     ratio = DECAY / (START + DECAY - 1)  # a share of the steps after that of warm-up
     run(1, user.flags(whole, *STABLE, "--max_steps", START + DECAY, "--decay_ratio", ratio))
     out = tmp_path / "branch"
-    checkpoint = parent / "checkpoints" / "step-000004"
+    checkpoint = parent / "checkpoints/step-000004"
     latest = tmp_path / "latest"
     latest.symlink_to(checkpoint)
-    branch = user.flags(out, *STABLE, "--max_steps", DECAY, "--resume_from_checkpoint", "auto", "--decay_from")
+    branch = user.flags(out, *STABLE, "--max_steps", DECAY, "--resume_from_checkpoint auto --decay_from")
     by_link = [*branch, str(latest)]
     with untouched(parent):
-        run_ranks(1, interrupted_job, by_link, START + 3)
+        run_alone(interrupted_job, by_link, START + 3)
     later = str(checkpoint.with_name("step-000006"))
     assert "step of --decay_from: 4 there, 6 here" in refusal([*branch, later])
     another = shutil.copytree(checkpoint, tmp_path / "another" / checkpoint.name)
@@ -53,7 +53,7 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, 
     replace_symlink(latest, later)
     elsewhere = tmp_path / "gone"
     parent.rename(elsewhere)  # a branch that has checkpoints needs its parent's no more
-    run_ranks(1, interrupted_job, by_link, START + 4)
+    run_alone(interrupted_job, by_link, START + 4)
     run(1, [*branch, str(checkpoint)])
     elsewhere.rename(parent)
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
@@ -61,22 +61,20 @@ def test_a_branch_is_the_run_that_was_told_from_the_beginning(user: Playground, 
     assert [row["step"] for row in rows(out) if "merge" in row] == [6]
 
 
-@pytest.mark.parametrize(
-    "kind", ["mixture", pytest.param("stream", marks=pytest.mark.heavy), pytest.param("full", marks=pytest.mark.heavy)]
-)
-def test_a_branch_of_every_kind_of_run(user: Playground, tmp_path: Path, kind: str):
+@pytest.mark.parametrize("kind", ["mixture", heavy("stream"), heavy("full")])
+def test_a_branch_of_every_kind_of_run(user, tmp_path, kind):
     """Its batches go on where those of its parent stopped."""
     mix = write_mixture(user, tmp_path / "mix.yaml")
     of_kind = {"mixture": (), "stream": ("--streaming",), "full": ("--adapter", "full")}[kind]
 
-    def flags(name: str, *more: str | int | float) -> list[str]:
+    def flags(name, *more):
         every = ("--lr_scheduler_type", "wsd", "--save_steps", 2, *of_kind, *more)
         out = tmp_path / name
         return mixture_flags(user, out, mix, *every) if kind == "mixture" else user.flags(out, *every)
 
     run(1, flags("parent", "--max_steps", 6, "--decay_ratio", 0.25))
     run(1, flags("whole", "--max_steps", 5, "--decay_ratio", 0.75))  # of the 4 steps after that of warm-up
-    start = tmp_path / "parent" / "checkpoints" / "step-000002"
+    start = tmp_path / "parent/checkpoints/step-000002"
     run(1, flags("branch", "--max_steps", 3, "--decay_from", str(start)))
     branch, whole = (
         load_file(tmp_path / name / "checkpoints/latest/engine/rank-00000.safetensors") for name in ("branch", "whole")
@@ -85,8 +83,8 @@ def test_a_branch_of_every_kind_of_run(user: Playground, tmp_path: Path, kind: s
     assert torch.equal(losses(tmp_path / "branch"), losses(tmp_path / "whole")[2:])
 
 
-def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: Path):
-    def told(checkpoint: Path, *more: str) -> str:
+def test_what_is_no_branch_is_refused(user, parent, tmp_path):
+    def told(checkpoint, *more):
         flags = user.flags(tmp_path / "a", *STABLE, "--max_steps", DECAY, "--decay_from", str(checkpoint))
         return refusal([*flags, *more])
 
@@ -103,15 +101,15 @@ def test_what_is_no_branch_is_refused(user: Playground, parent: Path, tmp_path: 
     assert "step of --decay_from: None there, 4 here" in message
 
 
-def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user: Playground, tmp_path: Path):
+def test_a_parent_is_at_the_peak_by_a_schedule_of_its_own(user, tmp_path):
     """A constant one is at its end; a linear one is not after a step below the peak."""
     for kind in ("linear", "constant"):
-        run(1, user.flags(tmp_path / kind, "--max_steps", 4, "--save_steps", 2, "--lr_scheduler_type", kind))
+        run(1, user.flags(tmp_path / kind, "--max_steps 4 --save_steps 2 --lr_scheduler_type", kind))
 
-    def branch(checkpoint: str) -> list[str]:
+    def branch(checkpoint):
         return user.flags(
             tmp_path / "out",
-            "--lr_scheduler_type", "wsd", "--max_steps", 3, "--decay_from", str(tmp_path / checkpoint),
+            "--lr_scheduler_type wsd --max_steps 3 --decay_from", str(tmp_path / checkpoint),
         )  # fmt: skip
 
     assert "its learning rate is not at the peak" in refusal(branch("linear/checkpoints/step-000002"))

@@ -2,26 +2,26 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.data import TokenCache, load_corpus, load_tokenizer, start_id
 from mora_ds.data.readers import Document
 from mora_ds.data.tokenizer import Encoder
 from mora_ds.eval.perplexity import Windows, evaluate, load_target
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, losses, printed, refused, run
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.jobs import losses, printed, refused, run
+from tests.helpers.tables import heavy
 from tests.helpers.tools import call
 
 TOKEN = "</s>"
 START = ("--document_start", TOKEN)
 
 
-def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground):
+def test_it_is_a_token_or_nothing_and_bos_by_default(user):
     tokenizer = load_tokenizer(user.model)
     bos = tokenizer.bos_token_id
     end = tokenizer.eos_token_id
@@ -29,11 +29,11 @@ def test_it_is_a_token_or_nothing_and_bos_by_default(user: Playground):
     tokenizer.bos_token = None
     assert start_id(tokenizer) is None
     for start in ("", "</S>"):
-        with pytest.raises(UserError, match=f"--document_start '{start}' is no token .* special tokens are '"):
+        with user_error(f"--document_start '{start}' is no token .* special tokens are '"):
             start_id(tokenizer, start)
 
 
-def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path):
+def test_every_document_of_a_run_begins_with_it(user, tmp_path):
     cache = tmp_path / "cache"
     run(1, user.flags(tmp_path / "files", *START, "--cache_dir", cache))
     for meta in cache.glob("*/meta.json"):
@@ -42,7 +42,7 @@ def test_every_document_of_a_run_begins_with_it(user: Playground, tmp_path: Path
         assert set(tokens.tokens[starts].tolist()) == {2}
 
 
-def test_it_stands_once_before_a_document_of_several_parts(user: Playground):
+def test_it_stands_once_before_a_document_of_several_parts(user):
     """Which is read, and tokenised, in parts."""
     encoder = Encoder.of(load_tokenizer(user.model), "<s>")
     parts = [Document("def f(x):\n", ends=False), Document("    return x\n", begins=False)]
@@ -51,20 +51,20 @@ def test_it_stands_once_before_a_document_of_several_parts(user: Playground):
     assert tokens[0] == encoder.start_id
 
 
-def test_a_run_says_where_nothing_stands_there(user: Playground, tmp_path: Path):
+def test_a_run_says_where_nothing_stands_there(user, tmp_path):
     model = shutil.copytree(user.model, tmp_path / "model")
     content = read_json(model / "tokenizer.json")
     (model / "tokenizer.json").write_text(json.dumps({**content, "post_processor": None}))
     for folder, more, says in ((user.model, (), False), (model, (), True), (model, ("none",), False)):
         flags = ("--model_name_or_path", folder, "--max_steps", 2, *(("--document_start", *more) if more else ()))
         argv = user.flags(tmp_path / f"{len(more)}-{says}", *flags)
-        assert ("nothing stands before a document" in run_ranks(1, printed, argv)[0]) == says
+        assert ("nothing stands before a document" in run_alone(printed, argv)) == says
 
 
-@pytest.mark.parametrize("more", [("--streaming",), pytest.param((), marks=pytest.mark.heavy)])
-def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, ...]):
+@pytest.mark.parametrize("more", [("--streaming",), heavy(())])
+def test_a_resume_needs_it_again(user, out, more):
     run(1, user.flags(out, *START, *more))
-    resume = user.flags(out, *more, "--resume_from_checkpoint", "auto", "--max_steps", 8)
+    resume = user.flags(out, *more, "--resume_from_checkpoint auto --max_steps 8")
     (kind, message), *_ = run_ranks(1, refused, resume)
     assert kind == "UserError"
     assert "--document_start" in message or "train.text" in message
@@ -72,7 +72,7 @@ def test_a_resume_needs_it_again(user: Playground, out: Path, more: tuple[str, .
     assert len(losses(out)) == 8
 
 
-def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path):
+def test_an_evaluation_begins_documents_with_it(user, tmp_path):
     target = load_target(user.model)
     corpus = load_corpus([str(user.other)])
     scores = {
@@ -94,5 +94,5 @@ def test_an_evaluation_begins_documents_with_it(user: Playground, tmp_path: Path
     call("evaluate", *flags, *START)
     assert read_json(tmp_path / "score.json")["sets"]["code"]["nats"] == scores[TOKEN]
     for start, message in (("<x>", "'<x>' is no token"), ("none", "none: the first token of a document is scored too")):
-        with pytest.raises(UserError, match=f"--document_start {message}"):
+        with user_error(f"--document_start {message}"):
             call("evaluate", *flags, "--document_start", start)

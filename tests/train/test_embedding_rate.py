@@ -15,7 +15,7 @@ RATE = 0.05
 SHARE = 0.125
 
 
-def first_step(stage: int) -> list[float]:
+def first_step(stage):
     """How far Adam's first step moves the MoRA matrices and the embeddings at most: their learning rates."""
     model = model_with_mora(train_embeddings=True)
     engine, *_ = initialize(model=model, config=ds_config(stage, 2, 1))
@@ -30,7 +30,7 @@ def first_step(stage: int) -> list[float]:
     ]
 
 
-def first_steps(stages: list[int]) -> list[list[float]]:
+def first_steps(stages):
     return [first_step(stage) for stage in stages]
 
 

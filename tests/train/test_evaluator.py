@@ -1,9 +1,7 @@
 """An evaluation: which batches of a set count, when tasks are due, what is logged and kept of it."""
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,24 +20,24 @@ BATCHES = 7
 
 
 def batches_of(
-    eval_batches: Callable[..., Any],
-    before_batch: Callable[[], None],
-    limit: int | None,
-    index: int = 0,
-    count: int = 1,
-) -> Any:
+    eval_batches,
+    before_batch,
+    limit,
+    index=0,
+    count=1,
+):
     """What replica `index` of `count` evaluates of a set with these batches."""
     evaluation = Evaluator.__new__(Evaluator)
     evaluation.training = TrainingArguments(output_dir="out", per_device_eval_batch_size=2, max_eval_batches=limit)
-    evaluation.replica = SimpleNamespace(index=index, count=count)  # type: ignore[assignment]
-    data: Any = SimpleNamespace(eval_batches=eval_batches)
+    evaluation.replica = SimpleNamespace(index=index, count=count)
+    data = SimpleNamespace(eval_batches=eval_batches)
     return evaluation._batches(data, before_batch)
 
 
-def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
+def counted(index, replicas, limit):
     """For each batch that replica `index` evaluates: whether its tokens count."""
 
-    def eval_batches(index: int, replicas: int, size: int) -> Any:
+    def eval_batches(index, replicas, size):
         for _ in range(-(-BATCHES // replicas)):
             yield {"labels": torch.ones(size, 4, dtype=torch.long)}
 
@@ -49,7 +47,7 @@ def counted(index: int, replicas: int, limit: int | None) -> list[bool]:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, None])
-def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int | None):
+def test_the_limit_counts_batches_over_all_replicas(replicas, limit):
     """Every replica has equally many batches, and together exactly `limit` of them count, the first ones."""
     counts = [counted(index, replicas, limit) for index in range(replicas)]
     assert len({len(batches) for batches in counts}) == 1
@@ -60,9 +58,9 @@ def test_the_limit_counts_batches_over_all_replicas(replicas: int, limit: int | 
 
 def test_every_batch_is_told_before_it_is_computed_and_none_beyond_the_limit():
     """A run that is asked to stop leaves an evaluation at the next batch."""
-    told: list[str] = []
+    told = []
 
-    def batches(index: int, replicas: int, size: int) -> Any:
+    def batches(index, replicas, size):
         for number in range(4):
             told.append(f"made {number}")
             yield {"labels": torch.ones(size, 2, dtype=torch.long)}
@@ -79,19 +77,19 @@ class Log:
     """What an evaluation logs, in order."""
 
     def __init__(self):
-        self.rows: list[Any] = []
+        self.rows = []
 
-    def evaluation(self, step: int, perplexities: dict[str, float], before: dict[str, float]):
+    def evaluation(self, step, perplexities, before):
         self.rows.append((step, dict(perplexities), dict(before)))
 
-    def tasks(self, step: int, results: dict[str, dict[str, float]]):
+    def tasks(self, step, results):
         self.rows.append((step, results))
 
 
 class Reading(Hooks):
     """Has a domain for each evaluation set."""
 
-    def domain_of(self, name: str) -> str:
+    def domain_of(self, name):
         return f"domain of {name}"
 
 
@@ -101,32 +99,32 @@ class Model:
     def __init__(self):
         self.nll = 1.0
         self.score = 0.5
-        self.read_as: list[str | None] = []
+        self.read_as = []
 
-    def mean_nll(self, batches: Any, domain: str | None) -> float:
+    def mean_nll(self, batches, domain):
         self.read_as.append(domain)
         return self.nll
 
-    def evaluate(self) -> dict[str, TaskResult]:
+    def evaluate(self):
         return {"quiz": TaskResult({"acc": self.score}, 1 / self.score)}
 
 
-def evaluator(weights: dict[str, float], bounds: dict[str, float] | None = None, tasks_steps: int = 4) -> Any:
-    model: Any = Model()
-    job: Any = SimpleNamespace(
+def evaluator(weights, bounds=None, tasks_steps=4):
+    model = Model()
+    job = SimpleNamespace(
         arguments=SimpleNamespace(training=TrainingArguments(output_dir="out", eval_tasks_steps=tasks_steps)),
         data=SimpleNamespace(evaluation={"held": SimpleNamespace(eval_batches=lambda *share: iter(()))}),
         state=TrainerState(total_steps=6),
         start=SimpleNamespace(hooks=Reading()),
     )
-    log: Any = Log()
+    log = Log()
     evaluation = Evaluator(job, model, log)
     evaluation.tasks = model
     evaluation.watch = Watch(bounds or {}, weights)
     return evaluation
 
 
-def at(evaluator: Any, step: int, nll: float, score: float = 0.5):
+def at(evaluator, step, nll, score=0.5):
     evaluator.state.step = step
     evaluator.replica.nll = nll
     evaluator.replica.score = score
@@ -157,7 +155,7 @@ def test_what_is_logged_has_the_start_beside_it_and_is_kept():
     assert evaluation.replica.read_as == ["domain of held", "domain of held"]
 
 
-def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog: pytest.LogCaptureFixture):
+def test_the_best_step_has_the_lowest_sum_and_is_never_the_start(caplog):
     caplog.set_level("INFO")
     evaluation = evaluator({"held": 1.0})
     best_steps = []

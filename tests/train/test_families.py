@@ -3,27 +3,23 @@
 Documents packed into one row do not see each other, in any family.
 """
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import inject, mora_layers
-from mora_ds.common.errors import UserError
-from mora_ds.deploy.export import ExportReport, export_merged
+from mora_ds.deploy.export import export_merged
 from mora_ds.engine import zero
 from mora_ds.engine.initialize import initialize
 from mora_ds.models.load import load_base
 from mora_ds.runtime.ranks import Ranks
 from mora_ds.train.preflight import check_document_mask
 from mora_ds.train.run import Run
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_ranks
 from tests.helpers.models import FAMILIES, NO_SDPA, alone, causal_loss, tiny_model, tokens
 
@@ -31,7 +27,7 @@ WORLD = 2
 ROWS = 2
 LEARNING_RATE = 1e-2
 
-ALSO_TRAINED: dict[str, dict[str, Any]] = {
+ALSO_TRAINED = {
     "llama": {"train_embeddings": True, "train_norms": True, "train_head": True},
     "qwen2": {"train_embeddings": True, "train_norms": True},  # tied
     "gpt2": {"train_embeddings": True},  # tied, and positions too
@@ -48,13 +44,13 @@ DS_CONFIG = {
 }
 
 
-def adapter(family: str) -> MoRAConfig:
+def adapter(family):
     operator = OPERATORS[list(FAMILIES).index(family) % len(OPERATORS)]
     targets = ("all-linear", "experts") if family in EXPERTS else ("all-linear",)
     return MoRAConfig(rank=4, operator=operator, target_modules=targets, **ALSO_TRAINED.get(family, {}))
 
 
-def write_model(family: str, folder: Path):
+def write_model(family, folder):
     """With norms and biases that are not at the ones and zeros they start from."""
     model = tiny_model(family)
     for parameter in model.parameters():
@@ -66,7 +62,7 @@ def write_model(family: str, folder: Path):
 # -- end to end -------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(root: Path, family: str) -> dict[str, Any]:
+def end_to_end(root, family):
     """On one rank of several; the checkpoint lies in root/family/checkpoints afterwards."""
     folder = root / family
     loaded = load_base(folder / "model", folder / "base", Ranks.current(), torch.float32, None)
@@ -99,7 +95,7 @@ def end_to_end(root: Path, family: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train_step(engine: zero.Engine, seed: int) -> float:
+def train_step(engine, seed):
     rank = dist.get_rank()
     loss = causal_loss(engine, tokens(WORLD * ROWS, seed=seed)[rank * ROWS :][:ROWS])
     engine.backward(loss)
@@ -108,16 +104,16 @@ def train_step(engine: zero.Engine, seed: int) -> float:
 
 
 @torch.no_grad()
-def probe(engine: zero.Engine) -> Tensor:
+def probe(engine):
     return engine(input_ids=tokens(2, seed=77), use_cache=False).logits
 
 
-def all_families(root: Path) -> dict[str, dict[str, Any]]:
+def all_families(root):
     return {family: end_to_end(root, family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, dict[str, Any]]]]:
+def results(tmp_path_factory):
     """The folder of all families, and what each rank saw."""
     root = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
@@ -125,14 +121,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     return root, run_ranks(WORLD, all_families, root)
 
 
-def export(root: Path, family: str) -> tuple[ExportReport, Any]:
+def export(root, family):
     output = root / family / "merged"
-    report = export_merged(root / family / "checkpoints" / "latest", output, verify=True, overwrite=True)
+    report = export_merged(root / family / "checkpoints/latest", output, verify=True, overwrite=True)
     return report, AutoModelForCausalLM.from_pretrained(output).eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, results: Any):
+def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family, results):
     root, ranks = results
     for result in (rank[family] for rank in ranks):
         assert all(norm > LEARNING_RATE for norm in result["norms"].values()), result["norms"]
@@ -146,13 +142,13 @@ def test_steps_change_every_matrix_and_a_merge_changes_no_logits(family: str, re
     assert (ranks[0][family]["before"] - untrained).abs().max() > 1e-3, "the steps did nothing that can be measured"
 
 
-def loss_of(logits: Tensor) -> float:
+def loss_of(logits):
     ids = tokens(2, seed=77)
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any):
+def test_an_export_gives_the_logits_of_the_live_model(family, results):
     root, ranks = results
     report, exported = export(root, family)
     with torch.no_grad():
@@ -162,15 +158,13 @@ def test_an_export_gives_the_logits_of_the_live_model(family: str, results: Any)
     assert report.comparison is not None
     assert report.cycles == 1
     assert report.merged == len(ranks[0][family]["norms"])
-    assert report.replaced == len(load_file(root / family / "checkpoints" / "latest" / "adapter.safetensors")) - (
-        report.merged
-    )
+    assert report.replaced == len(load_file(root / family / "checkpoints/latest/adapter.safetensors")) - (report.merged)
     assert exported.config.tie_word_embeddings == tiny_model(family).config.tie_word_embeddings
     tied = exported.get_input_embeddings().weight is exported.get_output_embeddings().weight
     assert tied == exported.config.tie_word_embeddings
 
 
-def test_what_else_was_trained_is_in_the_export(results: Any):
+def test_what_else_was_trained_is_in_the_export(results):
     root, _ = results
     for family, settings in ALSO_TRAINED.items():
         original = AutoModelForCausalLM.from_pretrained(root / family / "model").state_dict()
@@ -182,23 +176,23 @@ def test_what_else_was_trained_is_in_the_export(results: Any):
         assert embedding <= changed if "train_embeddings" in settings else not embedding & changed, family
 
 
-def test_no_family_needs_a_converted_base(results: Any):
+def test_no_family_needs_a_converted_base(results):
     """Files hold the live weights one to one, or experts that are put into one tensor: nothing is written twice."""
     _, ranks = results
     assert not [family for family, result in ranks[0].items() if result["own_base"]]
 
 
-def test_an_attention_that_the_model_lacks_is_named(tmp_path: Path):
+def test_an_attention_that_the_model_lacks_is_named(tmp_path):
     write_model("gemma2", tmp_path)
     for wanted in ("sdpa", "spda", "flash_attention_2"):
-        with pytest.raises(UserError, match=f"--attn_implementation {wanted}"):
+        with user_error(f"--attn_implementation {wanted}"):
             load_base(tmp_path, tmp_path / "own", alone(), torch.float32, wanted)
 
 
 # -- documents in one row ----------------------------------------------------------------------------------------------
 
 
-def adapted(family: str, attention: str) -> Any:
+def adapted(family, attention):
     """Weights large enough that attention is not uniform, so that a leak would be seen."""
     model = tiny_model(family)
     model.set_attn_implementation(attention)
@@ -212,7 +206,7 @@ def adapted(family: str, attention: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_of_no_family_see_each_other(family: str):
+def test_documents_of_no_family_see_each_other(family):
     """That the check finds a leak: test_attention_run.py."""
     has_sdpa = family not in NO_SDPA
     for attention in ("eager", "sdpa") if has_sdpa else ("eager",):

@@ -1,13 +1,11 @@
 """A training step reads numbers from the device once: the sums over all processes at its end."""
 
-from pathlib import Path
-
 import pytest
 
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
 from tests.helpers.host_reads import HostReads
-from tests.helpers.jobs import Playground, job
+from tests.helpers.jobs import job
 
 TRAINER = "mora_ds/train/trainer.py"
 STAGE3 = "deepspeed/runtime/zero/stage3.py"
@@ -15,7 +13,7 @@ UTILS = "deepspeed/runtime/utils.py"
 """The gradient norm of each parameter group, copied to the host (stage3.py, `_get_norm_groups`), and looked at there.
 In the first three steps DeepSpeed also compares its trace of the model between ranks."""
 
-RUNS: dict[str, tuple[object, ...]] = {
+RUNS = {
     "mixture": ("--replay", "old={held}:0.25", "--gradient_accumulation_steps", 2),
     "sequence": ("--sequence_parallel_size", 2, "--gradient_checkpointing", "true"),
     "plain": (),
@@ -24,12 +22,12 @@ RUNS: dict[str, tuple[object, ...]] = {
 DEFAULT = ("mixture", "sequence")
 
 
-def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
+def reads_of_steps(argv):
     """By file, the reads of each step but the first, which compares ranks and has no batch ready."""
-    counts: list[dict[str, int]] = []
+    counts = []
     original = Trainer.train_step
 
-    def step(trainer: Trainer):
+    def step(trainer):
         if trainer.state.step == 0:
             original(trainer)
             return
@@ -37,7 +35,7 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
             original(trainer)
         counts.append(dict(reads.places))
 
-    Trainer.train_step = step  # type: ignore[method-assign]
+    Trainer.train_step = step
     job(argv)
     return counts
 
@@ -45,9 +43,9 @@ def reads_of_steps(argv: list[str]) -> list[dict[str, int]]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.heavy) for name in RUNS]
 )
-def test_the_host_waits_once_a_step(user: Playground, tmp_path: Path, name: str):
+def test_the_host_waits_once_a_step(user, tmp_path, name):
     more = [str(flag).format(held=user.held) for flag in RUNS[name]]
-    argv = user.flags(tmp_path, "--max_steps", 5, "--logging_steps", 100, "--eval_on_start", "false", *more)
+    argv = user.flags(tmp_path, "--max_steps 5 --logging_steps 100 --eval_on_start false", *more)
     for steps in run_ranks(2, reads_of_steps, argv):
         *first, last, _ = steps  # the last one of all is logged
         for step in [*first, last]:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import from_flat
 from mora_ds.train.inputs import check_inputs
+from tests.helpers.errors import user_error
 from tests.helpers.snapshot import untouched
 from tests.helpers.tables import parsed, rows
 
@@ -38,7 +38,7 @@ MIXTURE = "sources: {a: {files: [out/ledger/a.txt]}}\n"
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path, monkeypatch):
     """The working directory: an output folder with all that the cases name, and other names that lead into it."""
     monkeypatch.chdir(tmp_path)
     for name in ("base/pytorch_model.bin", "ledger/a.txt", "tokenizer/tokenizer.json", "metrics.jsonl"):
@@ -53,12 +53,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def settings(changes: dict[str, Any]) -> Any:
+def settings(changes):
     return from_flat({"model_name_or_path": "facebook/opt-125m", "train_files": ["text.txt"], **changes})
 
 
 @pytest.mark.parametrize("changes, message", rows(NAMED))
-def test_an_input_within_the_output_is_named(home: Path, changes: str, message: str):
+def test_an_input_within_the_output_is_named(home, changes, message):
     with untouched(home), pytest.raises(UserError) as refused:
         check_inputs(settings(parsed(changes)), Path("out"))
     assert message in str(refused.value)
@@ -76,20 +76,20 @@ def test_an_input_within_the_output_is_named(home: Path, changes: str, message: 
         {"train_files": ["looped"]},
     ],
 )
-def test_other_inputs_pass(home: Path, changes: dict[str, Any]):
+def test_other_inputs_pass(home, changes):
     """A file of another name than those of a run is safe in the output folder; a loop of links leads nowhere."""
     (home / "looped").mkdir()
-    (home / "looped" / "a.txt").symlink_to("a.txt")
-    (home / "out" / "corpus.txt").write_text("text")
+    (home / "looped/a.txt").symlink_to("a.txt")
+    (home / "out/corpus.txt").write_text("text")
     check_inputs(settings(changes), Path("out"))
 
 
-def test_a_resumed_run_may_read_its_base(home: Path):
-    (home / "out" / "run.yaml").write_text("seed: 1\nversions: {}\nresolved: {owns: []}\n")
+def test_a_resumed_run_may_read_its_base(home):
+    (home / "out/run.yaml").write_text("seed: 1\nversions: {}\nresolved: {owns: []}\n")
     again = {"resume_from_checkpoint": "auto", "deepspeed": None}
     check_inputs(settings({"model_name_or_path": "out/base", **again}), Path("out"))
     check_inputs(settings({"train_files": ["out/demo/text.txt"], **again}), Path("out"))
-    with pytest.raises(UserError, match="--tokenizer_name"):
+    with user_error("--tokenizer_name"):
         check_inputs(settings({"tokenizer_name": "out/tokenizer", **again}), Path("out"))
 
 

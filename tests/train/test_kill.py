@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mora_ds.common.files import replace_symlink
-from tests.helpers.jobs import Playground, run
+from tests.helpers.jobs import run
 from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise_cases
@@ -20,16 +20,16 @@ Whole = Callable[[int, str, tuple[str | int, ...]], Path]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
 
 
-def command(user: Playground, out: Path, precision: str, *more: str | int | Path) -> list[str]:
+def command(user, out, precision, *more):
     return user.flags(out, *STEPS, "--eval_files", f"short={user.other}", *PRECISIONS[precision], *map(str, more))
 
 
 @pytest.fixture(scope="module")
-def whole_of(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole_of(user, tmp_path_factory):
     """(ranks, precision, more flags) -> the output folder of a run that nothing has disturbed."""
-    done: dict[tuple[int, str, tuple[str | int, ...]], Path] = {}
+    done = {}
 
-    def whole(ranks: int, precision: str, more: tuple[str | int, ...]) -> Path:
+    def whole(ranks, precision, more):
         key = (ranks, precision, more)
         if key not in done:
             done[key] = tmp_path_factory.mktemp("whole") / "out"
@@ -39,13 +39,13 @@ def whole_of(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Whol
     return whole
 
 
-def prepare(out: Path, whole: Path, start: Start):
+def prepare(out, whole, start):
     if start in (Start.FINISHED, Start.UNNAMED):
         shutil.copytree(whole, out, symlinks=True)
     if start is Start.UNNAMED:
         (out / "summary.json").unlink()
         shutil.rmtree(out / "merged")
-        replace_symlink(out / "checkpoints" / "latest", "step-000005")
+        replace_symlink(out / "checkpoints/latest", "step-000005")
     if start is Start.ANOTHER:
         folders = ("checkpoints/step-000009/one", "ledger/two", "base/three", "merged/x")
         for name in ("run.yaml", "metrics.jsonl", *folders):
@@ -55,9 +55,7 @@ def prepare(out: Path, whole: Path, start: Start):
         (out / "run.yaml").write_text(f"versions: {{}}\nresolved: {{owns: {owns}}}\n")  # the mark of a run
 
 
-def kill_and_run_again(
-    user: Playground, tmp_path: Path, whole: Path, moment: str, victims: list[int], ranks: int, precision: str
-):
+def kill_and_run_again(user, tmp_path, whole, moment, victims, ranks, precision):
     out = tmp_path / "out"
     cache = tmp_path / "cache"
     start = MOMENTS[moment].start
@@ -71,7 +69,7 @@ def kill_and_run_again(
     assert not [path for path in cache.rglob("*") if "partial" in path.name or path.name.startswith("tmp")]
 
 
-def victims_of(moment: str, ranks: int) -> dict[str, list[int]]:
+def victims_of(moment, ranks):
     groups = {"first": [0], "last": [ranks - 1], "all": list(range(ranks))}
     return groups if MOMENTS[moment].passes is Passes.ALL else {"first": groups["first"], "all": groups["all"]}
 
@@ -94,12 +92,12 @@ HEAVY = [pytest.param(*case, marks=pytest.mark.heavy(seconds=4)) for case in EVE
 
 
 @pytest.mark.parametrize("moment, who, ranks, precision", [*ONCE, *HEAVY])
-def test_killed(user: Playground, whole_of: Whole, tmp_path: Path, moment: str, who: str, ranks: int, precision: str):
+def test_killed(user, whole_of, tmp_path, moment, who, ranks, precision):
     whole = whole_of(ranks, precision, MOMENTS[moment].more)
     kill_and_run_again(user, tmp_path, whole, moment, victims_of(moment, ranks)[who], ranks, precision)
 
 
-def test_a_run_that_another_had_set_aside_goes_on(user: Playground, whole_of: Whole, out: Path):
+def test_a_run_that_another_had_set_aside_goes_on(user, whole_of, out):
     """--overwrite_output_dir was a mistake and was killed before its run began; then the old run is resumed."""
     whole = whole_of(2, "fp32", ())
     prepare(out, whole, Start.UNNAMED)

@@ -2,14 +2,13 @@
 
 import threading
 from types import SimpleNamespace
-from typing import Any
 
-import pytest
 import torch
 
 from mora_ds.common.errors import UserError
 from mora_ds.data import IGNORED
 from mora_ds.train.loader import BatchLoader, Replica, labels_in
+from tests.helpers.errors import user_error
 
 T = 4
 
@@ -21,10 +20,10 @@ class Data:
     rows_per_step = 4
     has_streams = False
 
-    def __init__(self, fails_at: int = -1):
-        self.fails_at, self.threads = fails_at, list[str]()
+    def __init__(self, fails_at=-1):
+        self.fails_at, self.threads = fails_at, []
 
-    def batch(self, step: int, rows: slice) -> dict[str, torch.Tensor]:
+    def batch(self, step, rows):
         self.threads.append(threading.current_thread().name)
         if step == self.fails_at:
             raise UserError(f"line {step} is damaged")
@@ -34,15 +33,15 @@ class Data:
         return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(T).expand(len(ids), -1)}
 
 
-def loader(data: Any, replica: int = 0, replicas: int = 1, accumulation: int = 2, size: int = 2, steps: int = 5) -> Any:
+def loader(data, replica=0, replicas=1, accumulation=2, size=2, steps=5):
     training = SimpleNamespace(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
     process = SimpleNamespace(
         index=replica, count=replicas, world=replicas, engine=SimpleNamespace(device="cpu"), rows=lambda batch: batch
     )
-    return BatchLoader(data, process, training, steps)  # type: ignore[arg-type]
+    return BatchLoader(data, process, training, steps)
 
 
-def rows_of(replica: int, replicas: int, micro_batches: int, size: int) -> list[list[int]]:
+def rows_of(replica, replicas, micro_batches, size):
     """The global rows of each micro-batch of a replica."""
     all_rows = []
     batch_loader = loader(Data(), replica, replicas, micro_batches, size)
@@ -80,7 +79,7 @@ def test_an_error_is_raised_when_its_batch_is_taken():
     batch_loader.take(1)
     assert batch_loader.labels_ahead(2) == 0, "step 1 is still to be finished and saved"
     for _ in range(2):
-        with pytest.raises(UserError, match="line 2 is damaged"):
+        with user_error("line 2 is damaged"):
             batch_loader.take(2)
 
 

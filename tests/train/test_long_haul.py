@@ -15,7 +15,7 @@ import pytest
 
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks, start_ranks
-from tests.helpers.jobs import Playground, job, playground, rows
+from tests.helpers.jobs import job, playground, rows
 from tests.helpers.outcome import assert_same_outcome
 
 RANKS = 2
@@ -33,24 +33,24 @@ FLAGS = (
 )  # fmt: skip
 
 
-def watched_job(argv: list[str]) -> list[tuple[int, int, int]]:
+def watched_job(argv):
     """A run; (step, resident bytes, open file descriptors) of this rank every few steps. For `run_ranks`."""
-    seen: list[tuple[int, int, int]] = []
+    seen = []
     after_step = Trainer._after_step
 
-    def look(trainer: Trainer):
+    def look(trainer):
         after_step(trainer)
         if trainer.state.step % LOOK_EVERY == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE")
             seen.append((trainer.state.step, resident, len(os.listdir("/proc/self/fd"))))
 
-    Trainer._after_step = look  # type: ignore[method-assign]  # in this forked rank alone
+    Trainer._after_step = look  # in this forked rank alone
     job(argv)
     return seen
 
 
-def assert_flat(seen: list[tuple[int, int, int]], rank: int):
+def assert_flat(seen, rank):
     """The last tenth against the second one, when every buffer has its size: the most memory, and the fewest
     descriptors, as another thread may have a file open at the moment of a look."""
     tenth = len(seen) // 10
@@ -62,7 +62,7 @@ def assert_flat(seen: list[tuple[int, int, int]], rank: int):
         assert now <= before * (1 + growth), f"rank {rank}: {what} grew from {before:,} to {now:,}"
 
 
-def killed_while(argv: list[str], out: Path, until: int, delay_s: float, victims: list[int]) -> bool:
+def killed_while(argv, out, until, delay_s, victims):
     """Runs until the step `until` is logged and `delay_s` have passed, then kills `victims`, and the rest as a launcher
     does. Returns whether the run had not come to its end by itself."""
     pipes, processes = start_ranks(RANKS, job, argv)
@@ -85,7 +85,7 @@ def killed_while(argv: list[str], out: Path, until: int, delay_s: float, victims
             pipe.close()
 
 
-def _last_step(out: Path) -> int:
+def _last_step(out):
     path = out / "metrics.jsonl"
     if not path.exists():
         return 0
@@ -96,11 +96,11 @@ def _last_step(out: Path) -> int:
 
 @pytest.mark.heavy(seconds=150)
 @pytest.mark.timeout(3 * STEPS)
-def test_long_haul(tmp_path: Path, out: Path):
-    user: Playground = playground(tmp_path / "user")
+def test_long_haul(tmp_path, out):
+    user = playground(tmp_path / "user")
     whole = tmp_path / "whole"
 
-    def flags(folder: Path) -> list[str]:
+    def flags(folder):
         return user.flags(folder, *FLAGS, "--eval_files", f"short={user.other}")
 
     for rank, seen in enumerate(run_ranks(RANKS, watched_job, flags(whole), timeout_s=3600)):

@@ -2,9 +2,7 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +26,7 @@ from mora_ds.train.trainer import Trainer
 from tests.helpers.jobs import rows
 
 
-def metrics(step: int, loss: float = 2.0, **more: Any) -> dict[str, Any]:
+def metrics(step, loss=2.0, **more):
     """The row of a step."""
     return {
         "step": step, "loss": loss, "perplexity": perplexity(loss), "learning_rate": 1e-3, "grad_norm": 0.5,
@@ -38,13 +36,13 @@ def metrics(step: int, loss: float = 2.0, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def board_log(folder: Path, start_step: int = 0, **options: Any) -> MetricsLog:
+def board_log(folder, start_step=0, **options):
     """The log of a run with TensorBoard."""
     board = Tracker("tensorboard", folder, {}, start_step, [])
     return MetricsLog(folder, 9, True, start_step, [board], **options)
 
 
-def test_a_row_is_in_the_file_at_once(tmp_path: Path):
+def test_a_row_is_in_the_file_at_once(tmp_path):
     """A kill loses none that was logged."""
     log = board_log(tmp_path)
     log.step(metrics(1))
@@ -58,10 +56,10 @@ def test_a_row_is_in_the_file_at_once(tmp_path: Path):
     assert [event.value for event in board.Scalars("2_evaluation/tasks/quiz/acc")] == [0.5]
 
 
-def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.MonkeyPatch):
+def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch):
     """Of every so many steps one is, and the last one always."""
-    logged: list[dict[str, Any]] = []
-    trainer: Any = Trainer.__new__(Trainer)
+    logged = []
+    trainer = Trainer.__new__(Trainer)
     vars(trainer).update(
         state=TrainerState(step=3, tokens=384), rows_per_step=8, train_data=SimpleNamespace(seq_len=16), engine=None,
         replica=SimpleNamespace(world=4), log=SimpleNamespace(step=logged.append), bytes_gathered_per_step=7,
@@ -77,10 +75,10 @@ def test_a_step_is_logged_with_the_figures_of_all_ranks(monkeypatch: pytest.Monk
     assert [step for step in range(1, 9) if trainer._is_logged(step)] == [3, 6, 8]
 
 
-def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch):
     """With a stand-in for the allocator, which holds 5 bytes once its peak is restarted."""
     peaks = iter([7, 30, 12, 9, 20, 5, 5])
-    restarts: list[bool] = []
+    restarts = []
     memory = PhaseMemory()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     memory.end("start")
@@ -95,15 +93,15 @@ def test_each_phase_on_a_gpu_has_a_peak_of_its_own(monkeypatch: pytest.MonkeyPat
     assert memory.peak == 30
 
 
-def test_losses_are_summed_by_source(monkeypatch: pytest.MonkeyPatch):
+def test_losses_are_summed_by_source(monkeypatch):
     rows = {"of 3": torch.tensor([1.0, 2.0, 3.0], requires_grad=True), "of 1": torch.tensor([4.0])}
     monkeypatch.setattr(trainer_module, "row_nll", lambda engine, batch: rows[batch])
-    trainer: Any = Trainer.__new__(Trainer)
+    trainer = Trainer.__new__(Trainer)
     vars(trainer).update(engine=None, replica=SimpleNamespace(on_device=lambda rows: rows), _mixture=True)
     by_source = torch.zeros(2, 3, dtype=torch.float64)
-    first: Any = MicroBatch("of 3", [2, 4, 6], [0, 1, 0])  # type: ignore[arg-type]
+    first = MicroBatch("of 3", [2, 4, 6], [0, 1, 0])
     assert trainer._nll(first, by_source).requires_grad
-    trainer._nll(MicroBatch("of 1", [2], [1]), by_source)  # type: ignore[arg-type]
+    trainer._nll(MicroBatch("of 1", [2], [1]), by_source)
     assert not by_source.requires_grad
     assert by_source.tolist() == [[4.0, 6.0, 0.0], [8.0, 6.0, 0.0]]
     facts = source_facts(by_source.flatten().tolist(), {"a": 8, "b": 6, "idle": 0})
@@ -121,7 +119,7 @@ def test_the_line_for_humans():
     assert "tok/s  MFU 41.2%  1.00 GiB" in step_line(metrics(7, mfu=0.4123), 100)
 
 
-def test_what_is_no_number_is_null(tmp_path: Path):
+def test_what_is_no_number_is_null(tmp_path):
     """NaN and Infinity are no JSON, and a perplexity may well overflow."""
     assert perplexity(800.0) == math.inf
     log = MetricsLog(tmp_path, 1, enabled=True)
@@ -136,11 +134,11 @@ def test_what_is_no_number_is_null(tmp_path: Path):
     assert plain_json({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
 
 
-def write_rows(path: Path, steps: list[int], tail: str = ""):
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail, encoding="utf-8")
+def write_rows(path, steps, tail=""):
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + tail)
 
 
-def test_a_resumed_file_reads_as_one(tmp_path: Path):
+def test_a_resumed_file_reads_as_one(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [0, 1, 2, 2, 3, 4], tail='{"step": 5, "lo')
     log = MetricsLog(tmp_path, 9, enabled=True, start_step=2)
     log.step(metrics(3))
@@ -148,7 +146,7 @@ def test_a_resumed_file_reads_as_one(tmp_path: Path):
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 2, 3]
 
 
-def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path):
+def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [0, 1, 2])
     log = MetricsLog(tmp_path, 9, enabled=True)
     log.evaluation(0, {"held": 3.0})
@@ -156,7 +154,7 @@ def test_a_run_from_the_beginning_keeps_nothing_of_an_older_one(tmp_path: Path):
     assert rows(tmp_path) == [{"step": 0, "eval": {"held": 3.0}}]
 
 
-def test_what_was_pending_at_a_resume_is_there_once(tmp_path: Path):
+def test_what_was_pending_at_a_resume_is_there_once(tmp_path):
     for start in (0, 2):
         log = board_log(tmp_path, start, pending=["merge", "eval"] if start else [])
         for step in range(start + 1, 3):
@@ -168,7 +166,7 @@ def test_what_was_pending_at_a_resume_is_there_once(tmp_path: Path):
     assert rows(tmp_path)[2:] == [{"step": 2, "merge": {"cycle": 0}}, {"step": 2, "eval": {"held": 3.0}}]
 
 
-def test_tensorboard_shows_one_curve_after_a_resume(tmp_path: Path):
+def test_tensorboard_shows_one_curve_after_a_resume(tmp_path):
     for start, stop, loss in ((0, 4, 2.0), (2, 5, 1.0)):  # interrupted at 4, resumed from a checkpoint at 2
         log = board_log(tmp_path, start)
         for step in range(start + 1, stop + 1):
@@ -190,18 +188,18 @@ class Recorder:
     """A tracker that remembers what it was given."""
 
     def __init__(self):
-        self.calls: list[Any] = []
+        self.calls = []
 
-    def log(self, numbers: Any, step: int):
+    def log(self, numbers, step):
         self.calls.append((dict(numbers), step))
 
     def close(self):
         self.calls.append("closed")
 
 
-def test_trackers_get_every_number_in_the_unit_of_its_curve(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    one: Any = Recorder()
-    another: Any = Recorder()
+def test_trackers_get_every_number_in_the_unit_of_its_curve(tmp_path, caplog):
+    one = Recorder()
+    another = Recorder()
     log = MetricsLog(tmp_path, 9, enabled=True, start_step=2, trackers=[one, another])
     with caplog.at_level("INFO"):
         log.step(metrics(3))
@@ -229,7 +227,7 @@ def test_trackers_get_every_number_in_the_unit_of_its_curve(tmp_path: Path, capl
     assert "step 3  perplexity held 4.500  new 2.000" in caplog.messages
 
 
-def test_other_ranks_write_nothing(tmp_path: Path):
+def test_other_ranks_write_nothing(tmp_path):
     log = MetricsLog(tmp_path, 3, enabled=False)
     log.step(metrics(1))
     log.evaluation(1, {})

@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -19,12 +17,13 @@ from mora_ds.train.output_folder import (
     reserve,
 )
 from mora_ds.train.run_file import write_run_file
+from tests.helpers.errors import user_error
 from tests.helpers.snapshot import snapshot, untouched
 
 FOLDERS = tuple(name for name in NAMES if "." not in name)
 
 
-def a_run(folder: Path, *more: str) -> Path:
+def a_run(folder, *more):
     """A folder with the files of a finished run, and with those of the names `more` that start-up has made."""
     reservation = reserve(folder)
     reservation.prepare(False, False, True)
@@ -38,7 +37,7 @@ def a_run(folder: Path, *more: str) -> Path:
     return folder
 
 
-def prepared(folder: Path, overwrite: bool, resume: bool, exports: bool = False):
+def prepared(folder, overwrite, resume, exports=False):
     """A start-up that is given up where it is refused."""
     try:
         reserve(folder).prepare(overwrite, resume, exports)
@@ -47,13 +46,13 @@ def prepared(folder: Path, overwrite: bool, resume: bool, exports: bool = False)
         raise
 
 
-def put(folder: Path, name: str, text: str):
+def put(folder, name, text):
     path = folder / name / "file" if name in FOLDERS else folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
-def forget(folder: Path):
+def forget(folder):
     """As if the process had ended."""
     output_folder._open.pop(folder.resolve(), None)
     output_folder._locks.pop(folder.resolve(), None)
@@ -61,15 +60,15 @@ def forget(folder: Path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", [*NAMES, ".overwritten", ".deleting"])
-def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path: Path, name: str, overwrite: bool):
+def test_a_name_of_a_run_without_a_run_is_the_users(tmp_path, name, overwrite):
     put(tmp_path, name, "seed: 1")
-    with untouched(tmp_path), pytest.raises(UserError, match=name) as refused:
+    with untouched(tmp_path), user_error(name) as refused:
         reserve(tmp_path).prepare(overwrite, not overwrite)
     assert str(tmp_path) in str(refused.value)
     assert "move it away" in str(refused.value)
 
 
-def test_other_files_do_not_matter_and_stay(tmp_path: Path):
+def test_other_files_do_not_matter_and_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / ".writable").write_text("mine")
     with untouched(tmp_path):
@@ -78,14 +77,14 @@ def test_other_files_do_not_matter_and_stay(tmp_path: Path):
         give_up(tmp_path)
 
 
-def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path: Path):
+def test_a_new_folder_goes_again_with_the_folders_above_it(tmp_path):
     with untouched(tmp_path):
-        reserve(tmp_path / "a" / "b").prepare(False, True)
-        give_up(tmp_path / "a" / "b")
+        reserve(tmp_path / "a/b").prepare(False, True)
+        give_up(tmp_path / "a/b")
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overwrite: bool):
+def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path, overwrite):
     """A resumed run may have written the files of its start-up again, an overwriting one all of them."""
     out = a_run(tmp_path / "out", "tokenizer")
     with untouched(out):
@@ -97,7 +96,7 @@ def test_a_start_that_is_given_up_leaves_the_run_as_it_was(tmp_path: Path, overw
         give_up(out)
 
 
-def test_overwriting_removes_what_the_run_has_made(tmp_path: Path):
+def test_overwriting_removes_what_the_run_has_made(tmp_path):
     out = a_run(tmp_path / "out", "tokenizer")
     put(out, "notes.txt", "mine")
     reservation = reserve(out)
@@ -109,14 +108,14 @@ def test_overwriting_removes_what_the_run_has_made(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["base", "tokenizer"])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path: Path, name: str, overwrite: bool):
+def test_what_the_run_in_the_folder_has_not_made_is_the_users(tmp_path, name, overwrite):
     out = a_run(tmp_path / "out")
     put(out, name, "mine")
-    with untouched(out), pytest.raises(UserError, match=f"{name}, which the run there has not made"):
+    with untouched(out), user_error(f"{name}, which the run there has not made"):
         prepared(out, overwrite, not overwrite)
 
 
-def killed(folder: Path, work: Callable[[], None]):
+def killed(folder, work):
     """A start-up that ends there without a word, and the next one's repair."""
     work()
     forget(folder)
@@ -125,21 +124,21 @@ def killed(folder: Path, work: Callable[[], None]):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path: Path, overwrite: bool):
+def test_a_start_that_was_killed_is_undone_by_the_next_one(tmp_path, overwrite):
     out = a_run(tmp_path / "out", "tokenizer")
     put(out, "merged", "the user's, made from a checkpoint of a run that exports nothing")
     before = snapshot(out)
 
     def start():
         reserve(out).prepare(overwrite, not overwrite)
-        (out / "tokenizer" / "file").unlink(missing_ok=True)
+        (out / "tokenizer/file").unlink(missing_ok=True)
         put(out, "tokenizer", "new")
 
     killed(out, start)
     assert snapshot(out) == before
 
 
-def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path):
+def test_a_first_start_that_was_killed_leaves_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
 
     def start():
@@ -150,7 +149,7 @@ def test_a_first_start_that_was_killed_leaves_nothing(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", ".lock"}
 
 
-def orphan(folder: Path, seconds: float) -> int:
+def orphan(folder, seconds):
     """The process of another rank, which is left for some time; it has joined when this returns."""
     reader, writer = os.pipe()
     if child := os.fork():
@@ -162,12 +161,12 @@ def orphan(folder: Path, seconds: float) -> int:
     os._exit(0)
 
 
-def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(tmp_path, monkeypatch):
     """Rank 0's lock has gone with it; another one may still be writing its shard."""
     out = a_run(tmp_path / "out")
     child = orphan(out, 2)
     monkeypatch.setattr(output_folder, "_ORPHANS_S", 0.2)
-    with untouched(out), pytest.raises(UserError, match="ranks of an earlier run are left"):
+    with untouched(out), user_error("ranks of an earlier run are left"):
         reserve(out)
     monkeypatch.setattr(output_folder, "_ORPHANS_S", 60)
     reserve(out)
@@ -175,7 +174,7 @@ def test_a_run_begins_when_all_ranks_of_the_earlier_one_have_ended(tmp_path: Pat
     give_up(out)
 
 
-def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path):
+def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path):
     out = a_run(tmp_path / "out")
     join(out)
     join(out)
@@ -185,17 +184,17 @@ def test_a_rank_that_gives_the_folder_up_holds_it_no_longer(tmp_path: Path):
 
 
 @pytest.mark.parametrize("files", [["a.txt"], ["shared/config.json", "a.txt"], ["shared/config.json", "b/a.txt"]])
-def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path: Path, files: list[str]):
+def test_a_merged_folder_that_is_no_model_is_refused_before_training(tmp_path, files):
     out = a_run(tmp_path / "out")
     for file in files:
         put(out / "merged", file, "{}")
         (out / "merged" / file).parent.mkdir(parents=True, exist_ok=True)
-    with untouched(out), pytest.raises(UserError, match="--export_merged"):
+    with untouched(out), user_error("--export_merged"):
         prepared(out, False, True, True)
 
 
 @pytest.mark.parametrize("files", [[], ["config.json", "a.txt"], ["shared/config.json", "b/config.json"]])
-def test_models_are_replaced(tmp_path: Path, files: list[str]):
+def test_models_are_replaced(tmp_path, files):
     for file in files:
         put(tmp_path / "merged", file, "{}")
     check_merged(tmp_path / "merged")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -17,17 +16,16 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.config.training import TrainingArguments
 from mora_ds.data import PackedDataset, build_cache, load_corpus, load_tokenizer, train_sentencepiece
 from mora_ds.deploy.export import export_merged
 from mora_ds.models.loss import token_nll
 from mora_ds.train.pretrain import _total_steps
-from tests.helpers.gloo import run_ranks
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone, run_ranks
 from tests.helpers.jobs import (
     REPOSITORY,
-    Playground,
     assert_close_losses,
     environment,
     finished_run,
@@ -44,11 +42,11 @@ from tests.helpers.tables import rows as rows_of
 MERGING = ("--merge_every", 3, "--restart_warmup_steps", 1, "--max_steps", 8, "--eval_steps", 4)
 
 
-def perplexities(out: Path) -> list[tuple[int, dict[str, float]]]:
+def perplexities(out):
     return [(row["step"], row["eval"]) for row in rows(out) if "eval" in row]
 
 
-def assert_close_evals(one: Path, reference: Path):
+def assert_close_evals(one, reference):
     for (step, perplexity), (expected_step, expected) in zip(perplexities(one), perplexities(reference), strict=True):
         assert step == expected_step
         assert perplexity == pytest.approx(expected, rel=1e-5)
@@ -57,7 +55,7 @@ def assert_close_evals(one: Path, reference: Path):
 # -- one curve -----------------------------------------------------------------------------------------------------
 
 
-def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Playground, tmp_path: Path):
+def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user, tmp_path):
     """12 sequences a step, shared out in four ways, with two merges, embeddings and norms trained too."""
     more = (*MERGING, "--train_embeddings", "true", "--train_norms", "true", "--learning_rate", "5e-3")
     shares = [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 4, 1)]
@@ -79,7 +77,7 @@ def test_the_curve_is_the_same_for_1_2_and_3_ranks_and_any_accumulation(user: Pl
             assert_close(squares[name], expected[name], rtol=1e-3, atol=2e-5)
 
 
-def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path):
+def test_document_mask_can_be_turned_off(user, tmp_path):
     run(1, user.flags(tmp_path / "on"))
     run(1, user.flags(tmp_path / "off", "--no_document_mask"))
     assert not torch.equal(losses(tmp_path / "on"), losses(tmp_path / "off"))
@@ -88,17 +86,17 @@ def test_document_mask_can_be_turned_off(user: Playground, tmp_path: Path):
 # -- the control ---------------------------------------------------------------------------------------------------
 
 
-def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_path: Path):
+def test_full_training_under_zero3_with_export_and_resume(user, tmp_path):
     more = ("--adapter", "full", "--max_steps", 6, "--save_steps", 3, "--learning_rate", "1e-3")
     one = tmp_path / "one"
     two = tmp_path / "two"
-    run(1, user.flags(one, *more, "--per_device_train_batch_size", 4))
+    run(1, user.flags(one, *more, "--per_device_train_batch_size 4"))
     summary = run(2, user.flags(two, *more))
-    with pytest.raises(UserError, match=r"--adapter full.* resume the run with --export_merged"):
+    with user_error(r"--adapter full.* resume the run with --export_merged"):
         export_merged(two, tmp_path / "merged")
-    run(2, user.flags(two, *more, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
-    with pytest.raises(UserError, match=rf"--adapter full.* {two}/merged is its model"):
-        export_merged(two / "checkpoints" / "step-000003", tmp_path / "merged")
+    run(2, user.flags(two, *more, "--resume_from_checkpoint auto --export_merged true"))
+    with user_error(rf"--adapter full.* {two}/merged is its model"):
+        export_merged(two / "checkpoints/step-000003", tmp_path / "merged")
     assert summary["trainable_params"] == summary["total_params"]
     assert_close_losses(two, one)
     model = AutoModelForCausalLM.from_pretrained(two / "merged")
@@ -110,55 +108,55 @@ def test_full_training_under_zero3_with_export_and_resume(user: Playground, tmp_
         perplexity = torch.tensor(token_nll(model, batch).item() / predicted).exp().item()
     assert perplexity == pytest.approx(summary["perplexity_after"]["held"], rel=1e-5)
     again = tmp_path / "again"
-    run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints" / "step-000003"))
+    run(2, user.flags(again, *more, "--resume_from_checkpoint", two / "checkpoints/step-000003"))
     assert torch.equal(losses(again), losses(two)[3:])
 
 
 # -- where text and model come from --------------------------------------------------------------------------------
 
 
-def test_the_same_documents_in_another_format_give_the_same_run(user: Playground, tmp_path: Path):
+def test_the_same_documents_in_another_format_give_the_same_run(user, tmp_path):
     """Other formats give the same documents: tests/data/test_readers.py."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"body": user.texts()}), folder / "a.parquet")
     run(1, user.flags(tmp_path / "jsonl"))
-    run(1, user.flags(tmp_path / "parquet", "--train_files", folder / "*.parquet", "--text_column", "body"))
+    run(1, user.flags(tmp_path / "parquet", "--train_files", folder / "*.parquet", "--text_column body"))
     assert torch.equal(losses(tmp_path / "parquet"), losses(tmp_path / "jsonl"))
 
 
-def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user: Playground, tmp_path: Path, out: Path):
-    config = str(REPOSITORY / "configs" / "models" / "tiny_llama.json")
+def test_a_fresh_model_with_a_tokenizer_trained_on_the_corpus(user, tmp_path, out):
+    config = str(REPOSITORY / "configs/models/tiny_llama.json")
     fresh = ["--model_config", config, "--train_tokenizer_vocab", "420"]
-    argv = user.flags(out, "--save_steps", 3, "--merge_every", 2, "--restart_warmup_steps", 1)
+    argv = user.flags(out, "--save_steps 3 --merge_every 2 --restart_warmup_steps 1")
     at = argv.index("--model_name_or_path")
     argv[at : at + 2] = fresh
     run(1, [*argv, "--export_merged", "true", "--train_embeddings", "true"])
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     assert model.config.vocab_size == 420 == len(tokenizer)
-    export_merged(out / "checkpoints" / "latest", tmp_path / "verified", verify=True)
+    export_merged(out / "checkpoints/latest", tmp_path / "verified", verify=True)
     whole = losses(out)
-    tokenizer_file = (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns
-    shutil.rmtree(out / "checkpoints" / "step-000006")
+    tokenizer_file = (out / "tokenizer/tokenizer.model").stat().st_mtime_ns
+    shutil.rmtree(out / "checkpoints/step-000006")
     run(1, [*argv, "--train_embeddings", "true", "--resume_from_checkpoint", "auto"])
     assert torch.equal(losses(out), whole)
-    assert (out / "tokenizer" / "tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
+    assert (out / "tokenizer/tokenizer.model").stat().st_mtime_ns == tokenizer_file, "trained once"
 
 
-def test_a_tokenizer_that_was_trained_before(user: Playground, out: Path, tmp_path: Path):
+def test_a_tokenizer_that_was_trained_before(user, out, tmp_path):
     path = train_sentencepiece(user.texts(), 380, tmp_path)
-    run(1, user.flags(out, "--tokenizer_name", path, "--export_merged", "true"))
+    run(1, user.flags(out, "--tokenizer_name", path, "--export_merged true"))
     exported = AutoTokenizer.from_pretrained(out / "merged")
     assert exported("def f(x):")["input_ids"] == load_tokenizer(path)("def f(x):")["input_ids"]
 
 
-def test_epochs_in_place_of_steps(user: Playground, tmp_path: Path):
+def test_epochs_in_place_of_steps(user, tmp_path):
     """Every block once an epoch, rounded up to whole steps."""
     more = ("--max_steps", -1, "--per_device_train_batch_size", 16, "--num_train_epochs", 1)
     one = run(1, user.flags(tmp_path / "one", *more))
     assert one["tokens"] == one["steps"] * 16 * 32
-    assert yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())["resolved"]["steps"] == one["steps"]
+    assert yaml.safe_load((tmp_path / "one/run.yaml").read_text())["resolved"]["steps"] == one["steps"]
 
 
 EPOCHS = """
@@ -173,7 +171,7 @@ EPOCHS = """
 
 
 @pytest.mark.parametrize("row", rows_of(EPOCHS), ids=" ".join)
-def test_parts_of_an_epoch(row: tuple[str, ...]):
+def test_parts_of_an_epoch(row):
     """1.1 times 10 is more than 11 in floating point, which must not cost a step."""
     epochs, blocks, ranks, steps = map(parsed, row)
     training = TrainingArguments(max_steps=-1, num_train_epochs=epochs, per_device_train_batch_size=4)
@@ -184,7 +182,7 @@ def test_parts_of_an_epoch(row: tuple[str, ...]):
 
 
 @pytest.fixture(scope="module")
-def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(user, tmp_path_factory):
     """The run that settings which only change how it is computed must repeat."""
     return finished_run(1, user, tmp_path_factory, *MERGING, "--per_device_train_batch_size", 4)
 
@@ -192,39 +190,39 @@ def plain(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "setting",
     [
-        ("--deepspeed", REPOSITORY / "configs" / "zero1.json"),
-        ("--deepspeed", REPOSITORY / "configs" / "zero2.json", "--gradient_checkpointing", "true"),
-        ("--deepspeed", REPOSITORY / "configs" / "zero3_offload_optimizer.json"),
+        ("--deepspeed", REPOSITORY / "configs/zero1.json"),
+        ("--deepspeed", REPOSITORY / "configs/zero2.json", "--gradient_checkpointing", "true"),
+        ("--deepspeed", REPOSITORY / "configs/zero3_offload_optimizer.json"),
     ],
     ids=["zero1", "zero2, checkpointing", "offload"],
 )
-def test_how_it_is_computed_changes_nothing(user: Playground, plain: Path, tmp_path: Path, setting: Any):
+def test_how_it_is_computed_changes_nothing(user, plain, tmp_path, setting):
     run(2, user.flags(tmp_path / "out", *MERGING, *setting))
     assert_close_losses(tmp_path / "out", plain, rtol=2e-6)
     assert_close_evals(tmp_path / "out", plain)
 
 
-def test_bf16(user: Playground, plain: Path, tmp_path: Path, out: Path):
+def test_bf16(user, plain, tmp_path, out):
     """Of every ZeRO stage: tests/engine/test_precision.py."""
-    run(2, user.flags(out, *MERGING, "--bf16", "true"))
+    run(2, user.flags(out, *MERGING, "--bf16 true"))
     assert_close_losses(out, plain, rtol=0, atol=0.02)
-    report = export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
+    report = export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
     assert report.dtype == "bfloat16"
     assert report.comparison is not None
 
 
-def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Path, out: Path):
+def test_tied_embeddings_are_trained_and_exported(user, tmp_path, out):
     model = tiny_model(vocab_size=400, tie_word_embeddings=True)
     shutil.copytree(user.model, tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    trained = ("--train_embeddings", "true", "--train_norms", "true", "--save_steps", 5)
-    argv = user.flags(out, *MERGING, *trained, "--model_name_or_path", tmp_path / "model")
+    trained = "--train_embeddings true --train_norms true --save_steps 5"
+    argv = user.flags(out, *MERGING, trained, "--model_name_or_path", tmp_path / "model")
     summary = run(2, [*argv, "--export_merged", "true"])
     assert summary["trainable_params"] > 400 * 32
     exported = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert not torch.equal(exported.lm_head.weight, model.lm_head.weight)
-    export_merged(out / "checkpoints" / "latest", tmp_path / "merged", verify=True)
+    export_merged(out / "checkpoints/latest", tmp_path / "merged", verify=True)
     ids = AutoTokenizer.from_pretrained(out / "merged")("def f", return_tensors="pt", return_token_type_ids=False)
     assert exported.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1]
 
@@ -232,7 +230,7 @@ def test_tied_embeddings_are_trained_and_exported(user: Playground, tmp_path: Pa
 # -- as users call it ----------------------------------------------------------------------------------------------
 
 
-def assert_fit_for_reading(done: subprocess.CompletedProcess[str]):
+def assert_fit_for_reading(done):
     """The run of the recipe below: what a person reads before its first step and after its last, no bar in a file, and
     no line that a terminal would break."""
     before, _, after = done.stdout.partition("step 4/4")
@@ -258,13 +256,13 @@ def assert_fit_for_reading(done: subprocess.CompletedProcess[str]):
     assert not [line for line in own_lines if len(line) > 120]
 
 
-def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path):
+def test_recipe_flags_and_run_yaml(user, tmp_path):
     """A recipe with relative paths, flags over it, in a folder with a space in its name; then run.yaml as a recipe."""
     folder = tmp_path / "my work"
     shutil.copytree(user.model, folder / "a model")
     shutil.copy(user.train, folder / "some text.jsonl")
     recipe = {
-        "deepspeed": str(REPOSITORY / "configs" / "zero3.json"), "model_name_or_path": "a model", "max_steps": 4,
+        "deepspeed": str(REPOSITORY / "configs/zero3.json"), "model_name_or_path": "a model", "max_steps": 4,
         "train_files": ["some text.jsonl"], "output_dir": "my run", "cache_dir": "cache", "mora_rank": 4, "seq_len": 32,
         "per_device_train_batch_size": 2, "learning_rate": "1e-2", "compute": "weight",
     }  # fmt: skip
@@ -284,46 +282,44 @@ def test_recipe_flags_and_run_yaml(user: Playground, tmp_path: Path):
 
 
 @pytest.fixture(autouse=True)
-def _stay_here() -> Any:
+def _stay_here():
     here = Path.cwd()
     yield
     os.chdir(here)
 
 
-def job_with_home(home: str, argv: list[str]) -> dict[str, Any]:
+def job_with_home(home, argv):
     os.environ["HOME"] = home
     return job(argv)
 
 
-def test_a_tilde_is_expanded_where_no_shell_has_done_it(user: Playground, tmp_path: Path):
+def test_a_tilde_is_expanded_where_no_shell_has_done_it(user, tmp_path):
     """As in a YAML recipe, or behind --flag=~/..."""
     shutil.copytree(user.model, tmp_path / "model")
     shutil.copy(user.train, tmp_path / "train.jsonl")
     shutil.copy(user.flags("x")[1], tmp_path / "zero3.json")
-    argv = user.flags(
-        "~/out", "--cache_dir", "~/cache", "--model_name_or_path", "~/model", "--train_files", "~/train.jsonl"
-    )
-    run_ranks(1, job_with_home, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
-    assert (tmp_path / "out" / "summary.json").is_file()
+    argv = user.flags("~/out", "--cache_dir ~/cache --model_name_or_path ~/model --train_files ~/train.jsonl")
+    run_alone(job_with_home, str(tmp_path), [*argv, "--deepspeed", "~/zero3.json", "--save_steps", "3"])
+    assert (tmp_path / "out/summary.json").is_file()
     assert (tmp_path / "cache").is_dir()
     resume = ["--deepspeed", "~/zero3.json", "--resume_from_checkpoint", "~/out/checkpoints/step-000003"]
-    run_ranks(1, job_with_home, str(tmp_path), [*argv, *resume])
+    run_alone(job_with_home, str(tmp_path), [*argv, *resume])
     assert not Path("~").exists()
 
 
-def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user: Playground, tmp_path: Path):
+def test_torchrun_and_a_cache_shared_by_two_runs_at_once(user, tmp_path):
     """Two runs start together on an empty cache; both end with the same losses."""
     argvs = [user.flags(tmp_path / name, "--cache_dir", tmp_path / "cache") for name in ("one", "two")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    command.append(str(REPOSITORY / "launch" / "pretrain.py"))
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    command.append(str(REPOSITORY / "launch/pretrain.py"))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for process in [subprocess.Popen([*command, *argv], cwd=tmp_path, env=environment(), **pipes) for argv in argvs]:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
     assert torch.equal(losses(tmp_path / "one"), losses(tmp_path / "two"))
 
 
-def test_summary_and_files_of_a_run(plain: Path):
+def test_summary_and_files_of_a_run(plain):
     summary = read_json(plain / "summary.json")
     assert {
         "steps", "tokens", "trainable_params", "total_params", "merges", "perplexity_before", "perplexity_after",
@@ -341,20 +337,20 @@ def test_summary_and_files_of_a_run(plain: Path):
 # -- several nodes -----------------------------------------------------------------------------------------------------
 
 
-def job_of_a_node(argv: list[str]) -> dict[str, Any]:
+def job_of_a_node(argv):
     """Every rank is the first of its node, and all nodes see the same folder."""
     os.environ["LOCAL_RANK"] = "0"
     return job(argv)
 
 
-def test_nodes_that_share_the_output_folder(user: Playground, tmp_path: Path):
+def test_nodes_that_share_the_output_folder(user, tmp_path):
     out = tmp_path / "nodes"
     one = tmp_path / "one"
-    short = user.flags(out, *MERGING, "--save_steps", 4)
+    short = user.flags(out, *MERGING, "--save_steps 4")
     summaries = run_ranks(3, job_of_a_node, short)
     assert [summary["merges"] for summary in summaries] == [2, 2, 2]
-    shutil.rmtree(out / "checkpoints" / "step-000008")
+    shutil.rmtree(out / "checkpoints/step-000008")
     again = run_ranks(3, job_of_a_node, [*short, "--resume_from_checkpoint", "auto"])
     assert [summary["steps"] for summary in again] == [8, 8, 8]
-    run(1, user.flags(one, *MERGING, "--per_device_train_batch_size", 6))
+    run(1, user.flags(one, *MERGING, "--per_device_train_batch_size 6"))
     assert_close_losses(out, one, rtol=1e-4)

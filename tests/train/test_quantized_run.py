@@ -3,24 +3,20 @@
 import os
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoConfig
 
 import mora_ds
 from mora_ds.adapters import nf4
-from mora_ds.adapters.config import AdapterConfig, LoRAConfig, MoRAConfig
+from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.adapters.inject import frozen_buffers, inject, mora_layers
 from mora_ds.adapters.ops.delta import live_weight
 from mora_ds.adapters.ops.int8 import quantize
 from mora_ds.adapters.ops.terms import join
-from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
 from mora_ds.config.validate import validate
 from mora_ds.deploy.adapter_io import load_adapter
@@ -29,14 +25,15 @@ from mora_ds.engine.ds_config import complete_ds_config
 from mora_ds.engine.initialize import initialize
 from mora_ds.engine.traffic import CollectiveCounter
 from mora_ds.models.base import BaseCheckpoint, write_own_base
-from mora_ds.planning.plan import Cluster, Plan, Planner, recommend
+from mora_ds.planning.plan import Cluster, Planner, recommend
 from mora_ds.planning.report import as_json, report, verdict
 from mora_ds.planning.step import Work, measure_step, planned_model
 from mora_ds.remora.ledger import Ledger
 from mora_ds.train.dry_run import planned
 from tests.helpers.engines import ds_config
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, refusal, run
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import refusal, run
 from tests.helpers.models import FAMILIES, causal_loss, tiny_model, tokens
 from tests.helpers.pool import run_pooled
 from tests.helpers.resume import MERGING, assert_same_run, stop_and_resume
@@ -47,7 +44,7 @@ packed = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the
 BITS = [8, pytest.param(4, marks=packed)]
 
 
-def step_of(engine: Any, step: int) -> float:
+def step_of(engine, step):
     """Train on this rank's rows of a step. Returns the mean loss over all ranks."""
     world = dist.get_world_size()
     rank = dist.get_rank()
@@ -59,7 +56,7 @@ def step_of(engine: Any, step: int) -> float:
     return mean.item() / world
 
 
-def quantized(model: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def quantized(model):
     """Module -> its weight in few bits, and scales."""
     layers = mora_layers(model)
     return {name: (layer.weight.clone(), layer.get_buffer("weight_scales").clone()) for name, layer in layers.items()}
@@ -68,7 +65,7 @@ def quantized(model: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 # -- merges in loops of a user's own ----------------------------------------------------------------------------------
 
 
-def assert_rounded_once(layers: dict[str, tuple[Tensor, Tensor]], base: BaseCheckpoint, ledger: Ledger | None):
+def assert_rounded_once(layers, base, ledger):
     for name, (values, scales) in layers.items():
         updates = [] if ledger is None else ledger.squares_of(name)
         exact = quantize(live_weight(base.read(f"{name}.weight"), updates, False, torch.float32))
@@ -76,7 +73,7 @@ def assert_rounded_once(layers: dict[str, tuple[Tensor, Tensor]], base: BaseChec
         assert torch.equal(scales, exact[1]), name
 
 
-def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int, dtype: str = "float32") -> dict[str, Any]:
+def loop_of(folder, config, stage, merges, dtype="float32"):
     """Steps of this rank of several, with a merge after each but the last two."""
     world = dist.get_world_size()
     os.chdir(folder)
@@ -106,12 +103,12 @@ def loop_of(folder: str, config: AdapterConfig, stage: int, merges: int, dtype: 
 
 
 @pytest.mark.parametrize("file_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.heavy)])
-def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(tmp_path: Path, file_dtype: str):
+def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_once(tmp_path, file_dtype):
     """In bf16, on a base whose files are in the same dtype or another: the same numbers, rounded."""
     write_own_base(tiny_model("llama", dtype=getattr(torch, file_dtype)), tmp_path / "base")
     results = run_pooled(2, loop_of, str(tmp_path), SHARE, 3, 10, "bfloat16")
     base = BaseCheckpoint.open(tmp_path / "base")
-    ledger = Ledger.open(tmp_path / "out-2" / "ledger")
+    ledger = Ledger.open(tmp_path / "out-2/ledger")
     assert ledger.cycles == 10
     for result in results:
         assert_rounded_once(result["at_first"], base, None)
@@ -126,14 +123,14 @@ def test_after_ten_merges_every_rank_holds_the_original_plus_all_deltas_rounded_
 
 
 IN_4_BITS = replace(SHARE, base_bits=4)
-LOOPS: list[tuple[AdapterConfig, int]] = [
+LOOPS = [
     (replace(IN_4_BITS, grouping="alternate"), 3),
     (replace(IN_4_BITS, compute="weight"), 2),
     (MoRAConfig(rank=4, operator="rotate", compute="activation", base_bits=4), 1),
     (MoRAConfig(rank=4, operator="decouple", dropout=0.1, base_bits=4), 1),
     (LoRAConfig(rank=4, base_bits=4), 3),
 ]
-LOOPS_IN_8_BITS: list[tuple[AdapterConfig, int]] = [
+LOOPS_IN_8_BITS = [
     (MoRAConfig(rank=4, operator="rotate", compute="activation", base_bits=8), 2),
     (MoRAConfig(rank=4, operator="decouple", compute="weight", base_bits=8), 3),
     (MoRAConfig(rank=4, operator="truncate", base_bits=8), 1),
@@ -142,12 +139,12 @@ LOOPS_IN_8_BITS: list[tuple[AdapterConfig, int]] = [
 ]
 
 
-def heavy(cases: list[tuple[AdapterConfig, int]]) -> list[Any]:
+def heavy(cases):
     return [pytest.param(*case, marks=pytest.mark.heavy) for case in cases]
 
 
 @pytest.mark.parametrize("config, stage", [(replace(SHARE, compute="weight"), 3), *heavy(LOOPS_IN_8_BITS)])
-def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterConfig, stage: int):
+def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path, config, stage):
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_pooled(1, loop_of, str(tmp_path), config, stage, 0)[0]
     for result in run_pooled(2, loop_of, str(tmp_path), config, stage, 0):
@@ -157,13 +154,13 @@ def test_ranks_train_alike_on_a_base_in_8_bits(tmp_path: Path, config: AdapterCo
 
 @packed
 @pytest.mark.parametrize("config, stage", [(IN_4_BITS, 3), *heavy(LOOPS)])
-def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path: Path, config: AdapterConfig, stage: int):
+def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path, config, stage):
     """Two ranks are one, no byte of the base is sent, and what a checkpoint loads is what the run had."""
     write_own_base(tiny_model("llama"), tmp_path / "base")
     one = run_pooled(1, loop_of, str(tmp_path), config, stage, 3)[0]
     two = run_pooled(2, loop_of, str(tmp_path), config, stage, 3)
     base = BaseCheckpoint.open(tmp_path / "base")
-    ledger = Ledger.open(tmp_path / "out-2" / "ledger")
+    ledger = Ledger.open(tmp_path / "out-2/ledger")
     loaded = mora_layers(load_adapter(tmp_path / "base", tmp_path / "out-2"))
     for result in two:
         if not config.dropout:
@@ -186,9 +183,9 @@ def test_ranks_hold_the_originals_bits_and_the_ledgers_matrices(tmp_path: Path, 
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def exact_export(out: Path, model: Path) -> dict[str, Tensor]:
+def exact_export(out, model):
     """The original plus all deltas and the live matrices, by the checkpoint's own files."""
-    latest = out / "checkpoints" / "latest"
+    latest = out / "checkpoints/latest"
     adapter = load_file(latest / "adapter.safetensors")
     base = BaseCheckpoint.open(model)
     ledger = Ledger.open(latest / "ledger")
@@ -205,9 +202,7 @@ def exact_export(out: Path, model: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
-def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
-    user: Playground, tmp_path: Path, out: Path, ranks: int, bits: int
-):
+def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(user, tmp_path, out, ranks, bits):
     """The export knows nothing of few bits: originals and deltas, in fp32."""
     whole = tmp_path / "whole"
     flags = (*MERGING, "--base_bits", bits, "--per_device_train_batch_size", 2)
@@ -219,11 +214,11 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
     comparison = export_merged(out, tmp_path / "merged", verify=True).comparison
     assert comparison is not None
     assert comparison.error < 0.6 * comparison.tolerance
-    exported = load_file(tmp_path / "merged" / "model.safetensors")
+    exported = load_file(tmp_path / "merged/model.safetensors")
     expected = exact_export(out, user.model)
     assert expected
     assert all(torch.equal(exported[name], weight) for name, weight in expected.items())
-    message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint", "auto"))
+    message = refusal(user.flags(out, *MERGING, "--resume_from_checkpoint auto"))
     assert f"--base_bits: {bits} there, 16 here" in message
 
 
@@ -232,12 +227,12 @@ def test_killed_and_resumed_is_uninterrupted_and_the_export_is_exact(
 SHAPE = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4}
 
 
-def work_of(bits: int, compute: str = "auto") -> Work:
+def work_of(bits, compute="auto"):
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], **SHAPE})
     return Work(config, replace(SHARE, rank=8, compute=compute, base_bits=bits), 64, 2, torch.bfloat16)
 
 
-def plan_of(bits: int, compute: str) -> Plan:
+def plan_of(bits, compute):
     work = work_of(bits, compute)
     numels = [parameter.numel() for parameter in planned_model(work).parameters()]
     zero3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}}
@@ -245,7 +240,7 @@ def plan_of(bits: int, compute: str) -> Plan:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch: pytest.MonkeyPatch, bits: int):
+def test_a_plan_counts_numbers_and_scales_and_what_a_merge_adds(monkeypatch, bits):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)  # a plan needs no package
     compute = "activation" if bits == 4 else "auto"  # nothing but index tables then outlives a layer's call
     small = plan_of(bits, compute)
@@ -295,7 +290,7 @@ def test_a_recommendation_knows_of_few_bits():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_dry_run_says_it(user: Playground, bits: int):
+def test_a_dry_run_says_it(user, bits):
     flags = ["--model_name_or_path", str(user.model), "--dry_run", "--mora_rank", "4", "--base_bits", str(bits)]
     validate(parse(flags))
     plan, _ = planned(parse(flags), world=2)
@@ -306,22 +301,22 @@ def test_a_dry_run_says_it(user: Playground, bits: int):
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def refused_by_the_plugin(folder: Path, bits: int):
+def refused_by_the_plugin(folder, bits):
     """For `run_ranks`."""
     config = replace(SHARE, base_bits=bits)
     models = [tiny_model("llama"), tiny_model("llama")]
     for model in models:
         inject(model, config)
-    with pytest.raises(UserError, match="--tensor_parallel_size 2"):
+    with user_error("--tensor_parallel_size 2"):
         initialize(model=models[0], config=ds_config(3, 2, 1), tensor_parallel_size=2)
     engine, *_ = initialize(model=models[1], config=ds_config(3, 2, 1))
     another = tiny_model("llama")
     another.model.layers[1].mlp.down_proj.weight.data.neg_()
     write_own_base(another, folder / "other")
-    with pytest.raises(UserError, match=f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"):
+    with user_error(f"down_proj.weight of the model is not, in {bits} bits.*{folder / 'other'}"):
         mora_ds.Run(engine, base=folder / "other", folder=folder / "out")
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_split_layers_and_another_base_are_refused(tmp_path: Path, bits: int):
-    run_ranks(1, refused_by_the_plugin, tmp_path, bits)
+def test_split_layers_and_another_base_are_refused(tmp_path, bits):
+    run_alone(refused_by_the_plugin, tmp_path, bits)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ LONG = (
 
 _7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 _LLAMA_3 = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES = {
     "1b": {
         "model_type": "olmo2", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 16, "vocab_size": 100_352, "max_position_embeddings": 4096,
@@ -47,11 +46,11 @@ PARAMETERS = {"1b": 1.485e9, "7b": 6.74e9, "8b": 8.03e9, "70b": 70.55e9, "250m":
 BATCH = re.compile(r"# (\d+(?: x \d+)*)(?: groups \(\d+ GPUs\)| x (\d+) GPUs) = (\d+) sequences")
 
 
-def size_of(path: Path) -> str:
+def size_of(path):
     return next((word for word in path.stem.split("_") if word in PARAMETERS), "7b")
 
 
-def model_config(size: str, folder: Path) -> Path:
+def model_config(size, folder):
     """The shipped one of a model that is trained from scratch; otherwise one of the size that the recipe is for."""
     shipped = CONFIGS / "models" / f"llama_{size}.json"
     if shipped.is_file():
@@ -65,12 +64,10 @@ def model_config(size: str, folder: Path) -> Path:
     "path",
     [pytest.param(path, marks=pytest.mark.heavy if path.stem in LONG else (), id=path.stem) for path in RECIPES],
 )
-def test_recipes_are_planned(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_recipes_are_planned(path, tmp_path, monkeypatch, capsys):
     """--dry_run on as many ranks as the recipe is for: of the right model, within the device that its plan names."""
     size = size_of(path)
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text()
     asked = re.search(r"mora-ds plan .*--gpus (\d+) --gpu_memory (\d+)", text)
     ranks, memory = (int(asked[1]), float(asked[2])) if asked else (8, 80.0)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -96,28 +93,26 @@ def test_recipes_are_planned(
         sent = re.search(r"sent a step and GPU +([\d.]+) GB", told)
         assert sent is not None
         assert float(said[1]) == round(float(sent[1]), 1)
-    page = (CONFIGS.parent / "docs" / "recipes" / "choosing.md").read_text(encoding="utf-8")
+    page = (CONFIGS.parent / "docs/recipes/choosing.md").read_text()
     (row,) = (line for line in page.splitlines() if line.startswith("|") and f"`{path.stem}`" in line)
     peaks = [float(number) for number in re.findall(r"[\d.]+", row.split("|")[4])]
     assert any(peak == pytest.approx(float(highest[1]), abs=0.06) for peak in peaks), row
 
 
-def tier_rows() -> list[Any]:
+def tier_rows():
     """Name and flags of every row of runs on the page of experiments."""
-    page = (CONFIGS.parent / "docs" / "recipes" / "tiers.md").read_text(encoding="utf-8")
+    page = (CONFIGS.parent / "docs/recipes/tiers.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` \| (?:`([^`]+)` )?\|$", page, re.MULTILINE)
     return [pytest.param(flags.split(), id=name) for name, flags in rows]
 
 
 @pytest.mark.parametrize("flags", tier_rows())
-def test_experiments_are_planned(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_experiments_are_planned(flags, tmp_path, monkeypatch, capsys):
     """Every method at the size of tier A, on its 8 GPUs of 80 GB and with its batch."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.chdir(CONFIGS.parent)
     recipe = [
-        str(CONFIGS / "recipes" / "tier_a_olmo2_1b.yaml"),
+        str(CONFIGS / "recipes/tier_a_olmo2_1b.yaml"),
         "--model_name_or_path",
         str(model_config("1b", tmp_path)),
     ]
@@ -128,16 +123,16 @@ def test_experiments_are_planned(
 
 
 @pytest.mark.parametrize("size", ["250m", "1b3"])
-def test_shapes_of_the_paper_have_their_sizes(size: str):
+def test_shapes_of_the_paper_have_their_sizes(size):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_model_config(CONFIGS / "models" / f"llama_{size}.json"))
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PARAMETERS[size], rel=0.01)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_batches_are_what_the_comments_say(path: Path):
+def test_batches_are_what_the_comments_say(path):
     training = parse([str(path)]).training
-    matched = BATCH.search(path.read_text(encoding="utf-8"))
+    matched = BATCH.search(path.read_text())
     assert matched is not None
     factors = [int(number) for number in (matched[1] + (f" x {matched[2]}" if matched[2] else "")).split(" x ")]
     assert math.prod(factors) == int(matched[3])

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,9 +13,8 @@ from mora_ds.config.arguments import parse
 from mora_ds.runtime import signals
 from mora_ds.train import pretrain as program
 from tests.helpers.damage import another_base
-from tests.helpers.gloo import run_ranks
+from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import (
-    Playground,
     curve,
     finished_run,
     losses,
@@ -35,7 +33,7 @@ from tests.helpers.resume import (
 )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tmp_path: Path, out: Path):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user, tmp_path, out):
     more = (*MERGING, "--mora_dropout", 0.2, "--train_norms", "true")
     whole = tmp_path / "whole"
     run(2, user.flags(whole, *more))
@@ -46,23 +44,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(user: Playground, tm
 
 
 @pytest.fixture(scope="module")
-def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(user, tmp_path_factory):
     """An uninterrupted run with all its checkpoints."""
     return finished_run(1, user, tmp_path_factory, *MERGING)
 
 
 @pytest.fixture
-def copied(whole: Path, tmp_path: Path) -> Path:
+def copied(whole, tmp_path):
     """A copy of that run, which goes on in it."""
     return Path(shutil.copytree(whole, tmp_path / "out", symlinks=True))
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, copied: Path, whole: Path, step: int):
+def test_resume_from_a_path_rolls_the_ledger_back(user, copied, whole, step):
     """From before the first merge, with both merges done since, and from right after the second."""
     checkpoint = copied / "checkpoints" / f"step-{step:06d}"
-    run_ranks(1, interrupted_job, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
-    ledger = read_json(copied / "ledger" / "ledger.json")
+    run_alone(interrupted_job, user.flags(copied, *MERGING, "--resume_from_checkpoint", checkpoint), step + 1)
+    ledger = read_json(copied / "ledger/ledger.json")
     assert [cycle["step"] for cycle in ledger["cycles"]] == ([3] if step == 2 else [3, 6])
     assert len(list((copied / "ledger").glob("cycle-*"))) == len(ledger["cycles"])
     assert max(row["step"] for row in rows(copied)) == step + 1
@@ -70,75 +68,75 @@ def test_resume_from_a_path_rolls_the_ledger_back(user: Playground, copied: Path
     assert_same_run(copied, whole)
 
 
-def stopped_at_once(argv: list[str]):
+def stopped_at_once(argv):
     """A run that is asked to stop from the start. For `run_ranks`."""
     with mock.patch.object(signals, "requested", lambda: True), pytest.raises(Stopped):
         program.pretrain(parse(argv))
 
 
-def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user: Playground, copied: Path):
+def test_a_run_that_stops_within_a_pending_evaluation_leaves_its_branch(user, copied):
     """Its checkpoint is the one that `auto` goes on from, not the newest one of the branch."""
-    checkpoint = copied / "checkpoints" / "step-000004"
-    run_ranks(1, stopped_at_once, user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
-    assert (copied / "checkpoints" / "latest").resolve() == checkpoint.resolve()
+    checkpoint = copied / "checkpoints/step-000004"
+    run_alone(stopped_at_once, user.flags(copied, *MERGING, "--resume_from_checkpoint", str(checkpoint)))
+    assert (copied / "checkpoints/latest").resolve() == checkpoint.resolve()
 
 
-def test_a_resume_tells_which_settings_have_changed(user: Playground, copied: Path, tmp_path: Path):
+def test_a_resume_tells_which_settings_have_changed(user, copied, tmp_path):
     start = "changed since the run was last started: "
-    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 10)
+    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 10")
     flags = [*longer, "--learning_rate", "0.5", "--lr_scheduler_type", "constant"]
-    (told,) = run_ranks(1, printed, [*flags, "--cache_dir", str(tmp_path / "cache")])
+    told = run_alone(printed, [*flags, "--cache_dir", str(tmp_path / "cache")])
     (line,) = [line for line in told.splitlines() if line.startswith(start)]
     assert line.removeprefix(start).split(", ") == [
         "--max_steps 9 -> 10", "--learning_rate 0.01 -> 0.5", "--lr_scheduler_type linear -> constant"
     ]  # fmt: skip
-    (told,) = run_ranks(1, printed, flags)
+    told = run_alone(printed, flags)
     assert start not in told
 
 
-def test_resume_into_a_new_folder(user: Playground, whole: Path, tmp_path: Path):
+def test_resume_into_a_new_folder(user, whole, tmp_path):
     out = tmp_path / "elsewhere"
-    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints" / "step-000006"))
+    run(1, user.flags(out, *MERGING, "--resume_from_checkpoint", whole / "checkpoints/step-000006"))
     assert_same_tensors(checkpoint_tensors(out), checkpoint_tensors(whole))
     assert torch.equal(losses(out), losses(whole)[6:])
 
 
-def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user: Playground, copied: Path):
+def test_resume_of_a_finished_run_trains_nothing_and_can_still_export(user, copied):
     before = curve(copied)
-    manifest = (copied / "checkpoints" / "latest" / "manifest.json").read_bytes()
-    summary = run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--export_merged", "true"))
+    manifest = (copied / "checkpoints/latest/manifest.json").read_bytes()
+    summary = run(1, user.flags(copied, *MERGING, "--resume_from_checkpoint auto --export_merged true"))
     assert curve(copied) == before
-    assert (copied / "checkpoints" / "latest" / "manifest.json").read_bytes() == manifest
+    assert (copied / "checkpoints/latest/manifest.json").read_bytes() == manifest
     assert (summary["steps"], summary["merges"]) == (9, 2)
-    assert (copied / "merged" / "model.safetensors").is_file()
+    assert (copied / "merged/model.safetensors").is_file()
 
 
-def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(user: Playground, copied: Path, whole: Path):
-    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 12)
-    assert "it was on its way to 9 steps and has 12 now" in run_ranks(1, printed, longer)[0]
+def test_a_larger_number_of_steps_extends_a_run_and_says_what_that_does(user, copied, whole):
+    longer = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 12")
+    assert "it was on its way to 9 steps and has 12 now" in run_alone(printed, longer)
     assert torch.equal(losses(copied)[:9], losses(whole))
     assert len(losses(copied)) == 12
-    shorter = user.flags(copied, *MERGING, "--resume_from_checkpoint", "auto", "--max_steps", 7)
+    shorter = user.flags(copied, *MERGING, "--resume_from_checkpoint auto --max_steps 7")
     message = refusal(shorter)
     assert "--max_steps" in message
     assert "step-000012" in message
 
 
-def test_auto_without_a_checkpoint_starts_afresh(user: Playground, tmp_path: Path, out: Path):
+def test_auto_without_a_checkpoint_starts_afresh(user, tmp_path, out):
     """Also over what a run has left that was killed before its first checkpoint, merges included."""
     whole = tmp_path / "whole"
     more = (*MERGING, "--save_steps", 0, "--resume_from_checkpoint", "auto")
     run(1, user.flags(whole, *more))
-    run_ranks(1, interrupted_job, user.flags(out, *more, "--learning_rate", 0.5), 7)
+    run_alone(interrupted_job, user.flags(out, *more, "--learning_rate 0.5"), 7)
     run(1, user.flags(out, *more))
     assert_same_run(out, whole)
 
 
-def differing(user: Playground, whole: Path, *more: Any) -> str:
-    return refusal(user.flags(whole, *MERGING, "--resume_from_checkpoint", "latest", *more))
+def differing(user, whole, *more):
+    return refusal(user.flags(whole, *MERGING, "--resume_from_checkpoint latest", *more))
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_every_difference(user: Playground, copied: Path, tmp_path: Path):
+def test_a_checkpoint_of_another_run_is_refused_with_every_difference(user, copied, tmp_path):
     files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     message = differing(user, copied, "--mora_rank", 4, "--operator", "share", "--seq_len", 16, "--bf16", "true")
     phrases = ("--mora_rank: 2 there, 4", "--operator: 'auto' there", "--seq_len: 32 there, 16 here")
@@ -152,8 +150,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(user: Play
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == files, "nothing was touched"
 
 
-def test_ranks_that_cannot_share_the_batch_are_refused(user: Playground, whole: Path):
-    flags = user.flags(whole, *MERGING, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 1)
+def test_ranks_that_cannot_share_the_batch_are_refused(user, whole):
+    flags = user.flags(whole, *MERGING, "--resume_from_checkpoint auto --per_device_train_batch_size 1")
     message = refusal(flags, ranks=3)
     assert "2 sequences a step, which 3 ranks cannot share" in message
     assert "start a number of them that divides 2" in message

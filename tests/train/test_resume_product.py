@@ -1,13 +1,11 @@
 """Resumed = uninterrupted, bit for bit, for every two of: optimizer, ZeRO stage, dtype, offload and adapter."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mora_ds.common.files import read_json
-from tests.helpers.jobs import REPOSITORY, Playground, run
+from tests.helpers.jobs import REPOSITORY, run
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise
 from tests.helpers.resume import stop_and_resume
@@ -18,15 +16,15 @@ LOOP = ("--max_steps", 7, "--save_steps", 2, "--gradient_accumulation_steps", 2,
 MERGES = ("--merge_every", 3, "--restart_warmup_steps", 1, "--train_norms", "true")
 
 
-def ds_config(folder: Path, stage: int, offload: str) -> Path:
-    config: dict[str, Any] = read_json(REPOSITORY / "configs" / f"zero{stage}.json")
+def ds_config(folder, stage, offload):
+    config = read_json(REPOSITORY / "configs" / f"zero{stage}.json")
     config["zero_optimization"]["offload_optimizer"] = {"device": offload}
     path = folder / "deepspeed.json"
-    path.write_text(json.dumps(config), encoding="utf-8")
+    path.write_text(json.dumps(config))
     return path
 
 
-def is_supported(adapter: str, optimizer: str, offload: str, **_: Any) -> bool:
+def is_supported(adapter, optimizer, offload, **_):
     """Muon is for MoRA matrices, with its momentum on the device."""
     return optimizer != "muon" or (adapter == "mora" and offload == "none")
 
@@ -41,10 +39,8 @@ def is_supported(adapter: str, optimizer: str, offload: str, **_: Any) -> bool:
     },
     is_supported,
 )
-def test_resumed_is_uninterrupted(
-    user: Playground, tmp_path: Path, out: Path, adapter: str, optimizer: str, stage: int, offload: str, dtype: str
-):
-    more: list[Any] = ["--adapter", adapter, "--optimizer", optimizer, *LOOP, *(MERGES if adapter != "full" else ())]
+def test_resumed_is_uninterrupted(user, tmp_path, out, adapter, optimizer, stage, offload, dtype):
+    more = ["--adapter", adapter, "--optimizer", optimizer, *LOOP, *(MERGES if adapter != "full" else ())]
     more += ["--deepspeed", ds_config(tmp_path, stage, offload), *([f"--{dtype}"] if dtype != "fp32" else [])]
     run(2, user.flags(tmp_path / "whole", *more))
     stop_and_resume(2, user.flags(out, *more), 4)

@@ -4,7 +4,6 @@ import os
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from mora_ds.common.files import read_json
 from mora_ds.models.base import write_own_base
 from mora_ds.train.run import _scheduler_state
 from tests.helpers.engines import LEARNING_RATE, ds_config
+from tests.helpers.errors import user_error
 from tests.helpers.exports import fake_run
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.pool import run_pooled
@@ -110,7 +110,7 @@ Run: `engine` must be what mora_ds.initialize returns first, got a LlamaForCausa
 """
 
 
-def assert_refused(calls: str, scope: Any, **objects: Any):
+def assert_refused(calls, scope, **objects):
     """Of each row's function, found in `scope`, with its arguments: the message begins so. An argument that is the name
     of one of `objects` is that one."""
     for function, settings, message in rows(calls):
@@ -121,7 +121,7 @@ def assert_refused(calls: str, scope: Any, **objects: Any):
         assert "--" not in str(refused.value), f"{function} speaks of a flag: {refused.value}"
 
 
-def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
+def started(folder, stage):
     """A run with two micro-batches a step; one optimizer step and a merge are done, and saved as step 2."""
     os.chdir(folder)
     write_own_base(tiny_model("llama"), Path("base"))
@@ -136,12 +136,12 @@ def started(folder: str, stage: int) -> tuple[Any, mora_ds.Run]:
     return engine, run
 
 
-def micro_step(engine: Any, seed: int):
+def micro_step(engine, seed):
     engine.backward(causal_loss(engine, tokens(2, seed=seed)))
     engine.step()
 
 
-def wrong_calls(folder: str):
+def wrong_calls(folder):
     engine, run = started(folder, 3)
     with untouched(Path("out")):
         scope = SimpleNamespace(merge=run.merge, save=run.save, Run=mora_ds.Run, initialize=mora_ds.initialize)
@@ -151,15 +151,15 @@ def wrong_calls(folder: str):
     assert [cycle["step"] for cycle in read_json(Path("out/ledger/ledger.json"))["cycles"]] == [2, 3]
     run.save(5)
     for call in (run.merge, run.save):
-        with pytest.raises(UserError, match="`step` must be a whole number from 5 on, got 4"):
+        with user_error("`step` must be a whole number from 5 on, got 4"):
             call(4)
 
 
-def test_wrong_arguments_are_refused_and_change_nothing(tmp_path: Path):
+def test_wrong_arguments_are_refused_and_change_nothing(tmp_path):
     run_pooled(1, wrong_calls, str(tmp_path))
 
 
-def scheduled(folder: str, name: str, stage: int, resume: str | None, last_step: int) -> list[Any]:
+def scheduled(folder, name, stage, resume, last_step):
     """Steps of a run in `name` up to the last one, with a scheduler of torch; saved after step 2. Returns the learning
     rate of each step, and the loss after the last one."""
     os.chdir(folder)
@@ -173,7 +173,7 @@ def scheduled(folder: str, name: str, stage: int, resume: str | None, last_step:
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 0.5**step),
     )
     run = mora_ds.Run(engine, base="base", folder=name, resume=resume)
-    results: list[Any] = []
+    results = []
     for step in range(run.state.step + 1, last_step + 1):
         results += engine.get_lr()[:1]
         micro_step(engine, step)
@@ -184,7 +184,7 @@ def scheduled(folder: str, name: str, stage: int, resume: str | None, last_step:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_scheduler_goes_on_where_it_was_saved(tmp_path: Path, stage: int):
+def test_a_scheduler_goes_on_where_it_was_saved(tmp_path, stage):
     (whole,) = run_pooled(1, scheduled, str(tmp_path), "whole", stage, None, 4)
     run_pooled(1, scheduled, str(tmp_path), "out", stage, None, 3)
     (resumed,) = run_pooled(1, scheduled, str(tmp_path), "out", stage, "auto", 4)
@@ -194,23 +194,21 @@ def test_a_scheduler_goes_on_where_it_was_saved(tmp_path: Path, stage: int):
 
 def test_a_scheduler_that_json_would_change_is_refused():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-    with pytest.raises(UserError, match="the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"):
+    with user_error("the state of `lr_scheduler`, a MultiStepLR, does not fit in a checkpoint"):
         _scheduler_state(MultiStepLR(optimizer, [2, 4]))
 
 
-def calls_within_a_step(folder: str, stage: int):
+def calls_within_a_step(folder, stage):
     engine, run = started(folder, stage)
     with untouched(Path("out")):
         for number in range(2):
             engine.backward(causal_loss(engine, tokens(2, seed=number)))
             for call in (run.merge, run.save):
-                with pytest.raises(UserError, match="the engine has gradients of which no optimizer step is made"):
+                with user_error("the engine has gradients of which no optimizer step is made"):
                     call(3)
             engine.step()
             if number == 0:
-                with pytest.raises(
-                    UserError, match=r"call it after the engine.step\(\) that ends gradient accumulation"
-                ):
+                with user_error(r"call it after the engine.step\(\) that ends gradient accumulation"):
                     run.save(3)
     with torch.no_grad():
         causal_loss(engine, tokens(2))  # a forward pass leaves no gradient
@@ -219,14 +217,14 @@ def calls_within_a_step(folder: str, stage: int):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path: Path, stage: int):
+def test_between_a_backward_pass_and_the_optimizer_step_nothing_is_merged_or_saved(tmp_path, stage):
     run_pooled(1, calls_within_a_step, str(tmp_path), stage)
 
 
 def test_arguments_of_a_wrong_type_are_named_as_arguments(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path,
+    tmp_path_factory,
+    monkeypatch,
 ):
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))  # no run has written an `out` there
     model = tiny_model("llama")
@@ -238,7 +236,7 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
         "ADAPTED": adapted,
         "COMPILED": torch.compile(model),
         "COMPILED_ADAPTED": torch.compile(adapted),
-        "SPEC": OperatorSpec("share", 8, 8, 4),  # type: ignore[arg-type]
+        "SPEC": OperatorSpec("share", 8, 8, 4),
         "SQUARE": torch.zeros(4, 4),
         "NARROW": torch.zeros(3, 3),
         "LAYER": torch.nn.Linear(8, 8),
@@ -253,4 +251,4 @@ def test_arguments_of_a_wrong_type_are_named_as_arguments(
     }
     assert_refused(CALLS, mora_ds, **objects)
     assert not (tmp_path / "new").exists()
-    assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == ("q_proj",)  # type: ignore[arg-type]
+    assert MoRAConfig(rank=4, dropout=0, target_modules=["q_proj"]).target_modules == ("q_proj",)

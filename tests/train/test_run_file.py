@@ -1,7 +1,5 @@
 """run.yaml: no secret of DeepSpeed's file is written into it."""
 
-from pathlib import Path
-
 import yaml
 
 from mora_ds.train.run_file import holds_run, owned_by_run, write_run_file
@@ -15,7 +13,7 @@ DEEPSPEED = {
 }
 
 
-def test_secrets_are_masked_wherever_they_lie(tmp_path: Path):
+def test_secrets_are_masked_wherever_they_lie(tmp_path):
     write_run_file(tmp_path, {"seed": 1}, {"deepspeed": DEEPSPEED, "tokens": "5f32"}, ["ledger"])
     text = (tmp_path / "run.yaml").read_text()
     assert "s3cret" not in text
@@ -29,7 +27,7 @@ def test_secrets_are_masked_wherever_they_lie(tmp_path: Path):
     assert owned_by_run(tmp_path) == ["ledger"]
 
 
-def test_a_file_of_another_program_is_no_run(tmp_path: Path):
+def test_a_file_of_another_program_is_no_run(tmp_path):
     for text in ("seed: 1\n", "versions: 1\nresolved: 2\n", "versions: {}\nresolved: {}\n", "- a\n", "a: [\n", ""):
         (tmp_path / "run.yaml").write_text(text)
         assert not holds_run(tmp_path)

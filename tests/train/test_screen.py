@@ -21,7 +21,7 @@ LAST = """
 
 
 @pytest.mark.parametrize("flags, labels", rows(LAST))
-def test_the_last_lines_name_the_commands_that_work_now(flags: str, labels: str):
+def test_the_last_lines_name_the_commands_that_work_now(flags, labels):
     lines = closing(parse(["--output_dir", "runs/law", *flags.split()]), SUMMARY, 3723.4)
     assert [line.split()[0] for line in lines] == labels.split()
     assert lines[0].endswith("in 1:02:03")

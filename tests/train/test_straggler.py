@@ -1,9 +1,6 @@
 """One rank that is slow at everything: the others wait for it, and the run is the same to the bit."""
 
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -12,7 +9,7 @@ from mora_ds.checkpoint.layout import complete_checkpoints
 from mora_ds.engine import shards
 from mora_ds.train.trainer import Trainer
 from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job, run
+from tests.helpers.jobs import job, run
 from tests.helpers.resume import MERGING, assert_same_run
 
 pytestmark = pytest.mark.heavy
@@ -21,15 +18,15 @@ SLOW = ("train_step", "_merge", "_save", "_evaluate")
 DELAY_S = 0.4
 
 
-def delayed(work: Callable[..., Any]) -> Callable[..., Any]:
-    def later(*arguments: Any, **named: Any) -> Any:
+def delayed(work):
+    def later(*arguments, **named):
         time.sleep(DELAY_S)
         return work(*arguments, **named)
 
     return later
 
 
-def slow_job(argv: list[str], rank: int) -> dict[str, Any]:
+def slow_job(argv, rank):
     """A run in which one rank comes late to every step, merge, save, evaluation, and writes its shards late."""
     if dist.get_rank() == rank:
         for name in SLOW:
@@ -40,7 +37,7 @@ def slow_job(argv: list[str], rank: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("saving", [(), ("--async_save",)], ids=["waiting", "background"])
-def test_a_straggler_changes_nothing(user: Playground, tmp_path: Path, rank: int, saving: tuple[str, ...]):
+def test_a_straggler_changes_nothing(user, tmp_path, rank, saving):
     whole = tmp_path / "whole"
     slow = tmp_path / "slow"
     run(3, user.flags(whole, *MERGING))

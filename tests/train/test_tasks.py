@@ -3,20 +3,19 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from mora_ds.common.errors import UserError
 from mora_ds.common.files import read_json
 from mora_ds.train.loader import Replica
 from mora_ds.train.tasks import TaskSuite, _results, check_tasks, task_names
 from tests.helpers.engines import ROWS, ds_config
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, research, run
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone, run_ranks
+from tests.helpers.jobs import research, run
 from tests.helpers.mixtures import mixture_flags, write_mixture
 from tests.helpers.models import adapted_model
 from tests.helpers.tasks import task_files
@@ -35,31 +34,31 @@ def test_results_become_costs():
     task_results = _results(results, "abcd")
     assert {name: result.cost for name, result in task_results.items()} == {"a": 4.0, "b": 7.0, "c": 0.5, "d": 1000.0}
     assert task_results["a"].metrics == {"acc": 0.25, "other": 3.0}
-    with pytest.raises(UserError, match="no metric"):
+    with user_error("no metric"):
         _results({"results": {"e": {"alias": "e"}}}, "e")
 
 
-def test_a_file_is_known_by_the_task_in_it(tmp_path: Path):
+def test_a_file_is_known_by_the_task_in_it(tmp_path):
     files = task_files(tmp_path)
     assert task_names(["hellaswag", str(files["choices"])]) == ["hellaswag", "choices"]
-    (tmp_path / "empty.yaml").write_text("a: 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"--eval_tasks .*empty.yaml: the file names no task"):
+    (tmp_path / "empty.yaml").write_text("a: 1\n")
+    with user_error(r"--eval_tasks .*empty.yaml: the file names no task"):
         task_names([str(tmp_path / "empty.yaml")])
 
 
 @pytest.mark.heavy
-def test_a_task_that_is_missing_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"--eval_tasks no_such_task: cannot be loaded: .*no_such_task"):
+def test_a_task_that_is_missing_is_named(tmp_path):
+    with user_error(r"--eval_tasks no_such_task: cannot be loaded: .*no_such_task"):
         check_tasks(["no_such_task"])
     broken = task_files(tmp_path)["choices"]
     (tmp_path / "rows.json").unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with user_error("cannot be loaded"):
         check_tasks([str(broken)])
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("domains", [False, True])
-def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path, out: Path, domains: bool):
+def test_a_run_evaluates_what_its_export_scores(user, tmp_path, out, domains):
     """With domains it is the shared matrices' model, whatever the rows of the training batch before were."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -82,7 +81,7 @@ def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["tasks"] for row in rows if "tasks" in row}
     assert list(scores) == [0, 4, 6]
-    state = read_json(out / "checkpoints" / "latest" / "trainer_state.json")
+    state = read_json(out / "checkpoints/latest/trainer_state.json")
     assert state["best_step"] in (4, 6)
     assert state["task_costs_last"].keys() == files.keys()
     model = AutoModelForCausalLM.from_pretrained(exported)
@@ -97,7 +96,7 @@ def test_a_run_evaluates_what_its_export_scores(user: Playground, tmp_path: Path
     assert scores[0]["rolling"] != scores[6]["rolling"]
 
 
-def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dict[str, Any]]:
+def random_states_around_tasks(files, folder):
     """Whether an evaluation leaves random states as they are; and its results, on an engine of ZeRO-3."""
     import mora_ds
     from mora_ds.data import load_tokenizer
@@ -112,9 +111,9 @@ def random_states_around_tasks(files: list[str], folder: str) -> tuple[bool, dic
 
 
 @pytest.mark.heavy
-def test_three_ranks_score_as_one_and_leave_random_states(user: Playground, tmp_path: Path):
+def test_three_ranks_score_as_one_and_leave_random_states(user, tmp_path):
     files = [str(path) for path in task_files(tmp_path).values()]
-    ((is_kept, alone),) = run_ranks(1, random_states_around_tasks, files, str(user.model))
+    is_kept, alone = run_alone(random_states_around_tasks, files, str(user.model))
     assert is_kept
     assert len(alone) == 3
     for also_kept, results in run_ranks(3, random_states_around_tasks, files, str(user.model)):

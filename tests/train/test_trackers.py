@@ -5,33 +5,32 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mora_ds.common.errors import UserError
 from mora_ds.train import trackers
 from mora_ds.train.metrics import MetricsLog
 from mora_ds.train.trackers import Tracker, check_installed
-from tests.helpers.gloo import run_ranks
-from tests.helpers.jobs import Playground, job
+from tests.helpers.errors import user_error
+from tests.helpers.gloo import run_alone
+from tests.helpers.jobs import job
 
 CONFIG = {"seed": 1}
 
 
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+def wandb(monkeypatch):
     """The package in its place, which notes how it is called."""
     package = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", package)
     return package
 
 
-def logged(folder: Path) -> list[str]:
+def logged(folder):
     """What fails of the tracker of a run that reports a merge and an evaluation."""
-    failures: list[str] = []
+    failures = []
     tracker = Tracker("wandb", folder, CONFIG, 0, failures)
     log = MetricsLog(folder, 9, True, trackers=[tracker])
     log.record("merge", 1, {"cycle": 0, "loss_before": None})
@@ -40,9 +39,7 @@ def logged(folder: Path) -> list[str]:
     return failures
 
 
-def test_weights_and_biases_is_called_as_it_wants(
-    tmp_path: Path, wandb: mock.MagicMock, monkeypatch: pytest.MonkeyPatch
-):
+def test_weights_and_biases_is_called_as_it_wants(tmp_path, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "project")
     folder = tmp_path / "out"
     folder.mkdir()
@@ -60,9 +57,7 @@ def test_weights_and_biases_is_called_as_it_wants(
 
 @pytest.mark.parametrize("error", [ConnectionError, SystemExit])
 @pytest.mark.parametrize("failing", ["init", "init.return_value.log", "init.return_value.finish"])
-def test_a_failing_tracker_is_reported_once(
-    tmp_path: Path, wandb: mock.MagicMock, caplog: pytest.LogCaptureFixture, failing: str, error: type
-):
+def test_a_failing_tracker_is_reported_once(tmp_path, wandb, caplog, failing, error):
     wandb.configure_mock(**{f"{failing}.side_effect": error("no route to host")})
     (failure,) = logged(tmp_path)
     (record,) = caplog.records
@@ -72,7 +67,7 @@ def test_a_failing_tracker_is_reported_once(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_an_interrupt_is_not_a_failing_tracker(tmp_path: Path, wandb: mock.MagicMock):
+def test_an_interrupt_is_not_a_failing_tracker(tmp_path, wandb):
     tracker = Tracker("wandb", tmp_path, CONFIG, 0, [])
     wandb.init.return_value.log.side_effect = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
@@ -81,14 +76,12 @@ def test_an_interrupt_is_not_a_failing_tracker(tmp_path: Path, wandb: mock.Magic
 
 @pytest.mark.parametrize("told", ["steps", "at the end"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
-):
+def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(tmp_path, monkeypatch, told):
     """The error comes with a later call. What the run itself writes on that disk fails in its own place."""
-    failures: list[str] = []
+    failures = []
     tracker = Tracker("tensorboard", tmp_path, CONFIG, 0, failures)
 
-    def write(self: object, *data: bytes):
+    def write(self, *data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for method in ("write", "flush"):
@@ -100,26 +93,24 @@ def test_a_full_disk_in_tensorboards_thread_does_not_end_the_run(
     assert len(failures) == 1
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     check_installed(["tensorboard", "none"])
-    with pytest.raises(UserError, match=r"pip install 'mora_ds\[wandb\]'"):
+    with user_error(r"pip install 'mora_ds\[wandb\]'"):
         check_installed(["wandb"])
 
 
-def offline(argv: list[str]):
+def offline(argv):
     """A run with both trackers, offline, on this rank."""
     os.environ.update(WANDB_MODE="offline", WANDB_PROJECT="tests", WANDB_TAGS="tiny")
     job(argv)
 
 
 @pytest.mark.heavy
-def test_a_run_with_both_trackers_offline(user: Playground, out: Path):
+def test_a_run_with_both_trackers_offline(user, out):
     """A service that takes no call would end the run with an exit code of its own."""
-    flags = user.flags(
-        out, "--report_to", "tensorboard", "wandb", "--merge_every", 3, "--restart_warmup_steps", 1, "--save_steps", 4
-    )
-    run_ranks(1, offline, flags)
+    flags = user.flags(out, "--report_to tensorboard wandb --merge_every 3 --restart_warmup_steps 1 --save_steps 4")
+    run_alone(offline, flags)
     losses = [row["loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert len(losses) == 6
     assert (out / "tensorboard").is_dir()

@@ -4,20 +4,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mora_ds.checkpoint.layout import complete_checkpoints, step_of
 from tests.helpers import remote_shell
-from tests.helpers.jobs import REPOSITORY, Playground, run
-from tests.helpers.nodes import INTERFACE, Node, trouble, two_nodes, wait_for
+from tests.helpers.jobs import REPOSITORY, run
+from tests.helpers.nodes import INTERFACE, trouble, two_nodes, wait_for
 from tests.helpers.resume import assert_same_result
 
 pytestmark = pytest.mark.heavy
 
-MORE = ("--max_steps", 40, "--merge_every", 9, "--restart_warmup_steps", 1, "--save_steps", 4)
+MORE = "--max_steps 40 --merge_every 9 --restart_warmup_steps 1 --save_steps 4"
 PORT = "29511"
 """Used by nothing else: the nodes have a separate network."""
 MISSED = ("lost contact with another rank", "not all ranks came within")
@@ -25,23 +24,23 @@ MISSED = ("lost contact with another rank", "not all ranks came within")
 
 
 @pytest.fixture(scope="module")
-def whole(user: Playground, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(user, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    run(2, user.flags(out, *MORE))
+    run(2, user.flags(out, MORE))
     return out
 
 
 @pytest.fixture
-def nodes() -> Iterator[tuple[Node, Node]]:
+def nodes():
     if (reason := trouble()) is not None:
         pytest.skip(reason)
     with two_nodes() as pair:
         yield pair
 
 
-def command(how: str, node: int, folder: Path, flags: list[str]) -> list[str]:
+def command(how, node, folder, flags):
     program = Path(sys.executable).with_name(how)
-    script = str(REPOSITORY / "launch" / "pretrain.py")
+    script = str(REPOSITORY / "launch/pretrain.py")
     node_flags = ["--node_rank", str(node), "--master_addr", "10.77.0.1", "--master_port", PORT]
     if how == "torchrun":
         return [str(program), "--nnodes", "2", "--nproc_per_node", "1", *node_flags, script, *flags]
@@ -50,7 +49,7 @@ def command(how: str, node: int, folder: Path, flags: list[str]) -> list[str]:
     return [str(program), "--hostfile", str(hosts), "--no_ssh", *node_flags, script, *flags]
 
 
-def start(how: str, nodes: tuple[Node, Node], folder: Path, flags: list[str]) -> list[subprocess.Popen[str]]:
+def start(how, nodes, folder, flags):
     """Token caches are each node's own."""
     return [
         node.start(
@@ -61,23 +60,23 @@ def start(how: str, nodes: tuple[Node, Node], folder: Path, flags: list[str]) ->
     ]
 
 
-def told(folder: Path) -> str:
+def told(folder):
     """What both nodes have printed."""
     return "".join(f"-- node {number}\n{(folder / f'log{number}').read_text()}" for number in (0, 1))
 
 
-def codes_of(processes: list[subprocess.Popen[str]], folder: Path, within_s: float) -> list[int]:
+def codes_of(processes, folder, within_s):
     try:
         return [process.wait(timeout=within_s) for process in processes]
     except subprocess.TimeoutExpired:
         pytest.fail(f"a node goes on after {within_s} s:\n{told(folder)}")
 
 
-def finish(processes: list[subprocess.Popen[str]], folder: Path):
+def finish(processes, folder):
     assert codes_of(processes, folder, within_s=200) == [0, 0], told(folder)
 
 
-def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path):
+def assert_ends_soon(processes, folder):
     """A run that has lost a node must not wait for its half hour."""
     began = time.monotonic()
     codes = codes_of(processes, folder, within_s=90)
@@ -88,16 +87,12 @@ def assert_ends_soon(processes: list[subprocess.Popen[str]], folder: Path):
 
 
 @pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
-def test_two_nodes_are_one_run(
-    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path, out: Path, how: str
-):
-    finish(start(how, nodes, tmp_path, user.flags(out, *MORE)), tmp_path)
+def test_two_nodes_are_one_run(user, whole, nodes, tmp_path, out, how):
+    finish(start(how, nodes, tmp_path, user.flags(out, MORE)), tmp_path)
     assert_same_result(out, whole)
 
 
-def test_the_ssh_launcher_makes_one_run_of_two_nodes(
-    user: Playground, whole: Path, nodes: tuple[Node, Node], tmp_path: Path, out: Path
-):
+def test_the_ssh_launcher_makes_one_run_of_two_nodes(user, whole, nodes, tmp_path, out):
     """Everything of DeepSpeed's but the connection; a node gets what it needs to know from .deepspeed_env alone."""
     programs = remote_shell.install(tmp_path / "bin")
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n10.77.0.9 slots=1\n")
@@ -106,9 +101,9 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     holders = ",".join(f"{node.address}={node.holder}" for node in nodes)
     program = str(Path(sys.executable).with_name("deepspeed"))
-    script = str(REPOSITORY / "launch" / "pretrain.py")
+    script = str(REPOSITORY / "launch/pretrain.py")
     node_flags = ["--hostfile", str(tmp_path / "hosts"), "--exclude", "10.77.0.9", "--master_port", PORT]
-    words = [program, *node_flags, script, *user.flags(out, *MORE)]
+    words = [program, *node_flags, script, *user.flags(out, MORE)]
     outside = {"PATH": path, remote_shell.NODES: holders}
     with (tmp_path / "log0").open("w") as log:
         done = subprocess.run(words, env={**os.environ, **outside}, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
@@ -116,12 +111,10 @@ def test_the_ssh_launcher_makes_one_run_of_two_nodes(
     assert_same_result(out, whole)
 
 
-def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
-    user: Playground, nodes: tuple[Node, Node], tmp_path: Path, out: Path
-):
-    flags = [*user.flags(out, *MORE), "--collective_timeout_s", "20", "--resume_from_checkpoint", "auto"]
+def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(user, nodes, tmp_path, out):
+    flags = [*user.flags(out, MORE), "--collective_timeout_s", "20", "--resume_from_checkpoint", "auto"]
     processes = start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", "5000"])
-    wait_for(out / "checkpoints" / "step-000004", processes)
+    wait_for(out / "checkpoints/step-000004", processes)
     nodes[1].unplug()
     assert_ends_soon(processes, tmp_path)
     nodes[1].run("ip", "link", "set", INTERFACE, "up")
@@ -129,13 +122,11 @@ def test_a_cut_cable_ends_the_run_and_it_goes_on_afterwards(
     finish(start("deepspeed", nodes, tmp_path, [*flags, "--max_steps", str(step + 2)]), tmp_path)
 
 
-def test_nodes_with_disks_of_their_own_are_refused(
-    user: Playground, nodes: tuple[Node, Node], tmp_path: Path, out: Path
-):
+def test_nodes_with_disks_of_their_own_are_refused(user, nodes, tmp_path, out):
     """The second node's folder of that name is another one."""
     out.mkdir()
     nodes[1].mount(out)
-    processes = start("torchrun", nodes, tmp_path, user.flags(out, *MORE))
+    processes = start("torchrun", nodes, tmp_path, user.flags(out, MORE))
     assert 0 not in codes_of(processes, tmp_path, within_s=200)
     assert f"--output_dir: {out} on " in told(tmp_path)
     assert "is another folder than" in told(tmp_path)

@@ -1,7 +1,6 @@
 """A run says what share of its GPUs' arithmetic it uses, where that is known."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -22,11 +21,11 @@ H100 = "NVIDIA H100 80GB HBM3"
         ("", True, "", None),
     ],
 )
-def test_utilization(card: str, bf16: bool, said: str, peak: float | None, monkeypatch: pytest.MonkeyPatch):
-    lines: list[str] = []
+def test_utilization(card, bf16, said, peak, monkeypatch):
+    lines = []
     monkeypatch.setattr(job_module, "card_name", lambda: card)
     monkeypatch.setattr(job_module.logger, "info", lines.append)
-    job: Any = Job.__new__(Job)
+    job = Job.__new__(Job)
     model = tiny_model("llama")
     vars(job).update(
         ds_config={"bf16": {"enabled": bf16}}, loaded=SimpleNamespace(model=model),

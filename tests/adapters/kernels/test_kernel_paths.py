@@ -2,14 +2,12 @@
 kernels they start, counted on the meta device, which runs what CUDA runs."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mora_ds.adapters.kernels.linear import form_weight, kernel_linear
@@ -33,11 +31,11 @@ SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "uniqu
 """Operations that wait for the device."""
 
 
-def by_kernels(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
+def by_kernels(spec, path):
     """Half with the bias in the product, half with it after a product that starts from the update."""
     tables = KernelTables(spec, CPU)
 
-    def layer(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor) -> Tensor:
+    def layer(x, weight, bias, square):
         with_bias = kernel_linear(x, weight, bias, square, tables, path)
         return (with_bias + kernel_linear(x, weight, None, square, tables, path) + bias) / 2
 
@@ -46,7 +44,7 @@ def by_kernels(spec: OperatorSpec, path: Compute) -> Callable[..., Tensor]:
 
 @both_paths
 @by_kind
-def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute):
+def test_both_paths_are_base_plus_delta(kind, path):
     for spec in specs():
         if spec.kind is kind:
             expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
@@ -56,7 +54,7 @@ def test_both_paths_are_base_plus_delta(kind: OperatorKind, path: Compute):
 
 
 @both_paths
-def test_both_paths_of_no_tokens(path: Compute):
+def test_both_paths_of_no_tokens(path):
     """As an expert that is a module of its own gets them."""
     for spec in specs():
         x = torch.empty(0, spec.d_in, requires_grad=True)
@@ -70,7 +68,7 @@ def test_both_paths_of_no_tokens(path: Compute):
 
 @both_paths
 @by_kind
-def test_both_paths_in_bf16(kind: OperatorKind, path: Compute):
+def test_both_paths_in_bf16(kind, path):
     for spec in [spec for spec in specs() if spec.kind is kind and max(spec.d_in, spec.d_out) > 1][::5]:
         expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
         results = outputs_and_gradients(spec, torch.bfloat16, by_kernels(spec, path))
@@ -79,7 +77,7 @@ def test_both_paths_in_bf16(kind: OperatorKind, path: Compute):
 
 
 @both_paths
-def test_a_model_in_fp32_computes_under_autocast(path: Compute):
+def test_a_model_in_fp32_computes_under_autocast(path):
     spec = OperatorSpec(OperatorKind.ROTATE, 24, 12, 6, Grouping.PERMUTED, seed=1)
     x, weight, square = (random(*shape).float() for shape in ((5, 24), (12, 24), (6, 6)))
     tables = KernelTables(spec, CPU)
@@ -91,13 +89,13 @@ def test_a_model_in_fp32_computes_under_autocast(path: Compute):
 
 
 @by_kind
-def test_the_formed_weight_has_the_bits_of_the_plain_path(kind: OperatorKind):
+def test_the_formed_weight_has_the_bits_of_the_plain_path(kind):
     for spec in specs():
         if spec.kind is kind:
             check_formed(spec)
 
 
-def check_formed(spec: OperatorSpec):
+def check_formed(spec):
     square = random(spec.r_hat, spec.r_hat).float()
     weight = random(spec.d_out, spec.d_in, seed=1).float()
     formed = form_weight(weight, square, KernelTables(spec, CPU))
@@ -126,7 +124,7 @@ def test_a_quantized_weight_has_the_product_of_its_dense_one():
 # -- the layer --------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_on_a_device_with_kernels_uses_them_and_a_merge_does_not(monkeypatch):
     """By kernels in plain torch. The tables follow the cycle; a merge has the bits of plain operations."""
     monkeypatch.setattr("mora_ds.adapters.layer.runs_kernels", lambda device: True)
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
@@ -159,25 +157,23 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.started: Counter[str] = Counter()
+        self.started = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").replace("::", ".").split(".", 2 if "mora_ds" in func.name() else 1)
         if not (func.is_view or name[0] in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view")):
             self.started[".".join(name[:2]) if name[0] == "mora_ds" else name[0]] += 1
         return func(*args, **(kwargs or {}))
 
 
-def meta(*shape: int) -> Tensor:
+def meta(*shape):
     return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
 
 @both_paths
 @by_kind
 @pytest.mark.parametrize("shape, bias", [((4096, 4096), True), ((4096, 11008), False), ((11008, 4096), False)])
-def test_a_layer_starts_few_kernels_and_never_waits(
-    shape: tuple[int, int], kind: OperatorKind, bias: bool, path: Compute
-):
+def test_a_layer_starts_few_kernels_and_never_waits(shape, kind, bias, path):
     d_in, d_out = shape
     spec = OperatorSpec(kind, d_in, d_out, 256, Grouping.PERMUTED, seed=1)
     x = meta(2, 2048, d_in).requires_grad_()

@@ -20,7 +20,7 @@ BYTES = 2.8e12
 
 @pytest.mark.parametrize("tokens", traffic.TOKENS)
 @pytest.mark.parametrize(("kind", "rank"), traffic.OPERATORS)
-def test_each_step_moves_hardly_more_than_the_least(kind: OperatorKind, rank: int, tokens: int):
+def test_each_step_moves_hardly_more_than_the_least(kind, rank, tokens):
     for shape in traffic.SHAPES:
         spec = traffic.layer_spec(kind, rank, shape)
         for step, (actual, least) in traffic.step_bytes(spec, tokens).items():
@@ -32,7 +32,7 @@ def test_each_step_moves_hardly_more_than_the_least(kind: OperatorKind, rank: in
                 )
 
 
-def test_rows_read_again_by_distant_programs_count_again(monkeypatch: pytest.MonkeyPatch):
+def test_rows_read_again_by_distant_programs_count_again(monkeypatch):
     spec = traffic.layer_spec(OperatorKind.ROTATE, 8, (28672, 8192))
     fold = traffic.launches(spec, torch.bfloat16, tokens=16384)["fold"]
     least = sum(tensor.nbytes for tensor in traffic.operands(fold).values())

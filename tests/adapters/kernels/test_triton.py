@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from mora_ds.adapters.kernels import triton_ops
-from mora_ds.adapters.kernels.triton_ops import Launch
 from mora_ds.adapters.ops.index_tables import OPERATORS
 from mora_ds.adapters.ops.mora import OperatorSpec
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
@@ -32,7 +30,7 @@ REGISTERS = 65536
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def interpret(start: int, step: int, interpreted: str = "1") -> int:
+def interpret(start, step, interpreted="1"):
     """Runs a slice of the operators in the interpreter, with "0" on a GPU; how many they were."""
     environment = {**os.environ, "TRITON_INTERPRET": interpreted, "OMP_NUM_THREADS": "1"}
     module = [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted"]
@@ -47,7 +45,7 @@ def test_kernels_return_what_plain_torch_returns():
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("start", range(SLICES))
-def test_every_operator_grouping_and_shape(start: int):
+def test_every_operator_grouping_and_shape(start):
     assert interpret(start, SLICES) == len(list(specs())[start::SLICES])
 
 
@@ -60,7 +58,7 @@ def test_kernels_return_on_a_gpu_what_plain_torch_returns_on_a_cpu():
 # -- machine code -----------------------------------------------------------------------------------------------------
 
 
-def check_code(name: str, launch: Launch, capability: int):
+def check_code(name, launch, capability):
     code = compile_launch(launch, capability)
     threads = 32 * launch.options["num_warps"]
     assert code.stack == code.local == 0, f"{name} spills registers: {code.stack} bytes"
@@ -75,7 +73,7 @@ def check_code(name: str, launch: Launch, capability: int):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_cache_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _no_cache_at_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
@@ -91,7 +89,7 @@ ROTATE = OperatorSpec(OperatorKind.ROTATE, 11008, 4096, 336, Grouping.PERMUTED, 
     "spec, name", [(ROTATE, "fold"), (ROTATE, "unfold"), (ROTATE, "form"), (SHARE, "form"), (SHARE, "product")],
     ids=["rotate-fold", "rotate-unfold", "rotate-form", "share-form", "product"],
 )  # fmt: skip
-def test_machine_code(spec: OperatorSpec, name: str, capability: int):
+def test_machine_code(spec, name, capability):
     check_code(name, launches(spec, torch.bfloat16)[name], capability)
 
 
@@ -99,7 +97,7 @@ def test_machine_code(spec: OperatorSpec, name: str, capability: int):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)])
 @pytest.mark.parametrize("kind", list(OperatorKind))
-def test_machine_code_of_every_operator(kind: OperatorKind, shape: tuple[int, int], capability: int):
+def test_machine_code_of_every_operator(kind, shape, capability):
     side = 272 if OPERATORS[kind].in_blocks else 1440
     spec = OperatorSpec(kind, *shape, side, Grouping.PERMUTED, seed=1)
     for name, launch in launches(spec, torch.bfloat16).items():

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig, config_from_dict
@@ -17,8 +16,9 @@ from mora_ds.adapters.ops.int8 import Int8Weight, quantize
 from mora_ds.adapters.ops.mora import OperatorSpec, delta_weight
 from mora_ds.adapters.ops.spec import Grouping, OperatorKind
 from mora_ds.adapters.quantized import quantized_bytes
-from mora_ds.common.errors import RunError, UserError
+from mora_ds.common.errors import RunError
 from mora_ds.planning.memory_meter import MemoryMeter
+from tests.helpers.errors import user_error
 from tests.helpers.models import causal_loss, enable_checkpointing, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads, random, spec_id, specs
 from tests.helpers.pairwise import pairwise
@@ -27,7 +27,7 @@ from tests.helpers.quantized import LORA, adapt, assert_computes_as_over_dense, 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def matrix(rows, columns, dtype=torch.float32):
     """Rows of very different sizes."""
     return (random(rows, columns) * torch.logspace(-6, 2, rows).unsqueeze(1)).to(dtype)
 
@@ -36,7 +36,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype: torch.dtype):
+def test_a_number_is_off_by_half_a_step_of_its_row_at_most(dtype):
     weight = matrix(400, 700, dtype)  # more than one piece of work
     values, scales = quantize(weight)
     assert Int8Weight(values, scales).largest_error == pytest.approx(float(scales.max()) / 2)
@@ -62,7 +62,7 @@ def test_rows_of_zeros_and_numbers_that_cannot_be_held():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_dense_is_the_product_rounded_once(dtype: torch.dtype):
+def test_dense_is_the_product_rounded_once(dtype):
     values, scales = quantize(matrix(500, 1100))  # more than one piece of work
     expected = (values.float() * scales.unsqueeze(1)).to(dtype)
     assert torch.equal(dense(Int8Weight(values, scales), dtype), expected)
@@ -88,7 +88,7 @@ in_8_bits = partial(in_bits, bits=8)
 @pytest.mark.parametrize(
     "spec", [*list(specs())[::3], *LORA], ids=lambda s: spec_id(s) if hasattr(s, "kind") else "lora"
 )
-def test_a_layer_is_the_layer_over_the_dense_weight(spec: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_layer_is_the_layer_over_the_dense_weight(spec, monkeypatch):
     assert_computes_as_over_dense(spec, 8, [], monkeypatch, rtol=1e-11, atol=1e-10)
 
 
@@ -99,7 +99,7 @@ class Casting(nn.Module):
         super().__init__()
         self.proj = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.proj(x.to(self.proj.weight.dtype))
 
 
@@ -107,7 +107,7 @@ def test_activations_are_not_cast_to_integers():
     for config in (MoRAConfig(rank=1, base_bits=8), LoRAConfig(rank=1, base_bits=8, dropout=0.5)):
         model = Casting()
         inject(model, config)
-        with pytest.raises(UserError, match=r"--base_bits 8: this model casts activations .* torch.int8"):
+        with user_error(r"--base_bits 8: this model casts activations .* torch.int8"):
             model(torch.randn(2, 8))
 
 
@@ -123,7 +123,7 @@ CONFIGS = {
 
 
 @pairwise({"config": list(CONFIGS), "checkpointing": [False, True], "bits": [8, 4]})
-def test_nothing_of_a_weights_size_is_kept(config: str, checkpointing: bool, bits: int):
+def test_nothing_of_a_weights_size_is_kept(config, checkpointing, bits):
     """A forward saves as many bytes for backward as on a dense base; in 4 bits with merged cycles too."""
     if bits == 4:
         pytest.importorskip("bitsandbytes", reason="needs the extra bits4")
@@ -180,7 +180,7 @@ def test_many_merges_of_a_conv1d_are_one():
 
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_norms_of_a_merge(bits: int, conv: bool):
+def test_norms_of_a_merge(bits, conv):
     """Of the matrix, of its delta, of the weight before, and of what rounding to 8 bits or bf16 keeps out of it."""
     spec = OperatorSpec(OperatorKind.SHARE, 40, 24, 10, Grouping.PERMUTED, seed=1)
     base = base_of(spec, conv, torch.bfloat16)
@@ -204,7 +204,7 @@ def test_norms_of_a_merge(bits: int, conv: bool):
 
 def test_bits_that_there_are_not():
     for bits in (5, 0, 32):
-        with pytest.raises(UserError, match=f"`base_bits` must be 8 or 4, or 16 .* got {bits}"):
+        with user_error(f"`base_bits` must be 8 or 4, or 16 .* got {bits}"):
             MoRAConfig(base_bits=bits)
     for config in (MoRAConfig(base_bits=8), LoRAConfig(base_bits=8), MoRAConfig()):
         assert config_from_dict(config.to_dict()) == config
@@ -213,5 +213,5 @@ def test_bits_that_there_are_not():
 def test_weights_that_are_not_finite():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.full((4, 4), float("nan")))
-    with pytest.raises(UserError, match=r"`base_bits` 8: 1.weight: .* not finite"):
+    with user_error(r"`base_bits` 8: 1.weight: .* not finite"):
         inject(model, MoRAConfig(rank=1, base_bits=8))

@@ -22,7 +22,7 @@ all_paths = pytest.mark.parametrize("path", PATHS)
 
 
 @pytest.mark.parametrize("spec", list(specs()), ids=spec_id)
-def test_all_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.MonkeyPatch):
+def test_all_paths_are_base_plus_delta(spec, monkeypatch):
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for sums in (True, False):  # as on a CPU, as on a GPU
         monkeypatch.setattr(mora, "on_cpu", lambda x, sums=sums: sums)
@@ -34,7 +34,7 @@ def test_all_paths_are_base_plus_delta(spec: OperatorSpec, monkeypatch: pytest.M
 
 @all_paths
 @pytest.mark.parametrize("spec", [s for s in specs() if max(s.d_in, s.d_out) > 1][::5], ids=spec_id)
-def test_all_paths_in_bf16(spec: OperatorSpec, path: Compute):
+def test_all_paths_in_bf16(spec, path):
     """By other products than in fp32: within what bf16 rounds."""
     expected = outputs_and_gradients(spec, torch.float64, by_definition(spec))
     for result, right in zip(outputs_and_gradients(spec, torch.bfloat16, by_path(spec, path)), expected, strict=True):
@@ -42,7 +42,7 @@ def test_all_paths_in_bf16(spec: OperatorSpec, path: Compute):
 
 
 @all_paths
-def test_a_transposed_weight_will_do(path: Compute):
+def test_a_transposed_weight_will_do(path):
     spec = OperatorSpec(OperatorKind.SHARE, 12, 8, 6, Grouping.PERMUTED, seed=1)
     x = random(5, 12)
     weight = random(12, 8, seed=1)
@@ -53,12 +53,12 @@ def test_a_transposed_weight_will_do(path: Compute):
 
 @all_paths
 @pytest.mark.parametrize("kind", [OperatorKind.SHARE, OperatorKind.ROTATE])
-def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind: OperatorKind, path: Compute):
+def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind, path):
     spec = OperatorSpec(kind, 12, 8, 4)
     weight = random(8, 12, seed=1)
     square = random(4, 4, seed=2).requires_grad_()
 
-    def computed(x: torch.Tensor) -> list[torch.Tensor]:
+    def computed(x):
         """Output and gradients, flat."""
         x.requires_grad_()
         y = mora_linear(x, weight, None, square, spec, path)
@@ -72,7 +72,7 @@ def test_one_row_without_a_batch_will_do_as_for_a_linear_layer(kind: OperatorKin
 
 
 @all_paths
-def test_a_shared_square_keeps_the_folded_input_alone(path: Compute):
+def test_a_shared_square_keeps_the_folded_input_alone(path):
     """In plain torch, and by the operations of the kernels."""
     spec = OperatorSpec(OperatorKind.SHARE, 64, 64, 16, Grouping.PERMUTED, seed=1)
     x = torch.randn(40, 64, requires_grad=True)
@@ -87,7 +87,7 @@ def test_a_shared_square_keeps_the_folded_input_alone(path: Compute):
 
 
 @all_paths
-def test_rotate_keeps_the_input_that_others_read_too(path: Compute):
+def test_rotate_keeps_the_input_that_others_read_too(path):
     spec = OperatorSpec(OperatorKind.ROTATE, 32, 32, 8, Grouping.PERMUTED, seed=1)
     x = torch.randn(9, 32, requires_grad=True)
     square = torch.randn(8, 8, requires_grad=True)
@@ -112,14 +112,14 @@ def test_memory_that_is_written_again_is_that_of_one_use_and_thread():
 
 
 @pytest.mark.parametrize("d_in, d_out, tokens", [(1024, 1024, 256), (2752, 1024, 374), (576, 1536, 210), (1, 9, 1)])
-def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in: int, d_out: int, tokens: int):
+def test_the_rule_takes_the_weight_from_a_number_of_tokens_on(d_in, d_out, tokens):
     """Literal numbers: another rule would change the bits of every run."""
     assert cheaper_path(tokens, d_in, d_out) is Compute.WEIGHT
     assert cheaper_path(tokens - 1, d_in, d_out) is Compute.ACTIVATION
 
 
 @pytest.mark.parametrize("tokens", [2, 8])
-def test_auto_computes_what_the_named_path_computes(tokens: int):
+def test_auto_computes_what_the_named_path_computes(tokens):
     """To the bit, with the tokens of all rows counted; and each call by its own tokens."""
     spec = OperatorSpec(OperatorKind.ROTATE, 16, 16, 8, Grouping.PERMUTED, seed=1)
     base = nn.Linear(16, 16)

@@ -1,7 +1,6 @@
 """LoRA: its formula, its merges (ReLoRA) under every ZeRO stage, its export."""
 
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import pytest
@@ -27,12 +26,13 @@ from tests.helpers.engines import ds_config
 from tests.helpers.models import causal_loss, tiny_model, tokens
 from tests.helpers.operators import assert_same_bits_for_every_number_of_threads
 from tests.helpers.pool import run_pooled
+from tests.helpers.tables import heavy
 
 ROWS = 6
 SPEC = LoRASpec(d_in=12, d_out=7, rank=3, alpha=4.5)
 
 
-def random_factors(spec: LoRASpec) -> torch.Tensor:
+def random_factors(spec):
     return torch.randn(spec.rank, spec.d_in + spec.d_out, generator=torch.Generator().manual_seed(0))
 
 
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_two_matrices():
 # -- ReLoRA: real ranks ------------------------------------------------------------------------------------------------
 
 
-def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
+def relora(folder, stage, dtype, merges):
     world = dist.get_world_size()
     rank = dist.get_rank()
     half = {} if dtype == "float32" else {"bf16": {"enabled": True}}
@@ -124,12 +124,12 @@ def relora(folder: str, stage: int, dtype: str, merges: int) -> dict[str, Any]:
         (1, 1, "float32"),
         (2, 3, "float32"),
         (2, 2, "bfloat16"),
-        *(pytest.param(*case, marks=pytest.mark.heavy) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
+        *(heavy(*case) for case in ((2, 1, "float32"), (3, 3, "bfloat16"))),
     ],
 )
-def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, stage: int, dtype: str):
+def test_relora_live_base_is_its_replayed_ledger(tmp_path, world, stage, dtype):
     ranks = run_pooled(world, relora, str(tmp_path), stage, dtype, 4)
-    ledger = Ledger.open(tmp_path / "out" / "ledger")
+    ledger = Ledger.open(tmp_path / "out/ledger")
     base = BaseCheckpoint.open(tmp_path / "base")
     assert ledger.cycles == 4
     for name, weight in ranks[0]["weights"].items():
@@ -147,7 +147,7 @@ def test_relora_live_base_is_its_replayed_ledger(tmp_path: Path, world: int, sta
         assert torch.equal(layer.value, ranks[0]["starts"][name].to(layer.weight.dtype))
 
 
-def set_everywhere() -> list[str]:
+def set_everywhere():
     """`zero.set_fp32` at every stage and dtype, against what the engine then holds and computes with."""
     wrong = []
     for stage in (1, 2, 3):

@@ -34,8 +34,8 @@ from mora_ds.adapters.ops.spec import (
     round_side,
 )
 from mora_ds.adapters.ops.update import spec_from_dict
-from mora_ds.common.errors import UserError
 from mora_ds.parallel.windows import Window, tables_of_window
+from tests.helpers.errors import user_error
 from tests.helpers.operators import (
     KINDS_AND_GROUPINGS,
     blocks_onto_wrapped_outputs,
@@ -65,13 +65,13 @@ every_grouping = pytest.mark.parametrize("kind, grouping", KINDS_AND_GROUPINGS)
 # -- the reference ----------------------------------------------------------------------------------------------------
 
 
-def golden_cases() -> list[str]:
+def golden_cases():
     with safe_open(GOLDEN, "pt") as file:
         return sorted({key.rsplit(".", 1)[0] for key in file.keys()})  # noqa: SIM118  (no mapping)
 
 
 @pytest.mark.parametrize("case", golden_cases())
-def test_reference_outputs_are_reproduced(case: str):
+def test_reference_outputs_are_reproduced(case):
     with safe_open(GOLDEN, "pt") as file:
         square, x, y, delta = (file.get_tensor(f"{case}.{name}") for name in ("M", "x", "y", "delta"))
     kind, grouping = REFERENCE_TYPES[int(case[4])]
@@ -85,7 +85,7 @@ def test_reference_outputs_are_reproduced(case: str):
 
 
 @pytest.mark.parametrize("blocks, r_hat", [(1, 2), (7, 2), (16, 256), (300, 38)])
-def test_sines_and_cosines_are_correctly_rounded(blocks: int, r_hat: int):
+def test_sines_and_cosines_are_correctly_rounded(blocks, r_hat):
     cos, sin = index_tables.rope_table(blocks, r_hat, torch.float32, torch.device("cpu"))
     angles = [[block * 10000 ** (-pair / (r_hat // 2)) for pair in range(r_hat // 2)] for block in range(blocks)]
     assert torch.equal(cos, torch.tensor([[math.cos(angle) for angle in row] for row in angles], dtype=torch.float32))
@@ -100,7 +100,7 @@ def test_golden_file_holds_every_type_of_the_reference():
 
 
 @every_operator
-def test_delta_weight_is_the_update(spec: OperatorSpec):
+def test_delta_weight_is_the_update(spec):
     square = random(spec.r_hat, spec.r_hat)
     x = random(2, 3, spec.d_in, seed=1)
     delta = delta_weight(spec, square)
@@ -113,7 +113,7 @@ def test_delta_weight_is_the_update(spec: OperatorSpec):
 
 
 @every_operator
-def test_adjoint(spec: OperatorSpec):
+def test_adjoint(spec):
     square = random(spec.r_hat, spec.r_hat)
     gradient = random(spec.d_out, spec.d_in, seed=1)
     left = (delta_weight(spec, square) * gradient).sum()
@@ -122,7 +122,7 @@ def test_adjoint(spec: OperatorSpec):
 
 
 @pytest.mark.parametrize("spec", [spec for spec in specs() if OPERATORS[spec.kind].in_blocks], ids=spec_id)
-def test_blocks_reach_every_input_and_every_output(spec: OperatorSpec):
+def test_blocks_reach_every_input_and_every_output(spec):
     """The reference drops inputs where d_in > d_out (6,832 of 11,008 in Llama's down_proj)."""
     delta = delta_weight(spec, random(spec.r_hat, spec.r_hat))
     assert (delta.abs().sum(dim=0) > 0).all(), "an input never adapts"
@@ -142,7 +142,7 @@ def test_truncate_and_decouple_by_hand():
 # -- another operator -------------------------------------------------------------------------------------------------
 
 
-def mirrored_groups(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def mirrored_groups(spec):
     """Like share, with groups of inputs in reverse order, and of outputs in runs."""
     inputs = torch.arange(spec.d_in)
     outputs = torch.arange(spec.d_out)
@@ -150,7 +150,7 @@ def mirrored_groups(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Tensor]:
     return fold, index_tables.lists(outputs * spec.r_hat // spec.d_out, outputs, spec.r_hat)
 
 
-def blocks_onto_few_outputs(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def blocks_onto_few_outputs(spec):
     """All blocks of the input, from the last number to the first and on from the last again, onto the same outputs:
     these read some inputs in two blocks, and the outputs after them read none."""
     fold = torch.arange(spec.blocks_in * spec.r_hat).flip(0).unsqueeze(0) % spec.d_in
@@ -171,9 +171,7 @@ def blocks_onto_few_outputs(spec: OperatorSpec) -> tuple[torch.Tensor, torch.Ten
     ],
     ids=["groups", "blocks", "rotated blocks", "wrapped blocks", "wrapped and rotated blocks"],
 )
-def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
-    operator: Operator, sizes: tuple[int, int, int], grouping: Grouping, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(operator, sizes, grouping, monkeypatch):
     """It takes the name of one that is."""
     index_tables.clear_tables()
     monkeypatch.setitem(index_tables.OPERATORS, OperatorKind.TRUNCATE, operator)
@@ -216,7 +214,7 @@ def test_an_operator_that_is_not_shipped_follows_from_its_two_maps(
 
 
 @every_grouping
-def test_tables_made_in_inference_mode_serve_training(kind: OperatorKind, grouping: Grouping):
+def test_tables_made_in_inference_mode_serve_training(kind, grouping):
     """An evaluation may be the first to use an operator; its cached tables must not be inference tensors."""
     index_tables.clear_tables()
     spec = OperatorSpec(kind, 10, 7, 4, grouping, seed=11)
@@ -248,7 +246,7 @@ def test_permutation_seeds_are_those_that_every_ledger_was_written_with():
 
 
 @pytest.mark.parametrize("kind", OperatorKind)
-def test_permuted_is_plain_between_two_permutations(kind: OperatorKind):
+def test_permuted_is_plain_between_two_permutations(kind):
     permuted = OperatorSpec(kind, 13, 9, 4, Grouping.PERMUTED, seed=8)
     plain = OperatorSpec(kind, 13, 9, 4, Grouping.PLAIN)
     square = random(4, 4)
@@ -288,7 +286,7 @@ def test_square_size():
 
 @pytest.mark.parametrize("smallest", [1, 2])
 @pytest.mark.parametrize("multiple", [1, 2, 8, 16])
-def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int):
+def test_a_side_is_rounded_down_to_a_side(multiple, smallest):
     sides = [round_side(side, multiple, smallest) for side in range(200)]
     assert sides == sorted(sides)
     assert all(rounded <= side for side, rounded in enumerate(sides))
@@ -299,8 +297,8 @@ def test_a_side_is_rounded_down_to_a_side(multiple: int, smallest: int):
 
 
 @pytest.mark.parametrize("rank", [0, -1])
-def test_a_rank_below_one_is_refused(rank: int):
-    with pytest.raises(UserError, match="`rank` must be at least 1"):
+def test_a_rank_below_one_is_refused(rank):
+    with user_error("`rank` must be at least 1"):
         square_size(8, 8, rank, OperatorKind.SHARE)
 
 
@@ -321,12 +319,12 @@ NO_OPERATORS = """
 
 
 @pytest.mark.parametrize("changes, message", rows(NO_OPERATORS))
-def test_specs_that_are_no_operator(changes: str, message: str):
-    with pytest.raises(UserError, match=message):
+def test_specs_that_are_no_operator(changes, message):
+    with user_error(message):
         spec_from_dict({"kind": "share", "d_in": 8, "d_out": 8, "r_hat": 4, **parsed(changes)})
 
 
 @every_grouping
-def test_specs_survive_json(kind: OperatorKind, grouping: Grouping):
+def test_specs_survive_json(kind, grouping):
     spec = OperatorSpec(kind, 8, 6, 4, grouping, seed=9)
     assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
