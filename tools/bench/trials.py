@@ -25,23 +25,15 @@ class Named(Protocol):
 T = TypeVar("T", bound=Named)
 
 
-def run_alone(command: Sequence[str], log: Path) -> None:
-    """Runs `command` on one thread, its output in `log`. Raises `RunError` naming that when it fails."""
+def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
+    """`launch/pretrain.py` with these settings as flags, on one thread, its output in `log`. Raises `RunError` naming
+    that when it fails."""
+    environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags(settings)]
     with log.open("w", encoding="utf-8") as file:
-        environment = {**os.environ, **only_rank(), "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(
-            command,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        ).returncode
+        code = subprocess.run(program, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         raise RunError(f"a run failed: see {log}")
-
-
-def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
-    """`launch/pretrain.py` with these settings as flags."""
-    run_alone([sys.executable, str(ROOT / "launch" / "pretrain.py"), *flags(settings)], log)
 
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
