@@ -28,7 +28,10 @@ class Watch:
     @classmethod
     def of(cls, bounds: Sequence[str], weights: Sequence[str]) -> Watch:
         """From the values of --stop_when_forgotten, ratios to the start, and of --best_by. Raises `UserError`."""
-        return cls(_named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE))
+        watch = cls(_named(_STOP, bounds, Bounds(above=1)), _named(_BEST, weights, NOT_NEGATIVE))
+        if watch.weights and not any(watch.weights.values()):
+            raise UserError(f"{_BEST}: one weight must be above 0")
+        return watch
 
     def check_names(self, known: Sequence[str]) -> None:
         """Raises `UserError` for a set that is not evaluated."""
@@ -41,7 +44,7 @@ class Watch:
         for name, bound in self.bounds.items():
             if name in before and name in now and now[name] > bound * before[name]:
                 return (
-                    f"the perplexity on {name} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
+                    f"the value of {name} is {now[name]:.3f}, {now[name] / before[name]:.3f} of the "
                     f"{before[name]:.3f} it was at the start, and --stop_when_forgotten allows {bound:g}"
                 )
         return None
@@ -78,6 +81,8 @@ def _named(flag: str, entries: Sequence[str], bounds: Bounds) -> dict[str, float
     numbers = {}
     for entry in entries:
         name, _, number = entry.rpartition(":")
+        if name in numbers:
+            raise UserError(f"{flag}: {name} is given twice")
         try:
             numbers[name] = float(number)
         except ValueError:

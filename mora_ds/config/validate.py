@@ -43,6 +43,9 @@ _UNKNOWN_LENGTH = 2**62
 """Stands for the number of steps of a run that depends on the data."""
 
 
+_RATE = Bounds(above=0, most=1e30)
+"""Of a learning rate: torch's AdamW takes no factors beyond fp32."""
+
 _LIMITS: dict[str, Bounds | type[Enum]] = {
     "train_tokenizer_vocab": Bounds(least=0, most=10_000_000),
     "adapter": AdapterKind,
@@ -59,8 +62,8 @@ _LIMITS: dict[str, Bounds | type[Enum]] = {
     "gradient_accumulation_steps": COUNT,
     "sequence_parallel_size": COUNT,
     "optimizer": OptimizerKind,
-    "learning_rate": POSITIVE,
-    "embedding_learning_rate": POSITIVE,
+    "learning_rate": _RATE,
+    "embedding_learning_rate": _RATE,
     "min_lr_ratio": AT_MOST_1,
     "decay_ratio": ABOVE_0_AT_MOST_1,
     "warmup_steps": NOT_NEGATIVE,

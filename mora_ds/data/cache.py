@@ -205,9 +205,9 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(temporary, folder)
-    except OSError:
-        if damage(folder):
-            raise
+    except OSError as error:
+        if problem := damage(folder):
+            raise UserError(f"{folder} is damaged: {problem}; delete it, which failed: {error.strerror}") from error
     fsync(folder.parent)
 
 

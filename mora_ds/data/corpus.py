@@ -119,6 +119,8 @@ def _matches(pattern: str) -> list[Path]:
 def _expand(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise UserError(f"{path} is a data set that was saved by datasets: name it with --dataset_name")
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -10,8 +10,10 @@ limit, `LINE_BYTES`.
 """
 
 import codecs
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -142,7 +144,7 @@ def read_file(path: Path, text_column: str, mark: Mark) -> Iterator[tuple[Docume
         else:
             columns = _parquet_columns(path, text_column, mark.record)
             yield from read_rows(str(path), (column.to_pylist() for column in columns), mark.record)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
@@ -185,6 +187,8 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
 
 def _open(path: Path) -> IO[bytes]:
     compression = _COMPRESSED.get(path.suffix.lower())
+    if compression == "gzip":  # Python's own takes zeros after the end, which some stores pad files with
+        return gzip.open(path)
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from mora_ds.adapters.domains import DomainLinear, domains_of
 from mora_ds.adapters.inject import inject, mora_layers, move_base
+from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.checkpoint.adapter_files import Adapter, BaseReference, chosen_domain
 from mora_ds.checkpoint.layout import (
     ADAPTER_JSON,
@@ -59,6 +60,10 @@ def complete(folder: Path, source: Path, reference: BaseReference) -> None:
     if tokenizer := tokenizer_of(source):
         copy_folder(tokenizer, folder / TOKENIZER_FOLDER)
     write_manifest(folder)
+
+
+def _sides(operator: UpdateSpec) -> tuple[type, int, int, tuple[int, ...]]:
+    return type(operator), operator.d_in, operator.d_out, operator.value_shape
 
 
 @torch.no_grad()
@@ -110,6 +115,12 @@ def load_adapter(
     for name, tensor in tensors.items():
         parameters[name].data = tensor.to(dtype)
     for name, layer in mora_layers(model).items():
+        operators = [facts.layers[name].operator]
+        if facts.domains is not None:
+            operators.append(facts.domains.operators[name])
+        for operator in operators:  # the shape of M does not say the sides of its layer
+            if _sides(operator) != _sides(layer.spec):
+                raise UserError(f"{folder} does not fit this model: its operator of {name} is of another shape")
         layer.spec = facts.layers[name].operator
         original = files.read(opened.original_key(files, facts.layers[name].weight))
         layer.form(original, opened.ledger.squares_of(name))

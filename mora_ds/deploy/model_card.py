@@ -55,9 +55,11 @@ def _perplexities(checkpoint: Path, step: int) -> dict[str, str]:
     summary = read_json(path) if path.is_file() else {}
     if summary.get("steps") != step:
         return {}
-    before = summary["perplexity_before"]
-    after = summary["perplexity_after"]
-    return {f"perplexity on {name}": f"{before[name]:.3f} -> {after[name]:.3f}" for name in before if name in after}
+    before = summary.get("perplexity_before") or {}
+    after = summary.get("perplexity_after") or {}
+    # A perplexity that is not finite is null there.
+    known = [name for name in before if before[name] is not None and after.get(name) is not None]
+    return {f"perplexity on {name}": f"{before[name]:.3f} -> {after[name]:.3f}" for name in known}
 
 
 def _cell(value: Any) -> str:

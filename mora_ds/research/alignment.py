@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mora_ds.adapters.config import MoRAConfig
 from mora_ds.adapters.inject import mora_layers
-from mora_ds.adapters.layer import AdaptedLinear
+from mora_ds.adapters.layer import AdaptedLinear, ExpertStack
 from mora_ds.adapters.ops.spec import UpdateSpec
 from mora_ds.adapters.target_modules import targets_of
 from mora_ds.common.errors import RunError, UserError
@@ -64,6 +64,8 @@ def leading_of_base(config: MoRAConfig, loaded: LoadedBase, rank: int, ranks: Ra
     def decompose() -> dict[str, Leading]:
         directions = {}
         for name, module in targets_of(loaded.model, config).items():
+            if isinstance(module, ExpertStack):
+                raise UserError(f"research.alignment_weight: {name} are experts: leave them out")
             key = loaded.keys[f"{name}.weight"]
             weight = loaded.base.read(key).to(device, torch.float64)
             if rank > min(weight.shape):

@@ -32,7 +32,7 @@ from mora_ds.adapters.domains import update_rows
 from mora_ds.adapters.ops.index_tables import IndexTables, tables_of
 from mora_ds.adapters.ops.mora import OperatorSpec, operator_of
 from mora_ds.checkpoint.adapter_files import Adapter
-from mora_ds.checkpoint.layout import ADAPTER_JSON, adapter_folder
+from mora_ds.checkpoint.layout import ADAPTER_JSON, adapter_folder, tokenizer_of
 from mora_ds.commands.evaluate import TITLES, check_scoring, read_sets, score_cells, scoring_flags
 from mora_ds.common.errors import UserError, unknown
 from mora_ds.common.files import write_json_atomic
@@ -256,9 +256,11 @@ def main() -> None:
     windows = Windows.of(bank.model, options.window, options.stride, options.document_start)
     print(f"{len(bank.adapters)} adapter(s); windows of {windows.window} tokens, stride {windows.stride}")
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code, flag="MODEL")
-    target = Target(prefer_documents(bank.model), tokenizer)
+    model = prefer_documents(bank.model)
     scores = {}
     for name in (BASE, *bank.adapters):
+        folder = None if name == BASE else tokenizer_of(bank.adapters[name].folder)  # that of the adapter's own run
+        target = Target(model, tokenizer if folder is None else load_tokenizer(folder, flag=str(folder)))
         with bank.use([] if name == BASE else name):
             scores[name] = evaluate_sets(target, sets, windows, options.batch_size, options.max_documents)
     rows = [[adapter, *score_cells(*named)] for adapter, by_set in scores.items() for named in by_set.items()]

@@ -7,6 +7,7 @@ import pytest
 from mora_ds.checkpoint.state import TrainerState
 from mora_ds.common.files import read_json
 from mora_ds.config.forgetting import Watch, report
+from tests.helpers.errors import user_error
 from tests.helpers.gloo import run_alone
 from tests.helpers.jobs import printed, rows, run
 from tests.helpers.resume import assert_same_run, interrupted_job
@@ -25,6 +26,12 @@ def test_bounds_and_scores():
     lines = report(start, {"old": 110.0, "new": 40.0, "late": 1.0})
     assert [line.split()[-1] for line in lines] == ["(+10.00%)", "(-20.00%)"]
     assert not report({}, start)
+    for bounds, weights, words in (
+        (["old:1.1", "old:5"], [], "old is given twice"),
+        ([], ["old:0", "new:0"], "one weight must be above 0"),
+    ):
+        with user_error(words):
+            Watch.of(bounds, weights)
 
 
 def forgetting(user, out, *more):

@@ -61,6 +61,8 @@ def test_a_saved_dataset(tmp_path):
     datasets.DatasetDict({"small": dataset, "test": dataset}).save_to_disk(tmp_path / "untrained")
     for name in ("plain", "splits"):
         assert list(load_corpus(dataset_name=str(tmp_path / name)).texts()) == TEXTS
+        with user_error("name it with --dataset_name"):
+            load_corpus([str(tmp_path / name)])
     with user_error(r"--dataset_name.*untrained' \(split 'train'\) cannot be loaded"):
         load_corpus(dataset_name=str(tmp_path / "untrained"))
     with user_error(r"--dataset_name.*no field 'txt'; there are: text"):

@@ -54,6 +54,12 @@ def configured(**changes):
     return lambda folder: change_json(folder / "adapter.json", lambda content: content["config"].update(changes))
 
 
+def other_sides(content):
+    """Half of the inputs, at the same side of M."""
+    name = next(name for name in content["layers"] if name.endswith("q_proj"))
+    content["layers"][name]["operator"]["d_in"] //= 2
+
+
 UNFIT = {
     "another size": (configured(rank=5), "the shape of .*up_proj.square is"),
     "fewer layers": (configured(target_modules=["q_proj"]), "the shape of .*up_proj.square is .* there, None here"),
@@ -64,6 +70,10 @@ UNFIT = {
     "not trained": (
         configured(train_norms=False),
         r"the shape of model\.layers\.0\.input_layernorm\.weight is \(32,\) there, None here",
+    ),
+    "other sides": (
+        lambda folder: change_json(folder / "adapter.json", other_sides),
+        "its operator of .*q_proj is of another shape",
     ),
     "no tensor": (
         lambda folder: change_json(folder / "base.json", lambda content: content.update(keys={})),

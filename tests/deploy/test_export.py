@@ -145,6 +145,9 @@ def test_the_card_has_the_perplexities_of_a_run_that_ended_there(tmp_path):
     assert "| perplexity on code | 9.500 -> 8.250 |" in card
     assert "| note | two lines |" in card
     assert "| pair | [1, 2] |" in card
+    files.write_json_atomic(run.output / "summary.json", {**summary, "perplexity_before": {"code": None}})
+    export_merged(run.output, tmp_path / "not finite")
+    assert "perplexity" not in (tmp_path / "not finite/README.md").read_text()
     files.write_json_atomic(run.output / "summary.json", {**summary, "steps": 8})
     export_merged(run.output, tmp_path / "earlier")
     assert "perplexity" not in (tmp_path / "earlier/README.md").read_text()

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mora_ds.adapters.config import LoRAConfig, MoRAConfig
 from mora_ds.checkpoint.layout import ADAPTER_TENSORS
-from mora_ds.common.files import read_json
-from mora_ds.data import load_corpus
+from mora_ds.common.files import read_json, write_manifest
+from mora_ds.data import load_corpus, load_tokenizer
 from mora_ds.eval.perplexity import Target, Windows, evaluate, load_target
 from mora_ds.research.bank import AdapterBank
 from tests.helpers.adapters import Maker, Updates, merge, originals
@@ -241,6 +242,11 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
         name: maker.write(tmp_path / "bank" / name, MoRAConfig(rank=2, seed=cycles), cycles, scale=0.1)
         for cycles, name in enumerate(("a", "b"))
     }
+    own_tokenizer = tmp_path / "bank/b/tokenizer"  # of a run with --tokenizer_name: words in place of letters
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(own_tokenizer)
+    write_manifest(tmp_path / "bank/b")
     sets = ["--sets", f"held={user.held}", "--window", "64", "--stride", "32", "--max_documents", "4"]
     flags = [str(user.model), str(tmp_path / "bank"), *sets, "--json", str(tmp_path / "scores.json")]
     assert command("evaluate-adapters", flags) == (0, "")
@@ -250,6 +256,7 @@ def test_the_command_scores_every_adapter_as_its_merged_model(tmp_path, user, ca
     assert "2 adapter(s); windows of 64" in printed
     tokenizer = load_target(user.model).tokenizer
     for name in ("(base)", "a", "b"):
+        tokenizer = load_tokenizer(own_tokenizer) if name == "b" else tokenizer
         merge(maker.model, maker.weights, updates.get(name, {}))
         merged = Target(maker.model.eval(), tokenizer)
         expected = evaluate(merged, load_corpus([str(user.held)]), Windows(64, 32), max_documents=4)
