@@ -204,8 +204,13 @@ def as_path(value: Any, argument: str) -> Path:
 
 
 def require_place(output: Path) -> None:
-    """Raises `UserError` where no folder can be made at `output`: below a file, or where nothing may be written."""
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    """Raises `UserError` where no folder can be made at `output`: below a file, where nothing may be written, or of a
+    name that the disk does not take."""
+    try:
+        output.exists()
+        parent = next(folder for folder in output.absolute().parents if folder.exists())
+    except OSError as error:
+        raise UserError(f"`output` {output} cannot be made: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"`output` {output} cannot be made: {parent} is no folder that you can write to")
 

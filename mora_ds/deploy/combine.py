@@ -64,8 +64,8 @@ def combine_adapters(
 
     `sources`: checkpoints, runs (their latest one) or exported adapters, all of one base and the same layers; ranks,
     operators and seeds may differ. `weights`: any finite numbers. `base_folder`: the base, if it was moved; read only
-    where embeddings, norms or a head were trained. Returns lines to print. Raises `UserError` naming what does not fit,
-    `RunError` for damaged sources, values that are not finite and a full disk.
+    where embeddings, norms or a head were trained. Returns lines to print. Raises `UserError` naming what does not fit
+    or is damaged, `RunError` for values that are not finite and a full disk.
     """
     output = as_path(output, "combine_adapters: `output`")
     if len(weights) != len(sources) or not sources:

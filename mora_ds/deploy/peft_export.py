@@ -64,8 +64,8 @@ def export_peft(
 
     `rank`: the largest rank of a layer; None: as large as it takes to be exact. `base_folder`: the base, if it was
     moved. `domain`: as for `export_merged`. Returns lines to print: ranks, and the energy of the update that each layer
-    loses. Raises `UserError` for a rank below 1, a rank that is missing where an update has no bound on its own, and a
-    folder that is not empty; `RunError` for a damaged checkpoint.
+    loses. Raises `UserError` for a rank below 1, a rank that is missing where an update has no bound on its own, a
+    folder that is not empty, and a damaged checkpoint.
     """
     source = find_adapter(Path(checkpoint))
     output = Path(output)

@@ -346,5 +346,7 @@ def _zero(config: DsConfig) -> list[str]:
     for path, (value, why) in _FIXED.items():
         if at(config, path) not in (None, value):
             problems.append(f"{path} must stay {json.dumps(value)}: {why}")
-    config.setdefault("data_types", {})
+    types = config.setdefault("data_types", {})
+    if types.get("grad_accum_dtype", AUTO) is None:  # DeepSpeed's default
+        del types["grad_accum_dtype"]
     return problems + fill(config, ("data_types.grad_accum_dtype", "fp32", "gradients are summed in fp32"))

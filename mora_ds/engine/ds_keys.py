@@ -110,7 +110,9 @@ ONLY_FOR_ADAM = frozenset(("foreach", "fused"))
 ONLY_FOR_MUON = frozenset(("muon_lr", "momentum", "ns_method"))
 """Keys of optimizer.params that the other optimizer rejects or ignores."""
 
-QUIETLY_OFF: tuple[Any, ...] = (None, False, {}, {"enabled": False}, {"device": "none"})
+QUIETLY_OFF: tuple[Any, ...] = (
+    None, False, {}, {"enabled": False}, {"device": "none"}, {"autotp_size": 0}, {"autotp_size": 1}
+)  # fmt: skip
 """Values with which a refused key does nothing. The key is dropped, as DeepSpeed refuses some of them even so."""
 
 
@@ -138,13 +140,17 @@ def fill(config: DsConfig, *wanted: tuple[str, Any, str]) -> list[str]:
     return problems
 
 
+DEFAULTS = {"zero_optimization.zero_hpz_partition_size": 1}
+"""Refused keys that do nothing at this value."""
+
+
 def refused_keys(config: DsConfig, table: dict[str, str]) -> list[str]:
     """Remove every key of `table` (dotted path -> reason). Returns a problem for each that was set."""
     problems = []
     for path, reason in table.items():
         parent, _, key = path.rpartition(".")
         holder = at(config, parent)
-        if holder and key in holder and holder.pop(key) not in QUIETLY_OFF:
+        if holder and key in holder and holder.pop(key) not in (*QUIETLY_OFF, DEFAULTS.get(path)):
             problems.append(f'"{path}" cannot be used: {reason}')
     return problems
 

@@ -73,6 +73,8 @@ def optimizer_problems(config: DsConfig) -> list[str]:
     config.setdefault("wall_clock_breakdown", False)
     if kind not in _NAMES.values():
         return [f"optimizer.type must be AdamW or Muon, got {json.dumps(kind)}: merges reset the optimizer's state"]
+    if params.get("fused") and params.get("foreach"):
+        return ["optimizer.params.fused and foreach are two ways to the same step: take one"]
     misplaced = params.keys() & (ONLY_FOR_ADAM if uses_muon(config) else ONLY_FOR_MUON)
     problems = own_adam + [f"optimizer.params.{key} is not for {kind}" for key in sorted(misplaced)]
     return [*problems, *_muon(config)] if uses_muon(config) else problems

@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mora_ds.common.errors import Bounds, UserError
-from mora_ds.common.files import FORMAT, malformed, require_format
+from mora_ds.common.files import FORMAT, JsonObject, malformed, require_format
 from mora_ds.common.nested import different_keys
 from mora_ds.common.tensor_files import Tensors, open_safetensors, write_safetensors_atomic
 from mora_ds.common.untrusted import MAX_SIDE, FileName, Processes, plain_json, shown, typed
@@ -105,18 +106,27 @@ class RankShard(NamedTuple):
     extents: np.ndarray
     """(P, 6) int64"""
     layout: str
-    """A digest of the rank's `Layout`, which must be that of all."""
+    """A digest of the rank's `Layout` and of its optimizer's settings, which must be those of all."""
 
     @classmethod
-    def of(cls, layout: Layout, rank: int, file: str, flats: list[list[Extent]]) -> RankShard:
-        """`flats`: the extents in each flat tensor."""
+    def of(
+        cls,
+        layout: Layout,
+        rank: int,
+        file: str,
+        flats: list[list[Extent]],
+        settings: Sequence[JsonObject] = (),
+    ) -> RankShard:
+        """`flats`: the extents in each flat tensor. `settings`: of the optimizer's groups, its learning rates among
+        them."""
         number_of = {name: number for number, name in enumerate(layout.shapes)}
         rows = [
             (number_of[extent.name], extent.start, extent.numel, rank, flat, extent.offset)
             for flat, extents in enumerate(flats)
             for extent in extents
         ]
-        digest = hashlib.sha256(json.dumps(asdict(layout), sort_keys=True).encode()).hexdigest()
+        common = json.dumps([asdict(layout), *settings], sort_keys=True)
+        digest = hashlib.sha256(common.encode()).hexdigest()
         return cls(rank, file, np.array(rows, np.int64).reshape(-1, 6), digest)
 
 
@@ -252,12 +262,14 @@ def _first_hole(rows: np.ndarray, sizes: np.ndarray, ranks: int) -> int | None:
     name = rows[:, NAME]
     numel = rows[:, NUMEL]
     wrong = (numel < 1) | (numel > sizes[name])  # else the sums below might overflow
+    start = rows[:, START]
+    wrong |= (start < 0) | (start > sizes[name] - numel)  # else an extent would reach into the next parameter
     wrong |= (rows[:, RANK] < 0) | (rows[:, RANK] >= ranks) | (rows[:, FLAT] < 0) | (rows[:, OFFSET] < 0)
     if wrong.any():
         return int(name[wrong.argmax()])
     # All parameters one after the other are one range, which the rows, in order, must tile.
     ends = np.cumsum(sizes)
-    first = (ends - sizes)[name] + rows[:, START]
+    first = (ends - sizes)[name] + start
     begins = np.append(first, sizes.sum())
     wanted = np.append(0, first + numel)
     if np.array_equal(begins, wanted):
@@ -382,7 +394,14 @@ def take(engine: zero.Engine) -> tuple[Layout, RankShard, Tensors]:
     saved = {key: parameter for key, parameter in _parameters(engine).items() if parameter.is_saved}
     extents = [_extents(flat.spans, saved) for flat in flats]
     rank = dist.get_rank()
-    return layout, RankShard.of(layout, rank, f"rank-{rank:05d}.safetensors", extents), tensors
+    file = f"rank-{rank:05d}.safetensors"
+    settings = [_plain(group) for group in engine.basic_optimizer.param_groups]
+    return layout, RankShard.of(layout, rank, file, extents, settings), tensors
+
+
+def _plain(group: JsonObject) -> JsonObject:
+    """The settings of a parameter group that JSON can hold: not its parameters."""
+    return {key: value for key, value in group.items() if isinstance(value, (int, float, str, tuple))}
 
 
 def _as_saved(flat: Flat, value: Tensor) -> Tensor:

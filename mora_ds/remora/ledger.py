@@ -146,8 +146,11 @@ class Ledger:
         self._layers: dict[int, dict[str, LayerEntry]] = {}
 
     @classmethod
-    def create(cls, folder: Path, base_fingerprint: str) -> Ledger:
-        """An empty ledger for a base, in place of one that the folder has. Other files stay."""
+    def create(cls, folder: Path, base_fingerprint: str, *, replace: bool = False) -> Ledger:
+        """An empty ledger for a base. Other files in the folder stay. Raises `UserError` where it has a ledger, unless
+        that is to be replaced."""
+        if (folder / LEDGER_FILE).exists() and not replace:
+            raise UserError(f"{folder} already holds the ledger of a run")
         folder.mkdir(parents=True, exist_ok=True)
         ledger = cls(folder, base_fingerprint, [])
         ledger._write([])

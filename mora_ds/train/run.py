@@ -344,7 +344,7 @@ class Run:
 
         def write() -> None:
             if checkpoint is None:
-                Ledger.create(folder, fingerprint)
+                Ledger.create(folder, fingerprint, replace=True)
             else:
                 Ledger.open(checkpoint / LEDGER_FOLDER, fingerprint, hashes=False).copy_to(folder)
                 Ledger.open(folder, fingerprint)

@@ -255,6 +255,11 @@ def test_a_file_that_comes_late_is_waited_for(tmp_path, monkeypatch):
     assert len(waits) == 3
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    with user_error("cannot be made: File name too long"):
+        files.require_new(tmp_path / ("a" * 300))
+
+
 def test_json_is_utf8_of_a_known_format(tmp_path):
     path = tmp_path / "a.json"
     files.write_json_atomic(path, {"é": 1})

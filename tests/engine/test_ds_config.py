@@ -79,6 +79,18 @@ def test_the_users_config_is_not_touched_and_own_values_stay():
     assert resolved["steps_per_print"] == 7
 
 
+def test_what_is_written_down_as_off_is_off():
+    off = {
+        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False},
+        "tensor_parallel": {"autotp_size": 1},
+        "data_types": {"grad_accum_dtype": None},
+    }
+    resolved = resolve_ds_config(off, SETTINGS, 1)
+    assert "zero_hpz_partition_size" not in resolved["zero_optimization"]
+    assert "tensor_parallel" not in resolved
+    assert resolved["data_types"]["grad_accum_dtype"] == "fp32"
+
+
 @pytest.mark.parametrize("flag, dtype", [("bf16", "bfloat16"), ("fp16", "float16"), (None, "float32")])
 @pytest.mark.parametrize("written", [{}, {"bf16": {"enabled": AUTO}, "fp16": {"enabled": AUTO}}, {"bf16": None}])
 def test_compute_dtype_follows_the_flag(flag, dtype, written):
@@ -190,6 +202,7 @@ def test_contradictions_are_listed_at_once(tmp_path):
 
 
 WRONG = """
+{optimizer: {params: {fused: true, foreach: true}}} | fused and foreach are two ways
 {zero_optimization: {stag: 3}} | unknown key 'zero_optimization.stag'. Did you mean 'stage'?
 {optimizer: {params: {learning_rate: 1}}} | unknown key 'optimizer.params.learning_rate'
 {zero_optimization: {offload_optimizer: {devise: cpu}}} | Did you mean 'device'?

@@ -5,6 +5,7 @@ Those that engines write, in several processes: tests/checkpoint/test_elastic.py
 
 import math
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -150,6 +151,17 @@ def test_what_is_wrong_with_a_shard_is_named(tmp_path):
     write(tmp_path, groups=[SHAPES])
     with user_error(r"layouts.safetensors is damaged: .*index out of range"):
         restored(EngineShards.open(tmp_path), [])
+
+
+def test_an_extent_that_reaches_into_the_next_parameter_is_no_tiling():
+    rows = [(0, 0, 5), (0, 5, 6), (1, 1, 2)]  # of a parameter of 10 elements, and of one of 2
+    extents = np.array([(*row, 0, 0, 0) for row in rows], np.int64)
+    assert shard_module._first_hole(extents, np.array([10, 2]), 1) == 0
+
+
+def test_ranks_with_other_learning_rates_have_another_layout():
+    digests = {RankShard.of(layout(), 0, "0.st", [], [{"lr": rate}]).layout for rate in (0.1, 0.2, 0.1)}
+    assert len(digests) == 2
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------

@@ -159,7 +159,9 @@ def test_another_base_is_refused(folder):
 
 def test_a_new_ledger_takes_the_place_of_another_and_leaves_other_files(folder):
     (folder / "notes.txt").touch()
-    assert Ledger.create(folder, BASE).cycles == 0
+    with user_error("already holds the ledger of a run"):
+        Ledger.create(folder, BASE)
+    assert Ledger.create(folder, BASE, replace=True).cycles == 0
     assert {path.name for path in folder.iterdir()} == {"ledger.json", "notes.txt"}
     assert Ledger.open(folder, BASE).cycles == 0
 
