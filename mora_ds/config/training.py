@@ -114,7 +114,7 @@ class TrainingArguments:
     head, which costs nothing more, it is always done."""
     log_level: str = LogLevel.INFO.value
     """Least severe messages that rank 0 prints: debug, info, warning or error. Other ranks print warnings and errors;
-    with debug they print everything too. Debug adds the adapted layers and how they are computed;
+    with debug they print everything too. Debug adds the adapted layers;
     `mora-ds pretrain` with debug or info given in the command also shows what DeepSpeed's launcher prints."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where the curves go besides metrics.jsonl: tensorboard, wandb, or none."""

@@ -173,7 +173,7 @@ def _adapted(
     reference = BaseReference.read(checkpoint)
     folder = base if base is not None else checkpoint / reference.folder
     tokenizer_folder = tokenizer_of(checkpoint) or folder
-    flag = "MODEL" if base is None else "--base"
+    flag = "--base" if tokenizer_folder == base else "MODEL"
     tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code, flag=flag)
     model: Any = load_adapter(folder, checkpoint, domain=domain, trust_remote_code=trust_remote_code)
     if dtype != "auto":

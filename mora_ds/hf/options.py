@@ -28,6 +28,10 @@ ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Values of `optim` that mean AdamW: the others name optimizers whose state merges do not know."""
 
 
+WITHOUT_LAMBDA = ("reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` whose learning rate is no function of the step."""
+
+
 def check_options(args: Any, arguments: Mapping[str, Any]) -> None:
     """Raises one `UserError` that names everything which contradicts an adapter under DeepSpeed. `args`: of
     `TrainingArguments`; `arguments`: further ones of the Trainer, by name."""
@@ -44,6 +48,12 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
     for name, reason in REFUSED.items():
         if getattr(args, name, None):
             yield f"TrainingArguments({name}=...) cannot be used with MoRATrainer: {reason}"
+    parallel = args.parallelism_config
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        yield "TrainingArguments(parallelism_config=...): only data parallelism goes with MoRATrainer"
+    if args.lr_scheduler_type in WITHOUT_LAMBDA:
+        kind = args.lr_scheduler_type.value
+        yield f"TrainingArguments(lr_scheduler_type={kind!r}): the learning rate must be a function of the step"
     config = args.hf_deepspeed_config.config
     if args.optim not in ADAMW and "optimizer" not in config:
         yield f"TrainingArguments(optim={str(args.optim.value)!r}): an adapter is trained by AdamW ({', '.join(ADAMW)})"

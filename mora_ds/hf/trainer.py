@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import HubStrategy
 
 from mora_ds.adapters.config import AdapterConfig
-from mora_ds.adapters.inject import inject
+from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.checkpoint.adapter_files import read_adapter
 from mora_ds.checkpoint.layout import CHECKPOINTS, LATEST
 from mora_ds.common.errors import UserError
@@ -197,6 +198,11 @@ class MoRATrainer(_Base):
             self.model_wrapped = self.model
             self.accelerator.deepspeed_engine_wrapped = None  # there is no engine to be destroyed
             self.accelerator._models.clear()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As transformers counts them, with the frozen base, which are no parameters."""
+        ids = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 6 * count_parameters(self.model) * ids.numel() if isinstance(ids, torch.Tensor) else 0
 
     # -- saving --------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mora_ds.checkpoint.layout import MERGED_FOLDER, TOKENIZER_FOLDER
-from mora_ds.common.errors import UserError
+from mora_ds.common.errors import UserError, refusal
 from mora_ds.common.files import CONFIGS, JsonObject
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.adapter import AdapterKind
@@ -205,11 +205,19 @@ def _continue_arguments(arguments: Arguments, paths: DemoPaths, world: int) -> A
     is_recipe = arguments.adapter.adapter == AdapterKind.MORA.value and "optimizer" not in arguments.set_by_user
     if is_recipe and not arguments.research:
         (text,) = paths.train_files("general")
-        settings |= {**RECIPE, "replay": [f"general={text}:{REPLAY}"]}
+        recipe = {**settings, **RECIPE, "replay": [f"general={text}:{REPLAY}"]}
+        job = with_flags(recipe, user_settings)
+        if not (reasons := refusal(_check, job, world)):
+            return job
+        logger.info(f"The demo trains MoRA matrices alone, with AdamW, as its recipe does not run here: {reasons[0]}")
     job = with_flags(settings, user_settings)
+    _check(job, world)
+    return job
+
+
+def _check(job: Arguments, world: int) -> None:
     validate(job)
     engine_config(job.training, job.adapter.adapter, world)
-    return job
 
 
 # -- the report ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,10 @@ _READABLE = (BASE_FOLDER, DEMO)
 """What a resumed run has made and will not replace."""
 
 
+_OF_TEXT = ("--train_files", "--replay", "--eval_files", "--dataset_name")
+"""Flags whose folders are searched for text: the output folder must not lie in them."""
+
+
 def check_inputs(arguments: Arguments, folder: Path) -> None:
     """Raise `UserError` for a flag that names a file which would be replaced or deleted.
 
@@ -32,7 +36,8 @@ def check_inputs(arguments: Arguments, folder: Path) -> None:
     outputs += [output.resolve() for output in outputs if output.is_symlink()]
     for flag, named in inputs_of(arguments):
         real = Path(os.path.realpath(named))  # which follows a loop of links as far as it goes
-        if any(output == real or output in real.parents for output in outputs):
+        holds_output = flag in _OF_TEXT and real in folder.resolve().parents
+        if holds_output or any(output == real or output in real.parents for output in outputs):
             raise UserError(
                 f"{flag} {named}: the run would read it and also replace or delete it in --output_dir {folder}: name a "
                 "copy elsewhere, or another --output_dir"

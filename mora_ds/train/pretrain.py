@@ -248,6 +248,8 @@ def _check_evaluation_sets(arguments: Arguments, data: RunData) -> None:
     """Raise `UserError` for flags that name an evaluation set or a task which the run does not have."""
     sets = list(data.evaluation)
     tasks = task_names(arguments.training.eval_tasks)
+    if both := sorted({*sets} & {*tasks}):
+        raise UserError(f"--eval_files: {both[0]} is the name of a task of --eval_tasks; choose another name")
     Watch.of(arguments.training.stop_when_forgotten, arguments.training.best_by).check_names([*sets, *tasks])
 
 

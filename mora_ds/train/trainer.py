@@ -20,6 +20,7 @@ from torch import Tensor
 from mora_ds.checkpoint.layout import (
     CHECKPOINTS,
     LATEST,
+    step_of,
 )
 from mora_ds.common.errors import BESIDE, RunError, Stopped, reason
 from mora_ds.config.forgetting import report
@@ -121,7 +122,10 @@ class Trainer:
             self.job.run.check_base()  # weights that were overwritten may be the reason for a NaN
         except BaseChanged as changed:
             error = changed
-        newest = f"Newest checkpoint: {self.last_checkpoint or 'none was written'}"
+        last = self.last_checkpoint
+        newest = f"Newest checkpoint: {last or 'none was written'}"
+        if last is not None and step_of(last) == self.state.step:
+            newest += ", which holds this model: resume from the one before it"
         if isinstance(error, BaseChanged):
             return f"{error}. {newest}"
         return (

@@ -50,6 +50,28 @@ def test_options_that_contradict_are_named(tmp_path, changes, message):
         check_options(arguments(tmp_path, **parsed(changes)), {})
 
 
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_learning_rates_that_follow_metrics_are_named(tmp_path, kind):
+    with user_error(f"lr_scheduler_type='{kind}'"):
+        check_options(arguments(tmp_path, lr_scheduler_type=kind, eval_strategy="steps"), {})
+
+
+def test_only_data_parallelism_goes_with_it(tmp_path):
+    args = arguments(tmp_path)
+    args.parallelism_config = SimpleNamespace(non_data_parallel_size=2)
+    with user_error("parallelism_config"):
+        check_options(args, {})
+
+
+def test_operations_are_counted_with_the_frozen_base():
+    model = tiny_model()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    mora_ds.inject(model, mora_ds.MoRAConfig(rank=2))
+    total += sum(layer.value.numel() for layer in mora_ds.mora_layers(model).values())
+    trainer = SimpleNamespace(model=model)
+    assert MoRATrainer.floating_point_ops(trainer, {"input_ids": torch.zeros(2, 16)}) == 6 * 32 * total
+
+
 def test_what_goes_with_an_adapter_passes(tmp_path):
     check_options(arguments(tmp_path, optim="adamw_torch_fused"), {})
     with_optimizer = {**ds_config(), "optimizer": {"type": "Muon"}}
@@ -185,7 +207,7 @@ def test_merges_keep_off_warm_ups_and_lower_the_learning_rate():
 
 def test_transformers_and_accelerate_have_what_is_overridden():
     """An upgrade that renames one of these would leave ours uncalled."""
-    for name in ("_prepare_for_training", "create_scheduler", "evaluation_loop", "save_model",
+    for name in ("_prepare_for_training", "create_scheduler", "evaluation_loop", "floating_point_ops", "save_model",
                  "_save_optimizer_and_scheduler", "_load_best_model"):  # fmt: skip
         assert name in vars(MoRATrainer)
         theirs = inspect.signature(getattr(transformers.Trainer, name)).parameters

@@ -39,7 +39,8 @@ def test_the_demo_follows_the_default_recipe(tmp_path):
     "flags",
     [
         ("--adapter", "lora"),
-        ("--optimizer", "adamw", "--tensor_parallel_size", 2),
+        ("--tensor_parallel_size", 2),
+        ("--train_embedding_rank", 4),
     ],
     ids=lambda flags: str(flags[0]),
 )

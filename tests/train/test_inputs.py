@@ -20,6 +20,7 @@ NAMED = """
 {tokenizer_name: out/tokenizer} | --tokenizer_name out/tokenizer
 {train_files: [out/metrics.jsonl]} | --train_files out/metrics.jsonl
 {train_files: [out/demo/text.txt]} | --train_files out/demo/text.txt
+{train_files: [.]} | --train_files .
 {train_files: ["out/*.jsonl"]} | --train_files out/metrics.jsonl
 {train_files: ["a=text.txt:1", "b=out/ledger/*:1"]} | --train_files out/ledger/a.txt
 {train_files: [text.txt], replay: ["a=out/ledger/a.txt:0.1"]} | --replay out/ledger/a.txt
