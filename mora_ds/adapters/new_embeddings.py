@@ -33,6 +33,9 @@ class FrozenEmbedding(nn.Embedding):
         self.padding_idx = None
         self.register_buffer("weight", base.weight, persistent=False)
 
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"  # torch's reads more, and DeepSpeed prints each module
+
 
 class FrozenHead(nn.Linear):
     """The table and the bias of another module as buffers."""

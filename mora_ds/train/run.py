@@ -28,8 +28,9 @@ from mora_ds.adapters.inject import (
     frozen_buffers,
     set_cycle,
 )
-from mora_ds.adapters.layer import mora_layers, value_names
+from mora_ds.adapters.layer import AdaptedLinear, mora_layers, value_names
 from mora_ds.adapters.new_embeddings import stands_for
+from mora_ds.adapters.ops.frozen import QuantizedWeight
 from mora_ds.adapters.quantized import quantized_layers
 from mora_ds.checkpoint.adapter_files import (
     AdapterFile,
@@ -59,6 +60,7 @@ from mora_ds.engine import zero
 from mora_ds.engine.base_ring import ring_of
 from mora_ds.models.base import (
     BaseCheckpoint,
+    NotOneToOne,
     map_model,
     verify_against_model,
     write_own_base,
@@ -353,8 +355,8 @@ class Run:
         return self.ranks.agree("merge ledger", lambda: Ledger.open(folder, fingerprint, hashes=False))
 
     def _map(self, base: BaseCheckpoint) -> dict[str, str]:
-        """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit, but
-        for quantized ones, which are formed from the originals."""
+        """Parameter name -> key in the base, for every parameter; the frozen ones are compared with it bit for bit,
+        quantized ones to within their rounding."""
         model: Any = self.engine.module
         frozen = base_weights(model)
         adapter = value_names(model)
@@ -369,6 +371,11 @@ class Run:
         self.ranks.agree(
             "weights of the base",
             lambda: verify_against_model(base, keys, unquantized, share),
+            long=True,
+        )
+        self.ranks.on_first(
+            "quantized weights of the base",
+            lambda: _verify_rounded(base, keys, rounded),
             long=True,
         )
         return keys
@@ -444,3 +451,19 @@ def _scheduler_state(scheduler: Any) -> JsonObject | None:
             'take LambdaLR of torch, or set "lr" of engine.optimizer.param_groups in each step'
         )
     return state
+
+
+def _verify_rounded(base: BaseCheckpoint, keys: Mapping[str, str], layers: Mapping[str, AdaptedLinear]) -> None:
+    """Raise `NotOneToOne` naming the first quantized weight that differs from its original by more than rounding, the
+    quantization's and that of the dtype in which the model was loaded."""
+    for name, layer in layers.items():
+        frozen = layer.frozen
+        weight = layer.spec.weight_name(name)
+        key = keys[weight]
+        assert isinstance(frozen, QuantizedWeight)
+        original = base.read(key).to(layer.weight.device, torch.float32)
+        same = original.shape == layer.shape
+        if not (same and torch.allclose(layer.read(), original, rtol=2**-8, atol=2 * frozen.largest_error)):
+            raise NotOneToOne(
+                f"{weight} of the model is not, in {frozen.bits} bits, the tensor {key!r} of {base.folder}"
+            )

@@ -141,7 +141,7 @@ engine/layouts.safetensors | files = [/etc/hostname] | the name of a file
 engine/layouts.safetensors | groups = 7 | groups must be a list
 engine/layouts.safetensors | groups.0.m = [16777216, 16777216, 16777216] | layouts.safetensors is damaged
 engine/layouts.safetensors | groups.0.m = [0] | must be at least 1
-engine/layouts.safetensors | scaler = {cur_scale: null} | must be a number
+engine/layouts.safetensors | scaler = {cur_scale: null} | must be a
 """
 
 

@@ -147,11 +147,13 @@ def test_a_run_on_longer_rows_is_that_of_a_base_with_this_config(user, tmp_path)
 
 
 def test_rows_that_are_split_over_ranks_are_scaled_alike(user, tmp_path):
-    dynamic = '{"rope_type": "dynamic", "factor": 2.0}'
-    longer = ("--seq_len", 256, "--per_device_train_batch_size", 1, "--max_steps", 3, "--rope_scaling", dynamic)
+    longer = ("--seq_len", 256, "--per_device_train_batch_size", 1, "--max_steps", 3, "--rope_scaling", YARN)
     run(1, user.flags(tmp_path / "one", *longer, "--no_document_mask"))
     run(2, user.flags(tmp_path / "two", *longer, "--no_document_mask --sequence_parallel_size 2"))
     assert_close_losses(tmp_path / "two", tmp_path / "one")
+    dynamic = ("--rope_scaling", '{"rope_type": "dynamic", "factor": 2.0}')  # which follows a complete row's length
+    split = user.flags(tmp_path / "dynamic", *longer, *dynamic, "--no_document_mask --sequence_parallel_size 2")
+    assert "rope_type dynamic" in refusal(split, ranks=2)
 
 
 MISTAKES = """

@@ -10,6 +10,7 @@ import torch
 
 from mora_ds.common.files import read_json
 from tests import conftest
+from tests.helpers import plain_kernels  # noqa: F401  (the kernels' operations, for tensors of a CPU)
 from tests.helpers.gloo import run_alone
 from tests.helpers.tools import call, tool
 

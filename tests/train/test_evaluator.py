@@ -82,8 +82,8 @@ class Log:
     def evaluation(self, step, perplexities, before):
         self.rows.append((step, dict(perplexities), dict(before)))
 
-    def tasks(self, step, results):
-        self.rows.append((step, results))
+    def record(self, kind, step, facts):
+        self.rows.append((step, facts))
 
 
 class Reading(Hooks):
@@ -178,7 +178,7 @@ def test_the_score_of_a_task_counts_where_it_is_evaluated():
     assert evaluation.forgotten is None
     assert evaluation.state.task_costs_before == {"quiz": 2.0}
     at(evaluation, 6, 1.0, score=0.25)
-    assert "the perplexity on quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
+    assert "the value of quiz is 4.000, 2.000 of the 2.000 it was at the start" in evaluation.forgotten
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_set():

@@ -91,7 +91,7 @@ export_merged | {checkpoint: out, output: NEW, base_folder: 3} | `checkpoint`: o
 export_merged | {checkpoint: RUN, output: NEW, base_folder: 3} | export_merged: `base_folder` must be a path, got 3
 export_merged | {checkpoint: RUN, output: NEW, base_folder: gone} | `base_folder`: no such folder
 export_merged | {checkpoint: RUN, output: NEW, dtype: fp9} | unknown dtype 'fp9'
-export_merged | {checkpoint: RUN, output: NEW, domain: law} | `domain` law: this adapter has no domains
+export_merged | {checkpoint: RUN, output: NEW, domain: law} | `domain` law: name a domain of this adapter
 export_merged | {checkpoint: RUN, output: NEW, delta_scale: "2"} | `delta_scale` must be a finite number, got '2'
 export_merged | {checkpoint: RUN, output: NEW, delta_scale: 0.5, verify: true} | `verify` compares with
 export_merged | {checkpoint: RUN, output: FILE} | `output`
