@@ -56,6 +56,7 @@ class DomainLinear(MoRALinear):
             if self.training:
                 raise RunError("training needs the domain of each row: call mora_ds.domains_of(model).set([...]) first")
             return super().forward(x)
+        self.hold_tables(x.device)
         row_squares = squares_of_rows(self.domain_squares.to(x.dtype), choice)
         rows = x.reshape(len(choice), -1, self.in_features)
         rows = nn.functional.dropout(rows, self.dropout, self.training)

@@ -188,7 +188,7 @@ def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError
 def _open(path: Path) -> IO[bytes]:
     compression = _COMPRESSED.get(path.suffix.lower())
     if compression == "gzip":  # Python's own takes zeros after the end, which some stores pad files with
-        return gzip.open(path)
+        return io.BufferedReader(gzip.open(path))
     return io.BufferedReader(pa.input_stream(str(path), compression), _READ_BYTES)
 
 

@@ -207,7 +207,8 @@ class _FrozenHeadLosses(torch.autograd.Function):
         results = []
         for inputs, targets in head._chunks(hidden, labels):
             # in parts of one size: products with a few tokens round otherwise than those with many
-            count = math.ceil(len(inputs) / _CPU_TOKENS) if inputs.device.type == "cpu" else 1
+            on_cpu = inputs.device.type == "cpu"
+            count = max(1, math.ceil(len(inputs) / _CPU_TOKENS)) if on_cpu else 1
             parts = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
             results += [head._loss_and_gradient(*part) for part in parts]
         losses, gradients = zip(*results, strict=True)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mora_ds.adapters.new_embeddings import plain_tables
 from mora_ds.common.errors import RunError, UserError
 from mora_ds.common.files import FORMAT, atomic_folder, malformed, read_json, require_format, write_json_atomic
 from mora_ds.data import (
@@ -141,7 +140,7 @@ def _vocabulary_keys(
     """(keys of the tensors with a row per token, number of rows). Raises `UserError` for other kinds of heads."""
     with torch.device("meta"):
         model = make_model(config, FLAG, trust_remote_code=trust_remote_code)
-    embedding, head = plain_tables(model, FLAG)
+    embedding, head = _tables(model)
     rows = embedding.num_embeddings
     tables = {name: table for name, table in model.named_modules() if isinstance(table, nn.Embedding)}
     further = [name for name, table in tables.items() if table.num_embeddings == rows and table is not embedding]
@@ -153,6 +152,16 @@ def _vocabulary_keys(
     keys = {mapping[name] for name, parameter in parameters.items() if id(parameter) in wanted}
     keys |= {name for name, parameter in parameters.items() if id(parameter) in wanted and name in base}
     return keys, rows
+
+
+def _tables(model: Any) -> tuple[nn.Embedding, nn.Linear]:
+    """The input embeddings, which may scale what they read, and the head. Raises `UserError` for other kinds."""
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        kinds = f"a {type(embedding).__name__} and a {type(head).__name__}"
+        raise UserError(f"{FLAG}: embeddings and head are {kinds}, no table of rows and a linear layer")
+    return embedding, head
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

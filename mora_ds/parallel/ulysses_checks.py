@@ -30,11 +30,13 @@ def check_config(
         raise UserError(
             f"{SEQUENCE}: rows are split where attention is by documents, which it is not, because {reason}"
         )
-    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
-    if kind in _LENGTH_DEPENDENT:
-        raise UserError(
-            f"{SEQUENCE}: rotary embeddings of rope_type {kind} depend on the longest position of a complete row"
-        )
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for settings in (parameters, *parameters.values()):  # some models have them for each kind of layer
+        kind = settings.get("rope_type") if isinstance(settings, dict) else None
+        if kind in _LENGTH_DEPENDENT:
+            raise UserError(
+                f"{SEQUENCE}: rotary embeddings of rope_type {kind} depend on the longest position of a complete row"
+            )
 
 
 def describe(config: Any, size: int, seq_len: int) -> str:

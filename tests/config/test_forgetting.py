@@ -49,7 +49,7 @@ def test_a_run_stops_when_a_set_is_forgotten(user, out):
     summary = read_json(out / "summary.json")
     step = summary["steps"]
     assert step < 12
-    assert f"stopping after step {step} of 12: the perplexity on held is" in told
+    assert f"stopping after step {step} of 12: the value of held is" in told
     ratios = [row["eval"]["held"] / summary["perplexity_before"]["held"] for row in rows(out) if "eval" in row]
     assert ratios[-1] > 1.2 >= max(ratios[:-1]), "at the first evaluation beyond the bound, made once"
     assert summary["perplexity_change_percent"]["held"] == pytest.approx(100 * (ratios[-1] - 1))

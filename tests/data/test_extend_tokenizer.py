@@ -154,7 +154,7 @@ def test_a_head_that_is_not_linear_is_refused(tmp_path, monkeypatch):
     kind = type(tiny_model("llama"))
     for head, words in ((None, "a NoneType"), (torch.nn.LayerNorm(1), "a LayerNorm")):
         monkeypatch.setattr(kind, "get_output_embeddings", lambda self, head=head: head)
-        with user_error(f"the output head is {words}, no linear layer"):
+        with user_error(f"a Embedding and {words}"):
             extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -268,7 +268,7 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path, monkeypatch):
     for name, module, words in (
         ("lm_head", torch.nn.Linear(32, 641), r"\(the head\)"),
         ("by_token", torch.nn.Embedding(640, 4), r"\(by_token\)"),
-        ("model.embed_tokens", torch.nn.EmbeddingBag(640, 32), "embeddings are a EmbeddingBag, no plain look-up"),
+        ("model.embed_tokens", torch.nn.EmbeddingBag(640, 32), "are a EmbeddingBag and a Linear"),
     ):
 
         def changed(*arguments, name=name, module=module, **more):
@@ -280,6 +280,15 @@ def test_vocabularies_that_cannot_grow_are_refused(tmp_path, monkeypatch):
         with user_error(words):
             extend_vocabulary(folder, domain(tmp_path), 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_that_are_scaled_when_they_are_read_can_grow():
+    """Gemma's: their rows are only averaged and copied."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128, "head_dim": 8}
+    config = AutoConfig.for_model("gemma2", **size, num_attention_heads=4, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model.get_input_embeddings()).forward is not torch.nn.Embedding.forward
+    assert vocabulary._tables(model)[0].num_embeddings == 128
 
 
 def test_the_record_of_new_rows_is_checked(tmp_path):

@@ -186,8 +186,6 @@ def compress(spec: Maps, x: Tensor) -> Tensor:
 
 def decompress(spec: Maps, z: Tensor) -> Tensor:
     """(..., N, R) -> (..., O)."""
-    if spec.blocks == 1:
-        return spread_out(spec, z)
     return linear_map(z, partial(spread_out, spec), partial(decompress_transpose, spec))
 
 
