@@ -383,8 +383,8 @@ common/files.py | common/test_files.py
 
 # an input inside the output folder is taken
 train/inputs.py | train/test_inputs.py
--if any(output == real or output in real.parents for output in outputs):
-+if not real.exists():
+-if holds_output or any(output == real or output in real.parents for output in outputs):
++if holds_output:
 
 # a folder with names of a run and no run is taken
 train/output_folder.py | train/test_output_folder.py
