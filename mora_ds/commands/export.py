@@ -14,6 +14,7 @@ from pathlib import Path
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.tensor_files import COMPUTE_DTYPES
 from mora_ds.deploy.export import export_merged
+from mora_ds.deploy.fork_adapters import read_fork
 from mora_ds.deploy.hub import check_repository, push_folder
 from mora_ds.runtime.cli import command_parser, shared_flags
 
@@ -25,18 +26,19 @@ def main() -> None:
     options = _parser().parse_args()
     if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
-    report = export_merged(
-        options.checkpoint,
-        options.output,
-        base_folder=options.base,
-        dtype=options.dtype,
-        verify=options.verify,
-        overwrite=options.overwrite,
-        domain=options.domain,
-        delta_scale=options.delta_scale,
-        trust_remote_code=options.trust_remote_code,
-        onto=options.onto,
-    )
+    with read_fork(options.checkpoint, options.base) as checkpoint:
+        report = export_merged(
+            checkpoint,
+            options.output,
+            base_folder=options.base,
+            dtype=options.dtype,
+            verify=options.verify,
+            overwrite=options.overwrite,
+            domain=options.domain,
+            delta_scale=options.delta_scale,
+            trust_remote_code=options.trust_remote_code,
+            onto=options.onto,
+        )
     print("\n".join(report.lines()))
     if options.push_to_hub is not None:
         print(push_folder(options.output, options.push_to_hub))
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=Path,
         required=True,
-        help="step folder, link to one, or output folder",
+        help="step folder, link to one, output folder, or a MoRA adapter of kongds's PEFT",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be new or empty")
     shared_flags(parser, "--base", "--domain", "--trust_remote_code")

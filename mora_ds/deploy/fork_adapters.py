@@ -8,6 +8,9 @@ mora_ds with a grouping that never changes, and the matrix lora_A without a scal
 outputs, type 6 computes blocks that no output takes; that is refused, as is all that is more than matrices.
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +123,16 @@ def _matrices(path: Path) -> dict[str, Tensor]:
     if not squares:
         raise UserError(f"{path} holds no matrix")
     return squares
+
+
+@contextmanager
+def read_fork(path: Path, base_folder: Path | None = None) -> Iterator[Path]:
+    """What `convert_fork` makes of the fork's adapter at `path`, in a temporary folder; `path` itself where it is no
+    folder of PEFT."""
+    if not (path / CONFIG_FILE).is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="mora_ds-") as folder:
+        output = Path(folder) / "adapter"
+        convert_fork(path, output, base_folder)
+        yield output

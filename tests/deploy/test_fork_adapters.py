@@ -91,7 +91,7 @@ def test_outputs_are_those_of_the_fork_live_and_merged(tmp_path, kind):
     expected = fork.logits()
     bare = AutoModelForCausalLM.from_pretrained(fork.base).eval()
     fork.base.rename(moved := tmp_path / "moved")
-    call("export", "--checkpoint", tmp_path / "adapter", "--base", moved, "--output", tmp_path / "merged")
+    call("export", "--checkpoint", fork.path, "--base", moved, "--output", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         live = load_adapter(moved, tmp_path / "adapter")(tokens(2)).logits
