@@ -411,7 +411,8 @@ def _rate(row: Row, swept: Sequence[float]) -> str:
 
 
 def _gap(row: Row, of: dict[str, Row]) -> str:
-    """The part of the distance from LoRA to full training that a method closes, on the new text."""
+    """The part of the distance from LoRA to full training that a method closes, on the new text; "-" where full
+    training is less than 5% ahead, as there is no distance then."""
     if row.method in ("lora", "full") or not {"lora", "full"} <= set(of) or not row.trained:
         return "-"
     lora = of["lora"].new
@@ -419,7 +420,7 @@ def _gap(row: Row, of: dict[str, Row]) -> str:
     if not (seeds := set(lora) & set(full) & set(row.new)):
         return "-"
     start, end, reached = (sum(perplexities[seed] for seed in seeds) for perplexities in (lora, full, row.new))
-    return f"{(start - reached) / (start - end):.0%}" if start > end else "-"
+    return f"{(start - reached) / (start - end):.0%}" if start > 1.05 * end else "-"
 
 
 if __name__ == "__main__":

@@ -6,23 +6,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from mora_ds.common.errors import RunError
 from mora_ds.config.arguments import parse
 from mora_ds.config.effects import idle_settings
 from mora_ds.train.demo import MODEL_CONFIG, DemoPaths, warm_start_settings, write_inputs
 from tools.bench.measuring import ROOT, only_rank
-
-
-class Named(Protocol):
-    """A trial, by what the lines of progress call it."""
-
-    @property
-    def name(self) -> str: ...
-
-
-T = TypeVar("T", bound=Named)
 
 
 def pretrain_alone(settings: Mapping[str, Any], log: Path) -> None:
@@ -49,8 +39,8 @@ def _words(value: Any) -> list[str]:
     return [str(word) for word in value] if isinstance(value, list) else [str(value)]
 
 
-def run_all(trials: Sequence[T], run: Callable[[T], object], jobs: int) -> None:
-    """`run` every trial, `jobs` side by side, and print a line for each that has ended."""
+def run_all(trials: Sequence[Any], run: Callable[[Any], object], jobs: int) -> None:
+    """`run` every trial, which has a `name`, `jobs` side by side, and print a line for each that has ended."""
     with ThreadPoolExecutor(jobs) as pool:
         for done, (trial, _) in enumerate(zip(trials, pool.map(run, trials), strict=True), 1):
             print(f"{done}/{len(trials)}  {trial.name}", flush=True)
