@@ -28,8 +28,12 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
 
     try:
         marker = folder / ranks.on_first("output folder of the nodes", create)
-        is_visible = ranks.agree("visibility of the output folder", lambda: _becomes_visible(marker))
-        seen = ranks.gather("output folder of every rank", (is_visible, f"{folder} on {platform.node()}"))
+        seen = ranks.gather(
+            "visibility of the output folder", (_becomes_visible(marker), f"{folder} on {platform.node()}")
+        )
+    except Exception as error:
+        ranks.leave(error)  # the others still look for the file, and see this error where they meet next
+        raise
     finally:
         if ranks.is_first:
             (folder / name).unlink(missing_ok=True)

@@ -254,6 +254,8 @@ class _Tokenization:
 
 
 def _log_mixture(plan: MixturePlan, mixture: Mixture) -> None:
+    if plan.is_plain:
+        return
     for index, (name, source) in enumerate(zip(mixture.names, mixture.sources, strict=True)):
         weights = ", ".join(f"{weights[index]:g} from step {step}" for step, weights in plan.phases)
         size = "a stream" if source.n_blocks is None else f"{source.n_blocks:,} sequences an epoch"
