@@ -166,7 +166,7 @@ def _help(action: argparse.Action) -> str:
 def _default(value: object) -> str:
     empty = value is None or value in ([], "", argparse.SUPPRESS)
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return "" if empty else f"`{text.removeprefix(f'{ROOT}/')}`"  # a file of the checkout, wherever that is
+    return "" if empty else f"`{text}`"
 
 
 # -- Python ------------------------------------------------------------------------------------------------------------

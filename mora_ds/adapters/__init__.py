@@ -3,7 +3,7 @@
 config             `MoRAConfig`, `LoRAConfig`: what is adapted, with which operator and size
 inject             replaces a model's linear layers, freezes the rest, and reports
 layer              the adapted layers, and their frozen weight formed anew at a merge
-domains            layers with one MoRA matrix for each domain, added to the shared one
+domains            layers with one MoRA matrix for each domain, added to the shared one (`domain_names`)
 target_modules     which layers are adapted, by patterns (`target_patterns`)
 experts            experts of a mixture: which tensors they are, and how they are computed with a MoRA matrix each
 tp_plan            which layers tensor parallelism splits, from the model's own plan

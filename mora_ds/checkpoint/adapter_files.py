@@ -85,7 +85,8 @@ class DomainSquares:
         operators = {name: operator_of(spec_from_dict(spec), name) for name, spec in known.operators.items()}
         return cls(known.names, operators)
 
-    def tensor(self, module: str) -> str:
+    @staticmethod
+    def tensor(module: str) -> str:
         """The name of a layer's matrices in safetensors files."""
         return f"{module}.{OWN}"
 
@@ -206,7 +207,7 @@ def write_adapter(
     """
     tensors = {adapter.layers[name].square: square for name, square in squares.items()}
     tensors.update(trained)
-    tensors.update({f"{name}.{OWN}": stack for name, stack in (domain_squares or {}).items()})
+    tensors.update({DomainSquares.tensor(name): stack for name, stack in (domain_squares or {}).items()})
     if set(tensors) != {*adapter.expected(), *adapter.trainables}:
         raise ValueError("the tensors given are not those that the adapter lists")
     stored = {name: tensor.detach().float() for name, tensor in tensors.items()}

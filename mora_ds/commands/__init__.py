@@ -2,7 +2,6 @@
 
 dispatch        the table of commands; starts one of them
 pretrain        training, in this process or by DeepSpeed's launcher
-restart         runs a training again when it fails or was stopped
 recipes         the recipes and DeepSpeed files of the package
 plan                                before a run: memory and traffic
 prepare_corpus, extend_vocab        text and vocabulary

@@ -101,7 +101,7 @@ def _planner(options: argparse.Namespace, arguments: Arguments) -> Planner:
     """Plans of that run on the cluster that is named, in place of this machine."""
     model = arguments.model
     training = arguments.training
-    config = named_config(shipped(options.model), model.trust_remote_code, "--model")
+    config = named_config(str(model.model_name_or_path), model.trust_remote_code, "--model")
     set_rope(config, model.rope, model.trust_remote_code)
     file = None if training.deepspeed is None else expanded(training.deepspeed, "--deepspeed")
     replicas = options.gpus // training.ranks_per_replica

@@ -203,6 +203,12 @@ def as_path(value: Any, argument: str) -> Path:
     return Path(path)
 
 
+def named_path(entry: str) -> tuple[str, str]:
+    """(name, path or pattern) of NAME=PATH, or of PATH, which is named by its file without endings."""
+    name, mark, path = entry.partition("=")
+    return (name, path) if mark and "/" not in name else (Path(entry).name.split(".")[0], entry)
+
+
 def require_place(output: Path) -> None:
     """Raises `UserError` where no folder can be made at `output`: below a file, where nothing may be written, or of a
     name that the disk does not take."""

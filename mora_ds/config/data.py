@@ -3,10 +3,10 @@
 import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mora_ds.common.errors import refusal
+from mora_ds.common.files import named_path
 from mora_ds.common.rope import rope_settings
 from mora_ds.config.flags import documented
 
@@ -74,7 +74,8 @@ class DataArguments:
     shuffle_buffer: int = 10000
     """With --streaming: number of documents that are shuffled together; 0 keeps the order of the files."""
     eval_files: list[str] = field(default_factory=list)
-    """Files whose perplexity is reported, each set as PATH (named by its stem) or NAME=PATH_OR_PATTERN."""
+    """Files whose perplexity is reported, each set as PATH (named by its file, without endings) or
+    NAME=PATH_OR_PATTERN."""
     dataset_name: str | None = None
     """Name or folder of a `datasets` data set to train on, instead of --train_files."""
     text_column: str = "text"
@@ -98,12 +99,7 @@ class DataArguments:
 
     def named_eval_files(self) -> list[tuple[str, str]]:
         """(name, path or pattern) of each evaluation set."""
-        named = []
-        for entry in self.eval_files:
-            name, mark, path = entry.partition("=")
-            is_named = mark and "/" not in name
-            named.append((name, path) if is_named else (Path(entry).stem, entry))
-        return named
+        return [named_path(entry) for entry in self.eval_files]
 
     def problems(self) -> Iterator[str]:
         """What is wrong with these settings alone, one message each; `mixture_plan` checks the sources."""

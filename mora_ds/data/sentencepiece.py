@@ -38,19 +38,13 @@ _NORMAL = 1
 """The type of the pieces that text can become, bytes apart."""
 
 
-def train_sentencepiece(
-    texts: Iterable[str],
-    vocab_size: int,
-    folder: Path,
-    flag: str = "--train_tokenizer_vocab",
-) -> Path:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
     """Trains a SentencePiece model (BPE) on `texts`, and writes it into `folder`: as tokenizer.model, and as a
     transformers tokenizer with the same ids. Returns the folder.
 
-    The same texts give the same files. Raises `UserError`, which names `flag`, where the corpus does not yield that
-    many tokens.
+    The same texts give the same files. Raises `UserError` where the corpus does not yield that many tokens.
     """
-    model = _trained(texts, vocab_size, flag)
+    model = _trained(texts, vocab_size, "--train_tokenizer_vocab")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_bytes(model)
     _as_transformers(_parsed(model)).save_pretrained(folder)

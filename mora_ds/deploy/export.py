@@ -37,13 +37,10 @@ from mora_ds.deploy.model_card import model_card
 from mora_ds.deploy.onto import ONTO, exported_keys, open_target
 from mora_ds.models.base import BaseCheckpoint
 from mora_ds.models.load import folder_config, load_model
-from mora_ds.models.save import layout_of, write_companions, write_shards
+from mora_ds.models.save import SHARD_BYTES, layout_of, write_companions, write_shards
 from mora_ds.models.stored_names import is_stack
 from mora_ds.remora.ledger import LayerEntry
 from mora_ds.remora.stored_weights import StoredWeight, stored_weights, weight_shape
-
-_SHARD_BYTES = 5 * 2**30
-"""Largest weight file."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ def export_merged(
             facts["domain"] = run.domain or SHARED
         comparison = None
         with atomic_folder(output.absolute()) as folder:
-            names = write_shards(folder, layout, _SHARD_BYTES, updated_tensors(run))
+            names = write_shards(folder, layout, SHARD_BYTES, updated_tensors(run))
             tokenizer = None if run.is_onto else tokenizer_of(run.folder)
             write_companions(run.target, folder, written, tokenizer, run.reference.config_changes)
             if verify and written is not None:

@@ -80,7 +80,7 @@ def convert_fork(path: Path | str, output: Path | str, base_folder: Path | str |
                 f"{source}: mora_type 6 leaves inputs of {module} ({d_in} inputs, {d_out} outputs) without any effect,"
                 " which no operator of mora_ds does: such an adapter cannot be read"
             )
-        layers[module] = LayerEntry(module, weight, False, spec)
+        layers[module] = LayerEntry(module, False, spec)
     adapter_config = MoRAConfig(
         rank=entry(settings, "r", Count, source),
         operator=kind.value,

@@ -220,8 +220,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     With Muon, DeepSpeed splits each group into a half for Muon and one for AdamW (engine.py, `_muon_param_groups`):
     all MoRA matrices get Muon and all others AdamW, so neither group is split.
     """
-    values = [layer.value for layer in mora_layers(model).values()]
-    squares = {id(value): value for value in values if isinstance(value, nn.Parameter)}  # a frozen one is a buffer
+    squares = {id(layer.value): layer.value for layer in mora_layers(model).values()}
     other_parameters = [parameter for parameter in model.parameters() if id(parameter) not in squares]
     groups = [{"params": list(squares.values())}, {"params": other_parameters}]
     return [group for group in groups if group["params"]]

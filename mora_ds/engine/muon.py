@@ -14,12 +14,11 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from torch import Tensor, nn
 
@@ -28,9 +27,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.engine import ds_optimizer
 from mora_ds.engine.ds_config import compute_dtype
 from mora_ds.engine.ds_keys import DsConfig
-from mora_ds.engine.zero import Stage3View, ZeroView, view_of
-
-Engine: TypeAlias = DeepSpeedEngine
+from mora_ds.engine.zero import Engine, Stage3View, ZeroView, view_of
 
 
 @contextmanager

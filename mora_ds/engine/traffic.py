@@ -1,7 +1,7 @@
 """Counts the bytes that DeepSpeed sends over the network: the proof that none is of the base.
 
 Wraps an internal of DeepSpeed 0.19.8, the backend object of deepspeed/comm/comm.py;
-tests/engine/test_zero_contract.py fails when an upgrade moves it.
+tests/engine/test_zero.py, which also counts below DeepSpeed, fails when an upgrade moves it.
 """
 
 from __future__ import annotations

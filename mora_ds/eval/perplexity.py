@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from mora_ds.checkpoint.adapter_files import BaseReference, chosen_domain, read_adapter
 from mora_ds.checkpoint.layout import adapter_folder, refuse_full_training, tokenizer_of
 from mora_ds.common.errors import UserError
+from mora_ds.common.files import named_path
 from mora_ds.common.tensor_files import compute_dtype
 from mora_ds.data import AUTO, IGNORED, NOTHING, Corpus, load_tokenizer, start_id
 from mora_ds.data.documents import Documents
@@ -271,13 +272,10 @@ def _nats(model: Any, batch: Sequence[_Window]) -> float:
 
 
 def named_sets(entries: Iterable[str]) -> dict[str, str]:
-    """Entries NAME=PATH, or PATH (named by its stem), as {name: path}. Raises `UserError` for a name given twice."""
+    """Entries NAME=PATH, or PATH, as {name: path}. Raises `UserError` for a name given twice."""
     sets: dict[str, str] = {}
     for entry in entries:
-        name, mark, path = entry.partition("=")
-        if not mark or "/" in name:
-            name = Path(entry).name.split(".")[0]
-            path = entry
+        name, path = named_path(entry)
         if name in sets:
             raise UserError(f"--sets: {name} would name two sets; write NAME=PATH")
         sets[name] = path

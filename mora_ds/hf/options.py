@@ -66,11 +66,12 @@ def _problems(args: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
 
 def fill_config(args: Any, trainable_numels: list[int]) -> None:
     """Sets, in the DeepSpeed config that `args` hold, the optimizer and ZeRO's "auto" sizes: those that the adapter's
-    parameters need, where transformers would take the model's hidden size. Raises `UserError` for another optimizer."""
+    parameters need, where transformers would take the model's hidden size. Raises `UserError` for a section
+    that is no JSON object."""
     config = args.hf_deepspeed_config.config
     refuse(clean_sections(config))
     optimizer_type = config.setdefault("optimizer", {}).get("type", "AdamW")
-    config["optimizer"]["type"] = "AdamW" if optimizer_type == "auto" else optimizer_type
+    config["optimizer"]["type"] = "AdamW" if optimizer_type == AUTO else optimizer_type
     defaults = {
         "lr": args.learning_rate,
         "betas": [args.adam_beta1, args.adam_beta2],

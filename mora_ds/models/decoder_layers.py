@@ -16,7 +16,7 @@ from mora_ds.adapters.tp_plan import text_config
 from mora_ds.common.errors import UserError
 
 _ALIGNMENT = 256
-_LINE = 64
+LINE = 64
 """Bytes: the places of tensors in a buffer are multiples of the first, as in CUDA's allocator. On a CPU a tensor keeps
 its place within a cache line, the second: a matrix product may round otherwise at another one."""
 
@@ -74,15 +74,19 @@ def weights_of_layers(model: Any) -> dict[str, dict[str, Tensor]]:
     return weights
 
 
+def within_line(tensor: Tensor) -> int:
+    """Bytes from the start of a cache line to the tensor, in whole elements."""
+    return 0 if tensor.is_meta else tensor.data_ptr() % LINE // tensor.itemsize * tensor.itemsize
+
+
 def offsets(tensors: Iterable[Tensor]) -> tuple[dict[int, int], int]:
     """(id of a tensor -> its first byte in a buffer that holds each once, bytes of the buffer)."""
     starts: dict[int, int] = {}
     size = 0
     for tensor in tensors:
         if id(tensor) not in starts:
-            within = 0 if tensor.is_meta else tensor.data_ptr() % _LINE // tensor.itemsize * tensor.itemsize
-            starts[id(tensor)] = size + within
-            size += -(-(extent(tensor) * tensor.itemsize + _LINE) // _ALIGNMENT) * _ALIGNMENT
+            starts[id(tensor)] = size + within_line(tensor)
+            size += -(-(extent(tensor) * tensor.itemsize + LINE) // _ALIGNMENT) * _ALIGNMENT
     return starts, size
 
 

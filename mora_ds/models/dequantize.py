@@ -18,14 +18,13 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import atomic_folder, read_json, write_json_atomic
 from mora_ds.common.tensor_files import dtype_name
 from mora_ds.models.base import MODEL_FLAG, BaseCheckpoint
-from mora_ds.models.save import Layout, write_companions, write_shards
+from mora_ds.models.save import SHARD_BYTES, Layout, write_companions, write_shards
 from mora_ds.runtime.ranks import Ranks
 
 RECORD = "dequantized.json"
 _SCALES = "_scale_inv"
 _BLOCKS = "_blocks"
 _EXPONENTS = "_scales"
-_SHARD_BYTES = 5 << 30
 
 
 def is_quantized(config: Any) -> bool:
@@ -104,7 +103,7 @@ def _write(
             )
         return source.read(name)
 
-    write_shards(target, layout, _SHARD_BYTES, tensor_of)
+    write_shards(target, layout, SHARD_BYTES, tensor_of)
     write_companions(source, target, dtype)
     config = read_json(target / "config.json")
     del config["quantization_config"]

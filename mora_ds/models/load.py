@@ -84,7 +84,6 @@ def _local_folder(name: str) -> Path | None:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
     try:
@@ -291,8 +290,6 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their names
         )
-    except UserError:
-        raise
     except Exception as error:  # transformers and safetensors raise many kinds, all for an unusable folder
         why = reason(error)
         if _is_of_attention(error):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mora_ds.adapters.inject import frozen_buffers, mora_layers, put_frozen
 from mora_ds.common.errors import RunError
+from mora_ds.models.decoder_layers import LINE, within_line
 from mora_ds.runtime.node_memory import Offer, check_room, node_members, trim
 from mora_ds.runtime.ranks import Ranks, balanced
 
@@ -30,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_LINE = 64
-"""Bytes of a cache line. A weight keeps its place within one: matrix products may round otherwise at another."""
 
 
 @dataclass
@@ -165,8 +163,7 @@ class _Layout:
         offsets = {}
         end = 0
         for name, tensor in frozen.items():
-            within = tensor.data_ptr() % _LINE // tensor.itemsize * tensor.itemsize
-            offsets[name] = -(-end // _LINE) * _LINE + within
+            offsets[name] = -(-end // LINE) * LINE + within_line(tensor)
             end = offsets[name] + tensor.nbytes
         facts = [(offsets[name], tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in frozen.items()]
         return cls(offsets, end, hashlib.sha256(repr(facts).encode()).hexdigest())

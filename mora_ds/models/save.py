@@ -51,6 +51,10 @@ def layout_of(
     return layout
 
 
+SHARD_BYTES = 5 << 30
+"""Largest weight file, where a tensor is not larger itself."""
+
+
 def write_shards(
     folder: Path,
     layout: Layout,

@@ -31,14 +31,13 @@ from mora_ds.data import (
 )
 from mora_ds.models.base import BaseCheckpoint, map_model
 from mora_ds.models.load import folder_config, make_model
-from mora_ds.models.save import layout_of, write_companions, write_shards
+from mora_ds.models.save import SHARD_BYTES, layout_of, write_companions, write_shards
 
 EXTENSION_JSON = "vocabulary_extension.json"
 ROW_MULTIPLE = 64
 _COMPARED_BYTES = 4_000_000
 """Bytes of text, from the corpus's start, on which both tokenizers are compared."""
 
-_SHARD_BYTES = 5 << 30
 FLAG = "MODEL"
 
 
@@ -209,7 +208,7 @@ def _write(
         del dtype  # each keeps its own
         return grown(base.read(key), extension, rows) if key in keys else base.read(key)
 
-    write_shards(folder, layout, _SHARD_BYTES, tensor_of)
+    write_shards(folder, layout, SHARD_BYTES, tensor_of)
     write_companions(
         base,
         folder,

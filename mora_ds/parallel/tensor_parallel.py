@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mora_ds.adapters.domains import DomainLinear
 from mora_ds.adapters.experts import MoRAExperts
 from mora_ds.adapters.inject import mora_layers
 from mora_ds.adapters.layer import LoRALinear, MoRALinear
@@ -80,15 +81,22 @@ def _keep_equal(
             parameter.register_hook(lambda gradient, agree=agree: agree(gradient.contiguous().clone()))
 
 
+_UNSPLIT: dict[type, dict[str, Any]] = {
+    LoRALinear: {"adapter": "lora"},
+    MoRAExperts: {"experts": True},
+    DomainLinear: {"domains": True},
+}
+"""Kind of layer that no group splits -> the setting of `check_tensor_parallel` that says so."""
+
+
 def _check(model: nn.Module, degree: int) -> None:
     check_tensor_parallel(degree, dropout=_dropouts(model))
     for name, layer in mora_layers(model).items():
-        if not isinstance(layer, MoRALinear):
-            kinds: dict[type, dict[str, Any]] = {LoRALinear: {"adapter": "lora"}, MoRAExperts: {"experts": True}}
-            check_tensor_parallel(degree, **kinds[type(layer)])
-        elif layer.spec.r_hat < degree:
+        if type(layer) in _UNSPLIT:
+            check_tensor_parallel(degree, **_UNSPLIT[type(layer)])
+        elif (rows := layer.spec.value_shape[0]) < degree:
             raise UserError(
-                f"{TENSOR} {degree}: the MoRA matrix of {name} has {layer.spec.r_hat} rows: raise `rank`, or use "
+                f"{TENSOR} {degree}: the MoRA matrix of {name} has {rows} rows: raise `rank`, or use "
                 "a smaller group"
             )
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mora_ds.adapters.ops.index_tables import IndexMap, IndexTables, lists, tables_of, transposed
+from mora_ds.adapters.ops.index_tables import IndexMap, IndexTables, lists, make_tables, transposed
 from mora_ds.adapters.ops.mora import OperatorSpec
 
 Range = tuple[int, int]
@@ -57,7 +57,7 @@ class Window:
 def tables_of_window(window: Window, device: torch.device) -> IndexTables:
     """The window's maps on a device. Their sums have no more terms than the window has in one result."""
     with torch.inference_mode(False), torch.no_grad():
-        tables = tables_of(window.spec, torch.device("cpu"))
+        tables = make_tables(window.spec, torch.device("cpu"))
         fold = _within(tables.fold.table, window.inputs)
         return IndexTables(
             fold=IndexMap.of(fold, device),

@@ -53,11 +53,14 @@ class LayerEntry:
 
     module: FileName
     """Name in the model, e.g. model.layers.0.self_attn.q_proj."""
-    weight: str
-    """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight; of experts the module's own name."""
     transposed: bool
     """Whether the weight is stored (d_in, d_out), as by GPT-2's Conv1D."""
     operator: UpdateSpec
+
+    @property
+    def weight(self) -> str:
+        """Name of its weight, e.g. model.layers.0.self_attn.q_proj.weight; of experts the module's own name."""
+        return self.operator.weight_name(self.module)
 
     @property
     def square(self) -> str:
@@ -72,10 +75,10 @@ class LayerEntry:
     def from_dict(cls, module: str, values: Mapping[str, Any]) -> LayerEntry:
         """Inverse of `to_dict`. Raises `UserError`."""
         known = typed(_Entry, values, module)
-        operator = spec_from_dict(known.operator)
-        if known.weight != operator.weight_name(module):
+        layer = cls(module, known.transposed, spec_from_dict(known.operator))
+        if known.weight != layer.weight:
             raise UserError(f"{module}: its weight cannot be {shown(known.weight)}")
-        return cls(module, known.weight, known.transposed, operator)
+        return layer
 
 
 def layers_to_dict(layers: Mapping[str, LayerEntry]) -> dict[str, dict[str, Any]]:

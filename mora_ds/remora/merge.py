@@ -70,10 +70,7 @@ class MergeReport:
 
 def layer_entries(model: torch.nn.Module) -> dict[str, LayerEntry]:
     """Module name -> what the ledger records of the layer in its present cycle."""
-    return {
-        name: LayerEntry(name, layer.spec.weight_name(name), layer.transposed, layer.spec)
-        for name, layer in mora_layers(model).items()
-    }
+    return {name: LayerEntry(name, layer.transposed, layer.spec) for name, layer in mora_layers(model).items()}
 
 
 class ReMoRA:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.common.errors import UserError
 from mora_ds.common.untrusted import expanded
 from mora_ds.config.data import DataArguments, ModelArguments
@@ -54,7 +53,6 @@ class RunData:
     """The tokenizer, and the data that it made."""
 
     tokenizer: Any
-    tokenizer_folder: Path
     train: Mixture
     evaluation: dict[str, PackedDataset]
 
@@ -109,7 +107,7 @@ def load_data(
             "evaluation sets": [(name, dataset.content_id) for name, dataset in packed.items()],
         },
     )
-    return RunData(tokenizer, start.folder / TOKENIZER_FOLDER, train, packed)
+    return RunData(tokenizer, train, packed)
 
 
 def fill_token_cache(model: ModelArguments, data: DataArguments, progress: bool) -> list[tuple[str, TokenCache]]:

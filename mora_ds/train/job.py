@@ -15,6 +15,7 @@ import torch
 from mora_ds.adapters.config import FLAGS, AdapterConfig
 from mora_ds.adapters.inject import count_parameters, inject
 from mora_ds.adapters.tp_plan import plan_of
+from mora_ds.checkpoint.layout import TOKENIZER_FOLDER
 from mora_ds.checkpoint.state import TrainerState, check_identity, run_identity
 from mora_ds.common.errors import named_as_flags
 from mora_ds.common.files import JsonObject
@@ -148,7 +149,7 @@ class Job:
             async_save=training.async_save,
             keys=self.loaded.keys,
             identity=common,
-            tokenizer_folder=self.data.tokenizer_folder,
+            tokenizer_folder=self.start.folder / TOKENIZER_FOLDER,
             facts={"seq_len": self.data.train.seq_len},
             ranks=start.ranks,
             state=start.state,

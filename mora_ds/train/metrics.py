@@ -166,7 +166,7 @@ class MetricsLog:
         """A row of metrics.jsonl, and its curves."""
         if self.enabled:
             with disk_errors(self._path.parent):
-                self._file.write(json.dumps(plain_json(row), allow_nan=False) + "\n")
+                self._file.write(json.dumps(without_nan(row), allow_nan=False) + "\n")
                 self._file.flush()
         self._track(_curves(row), row["step"])
 
@@ -190,10 +190,10 @@ def _curves(row: Facts) -> dict[str, float]:
     return numbers
 
 
-def plain_json(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """`value` with null for NaN and infinity, which JSON does not have (a perplexity may overflow)."""
     if isinstance(value, dict):
-        return {key: plain_json(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -33,7 +33,7 @@ from mora_ds.common.errors import UserError
 from mora_ds.common.files import disk_errors, link_or_copy
 from mora_ds.train.profile import PROFILE
 from mora_ds.train.run_file import holds_run, owned_by_run
-from mora_ds.train.trackers import WANDB
+from mora_ds.train.trackers import TENSORBOARD, WANDB
 
 ASIDE = ".overwritten"
 DELETING = ".deleting"
@@ -45,7 +45,6 @@ ends with its process, however that ends."""
 _ORPHANS_S = 60.0
 """How long a run waits for ranks of an earlier one whose rank 0 has ended. They leave at their next
 collective, which is at the end of a step."""
-TENSORBOARD = "tensorboard"
 DEMO = "demo"
 NAMES = (
     RUN_FILE, METRICS_FILE, SUMMARY_FILE, TENSORBOARD, CHECKPOINTS, LEDGER_FOLDER, MERGED_FOLDER, BASE_FOLDER,

@@ -59,7 +59,7 @@ from mora_ds.train.dry_run import dry_run
 from mora_ds.train.hooks import hooks_of
 from mora_ds.train.inputs import check_inputs
 from mora_ds.train.job import Job
-from mora_ds.train.metrics import MetricsLog, plain_json
+from mora_ds.train.metrics import MetricsLog, without_nan
 from mora_ds.train.output_folder import give_up, join, names_of_run, reserve
 from mora_ds.train.preflight import preflight
 from mora_ds.train.run_file import changed_settings, write_run_file
@@ -352,4 +352,4 @@ def _summary(job: Job, trainer: Trainer) -> JsonObject:
         "peak_memory_bytes": trainer.memory.peak,
         "peak_memory_by_phase": trainer.memory.by_phase,
     }
-    return dict(plain_json(summary))
+    return dict(without_nan(summary))

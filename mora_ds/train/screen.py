@@ -11,6 +11,7 @@ from mora_ds.config.arguments import Arguments
 from mora_ds.train.job import Job
 from mora_ds.train.metrics import duration, peak_memory_bytes
 from mora_ds.train.run_file import Facts
+from mora_ds.train.trackers import TENSORBOARD
 
 _LABEL = 12
 """Characters of the column of labels."""
@@ -69,8 +70,8 @@ def closing(arguments: Arguments, summary: Facts, seconds: float) -> list[str]:
         "done": f"{summary['steps']:,} steps, {summary['tokens']:,} tokens in {duration(seconds)}",
         "checkpoint": str(latest.with_name(latest.resolve().name)),
     }
-    if "tensorboard" in arguments.training.report_to:
-        rows["curves"] = f"tensorboard --logdir {folder / 'tensorboard'}"
+    if TENSORBOARD in arguments.training.report_to:
+        rows["curves"] = f"tensorboard --logdir {folder / TENSORBOARD}"
     is_one_adapter = arguments.adapter.adapter != AdapterKind.FULL.value and not arguments.research
     if is_one_adapter:
         rows["evaluate"] = f"mora-ds evaluate {latest} --sets NAME=FILE"

@@ -22,6 +22,7 @@ from mora_ds.train.beside import going_on
 Numbers: TypeAlias = Mapping[str, float]
 """Curve -> its value at a step."""
 
+TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 """The tracker, its package, the extra that has the package, and the folder of its files."""
 
@@ -65,7 +66,7 @@ _Client = tuple[Callable[[Numbers, int], None], Callable[[], None]]
 
 def _start_tensorboard(folder: Path, config: JsonObject, steps_done: int) -> _Client:
     del config
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1 if steps_done else 0)
+    board = SummaryWriter(str(folder / TENSORBOARD), purge_step=steps_done + 1 if steps_done else 0)
 
     def log(numbers: Numbers, step: int) -> None:
         for tag, value in numbers.items():

@@ -386,6 +386,7 @@ class Trainer:
         without it; before the first step, when nothing can be lost, it ends the run."""
         self.job.run.check_base()
         step = self.state.step
+        state_before = dict(vars(self.state))
         perplexities: dict[str, float] = {}
         failure = None
         try:
@@ -400,7 +401,8 @@ class Trainer:
         what = f"evaluation after step {step}"
         told = [line for line in self.ranks.gather(what, failure) if line is not None]
         if told:
-            self.state.evaluation_pending = False
+            # Rank 0 alone writes: where that has failed, the others know more by now, and would save and leave alone.
+            vars(self.state).update(state_before, evaluation_pending=False)
             self.state.failures.append(f"{what}: {told[0]}")
             logger.error(f"{self.state.failures[-1]}. Training goes on")
         return perplexities

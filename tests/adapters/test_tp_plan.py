@@ -92,6 +92,11 @@ def test_dropout_is_refused_and_named():
         split(model)
 
 
+def test_domains_are_not_split():
+    with user_error("splits one MoRA matrix a layer"):
+        split(model_with_mora(domains=("a", "b")))
+
+
 def test_squares_need_a_row_a_rank():
     model = model_with_mora(rank=1, target_modules=("k_proj",))
     with user_error("has 6 rows: raise `rank`, or use a smaller group"):

@@ -21,7 +21,6 @@ from tests.helpers.resume import assert_same_tensors
 from tests.helpers.shards import save_engine
 from tests.helpers.tables import heavy
 
-Combination = tuple[int, str]
 MOMENTS = ["exp_avg", "exp_avg_sq"]
 
 

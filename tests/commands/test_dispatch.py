@@ -40,7 +40,12 @@ def test_a_command_reads_the_flags_after_its_name(capsys):
 
 def test_a_plan_says_what_it_does_before_its_imports(monkeypatch, capsys):
     said_before = []
-    monkeypatch.setattr(dispatch, "load", lambda name: lambda: said_before.append(capsys.readouterr().err))
+
+    def load(name):
+        said_before.append(capsys.readouterr().err)
+        return lambda: None
+
+    monkeypatch.setattr(dispatch, "load", load)
     dispatch.run("plan")
     dispatch.run("verify")
     assert "DeepSpeed" in said_before[0]

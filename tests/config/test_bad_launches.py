@@ -333,7 +333,6 @@ stray | 'stray'
 
 CASES = [line for line in LAUNCHES.splitlines() if line and not line.startswith("#")]
 
-Answer = tuple[int, str, bool, bool]
 
 NEED_WEIGHTS = (
     "--model_name_or_path {bad}",

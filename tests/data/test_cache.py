@@ -5,19 +5,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mora_ds.common.files import at_work
-from mora_ds.data import TokenCache, build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
+from mora_ds.data import build_cache, cache, load_corpus, load_tokenizer, readers, train_sentencepiece
 from mora_ds.data.cache import damage
 from tests.helpers.errors import user_error
 from tests.helpers.tools import called
-
-Build = Callable[..., TokenCache]
 
 TEXTS = [f"document {number}: " + "some words and more words\n" * (number % 7) for number in range(40)]
 

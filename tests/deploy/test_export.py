@@ -98,7 +98,7 @@ def test_dtype_can_be_chosen(tmp_path):
 def test_a_model_in_several_files_is_that_in_one(tmp_path, monkeypatch):
     run = fake_run(tmp_path)
     whole = export_merged(run.checkpoint, tmp_path / "whole")
-    monkeypatch.setattr("mora_ds.deploy.export._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
     sharded = export_merged(run.checkpoint, tmp_path / "parts")
     assert whole.files == ("model.safetensors",)
     assert len(sharded.files) > 2
@@ -220,7 +220,7 @@ def test_ledger_of_another_length_is_refused(tmp_path):
 def test_square_on_one_of_two_tied_weights_is_refused(tmp_path):
     run = fake_run(tmp_path, tie_word_embeddings=True, probe=False)
     spec = OperatorSpec(OperatorKind.SHARE, 32, 128, 4)
-    layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", "lm_head.weight", False, spec)}
+    layers = {**run.adapter.layers, "lm_head": LayerEntry("lm_head", False, spec)}
     squares = {**run.squares, "lm_head": torch.ones(4, 4)}
     write_adapter(run.checkpoint, replace(run.adapter, layers=layers), squares, {})
     files.write_manifest(run.checkpoint)
@@ -318,7 +318,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     weights = {f"layer.{i}.weight": torch.full((side, side), float(i)) for i in range(count)}
     write_safetensors_atomic(base / "model.safetensors", weights, {})
     spec = OperatorSpec(OperatorKind.ROTATE, side, side, 128, Grouping.PERMUTED, 1)
-    layers = {f"layer.{i}": LayerEntry(f"layer.{i}", f"layer.{i}.weight", False, spec) for i in range(count)}
+    layers = {f"layer.{i}": LayerEntry(f"layer.{i}", False, spec) for i in range(count)}
     fingerprint = BaseCheckpoint.open(base).fingerprint()
     ledger = Ledger.create(checkpoint / "ledger", fingerprint)
     squares = {name: torch.ones(128, 128) for name in layers}

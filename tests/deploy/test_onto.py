@@ -130,7 +130,7 @@ def test_it_is_the_target_and_the_difference_by_hand(
     update = Update(tmp_path, family, product, **of_base)
     target = tiny_model(family, seed=7, dtype=dtype, vocab_size=128 + MORE_TOKENS, **of_target)
     target.save_pretrained(tmp_path / "target")
-    monkeypatch.setattr("mora_ds.deploy.export._SHARD_BYTES", 20_000)
+    monkeypatch.setattr("mora_ds.deploy.export.SHARD_BYTES", 20_000)
     export_merged(update.checkpoint, tmp_path / "merged", onto=tmp_path / "target")
     merged = loaded(tmp_path / "merged")
     check(merged, expected(update, target), dtype)

@@ -93,7 +93,6 @@ class Cuda:
     def cudart(self):
         library = type("Library", (), {})()
         library.cudaHostRegister = lambda *given: self.calls.append(given) or self.answer
-        library.cudaHostUnregister = self.calls.append
         library.cudaGetErrorString = lambda error: f"error {error}"
         return library
 

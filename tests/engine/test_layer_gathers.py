@@ -64,7 +64,7 @@ def test_what_is_gathered_and_unchanged_is_freed_at_once(status, options, how, m
     partitioned = []
     monkeypatch.setattr(layer_gathers, "free_param", freed.append)
     parameter = SimpleNamespace(
-        ds_status=ZeroParamStatus[status], ds_tensor=SimpleNamespace(final_location=None),
+        ds_status=ZeroParamStatus[status],
         partition=lambda *arguments: partitioned.append(arguments),
     )  # fmt: skip
     free_quickly(parameter)

@@ -36,7 +36,7 @@ class Maker:
         entries = {}
         for name, module in match_targets(self.model, config.target_modules).items():
             spec = config.operator_for(name, *linear_shape(module), cycle)
-            entries[name] = LayerEntry(name, f"{name}.weight", not isinstance(module, nn.Linear), spec)
+            entries[name] = LayerEntry(name, not isinstance(module, nn.Linear), spec)
         return entries
 
     def write(

@@ -112,7 +112,7 @@ def layers_of(model, cycle):
             kind = KINDS[len(layers) % len(KINDS)]
             seed = permutation_seed(0, name, cycle)
             spec = OperatorSpec(kind, d_in, d_out, square_size(d_in, d_out, 8, kind), Grouping.PERMUTED, seed)
-            layers[name] = LayerEntry(name, f"{name}.weight", transposed, spec)
+            layers[name] = LayerEntry(name, transposed, spec)
     return layers
 
 

@@ -10,7 +10,7 @@ from mora_ds.remora.ledger import LEDGER_FILE, LayerEntry, Ledger
 
 def entry(module, cycle=0, kind=OperatorKind.ROTATE, r_hat=6):
     spec = OperatorSpec(kind, 32, 32, r_hat, Grouping.PERMUTED, permutation_seed(0, module, cycle))
-    return LayerEntry(module, f"{module}.weight", False, spec)
+    return LayerEntry(module, False, spec)
 
 
 def layers_of(cycle, modules=("a.q", "a.v")):

@@ -4,8 +4,6 @@ import os
 import stat
 from contextlib import contextmanager
 
-Snapshot = dict[str, tuple[str, int, bytes]]
-
 
 def snapshot(path):
     """{relative name: (kind, mode, content)} of `path` and all below it, links not followed; {} where it is missing.

@@ -1,7 +1,6 @@
 """--dry_run: a plan from the flags and the model's config, which says what a run says at its start."""
 
 import json
-from pathlib import Path
 
 from mora_ds.common.errors import UserError
 from mora_ds.config.arguments import parse
@@ -11,8 +10,6 @@ from mora_ds.planning.report import as_json
 from mora_ds.train.dry_run import planned
 from tests.helpers.errors import user_error
 from tests.helpers.models import FAMILIES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def dry_run_of(folder, family="llama"):

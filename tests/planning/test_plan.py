@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,6 @@ from tests.helpers.tables import heavy
 ROWS = 2
 LENGTH = 64
 ADAPTER = MoRAConfig(rank=8, operator="share")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def work_of(family, **changes):

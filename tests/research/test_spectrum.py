@@ -79,7 +79,7 @@ def test_factors_of_lora_have_spectra_too():
 
 def entries(cycle, names):
     spec = OperatorSpec(OperatorKind.SHARE, 32, 24, 6, Grouping.PERMUTED, cycle)
-    return {name: LayerEntry(name, f"{name}.weight", False, spec) for name in names}
+    return {name: LayerEntry(name, False, spec) for name in names}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import builtins
 import itertools
+import os
 import re
 from contextlib import contextmanager
 from unittest import mock
@@ -96,6 +97,21 @@ def test_a_failed_evaluation_does_not_end_the_run(user, tmp_path, ranks_and_whol
     assert last_state(out).finished
     assert (out / "summary.json").is_file()
     assert not last_state(out).evaluation_pending
+
+
+def failing_log_of_rank_0(argv):
+    """A run on whose first rank alone the log of the evaluation after step 2 fails, when all ranks have evaluated."""
+    error = OSError(28, "No space left on device")
+    with failing_calls(MetricsLog, "evaluation", error, (2,) if int(os.environ["RANK"]) == 0 else ()):
+        return ended(argv)
+
+
+def test_ranks_go_on_alike_after_a_failure_of_one(user, out):
+    """The others have a best step then, for which they would save without it."""
+    for kind, message in run_ranks(2, failing_log_of_rank_0, user.flags(out, *FLAGS, "--best_by", "held:1")):
+        assert kind == "FailedBeside"
+        assert re.findall(r"after step (\d): OSError", message) == ["2"]
+    assert last_state(out).finished
 
 
 def without_room_for_traces(argv):

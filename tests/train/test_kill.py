@@ -5,8 +5,6 @@ pytest tests/train/test_kill.py -m heavy     every moment with each of: one rank
 """
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +14,6 @@ from tests.helpers.kills import MOMENTS, STEPS, Passes, Start, killed_run
 from tests.helpers.outcome import assert_same_outcome
 from tests.helpers.pairwise import pairwise_cases
 
-Whole = Callable[[int, str, tuple[str | int, ...]], Path]
 PRECISIONS = {"fp32": (), "bf16": ("--bf16", "true")}
 
 

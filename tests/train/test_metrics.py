@@ -17,9 +17,9 @@ from mora_ds.train.metrics import (
     STEP_TAGS,
     MetricsLog,
     PhaseMemory,
-    plain_json,
     source_facts,
     step_line,
+    without_nan,
 )
 from mora_ds.train.trackers import Tracker
 from mora_ds.train.trainer import Trainer
@@ -131,7 +131,7 @@ def test_what_is_no_number_is_null(tmp_path):
     assert first["grad_norm"] is None
     assert first["loss"] == 800.0
     assert second["eval"] == {"held": None}
-    assert plain_json({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
+    assert without_nan({"a": {"b": -math.inf}, "c": 1, "d": "x"}) == {"a": {"b": None}, "c": 1, "d": "x"}
 
 
 def write_rows(path, steps, tail=""):

@@ -3,7 +3,7 @@
     python tools/bench/plan.py [--ranks 1 2 4] [--layers 8] [--hidden 512] [--rows 2] [--seq_len 256] [--rank 32]
 
 A Llama of random weights is written to disk, mapped by every rank, adapted and trained for a few steps under ZeRO-3.
-Measured on rank 0, next to what `mora_ds.plan` says from the config alone:
+Measured on rank 0, next to what a `Planner` says from the config alone:
 
     held                 bytes of all tensors that are alive between steps, less those that were there before
     kept, peak           of tensors made in forward and backward (`MemoryMeter`)

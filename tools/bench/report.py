@@ -84,8 +84,10 @@ def command() -> str:
             arguments.append(word)
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[2]
-    name = script.relative_to(root) if script.is_relative_to(root) else Path(script.name)
-    return shlex.join(["python", str(name), *arguments])
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
+    if name.startswith("tests/"):  # it imports others, as `python -m` alone lets it
+        name = "-m " + name.removesuffix(".py").replace("/", ".")
+    return f"python {name} {shlex.join(arguments)}".rstrip()
 
 
 def machine() -> dict[str, Any]:

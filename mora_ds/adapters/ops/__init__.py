@@ -3,6 +3,8 @@
 spec               `UpdateSpec`, the interface of all specs; names of operators and groupings, sizes, seeds
 mora               `OperatorSpec`: truncate, share, decouple, rotate
 lora               `LoRASpec`: LoRA's two factors
+stack              `StackSpec`: one operator for all experts of a projection
+grouped            products of rows with the matrices of a stack
 update             any spec from its dictionary
 linear             an adapted layer's product, over activations or over the weight, with its gradients
 delta              updates added to a weight without forming them

@@ -139,7 +139,7 @@ def operator_of(spec: UpdateSpec, of_what: str) -> OperatorSpec:
     """`spec` itself, of which MoRA's operators are read. Raises `UserError` that begins with `of_what` for another."""
     if not isinstance(spec, OperatorSpec):
         known = ", ".join(kind.value for kind in OPERATORS)
-        raise UserError(f"{of_what} has {spec.describe()}, which is none of the operators {known}")
+        raise UserError(f"{of_what} has {spec.name}, which is none of the operators {known}")
     return spec
 
 
